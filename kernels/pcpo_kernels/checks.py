@@ -1,0 +1,45 @@
+"""Argument checks shared by every backend: one clear sentence each."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` is fp16, bf16, fp32 or fp64."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_like(name: str, tensor: Tensor, output: Tensor) -> None:
+    """Raise unless ``tensor`` is a float tensor with the shape and device of ``output``."""
+    check_float(name, tensor)
+    if tensor.shape != output.shape:
+        raise ValueError(f"{name} must have the output's shape {tuple(output.shape)}, got {tuple(tensor.shape)}")
+    check_device(name, tensor, output)
+
+
+def check_rows(name: str, tensor: Tensor, output: Tensor) -> None:
+    """Raise unless ``tensor`` holds one value per row of ``output``, on its device."""
+    if tensor.shape != output.shape[:1]:
+        raise ValueError(f"{name} must hold one value per row, shape ({output.shape[0]},), got {tuple(tensor.shape)}")
+    check_device(name, tensor, output)
+
+
+def check_device(name: str, tensor: Tensor, output: Tensor) -> None:
+    """Raise ValueError where two tensors are on different devices."""
+    if tensor.device != output.device:
+        raise ValueError(f"{name} is on {tensor.device} but the output is on {output.device}")
+
+
+def check_batched(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor without a row axis and at least one element axis."""
+    if tensor.dim() < 2:
+        raise ValueError(f"{name} must be [B, ...] with at least two axes, got shape {tuple(tensor.shape)}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

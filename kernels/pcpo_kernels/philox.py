@@ -1,0 +1,87 @@
+"""Counter-based Gaussian noise: Philox4x32-10 integers and a bounded Box-Muller transform, in plain PyTorch.
+
+The integers follow Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011): element ``n`` of the
+stream with key ``seed`` is lane ``n % 4`` of the block at counter ``(n // 4, 0)``. Lanes are turned into normals in
+pairs, ``(0, 1)`` and ``(2, 3)``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox_uint32(seed: Tensor, counter: Tensor) -> Tensor:
+    """The four 32-bit words of each Philox4x32-10 block.
+
+    Args:
+        seed: int64 key, broadcastable with ``counter``; its low and high words are the two key words.
+        counter: int64 block index; its low and high words are the first two counter words, the other two are 0.
+
+    Returns:
+        int64 tensor ``[*broadcast, 4]`` with values in ``[0, 2^32)``.
+    """
+    seed, counter = torch.broadcast_tensors(seed, counter)
+    zero = torch.zeros_like(counter)
+    return torch.stack(philox_rounds((counter & MASK, (counter >> 32) & MASK, zero, zero), seed), dim=-1)
+
+
+def philox_rounds(words: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten Philox rounds over four int64 tensors holding 32-bit words, with a 64-bit key."""
+    c0, c1, c2, c3 = words
+    k0, k1 = seed & MASK, (seed >> 32) & MASK
+    for _ in range(10):
+        # The 64-bit product wraps in int64, but its bits are right: shift and mask read both halves.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def normal_pairs(words: Tensor) -> Tensor:
+    """Box-Muller on the last axis, in pairs ``(radius word, angle word)``.
+
+    Both words keep their upper 24 bits, centred in their cell: ``u = (word >> 8) 2^-24 + 2^-25``, so ``|z| < 5.9``.
+    Computed in float64 and rounded once: the judge of the kernels' float32 version.
+
+    Args:
+        words: int64 ``[..., 4]`` with values in ``[0, 2^32)``.
+
+    Returns:
+        float32 ``[..., 4]``.
+    """
+    uniform = (words >> 8).to(torch.float64) * 2.0**-24 + 2.0**-25
+    radius = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))
+    angle = (2.0 * math.pi) * uniform[..., 1::2]
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return pairs.flatten(-2).to(torch.float32)
+
+
+def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
+    """Standard normal noise, element ``offset + j`` of each row's stream.
+
+    Args:
+        seed: int64 [B].
+        offset: int64 [B], not negative.
+        count: elements per row.
+
+    Returns:
+        float32 [B, count] on the device of ``seed``.
+    """
+    if seed.shape != offset.shape or seed.dim() != 1:
+        raise ValueError(f"seed and offset must both be [B], got {tuple(seed.shape)} and {tuple(offset.shape)}")
+    if seed.dtype != torch.int64 or offset.dtype != torch.int64:
+        raise TypeError(f"seed and offset must be int64, got {seed.dtype} and {offset.dtype}")
+    rows = seed.shape[0]
+    if count == 0 or rows == 0:
+        return torch.zeros(rows, count, device=seed.device)
+    # One block more than the elements fill: a row may start inside a block.
+    blocks = torch.arange((count + 3) // 4 + 1, device=seed.device)
+    words = philox_uint32(seed[:, None], (offset // 4)[:, None] + blocks)
+    normals = normal_pairs(words).flatten(1)
+    lanes = (offset % 4)[:, None] + torch.arange(count, device=seed.device)
+    return normals.gather(1, lanes)

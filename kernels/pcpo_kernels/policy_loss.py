@@ -1,0 +1,107 @@
+"""The policy loss: exact log-ratio, clip or hinge, step weights and KL, with its gradient."""
+
+from torch import Tensor
+
+from pcpo_kernels import reference as plain
+from pcpo_kernels.checks import check_batched, check_choice, check_float, check_like, check_rows
+from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
+
+
+def policy_loss(
+    output: Tensor,
+    old_output: Tensor | None,
+    noise: Tensor | NoiseKey | Endpoints,
+    linear: Tensor,
+    quadratic: Tensor,
+    scale: Tensor,
+    advantage: Tensor,
+    *,
+    clip_range: float,
+    objective: Objective = "hinge",
+    reduction: Reduction = "mean",
+    reference: Tensor | None = None,
+    kl: Tensor | None = None,
+    unconditional: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+) -> PolicyLoss:
+    """Policy-gradient loss of a batch of (image, step) rows.
+
+    With ``delta = f - f_old`` and the step's credit columns, per row:
+
+        log_ratio = linear <delta, z> - quadratic <delta, delta>
+        hinge:  h = max(0, xi |A| - A log_ratio)
+        clip:   h = max(-A e^log_ratio, -A clip(e^log_ratio, 1 - xi, 1 + xi))
+        loss    = mean over rows of scale h + kl <f - f_ref, f - f_ref>
+
+    where ``<u, v>`` is the mean (or sum) of ``u v`` over the row's elements. The log-ratio is never formed as a
+    difference of two log-probabilities, so it is exactly 0 where the output is unchanged.
+
+    Args:
+        output: new model output ``f`` [B, ...] (the conditional half where ``unconditional`` is given); differentiable.
+        old_output: the output that sampled the step, after guidance [B, ...]; None means this output itself, detached.
+        noise: the step's noise ``z`` as a tensor [B, ...], as a :class:`NoiseKey`, or as :class:`Endpoints` from which
+            it is recovered with ``old_output``. With ``old_output=None`` pass Endpoints: the noise then belongs to
+            the output that it is recovered with.
+        linear, quadratic, scale: [B], rows of a credit table.
+        advantage: [B].
+        clip_range: xi, not negative.
+        objective: ``hinge`` (PCPO, Lee and Ye 2026) or ``clip`` (PPO as in DDPO, DanceGRPO, Flow-GRPO).
+        reduction: inner products as means (all public trainers) or sums over the elements.
+        reference: output of the frozen reference policy, after guidance [B, ...].
+        kl: [B], KL coefficient of each row, already times beta; required with ``reference``.
+        unconditional: unconditional half [B, ...]; differentiable. ``f = u + guidance_scale (output - u)``.
+        guidance_scale: [B], required with ``unconditional``.
+
+    Returns:
+        :class:`PolicyLoss`. Arithmetic in fp32 (fp64 for an fp64 output); gradients in the dtype of their tensor. An
+        empty batch has loss 0.
+
+    Raises:
+        TypeError: a tensor is not floating point, or a key not int64.
+        ValueError: shapes or devices disagree, or a value is not allowed.
+    """
+    check_batched("output", output)
+    check_float("output", output)
+    if old_output is not None:
+        check_like("old_output", old_output, output)
+    rows = {"linear": linear, "quadratic": quadratic, "scale": scale, "advantage": advantage}
+    if (reference is None) != (kl is None):
+        raise ValueError("reference and kl go together: give both or neither")
+    if reference is not None and kl is not None:
+        check_like("reference", reference, output)
+        rows["kl"] = kl
+    if (unconditional is None) != (guidance_scale is None):
+        raise ValueError("unconditional and guidance_scale go together: give both or neither")
+    if unconditional is not None and guidance_scale is not None:
+        check_like("unconditional", unconditional, output)
+        rows["guidance_scale"] = guidance_scale
+    if isinstance(noise, Endpoints):
+        check_like("noise.latents", noise.latents, output)
+        check_like("noise.next_latents", noise.next_latents, output)
+        rows |= {"noise.a": noise.a, "noise.b": noise.b, "noise.std": noise.std}
+    elif isinstance(noise, NoiseKey):
+        rows |= {"noise.seed": noise.seed, "noise.offset": noise.offset}
+    else:
+        check_like("noise", noise, output)
+    for name, value in rows.items():
+        check_rows(name, value, output)
+    check_choice("objective", objective, ("hinge", "clip"))
+    check_choice("reduction", reduction, ("mean", "sum"))
+    if not clip_range >= 0:
+        raise ValueError(f"clip_range must not be negative, got {clip_range}")
+    return plain.policy_loss(
+        output,
+        old_output,
+        noise,
+        linear,
+        quadratic,
+        scale,
+        advantage,
+        clip_range=clip_range,
+        objective=objective,
+        reduction=reduction,
+        reference=reference,
+        kl=kl,
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+    )

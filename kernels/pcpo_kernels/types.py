@@ -1,0 +1,69 @@
+"""What the ops take and return besides plain tensors."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Objective = Literal["hinge", "clip"]
+Reduction = Literal["mean", "sum"]
+
+
+class NoiseKey(NamedTuple):
+    """Standard normal noise by name instead of by value.
+
+    Element ``j`` of row ``r`` is element ``offset[r] + j`` of the Philox4x32-10 stream with key ``seed[r]``
+    (:func:`pcpo_kernels.philox.philox_normal`), so it depends on neither batch size, launch grid nor device.
+
+    Attributes:
+        seed: int64 [B], one key per image.
+        offset: int64 [B], first element; ``step * D`` for step ``step`` of an image with ``D`` latent elements.
+    """
+
+    seed: Tensor
+    offset: Tensor
+
+
+class Endpoints(NamedTuple):
+    """The two ends of a sampled step, from which its noise is recovered: ``z = (x' - a x - b f_old) / std``.
+
+    Attributes:
+        latents: ``x`` [B, ...], where the step started.
+        next_latents: ``x'`` [B, ...], where it ended, as stored (a rounded ``x'`` gives the rounded ``z``).
+        a, b, std: [B], the step's transition; ``std`` must be positive.
+    """
+
+    latents: Tensor
+    next_latents: Tensor
+    a: Tensor
+    b: Tensor
+    std: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """Result of :func:`pcpo_kernels.policy_loss`.
+
+    Attributes:
+        loss: scalar, mean over rows; differentiable in the output (and in ``unconditional`` where given).
+        log_ratio: [B], the log importance ratio of each row; exactly 0 where the output is unchanged.
+        clipped: bool [B], rows whose policy term has zero gradient because the ratio left the clip range.
+        taylor_error: [B], ``|l - (e^l - 1)| / |e^l - 1|``, 0 where ``l`` is 0 (method of PCPO, section on the log-hinge).
+        kl: [B], the KL term of each row before its sum into the loss, or None without a reference.
+    """
+
+    loss: Tensor
+    log_ratio: Tensor
+    clipped: Tensor
+    taylor_error: Tensor
+    kl: Tensor | None
+
+
+class SampledStep(NamedTuple):
+    """Result of :func:`pcpo_kernels.sample_step`.
+
+    Attributes:
+        next_latents: ``x'`` [B, ...] in the dtype of the latents.
+        log_prob: [B], log-density of ``x'`` under the step, reduced over the elements; 0 where ``std`` is 0 (no density).
+    """
+
+    next_latents: Tensor
+    log_prob: Tensor

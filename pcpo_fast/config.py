@@ -1,0 +1,260 @@
+"""The typed configuration of a training run.
+
+A value comes from, in rising order of authority: the defaults here, the algorithm preset (:mod:`pcpo_fast.presets`),
+the YAML file, and the ``key.subkey=value`` overrides of the command line (:mod:`pcpo_fast.config_loading`).
+Every field's description is what ``docs/configuration.md`` prints.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+FLUX_LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, used where ``model.finetune`` is ``lora``."""
+
+    rank: Positive = Field(32, description="rank of the adapters")
+    alpha: PositiveFloat = Field(64.0, description="scale numerator; the update is multiplied by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        FLUX_LORA_TARGETS, min_length=1, description="module names that get an adapter (suffix match, as in peft)"
+    )
+    init: str | None = Field(None, description="folder or file of LoRA weights to start from")
+
+
+class ModelConfig(Section):
+    """Which model is trained and how its weights are held."""
+
+    path: str = Field("assets/tiny-flux", min_length=1, description="folder of a diffusers FluxPipeline, or its hub id")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the model's weights and activations")
+    finetune: Literal["full", "lora"] = Field("full", description="train every transformer weight, or LoRA adapters")
+    lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
+    height: Positive = Field(32, description="image height in pixels")
+    width: Positive = Field(32, description="image width in pixels")
+    guidance: NotNegativeFloat = Field(3.5, description="embedded guidance scale (FLUX.1-dev); unused by FLUX.1-schnell")
+    max_sequence_length: Positive = Field(512, le=512, description="T5 tokens per prompt; longer prompts are cut")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
+    attention: str = Field("native", description="attention backend by diffusers' name: native, flash, xformers, ...")
+    embedding_cache: str | None = Field(
+        None, description="folder of encoded prompts; default: embeddings/ next to the run directories"
+    )
+
+
+class PromptConfig(Section):
+    """Where prompts come from: one per line, or JSONL with ``prompt`` and ``metadata``."""
+
+    train: str = Field("assets/prompts/scenes_train.txt", description="prompts to train on")
+    heldout: str | None = Field(
+        "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained; null: no evaluation"
+    )
+
+
+class SamplerConfig(Section):
+    """The stochastic sampler of the rollouts (docs/method.md)."""
+
+    name: Literal["dance", "flow", "cps"] = Field("dance", description="dance (DanceGRPO), flow (Flow-GRPO) or cps")
+    steps: int = Field(16, ge=2, description="denoising steps")
+    noise: PositiveFloat = Field(0.3, description="noise level eta")
+    shift: PositiveFloat = Field(3.0, description="time shift of the grid")
+    grid: Literal["shifted", "scheduler"] = Field(
+        "shifted", description="shifted: t = s u / (1 + (s - 1) u) on a linear u; scheduler: the pipeline's own grid"
+    )
+    final_step: Literal["default", "clean", "noisy"] = Field(
+        "default", description="decode the clean prediction or the noisy sample of the last step; default: as published"
+    )
+
+
+class RolloutConfig(Section):
+    """How many images an epoch samples, over all ranks together."""
+
+    prompts_per_epoch: Positive = Field(4, description="prompts sampled in an epoch")
+    images_per_prompt: Positive = Field(24, description="group size: images of each prompt")
+    same_initial_noise: bool = Field(True, description="all images of a group start from the same noise")
+    batch_size: Positive = Field(96, description="images sampled at once on each rank; limits memory only")
+
+
+class CreditConfig(Section):
+    """What each step counts for in the loss (docs/method.md)."""
+
+    rule: Literal[
+        "native", "proportionate", "uniform", "pcpo_ratio", "tempflow", "grpo_guard", "fair_clip", "cps_published"
+    ] = Field("proportionate", description="credit rule")
+    objective: Literal["hinge", "clip"] = Field("hinge", description="log-hinge (PCPO) or PPO clip")
+    clip_range: NotNegativeFloat = Field(1e-4, description="clip range of the log-ratio (hinge) or ratio (clip)")
+    reduction: Literal["mean", "sum"] = Field("mean", description="inner products over latent elements")
+    steps: tuple[NotNegative, ...] | None = Field(
+        None, description="steps that may be trained, counted from 0; null: every step with noise, less a clean last step"
+    )
+    train_last_step: bool = Field(False, description="also train the last step where its noisy sample is decoded")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of these steps trained per image, drawn at random")
+    kl_coefficient: NotNegativeFloat = Field(0.0, description="beta of the KL to the frozen start; 0: no reference")
+    kl: Literal["exact", "published"] = Field("exact", description="KL of the Gaussians, or Flow-GRPO's without the step")
+
+
+class AdvantageConfig(Section):
+    """How rewards become advantages."""
+
+    normalization: Literal["group", "flow_grpo", "global", "running"] = Field(
+        "group", description="per group; per-group mean with global std; whole epoch; or a running buffer per prompt"
+    )
+    clip: PositiveFloat = Field(5.0, description="advantages are clipped to plus or minus this")
+
+
+class RewardConfig(Section):
+    """One reward; several are summed with their weights."""
+
+    name: str = Field(min_length=1, description="a built-in reward, or module:function")
+    weight: float = Field(1.0, allow_inf_nan=False, description="factor in the sum")
+    evaluation_only: bool = Field(False, description="measured and logged, not trained on")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the reward")
+
+
+class OptimizerConfig(Section):
+    """AdamW and what guards it."""
+
+    lr: PositiveFloat = Field(1e-5, description="learning rate")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="decay of the first and second moment"
+    )
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NotNegativeFloat = Field(1e-4, description="decoupled weight decay")
+    warmup_updates: NotNegative = Field(0, description="updates over which the learning rate rises from 0")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this norm")
+    weights: Literal["fp32_master", "stochastic_rounding"] = Field(
+        "fp32_master", description="bf16 models: keep an fp32 copy of the weights, or round bf16 updates stochastically"
+    )
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: NotNegative = Field(300, description="rollout phases, each with its updates")
+    updates_per_epoch: Positive = Field(2, description="optimiser steps on disjoint parts of one rollout")
+    inner_epochs: Positive = Field(1, description="passes over the same rollout")
+    micro_batch_size: Positive = Field(1, description="(image, step) pairs in one forward and backward on each rank")
+    old_output: Literal["detach", "rollout", "recompute"] = Field(
+        "detach", description="what the new output is compared with (docs/method.md, Which old output)"
+    )
+    max_skipped_updates: Positive = Field(
+        5, description="end the run after this many updates in a row without a finite gradient"
+    )
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts with fixed seeds."""
+
+    every: NotNegative = Field(10, description="epochs between evaluations; 0: only before and after")
+    prompts: Positive = Field(8, description="held-out prompts used")
+    images_per_prompt: Positive = Field(1, description="images of each")
+    seed: int = Field(1_000_003, ge=0, lt=2**63, description="seed of the images, apart from the training seed")
+    deterministic: bool = Field(True, description="sample without noise (Euler), or with the rollout's sampler")
+    batch_size: Positive = Field(64, description="images sampled at once on each rank")
+
+
+class CheckpointConfig(Section):
+    """What survives a crash."""
+
+    every: NotNegative = Field(10, description="epochs between checkpoints; 0: only at the end")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+
+
+class LoggingConfig(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: dict[str, Any] | None = Field(
+        None, description="keyword arguments of wandb.init, for example {project: pcpo}; null: off"
+    )
+
+
+class Config(Section):
+    """A whole training run."""
+
+    output_dir: str = Field("runs/demo", min_length=1, description="the run directory")
+    seed: int = Field(0, ge=0, lt=2**63, description="fixes every random number of the run")
+    algorithm: str = Field("pcpo", description="preset that fills in what is not set: pcpo, dancegrpo or flow_grpo")
+    deepspeed: str | None = Field(None, description="DeepSpeed JSON; batch sizes, optimizer and precision come from here")
+    model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
+    prompts: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)  # type: ignore[arg-type]
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # type: ignore[arg-type]
+    rewards: tuple[RewardConfig, ...] = Field(
+        (RewardConfig(name="caption_match"),), min_length=1, description="what the policy is trained towards"
+    )
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)  # type: ignore[arg-type]
+    credit: CreditConfig = Field(default_factory=CreditConfig)  # type: ignore[arg-type]
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
+    train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)  # type: ignore[arg-type]
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def check_group(self) -> "Config":
+        """A group needs two images for its mean and spread to say anything."""
+        if self.advantage.normalization in ("group", "flow_grpo") and self.rollout.images_per_prompt < 2:
+            raise ValueError(
+                f"rollout.images_per_prompt: {self.advantage.normalization} advantages compare the images of a prompt, so "
+                "it must be at least 2 (advantage.normalization=global or running allows 1)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_rewards(self) -> "Config":
+        """Something must be trained on, and every reward have its own column in the metrics."""
+        names = [reward.name for reward in self.rewards]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"rewards: {repeated} is listed twice; give it once with the sum of its weights")
+        if all(reward.evaluation_only or reward.weight == 0 for reward in self.rewards):
+            raise ValueError("rewards: at least one must have a weight other than 0 and not be evaluation_only")
+        return self
+
+    @model_validator(mode="after")
+    def check_weights(self) -> "Config":
+        """Stochastic rounding is a property of bf16 weights."""
+        if self.optimizer.weights == "stochastic_rounding" and self.model.dtype != "bfloat16":
+            raise ValueError("optimizer.weights: stochastic_rounding needs model.dtype=bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def check_division(self) -> "Config":
+        """Every update of an epoch sees the same number of images."""
+        images = self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
+        if images % self.train.updates_per_epoch:
+            raise ValueError(
+                f"train.updates_per_epoch: {images} images per epoch (rollout.prompts_per_epoch x images_per_prompt) "
+                f"cannot be divided into {self.train.updates_per_epoch} equal updates"
+            )
+        return self
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images sampled in an epoch over all ranks."""
+        return self.rollout.prompts_per_epoch * self.rollout.images_per_prompt

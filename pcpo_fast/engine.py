@@ -1,0 +1,205 @@
+"""DeepSpeed, and nothing but DeepSpeed: one process or a thousand go through the same engine."""
+
+import json
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pcpo_fast.config import Config
+from pcpo_fast.distributed import local_rank, rank
+from pcpo_fast.errors import UserError
+from pcpo_fast.optimizers import GuardedAdamW, StochasticAdamW
+
+OWNED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "gradient_clipping",
+)
+"""DeepSpeed settings that the configuration decides; naming them in the JSON would say the same thing twice."""
+
+
+def start_distributed() -> torch.device:
+    """Join the process group of the launcher, or make one of a single process; returns this rank's device."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _import_deepspeed()
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            # No launcher: a store in memory needs neither a port nor a host name.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    return torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
+
+
+def stop_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of an optimiser step.
+
+    Attributes:
+        applied: False where a gradient was not finite and the step was left out.
+        grad_norm: global norm before clipping; NaN or infinite where the step was left out.
+        lr: learning rate of the step.
+    """
+
+    applied: bool
+    grad_norm: float
+    lr: float
+
+
+class Engine:
+    """Gradient accumulation, clipping, mixed precision and the optimiser around a module.
+
+    Args:
+        module: the model; its trainable parameters are optimised.
+        config: sections ``optimizer``, ``model``, ``train`` and ``deepspeed`` are used.
+        accumulation: micro-batches per optimiser step.
+
+    Raises:
+        UserError: the DeepSpeed JSON is missing, malformed, or sets what the configuration owns.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, accumulation: int) -> None:
+        deepspeed = _import_deepspeed()
+        settings = config.optimizer
+        self.warmup, self.lr = settings.warmup_updates, settings.lr
+        self.updates = 0
+        self.last_step = StepOutcome(True, 0.0, 0.0)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        common: dict[str, Any] = {
+            "lr": settings.lr,
+            "betas": settings.betas,
+            "eps": settings.eps,
+            "weight_decay": settings.weight_decay,
+        }
+        if settings.weights == "stochastic_rounding":
+            self.optimizer: Any = StochasticAdamW(parameters, **common, seed=config.seed)
+        else:
+            self.optimizer = GuardedAdamW(parameters, **common)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self.optimizer,
+            model_parameters=parameters,
+            config=deepspeed_config(config, accumulation),
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The engine as a module: calling it runs the model with DeepSpeed's hooks."""
+        return self.deepspeed  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient; the engine divides by the number of micro-batches."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """End a micro-batch; on the last of an update, step the optimiser and set :attr:`last_step`."""
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        lr = self.lr * min(1.0, (self.updates + 1) / (self.warmup + 1))
+        if boundary:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        self.deepspeed.step()
+        if boundary:
+            norm = self.deepspeed.get_global_grad_norm()
+            applied = not self.optimizer.skipped and self.deepspeed.was_step_applied()
+            self.last_step = StepOutcome(applied, math.nan if norm is None else float(norm), lr)
+            self.updates += int(applied)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Every parameter and buffer, whole and on the CPU; empty on ranks other than 0. All ranks must call it."""
+        import deepspeed
+
+        partitioned = self.deepspeed.zero_optimization_stage() == 3
+        state: dict[str, Tensor] = {}
+        tensors = dict(self.deepspeed.module.named_parameters()) | dict(self.deepspeed.module.named_buffers())
+        for name, tensor in tensors.items():
+            with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned and hasattr(tensor, "ds_id")):
+                if rank() == 0:
+                    state[name] = tensor.detach().to("cpu", copy=True)
+        return state
+
+
+def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed settings of a run: the user's JSON, and what the configuration decides.
+
+    Raises:
+        UserError: the JSON is missing, malformed, or sets one of :data:`OWNED_KEYS`.
+    """
+    settings = {} if config.deepspeed is None else _read_json(Path(config.deepspeed))
+    for key in OWNED_KEYS:
+        if key in settings:
+            raise UserError(f"{config.deepspeed}: {key} is set by the configuration, so remove it from the DeepSpeed file")
+    zero = settings.setdefault("zero_optimization", {})
+    if config.model.dtype == "bfloat16":
+        # Stage 0 would keep bf16 gradients; stage 1 accumulates in fp32 and costs nothing on one GPU.
+        zero.setdefault("stage", 1)
+        if zero["stage"] == 0:
+            raise UserError(
+                f"{config.deepspeed}: zero_optimization.stage 0 has no fp32 weights for a bfloat16 model; allowed: 1, 2, 3"
+            )
+        settings["bf16"] = {"enabled": True}
+        if config.optimizer.weights == "stochastic_rounding":
+            settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+            zero["stage"] = max(zero["stage"], 2)
+        else:
+            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    return settings | {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"deepspeed: {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed: {path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed: {path} line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path} must hold a JSON object")
+    return settings
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed quietly and keep it from compiling an op at the start of every CPU run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING if os.environ.get("PCPO_DEEPSPEED_LOG") else logging.ERROR)
+    if not torch.cuda.is_available():
+        # Plain gloo does what the loop needs; the shared-memory op takes half a minute and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,104 @@
+"""What the loop asks of a model family; one subclass per family holds everything that differs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Conditioning = dict[str, Tensor]
+"""Named tensors with one row per image; rows are chosen with :func:`select_rows`."""
+
+
+def select_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
+    """The given rows of every tensor."""
+    return {name: value.index_select(0, rows.to(value.device)) for name, value in conditioning.items()}
+
+
+class Policy(ABC):
+    """A generative model seen as a policy: conditioning and noisy latents in, model output out.
+
+    Attributes:
+        module: the network that is trained.
+        forward_module: what :meth:`predict` calls; the engine puts its wrapper of ``module`` here.
+        times_are_flow: whether a clean final step is ``x - t f`` (velocity models).
+    """
+
+    family: ClassVar[str]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.forward_module: nn.Module = module
+        self.reference_module: nn.Module | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the network's weights."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents as the sampler sees them."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of each prompt, on the CPU."""
+
+    @abstractmethod
+    def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Model output after guidance.
+
+        Args:
+            latents: [B, *latent_shape], any float dtype.
+            times: [B], 1 noise to 0 image; rows may differ.
+            conditioning: B rows.
+
+        Returns:
+            [B, *latent_shape] in the model's dtype.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], float32 in 0..1, from clean latents [B, *latent_shape]."""
+
+    @abstractmethod
+    def scheduler_times(self, steps: int) -> Tensor:
+        """The time grid of the pipeline's own scheduler: float64 [steps + 1], from 1 (or near) down to 0."""
+
+    @abstractmethod
+    def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write trained weights in diffusers' format: LoRA safetensors, or a whole model folder."""
+
+    @abstractmethod
+    def trained_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of a full state that :meth:`save_weights` needs."""
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters with gradients, in module order."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within the block, :meth:`predict` is the frozen start of the training: adapters off, or the kept copy."""
+        if self.reference_module is not None:
+            trained, self.forward_module = self.forward_module, self.reference_module
+            try:
+                yield
+            finally:
+                self.forward_module = trained
+            return
+        adapted: Any = self.module
+        adapted.disable_adapters()
+        try:
+            yield
+        finally:
+            adapted.enable_adapters()

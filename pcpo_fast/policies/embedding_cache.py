@@ -1,0 +1,90 @@
+"""Encoded prompts on disk: text encoders run once per prompt and leave the memory."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pcpo_fast.distributed import barrier, local_rank, local_world_size
+
+
+class EmbeddingCache:
+    """One safetensors file per prompt under ``folder / fingerprint``.
+
+    The fingerprint names everything that an embedding depends on besides the prompt, so a changed model or sequence
+    length never meets old files. A file that cannot be read is encoded again.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder / fingerprint
+
+    def path(self, prompt: str) -> Path:
+        """Where a prompt's embeddings are."""
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Distinct prompts without a file, in order."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).exists()]
+
+    def store(self, prompt: str, embeddings: dict[str, Tensor]) -> None:
+        """Write a prompt's embeddings; a reader never sees half a file."""
+        path = self.path(prompt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({name: value.contiguous().cpu() for name, value in embeddings.items()}, temporary)
+        temporary.replace(path)
+
+    def load(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Stack the embeddings of prompts that are in the cache: each tensor [len(prompts), ...] on the CPU."""
+        distinct = {prompt: load_file(self.path(prompt)) for prompt in dict.fromkeys(prompts)}
+        names = next(iter(distinct.values())).keys()
+        return {name: torch.stack([distinct[prompt][name] for prompt in prompts]) for name in names}
+
+    def fill(self, prompts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int = 16) -> int:
+        """Encode what is missing, shared among the ranks of this machine, and wait for all of it.
+
+        Args:
+            prompts: prompts that must be in the cache afterwards.
+            encode: takes some prompts, returns tensors with a row for each; called only where something is missing.
+            batch_size: prompts per call of ``encode``.
+
+        Returns:
+            How many prompts were missing.
+        """
+        self.drop_damaged(prompts)
+        barrier()
+        missing = self.missing(prompts)
+        barrier()
+        mine = missing[local_rank() :: local_world_size()]
+        for start in range(0, len(mine), batch_size):
+            chunk = mine[start : start + batch_size]
+            rows = encode(chunk)
+            for index, prompt in enumerate(chunk):
+                self.store(prompt, {name: value[index] for name, value in rows.items()})
+        barrier()
+        return len(missing)
+
+    def drop_damaged(self, prompts: Sequence[str]) -> None:
+        """Remove files that are not whole safetensors files."""
+        for prompt in dict.fromkeys(prompts):
+            path = self.path(prompt)
+            if path.exists():
+                try:
+                    load_file(path)
+                except (SafetensorError, OSError, ValueError):
+                    path.unlink(missing_ok=True)
+
+
+def folder_fingerprint(folders: Sequence[Path], *parts: object) -> str:
+    """A short hash of the names, sizes and modification times of all files in ``folders`` and of ``parts``."""
+    digest = hashlib.sha256(repr(parts).encode())
+    for folder in folders:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            stat = file.stat()
+            digest.update(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,236 @@
+"""FLUX as a policy: packed latents, embedded guidance, CLIP and T5 conditioning."""
+
+import gc
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from pcpo_fast.config import ModelConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.policies.attention import choose_attention
+from pcpo_fast.policies.base import Conditioning, Policy
+from pcpo_fast.policies.embedding_cache import EmbeddingCache, folder_fingerprint
+from pcpo_fast.policies.locating import pipeline_folder
+from pcpo_fast.policies.lora import add_lora, load_lora
+from pcpo_fast.policies.truncation import warn_of_long_prompts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+class FluxPolicy(Policy):
+    """FLUX.1-dev, FLUX.1-schnell, or any other :class:`diffusers.FluxPipeline`.
+
+    Latents are packed: [B, tokens, channels] with one token per 2 x 2 latent pixels, as the transformer takes them.
+    """
+
+    family: ClassVar[str] = "flux"
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        *,
+        height: int,
+        width: int,
+        guidance: float = 3.5,
+        folder: Path | None = None,
+        cache: EmbeddingCache | None = None,
+        max_sequence_length: int = 512,
+    ) -> None:
+        """Put a policy together from loaded parts.
+
+        Raises:
+            UserError: the VAE and the 2 x 2 packing cannot take the image size.
+        """
+        super().__init__(transformer)
+        self.transformer = transformer
+        self.vae = vae
+        self.scheduler = scheduler
+        self.guidance = guidance
+        self.folder = folder
+        self.cache = cache
+        self.max_sequence_length = max_sequence_length
+        self.vae_scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        unit = 2 * self.vae_scale
+        for name, size in (("height", height), ("width", width)):
+            if size % unit:
+                below = max(size // unit, 1) * unit
+                raise UserError(
+                    f"model.{name}: {size} is not a multiple of {unit} (VAE factor {self.vae_scale}, packed 2 x 2); "
+                    f"nearest sizes: {below} and {below + unit}"
+                )
+        self.rows, self.columns = height // unit, width // unit
+
+    @classmethod
+    def load(cls, settings: ModelConfig, cache_folder: Path, device: torch.device) -> "FluxPolicy":
+        """Load transformer and VAE (not the encoders) of a pipeline folder or hub id.
+
+        Args:
+            settings: the configuration's ``model`` section.
+            cache_folder: where encoded prompts are kept.
+            device: where transformer and VAE go.
+
+        Raises:
+            UserError: as in :func:`pcpo_fast.policies.locating.pipeline_folder`; LoRA, attention or image size refused.
+        """
+        folder = pipeline_folder(settings.path, settings.revision, "FluxPipeline")
+        dtype = DTYPES[settings.dtype]
+        pipeline = _load_pipeline(folder, torch_dtype=dtype, **dict.fromkeys(ENCODERS))
+        fingerprint = folder_fingerprint(
+            [folder / name for name in ENCODERS], settings.max_sequence_length, settings.dtype, FluxPipeline.__name__
+        )
+        policy = cls(
+            pipeline.transformer,
+            pipeline.vae,
+            pipeline.scheduler,
+            height=settings.height,
+            width=settings.width,
+            guidance=settings.guidance,
+            folder=folder,
+            cache=EmbeddingCache(cache_folder, fingerprint),
+            max_sequence_length=settings.max_sequence_length,
+        )
+        policy.vae.requires_grad_(False).to(device)
+        policy.transformer.to(device)
+        choose_attention(policy.transformer, settings.attention)
+        if settings.finetune == "lora":
+            add_lora(policy.transformer, settings.lora)
+            if settings.lora.init is not None:
+                load_lora(policy.transformer, settings.lora.init, FluxPipeline)
+        else:
+            policy.transformer.requires_grad_(True)
+        if settings.gradient_checkpointing:
+            policy.transformer.enable_gradient_checkpointing()
+        policy.transformer.train()
+        return policy
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(tokens, channels) of one image."""
+        return self.rows * self.columns, int(self.transformer.config["in_channels"])
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """T5 states and pooled CLIP state of each prompt, from the cache; the encoders load only for new prompts."""
+        if self.cache is None or self.folder is None:
+            raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
+        encoders: list[Any] = []
+
+        def encode_now(chunk: list[str]) -> Conditioning:
+            if not encoders:
+                encoders.append(self._load_encoders())
+                warn_of_long_prompts(prompts, encoders[0].tokenizer_2, self.max_sequence_length, "T5")
+            with torch.no_grad():
+                states, pooled, _ = encoders[0].encode_prompt(
+                    chunk, prompt_2=chunk, device=self.device, max_sequence_length=self.max_sequence_length
+                )
+            return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+
+        self.cache.fill(prompts, encode_now)
+        if encoders:
+            encoders.clear()
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return self.cache.load(prompts)
+
+    def _load_encoders(self) -> FluxPipeline:
+        assert self.folder is not None
+        pipeline = _load_pipeline(self.folder, torch_dtype=self.dtype, transformer=None, vae=None)
+        return pipeline.to(self.device)
+
+    def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity for a batch whose rows may be at different times; the exact time, not one cut to an integer."""
+        device, dtype = latents.device, self.dtype
+        states = conditioning["prompt_embeds"].to(device, dtype)
+        guidance = None
+        if self.transformer.config["guidance_embeds"]:
+            guidance = torch.full((latents.shape[0],), self.guidance, device=device, dtype=torch.float32)
+        return self.forward_module(
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=states,
+            pooled_projections=conditioning["pooled_prompt_embeds"].to(device, dtype),
+            timestep=times.to(device, torch.float32),
+            img_ids=self._image_ids(device, dtype),
+            txt_ids=torch.zeros(states.shape[1], 3, device=device, dtype=dtype),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+
+    def _image_ids(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        row = torch.arange(self.rows, device=device).repeat_interleave(self.columns)
+        column = torch.arange(self.columns, device=device).repeat(self.rows)
+        return torch.stack((torch.zeros_like(row), row, column), dim=1).to(dtype)
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """[B, tokens, 4 C] to the VAE's [B, C, 2 rows, 2 columns]."""
+        batch, _, channels = latents.shape
+        pixels = latents.reshape(batch, self.rows, self.columns, channels // 4, 2, 2)
+        return pixels.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * self.rows, 2 * self.columns)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Inverse of :meth:`unpack`."""
+        batch, channels, height, width = latents.shape
+        pixels = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+        return pixels.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode packed latents to images."""
+        config = self.vae.config
+        pixels = self.unpack(latents) / config["scaling_factor"] + (config["shift_factor"] or 0.0)
+        images = self.vae.decode(pixels.to(next(self.vae.parameters()).dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def scheduler_times(self, steps: int) -> Tensor:
+        """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        get = scheduler.config.get
+        mu = calculate_shift(
+            self.rows * self.columns,
+            get("base_image_seq_len", 256),
+            get("max_image_seq_len", 4096),
+            get("base_shift", 0.5),
+            get("max_shift", 1.15),
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return scheduler.sigmas.double()
+
+    def trained_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adapter weights for LoRA, everything for full fine-tuning."""
+        if hasattr(self.transformer, "peft_config"):
+            return dict(get_peft_model_state_dict(self.transformer, state_dict=dict(state)))
+        return dict(state)
+
+    def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """``pytorch_lora_weights.safetensors`` for :meth:`FluxPipeline.load_lora_weights`, or ``transformer/``."""
+        trained = self.trained_state(state)
+        if hasattr(self.transformer, "peft_config"):
+            FluxPipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=trained,
+                **_collate_lora_metadata({"transformer": self.transformer}),
+            )
+        else:
+            self.transformer.save_pretrained(folder / "transformer", state_dict=trained)
+
+    def parameter_count(self) -> int:
+        """All parameters of the transformer, adapters apart."""
+        return sum(math.prod(p.shape) for name, p in self.transformer.named_parameters() if "lora_" not in name)
+
+
+def _load_pipeline(folder: Path, **options: Any) -> Any:
+    try:
+        return FluxPipeline.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path: {folder} cannot be loaded as a FluxPipeline: {str(error).splitlines()[0]}") from None

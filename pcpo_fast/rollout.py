@@ -1,0 +1,159 @@
+"""Rollouts: images sampled with a stochastic sampler, and the trajectories that the update needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pcpo_kernels import NoiseKey, philox_normal, sample_step
+from torch import Tensor
+
+from pcpo_fast.config import RolloutConfig
+from pcpo_fast.epoch_plan import EpochPlan
+from pcpo_fast.noise_keys import Purpose, random_key
+from pcpo_fast.policies import Conditioning, Policy, select_rows
+from pcpo_fast.transitions import Transitions
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """A sampler's columns in float32 on the policy's device, ready to be indexed by step.
+
+    Attributes:
+        times: [N + 1].
+        a, b, std: [N], as sampled.
+        noisy: N flags, whether the step has noise; known on the host so that a rollout never waits for the device.
+    """
+
+    times: Tensor
+    a: Tensor
+    b: Tensor
+    std: Tensor
+    noisy: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, transitions: Transitions, device: torch.device) -> "StepTable":
+        """Move a float64 table to a device. A clean last step becomes ``x - t f``: no noise, all the way to t = 0."""
+        a, b, std = transitions.a.clone(), transitions.b.clone(), transitions.std.clone()
+        if transitions.final_step == "clean":
+            a[-1], b[-1], std[-1] = 1.0, -transitions.times[-2], 0.0
+        columns = (column.to(device, torch.float32) for column in (transitions.times, a, b, std))
+        return cls(*columns, tuple((std > 0).tolist()))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps N."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What happened to a batch of images.
+
+    Attributes:
+        latents: float32 [B, N + 1, ...], from noise to image; the last is what was decoded.
+        outputs: [B, N, ...], the model's outputs in its own dtype.
+    """
+
+    latents: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A rank's images of an epoch, in the order of ``plan.images.flatten()``.
+
+    Attributes:
+        plan: what was asked for.
+        conditioning: n rows.
+        seeds: int64 [n], key of each image's step noise; its offset at step i is ``i * D``.
+        trajectories: n rows.
+        images: float32 [n, 3, H, W] in 0..1.
+    """
+
+    plan: EpochPlan
+    conditioning: Conditioning
+    seeds: Tensor
+    trajectories: Trajectories
+    images: Tensor
+
+
+def initial_latents(policy: Policy, keys: Tensor) -> Tensor:
+    """Standard normal latents [B, *latent_shape], float32, one int64 key per image."""
+    count = torch.Size(policy.latent_shape).numel()
+    noise = philox_normal(keys, torch.zeros_like(keys), count)
+    return noise.reshape(-1, *policy.latent_shape)
+
+
+@torch.no_grad()
+def sample_trajectories(
+    policy: Policy,
+    conditioning: Conditioning,
+    initial: Tensor,
+    seeds: Tensor,
+    table: StepTable,
+    *,
+    keep: bool = True,
+) -> Trajectories:
+    """Run the sampler from given initial latents.
+
+    Args:
+        policy: predicts; evaluated without gradients.
+        conditioning: B rows.
+        initial: float32 [B, ...].
+        seeds: int64 [B], keys of the step noise.
+        table: the sampler.
+        keep: keep every latent and output; otherwise only the final latents are returned ([B, 1, ...], no outputs).
+    """
+    x = initial
+    count = x[0].numel()
+    latents, outputs = [x], []
+    for step in range(table.steps):
+        rows = [column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std)]
+        output = policy.predict(x, rows[0], conditioning)
+        noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if table.noisy[step] else None
+        x = sample_step(x, output, *rows[1:], noise).next_latents
+        if keep:
+            latents.append(x)
+            outputs.append(output)
+    if not keep:
+        return Trajectories(x[:, None], x.new_empty(x.shape[0], 0))
+    return Trajectories(torch.stack(latents, dim=1), torch.stack(outputs, dim=1))
+
+
+def collect_rollout(
+    policy: Policy,
+    encode: Callable[[list[int]], Conditioning],
+    plan: EpochPlan,
+    settings: RolloutConfig,
+    table: StepTable,
+    seed: int,
+) -> Rollout:
+    """Sample this rank's images of an epoch.
+
+    Args:
+        policy: the current policy.
+        encode: conditioning of prompts, by their index in the prompt list.
+        plan: which images.
+        settings: the configuration's ``rollout`` section.
+        table: the sampler.
+        seed: the run's seed; with epoch, group and image it fixes every noise.
+    """
+    device = policy.device
+    numbers = plan.images.flatten()
+    groups, members = numbers // settings.images_per_prompt, numbers % settings.images_per_prompt
+    pairs = list(zip(groups.tolist(), members.tolist(), strict=True))
+    first = [random_key(Purpose.INITIAL_NOISE, seed, plan.epoch, g, 0 if settings.same_initial_noise else m) for g, m in pairs]
+    initial_keys = torch.tensor(first, device=device)
+    seeds = torch.tensor([random_key(Purpose.STEP_NOISE, seed, plan.epoch, g, m) for g, m in pairs], device=device)
+    per_group = encode(plan.prompts.tolist())
+    conditioning = {name: value.to(device) for name, value in select_rows(per_group, groups).items()}
+
+    parts, images = [], []
+    for rows in torch.arange(len(pairs), device=device).split(settings.batch_size):
+        part = sample_trajectories(
+            policy, select_rows(conditioning, rows), initial_latents(policy, initial_keys[rows]), seeds[rows], table
+        )
+        parts.append(part)
+        images.append(policy.decode(part.latents[:, -1]))
+    trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))
+    return Rollout(plan, conditioning, seeds, trajectories, torch.cat(images))

@@ -1,0 +1,59 @@
+"""Sums per step on the device, turned into metrics with one transfer per optimiser step."""
+
+import torch
+from pcpo_kernels import PolicyLoss
+from torch import Tensor
+
+from pcpo_fast.distributed import sum_over_ranks
+
+_COLUMNS = ("count", "clipped", "log_ratio_abs", "taylor_error", "kl", "mismatch_count", "output", "log_ratio")
+
+
+class StepStatistics:
+    """Accumulates the row results of one optimiser step.
+
+    Args:
+        steps: number of sampler steps N.
+        device: where the row results are.
+    """
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.sums = torch.zeros(len(_COLUMNS), steps, dtype=torch.float64, device=device)
+        self.loss = torch.zeros(2, dtype=torch.float64, device=device)
+        self.has_kl = False
+
+    def add(self, steps: Tensor, result: PolicyLoss) -> None:
+        """Add a micro-batch: int64 [M] steps and its loss result."""
+        self.has_kl = self.has_kl or result.kl is not None
+        kl = torch.zeros_like(result.log_ratio) if result.kl is None else result.kl
+        ones = torch.ones_like(result.log_ratio)
+        rows = torch.stack((ones, result.clipped.to(ones.dtype), result.log_ratio.abs(), result.taylor_error, kl))
+        self.sums[:5].index_add_(1, steps, rows.detach().double())
+        self.loss += torch.stack((result.loss.detach().double(), torch.ones_like(self.loss[0])))
+
+    def add_mismatch(self, steps: Tensor, relative: Tensor, log_ratio: Tensor) -> None:
+        """Add the rollout/update mismatch of a micro-batch: relative output change and log-ratio, both [M]."""
+        rows = torch.stack((torch.ones_like(relative), relative, log_ratio.abs()))
+        self.sums[5:].index_add_(1, steps, rows.double())
+
+    def metrics(self) -> dict[str, float]:
+        """Means over all rows of all ranks, overall and per step."""
+        packed = sum_over_ranks(torch.cat((self.sums.flatten(), self.loss))).cpu()
+        loss, batches = packed[-2:].tolist()
+        sums = dict(zip(_COLUMNS, packed[:-2].reshape(len(_COLUMNS), -1), strict=True))
+        count, mismatches = sums["count"], sums["mismatch_count"]
+        names = {"clip_fraction": "clipped", "log_ratio_abs": "log_ratio_abs", "taylor_error": "taylor_error"}
+        if self.has_kl:
+            names["kl"] = "kl"
+        metrics = {"policy/loss": loss / max(batches, 1.0)}
+        for name, column in names.items():
+            metrics[f"policy/{name}"] = float(sums[column].sum() / count.sum())
+        trained = [step for step, n in enumerate(count.tolist()) if n]
+        for step in trained:
+            metrics[f"policy/clip_fraction_step_{step}"] = float(sums["clipped"][step] / count[step])
+        if mismatches.sum() > 0:
+            for name in ("output", "log_ratio"):
+                metrics[f"rollout/mismatch_{name}"] = float(sums[name].sum() / mismatches.sum())
+                for step in (step for step in trained if mismatches[step] > 0):
+                    metrics[f"rollout/mismatch_{name}_step_{step}"] = float(sums[name][step] / mismatches[step])
+        return metrics
