@@ -66,3 +66,8 @@ def gather_objects(value: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
+
+
+def launcher_rank() -> int:
+    """This process's rank as the launcher set it, valid before and after the process group exists."""
+    return int(os.environ.get("RANK", "0"))

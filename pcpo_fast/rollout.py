@@ -32,10 +32,9 @@ class StepTable:
 
     @classmethod
     def of(cls, transitions: Transitions, device: torch.device) -> "StepTable":
-        """Move a float64 table to a device. A clean last step becomes ``x - t f``: no noise, all the way to t = 0."""
+        """Move a float64 table to a device, its last row as it is decoded (without noise for a clean final step)."""
         a, b, std = transitions.a.clone(), transitions.b.clone(), transitions.std.clone()
-        if transitions.final_step == "clean":
-            a[-1], b[-1], std[-1] = 1.0, -transitions.times[-2], 0.0
+        a[-1], b[-1], std[-1] = transitions.final_row
         columns = (column.to(device, torch.float32) for column in (transitions.times, a, b, std))
         return cls(*columns, tuple((std > 0).tolist()))
 

@@ -24,7 +24,6 @@ class Policy(ABC):
     Attributes:
         module: the network that is trained.
         forward_module: what :meth:`predict` calls; the engine puts its wrapper of ``module`` here.
-        times_are_flow: whether a clean final step is ``x - t f`` (velocity models).
     """
 
     family: ClassVar[str]
@@ -50,8 +49,12 @@ class Policy(ABC):
         """Shape of one image's latents as the sampler sees them."""
 
     @abstractmethod
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Make sure that :meth:`encode` needs no text encoder for these prompts; all ranks must call it."""
+
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of each prompt, on the CPU."""
+        """Conditioning of each prompt, on the CPU. All ranks must call it with the same prompts."""
 
     @abstractmethod
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:

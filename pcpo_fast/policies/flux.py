@@ -121,7 +121,14 @@ class FluxPolicy(Policy):
         return self.rows * self.columns, int(self.transformer.config["in_channels"])
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """T5 states and pooled CLIP state of each prompt, from the cache; the encoders load only for new prompts."""
+        """T5 states and pooled CLIP state of each prompt, from the cache."""
+        if self.cache is None or self.cache.missing(prompts):
+            self.prepare_prompts(prompts)
+        assert self.cache is not None
+        return self.cache.load(prompts)
+
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode what the cache lacks; the encoders load only for that, and leave the memory afterwards."""
         if self.cache is None or self.folder is None:
             raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
         encoders: list[Any] = []
@@ -142,7 +149,6 @@ class FluxPolicy(Policy):
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return self.cache.load(prompts)
 
     def _load_encoders(self) -> FluxPipeline:
         assert self.folder is not None

@@ -1,0 +1,5 @@
+"""``python -m pcpo_fast``."""
+
+from pcpo_fast.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,92 @@
+"""Checkpoints: DeepSpeed's state, the trained weights in diffusers' format, and where the loop stood.
+
+A checkpoint is written under a hidden name and renamed when it is whole, so a folder ``epoch_000010`` is complete or
+not there. Everything random in a run is keyed by its seed and the epoch, so no generator state needs saving.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pcpo_fast.atomic import write_atomically
+from pcpo_fast.distributed import barrier, rank
+from pcpo_fast.engine import Engine
+from pcpo_fast.errors import UserError
+from pcpo_fast.policies import Policy
+
+STATE_FILE = "state.json"
+WEIGHTS = "weights"
+_NAME = re.compile(r"epoch_(\d{6,})")
+
+
+def save_checkpoint(folder: Path, engine: Engine, policy: Policy, epoch: int, state: dict[str, Any], keep: int) -> Path:
+    """Write ``folder/epoch_<epoch>`` and drop all but the newest ``keep`` checkpoints; all ranks must call it.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        engine, policy: what is saved.
+        epoch: epochs trained so far.
+        state: the loop's own state, JSON values only.
+        keep: checkpoints that stay.
+    """
+    final = folder / f"epoch_{epoch:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    engine.deepspeed.save_checkpoint(str(temporary), tag="engine", exclude_frozen_parameters=True)
+    weights = engine.full_state()
+    if rank() == 0:
+        policy.save_weights(temporary / WEIGHTS, weights)
+        write_atomically(temporary / STATE_FILE, json.dumps(state | {"epoch": epoch, "updates": engine.updates}))
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+    return final
+
+
+def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
+    """Restore engine and optimiser from a checkpoint folder; returns the loop's state with its ``epoch``.
+
+    Raises:
+        UserError: the folder is no checkpoint, or does not fit the model.
+    """
+    state = read_state(path)
+    try:
+        loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=False)
+    except (RuntimeError, KeyError, ValueError, AssertionError, FileNotFoundError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint {path} cannot be loaded into this run: {reason}") from None
+    if loaded is None:
+        raise UserError(f"checkpoint {path} holds no engine state")
+    engine.updates = int(state["updates"])
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's ``state.json``.
+
+    Raises:
+        UserError: it is missing or not what this file writes.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        int(state["epoch"]), int(state["updates"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a checkpoint of this trainer (no valid {STATE_FILE} in it)") from None
+    return dict(state)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints under ``folder``, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch_")))

@@ -1,0 +1,112 @@
+"""``pcpo-fast credit``: what each step of a sampler counts for."""
+
+import argparse
+from typing import Any
+
+EXAMPLES = """examples:
+  pcpo-fast credit --sampler dance --steps 16 --noise 0.3 --shift 3
+  pcpo-fast credit --sampler flow --steps 10 --noise 0.7 --plot credit.png
+  pcpo-fast credit --sampler ddim --steps 50 --eta 1 --json
+  pcpo-fast credit --sampler ddim --steps 50 --variance reshaped --weight 4.5"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "credit",
+        help="show native and proportionate credit per step",
+        description="Show native and proportionate credit per step of a sampler.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sampler", choices=("dance", "flow", "cps", "ddim"), default="dance")
+    parser.add_argument("--steps", type=int, default=16, help="denoising steps (default 16)")
+    parser.add_argument("--noise", type=float, help="noise level of dance (default 0.3), flow (0.7) or cps (0.7)")
+    parser.add_argument("--shift", type=float, help="time shift of dance, flow and cps (default 3)")
+    parser.add_argument("--eta", type=float, help="noise level of ddim (default 1)")
+    parser.add_argument("--variance", choices=("native", "reshaped", "exact"), help="ddim's variance (default native)")
+    parser.add_argument("--weight", type=float, help="credit that the reshaped or exact variance is solved for")
+    parser.add_argument("--rule", default="proportionate", help="credit rule shown as used (default proportionate)")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the table")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table, and draw it where asked to."""
+    import json
+    from pathlib import Path
+
+    from pcpo_fast.credit import credit_table
+    from pcpo_fast.errors import UserError
+    from pcpo_fast.run_results import credit_record
+
+    try:
+        transitions = _transitions(arguments)
+        record = credit_record(arguments.sampler, transitions, credit_table(transitions, arguments.rule))
+    except ValueError as error:
+        raise UserError(f"credit: {error}") from None
+    if arguments.plot is not None:
+        from pcpo_fast.reporting.plots import credit_figure, save_figure
+
+        title = f"{arguments.sampler}, {arguments.steps} steps"
+        figure = credit_figure(record["times"], record["native"], record["proportionate"], record["zeta"], title)
+        try:
+            save_figure(figure, Path(arguments.plot))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--plot {arguments.plot}: cannot be written: {error}") from None
+    if arguments.json:
+        print(json.dumps(record))
+    else:
+        _print_table(record)
+        if arguments.plot is not None:
+            print(f"Plot: {arguments.plot}")
+    return 0
+
+
+def _transitions(arguments: argparse.Namespace) -> Any:
+    from pcpo_fast.errors import UserError
+    from pcpo_fast.transitions import (
+        coefficients_preserving,
+        dance_sde,
+        ddim,
+        ddim_timesteps,
+        flow_sde,
+        shifted_times,
+        stable_diffusion_alphas,
+    )
+
+    flow_only, ddim_only = ("noise", "shift"), ("eta", "variance", "weight")
+    foreign = flow_only if arguments.sampler == "ddim" else ddim_only
+    for name in foreign:
+        if getattr(arguments, name) is not None:
+            takes = ddim_only if arguments.sampler == "ddim" else flow_only
+            raise UserError(
+                f"--{name} does not apply to {arguments.sampler}, which takes --{', --'.join(takes)}"
+            )
+    if arguments.sampler == "ddim":
+        eta = 1.0 if arguments.eta is None else arguments.eta
+        timesteps = ddim_timesteps(arguments.steps)
+        variance = arguments.variance or "native"
+        return ddim(stable_diffusion_alphas(), timesteps, eta, variance=variance, weight=arguments.weight)
+    times = shifted_times(arguments.steps, 3.0 if arguments.shift is None else arguments.shift)
+    sampler, usual = {"dance": (dance_sde, 0.3), "flow": (flow_sde, 0.7), "cps": (coefficients_preserving, 0.7)}[
+        arguments.sampler
+    ]
+    return sampler(times, usual if arguments.noise is None else arguments.noise)
+
+
+def _print_table(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['sampler']}: credit per step, zeta = {record['zeta']:.6g}")
+    for name in ("step", "from t", "to t", "native", "proportionate", "native / proportionate"):
+        table.add_column(name, justify="right")
+    times = record["times"]
+    for step, (native, target) in enumerate(zip(record["native"], record["proportionate"], strict=True)):
+        share = f"{native / target:.3f}" if target else "no noise"
+        table.add_row(
+            str(step), f"{times[step]:.4f}", f"{times[step + 1]:.4f}", f"{native:.4f}", f"{target:.4f}", share
+        )
+    Console().print(table)

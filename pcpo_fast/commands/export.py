@@ -1,0 +1,42 @@
+"""``pcpo-fast export``: a run's weights in diffusers' format."""
+
+import argparse
+
+EXAMPLES = """examples:
+  pcpo-fast export runs/demo                          newest checkpoint, to runs/demo/export
+  pcpo-fast export runs/demo --epoch 20 --output my-lora
+  pcpo-fast export runs/demo --output my-flux --pipeline      a whole pipeline folder
+
+LoRA weights load with FluxPipeline.load_lora_weights(FOLDER); a full fine-tune is a transformer/ folder that
+FluxTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer") takes."""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "export",
+        help="write a run's weights for diffusers",
+        description="Write the weights of a run's checkpoint in diffusers' format.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_directory", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--epoch", type=int, help="checkpoint after this many epochs (default: the newest)")
+    parser.add_argument("--output", metavar="FOLDER", help="where to (default: RUN/export)")
+    parser.add_argument("--pipeline", action="store_true", help="write a whole pipeline with the trained weights in it")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Copy the weights out of a checkpoint."""
+    import json
+
+    from pcpo_fast.exporting import export_run
+
+    result = export_run(arguments.run_directory, arguments.output, arguments.epoch, arguments.pipeline)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"Exported {result['kind']} after {result['epoch']} epochs: {result['output']}")
+    return 0

@@ -1,0 +1,38 @@
+"""``pcpo-fast report``: write a run's report again."""
+
+import argparse
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "report",
+        help="write report.html of a run",
+        description="Write report.html from a run directory, finished or not.",
+        epilog="example:\n  pcpo-fast report runs/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_directory", metavar="RUN", help="run directory")
+    parser.add_argument("--json", action="store_true", help="print the path and the summary as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the report and say where it is."""
+    import json
+    from pathlib import Path
+
+    from pcpo_fast.errors import UserError
+    from pcpo_fast.reporting.records import read_metrics
+    from pcpo_fast.reporting.report import write_report
+    from pcpo_fast.reporting.summary import summarize
+
+    folder = Path(arguments.run_directory)
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder} is not a run directory: it holds no metrics.jsonl")
+    path = write_report(folder)
+    if arguments.json:
+        print(json.dumps({"report": str(path), "summary": summarize(read_metrics(folder / "metrics.jsonl"))}))
+    else:
+        print(f"Report: {path}")
+    return 0

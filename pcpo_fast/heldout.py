@@ -1,0 +1,75 @@
+"""Held-out evaluation: the same captions and seeds before, during and after training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pcpo_fast.config import Config, EvaluationConfig
+from pcpo_fast.policies import Policy
+from pcpo_fast.prompts import Prompt, load_prompts
+from pcpo_fast.reporting.grids import image_grid
+from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rollout import StepTable
+from pcpo_fast.sampling import generate
+from pcpo_fast.transitions import Transitions, euler_ode
+
+SHOWN = 16
+"""Images in the grids that show the training over time."""
+
+
+@dataclass
+class HeldOut:
+    """Evaluates a policy on held-out prompts.
+
+    Attributes:
+        prompts: those used; empty where there is no held-out file.
+        first, last: images of the first and latest evaluation [SHOWN, 3, H, W] on the CPU.
+    """
+
+    policy: Policy
+    prompts: Sequence[Prompt]
+    rewards: RewardSet
+    table: StepTable
+    settings: EvaluationConfig
+    first: Tensor | None = field(default=None, init=False)
+    last: Tensor | None = field(default=None, init=False)
+
+    @classmethod
+    def load(cls, config: Config, policy: Policy, transitions: Transitions, rewards: RewardSet) -> "HeldOut":
+        """Read the held-out prompts; evaluation uses the rollout's time grid, without noise unless asked for it."""
+        path = config.prompts.heldout
+        prompts = [] if path is None else load_prompts(Path(path))[: config.evaluation.prompts]
+        sampler = euler_ode(transitions.times) if config.evaluation.deterministic else transitions
+        return cls(policy, prompts, rewards, StepTable.of(sampler, policy.device), config.evaluation)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts as text."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def captions(self) -> list[str]:
+        """Captions of the shown images: one image of each prompt first, then the next of each."""
+        return [self.texts[index // self.settings.images_per_prompt] for index in self._shown()]
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        """Sample and score; returns the metrics and the grid of the shown images. All ranks must call it."""
+        count = self.settings.images_per_prompt
+        images = generate(self.policy, self.texts, count, self.table, self.settings.seed, self.settings.batch_size)
+        repeated = [prompt for prompt in self.prompts for _ in range(count)]
+        scores = self.rewards.score(images, [p.text for p in repeated], [p.metadata for p in repeated])
+        metrics = {"heldout/reward/mean": float(scores.total.double().mean())}
+        metrics["heldout/reward/std"] = float(scores.total.double().std(unbiased=False))
+        metrics |= {f"heldout/reward/{name}": float(part.double().mean()) for name, part in scores.components.items()}
+        self.last = images[torch.tensor(self._shown(), device=images.device)].cpu()
+        self.first = self.last if self.first is None else self.first
+        return metrics, image_grid(self.last, columns=min(8, len(self.last)), captions=self.captions)
+
+    def _shown(self) -> list[int]:
+        count, total = self.settings.images_per_prompt, len(self.prompts) * self.settings.images_per_prompt
+        by_prompt = [prompt * count + image for image in range(count) for prompt in range(len(self.prompts))]
+        return by_prompt[: min(SHOWN, total)]

@@ -1,0 +1,32 @@
+"""Whole pipelines with trained weights in them."""
+
+from pathlib import Path
+
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from pcpo_fast.config import ModelConfig
+from pcpo_fast.policies.flux import DTYPES
+from pcpo_fast.policies.locating import pipeline_folder
+
+
+def save_pipeline(settings: ModelConfig, weights: Path, target: Path) -> None:
+    """Write the pipeline of ``settings.path`` with the trained weights: LoRA merged in, or the transformer replaced.
+
+    Args:
+        settings: the run's ``model`` section.
+        weights: what :meth:`pcpo_fast.policies.flux.FluxPolicy.save_weights` wrote.
+        target: folder of the new pipeline.
+    """
+    folder = pipeline_folder(settings.path, settings.revision, "FluxPipeline")
+    dtype = DTYPES[settings.dtype]
+    if settings.finetune == "lora":
+        pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipeline.load_lora_weights(weights)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    else:
+        transformer = FluxTransformer2DModel.from_pretrained(weights, subfolder="transformer", torch_dtype=dtype)
+        pipeline = FluxPipeline.from_pretrained(
+            folder, transformer=transformer, torch_dtype=dtype, local_files_only=True
+        )
+    pipeline.save_pretrained(target)

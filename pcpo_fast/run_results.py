@@ -1,0 +1,53 @@
+"""What a run leaves besides its metrics: credit table, exported weights, before/after image, report, summary."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pcpo_fast.atomic import write_atomically
+from pcpo_fast.credit import CreditTable, native_credit, proportionate_credit
+from pcpo_fast.distributed import barrier, rank
+from pcpo_fast.engine import Engine
+from pcpo_fast.heldout import HeldOut
+from pcpo_fast.policies import Policy
+from pcpo_fast.reporting.grids import before_after
+from pcpo_fast.reporting.report import write_report
+from pcpo_fast.reporting.summary import write_summary
+from pcpo_fast.run_directory import CREDIT_FILE
+from pcpo_fast.transitions import Transitions
+
+
+def credit_record(sampler: str, transitions: Transitions, table: CreditTable) -> dict[str, Any]:
+    """Native, proportionate and used credit per step, as written to ``credit.json`` and printed by ``credit``."""
+    return {
+        "sampler": sampler,
+        "rule": table.rule,
+        "times": transitions.times.tolist(),
+        "native": native_credit(transitions).tolist(),
+        "proportionate": proportionate_credit(transitions).tolist(),
+        "used": table.linear.abs().tolist(),
+        "zeta": table.zeta,
+        "trained_steps": list(table.trained_steps),
+    }
+
+
+def write_credit(folder: Path, sampler: str, transitions: Transitions, table: CreditTable) -> None:
+    """Write ``credit.json`` of a run."""
+    write_atomically(folder / CREDIT_FILE, json.dumps(credit_record(sampler, transitions, table), indent=1))
+
+
+def finish_run(folder: Path, policy: Policy, engine: Engine, heldout: HeldOut) -> dict[str, Any]:
+    """Export the weights and write image, summary and report; returns the summary. All ranks must call it."""
+    weights = engine.full_state()
+    summary: dict[str, Any] = {}
+    if rank() == 0:
+        policy.save_weights(folder / "export", weights)
+        if heldout.first is not None and heldout.last is not None:
+            picture = before_after(heldout.first, heldout.last, heldout.captions)
+            (folder / "images").mkdir(exist_ok=True)
+            picture.save(folder / "images" / "before_after.png")
+            write_atomically(folder / "images" / "captions.json", json.dumps(heldout.captions))
+        summary = write_summary(folder)
+        write_report(folder)
+    barrier()
+    return summary
