@@ -21,10 +21,23 @@ def check_like(name: str, tensor: Tensor, output: Tensor) -> None:
 
 
 def check_rows(name: str, tensor: Tensor, output: Tensor) -> None:
-    """Raise unless ``tensor`` holds one value per row of ``output``, on its device."""
+    """Raise unless ``tensor`` holds one float per row of ``output``, on its device."""
+    check_float(name, tensor)
+    check_shape_of_rows(name, tensor, output)
+
+
+def check_shape_of_rows(name: str, tensor: Tensor, output: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` is [B] for the rows of ``output``, on its device."""
     if tensor.shape != output.shape[:1]:
         raise ValueError(f"{name} must hold one value per row, shape ({output.shape[0]},), got {tuple(tensor.shape)}")
     check_device(name, tensor, output)
+
+
+def check_integer_rows(name: str, tensor: Tensor, output: Tensor) -> None:
+    """Raise unless ``tensor`` holds one int64 per row of ``output``, on its device."""
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+    check_shape_of_rows(name, tensor, output)
 
 
 def check_device(name: str, tensor: Tensor, output: Tensor) -> None:

@@ -1,20 +1,49 @@
 """Which implementation an op runs on: Triton where the tensor's device has it, the reference elsewhere."""
 
+import importlib.util
 import os
+from functools import lru_cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["triton", "reference"]
 
 
 def backend_for(tensor: Tensor) -> Backend:
-    """The backend for ops on ``tensor``; the environment variable ``PCPO_KERNELS`` overrides it.
+    """The backend for an op on ``tensor``.
+
+    Triton for tensors on a GPU where Triton is installed, the reference for everything else and for float64, which the
+    kernels do not know. The environment variable ``PCPO_KERNELS`` (``triton`` or ``reference``) overrides the choice;
+    ``triton`` for tensors on the CPU needs Triton's interpreter.
 
     Raises:
-        ValueError: ``PCPO_KERNELS`` is neither ``triton`` nor ``reference``.
+        ValueError: ``PCPO_KERNELS`` is neither ``triton`` nor ``reference``, or asks for Triton where it cannot run.
     """
     choice = os.environ.get("PCPO_KERNELS", "")
     if choice not in ("", "triton", "reference"):
         raise ValueError(f"PCPO_KERNELS must be triton or reference, got {choice!r}")
-    return "reference"
+    if choice == "reference" or tensor.dtype == torch.float64:
+        return "reference"
+    if not choice:
+        return "triton" if tensor.is_cuda and triton_installed() else "reference"
+    if not triton_installed():
+        raise ValueError("PCPO_KERNELS=triton, but triton is not installed")
+    if not tensor.is_cuda and not interpreting():
+        raise ValueError(
+            f"PCPO_KERNELS=triton, but the tensors are on {tensor.device}, where Triton runs in its interpreter only: "
+            "set TRITON_INTERPRET=1 or PCPO_KERNELS=reference"
+        )
+    return "triton"
+
+
+@lru_cache(maxsize=1)
+def triton_installed() -> bool:
+    """Whether Triton can be imported; looked up once, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

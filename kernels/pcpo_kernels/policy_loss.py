@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from pcpo_kernels import reference as plain
-from pcpo_kernels.checks import check_batched, check_choice, check_float, check_like, check_rows
+from pcpo_kernels.checks import check_batched, check_choice, check_float, check_integer_rows, check_like, check_rows
+from pcpo_kernels.dispatch import backend_for
 from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
 
 
@@ -80,7 +81,8 @@ def policy_loss(
         check_like("noise.next_latents", noise.next_latents, output)
         rows |= {"noise.a": noise.a, "noise.b": noise.b, "noise.std": noise.std}
     elif isinstance(noise, NoiseKey):
-        rows |= {"noise.seed": noise.seed, "noise.offset": noise.offset}
+        check_integer_rows("noise.seed", noise.seed, output)
+        check_integer_rows("noise.offset", noise.offset, output)
     else:
         check_like("noise", noise, output)
     for name, value in rows.items():
@@ -89,6 +91,7 @@ def policy_loss(
     check_choice("reduction", reduction, ("mean", "sum"))
     if not clip_range >= 0:
         raise ValueError(f"clip_range must not be negative, got {clip_range}")
+    backend_for(output)
     return plain.policy_loss(
         output,
         old_output,

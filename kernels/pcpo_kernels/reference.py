@@ -30,11 +30,15 @@ def resolve_noise(noise: Tensor | NoiseKey | Endpoints, old_output: Tensor) -> T
         count = math.prod(old_output.shape[1:])
         return philox_normal(noise.seed, noise.offset, count).reshape(old_output.shape).to(old_output.dtype)
     if isinstance(noise, Endpoints):
-        mean = per_row(noise.a, old_output) * noise.latents.to(old_output.dtype) + per_row(noise.b, old_output) * old_output
+        mean = (
+            per_row(noise.a, old_output) * noise.latents.to(old_output.dtype)
+            + per_row(noise.b, old_output) * old_output
+        )
         return (noise.next_latents.to(old_output.dtype) - mean) / per_row(noise.std, old_output)
     return noise.to(old_output.dtype)
 
 
+@torch.no_grad()
 def sample_step(
     latents: Tensor,
     output: Tensor,
@@ -64,8 +68,22 @@ def sample_step(
 
 def reduce_rows(values: Tensor, reduction: Reduction) -> Tensor:
     """Mean or sum over everything but the row axis: [B, ...] to [B]."""
-    flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
-    return flat.mean(dim=1) if reduction == "mean" else flat.sum(dim=1)
+    count = math.prod(values.shape[1:])
+    sums = values.reshape(values.shape[0], count).sum(dim=1)
+    return sums / max(count, 1) if reduction == "mean" else sums
+
+
+def taylor_error(log_ratio: Tensor, surplus: Tensor) -> Tensor:
+    """``|e^l - 1 - l| / |e^l - 1|``, 0 where ``l`` is 0 and 1 where ``e^l`` overflows.
+
+    Near 0 the difference cancels, so its series is summed there: good to the dtype's precision everywhere.
+    """
+    series = torch.full_like(log_ratio, 1 / math.factorial(9))
+    for order in range(8, 1, -1):
+        series = series * log_ratio + 1 / math.factorial(order)
+    gap = torch.where(log_ratio.abs() < 0.1, series * log_ratio * log_ratio, surplus - log_ratio)
+    error = torch.where(log_ratio == 0, torch.zeros_like(gap), (gap / surplus).abs())
+    return torch.where(torch.isinf(surplus), torch.ones_like(error), error)
 
 
 class _PolicyLossFunction(torch.autograd.Function):
@@ -103,8 +121,7 @@ class _PolicyLossFunction(torch.autograd.Function):
             slope = torch.where(advantage == 0, torch.zeros_like(advantage), -advantage * torch.exp(log_ratio))
         # An infinite slope on a clipped row must not meet a 0: choose, do not multiply.
         slope = torch.where(clipped, torch.zeros_like(slope), slope)
-        taylor_error = torch.where(log_ratio == 0, torch.zeros_like(log_ratio), (1 - log_ratio / surplus).abs())
-        taylor_error = torch.where(torch.isinf(surplus), torch.ones_like(taylor_error), taylor_error)
+        error = taylor_error(log_ratio, surplus)
         row_loss = scale * policy_term
         divergence = torch.zeros_like(row_loss)
         if reference is not None:
@@ -117,8 +134,8 @@ class _PolicyLossFunction(torch.autograd.Function):
         share = 1.0 / (count * max(elements, 1))
         weights = torch.stack((scale * slope * linear, -2 * scale * slope * quadratic, 2 * kl)) * share
         ctx.save_for_backward(output, unconditional, guidance_scale, old_output, noise, reference, weights)
-        ctx.mark_non_differentiable(log_ratio, clipped, taylor_error, divergence)
-        return loss, log_ratio, clipped, taylor_error, divergence
+        ctx.mark_non_differentiable(log_ratio, clipped, error, divergence)
+        return loss, log_ratio, clipped, error, divergence
 
     @staticmethod
     @once_differentiable
@@ -137,12 +154,41 @@ class _PolicyLossFunction(torch.autograd.Function):
         return (g * gradient).to(output.dtype), ((1 - g) * gradient).to(unconditional.dtype), *(None,) * 8
 
 
+def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """``start + weight (end - start)``, taken from the nearer end: weights 0 and 1 return an input bit for bit."""
+    gap = end - start
+    return torch.where(weight < 0.5, start + weight * gap, end - (1 - weight) * gap)
+
+
 def guided(output: Tensor, unconditional: Tensor | None, guidance_scale: Tensor | None) -> Tensor:
     """Classifier-free guidance in the output's dtype: ``u + g (c - u)``; the output itself without a second half."""
     if unconditional is None or guidance_scale is None:
         return output
-    u = unconditional.to(output.dtype)
-    return u + per_row(guidance_scale, output) * (output - u)
+    return lerp(unconditional.to(output.dtype), output, per_row(guidance_scale, output))
+
+
+class _GuidanceFunction(torch.autograd.Function):
+    """The combination in accumulation dtype, rounded once; nothing but the scale is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        f = output.to(torch.promote_types(accumulation_dtype(output), accumulation_dtype(reference)))
+        ctx.save_for_backward(scale)
+        ctx.dtypes = reference.dtype, output.dtype
+        return lerp(reference.to(f.dtype), f, per_row(scale, f)).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (scale,) = ctx.saved_tensors
+        wide = gradient.to(accumulation_dtype(gradient))
+        g = per_row(scale, wide)
+        return ((1 - g) * wide).to(ctx.dtypes[0]), (g * wide).to(ctx.dtypes[1]), None, None
+
+
+def guidance(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Plain PyTorch version of :func:`pcpo_kernels.guidance`."""
+    return _GuidanceFunction.apply(reference, output, scale, dtype)
 
 
 def policy_loss(
@@ -173,7 +219,7 @@ def policy_loss(
         z = resolve_noise(noise, behind)
         zero = torch.zeros_like(linear)
         rows = torch.stack([c.to(dtype) for c in (linear, quadratic, scale, advantage, zero if kl is None else kl)])
-    loss, log_ratio, clipped, taylor_error, divergence = _PolicyLossFunction.apply(
+    loss, log_ratio, clipped, error, divergence = _PolicyLossFunction.apply(
         output, unconditional, guidance_scale, old, z, rows, reference, float(clip_range), objective, reduction
     )
-    return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if reference is None else divergence)
+    return PolicyLoss(loss, log_ratio, clipped, error, None if reference is None else divergence)

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from pcpo_kernels import reference
-from pcpo_kernels.checks import check_batched, check_choice, check_device, check_float, check_like, check_rows
+from pcpo_kernels.checks import check_batched, check_choice, check_float, check_integer_rows, check_like, check_rows
+from pcpo_kernels.dispatch import backend_for
 from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
 
 
@@ -17,13 +18,13 @@ def sample_step(
     *,
     reduction: Reduction = "mean",
 ) -> SampledStep:
-    """Take one affine Gaussian step for every row; rows may be at different steps.
+    """Take one affine Gaussian step for every row; rows may be at different steps. No gradient flows through it.
 
     Args:
         latents: ``x`` [B, ...], fp16, bf16, fp32 or fp64; keep it fp32 (a bf16 ``x'`` biases later log-ratios).
         output: the model output ``f`` after guidance [B, ...], any float dtype.
         a, b, std: [B], the rows' transitions.
-        noise: the standard normal ``z`` [B, ...], or a :class:`NoiseKey` that names it, or None for a step without noise.
+        noise: the standard normal ``z`` [B, ...], or a :class:`NoiseKey` that names it, or None: no noise.
         reduction: how the log-density is reduced over the elements; the public trainers use the mean.
 
     Returns:
@@ -39,10 +40,10 @@ def sample_step(
     for name, value in (("a", a), ("b", b), ("std", std)):
         check_rows(name, value, latents)
     if isinstance(noise, NoiseKey):
-        check_rows("noise.seed", noise.seed, latents)
-        check_rows("noise.offset", noise.offset, latents)
+        check_integer_rows("noise.seed", noise.seed, latents)
+        check_integer_rows("noise.offset", noise.offset, latents)
     elif noise is not None:
         check_like("noise", noise, latents)
-        check_device("noise", noise, latents)
     check_choice("reduction", reduction, ("mean", "sum"))
+    backend_for(latents)
     return reference.sample_step(latents, output, a, b, std, noise, reduction=reduction)

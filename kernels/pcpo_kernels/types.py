@@ -46,7 +46,7 @@ class PolicyLoss(NamedTuple):
         loss: scalar, mean over rows; differentiable in the output (and in ``unconditional`` where given).
         log_ratio: [B], the log importance ratio of each row; exactly 0 where the output is unchanged.
         clipped: bool [B], rows whose policy term has zero gradient because the ratio left the clip range.
-        taylor_error: [B], ``|l - (e^l - 1)| / |e^l - 1|``, 0 where ``l`` is 0 (method of PCPO, section on the log-hinge).
+        taylor_error: [B], ``|l - (e^l - 1)| / |e^l - 1|``, 0 where ``l`` is 0: what the log-hinge leaves out.
         kl: [B], the KL term of each row before its sum into the loss, or None without a reference.
     """
 
@@ -62,7 +62,7 @@ class SampledStep(NamedTuple):
 
     Attributes:
         next_latents: ``x'`` [B, ...] in the dtype of the latents.
-        log_prob: [B], log-density of ``x'`` under the step, reduced over the elements; 0 where ``std`` is 0 (no density).
+        log_prob: [B], log-density of ``x'`` under the step, reduced over the elements; 0 where ``std`` is 0.
     """
 
     next_latents: Tensor

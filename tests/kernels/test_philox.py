@@ -1,0 +1,120 @@
+"""The noise: published Philox vectors, the normals' distribution, and independence from everything but the name."""
+
+import math
+
+import pytest
+import torch
+from pcpo_kernels import philox_normal
+from pcpo_kernels.philox import normal_pairs, philox_rounds, philox_uint32
+from scipy import stats
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+# Random123's known answers for philox4x32 with 10 rounds: counter (4 words), key (2), result (4).
+KNOWN = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "pi"])
+def test_known_answers(counter: str, key: str, expected: str) -> None:
+    low, high = words(key)
+    state = [torch.tensor([word]) for word in words(counter)]
+    result = philox_rounds((state[0], state[1], state[2], state[3]), torch.tensor([signed(high << 32 | low)]))
+    assert [int(word) for word in result] == words(expected)
+
+
+def test_block_counter_is_64_bit() -> None:
+    """Counters beyond 2^32 reach the second counter word, and key words are the halves of the seed."""
+    seed, counter = signed(0x299F31D0A4093822), 5 * 2**32 + 7
+    got = philox_uint32(torch.tensor([seed]), torch.tensor([counter]))[0]
+    state = tuple(torch.tensor([word]) for word in (7, 5, 0, 0))
+    expected = philox_rounds(state, torch.tensor([seed]))  # type: ignore[arg-type]
+    assert got.tolist() == [int(word) for word in expected]
+    zero = philox_uint32(torch.tensor([0]), torch.tensor([0]))[0]
+    assert zero.tolist() == words(KNOWN[0][2])
+
+
+def test_element_is_a_lane_of_its_block() -> None:
+    seed = torch.tensor([1234567890123])
+    lanes = normal_pairs(philox_uint32(seed, torch.arange(3))).flatten()
+    assert torch.equal(philox_normal(seed, torch.tensor([0]), 12)[0], lanes)
+
+
+def test_box_muller_by_hand() -> None:
+    block = torch.tensor([[0, 0, 0xFFFFFFFF, 0x80000000]])
+    smallest = 2.0**-25
+    got = normal_pairs(block)[0].double()
+    radius = math.sqrt(-2 * math.log(smallest))
+    assert radius < 5.9
+    angle = 2 * math.pi * smallest
+    assert got[0].item() == pytest.approx(radius * math.cos(angle), rel=1e-7)
+    assert got[1].item() == pytest.approx(radius * math.sin(angle), rel=1e-7)
+    radius = math.sqrt(-2 * math.log1p(-smallest))
+    angle = 2 * math.pi * (0.5 + smallest)
+    assert got[2].item() == pytest.approx(radius * math.cos(angle), rel=1e-7)
+    assert got[3].item() == pytest.approx(radius * math.sin(angle), rel=1e-7)
+
+
+def test_distribution() -> None:
+    n = 400_000
+    z = philox_normal(torch.tensor([7]), torch.tensor([0]), n)[0].double()
+    assert abs(z.mean().item()) < 4 / math.sqrt(n)
+    assert abs(z.var().item() - 1) < 4 * math.sqrt(2 / n)
+    assert abs((z**4).mean().item() - 3) < 4 * math.sqrt(96 / n)
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-3
+    for lag in (1, 2, 3, 4, 8):
+        assert abs((z[:-lag] * z[lag:]).mean().item()) < 4 / math.sqrt(n)
+
+
+def test_streams_of_different_seeds_are_uncorrelated() -> None:
+    z = philox_normal(torch.arange(8), torch.zeros(8, dtype=torch.int64), 50_000).double()
+    correlation = torch.corrcoef(z) - torch.eye(8, dtype=torch.float64)
+    assert correlation.abs().max().item() < 5 / math.sqrt(50_000)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 1021, 2**31 + 5, 2**36 + 3])
+def test_independent_of_batch_and_split(offset: int) -> None:
+    seeds = torch.tensor([3, -5, 2**61 + 1])
+    whole = philox_normal(seeds, torch.full((3,), offset), 37)
+    for row in range(3):
+        assert torch.equal(whole[row : row + 1], philox_normal(seeds[row : row + 1], torch.tensor([offset]), 37))
+    for cut in (1, 2, 17):
+        head = philox_normal(seeds, torch.full((3,), offset), cut)
+        tail = philox_normal(seeds, torch.full((3,), offset + cut), 37 - cut)
+        assert torch.equal(whole, torch.cat((head, tail), dim=1))
+
+
+def test_rows_at_different_offsets() -> None:
+    seeds, offsets = torch.tensor([9, 9, 9]), torch.tensor([0, 5, 11])
+    z = philox_normal(seeds, offsets, 20)
+    assert torch.equal(z[0, 5:], z[1, :15])
+    assert torch.equal(z[0, 11:], z[2, :9])
+
+
+def test_empty_and_dtype() -> None:
+    seed = torch.zeros(2, dtype=torch.int64)
+    assert philox_normal(seed, seed, 0).shape == (2, 0)
+    assert philox_normal(seed[:0], seed[:0], 4).shape == (0, 4)
+    assert philox_normal(seed, seed, 4).dtype == torch.float32
+
+
+def test_errors() -> None:
+    seed = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="int64"):
+        philox_normal(seed.to(torch.int32), seed, 4)
+    with pytest.raises(ValueError, match=r"must both be \[B\]"):
+        philox_normal(seed, seed[:1], 4)
+    with pytest.raises(ValueError, match="count"):
+        philox_normal(seed, seed, -1)
+    with pytest.raises(ValueError, match="meta"):
+        philox_normal(seed, seed.to("meta"), 4)
