@@ -1,0 +1,94 @@
+"""From the name of a reward to the callable; a reward's file is imported when it is asked for, not before."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.user import first_line, import_target
+
+Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor | np.ndarray | Sequence[float]]
+
+# Name -> module:attribute, a function that is the reward or a class whose instances are.
+_BUILT_IN = {
+    "caption_match": "pcpo_fast.rewards.caption_match:caption_match",
+    "jpeg_compressibility": "pcpo_fast.rewards.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "pcpo_fast.rewards.jpeg:jpeg_incompressibility",
+}
+
+available_rewards: tuple[str, ...] = tuple(_BUILT_IN)
+"""Names of the built-in rewards."""
+
+
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """Find a built-in reward, or a user's as ``module:function`` or ``module:Class``.
+
+    A function is the reward itself and gets ``options`` as keyword arguments with every call. A class is made once
+    with ``options`` as keyword arguments, and its instance is the reward; here belongs what loads a model.
+
+    Raises:
+        UserError: no such reward, module or attribute; it is not callable, does not take these options, is not to be
+            called as a reward is, or could not be made.
+    """
+    options = dict(options or {})
+    if name not in _BUILT_IN and ":" not in name:
+        close = difflib.get_close_matches(name, available_rewards, n=1, cutoff=0.5)
+        suggestion = f", did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"unknown reward {name!r}{suggestion}; built in are {', '.join(available_rewards)}, "
+            "and module:function names one of your own"
+        )
+    target = import_target(_BUILT_IN.get(name, name))
+    if not isinstance(target, type):
+        _check_call(name, target, options)
+        return functools.partial(target, **options) if options else target
+    reward = _make(name, target, options)
+    _check_call(name, reward, {})
+    return reward
+
+
+def _make(name: str, target: type, options: Mapping[str, Any]) -> Reward:
+    signature = _signature(target)
+    if signature is not None:
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            raise UserError(f"reward {name} cannot be made with the options {dict(options)}: {error}") from None
+    try:
+        made = target(**options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward {name} cannot be made: {first_line(error)}") from error
+    if not callable(made):
+        raise UserError(f"reward {name} is a class whose instances are not callable; it needs a __call__ method")
+    return made
+
+
+def _check_call(name: str, reward: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    signature = _signature(reward)
+    if signature is None:
+        return
+    try:
+        signature.bind(None, None, None)
+        call_as = f"it takes {signature}"
+    except TypeError as error:
+        raise UserError(
+            f"reward {name} cannot be called with (images, prompts, metadata): {error}; it is declared with {signature}"
+        ) from None
+    try:
+        signature.bind(None, None, None, **options)
+    except TypeError as error:
+        raise UserError(f"reward {name} does not take the options {dict(options)}: {error}; {call_as}") from None
+
+
+def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):  # some callables written in C do not tell
+        return None

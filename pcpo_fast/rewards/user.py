@@ -1,0 +1,63 @@
+"""A user's own reward, named ``module:attribute``."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pcpo_fast.errors import UserError
+
+
+def import_target(target: str) -> Callable[..., Any]:
+    """Import what ``module:attribute`` names, for example ``my_rewards:redness`` or ``package.module:Class``.
+
+    The working directory is searched after the installed packages, so a file next to the config is enough.
+
+    Raises:
+        UserError: the name is malformed, the module is missing or fails to import, or the attribute is missing or
+            not callable.
+    """
+    module_name, _, path = target.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise UserError(f"reward {target!r} is not of the form module:function, for example my_rewards:redness")
+    found: Any = _import(module_name, target)
+    where = f"module {module_name} ({getattr(found, '__file__', None) or 'a folder without __init__.py'})"
+    for part in path.split("."):
+        if not hasattr(found, part):
+            close = difflib.get_close_matches(part, [name for name in dir(found) if name[0] != "_"], n=1, cutoff=0.5)
+            suggestion = f", did you mean {close[0]}?" if close else ""
+            raise UserError(f"reward {target}: {where} has no {part}{suggestion}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"reward {target}: {path} in {where} is not callable but of type {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as one line: its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _import(module_name: str, target: str) -> Any:
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+    try:
+        # A file written after Python last looked into its folder would not be seen.
+        importlib.invalidate_caches()
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise UserError(
+                f"reward {target}: there is no module {missing} in {folder} or among the installed packages"
+            ) from None
+        reason = f"needs {missing}, which is not installed" if missing else f"cannot be imported: {first_line(error)}"
+        raise UserError(f"reward {target}: module {module_name} {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward {target}: module {module_name} cannot be imported: {first_line(error)}") from error
