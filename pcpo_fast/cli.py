@@ -32,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    # transformers reports at import what it does without; none of it concerns this program.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return int(arguments.run(arguments))
     except UserError as error:

@@ -57,7 +57,9 @@ class ModelConfig(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
     height: Positive = Field(32, description="image height in pixels")
     width: Positive = Field(32, description="image width in pixels")
-    guidance: NotNegativeFloat = Field(3.5, description="embedded guidance scale (FLUX.1-dev); unused by FLUX.1-schnell")
+    guidance: NotNegativeFloat = Field(
+        3.5, description="embedded guidance scale (FLUX.1-dev); unused by FLUX.1-schnell"
+    )
     max_sequence_length: Positive = Field(512, le=512, description="T5 tokens per prompt; longer prompts are cut")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     attention: str = Field("native", description="attention backend by diffusers' name: native, flash, xformers, ...")
@@ -109,12 +111,15 @@ class CreditConfig(Section):
     clip_range: NotNegativeFloat = Field(1e-4, description="clip range of the log-ratio (hinge) or ratio (clip)")
     reduction: Literal["mean", "sum"] = Field("mean", description="inner products over latent elements")
     steps: tuple[NotNegative, ...] | None = Field(
-        None, description="steps that may be trained, counted from 0; null: every step with noise, less a clean last step"
+        None,
+        description="steps that may be trained, counted from 0; null: every step with noise, less a clean last step",
     )
     train_last_step: bool = Field(False, description="also train the last step where its noisy sample is decoded")
     fraction: float = Field(1.0, gt=0, le=1, description="share of these steps trained per image, drawn at random")
     kl_coefficient: NotNegativeFloat = Field(0.0, description="beta of the KL to the frozen start; 0: no reference")
-    kl: Literal["exact", "published"] = Field("exact", description="KL of the Gaussians, or Flow-GRPO's without the step")
+    kl: Literal["exact", "published"] = Field(
+        "exact", description="KL of the Gaussians, or Flow-GRPO's without the step"
+    )
 
 
 class AdvantageConfig(Section):
@@ -199,7 +204,9 @@ class Config(Section):
     output_dir: str = Field("runs/demo", min_length=1, description="the run directory")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes every random number of the run")
     algorithm: str = Field("pcpo", description="preset that fills in what is not set: pcpo, dancegrpo or flow_grpo")
-    deepspeed: str | None = Field(None, description="DeepSpeed JSON; batch sizes, optimizer and precision come from here")
+    deepspeed: str | None = Field(
+        None, description="DeepSpeed JSON; batch sizes, optimizer and precision come from here"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
     prompts: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)  # type: ignore[arg-type]

@@ -44,7 +44,8 @@ def start_distributed() -> torch.device:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
-            # No launcher: a store in memory needs neither a port nor a host name.
+            # No launcher: a store in memory needs neither a port nor a host name. DeepSpeed asks the environment.
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
@@ -154,15 +155,14 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     settings = {} if config.deepspeed is None else _read_json(Path(config.deepspeed))
     for key in OWNED_KEYS:
         if key in settings:
-            raise UserError(f"{config.deepspeed}: {key} is set by the configuration, so remove it from the DeepSpeed file")
-    zero = settings.setdefault("zero_optimization", {})
-    if config.model.dtype == "bfloat16":
-        # Stage 0 would keep bf16 gradients; stage 1 accumulates in fp32 and costs nothing on one GPU.
-        zero.setdefault("stage", 1)
-        if zero["stage"] == 0:
             raise UserError(
-                f"{config.deepspeed}: zero_optimization.stage 0 has no fp32 weights for a bfloat16 model; allowed: 1, 2, 3"
+                f"{config.deepspeed}: {key} is set by the configuration, so remove it from the DeepSpeed file"
             )
+    zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.setdefault("stage", 1) not in (1, 2, 3):
+        # Stage 0 reports no gradient norm and keeps bf16 gradients; stage 1 costs nothing more, on one GPU too.
+        raise UserError(f"{config.deepspeed}: zero_optimization.stage must be 1, 2 or 3")
+    if config.model.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
         if config.optimizer.weights == "stochastic_rounding":
             settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}

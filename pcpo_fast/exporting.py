@@ -56,7 +56,9 @@ def find_checkpoint(path: Path, epoch: int | None) -> Path:
         return found[-1]
     by_epoch = {int(read_state(checkpoint)["epoch"]): checkpoint for checkpoint in found}
     if epoch not in by_epoch:
-        raise UserError(f"--epoch: {path} has no checkpoint after {epoch} epochs; it has {', '.join(map(str, by_epoch))}")
+        raise UserError(
+            f"--epoch: {path} has no checkpoint after {epoch} epochs; it has {', '.join(map(str, by_epoch))}"
+        )
     return by_epoch[epoch]
 
 

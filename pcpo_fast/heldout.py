@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from pcpo_fast.config import Config, EvaluationConfig
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import Prompt, load_prompts
-from pcpo_fast.reporting.grids import image_grid
+from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout import StepTable
 from pcpo_fast.sampling import generate
@@ -27,7 +28,8 @@ class HeldOut:
 
     Attributes:
         prompts: those used; empty where there is no held-out file.
-        first, last: images of the first and latest evaluation [SHOWN, 3, H, W] on the CPU.
+        folder: where the shown images from before the training are kept, so that a resumed run has them.
+        last: shown images of the latest evaluation [SHOWN, 3, H, W] on the CPU.
     """
 
     policy: Policy
@@ -35,7 +37,7 @@ class HeldOut:
     rewards: RewardSet
     table: StepTable
     settings: EvaluationConfig
-    first: Tensor | None = field(default=None, init=False)
+    folder: Path
     last: Tensor | None = field(default=None, init=False)
 
     @classmethod
@@ -44,7 +46,8 @@ class HeldOut:
         path = config.prompts.heldout
         prompts = [] if path is None else load_prompts(Path(path))[: config.evaluation.prompts]
         sampler = euler_ode(transitions.times) if config.evaluation.deterministic else transitions
-        return cls(policy, prompts, rewards, StepTable.of(sampler, policy.device), config.evaluation)
+        folder = Path(config.output_dir) / "images" / "before"
+        return cls(policy, prompts, rewards, StepTable.of(sampler, policy.device), config.evaluation, folder)
 
     @property
     def texts(self) -> list[str]:
@@ -66,8 +69,21 @@ class HeldOut:
         metrics["heldout/reward/std"] = float(scores.total.double().std(unbiased=False))
         metrics |= {f"heldout/reward/{name}": float(part.double().mean()) for name, part in scores.components.items()}
         self.last = images[torch.tensor(self._shown(), device=images.device)].cpu()
-        self.first = self.last if self.first is None else self.first
         return metrics, image_grid(self.last, columns=min(8, len(self.last)), captions=self.captions)
+
+    def keep_as_first(self) -> None:
+        """Write the latest shown images as those from before the training."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate([] if self.last is None else self.last):
+            to_image(image).save(self.folder / f"{index:03d}.png")
+
+    def first(self) -> Tensor | None:
+        """Shown images from before the training [n, 3, H, W], or None where none were kept."""
+        files = sorted(self.folder.glob("*.png"))
+        if not files:
+            return None
+        arrays = [np.asarray(Image.open(file).convert("RGB"), dtype=np.float32) / 255 for file in files]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
     def _shown(self) -> list[int]:
         count, total = self.settings.images_per_prompt, len(self.prompts) * self.settings.images_per_prompt

@@ -26,7 +26,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Liu et al., Flow-GRPO (2025): PPO clip, per-prompt mean with the global spread, KL without the step length.
     "flow_grpo": {
         "sampler": _FLOW_SAMPLER,
-        "credit": {"rule": "native", "objective": "clip", "clip_range": 1e-4, "kl_coefficient": 0.04, "kl": "published"},
+        "credit": {
+            "rule": "native",
+            "objective": "clip",
+            "clip_range": 1e-4,
+            "kl_coefficient": 0.04,
+            "kl": "published",
+        },
         "advantage": {"normalization": "flow_grpo", "clip": 5.0},
         "rollout": {"same_initial_noise": False},
     },

@@ -141,7 +141,10 @@ def collect_rollout(
     numbers = plan.images.flatten()
     groups, members = numbers // settings.images_per_prompt, numbers % settings.images_per_prompt
     pairs = list(zip(groups.tolist(), members.tolist(), strict=True))
-    first = [random_key(Purpose.INITIAL_NOISE, seed, plan.epoch, g, 0 if settings.same_initial_noise else m) for g, m in pairs]
+    first = [
+        random_key(Purpose.INITIAL_NOISE, seed, plan.epoch, g, 0 if settings.same_initial_noise else m)
+        for g, m in pairs
+    ]
     initial_keys = torch.tensor(first, device=device)
     seeds = torch.tensor([random_key(Purpose.STEP_NOISE, seed, plan.epoch, g, m) for g, m in pairs], device=device)
     per_group = encode(plan.prompts.tolist())

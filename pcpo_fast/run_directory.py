@@ -65,7 +65,9 @@ def claim(config: Config, resume: str) -> Start:
     if resume not in ("auto", "never"):
         checkpoint = _checkpoint_at(Path(resume))
         if holds_run and folder.resolve() not in checkpoint.resolve().parents:
-            raise UserError(f"output_dir: {folder} already holds another run than --resume {resume}; choose another one")
+            raise UserError(
+                f"output_dir: {folder} already holds another run than --resume {resume}; choose another one"
+            )
         return Start(checkpoint, int(read_state(checkpoint)["epoch"]))
     if not holds_run:
         return Start(None, 0)
@@ -94,6 +96,11 @@ def write_config(config: Config) -> None:
         raise UserError(f"output_dir: {path.parent} cannot be written: {error.strerror}") from None
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """``summary.json`` of a finished run."""
+    return dict(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
+
+
 def _checkpoint_at(path: Path) -> Path:
     if (path / "checkpoints").is_dir():
         found = checkpoints(path / "checkpoints")
@@ -106,8 +113,7 @@ def _checkpoint_at(path: Path) -> Path:
 
 def _is_finished(folder: Path, config: Config) -> bool:
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return int(summary["epochs"]) >= config.train.epochs
+        return int(read_summary(folder)["epochs"]) >= config.train.epochs
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

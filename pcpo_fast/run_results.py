@@ -42,8 +42,9 @@ def finish_run(folder: Path, policy: Policy, engine: Engine, heldout: HeldOut) -
     summary: dict[str, Any] = {}
     if rank() == 0:
         policy.save_weights(folder / "export", weights)
-        if heldout.first is not None and heldout.last is not None:
-            picture = before_after(heldout.first, heldout.last, heldout.captions)
+        first = heldout.first()
+        if first is not None and heldout.last is not None and len(first) == len(heldout.last):
+            picture = before_after(first, heldout.last, heldout.captions)
             (folder / "images").mkdir(exist_ok=True)
             picture.save(folder / "images" / "before_after.png")
             write_atomically(folder / "images" / "captions.json", json.dumps(heldout.captions))

@@ -16,12 +16,12 @@ from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
 from pcpo_fast.policies.loading import keep_reference, load_policy
-from pcpo_fast.prompts import Prompt, load_prompts
+from pcpo_fast.prompts import load_prompts
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout import Rollout, StepTable, collect_rollout
-from pcpo_fast.run_directory import Start, claim, write_config
+from pcpo_fast.run_directory import Start, claim, read_summary, write_config
 from pcpo_fast.run_results import finish_run, write_credit
 from pcpo_fast.samplers import build_credit, build_transitions, steps_to_train
 from pcpo_fast.update import CreditRows, Update
@@ -38,6 +38,8 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
         UserError: something the user can mend, in one sentence.
     """
     start = claim(config, resume)
+    if start.finished:
+        return read_summary(Path(config.output_dir))
     device = start_distributed()
     try:
         return Trainer(config, start, device).run()
@@ -79,9 +81,7 @@ class Trainer:
             write_credit(self.folder, config.sampler.name, self.transitions, self.credit)
         barrier()
         logging = config.logging
-        recorder = RunRecorder(
-            self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
-        )
+        recorder = RunRecorder(self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0)
         with recorder, TrainingProgress(config.train.epochs, first, rank() == 0) as self.progress:
             self.recorder = recorder
             recorder.truncate_after(first)
@@ -104,9 +104,7 @@ class Trainer:
         clock = [time.perf_counter()]
         self.progress.phase("rollout")
         plan = plan_epoch(self.config, len(self.prompts), self.steps, epoch, rank(), world_size())
-        rollout = collect_rollout(
-            self.policy, self._encode, plan, self.config.rollout, self.table, self.config.seed
-        )
+        rollout = collect_rollout(self.policy, self._encode, plan, self.config.rollout, self.table, self.config.seed)
         clock.append(self._now())
         self.progress.phase("reward")
         advantages, metrics = self._score(rollout)
@@ -195,6 +193,8 @@ class Trainer:
         metrics, grid = self.heldout.evaluate()
         self.recorder.log("evaluation", metrics, epoch=epoch)
         self.recorder.image(f"epoch_{epoch:04d}", grid, epoch)
+        if epoch == 0 and rank() == 0:
+            self.heldout.keep_as_first()
         self.progress.evaluation(metrics)
 
     def _save(self, epoch: int) -> None:
@@ -217,6 +217,3 @@ def _mean_over_updates(records: list[dict[str, float]]) -> dict[str, float]:
         for name in names
         if (values := [record[name] for record in records if name in record])
     }
-
-
-__all__ = ["Prompt", "Trainer", "train"]

@@ -314,7 +314,7 @@ def _velocity_sde(times: Tensor, sigma: Tensor, final_step: FinalStep) -> Transi
 def _native_ddim_std(alpha: Tensor, alpha_next: Tensor, eta: float) -> Tensor:
     share = (alpha_next - alpha) / (alpha_next * (1 - alpha))  # of beta_next that eta = 1 makes fresh noise
     largest = float((1 / share).min().sqrt())
-    if eta > 1 and eta > largest:
+    if eta > largest * (1 + 1e-12):  # rounding of the largest eta is no refusal
         limit = math.floor(largest * 1e6) / 1e6
         raise ValueError(f"eta {eta} asks for more noise than a step can hold: at most {limit:.6f} is possible here")
     return eta * ((1 - alpha_next) * share).sqrt()

@@ -81,9 +81,7 @@ def _transitions(arguments: argparse.Namespace) -> Any:
     for name in foreign:
         if getattr(arguments, name) is not None:
             takes = ddim_only if arguments.sampler == "ddim" else flow_only
-            raise UserError(
-                f"--{name} does not apply to {arguments.sampler}, which takes --{', --'.join(takes)}"
-            )
+            raise UserError(f"--{name} does not apply to {arguments.sampler}, which takes --{', --'.join(takes)}")
     if arguments.sampler == "ddim":
         eta = 1.0 if arguments.eta is None else arguments.eta
         timesteps = ddim_timesteps(arguments.steps)

@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is None and not Path(path).is_file():
         raise UserError(f"there is no {path} here; run from the project's folder, or name a file with --config FILE")
     config = load_config(path, arguments.overrides)
+    if launcher_rank() == 0 and not arguments.json:
+        print(f"{config.algorithm} on {config.model.path}, run directory {config.output_dir}", flush=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -45,7 +45,9 @@ class EmbeddingCache:
         names = next(iter(distinct.values())).keys()
         return {name: torch.stack([distinct[prompt][name] for prompt in prompts]) for name in names}
 
-    def fill(self, prompts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int = 16) -> int:
+    def fill(
+        self, prompts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int = 16
+    ) -> int:
         """Encode what is missing, shared among the ranks of this machine, and wait for all of it.
 
         Args:

@@ -20,13 +20,11 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path) -> None:
     folder = pipeline_folder(settings.path, settings.revision, "FluxPipeline")
     dtype = DTYPES[settings.dtype]
     if settings.finetune == "lora":
-        pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
         pipeline.load_lora_weights(weights)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     else:
-        transformer = FluxTransformer2DModel.from_pretrained(weights, subfolder="transformer", torch_dtype=dtype)
-        pipeline = FluxPipeline.from_pretrained(
-            folder, transformer=transformer, torch_dtype=dtype, local_files_only=True
-        )
+        transformer = FluxTransformer2DModel.from_pretrained(weights, subfolder="transformer", dtype=dtype)
+        pipeline = FluxPipeline.from_pretrained(folder, transformer=transformer, dtype=dtype, local_files_only=True)
     pipeline.save_pretrained(target)

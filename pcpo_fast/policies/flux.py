@@ -21,6 +21,7 @@ from pcpo_fast.policies.base import Conditioning, Policy
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, folder_fingerprint
 from pcpo_fast.policies.locating import pipeline_folder
 from pcpo_fast.policies.lora import add_lora, load_lora
+from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.truncation import warn_of_long_prompts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,7 +87,7 @@ class FluxPolicy(Policy):
         """
         folder = pipeline_folder(settings.path, settings.revision, "FluxPipeline")
         dtype = DTYPES[settings.dtype]
-        pipeline = _load_pipeline(folder, torch_dtype=dtype, **dict.fromkeys(ENCODERS))
+        pipeline = _load_pipeline(folder, dtype=dtype, **dict.fromkeys(ENCODERS))
         fingerprint = folder_fingerprint(
             [folder / name for name in ENCODERS], settings.max_sequence_length, settings.dtype, FluxPipeline.__name__
         )
@@ -152,7 +153,7 @@ class FluxPolicy(Policy):
 
     def _load_encoders(self) -> FluxPipeline:
         assert self.folder is not None
-        pipeline = _load_pipeline(self.folder, torch_dtype=self.dtype, transformer=None, vae=None)
+        pipeline = _load_pipeline(self.folder, dtype=self.dtype, transformer=None, vae=None)
         return pipeline.to(self.device)
 
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -237,6 +238,9 @@ class FluxPolicy(Policy):
 
 def _load_pipeline(folder: Path, **options: Any) -> Any:
     try:
-        return FluxPipeline.from_pretrained(folder, local_files_only=True, **options)
+        with quiet_libraries():
+            return FluxPipeline.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path: {folder} cannot be loaded as a FluxPipeline: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model.path: {folder} cannot be loaded as a FluxPipeline: {str(error).splitlines()[0]}"
+        ) from None

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pcpo_fast.config import Config
+from pcpo_fast.errors import UserError
 from pcpo_fast.policies.base import Policy
 
 
@@ -27,3 +28,27 @@ def keep_reference(policy: Policy, config: Config) -> None:
     """Where a KL is asked for, keep the frozen start: adapters can be switched off, full weights need a copy."""
     if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False)
+
+
+def load_trained_weights(policy: Policy, config: Config, folder: Path) -> None:
+    """Put weights that a run exported into a policy loaded with the run's configuration.
+
+    Raises:
+        UserError: the folder does not hold the weights that ``model.finetune`` promises, or they do not fit.
+    """
+    from diffusers import FluxPipeline
+    from safetensors.torch import load_file
+
+    from pcpo_fast.policies.lora import load_lora
+
+    if config.model.finetune == "lora":
+        load_lora(policy.module, str(folder), FluxPipeline)
+        return
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no transformer/*.safetensors")
+    state = {name: value for file in files for name, value in load_file(file).items()}
+    try:
+        policy.module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{folder}/transformer does not fit the model: {str(error).splitlines()[-1].strip()}") from None

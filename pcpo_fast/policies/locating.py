@@ -29,7 +29,9 @@ def pipeline_folder(path: str, revision: str | None, pipeline_class: str) -> Pat
         folder = _download(path, revision)
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"model.path: {path} holds no model_index.json, so it is not a diffusers {pipeline_class} folder")
+        raise UserError(
+            f"model.path: {path} holds no model_index.json, so it is not a diffusers {pipeline_class} folder"
+        )
     try:
         found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
