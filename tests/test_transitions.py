@@ -273,12 +273,15 @@ def test_cps_preserves_the_noise_level_and_the_sdes_exceed_it(steps, shift, nois
     times = shifted_times(steps, shift)
     start, end = times[:-1], times[1:]
 
-    def noise_level(table):
-        return ((table.a * start + table.b) ** 2 + table.std**2).sqrt()
+    def noise_variance(table):
+        return (table.a * start + table.b) ** 2 + table.std**2
 
-    assert torch.allclose(noise_level(coefficients_preserving(times, noise)), end, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(noise_variance(coefficients_preserving(times, noise)), end**2, rtol=1e-10, atol=1e-12)
     for sampler in (dance_sde, flow_sde):
-        assert bool((noise_level(sampler(times, noise)) >= end - 1e-12).all())
+        table = sampler(times, noise)
+        injected = table.std**2  # sigma² dt
+        excess = injected * table.deltas / start + (injected / (2 * start)) ** 2
+        assert torch.allclose(noise_variance(table), end**2 + excess, rtol=1e-10, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=40)
@@ -368,6 +371,20 @@ def test_smallest_weight_is_accepted_and_less_is_refused(variance):
         ddim(alphas, timesteps, 1.0, variance, 3.27)
 
 
+@pytest.mark.parametrize("variance", ["reshaped", "exact"])
+def test_rounding_at_the_limits_is_no_refusal_and_no_nan(variance):
+    """The weight that is just reached, and the eta that uses up all noise of a step, whatever their last digit."""
+    alphas = stable_diffusion_alphas()
+    for steps in range(2, 100):
+        timesteps = ddim_timesteps(steps)
+        c, beta = sd15_c_and_beta(steps)
+        smallest = float((c**2 / beta - 1).sqrt().max())
+        assert bool(ddim(alphas, timesteps, 1.0, variance, smallest).std.isfinite().all())
+        native = ddim(alphas, timesteps, 1.0).std
+        largest = float((beta.sqrt() / native).min())
+        assert bool(ddim(alphas, timesteps, largest).b.isfinite().all())
+
+
 def test_weight_named_in_the_refusal_works():
     alphas, timesteps = stable_diffusion_alphas(), ddim_timesteps(20)
     with pytest.raises(ValueError, match="at least") as refusal:
@@ -426,6 +443,16 @@ def test_trainable_steps_follow_the_final_step():
     assert trainable_steps(euler_ode(shifted_times(4, 1.0))) == []
     kept_above_zero = coefficients_preserving(torch.tensor([1.0, 0.6, 0.2]), 0.5)
     assert trainable_steps(kept_above_zero) == [0]
+
+
+def test_sampler_of_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
+    namespace = {}
+    exec(page.split("```python\n")[1].split("```")[0], namespace)
+    table = namespace["my_sampler"](shifted_times(8, 3.0), 0.5)
+    start, end = table.times[:-1], table.times[1:]
+    assert torch.allclose(table.a * (1 - start) - table.b, 1 - end, rtol=1e-12)
+    assert trainable_steps(table) == list(range(7))
 
 
 def test_final_row_decodes_the_clean_prediction():
