@@ -235,7 +235,7 @@ def ddim(
         if variance == "exact":
             std = gap / (weight * c + root)
         else:
-            std = (weight * c + root) / (weight**2 + 1)
+            std = (weight * c + root) / (weight * weight + 1)
             reference_credit = (gap / beta_next).sqrt()  # native credit at eta 1
     direction = (beta_next - std**2).clamp(min=0).sqrt()
     b = -(gap + std**2) / (direction + c)  # direction - c without cancellation
@@ -324,7 +324,7 @@ def _reachable(weight: float, beta_next: Tensor, gap: Tensor, timesteps: Tensor)
     """``sqrt(beta' (weight² + 1) - c²)``, the discriminant of PCPO's variances, or a refusal where it is not real."""
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"weight must be a positive number, got {weight}")
-    square = beta_next * weight**2 - gap
+    square = beta_next * (weight * weight) - gap
     if bool((square < -1e-12 * gap).any()):  # rounding of a weight that is just reached is no refusal
         smallest = (gap / beta_next).sqrt()
         step = int(smallest.argmax())

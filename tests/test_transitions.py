@@ -586,6 +586,7 @@ def test_bad_ddim_steps_are_refused(steps):
         ({"eta": 0.5, "variance": "exact"}, "replaces eta"),
         ({"eta": 1.0, "variance": "reshaped", "weight": NAN}, "weight must be a positive number"),
         ({"eta": 1.0, "variance": "reshaped", "weight": -4.5}, "weight must be a positive number"),
+        ({"eta": 1.0, "variance": "reshaped", "weight": 1e200}, "must be finite"),
         ({"eta": 1.0, "variance": "flat"}, "variance must be one of native, reshaped, exact, got 'flat'"),
     ],
 )
