@@ -1,0 +1,242 @@
+"""Sheets of images with captions: sample grids, and before/after pairs."""
+
+import bisect
+import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ImageLike = Any
+"""A PIL image, or a tensor or array [3, H, W] (or [1, H, W]) with values in 0..1."""
+
+_PAPER = (255, 255, 255)
+_INK = (32, 36, 44)
+_SOFT = (96, 103, 115)
+_GOOD = (0, 114, 178)
+_BAD = (176, 72, 0)
+
+_MARGIN = 16
+_GAP = 14
+_MAX_CAPTION_LINES = 4
+_MAX_SHEET_WIDTH = 2400
+
+
+def to_image(image: ImageLike) -> Image.Image:
+    """An 8-bit RGB image; values outside 0..1 are clipped, NaN is black. Raises ValueError for a wrong shape."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    pixels = _array(image)
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"an image must be [3, H, W] or [1, H, W], not {list(pixels.shape)}")
+    levels = np.round(np.clip(np.nan_to_num(pixels, nan=0.0), 0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0).copy())
+
+
+def image_grid(
+    images: ImageLike,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    *,
+    scale: float | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """A sheet of `images` ([B, 3, H, W] in 0..1, or a sequence of images), row by row, each with its caption below.
+
+    `scale` multiplies the size of the images; None chooses: small ones are enlarged by a whole number to about 160
+    pixels, large ones shrunk to at most 320. Enlarging repeats pixels (nearest neighbour) so that nothing is made up.
+    Captions are wrapped to the image and cut after four lines. Raises ValueError if there are no images, if the
+    number of captions differs, or if `columns` or `scale` is not positive.
+    """
+    cells = [_resized(image, columns, scale) for image in _images(images)]
+    _check(len(cells), columns, captions)
+    font = _font(_font_size(cells[0].width))
+    return _sheet(cells, columns, _lines_of(captions, None, cells[0].width, font), font, title=title)
+
+
+def before_after(
+    before: ImageLike,
+    after: ImageLike,
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    scores: tuple[Sequence[float], Sequence[float]] | None = None,
+    labels: tuple[str, str] = ("before", "after"),
+    scale: float | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """A sheet of pairs: what the policy made of a caption before training (left) and after (right), from one seed.
+
+    `before` and `after` are [B, 3, H, W] in 0..1. `columns` counts pairs (None: up to three, about square); `scores`
+    are the rewards before and after, written below the caption, in blue where they rose and in orange where they fell.
+    Sizes and errors as in `image_grid`.
+    """
+    first, second = _images(before), _images(after)
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} images before, but {len(second)} after")
+    if columns is None:
+        columns = max(1, min(3, math.ceil(math.sqrt(len(first)))))
+    _check(len(first), columns, captions)
+    if scores is not None and not len(scores[0]) == len(scores[1]) == len(first):
+        raise ValueError(f"{len(scores[0])} and {len(scores[1])} scores for {len(first)} pairs")
+    pairs = []
+    for left, right in zip(first, second, strict=True):
+        left, right = _resized(left, 2 * columns, scale), _resized(right, 2 * columns, scale)
+        pair = Image.new("RGB", (left.width + 4 + right.width, max(left.height, right.height)), _PAPER)
+        pair.paste(left, (0, 0))
+        pair.paste(right, (left.width + 4, 0))
+        pairs.append(pair)
+    font = _font(_font_size(pairs[0].width // 2))
+    texts = _lines_of(captions, scores, pairs[0].width, font)
+    return _sheet(pairs, columns, texts, font, title=title, headings=labels)
+
+
+Line = tuple[str, tuple[int, int, int]]
+
+
+def _sheet(
+    cells: list[Image.Image],
+    columns: int,
+    texts: list[list[Line]],
+    font: Any,
+    *,
+    title: str | None,
+    headings: tuple[str, str] | None = None,
+) -> Image.Image:
+    """Lay out cells of one size in rows, with lines of text below each, headings on top of each column, and a title."""
+    columns = min(columns, len(cells))
+    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    texts = texts or [[] for _ in cells]
+    line_height = _line_height(font)
+    rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
+    text_heights = [max(len(texts[i]) for i in row) * line_height for row in rows]
+
+    sheet_width = 2 * _MARGIN + columns * width + (columns - 1) * _GAP
+    title_font = _font(20)
+    title_lines = wrap(title, title_font, sheet_width - 2 * _MARGIN, 2) if title else []
+    top = _MARGIN + (len(title_lines) * _line_height(title_font) + 6 if title_lines else 0)
+    top += line_height + 4 if headings else 0
+    sheet_height = top + sum(height + 4 + text + _GAP for text in text_heights) - _GAP + _MARGIN
+
+    sheet = Image.new("RGB", (sheet_width, sheet_height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(title_lines):
+        draw.text((_MARGIN, _MARGIN + number * _line_height(title_font)), line, _INK, font=title_font)
+    if headings:
+        for column in range(columns):
+            for half, heading in enumerate(headings):
+                left = _MARGIN + column * (width + _GAP) + half * (width + 4) // 2
+                draw.text((left, top - line_height - 2), heading, _SOFT, font=font)
+    y = top
+    for row, text_height in zip(rows, text_heights, strict=True):
+        for column, i in enumerate(row):
+            x = _MARGIN + column * (width + _GAP)
+            sheet.paste(cells[i], (x, y))
+            for number, (line, colour) in enumerate(texts[i]):
+                draw.text((x, y + height + 4 + number * line_height), line, colour, font=font)
+        y += height + 4 + text_height + _GAP
+    return sheet
+
+
+def _lines_of(
+    captions: Sequence[str] | None, scores: tuple[Sequence[float], Sequence[float]] | None, width: int, font: Any
+) -> list[list[Line]]:
+    """The wrapped caption of every cell, and its scores."""
+    count = len(captions) if captions is not None else len(scores[0]) if scores is not None else 0
+    texts: list[list[Line]] = [[] for _ in range(count)]
+    for i in range(count):
+        if captions is not None:
+            texts[i] += [(line, _INK) for line in wrap(captions[i], font, width, _MAX_CAPTION_LINES)]
+        if scores is not None:
+            old, new = float(scores[0][i]), float(scores[1][i])
+            colour = _GOOD if new > old else _BAD if new < old else _SOFT
+            texts[i].append((f"{old:.2f} to {new:.2f}", colour))
+    return texts
+
+
+def wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
+    """Break text into lines of at most `width` pixels; a word too long is broken, text too long ends in "..."."""
+    lines: list[str] = []
+    line = ""
+    words = plain_letters(str(text)).split()
+    while words and len(lines) <= max_lines:
+        word = words.pop(0)
+        candidate = f"{line} {word}" if line else word
+        if font.getlength(candidate) <= width:
+            line = candidate
+            continue
+        if line:
+            lines.append(line)
+            line = ""
+            words.insert(0, word)
+        else:  # one word alone is too long
+            fits = bisect.bisect_right(range(len(word)), width, key=lambda end: font.getlength(word[: end + 1]))
+            cut = max(1, fits)
+            lines.append(word[:cut])
+            if word[cut:]:
+                words.insert(0, word[cut:])
+    if line:
+        lines.append(line)
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while last and font.getlength(last + "...") > width:
+            last = last[:-1]
+        lines = [*lines[: max_lines - 1], last.rstrip() + "..."]
+    return lines
+
+
+def plain_letters(text: str) -> str:
+    """What PIL's own font can draw of a text: accents are dropped, dashes and arrows become those of ASCII.
+
+    Letters of other scripts stay, and are drawn as boxes: a font that has them would have to be shipped.
+    """
+    text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return text.translate({0x2010: "-", 0x2011: "-", 0x2013: "-", 0x2014: "-", 0x2212: "-", 0x2192: "->"})
+
+
+def _images(images: ImageLike) -> list[Image.Image]:
+    items = list(images) if isinstance(images, list | tuple) else list(_array(images))
+    if not items:
+        raise ValueError("there are no images to show")
+    return [to_image(item) for item in items]
+
+
+def _array(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):  # a tensor: any device, any floating type
+        values = values.detach().cpu().float().numpy()
+    return np.asarray(values, dtype=np.float32)
+
+
+def _resized(image: Image.Image, columns: int, scale: float | None) -> Image.Image:
+    longest = max(image.size)
+    if scale is None:
+        most = max(32, min(320, _MAX_SHEET_WIDTH // max(columns, 1)))
+        scale = math.ceil(144 / longest) if longest < 144 else min(1.0, most / longest)
+    if not scale > 0:
+        raise ValueError(f"scale is {scale} (must be positive)")
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return image if size == image.size else image.resize(size, method)
+
+
+def _check(count: int, columns: int, captions: Sequence[str] | None) -> None:
+    if columns < 1:
+        raise ValueError(f"columns is {columns} (must be at least 1)")
+    if captions is not None and len(captions) != count:
+        raise ValueError(f"{len(captions)} captions for {count} images")
+
+
+def _font_size(width: int) -> int:
+    return min(16, max(12, width // 12))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """PIL's own font: the same picture on every machine."""
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
+
+
+def _line_height(font: Any) -> int:
+    top, bottom = font.getbbox("Agjy|")[1::2]
+    return int(bottom - top) + 5

@@ -1,0 +1,230 @@
+"""TensorBoard and Weights & Biases: places that show the same numbers as metrics.jsonl, and may fail without harm."""
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from pcpo_fast.atomic import write_atomically
+from pcpo_fast.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+WANDB_OPTIONS = ("project", "entity", "name", "group", "job_type", "tags", "notes", "mode", "id")
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+class MetricLogger(Protocol):
+    """Where metrics and images are shown while a run goes on.
+
+    `step` is the epoch for everything but updates, and the number of the update since the start of the run for them.
+    """
+
+    def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None: ...
+    def image(self, tag: str, image: Image.Image, *, epoch: int) -> None: ...
+    def rewind(self, *, epoch: int, update_step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def tags(kind: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The names under which a logger shows metrics: those of updates have a prefix, because their axis is another."""
+    return {f"update/{name}" if kind == "update" else name: value for name, value in metrics.items()}
+
+
+class GuardedLogger:
+    """Passes everything on to a logger until that fails once; then warns, and drops the rest.
+
+    `make` creates the logger; only its `UserError` (not installed, wrong options) comes through, all else is guarded.
+    """
+
+    def __init__(self, name: str, make: Callable[[], MetricLogger]) -> None:
+        self._name = name
+        self._logger: MetricLogger | None = None
+        try:
+            self._logger = make()
+        except UserError:
+            raise
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._logger = None
+        _LOG.warning(
+            "%s failed (%s: %s); training goes on without it, metrics.jsonl stays complete",
+            self._name,
+            type(error).__name__,
+            error,
+        )
+
+    def _try(self, action: Callable[[MetricLogger], None]) -> None:
+        if self._logger is None:
+            return
+        try:
+            action(self._logger)
+        except Exception as error:  # whatever a third-party logger raises, the training run is worth more
+            self._give_up(error)
+
+    def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None:
+        self._try(lambda logger: logger.log(kind, metrics, epoch=epoch, step=step))
+
+    def image(self, tag: str, image: Image.Image, *, epoch: int) -> None:
+        self._try(lambda logger: logger.image(tag, image, epoch=epoch))
+
+    def rewind(self, *, epoch: int, update_step: int) -> None:
+        self._try(lambda logger: logger.rewind(epoch=epoch, update_step=update_step))
+
+    def close(self) -> None:
+        self._try(lambda logger: logger.close())
+        self._logger = None
+
+
+class TensorBoardLogger:
+    """Event files under `folder`: ``epochs`` (axis: epoch) and ``updates`` (axis: number of the update)."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "TensorBoard logging is on but the package tensorboard is not installed: "
+                "run `pip install tensorboard`, or switch it off in the config"
+            ) from error
+        self._make = SummaryWriter
+        self._folder = folder
+        self._writers: dict[str, SummaryWriter] = {}
+        self._purge: dict[str, int] = {}
+
+    def _writer(self, part: str) -> Any:
+        if part not in self._writers:
+            self._writers[part] = self._make(
+                str(self._folder / part), purge_step=self._purge.pop(part, None), flush_secs=10
+            )
+        return self._writers[part]
+
+    def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None:
+        writer = self._writer("updates" if kind == "update" else "epochs")
+        for tag, value in tags(kind, metrics).items():
+            writer.add_scalar(tag, value, step)
+
+    def image(self, tag: str, image: Image.Image, *, epoch: int) -> None:
+        self._writer("epochs").add_image(tag, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
+
+    def rewind(self, *, epoch: int, update_step: int) -> None:
+        """From here on, hide what was recorded at this step or later (TensorBoard's own mechanism for restarts)."""
+        self.close()
+        self._purge = {"epochs": epoch, "updates": update_step}
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+
+class WandbLogger:
+    """A Weights & Biases run, in ``output_dir/wandb``, continued when the training run is resumed.
+
+    `options` are the arguments of `wandb.init` named in `WANDB_OPTIONS`. Only metrics and images are sent: no config,
+    no command line, no environment, no console output, no code, no git remote, no list of packages,
+    no machine description. Who may log
+    is W&B's own affair (`wandb login`); a key in `options` is refused. Without a network, or without a login, the run
+    is written to the disk instead (`wandb sync` uploads it later), after at most 30 seconds of waiting.
+    """
+
+    def __init__(self, output_dir: Path, options: Mapping[str, Any]) -> None:
+        check_wandb_options(options)
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "Weights & Biases logging is on but the package wandb is not installed: "
+                'run `pip install "pcpo_fast[wandb]"`, or remove it from the config'
+            ) from error
+        self._wandb: Any = wandb
+        arguments = {
+            "project": "pcpo-fast",
+            "id": _wandb_run_id(output_dir),
+            "resume": "allow",
+            **{key: value for key, value in options.items() if value is not None},
+            "dir": str(output_dir),
+            "settings": _wandb_settings(wandb),
+        }
+        try:
+            self._run = wandb.init(**arguments)
+        except Exception as error:
+            _LOG.warning(
+                "Weights & Biases cannot be reached (%s: %s); this run is recorded under %s for `wandb sync`",
+                type(error).__name__,
+                error,
+                output_dir / "wandb",
+            )
+            # A new id: the attempt that failed may still hold the old one.
+            again = {"mode": "offline", "resume": None, "id": _new_id(), "settings": _wandb_settings(wandb)}
+            self._run = wandb.init(**{**arguments, **again})
+        self._axes: dict[str, str] = {}
+
+    def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None:
+        axis = "update_step" if kind == "update" else "epoch"
+        values = tags(kind, metrics)
+        for tag in values:
+            self._on_axis(tag, axis)
+        self._run.log({**values, "epoch": epoch, axis: step})
+
+    def image(self, tag: str, image: Image.Image, *, epoch: int) -> None:
+        self._on_axis(tag, "epoch")
+        self._run.log({tag: self._wandb.Image(image), "epoch": epoch})
+
+    def _on_axis(self, tag: str, axis: str) -> None:
+        if self._axes.get(tag) != axis:
+            self._run.define_metric(tag, step_metric=axis)
+            self._axes[tag] = axis
+
+    def rewind(self, *, epoch: int, update_step: int) -> None:
+        """Nothing: W&B cannot forget. On its axes (epoch, update) what is run again lies over what was there."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_wandb_options(options: Mapping[str, Any]) -> None:
+    """Raise `UserError` for an option that `WandbLogger` does not take (above all: a key)."""
+    for name in options:
+        if name not in WANDB_OPTIONS:
+            raise UserError(f"wandb: unknown option {name!r} (allowed: {', '.join(WANDB_OPTIONS)})")
+    mode = options.get("mode")
+    if mode is not None and mode not in WANDB_MODES:
+        raise UserError(f"wandb: mode is {mode!r} (allowed: {', '.join(WANDB_MODES)})")
+
+
+def _wandb_run_id(output_dir: Path) -> str:
+    """One id per run directory, so that a resumed run continues the same W&B run."""
+    path = output_dir / "wandb" / "run_id.txt"
+    if not path.exists():
+        write_atomically(path, _new_id() + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def _wandb_settings(wandb: Any) -> Any:
+    """Settings that keep private things private and never wait for long; those this version lacks are left out."""
+    wanted = {
+        "console": "off",
+        "save_code": False,
+        "disable_git": True,
+        "disable_job_creation": True,
+        "x_disable_meta": True,
+        "x_disable_machine_info": True,
+        "x_save_requirements": False,
+        "silent": True,
+        "init_timeout": 30.0,
+        "login_timeout": 30.0,
+        "finish_timeout": 60.0,
+    }
+    known = getattr(wandb.Settings, "model_fields", {})
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})

@@ -1,0 +1,125 @@
+"""The file metrics.jsonl: one JSON object per line, whole lines only."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pcpo_fast.atomic import write_atomically
+from pcpo_fast.errors import UserError
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """Appends records to a metrics.jsonl file.
+
+    Every record is one `write` call on a file opened for appending, so it is in the hands of the operating system when
+    `append` returns and survives the death of the process. If a run was killed in the middle of a line, opening the
+    file again removes that half line.
+
+    JSON knows no NaN and no infinity: a number that is not finite is written as ``null``, and `read_metrics` gives it
+    back as NaN. Every line is therefore valid JSON for any reader.
+
+    Raises `UserError` if the file cannot be written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._descriptor: int | None = None
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            self._repair(self._descriptor)
+        except OSError as error:
+            raise UserError(f"cannot open {self.path} for writing: {error.strerror or error}") from error
+
+    def _repair(self, descriptor: int) -> None:
+        """End the file with a whole line: drop a half-written last line, or add the line end that is missing."""
+        content = self.path.read_bytes()
+        tail = content[content.rfind(b"\n") + 1 :]
+        if not tail:
+            return
+        if _parse(tail) is None:
+            os.ftruncate(descriptor, len(content) - len(tail))
+        else:
+            os.write(descriptor, b"\n")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line. On failure (a full disk) nothing of the line remains in the file."""
+        if self._descriptor is None:
+            raise ValueError(f"{self.path} is closed")
+        line = encode(record)
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+        except OSError as error:
+            os.ftruncate(self._descriptor, size)
+            raise UserError(f"cannot write to {self.path}: {error.strerror or error}") from error
+
+    def keep(self, condition: Callable[[Record], bool]) -> None:
+        """Rewrite the file with only the lines whose record meets `condition`; the lines kept are unchanged."""
+        lines = [line for line, record in _lines(self.path) if condition(record)]
+        self.close()
+        write_atomically(self.path, b"".join(line + b"\n" for line in lines))
+        self._open()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """One line of JSON with its line end; numbers that are not finite become null."""
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(clean, allow_nan=False).encode("utf-8") + b"\n"
+
+
+def read_metrics(path: Path | str) -> list[Record]:
+    """All records of a metrics.jsonl file, in the order in which they were written.
+
+    A last line that was cut off in the middle (the run was killed, or is writing right now) is left out. ``null``
+    becomes NaN. Raises `UserError` if there is no such file, or if another line is not a JSON object (with its number).
+    """
+    records = [record for _, record in _lines(Path(path))]
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
+
+
+def _lines(path: Path) -> list[tuple[bytes, Record]]:
+    """The non-empty lines (without line ends) and what they say."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    *whole, tail = content.split(b"\n")
+    result = []
+    for number, line in enumerate(whole, start=1):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is None:
+            raise UserError(f"{path}, line {number}: not a JSON object (each line of this file must be one)")
+        result.append((line, record))
+    last = _parse(tail)
+    if last is not None:
+        result.append((tail, last))
+    return result
+
+
+def _parse(line: bytes) -> Record | None:
+    """The JSON object on a line, or None. (No proper beginning of an object is itself one, so a cut line is None.)"""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

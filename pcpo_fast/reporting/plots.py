@@ -1,0 +1,329 @@
+"""The figures of a training run. Each takes plain numbers and returns a matplotlib Figure, or None if there are none.
+
+A figure is saved with `save_figure`, or put into a page with `pcpo_fast.reporting.svg.inline_svg`.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pcpo_fast.atomic import write_atomically
+from pcpo_fast.reporting.series import Record, Series, names_below, series, skipped_updates, step_series, update_values
+from pcpo_fast.reporting.style import (
+    BLUE,
+    GREEN,
+    GRID,
+    MISSING,
+    ORANGE,
+    PURPLE,
+    SOFT,
+    WIDTH,
+    epoch_axis,
+    legend,
+    marker,
+    new_figure,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+EPOCHS = "epochs trained"
+_PHASES = (("time/rollout", "rollout", BLUE), ("time/reward", "reward", ORANGE), ("time/update", "update", GREEN))
+
+
+def save_figure(figure: "Figure", path: Path | str, dpi: int = 160) -> None:
+    """Write a figure as PNG, in one step. Raises ValueError if the file name does not end in .png."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"a figure is written as PNG, so the file name must end in .png: {path.name!r}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    write_atomically(path, buffer.getvalue())
+
+
+def reward_figure(records: Sequence[Record]) -> "Figure | None":
+    """Mean reward of the rollouts with a band of one standard deviation, and the reward on held-out prompts."""
+    train, heldout = series(records, "reward/mean"), series(records, "heldout/reward/mean")
+    if not train and not heldout:
+        return None
+    figure = new_figure(3.3)
+    axes = styled(figure.add_subplot(), "Mean reward of an epoch", EPOCHS, "mean reward", with_legend=True)
+    if train:
+        _band(axes, train, series(records, "reward/std"))
+        axes.plot(train.epochs, train.values, color=BLUE, linewidth=1.6, marker=marker(train.epochs), label="rollouts")
+    if heldout:
+        label = "held-out prompts and seeds"
+        axes.plot(heldout.epochs, heldout.values, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
+        for i in sorted({0, len(heldout.epochs) - 1}):
+            _value_label(axes, heldout.epochs[i], heldout.values[i], ORANGE)
+    _span(axes, train, heldout)
+    legend(axes)
+    return figure
+
+
+def _band(axes: "Axes", mean: Series, std: Series) -> None:
+    width = std.by_epoch()
+    epochs = [epoch for epoch in mean.epochs if epoch in width]
+    centre = mean.by_epoch()
+    low = [centre[epoch] - width[epoch] for epoch in epochs]
+    high = [centre[epoch] + width[epoch] for epoch in epochs]
+    if epochs:
+        label = "± 1 std over the images of an epoch"
+        axes.fill_between(epochs, low, high, color=BLUE, alpha=0.16, linewidth=0, label=label)
+
+
+def reward_parts_figure(records: Sequence[Record]) -> "Figure | None":
+    """One small plot per named reward, rollouts and held-out; None unless there are at least two rewards."""
+    known = ("reward/mean", "reward/std")
+    names = [name.removeprefix("reward/") for name in names_below(records, "reward/", known)]
+    names += [
+        name
+        for full in names_below(records, "heldout/reward/", ("heldout/reward/mean", "heldout/reward/std"))
+        if (name := full.removeprefix("heldout/reward/")) not in names
+    ]
+    curves = {name: (series(records, f"reward/{name}"), series(records, f"heldout/reward/{name}")) for name in names}
+    curves = {name: pair for name, pair in curves.items() if pair[0] or pair[1]}
+    if len(curves) < 2:
+        return None
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = new_figure(0.2 + 2.3 * rows)
+    for i, (name, (train, heldout)) in enumerate(curves.items(), start=1):
+        axes = styled(figure.add_subplot(rows, columns, i), name, EPOCHS, "mean score")
+        axes.plot(train.epochs, train.values, color=BLUE, linewidth=1.4, marker=marker(train.epochs))
+        axes.plot(heldout.epochs, heldout.values, color=ORANGE, linewidth=1.8, marker="o", markersize=3)
+        _span(axes, train, heldout)
+    return figure
+
+
+def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
+    """Share of clipped images per step and epoch as a map, with the mean over epochs of each step beside it."""
+    steps = step_series(records, "policy/clip_fraction")
+    mean = series(records, "policy/clip_fraction")
+    if not steps and not mean:
+        return None
+    if not steps:
+        figure = new_figure()
+        axes = styled(figure.add_subplot(), "Clip fraction", EPOCHS, "share of clipped images")
+        axes.plot(mean.epochs, mean.values, color=BLUE, linewidth=1.6, marker=marker(mean.epochs))
+        axes.set_ylim(bottom=0)
+        _percent(axes)
+        _span(axes, mean)
+        return figure
+    import numpy as np
+    from matplotlib import colormaps
+
+    first = min(curve.epochs[0] for curve in steps.values())
+    last = max(curve.epochs[-1] for curve in steps.values())
+    rows = max(steps) + 1
+    table = np.full((rows, last - first + 1), np.nan)
+    for step, curve in steps.items():
+        table[step, [epoch - first for epoch in curve.epochs]] = curve.values
+
+    figure = new_figure(max(2.8, min(5.2, 1.3 + 0.16 * rows)))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
+    styled(left, "Clip fraction per step", "epoch", "step (0 = noise)")
+    palette = colormaps["cividis"].with_extremes(bad=MISSING)
+    # A quiet run should look quiet: the scale never ends below 5 %.
+    top = max(0.05, float(np.nanmax(table)))
+    extent = (first - 0.5, last + 0.5, rows - 0.5, -0.5)
+    picture = left.imshow(
+        table, cmap=palette, vmin=0, vmax=top, aspect="auto", extent=extent, interpolation="nearest", origin="upper"
+    )
+    left.grid(False)
+    _whole_numbers(left)
+    bar = figure.colorbar(picture, ax=left, pad=0.015, aspect=30)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
+    bar.ax.yaxis.set_major_formatter(_percent_format())
+
+    styled(right, "Mean over epochs", "share of clipped images", "")
+    means = [sum(curve.values) / len(curve.values) for curve in steps.values()]
+    right.barh(list(steps), means, color=BLUE, height=0.72)
+    right.grid(False, axis="y")
+    right.grid(True, axis="x", color=GRID, linewidth=0.8)
+    right.set_xlim(0, max(0.05, 1.05 * max(means)))
+    right.xaxis.set_major_formatter(_percent_format())
+    right.tick_params(labelleft=False)
+    return figure
+
+
+def credit_figure(
+    times: Sequence[float],
+    native: Sequence[float],
+    proportionate: Sequence[float],
+    zeta: float,
+    title: str,
+    *,
+    trained_steps: Sequence[int] | None = None,
+    used: Sequence[float] | None = None,
+) -> "Figure":
+    """Native and proportionate credit of every step, side by side.
+
+    `times` [N+1] from 1 (noise) to 0 (image), `native` and `proportionate` [N], `zeta` their common constant (the
+    proportionate credit of a step is zeta times its length). Steps not in `trained_steps` are pale. `used` [N] is
+    drawn as well where the run trained with a credit that is neither of the two. Raises ValueError if the lengths do
+    not fit.
+    """
+    count = len(native)
+    from matplotlib.patches import Patch
+
+    if len(times) != count + 1 or len(proportionate) != count or (used is not None and len(used) != count):
+        raise ValueError(f"credit of {count} steps needs {count + 1} times and as many values in every column")
+    figure = new_figure(3.5, max(WIDTH, min(16.0, 0.3 * count)))
+    steps = list(range(count))
+    axes = styled(
+        figure.add_subplot(),
+        title,
+        "step, and the time it starts at (1 = noise, 0 = image)",
+        "credit",
+        with_legend=True,
+    )
+    trained = set(steps if trained_steps is None else trained_steps) & set(steps)
+    columns = [(native, "native: |b| / std", ORANGE), (proportionate, f"proportionate: ζ Δt, ζ = {zeta:.5g}", BLUE)]
+    if used is not None and not _same(used, native, trained) and not _same(used, proportionate, trained):
+        columns.append((used, "used in this run", GREEN))
+    width = 0.8 / len(columns)
+    for place, (values, label, colour) in enumerate(columns):
+        offset = (place - (len(columns) - 1) / 2) * width
+        for pale in (False, True):
+            shown = [step for step in steps if (step in trained) is not pale]
+            heights = [values[step] for step in shown]
+            named = None if pale else label
+            places = [step + offset for step in shown]
+            axes.bar(places, heights, width * 0.92, color=colour, alpha=0.35 if pale else 1, label=named)
+    axes.set_xlim(-0.7, count - 0.3)
+    every = max(1, math.ceil(count / 20))
+    axes.set_xticks(steps[::every], [f"{step}\n{times[step]:.2f}" for step in steps[::every]])
+    pale_entry = [Patch(color=SOFT, alpha=0.35, label="pale: not trained")] if len(trained) < count else []
+    legend(axes, pale_entry)
+    return figure
+
+
+def mismatch_figure(records: Sequence[Record], clip_range: float | None = None) -> "Figure | None":
+    """How far the update's fresh outputs are from those stored in the rollout, before the first optimizer step.
+
+    `clip_range` adds the line of a tenth of it, above which the log-ratio is no longer harmless.
+    """
+    outputs, ratios = series(records, "rollout/mismatch_output"), series(records, "rollout/mismatch_log_ratio")
+    if not outputs and not ratios:
+        return None
+    figure = new_figure(2.9)
+    left, right = figure.subplots(1, 2)
+    styled(left, "Outputs: relative difference", "epoch", "relative difference", with_legend=True)
+    _logarithmic(left, outputs)
+    styled(right, "Log-ratio caused by it", "epoch", "|log-ratio|", with_legend=True)
+    _logarithmic(right, ratios)
+    if clip_range and any(ratios.values):
+        right.axhline(0.1 * clip_range, color=ORANGE, linewidth=1.2, linestyle="--", label="a tenth of the clip range")
+        legend(right)
+    return figure
+
+
+def _logarithmic(axes: "Axes", curve: Series) -> None:
+    """Absolute values on a logarithmic axis, which also shows exact zeros; if there is nothing else, says so."""
+    values = [abs(value) for value in curve.values]
+    if any(values):
+        axes.plot(curve.epochs, values, color=PURPLE, linewidth=1.5, marker=marker(values))
+        if 0 in values:
+            axes.set_yscale("symlog", linthresh=min(value for value in values if value > 0))
+        else:
+            axes.set_yscale("log")
+    else:
+        said = "exactly 0 in every epoch" if values else "not recorded"
+        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", color=SOFT, fontsize=9)
+        axes.set_ylim(0, 1)
+        axes.set_yticks([])
+    _span(axes, curve)
+
+
+def gradient_figure(records: Sequence[Record]) -> "Figure | None":
+    """Norm of the gradient before clipping, of every update; updates that were skipped are marked."""
+    positions, norms = update_values(records, "policy/grad_norm")
+    if not positions:
+        whole = series(records, "policy/grad_norm")
+        positions, norms = [float(epoch) for epoch in whole.epochs], whole.values
+    if not positions:
+        return None
+    figure = new_figure(2.6)
+    axes = styled(figure.add_subplot(), "Gradient norm before clipping", "epoch", "L2 norm", with_legend=True)
+    axes.plot(positions, norms, color=BLUE, linewidth=1.1, marker=marker(positions))
+    if min(norms) > 0 and max(norms) / min(norms) > 30:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    skipped = skipped_updates(records)
+    for number, epoch in enumerate(skipped):
+        axes.axvline(epoch, color=ORANGE, linewidth=1, alpha=0.8, label="updates skipped" if number == 0 else None)
+    if skipped:
+        legend(axes)
+    epoch_axis(axes, positions[0], positions[-1])
+    return figure
+
+
+def time_figure(records: Sequence[Record]) -> "Figure | None":
+    """Seconds per phase, stacked, and images per second, over epochs."""
+    phases = [(series(records, name), label, colour) for name, label, colour in _PHASES]
+    phases = [phase for phase in phases if phase[0]]
+    throughput = series(records, "throughput/images_per_second")
+    if not phases and not throughput:
+        return None
+    figure = new_figure(2.9)
+    left, right = figure.subplots(1, 2)
+    styled(left, "Time per epoch", "epoch", "seconds", with_legend=True)
+    epochs = sorted({epoch for curve, *_ in phases for epoch in curve.epochs})
+    if epochs:
+        rows = [[curve.by_epoch().get(epoch, 0.0) for epoch in epochs] for curve, *_ in phases]
+        base = [0.0] * len(epochs)
+        edges = [epoch - 0.5 for epoch in epochs] + [epochs[-1] + 0.5]
+        for row, (_, label, colour) in zip(rows, phases, strict=True):
+            top = [low + value for low, value in zip(base, row, strict=True)]
+            left.stairs(top, edges, baseline=base, fill=True, color=colour, label=label, linewidth=0)
+            base = top
+        left.set_ylim(0, 1.05 * max(base) or 1)
+        epoch_axis(left, epochs[0], epochs[-1])
+        legend(left)
+    styled(right, "Throughput", "epoch", "images per second", with_legend=True)
+    axis = throughput.epochs
+    right.plot(axis, throughput.values, color=PURPLE, linewidth=1.5, marker=marker(axis))
+    right.set_ylim(0, 1.1 * max(throughput.values, default=1.0) or 1)
+    _span(right, throughput)
+    return figure
+
+
+def _value_label(axes: "Axes", x: float, y: float, colour: str) -> None:
+    note = axes.annotate(
+        f"{y:.3f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5, color=colour
+    )
+    note.set_fontweight("bold")
+
+
+def _span(axes: "Axes", *curves: Series) -> None:
+    epochs = [epoch for curve in curves for epoch in curve.epochs]
+    if epochs:
+        epoch_axis(axes, min(epochs), max(epochs))
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+
+
+def _percent(axes: "Axes") -> None:
+    axes.yaxis.set_major_formatter(_percent_format())
+
+
+def _percent_format():  # type: ignore[no-untyped-def]
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0)
+
+
+def _same(first: Sequence[float], second: Sequence[float], steps: set[int]) -> bool:
+    return all(math.isclose(first[i], second[i], rel_tol=1e-6, abs_tol=1e-12) for i in steps)

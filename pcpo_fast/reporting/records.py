@@ -1,0 +1,151 @@
+"""What a training run writes down: metrics and images, on the disk and to the loggers."""
+
+import io
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pcpo_fast.atomic import write_atomically
+from pcpo_fast.reporting.grids import ImageLike, to_image
+from pcpo_fast.reporting.loggers import GuardedLogger, TensorBoardLogger, WandbLogger
+from pcpo_fast.reporting.metrics_file import MetricsFile, read_metrics
+
+__all__ = ["RunRecorder", "read_metrics"]
+
+_RESERVED = ("kind", "epoch", "update", "time")
+_IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RunRecorder:
+    """Writes metrics.jsonl and images/ in `output_dir`, and shows the same to TensorBoard and Weights & Biases.
+
+    `tensorboard` asks for event files in ``output_dir/tensorboard``; `wandb` is None or the options of a W&B run (see
+    `pcpo_fast.reporting.loggers.WandbLogger`). With `enabled` False (every rank but 0) all methods do nothing and no
+    file is touched. An existing metrics.jsonl is continued, and so is its ``time``.
+
+    Raises `UserError` if `output_dir` cannot be written, or a logger is asked for that is not installed. A logger that
+    fails later warns once and is left out from then on: it never stops training.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, tensorboard: bool, wandb: Mapping[str, Any] | None, enabled: bool = True
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.enabled = enabled
+        self._start = time.monotonic()
+        self._earlier = 0.0
+        self._updates = 0
+        self._loggers: list[GuardedLogger] = []
+        if not enabled:
+            return
+        self._file = MetricsFile(self.output_dir / "metrics.jsonl")
+        self._count(read_metrics(self._file.path))
+        if tensorboard:
+            folder = self.output_dir / "tensorboard"
+            self._loggers.append(GuardedLogger("TensorBoard", lambda: TensorBoardLogger(folder)))
+        if wandb is not None:
+            options = dict(wandb)
+            self._loggers.append(GuardedLogger("Weights & Biases", lambda: WandbLogger(self.output_dir, options)))
+
+    def _count(self, records: list[dict[str, Any]]) -> None:
+        """Take over what an earlier part of the run recorded: how many updates, and how many seconds."""
+        self._updates = sum(record.get("kind") == "update" for record in records)
+        self._earlier = max((float(record.get("time", 0.0)) for record in records), default=0.0)
+
+    def seconds(self) -> float:
+        """Seconds since the start of the run; a resumed run counts on from its last recorded line."""
+        return self._earlier + time.monotonic() - self._start
+
+    def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, update: int | None = None) -> None:
+        """Append one line: ``{"kind", "epoch", "update", "time", …metrics}`` (no "update" where it is None).
+
+        `kind` is "update", "epoch" or "evaluation". A value is a number or a tensor or array with one element; NaN and
+        infinities are written as null. Raises ValueError for a metric named like one of the fixed fields.
+        """
+        if not self.enabled:
+            return
+        record: dict[str, Any] = {"kind": kind, "epoch": int(epoch)}
+        if update is not None:
+            record["update"] = int(update)
+        record["time"] = round(self.seconds(), 3)
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        self._file.append(record | values)
+        step = self._updates if kind == "update" else epoch
+        self._updates += kind == "update"
+        for logger in self._loggers:
+            logger.log(kind, values, epoch=epoch, step=step)
+
+    def image(self, name: str, image: ImageLike, epoch: int) -> Path | None:
+        """Write ``images/<name>.png`` and show the image to the loggers; returns the path (None where disabled).
+
+        `image` is a PIL image or [3, H, W] in 0..1. Numbered names (``epoch_0010``) share one place in the loggers, so
+        that they can be looked through over time. Raises ValueError unless `name` is a plain file name.
+        """
+        if not self.enabled:
+            return None
+        stem = name.removesuffix(".png")
+        if not _IMAGE_NAME.fullmatch(stem):
+            raise ValueError(f"image name {name!r} is not a plain file name of letters, digits, '.', '_' and '-'")
+        picture = to_image(image)
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        path = self.output_dir / "images" / f"{stem}.png"
+        write_atomically(path, buffer.getvalue())
+        tag = "images/" + re.sub(r"_?\d+$", "", stem)
+        for logger in self._loggers:
+            logger.image(tag, picture, epoch=epoch)
+        return path
+
+    def truncate_after(self, epoch: int, *, keep_evaluation: bool = False) -> None:
+        """Before a run is resumed at `epoch`: drop what was recorded for the epochs that will be run again.
+
+        Lines with this or a later epoch go; the others stay byte for byte. A half-written last line goes too. The
+        evaluation recorded *at* `epoch` looked at the very weights the run resumes with; it is dropped as well, unless
+        `keep_evaluation` says that it will not be made again. The file is replaced in one step, never half rewritten.
+        """
+        if not self.enabled:
+            return
+
+        def kept(record: dict[str, Any]) -> bool:
+            evaluated = keep_evaluation and record.get("kind") == "evaluation" and record.get("epoch") == epoch
+            return evaluated or record.get("epoch", -1) < epoch
+
+        self._file.keep(kept)
+        records = read_metrics(self._file.path)
+        self._count(records)
+        for logger in self._loggers:
+            logger.rewind(epoch=epoch, update_step=self._updates)
+            for record in records:
+                if record.get("epoch", -1) >= epoch:  # the evaluation that was kept: the loggers have just dropped it
+                    values = {name: value for name, value in record.items() if name not in _RESERVED}
+                    logger.log(record["kind"], values, epoch=epoch, step=epoch)
+
+    def close(self) -> None:
+        """Flush and close everything; may be called twice."""
+        if not self.enabled:
+            return
+        self._file.close()
+        for logger in self._loggers:
+            logger.close()
+
+    def __enter__(self) -> "RunRecorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _number(name: str, value: Any) -> float | int:
+    if name in _RESERVED:
+        raise ValueError(f"a metric cannot be named {name!r}: every record has a field of that name")
+    if isinstance(value, int):
+        return int(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name!r} is not a number: {value!r}") from error

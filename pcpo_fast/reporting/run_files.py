@@ -1,0 +1,177 @@
+"""Reading a run directory that may be unfinished or damaged: what can be read is used, what cannot is noted."""
+
+import io
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.reporting.metrics_file import Record, read_metrics
+
+_GRID_NAME = re.compile(r"epoch_(\d+)\.png")
+_SECRET = re.compile(
+    r"^(?P<key>\s*(?:-\s+)?[\"']?[\w.-]*(?:api_?key|password|passwd|secret|(?<![a-z])token)[\"']?\s*:[ \t]*)"
+    r"(?!null\b|~)\S.*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_EMBED_LIMIT = 400_000  # bytes of a PNG above which a report takes a JPEG
+_EMBED_WIDTH = 1600
+
+
+@dataclass(frozen=True)
+class Credit:
+    """credit.json, checked: N steps, N+1 times."""
+
+    sampler: str
+    rule: str
+    times: list[float]
+    native: list[float]
+    proportionate: list[float]
+    used: list[float] | None
+    zeta: float
+    trained_steps: list[int]
+
+
+@dataclass
+class RunFiles:
+    """What a run directory says; `notes` has a sentence for everything that could not be read."""
+
+    folder: Path
+    records: list[Record] = field(default_factory=list)
+    config_text: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    credit: Credit | None = None
+    captions: list[str] = field(default_factory=list)
+    finished: bool = False
+    summary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def grids(self) -> list[tuple[int, Path]]:
+        """The sample grids by number of epochs trained. Those later than anything recorded are left out: they are
+        from before the run was resumed at an earlier epoch."""
+        found = [
+            (int(match[1]), path)
+            for path in (self.folder / "images").glob("epoch_*.png")
+            if (match := _GRID_NAME.fullmatch(path.name))
+        ]
+        epochs = [record["epoch"] for record in self.records if isinstance(record.get("epoch"), int)]
+        return sorted((epoch, path) for epoch, path in found if not epochs or epoch <= max(epochs) + 1)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Raises `UserError` if `folder` is not a directory or holds neither metrics.jsonl nor config.yaml, or if a line
+    in the middle of metrics.jsonl is damaged."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a run directory: there is no such folder")
+    run = RunFiles(folder)
+    metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
+    if not metrics.exists() and not config.exists():
+        raise UserError(f"{folder} is not a run directory: it holds neither metrics.jsonl nor config.yaml")
+    if metrics.exists():
+        run.records = read_metrics(metrics)
+    else:
+        run.notes.append("There is no metrics.jsonl: nothing was recorded yet.")
+    _read_config(run, config)
+    _read_credit(run)
+    captions = _read_json(run, "images/captions.json")
+    if isinstance(captions, list):
+        run.captions = [str(caption) for caption in captions]
+    summary = _read_json(run, "summary.json")
+    if isinstance(summary, dict):
+        run.summary, run.finished = summary, True
+    return run
+
+
+def _read_config(run: RunFiles, path: Path) -> None:
+    import yaml
+
+    if not path.exists():
+        run.notes.append("There is no config.yaml.")
+        return
+    raw = path.read_text(encoding="utf-8", errors="replace")
+    run.config_text = _SECRET.sub(r"\g<key>(not shown)", raw)
+    try:
+        loaded = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        run.notes.append("config.yaml is not valid YAML; it is shown as it is.")
+        return
+    run.config = loaded if isinstance(loaded, dict) else {}
+
+
+def _read_json(run: RunFiles, name: str) -> Any:
+    path = run.folder / name
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        run.notes.append(f"{name} could not be read.")
+        return None
+
+
+def _read_credit(run: RunFiles) -> None:
+    data = _read_json(run, "credit.json")
+    if data is None:
+        return
+    try:
+        count = len(data["native"])
+        credit = Credit(
+            sampler=str(data.get("sampler", "")),
+            rule=str(data.get("rule", "")),
+            times=_numbers(data["times"], count + 1),
+            native=_numbers(data["native"], count),
+            proportionate=_numbers(data["proportionate"], count),
+            used=_numbers(data["used"], count) if data.get("used") is not None else None,
+            zeta=_numbers([data["zeta"]], 1)[0],
+            trained_steps=[int(step) for step in data.get("trained_steps", range(count))],
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        run.notes.append("credit.json is incomplete or has columns that do not fit; the credit figure is left out.")
+        return
+    if count:
+        run.credit = credit
+
+
+def _numbers(values: Any, count: int) -> list[float]:
+    numbers = [float(value) for value in values]
+    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
+        raise ValueError("wrong length, or not finite")
+    return numbers
+
+
+def embeddable(run: RunFiles, path: Path) -> tuple[bytes, str] | None:
+    """An image file as bytes to embed and its kind, "png" or "jpeg" (for files above 400 kB); None with a note if it
+    is missing or is not a whole image."""
+    if not path.exists():
+        return None
+    try:
+        data = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
+            image.load()
+    except Exception:  # PIL raises many kinds of errors for damaged files
+        run.notes.append(f"{path.relative_to(run.folder)} is not a whole PNG image; it is left out.")
+        return None
+    if len(data) <= _EMBED_LIMIT:
+        return data, "png"
+    image = image.convert("RGB")
+    if image.width > _EMBED_WIDTH:
+        height = max(1, round(image.height * _EMBED_WIDTH / image.width))
+        image = image.resize((_EMBED_WIDTH, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=88, optimize=True)
+    return buffer.getvalue(), "jpeg"
+
+
+def number_at(config: Any, *keys: str) -> float | None:
+    """The number in a nested config under these keys; None if there is none."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return float(config) if isinstance(config, int | float) and not isinstance(config, bool) else None

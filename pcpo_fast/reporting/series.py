@@ -1,0 +1,104 @@
+"""Curves over epochs, read out of metric records."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Finite values of one metric by epoch, in the order of the epochs."""
+
+    epochs: list[int]
+    values: list[float]
+
+    def __bool__(self) -> bool:
+        return bool(self.epochs)
+
+    def by_epoch(self) -> dict[int, float]:
+        return dict(zip(self.epochs, self.values, strict=True))
+
+
+def series(records: Iterable[Record], name: str) -> Series:
+    """The value of a metric in every epoch that has one.
+
+    A line of the whole epoch (kind "epoch" or "evaluation") counts, the last one if there are several; where there is
+    none, the mean over the epoch's updates. Values that are not finite are left out.
+    """
+    whole: dict[int, float] = {}
+    parts: dict[int, list[float]] = {}
+    for record in records:
+        epoch, value = record.get("epoch"), record.get(name)
+        if not isinstance(epoch, int) or not _finite(value):
+            continue
+        if record.get("kind") == "update":
+            parts.setdefault(epoch, []).append(float(value))
+        else:
+            whole[epoch] = float(value)
+    merged = {epoch: sum(values) / len(values) for epoch, values in parts.items()} | whole
+    epochs = sorted(merged)
+    return Series(epochs, [merged[epoch] for epoch in epochs])
+
+
+def update_values(records: Iterable[Record], name: str) -> tuple[list[float], list[float]]:
+    """A metric of the single updates: positions on the axis of epochs (an epoch's updates share it evenly), values."""
+    by_epoch: dict[int, list[float]] = {}
+    for record in records:
+        if record.get("kind") == "update" and isinstance(record.get("epoch"), int) and name in record:
+            by_epoch.setdefault(record["epoch"], []).append(record[name])
+    positions, values = [], []
+    for epoch in sorted(by_epoch):
+        for number, value in enumerate(by_epoch[epoch]):
+            if _finite(value):
+                positions.append(epoch + number / len(by_epoch[epoch]))
+                values.append(float(value))
+    return positions, values
+
+
+def step_series(records: Sequence[Record], prefix: str) -> dict[int, Series]:
+    """The curves of ``<prefix>_step_<i>``, by step i."""
+    pattern = re.compile(re.escape(prefix) + r"_step_(\d+)")
+    found = {int(match[1]) for record in records for key in record if (match := pattern.fullmatch(key))}
+    curves = {step: series(records, f"{prefix}_step_{step}") for step in sorted(found)}
+    return {step: curve for step, curve in curves.items() if curve}
+
+
+def names_below(records: Iterable[Record], prefix: str, exclude: Sequence[str] = ()) -> list[str]:
+    """The metric names that start with `prefix`, in the order of their first appearance, without those excluded."""
+    names = dict.fromkeys(key for record in records for key in record if key.startswith(prefix))
+    return [name for name in names if name not in exclude]
+
+
+def skipped_updates(records: Iterable[Record]) -> dict[int, int]:
+    """How many updates were skipped, by epoch: what the epoch's line says, or else the updates not applied."""
+    counts: dict[int, int] = {}
+    said: dict[int, int] = {}
+    for record in records:
+        epoch = record.get("epoch")
+        if not isinstance(epoch, int):
+            continue
+        if record.get("kind") == "update":
+            counts[epoch] = counts.get(epoch, 0) + (record.get("policy/update_applied", 1) == 0)
+        elif _finite(record.get("policy/skipped_updates")):
+            said[epoch] = round(record["policy/skipped_updates"])
+    return {epoch: count for epoch, count in (counts | said).items() if count > 0}
+
+
+def epochs_trained(records: Iterable[Record]) -> int:
+    """How many epochs were finished: one more than the last epoch with a line of its own."""
+    return max(
+        (r["epoch"] + 1 for r in records if r.get("kind") == "epoch" and isinstance(r.get("epoch"), int)), default=0
+    )
+
+
+def seconds_trained(records: Iterable[Record]) -> float:
+    """The ``time`` of the last line, in seconds."""
+    return max((float(r["time"]) for r in records if _finite(r.get("time"))), default=0.0)
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,65 @@
+"""summary.json: what a finished run comes to, for scripts."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pcpo_fast.atomic import write_atomically
+from pcpo_fast.reporting.metrics_file import Record, read_metrics
+from pcpo_fast.reporting.series import epochs_trained, names_below, seconds_trained, series, skipped_updates
+
+
+def summarize(records: list[Record]) -> dict[str, Any]:
+    """The numbers of a run, from its metric records; None where they do not say.
+
+    ``heldout_reward_before`` and ``_after`` are the first and the last of at least two held-out evaluations
+    (``heldout_rewards`` has the same for each reward), ``reward_before`` and ``_after`` the mean reward of the
+    rollouts in the first and the last epoch. Then ``epochs``, ``updates``, ``skipped_updates``, ``seconds``, and the
+    median of ``images_per_second`` over epochs.
+    """
+    heldout = series(records, "heldout/reward/mean")
+    reward = series(records, "reward/mean")
+    throughput = series(records, "throughput/images_per_second")
+    parts = {
+        name.removeprefix("heldout/reward/"): series(records, name)
+        for name in names_below(records, "heldout/reward/", ("heldout/reward/mean",))
+    }
+    return {
+        "heldout_reward_before": heldout.values[0] if heldout else None,
+        "heldout_reward_after": heldout.values[-1] if len(heldout.values) > 1 else None,
+        "heldout_rewards": {
+            name: {"before": part.values[0], "after": part.values[-1]} for name, part in parts.items() if part
+        },
+        "reward_before": reward.values[0] if reward else None,
+        "reward_after": reward.values[-1] if reward else None,
+        "epochs": epochs_trained(records),
+        "updates": sum(record.get("kind") == "update" for record in records),
+        "skipped_updates": sum(skipped_updates(records).values()),
+        "seconds": seconds_trained(records),
+        "images_per_second": statistics.median(throughput.values) if throughput else None,
+    }
+
+
+def write_summary(run_dir: Path | str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write ``summary.json`` from the run directory's metrics.jsonl, in one step; returns what was written.
+
+    `extra` (JSON values) is added, and wins over a computed number of the same name. Numbers that are not finite become
+    null. Raises `UserError` if metrics.jsonl is missing or damaged.
+    """
+    run_dir = Path(run_dir)
+    summary = _finite_only(summarize(read_metrics(run_dir / "metrics.jsonl")) | dict(extra or {}))
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def _finite_only(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite_only(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_only(item) for item in value]
+    return value
