@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -358,8 +358,8 @@ def _check_noise(noise: float, name: str = "noise") -> float:
 
 
 def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or operator.index(steps) < 2:
-        raise ValueError(f"a sampler needs at least 2 steps, got {steps!r}")
+    if isinstance(steps, bool) or not isinstance(steps, SupportsIndex) or operator.index(steps) < 2:
+        raise ValueError(f"a sampler needs a whole number of at least 2 steps, got {steps!r}")
 
 
 def _vector(name: str, values: Any) -> Tensor:

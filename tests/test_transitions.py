@@ -542,9 +542,14 @@ def test_cps_noise_above_one_is_refused():
         coefficients_preserving(shifted_times(4, 3.0), 1.01)
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (0, 3.0), (-4, 3.0), (4, 0.0), (4, -1.0), (4, NAN), (4, INF)])
+@pytest.mark.parametrize(
+    ("steps", "shift"),
+    [(1, 3.0), (1.5, 3.0), (True, 3.0), (0, 3.0), (-4, 3.0), (4, 0.0), (4, -1.0), (4, NAN), (4, INF)],
+)
 def test_bad_grids_are_refused(steps, shift):
-    with pytest.raises(ValueError, match="at least 2 steps" if steps < 2 else "shift must be a positive number"):
+    with pytest.raises(
+        ValueError, match="whole number of at least 2 steps" if steps < 2 else "shift must be a positive number"
+    ):
         shifted_times(steps, shift)
 
 
