@@ -68,6 +68,7 @@ def make_run(
     (folder / "images" / "captions.json").write_text(json.dumps(CAPTIONS))
     with RunRecorder(folder, tensorboard=tensorboard, wandb=None) as recorder:
         for epoch in range(epochs + 1):
+            skipped = float(epoch == 5)
             skill = 0.25 + 0.6 * (1 - math.exp(-2.5 * epoch / max(1, epochs)))
             level = 0.55 + 0.3 * skill
             if epoch % every == 0 or epoch == epochs:
@@ -82,13 +83,15 @@ def make_run(
                     "policy/loss": 1e-4 * generator.standard_normal(),
                     "policy/clip_fraction": float(np.mean(list(clipped.values()))),
                     "policy/grad_norm": float(generator.lognormal(-1, 0.3)),
-                    "policy/update_applied": float(not (epoch == 5 and update == 1)),
+                    "policy/skipped_updates": skipped * (update == 1),
                 }
                 recorder.log("update", numbers | clipped, epoch=epoch, update=update)
             numbers = {
                 "reward/mean": level - 0.02 + 0.02 * generator.standard_normal(),
                 "reward/std": 0.15,
+                "reward/group_std": 0.12,
                 "reward/caption_match": level - 0.02,
+                "policy/skipped_updates": skipped,
                 "rollout/mismatch_output": float(generator.lognormal(-14, 0.3)),
                 "rollout/mismatch_log_ratio": float(generator.lognormal(-17, 0.5)),
                 "time/rollout": 0.45 + 0.02 * generator.standard_normal(),

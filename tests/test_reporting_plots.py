@@ -40,9 +40,9 @@ def test_series_prefers_the_line_of_the_epoch() -> None:
 
 def test_skipped_updates_come_from_the_epoch_or_its_updates() -> None:
     lines: list[dict[str, Any]] = [
-        {"kind": "update", "epoch": 0, "policy/update_applied": 0.0},
-        {"kind": "update", "epoch": 0, "policy/update_applied": 1.0},
-        {"kind": "update", "epoch": 1, "policy/update_applied": 0.0},
+        {"kind": "update", "epoch": 0, "policy/skipped_updates": 1.0},
+        {"kind": "update", "epoch": 0, "policy/skipped_updates": 0.0},
+        {"kind": "update", "epoch": 1, "policy/skipped_updates": 1.0},
         {"kind": "epoch", "epoch": 1, "policy/skipped_updates": 2.0},
         {"kind": "epoch", "epoch": 2, "policy/skipped_updates": 0},
     ]
@@ -145,7 +145,14 @@ def test_times_are_stacked(records: list[dict[str, Any]]) -> None:
 def test_several_rewards_get_a_plot_each(records: list[dict[str, Any]]) -> None:
     assert plots.reward_parts_figure(records) is None  # one reward only
     lines = [
-        {"kind": "epoch", "epoch": e, "reward/mean": 1.0, "reward/hps": 0.3, "reward/$cost$": 2.0, "reward/std": 1.0}
+        {
+            "kind": "epoch",
+            "epoch": e,
+            "reward/mean": 1.0,
+            "reward/hps": 0.3,
+            "reward/$cost$": 2.0,
+            "reward/group_std": 1.0,
+        }
         for e in range(3)
     ] + [{"kind": "evaluation", "epoch": 0, "heldout/reward/mean": 1.0, "heldout/reward/clip_score": 0.2}]
     figure = plots.reward_parts_figure(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pcpo_fast.atomic import write_atomically
-from pcpo_fast.reporting.series import Record, Series, names_below, series, skipped_updates, step_series, update_values
+from pcpo_fast.reporting.series import Record, Series, reward_names, series, skipped_updates, step_series, update_values
 from pcpo_fast.reporting.style import (
     BLUE,
     GREEN,
@@ -78,13 +78,7 @@ def _band(axes: "Axes", mean: Series, std: Series) -> None:
 
 def reward_parts_figure(records: Sequence[Record]) -> "Figure | None":
     """One small plot per named reward, rollouts and held-out; None unless there are at least two rewards."""
-    known = ("reward/mean", "reward/std")
-    names = [name.removeprefix("reward/") for name in names_below(records, "reward/", known)]
-    names += [
-        name
-        for full in names_below(records, "heldout/reward/", ("heldout/reward/mean", "heldout/reward/std"))
-        if (name := full.removeprefix("heldout/reward/")) not in names
-    ]
+    names = dict.fromkeys([*reward_names(records, "reward/"), *reward_names(records, "heldout/reward/")])
     curves = {name: (series(records, f"reward/{name}"), series(records, f"heldout/reward/{name}")) for name in names}
     curves = {name: pair for name, pair in curves.items() if pair[0] or pair[1]}
     if len(curves) < 2:

@@ -8,6 +8,8 @@ from typing import Any, TypeGuard
 
 Record = dict[str, Any]
 
+_STATISTICS = ("mean", "std", "group_std")  # of the total, below reward/ and heldout/reward/: not names of rewards
+
 
 @dataclass(frozen=True)
 class Series:
@@ -67,14 +69,14 @@ def step_series(records: Sequence[Record], prefix: str) -> dict[int, Series]:
     return {step: curve for step, curve in curves.items() if curve}
 
 
-def names_below(records: Iterable[Record], prefix: str, exclude: Sequence[str] = ()) -> list[str]:
-    """The metric names that start with `prefix`, in the order of their first appearance, without those excluded."""
-    names = dict.fromkeys(key for record in records for key in record if key.startswith(prefix))
-    return [name for name in names if name not in exclude]
+def reward_names(records: Iterable[Record], prefix: str) -> list[str]:
+    """The rewards that have a metric of their own below `prefix` ("reward/"), in the order of their appearance."""
+    names = dict.fromkeys(key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix))
+    return [name for name in names if name not in _STATISTICS]
 
 
 def skipped_updates(records: Iterable[Record]) -> dict[int, int]:
-    """How many updates were skipped, by epoch: what the epoch's line says, or else the updates not applied."""
+    """How many updates were skipped, by epoch: what the epoch's line says, or else what its updates say."""
     counts: dict[int, int] = {}
     said: dict[int, int] = {}
     for record in records:
@@ -82,7 +84,8 @@ def skipped_updates(records: Iterable[Record]) -> dict[int, int]:
         if not isinstance(epoch, int):
             continue
         if record.get("kind") == "update":
-            counts[epoch] = counts.get(epoch, 0) + (record.get("policy/update_applied", 1) == 0)
+            skipped = record.get("policy/skipped_updates", 0) != 0
+            counts[epoch] = counts.get(epoch, 0) + skipped
         elif _finite(record.get("policy/skipped_updates")):
             said[epoch] = round(record["policy/skipped_updates"])
     return {epoch: count for epoch, count in (counts | said).items() if count > 0}

@@ -9,7 +9,7 @@ from typing import Any
 
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
-from pcpo_fast.reporting.series import epochs_trained, names_below, seconds_trained, series, skipped_updates
+from pcpo_fast.reporting.series import epochs_trained, reward_names, seconds_trained, series, skipped_updates
 
 
 def summarize(records: list[Record]) -> dict[str, Any]:
@@ -23,10 +23,7 @@ def summarize(records: list[Record]) -> dict[str, Any]:
     heldout = series(records, "heldout/reward/mean")
     reward = series(records, "reward/mean")
     throughput = series(records, "throughput/images_per_second")
-    parts = {
-        name.removeprefix("heldout/reward/"): series(records, name)
-        for name in names_below(records, "heldout/reward/", ("heldout/reward/mean",))
-    }
+    parts = {name: series(records, f"heldout/reward/{name}") for name in reward_names(records, "heldout/reward/")}
     return {
         "heldout_reward_before": heldout.values[0] if heldout else None,
         "heldout_reward_after": heldout.values[-1] if len(heldout.values) > 1 else None,
