@@ -5,14 +5,15 @@ the YAML file, and the ``key.subkey=value`` overrides of the command line (:mod:
 Every field's description is what ``docs/configuration.md`` prints.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 FLUX_LORA_TARGETS = (
     "attn.to_q",
@@ -31,9 +32,9 @@ FLUX_LORA_TARGETS = (
 
 
 class Section(BaseModel):
-    """A group of settings: unknown keys are errors and values never change after loading."""
+    """A group of settings: unknown keys are errors, a value has its own type, and it never changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
 
 class LoraConfig(Section):
@@ -42,7 +43,10 @@ class LoraConfig(Section):
     rank: Positive = Field(32, description="rank of the adapters")
     alpha: PositiveFloat = Field(64.0, description="scale numerator; the update is multiplied by alpha / rank")
     targets: tuple[str, ...] = Field(
-        FLUX_LORA_TARGETS, min_length=1, description="module names that get an adapter (suffix match, as in peft)"
+        FLUX_LORA_TARGETS,
+        min_length=1,
+        strict=False,
+        description="module names that get an adapter (suffix match, as in peft)",
     )
     init: str | None = Field(None, description="folder or file of LoRA weights to start from")
 
@@ -71,7 +75,7 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """Where prompts come from: one per line, or JSONL with ``prompt`` and ``metadata``."""
 
-    train: str = Field("assets/prompts/scenes_train.txt", description="prompts to train on")
+    train: str = Field("assets/prompts/scenes_train.txt", min_length=1, description="prompts to train on")
     heldout: str | None = Field(
         "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained; null: no evaluation"
     )
@@ -112,6 +116,7 @@ class CreditConfig(Section):
     reduction: Literal["mean", "sum"] = Field("mean", description="inner products over latent elements")
     steps: tuple[NotNegative, ...] | None = Field(
         None,
+        strict=False,
         description="steps that may be trained, counted from 0; null: every step with noise, less a clean last step",
     )
     train_last_step: bool = Field(False, description="also train the last step where its noisy sample is decoded")
@@ -137,16 +142,14 @@ class RewardConfig(Section):
     name: str = Field(min_length=1, description="a built-in reward, or module:function")
     weight: float = Field(1.0, allow_inf_nan=False, description="factor in the sum")
     evaluation_only: bool = Field(False, description="measured and logged, not trained on")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the reward")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the reward")
 
 
 class OptimizerConfig(Section):
     """AdamW and what guards it."""
 
     lr: PositiveFloat = Field(1e-5, description="learning rate")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="decay of the first and second moment"
-    )
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="decay of the first and second moment")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NotNegativeFloat = Field(1e-4, description="decoupled weight decay")
     warmup_updates: NotNegative = Field(0, description="updates over which the learning rate rises from 0")
@@ -193,7 +196,7 @@ class LoggingConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write TensorBoard events")
-    wandb: dict[str, Any] | None = Field(
+    wandb: dict[str, JsonValue] | None = Field(
         None, description="keyword arguments of wandb.init, for example {project: pcpo}; null: off"
     )
 
@@ -212,7 +215,7 @@ class Config(Section):
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)  # type: ignore[arg-type]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # type: ignore[arg-type]
     rewards: tuple[RewardConfig, ...] = Field(
-        (RewardConfig(name="caption_match"),), min_length=1, description="what the policy is trained towards"
+        (RewardConfig(name="caption_match"),), strict=False, description="what the policy is trained towards"
     )
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)  # type: ignore[arg-type]
     credit: CreditConfig = Field(default_factory=CreditConfig)  # type: ignore[arg-type]
@@ -227,8 +230,9 @@ class Config(Section):
         """A group needs two images for its mean and spread to say anything."""
         if self.advantage.normalization in ("group", "flow_grpo") and self.rollout.images_per_prompt < 2:
             raise ValueError(
-                f"rollout.images_per_prompt: {self.advantage.normalization} advantages compare the images of a prompt, so "
-                "it must be at least 2 (advantage.normalization=global or running allows 1)"
+                f"rollout.images_per_prompt: {self.advantage.normalization} advantages compare the images of a prompt, "
+                f"so it must be at least 2, got {self.rollout.images_per_prompt} (advantage.normalization=global or "
+                "running allows 1)"
             )
         return self
 

@@ -1,0 +1,118 @@
+"""YAML as people write it: ``1e-4`` is a number, a key given twice is an error, and every value has a line."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pcpo_fast.errors import UserError
+
+TextPath = tuple[str, ...]
+"""Keys from the top, positions in lists as decimal numbers."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-4`` as a number, which YAML 1.1 takes for a string."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what :class:`_Loader` reads back: a text that looks like ``1e-4`` is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+            |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+            |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+            |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+            re.VERBOSE,
+        ),
+        list("-+0123456789."),
+    )
+
+
+def dump_yaml(value: Any) -> str:
+    """Block YAML in the order of the keys; reading it again gives the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line.
+
+    Raises:
+        ValueError: the text is not valid YAML; the message is the reason.
+    """
+    try:
+        list(_lines(yaml.compose(text, _Loader), (), "", set()))
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(error.problem or "not valid YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError, UserError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[TextPath, str]]:
+    """A YAML file that holds a mapping, and the place ("FILE line N") of each of its values.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8 or not YAML, holds no mapping, or gives a key twice.
+    """
+    text = _read_text(path)
+    try:
+        places = dict(_lines(yaml.compose(text, _Loader), (), str(path), set()))
+        values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path} line {line}: not valid YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: brackets nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if values is None:
+        return {}, places
+    if not isinstance(values, dict):
+        raise UserError(f"{path} line 1: a configuration is a mapping of keys, got a {type(values).__name__}")
+    return values, places
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"config file {path} is a folder; name a YAML file in it") from None
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"config file {path} line {line} is not UTF-8 text; save it as UTF-8") from None
+
+
+def _lines(node: yaml.Node | None, key: TextPath, file: str, seen: set[int]) -> Iterator[tuple[TextPath, str]]:
+    """Yield the place of every value; refuse a key given twice, of which YAML would silently take the last."""
+    if node is None or id(node) in seen:  # an alias: its lines are those of its anchor
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for name, value in node.value:
+            line = name.start_mark.line + 1
+            if not isinstance(name, yaml.ScalarNode):
+                continue  # a key that is no text: the configuration refuses it
+            if name.value in first:
+                raise UserError(f"{file} line {line}: {name.value} is given twice (first on line {first[name.value]})")
+            first[name.value] = line
+            yield (*key, name.value), f"{file} line {line}"
+            yield from _lines(value, (*key, name.value), file, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*key, str(index)), f"{file} line {value.start_mark.line + 1}"
+            yield from _lines(value, (*key, str(index)), file, seen)
