@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from pcpo_kernels import reference as plain
 from pcpo_kernels.checks import check_batched, check_float, check_like, check_rows
 from pcpo_kernels.dispatch import backend_for
 
@@ -33,10 +32,19 @@ def guidance(reference: Tensor, output: Tensor, scale: Tensor | float, *, dtype:
     check_float("output", output)
     check_like("reference", reference, output)
     if not isinstance(scale, Tensor):
-        scale = torch.full(output.shape[:1], float(scale), device=output.device, dtype=plain.accumulation_dtype(output))
+        scale = torch.full(
+            output.shape[:1],
+            float(scale),
+            device=output.device,
+            dtype=torch.float64 if output.dtype == torch.float64 else torch.float32,
+        )
     check_rows("scale", scale, output)
     dtype = output.dtype if dtype is None else dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    backend_for(output)
-    return plain.guidance(reference, output, scale, dtype)
+    # float64 anywhere goes to the reference, which computes in the wider of the two.
+    if dtype != torch.float64 and backend_for(output) == backend_for(reference) == "triton":
+        from pcpo_kernels import triton_guidance as backend
+    else:
+        from pcpo_kernels import reference as backend  # type: ignore[no-redef]
+    return backend.guidance(reference, output, scale, dtype)

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from pcpo_kernels import reference as plain
 from pcpo_kernels.checks import check_batched, check_choice, check_float, check_integer_rows, check_like, check_rows
 from pcpo_kernels.dispatch import backend_for
 from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
@@ -91,8 +90,11 @@ def policy_loss(
     check_choice("reduction", reduction, ("mean", "sum"))
     if not clip_range >= 0:
         raise ValueError(f"clip_range must not be negative, got {clip_range}")
-    backend_for(output)
-    return plain.policy_loss(
+    if backend_for(output) == "triton":
+        from pcpo_kernels import triton_policy_loss as backend
+    else:
+        from pcpo_kernels import reference as backend  # type: ignore[no-redef]
+    return backend.policy_loss(
         output,
         old_output,
         noise,

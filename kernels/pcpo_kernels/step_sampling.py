@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from pcpo_kernels import reference
 from pcpo_kernels.checks import check_batched, check_choice, check_float, check_integer_rows, check_like, check_rows
 from pcpo_kernels.dispatch import backend_for
 from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
@@ -45,5 +44,9 @@ def sample_step(
     elif noise is not None:
         check_like("noise", noise, latents)
     check_choice("reduction", reduction, ("mean", "sum"))
-    backend_for(latents)
-    return reference.sample_step(latents, output, a, b, std, noise, reduction=reduction)
+    # float64 in either tensor goes to the reference, which computes in the wider of the two.
+    if backend_for(latents) == backend_for(output) == "triton":
+        from pcpo_kernels import triton_step as backend
+    else:
+        from pcpo_kernels import reference as backend  # type: ignore[no-redef]
+    return backend.sample_step(latents, output, a, b, std, noise, reduction=reduction)

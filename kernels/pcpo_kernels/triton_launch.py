@@ -1,0 +1,87 @@
+"""What every Triton op shares on the host: how rows are cut into blocks, scratch memory, and launch options."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Fused multiply-add only where a kernel writes tl.fma: Triton's default is about to change, and it changes bits.
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+class Plan(NamedTuple):
+    """How a row is cut: a program takes ``ITERATIONS`` blocks of ``BLOCK`` elements.
+
+    It depends on the row's length alone, so a row's sums have the same bits in a batch of any size.
+    """
+
+    BLOCK: int
+    ITERATIONS: int
+
+    def chunks(self, elements: int) -> int:
+        """Programs per row, at least one."""
+        return max(1, triton.cdiv(elements, self.BLOCK * self.ITERATIONS))
+
+
+def plan_for(elements: int) -> Plan:
+    """Blocks of 2048 (16 elements a thread: two 16-byte loads of bf16), smaller for rows that do not fill one."""
+    block = min(2048, max(128, triton.next_power_of_2(elements)))
+    return Plan(block, 1 if elements <= 1 << 20 else 4)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make a GPU tensor's device the current one for a launch; free where it already is."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def arrival_counters(like: Tensor, rows: int) -> Tensor:
+    """``rows + 1`` int32 zeros that a kernel leaves zero: arrivals at each row, then finished rows.
+
+    Kept per device and stream, so that no launch is spent on clearing them. While a CUDA graph is captured they are
+    fresh, zeroed inside the graph: graphs may replay beside each other.
+    """
+    if not like.is_cuda:
+        return torch.zeros(rows + 1, dtype=torch.int32, device=like.device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(rows + 1, dtype=torch.int32, device=like.device)
+    key = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
+    counters = _counters.get(key)
+    if counters is None or counters.numel() < rows + 1:
+        counters = torch.zeros(max(rows + 1, 1024), dtype=torch.int32, device=like.device)
+        _counters[key] = counters
+    return counters
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where each row is contiguous, whatever the distance between rows; otherwise a copy."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+def row_values(values: Tensor) -> Tensor:
+    """[B] as the kernels read it: contiguous, and float32 where it was float64."""
+    if values.dtype == torch.float64:
+        values = values.to(torch.float32)
+    return values.contiguous()
+
+
+def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define the operator ``pcpo_kernels::name``, for GPUs, for the interpreter on CPUs, and for tracing.
+
+    Every operator is functional: fresh outputs, inputs untouched.
+    """
+    qualified = f"pcpo_kernels::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, ("cuda", "cpu"), implementation)
+    torch.library.register_fake(qualified, fake)

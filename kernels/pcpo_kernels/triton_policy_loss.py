@@ -1,0 +1,530 @@
+"""The policy loss in two launches: sums and row mathematics forward, one elementwise gradient kernel backward.
+
+Forward, a program sums ``delta z``, ``delta^2`` and ``gap^2`` over its piece of a row and stores the three sums. The
+last program of a row to arrive adds the pieces in a fixed order and does the row's mathematics; the last row to finish
+adds the rows' losses. Nothing is added atomically but the arrival counts, so every run gives the same bits.
+
+Backward, ``gradient = w_noise z + w_delta delta + w_gap gap`` with the row weights from the forward, times the incoming
+gradient, which is read from device memory.
+"""
+
+# Kernels are compiled from their source; Triton's types are not Python's.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pcpo_kernels.triton_launch import (
+    OPTIONS,
+    arrival_counters,
+    on_device,
+    plan_for,
+    register,
+    row_values,
+    rows_contiguous,
+)
+from pcpo_kernels.triton_random import stream_normals
+from pcpo_kernels.triton_reduce import ordered_sum
+from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
+
+
+@triton.jit
+def load_block(pointer, row, stride, index, mask):
+    """One block of a row, as float32."""
+    return tl.load(pointer + row.to(tl.int64) * stride + index, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def guided_block(output, unconditional, row, output_stride, unconditional_stride, weight, index, mask):
+    """The new output after guidance, with the arithmetic of the reference's ``lerp``."""
+    f = load_block(output, row, output_stride, index, mask)
+    if unconditional is not None:
+        u = load_block(unconditional, row, unconditional_stride, index, mask)
+        gap = f - u
+        f = tl.where(weight < 0.5, u + weight * gap, f - (1.0 - weight) * gap)
+    return f
+
+
+@triton.jit
+def noise_block(
+    noise,
+    next_latents,
+    behind,
+    row,
+    noise_stride,
+    next_stride,
+    key,
+    first,
+    a,
+    b,
+    inverse_std,
+    begin,
+    index,
+    mask,
+    BLOCK: tl.constexpr,
+):
+    """The step's noise: recovered from both ends, read, or made from its key, by which pointers there are."""
+    if next_latents is not None:
+        x = load_block(noise, row, noise_stride, index, mask)
+        following = load_block(next_latents, row, next_stride, index, mask)
+        z = (following - (a * x + b * behind)) * inverse_std
+    elif noise is not None:
+        z = load_block(noise, row, noise_stride, index, mask)
+    else:
+        z = stream_normals(key, first + begin, BLOCK)
+    return z
+
+
+@triton.jit
+def row_constants(seed, offset, a, b, std, guidance_scale, row):
+    """What noise and guidance need of a row; zeros where a pointer is missing."""
+    key, first = row.to(tl.int64) * 0, row.to(tl.int64) * 0
+    if seed is not None:
+        key, first = tl.load(seed + row), tl.load(offset + row)
+    row_a, row_b, inverse_std, weight = 0.0, 0.0, 0.0, 0.0
+    if a is not None:
+        row_a, row_b = tl.load(a + row).to(tl.float32), tl.load(b + row).to(tl.float32)
+        inverse_std = 1.0 / tl.load(std + row).to(tl.float32)
+    if guidance_scale is not None:
+        weight = tl.load(guidance_scale + row).to(tl.float32)
+    return key, first, row_a, row_b, inverse_std, weight
+
+
+@triton.jit
+def ratio_of(log_ratio):
+    """``e^l``, ``e^l - 1`` and ``|e^l - 1 - l| / |e^l - 1|``; near 0 from the series of the gap, which cancels."""
+    series = tl.fma(log_ratio, 1.0 / 5040.0, 1.0 / 720.0)
+    series = tl.fma(log_ratio, series, 1.0 / 120.0)
+    series = tl.fma(log_ratio, series, 1.0 / 24.0)
+    series = tl.fma(log_ratio, series, 1.0 / 6.0)
+    series = tl.fma(log_ratio, series, 0.5)
+    small = tl.abs(log_ratio) < 0.1
+    exponential = tl.exp(log_ratio)
+    gap = tl.where(small, series * log_ratio * log_ratio, exponential - 1.0 - log_ratio)
+    surplus = tl.where(small, log_ratio + gap, exponential - 1.0)
+    error = tl.where(log_ratio == 0.0, 0.0, tl.abs(gap / surplus))
+    ratio = tl.where(small, 1.0 + surplus, exponential)
+    return ratio, surplus, tl.where(surplus == float("inf"), 1.0, error)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks"])
+def policy_loss_forward_kernel(
+    output,
+    old_output,
+    noise,
+    next_latents,
+    reference,
+    unconditional,
+    seed,
+    offset,
+    a,
+    b,
+    std,
+    guidance_scale,
+    linear,
+    quadratic,
+    scale,
+    advantage,
+    kl,
+    partial_sums,
+    row_losses,
+    counters,
+    loss,
+    log_ratio_out,
+    clipped_out,
+    taylor_out,
+    divergence_out,
+    weights,
+    output_stride,
+    old_stride,
+    noise_stride,
+    next_stride,
+    reference_stride,
+    unconditional_stride,
+    rows,
+    elements,
+    chunks,
+    CLIP_RANGE: tl.constexpr,
+    HINGE: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    FINISH: tl.constexpr,
+):
+    """Pieces of the inner products; then, by whoever comes last, the rows' mathematics and the loss.
+
+    ``noise`` is z, or x where ``next_latents`` is given; missing pointers are None and leave their code out. Without an
+    old output there is no difference from it, and without a reference nothing to read at all.
+    """
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
+    with_noise = tl.zeros((BLOCK,), tl.float32)
+    with_itself = tl.zeros((BLOCK,), tl.float32)
+    from_reference = tl.zeros((BLOCK,), tl.float32)
+    if (old_output is not None) or (reference is not None):
+        key, first, row_a, row_b, inverse_std, weight = row_constants(seed, offset, a, b, std, guidance_scale, row)
+        for i in range(ITERATIONS):
+            begin = (chunk * ITERATIONS + i) * BLOCK
+            index = begin + tl.arange(0, BLOCK)
+            mask = index < elements
+            f = guided_block(output, unconditional, row, output_stride, unconditional_stride, weight, index, mask)
+            if old_output is not None:
+                old = load_block(old_output, row, old_stride, index, mask)
+                z = noise_block(
+                    noise, next_latents, old, row, noise_stride, next_stride,
+                    key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK,
+                )  # fmt: skip
+                delta = f - old
+                # Past the row's end f and old are 0, so made noise counts for nothing there.
+                with_noise += delta * z
+                with_itself += delta * delta
+            if reference is not None:
+                gap = f - load_block(reference, row, reference_stride, index, mask)
+                from_reference += gap * gap
+
+    pieces = rows * chunks
+    here = partial_sums + tl.program_id(0)
+    if old_output is not None:
+        tl.store(here, tl.sum(with_noise))
+        tl.store(here + pieces, tl.sum(with_itself))
+    if reference is not None:
+        tl.store(here + 2 * pieces, tl.sum(from_reference))
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters + 1 + row, 1, sem="acq_rel", scope="gpu")
+    if arrived == chunks - 1:
+        tl.store(counters + 1 + row, 0)
+        unit = 1.0 / tl.maximum(tl.cast(elements, tl.float32), 1.0)
+        if not MEAN:
+            unit = 1.0
+        mine = partial_sums + row * chunks
+        row_linear = tl.load(linear + row).to(tl.float32)
+        row_quadratic = tl.load(quadratic + row).to(tl.float32)
+        row_scale = tl.load(scale + row).to(tl.float32)
+        row_advantage = tl.load(advantage + row).to(tl.float32)
+        log_ratio = row_linear * 0.0
+        if old_output is not None:
+            log_ratio = row_linear * (ordered_sum(mine, chunks, FINISH) * unit) - row_quadratic * (
+                ordered_sum(mine + pieces, chunks, FINISH) * unit
+            )
+        ratio, surplus, taylor_error = ratio_of(log_ratio)
+        change = surplus
+        slope = -row_advantage * ratio
+        if HINGE:
+            change = log_ratio
+            slope = -row_advantage
+        # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
+        idle = row_advantage == 0.0
+        gain = tl.where(idle, 0.0, row_advantage * change)
+        margin = CLIP_RANGE * tl.abs(row_advantage) - gain
+        clipped = margin < 0.0
+        slope = tl.where(clipped | idle, 0.0, slope)
+        if HINGE:
+            term = tl.where(clipped, 0.0, margin)
+        else:
+            term = -row_advantage + tl.where(clipped, -CLIP_RANGE * tl.abs(row_advantage), -gain)
+        row_loss = row_scale * term
+        count = tl.cast(rows, tl.float32)
+        share = unit / count
+        tl.store(weights + row, row_scale * slope * row_linear * share)
+        tl.store(weights + rows + row, -2.0 * row_scale * slope * row_quadratic * share)
+        if reference is not None:
+            row_kl = tl.load(kl + row).to(tl.float32)
+            divergence = row_kl * (ordered_sum(mine + 2 * pieces, chunks, FINISH) * unit)
+            row_loss += divergence
+            tl.store(divergence_out + row, divergence)
+            tl.store(weights + 2 * rows + row, 2.0 * row_kl * share)
+        tl.store(log_ratio_out + row, log_ratio)
+        tl.store(clipped_out + row, clipped)
+        tl.store(taylor_out + row, taylor_error)
+        tl.store(row_losses + row, row_loss)
+        tl.debug_barrier()
+        finished = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
+        if finished == rows - 1:
+            tl.store(counters, 0)
+            tl.store(loss, ordered_sum(row_losses, rows, FINISH) / count)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks"])
+def policy_loss_backward_kernel(
+    output,
+    old_output,
+    noise,
+    next_latents,
+    reference,
+    unconditional,
+    seed,
+    offset,
+    a,
+    b,
+    std,
+    guidance_scale,
+    weights,
+    grad_loss,
+    gradient,
+    unconditional_gradient,
+    output_stride,
+    old_stride,
+    noise_stride,
+    next_stride,
+    reference_stride,
+    unconditional_stride,
+    rows,
+    elements,
+    chunks,
+    BLOCK: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+):
+    """``(w_noise z + w_delta delta + w_gap gap)`` times the incoming gradient, in the dtype of each half.
+
+    A row whose weights are all 0 (clipped, or not trained) is written without being read.
+    """
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
+    incoming = tl.load(grad_loss).to(tl.float32)
+    on_noise = tl.load(weights + row) * incoming
+    on_delta = tl.load(weights + rows + row) * incoming
+    on_gap = on_noise * 0.0
+    if reference is not None:
+        on_gap = tl.load(weights + 2 * rows + row) * incoming
+    key, first, row_a, row_b, inverse_std, weight = row_constants(seed, offset, a, b, std, guidance_scale, row)
+    trained = (on_noise != 0.0) | (on_delta != 0.0) | (on_gap != 0.0)
+    gradient += row.to(tl.int64) * elements
+    if unconditional is not None:
+        unconditional_gradient += row.to(tl.int64) * elements
+    for i in range(ITERATIONS):
+        begin = (chunk * ITERATIONS + i) * BLOCK
+        index = begin + tl.arange(0, BLOCK)
+        mask = index < elements
+        total = tl.zeros((BLOCK,), tl.float32)
+        if trained:
+            f = guided_block(output, unconditional, row, output_stride, unconditional_stride, weight, index, mask)
+            behind = f
+            if old_output is not None:
+                behind = load_block(old_output, row, old_stride, index, mask)
+            z = noise_block(
+                noise, next_latents, behind, row, noise_stride, next_stride,
+                key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK,
+            )  # fmt: skip
+            total = on_noise * z
+            if old_output is not None:
+                total += on_delta * (f - behind)
+            if reference is not None:
+                total += on_gap * (f - load_block(reference, row, reference_stride, index, mask))
+        if unconditional is not None:
+            kind = unconditional_gradient.dtype.element_ty
+            tl.store(unconditional_gradient + index, ((1.0 - weight) * total).to(kind), mask=mask)
+            total = weight * total
+        tl.store(gradient + index, total.to(gradient.dtype.element_ty), mask=mask)
+
+
+class _Inputs:
+    """The arguments that forward and backward share, as the kernels take them."""
+
+    def __init__(self, big: tuple[Tensor | None, ...], per_row: tuple[Tensor | None, ...]) -> None:
+        self.big = [None if tensor is None else rows_contiguous(tensor) for tensor in big]
+        self.per_row = [None if tensor is None else row_values(tensor) for tensor in per_row]
+        self.strides = [0 if tensor is None else tensor.stride(0) for tensor in self.big]
+
+
+def _forward(
+    output: Tensor,
+    old_output: Tensor | None,
+    noise: Tensor | None,
+    next_latents: Tensor | None,
+    reference: Tensor | None,
+    unconditional: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    std: Tensor | None,
+    guidance_scale: Tensor | None,
+    linear: Tensor,
+    quadratic: Tensor,
+    scale: Tensor,
+    advantage: Tensor,
+    kl: Tensor | None,
+    clip_range: float,
+    hinge: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, log_ratio, clipped, taylor_error, divergence, weights = results = _forward_outputs(output, reference)
+    rows = output.shape[0]
+    if rows == 0:
+        loss.zero_()
+        return results
+    elements = output[0].numel()
+    plan = plan_for(elements)
+    # On-policy without a reference nothing is summed: one program per row does the row's mathematics.
+    chunks = 1 if old_output is None and reference is None else plan.chunks(elements)
+    shared = _Inputs(
+        (output, old_output, noise, next_latents, reference, unconditional), (seed, offset, a, b, std, guidance_scale)
+    )
+    columns = [None if column is None else row_values(column) for column in (linear, quadratic, scale, advantage, kl)]
+    scratch = torch.empty(3 * rows * chunks + rows, dtype=torch.float32, device=output.device)
+    with on_device(output):
+        policy_loss_forward_kernel[(rows * chunks,)](
+            *shared.big,
+            *shared.per_row,
+            *columns,
+            scratch,
+            scratch[3 * rows * chunks :],
+            arrival_counters(output, rows),
+            loss,
+            log_ratio,
+            clipped,
+            taylor_error,
+            divergence,
+            weights,
+            *shared.strides,
+            rows,
+            elements,
+            chunks,
+            CLIP_RANGE=clip_range,
+            HINGE=hinge,
+            MEAN=mean,
+            BLOCK=plan.BLOCK,
+            ITERATIONS=plan.ITERATIONS,
+            FINISH=128,
+            **OPTIONS,
+        )
+    return results
+
+
+def _forward_outputs(output: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten loss, log-ratio, clipped, Taylor error, divergence (none without a reference) and row weights."""
+    rows = output.shape[0]
+
+    def row(dtype: torch.dtype = torch.float32, count: int | torch.SymInt = rows) -> Tensor:
+        return torch.empty((count,), dtype=dtype, device=output.device)
+
+    loss = torch.empty((), dtype=torch.float32, device=output.device)
+    return loss, row(), row(torch.bool), row(), row(count=rows if reference is not None else 0), row(count=3 * rows)
+
+
+def _forward_fake(output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _forward_outputs(output, arguments[3])
+
+
+def _backward(
+    grad_loss: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    old_output: Tensor | None,
+    noise: Tensor | None,
+    next_latents: Tensor | None,
+    reference: Tensor | None,
+    unconditional: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    std: Tensor | None,
+    guidance_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gradient, unconditional_gradient = results = _backward_fake(
+        grad_loss, weights, output, old_output, noise, next_latents, reference, unconditional
+    )
+    if output.numel() == 0:
+        return results
+    rows, elements = output.shape[0], output[0].numel()
+    plan = plan_for(elements)
+    chunks = plan.chunks(elements)
+    shared = _Inputs(
+        (output, old_output, noise, next_latents, reference, unconditional), (seed, offset, a, b, std, guidance_scale)
+    )
+    with on_device(output):
+        policy_loss_backward_kernel[(rows * chunks,)](
+            *shared.big,
+            *shared.per_row,
+            weights,
+            grad_loss,
+            gradient,
+            None if unconditional is None else unconditional_gradient,
+            *shared.strides,
+            rows,
+            elements,
+            chunks,
+            BLOCK=plan.BLOCK,
+            ITERATIONS=plan.ITERATIONS,
+            **OPTIONS,
+        )
+    return results
+
+
+def _backward_fake(grad_loss: Tensor, weights: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    unconditional = arguments[4]
+    gradient = torch.empty(output.shape, dtype=output.dtype, device=output.device)
+    if unconditional is None:
+        return gradient, gradient.new_empty((0,))
+    return gradient, torch.empty(output.shape, dtype=unconditional.dtype, device=output.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[5], *inputs[:12])
+
+
+def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 20
+    gradient, unconditional_gradient = torch.ops.pcpo_kernels.policy_loss_backward(grad_loss, *ctx.saved_tensors)
+    guided = ctx.needs_input_grad[5]
+    return gradient, *(None,) * 4, unconditional_gradient if guided else None, *(None,) * 14
+
+
+_SHARED = (
+    "Tensor output, Tensor? old_output, Tensor? noise, Tensor? next_latents, Tensor? reference, Tensor? unconditional, "
+    "Tensor? seed, Tensor? offset, Tensor? a, Tensor? b, Tensor? std, Tensor? guidance_scale"
+)
+register(
+    "policy_loss",
+    f"({_SHARED}, Tensor linear, Tensor quadratic, Tensor scale, Tensor advantage, Tensor? kl, "
+    "float clip_range, bool hinge, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+register(
+    "policy_loss_backward",
+    f"(Tensor grad_loss, Tensor weights, {_SHARED}) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+torch.library.register_autograd("pcpo_kernels::policy_loss", _autograd_backward, setup_context=_setup_context)
+
+
+def policy_loss(
+    output: Tensor,
+    old_output: Tensor | None,
+    noise: Tensor | NoiseKey | Endpoints,
+    linear: Tensor,
+    quadratic: Tensor,
+    scale: Tensor,
+    advantage: Tensor,
+    *,
+    clip_range: float,
+    objective: Objective,
+    reduction: Reduction,
+    reference: Tensor | None,
+    kl: Tensor | None,
+    unconditional: Tensor | None,
+    guidance_scale: Tensor | None,
+) -> PolicyLoss:
+    """Triton version of :func:`pcpo_kernels.policy_loss`."""
+    z = following = seed = offset = a = b = std = None
+    if isinstance(noise, NoiseKey):
+        seed, offset = noise
+    elif isinstance(noise, Endpoints):
+        z, following, a, b, std = noise
+    else:
+        z = noise
+    loss, log_ratio, clipped, taylor_error, divergence, _ = torch.ops.pcpo_kernels.policy_loss(
+        output, old_output, z, following, reference, unconditional, seed, offset, a, b, std, guidance_scale,
+        linear, quadratic, scale, advantage, kl, float(clip_range), objective == "hinge", reduction == "mean",
+    )  # fmt: skip
+    return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if reference is None else divergence)

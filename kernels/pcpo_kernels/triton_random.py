@@ -1,0 +1,158 @@
+"""Element-indexed Gaussian noise inside kernels: Philox4x32-10 and a bounded Box-Muller transform in float32.
+
+The numbers are those of :mod:`pcpo_kernels.philox`: integers identical, normals to 1e-6. Nothing here calls a device
+library, whose sine and cosine bring in float64; every operation is a plain, correctly rounded float32 one, so compiled
+devices agree bit for bit.
+"""
+
+# Kernels are compiled from their source; Triton's types are not Python's.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pcpo_kernels.triton_launch import OPTIONS, on_device, plan_for, register
+
+
+@triton.jit
+def log_of_uniform(word):
+    """``log(u)`` for ``u = n 2^-25``, ``n = 2 (word >> 8) + 1``; relative error below 1e-7, also for u nearly 1."""
+    n = ((word >> 8) * 2 + 1).to(tl.int32)
+    rounded = n.to(tl.float32)
+    bits = rounded.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # the mantissa lands in [sqrt(1/2), sqrt(2))
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    unit = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    # n has 25 bits and float32 keeps 24: the lost one comes back, exactly where log(u) is small.
+    f = (mantissa - 1.0) + (n - rounded.to(tl.int32)).to(tl.float32) * unit
+    p = tl.fma(f, 0.07149753719568253, -0.115712009370327)
+    p = tl.fma(f, p, 0.11661510914564133)
+    p = tl.fma(f, p, -0.12411050498485565)
+    p = tl.fma(f, p, 0.14249937236309052)
+    p = tl.fma(f, p, -0.1666848063468933)
+    p = tl.fma(f, p, 0.20000708103179932)
+    p = tl.fma(f, p, -0.24999989569187164)
+    p = tl.fma(f, p, 0.3333333134651184)
+    scale = (exponent - 25).to(tl.float32)
+    square = f * f
+    tail = tl.fma(f * square, p, scale * -2.12194440e-4)  # ln 2 in two parts, the first with few bits
+    return tl.fma(scale, 0.693359375, f + tl.fma(square, -0.5, tail))
+
+
+@triton.jit
+def cosine_and_sine(word):
+    """Of ``2 pi u`` for ``u = n 2^-25``, ``n = 2 (word >> 8) + 1``; the reduction to an eighth of a turn is exact."""
+    n = ((word >> 8) * 2 + 1).to(tl.int32)
+    quarter = (n + 4194304) >> 23
+    y = (n - (quarter << 23)).to(tl.float32) * 2.384185791015625e-07  # in [-1, 1], times pi / 4
+    v = y * y
+    s = tl.fma(v, -3.5954399209003896e-05, 0.0024900068528950214)
+    s = tl.fma(v, s, -0.08074543625116348)
+    s = tl.fma(v, s, -2.4273129284324568e-08)
+    sine = tl.fma(y, 0.7853981852531433, y * s)
+    c = tl.fma(v, 3.541959813446738e-06, -0.00032596138771623373)
+    c = tl.fma(v, c, 0.01585433818399906)
+    c = tl.fma(v, c, -0.3084251284599304)
+    cosine = tl.fma(v, c, 1.0)
+    odd = (quarter & 1) != 0
+    first = tl.where(odd, sine, cosine)
+    second = tl.where(odd, cosine, sine)
+    first = tl.where(((quarter + 1) & 2) != 0, -first, first)
+    second = tl.where((quarter & 2) != 0, -second, second)
+    return first, second
+
+
+@triton.jit
+def normal_pair(radius_word, angle_word):
+    """Two normals from two words, by Box-Muller."""
+    radius = tl.sqrt_rn(-2.0 * log_of_uniform(radius_word))
+    cosine, sine = cosine_and_sine(angle_word)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def philox_words(seed, counter):
+    """The four words of each block; ``counter`` int64, ``seed`` an int64 scalar."""
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero, zero, 10)
+
+
+@triton.jit
+def aligned_normals(seed, first, BLOCK: tl.constexpr):
+    """Elements ``first .. first + BLOCK`` of a stream, ``first`` divisible by 4: four elements share their words."""
+    w0, w1, w2, w3 = philox_words(seed, (first >> 2) + tl.arange(0, BLOCK // 4))
+    z0, z1 = normal_pair(w0, w1)
+    z2, z3 = normal_pair(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
+def shifted_normals(seed, first, BLOCK: tl.constexpr):
+    """The same for any ``first``: every element makes its own words."""
+    element = first + tl.arange(0, BLOCK)
+    w0, w1, w2, w3 = philox_words(seed, element >> 2)
+    upper = (element & 2) != 0
+    cosine, sine = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
+    return tl.where((element & 1) != 0, sine, cosine)
+
+
+@triton.jit
+def stream_normals(seed, first, BLOCK: tl.constexpr):
+    """Elements ``first .. first + BLOCK`` of a stream."""
+    if (first & 3) == 0:
+        z = aligned_normals(seed, first, BLOCK)
+    else:
+        z = shifted_normals(seed, first, BLOCK)
+    return z
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def philox_normal_kernel(
+    result,
+    seed,
+    offset,
+    elements,
+    chunks,
+    BLOCK: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+):
+    """Write normals [rows, elements]."""
+    row = tl.program_id(0) // chunks
+    start = (tl.program_id(0) % chunks) * (BLOCK * ITERATIONS)
+    key = tl.load(seed + row)
+    first = tl.load(offset + row)
+    result += row.to(tl.int64) * elements
+    for i in range(ITERATIONS):
+        begin = start + i * BLOCK
+        index = begin + tl.arange(0, BLOCK)
+        tl.store(result + index, stream_normals(key, first + begin, BLOCK), mask=index < elements)
+
+
+def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
+    result = _normal_fake(seed, offset, count)
+    if result.numel() == 0:
+        return result
+    plan = plan_for(count)
+    chunks = plan.chunks(count)
+    with on_device(seed):
+        philox_normal_kernel[(seed.shape[0] * chunks,)](
+            result, seed.contiguous(), offset.contiguous(), count, chunks, *plan, **OPTIONS
+        )
+    return result
+
+
+def _normal_fake(seed: Tensor, offset: Tensor, count: int) -> Tensor:
+    return torch.empty((seed.shape[0], count), dtype=torch.float32, device=seed.device)
+
+
+register("philox_normal", "(Tensor seed, Tensor offset, SymInt count) -> Tensor", _normal, _normal_fake)
+
+
+def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
+    """Triton version of :func:`pcpo_kernels.philox_normal`."""
+    result: Tensor = torch.ops.pcpo_kernels.philox_normal(seed, offset, count)
+    return result

@@ -1,0 +1,182 @@
+"""One sampler step in one launch: ``x' = a x + b f + std z`` with z read or made in place, and its log-probability."""
+
+# Kernels are compiled from their source; Triton's types are not Python's.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pcpo_kernels.triton_launch import (
+    OPTIONS,
+    arrival_counters,
+    on_device,
+    plan_for,
+    register,
+    rows_contiguous,
+)
+from pcpo_kernels.triton_random import stream_normals
+from pcpo_kernels.triton_reduce import ordered_sum
+from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
+
+HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2 * math.pi))
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "a_stride", "b_stride", "std_stride"])
+def sample_step_kernel(
+    latents,
+    output,
+    noise,
+    seed,
+    offset,
+    a,
+    b,
+    std,
+    next_latents,
+    log_prob,
+    partial_sums,
+    counters,
+    latents_stride,
+    output_stride,
+    noise_stride,
+    a_stride,
+    b_stride,
+    std_stride,
+    rows,
+    elements,
+    chunks,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    FINISH: tl.constexpr,
+):
+    """Write a piece of a row; whoever of the row comes last adds the squares of its noise in a fixed order.
+
+    Without ``noise`` and ``seed`` the step is taken without noise. Row vectors may have stride 0 (one step for all).
+    """
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
+    row_a = tl.load(a + row * a_stride).to(tl.float32)
+    row_b = tl.load(b + row * b_stride).to(tl.float32)
+    row_std = tl.load(std + row * std_stride).to(tl.float32)
+    latents += row.to(tl.int64) * latents_stride
+    output += row.to(tl.int64) * output_stride
+    next_latents += row.to(tl.int64) * elements
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for i in range(ITERATIONS):
+        begin = (chunk * ITERATIONS + i) * BLOCK
+        index = begin + tl.arange(0, BLOCK)
+        mask = index < elements
+        x = tl.load(latents + index, mask=mask, other=0.0).to(tl.float32)
+        f = tl.load(output + index, mask=mask, other=0.0).to(tl.float32)
+        following = row_a * x + row_b * f
+        if noise is not None:
+            z = tl.load(noise + row.to(tl.int64) * noise_stride + index, mask=mask, other=0.0).to(tl.float32)
+            following += row_std * z
+            squares += z * z
+        if seed is not None:
+            z = stream_normals(tl.load(seed + row), tl.load(offset + row) + begin, BLOCK)
+            following += row_std * z
+            squares += tl.where(mask, z * z, 0.0)
+        tl.store(next_latents + index, following.to(next_latents.dtype.element_ty), mask=mask)
+
+    if (noise is None) and (seed is None):
+        tl.store(log_prob + row, 0.0, mask=chunk == 0)
+    else:
+        tl.store(partial_sums + tl.program_id(0), tl.sum(squares))
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
+        if arrived == chunks - 1:
+            tl.store(counters + row, 0)
+            total = ordered_sum(partial_sums + row * chunks, chunks, FINISH)
+            count = tl.cast(elements, tl.float32)
+            if MEAN:
+                total = total / tl.maximum(count, 1.0)
+                count = 1.0
+            density = -0.5 * total - count * (tl.log(tl.where(row_std > 0.0, row_std, 1.0)) + HALF_LOG_2PI)
+            tl.store(log_prob + row, tl.where(row_std > 0.0, density, 0.0))
+
+
+def _row_values(values: Tensor) -> Tensor:
+    return values.to(torch.float32) if values.dtype == torch.float64 else values
+
+
+def _step(
+    latents: Tensor,
+    output: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    std: Tensor,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    next_latents, log_prob = results = _step_fake(latents)
+    rows = latents.shape[0]
+    if rows == 0:
+        return results
+    elements = latents[0].numel()
+    plan = plan_for(elements)
+    chunks = plan.chunks(elements)
+    big = [None if tensor is None else rows_contiguous(tensor) for tensor in (latents, output, noise)]
+    columns = [_row_values(column) for column in (a, b, std)]
+    noisy = noise is not None or seed is not None
+    with on_device(latents):
+        sample_step_kernel[(rows * chunks,)](
+            *big,
+            None if seed is None else seed.contiguous(),
+            None if offset is None else offset.contiguous(),
+            *columns,
+            next_latents,
+            log_prob,
+            torch.empty(rows * chunks, dtype=torch.float32, device=latents.device) if noisy else None,
+            arrival_counters(latents, rows) if noisy else None,
+            *(0 if tensor is None else tensor.stride(0) for tensor in big),
+            *(column.stride(0) for column in columns),
+            rows,
+            elements,
+            chunks,
+            MEAN=mean,
+            BLOCK=plan.BLOCK,
+            ITERATIONS=plan.ITERATIONS,
+            FINISH=128,
+            **OPTIONS,
+        )
+    return results
+
+
+def _step_fake(latents: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    following = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
+    return following, torch.empty(latents.shape[:1], dtype=torch.float32, device=latents.device)
+
+
+register(
+    "sample_step",
+    "(Tensor latents, Tensor output, Tensor? noise, Tensor? seed, Tensor? offset, Tensor a, Tensor b, Tensor std, "
+    "bool mean) -> (Tensor, Tensor)",
+    _step,
+    _step_fake,
+)
+
+
+@torch.no_grad()
+def sample_step(
+    latents: Tensor,
+    output: Tensor,
+    a: Tensor,
+    b: Tensor,
+    std: Tensor,
+    noise: Tensor | NoiseKey | None,
+    *,
+    reduction: Reduction,
+) -> SampledStep:
+    """Triton version of :func:`pcpo_kernels.sample_step`."""
+    seed, offset = noise if isinstance(noise, NoiseKey) else (None, None)
+    z = None if isinstance(noise, NoiseKey) else noise
+    return SampledStep(
+        *torch.ops.pcpo_kernels.sample_step(latents, output, z, seed, offset, a, b, std, reduction == "mean")
+    )
