@@ -1,0 +1,63 @@
+"""Settings of every test: few threads, no network, seeds that a failure prints, GPU tests skipped with a reason."""
+
+import os
+
+# Before anything imports the libraries that read these. Tests of tiny tensors are slower with more threads, and a
+# test that reaches for the network fails here as it would on an air-gapped machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import random
+import zlib
+from collections.abc import Generator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# A shared machine may be slow for a moment: no deadline. Under CI the same examples every time.
+hypothesis.settings.register_profile("pcpo", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+hypothesis.settings.load_profile("pcpo")
+
+BASE_SEED = int(os.environ.get("PCPO_TEST_SEED", "0"))
+_seed_of_item = pytest.StashKey[int]()
+
+
+def pytest_report_header() -> str:
+    return f"PCPO_TEST_SEED={BASE_SEED}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and this machine has none that PyTorch can use"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed the global generators from the test's name: a test sees the same numbers alone and in the suite."""
+    seed = (BASE_SEED + zlib.crc32(item.nodeid.encode())) % 2**32
+    item.stash[_seed_of_item] = seed
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and _seed_of_item in item.stash:
+        report.sections.append(
+            ("random seed", f"{item.stash[_seed_of_item]} (set PCPO_TEST_SEED={BASE_SEED} to see the same numbers)")
+        )
+    return report
