@@ -48,6 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.trainer",
         "pcpo_fast.heldout",
         "pcpo_fast.run_directory",
+        "pcpo_fast.run_inputs",
         "pcpo_fast.run_results",
         "pcpo_fast.showing",
         "pcpo_fast.exporting",
