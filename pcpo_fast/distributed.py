@@ -4,11 +4,15 @@ Uses torch.distributed only: whoever starts the process group (:mod:`pcpo_fast.e
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pcpo_fast.errors import UserError
 
 
 def is_distributed() -> bool:
@@ -54,8 +58,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate [n, ...] tensors, of equal shape on every rank, in rank order."""
     if not is_distributed():
         return rows
+    rows = rows.contiguous()
     parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
+    dist.all_gather(parts, rows)
     return torch.cat(parts)
 
 
@@ -66,6 +71,22 @@ def gather_objects(value: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """Make a :class:`UserError` of any rank within the block the same error on every rank.
+
+    Without it the other ranks would wait for one that has given up. All ranks must enter and leave the block.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    first = next((text for text in gather_objects(message) if text is not None), None)
+    if first is not None:
+        raise UserError(first)
 
 
 def launcher_rank() -> int:

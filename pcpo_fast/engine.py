@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from pcpo_fast.config import Config
 from pcpo_fast.distributed import local_rank, rank
 from pcpo_fast.errors import UserError
 from pcpo_fast.optimizers import GuardedAdamW, StochasticAdamW
+
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for each other: one may download a model, or ask a slow reward, while the others stand by."""
 
 OWNED_KEYS = (
     "train_batch_size",
@@ -39,22 +43,23 @@ def start_distributed() -> torch.device:
     deepspeed = _import_deepspeed()
     if on_gpu:
         torch.cuda.set_device(local_rank())
+    device = torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=PATIENCE, device_id=device if on_gpu else None)
         else:
             # No launcher: a store in memory needs neither a port nor a host name. DeepSpeed asks the environment.
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
-    return torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
+    return device
 
 
 def stop_distributed() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; a later :func:`start_distributed` makes a new one."""
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        _import_deepspeed().comm.destroy_process_group()  # drops DeepSpeed's own references, too
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class StepOutcome:
 
     Attributes:
         applied: False where a gradient was not finite and the step was left out.
-        grad_norm: global norm before clipping; NaN or infinite where the step was left out.
+        grad_norm: global norm before clipping; infinite or NaN where the step was left out.
         lr: learning rate of the step.
     """
 
@@ -81,7 +86,7 @@ class Engine:
         accumulation: micro-batches per optimiser step.
 
     Raises:
-        UserError: the DeepSpeed JSON is missing, malformed, or sets what the configuration owns.
+        UserError: the DeepSpeed JSON is missing, malformed, refused by DeepSpeed, or sets what the configuration owns.
     """
 
     def __init__(self, module: nn.Module, config: Config, accumulation: int) -> None:
@@ -101,13 +106,19 @@ class Engine:
             self.optimizer: Any = StochasticAdamW(parameters, **common, seed=config.seed)
         else:
             self.optimizer = GuardedAdamW(parameters, **common)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self.optimizer,
-            model_parameters=parameters,
-            config=deepspeed_config(config, accumulation),
-            dist_init_required=False,
-        )
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self.optimizer,
+                model_parameters=parameters,
+                config=deepspeed_config(config, accumulation),
+                dist_init_required=False,
+            )
+        except (ValueError, AssertionError, KeyError, deepspeed.DeepSpeedConfigError) as error:
+            if config.deepspeed is None:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{config.deepspeed}: DeepSpeed refuses these settings: {reason}") from None
 
     @property
     def module(self) -> nn.Module:
@@ -132,17 +143,21 @@ class Engine:
             self.last_step = StepOutcome(applied, math.nan if norm is None else float(norm), lr)
             self.updates += int(applied)
 
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage that is used: 1, 2 or 3."""
+        return int(self.deepspeed.zero_optimization_stage())
+
     def full_state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer, whole and on the CPU; empty on ranks other than 0. All ranks must call it."""
+        """The trained parameters, each whole, on the CPU; empty on ranks other than 0. All ranks must call it."""
         import deepspeed
 
-        partitioned = self.deepspeed.zero_optimization_stage() == 3
         state: dict[str, Tensor] = {}
-        tensors = dict(self.deepspeed.module.named_parameters()) | dict(self.deepspeed.module.named_buffers())
-        for name, tensor in tensors.items():
-            with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned and hasattr(tensor, "ds_id")):
-                if rank() == 0:
-                    state[name] = tensor.detach().to("cpu", copy=True)
+        for name, parameter in self.deepspeed.module.named_parameters():
+            if parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                    if rank() == 0:
+                        state[name] = parameter.detach().to("cpu", copy=True)
         return state
 
 

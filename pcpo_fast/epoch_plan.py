@@ -38,7 +38,7 @@ def plan_epoch(
     """Draw an epoch's prompts, deal its images to updates and ranks, and choose each image's trained steps.
 
     Args:
-        config: a configuration that passed :func:`check_division` for ``world_size``.
+        config: a configuration that :func:`accumulation_steps` accepts for ``world_size``.
         prompt_count: prompts to choose from.
         trainable_steps: steps that may be trained.
         epoch: counted from 0.
@@ -51,14 +51,12 @@ def plan_epoch(
     dealt = torch.randperm(config.images_per_epoch, generator=generator)
     images = dealt.reshape(config.train.updates_per_epoch, world_size, -1)[:, rank]
     count = steps_per_image(config, len(trainable_steps))
-    steps = torch.empty(*images.shape, count, dtype=torch.int64)
     choices = torch.tensor(sorted(trainable_steps))
-    for update, row in enumerate(images.tolist()):
-        for position, image in enumerate(row):
-            generator.manual_seed(random_key(Purpose.TRAINED_STEPS, config.seed, epoch, image))
-            chosen = torch.randperm(len(choices), generator=generator)[:count]
-            steps[update, position] = choices[chosen.sort().values]
-    return EpochPlan(epoch, prompts, images, steps)
+    chosen = []
+    for image in images.flatten().tolist():
+        generator.manual_seed(random_key(Purpose.TRAINED_STEPS, config.seed, epoch, image))
+        chosen.append(choices[torch.randperm(len(choices), generator=generator)[:count].sort().values])
+    return EpochPlan(epoch, prompts, images, torch.stack(chosen).reshape(*images.shape, count))
 
 
 def steps_per_image(config: Config, trainable: int) -> int:

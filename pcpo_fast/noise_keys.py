@@ -16,12 +16,13 @@ class Purpose(IntEnum):
     STEP_NOISE = 1
     EPOCH_PLAN = 2
     TRAINED_STEPS = 3
-    EVALUATION = 4
-    OPTIMIZER = 5
-    MODEL = 6
+    EVALUATION_INITIAL_NOISE = 4
+    EVALUATION_STEP_NOISE = 5
+    OPTIMIZER = 6
+    MODEL = 7
 
 
 def random_key(purpose: Purpose, *parts: int) -> int:
-    """A signed 64-bit key, fit for an int64 tensor, from a purpose and integers of any size below 2^63 in magnitude."""
+    """A signed 64-bit key, fit for an int64 tensor, from a purpose and integers of less than 2^63 in magnitude."""
     packed = struct.pack(f"<{len(parts) + 1}q", purpose, *parts)
     return int(struct.unpack("<q", hashlib.blake2b(packed, digest_size=8).digest())[0])

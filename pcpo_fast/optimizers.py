@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pcpo_fast.distributed import is_distributed, rank
 from pcpo_fast.noise_keys import Purpose, random_key
 
 CHUNK = 1 << 24
@@ -22,7 +23,7 @@ def gradients_are_finite(parameters: Iterable[Tensor]) -> bool:
     if gradients:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
         finite = torch.isfinite(norms).all().float()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_distributed():
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     return bool(finite.item())
 
@@ -103,20 +104,18 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         state["step"] += 1
         count = int(state["step"])
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         generator = torch.Generator(p.device).manual_seed(
-            random_key(Purpose.OPTIMIZER, self.seed, count, index, rank) & (2**63 - 1)
+            random_key(Purpose.OPTIMIZER, self.seed, count, index, rank())
         )
         beta1, beta2 = group["betas"]
-        correction = (1 - beta2**count) ** 0.5 / (1 - beta1**count)
+        root, rate = (1 - beta2**count) ** 0.5, group["lr"] / (1 - beta1**count)
         flat = (p.view(-1), p.grad.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))  # type: ignore[union-attr]
         for weight, gradient, first, second in zip(*(tensor.split(CHUNK) for tensor in flat), strict=True):
             g = gradient.float()
             m = first.float().lerp_(g, 1 - beta1)
             v = second.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            scale = (1 - beta2**count) ** 0.5
-            step = m / (v.sqrt() + group["eps"] * scale)
-            w = weight.float() * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * correction * step
+            decayed = weight.float() * (1 - group["lr"] * group["weight_decay"])
+            w = decayed - rate * m / (v.sqrt() / root + group["eps"])
             weight.copy_(round_stochastically(w, generator))
             first.copy_(round_stochastically(m, generator))
             second.copy_(round_stochastically(v, generator))

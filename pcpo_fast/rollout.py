@@ -1,6 +1,6 @@
 """Rollouts: images sampled with a stochastic sampler, and the trajectories that the update needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +35,8 @@ class StepTable:
         """Move a float64 table to a device, its last row as it is decoded (without noise for a clean final step)."""
         a, b, std = transitions.a.clone(), transitions.b.clone(), transitions.std.clone()
         a[-1], b[-1], std[-1] = transitions.final_row
-        columns = (column.to(device, torch.float32) for column in (transitions.times, a, b, std))
-        return cls(*columns, tuple((std > 0).tolist()))
+        times, a_row, b_row, std_row = (column.to(device, torch.float32) for column in (transitions.times, a, b, std))
+        return cls(times, a_row, b_row, std_row, tuple((std > 0).tolist()))
 
     @property
     def steps(self) -> int:
@@ -63,7 +63,8 @@ class Rollout:
 
     Attributes:
         plan: what was asked for.
-        conditioning: n rows.
+        conditioning: one row for each group of the epoch.
+        groups: int64 [n], the group of each image.
         seeds: int64 [n], key of each image's step noise; its offset at step i is ``i * D``.
         trajectories: n rows.
         images: float32 [n, 3, H, W] in 0..1.
@@ -71,9 +72,14 @@ class Rollout:
 
     plan: EpochPlan
     conditioning: Conditioning
+    groups: Tensor
     seeds: Tensor
     trajectories: Trajectories
     images: Tensor
+
+    def conditioning_of(self, rows: Tensor) -> Conditioning:
+        """Conditioning of some of the images, by their position."""
+        return select_rows(self.conditioning, self.groups[rows])
 
 
 def initial_latents(policy: Policy, keys: Tensor) -> Tensor:
@@ -84,16 +90,10 @@ def initial_latents(policy: Policy, keys: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample_trajectories(
-    policy: Policy,
-    conditioning: Conditioning,
-    initial: Tensor,
-    seeds: Tensor,
-    table: StepTable,
-    *,
-    keep: bool = True,
-) -> Trajectories:
-    """Run the sampler from given initial latents.
+def sampler_steps(
+    policy: Policy, conditioning: Conditioning, initial: Tensor, seeds: Tensor, table: StepTable
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the sampler from given initial latents; yields each step's model output and the latents after it.
 
     Args:
         policy: predicts; evaluated without gradients.
@@ -101,22 +101,23 @@ def sample_trajectories(
         initial: float32 [B, ...].
         seeds: int64 [B], keys of the step noise.
         table: the sampler.
-        keep: keep every latent and output; otherwise only the final latents are returned ([B, 1, ...], no outputs).
     """
     x = initial
     count = x[0].numel()
-    latents, outputs = [x], []
-    for step in range(table.steps):
-        rows = [column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std)]
-        output = policy.predict(x, rows[0], conditioning)
-        noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if table.noisy[step] else None
-        x = sample_step(x, output, *rows[1:], noise).next_latents
-        if keep:
-            latents.append(x)
-            outputs.append(output)
-    if not keep:
-        return Trajectories(x[:, None], x.new_empty(x.shape[0], 0))
-    return Trajectories(torch.stack(latents, dim=1), torch.stack(outputs, dim=1))
+    for step, noisy in enumerate(table.noisy):
+        time, a, b, std = (column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std))
+        output = policy.predict(x, time, conditioning)
+        noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if noisy else None
+        x = sample_step(x, output, a, b, std, noise).next_latents
+        yield output, x
+
+
+def sample_trajectories(
+    policy: Policy, conditioning: Conditioning, initial: Tensor, seeds: Tensor, table: StepTable
+) -> Trajectories:
+    """Every latent and output of :func:`sampler_steps`, whose arguments it takes."""
+    outputs, latents = zip(*sampler_steps(policy, conditioning, initial, seeds, table), strict=True)
+    return Trajectories(torch.stack((initial, *latents), dim=1), torch.stack(outputs, dim=1))
 
 
 def collect_rollout(
@@ -140,22 +141,19 @@ def collect_rollout(
     device = policy.device
     numbers = plan.images.flatten()
     groups, members = numbers // settings.images_per_prompt, numbers % settings.images_per_prompt
-    pairs = list(zip(groups.tolist(), members.tolist(), strict=True))
-    first = [
-        random_key(Purpose.INITIAL_NOISE, seed, plan.epoch, g, 0 if settings.same_initial_noise else m)
-        for g, m in pairs
-    ]
-    initial_keys = torch.tensor(first, device=device)
-    seeds = torch.tensor([random_key(Purpose.STEP_NOISE, seed, plan.epoch, g, m) for g, m in pairs], device=device)
-    per_group = encode(plan.prompts.tolist())
-    conditioning = {name: value.to(device) for name, value in select_rows(per_group, groups).items()}
-
+    names = list(zip(groups.tolist(), members.tolist(), strict=True))
+    starts = [(group, 0 if settings.same_initial_noise else member) for group, member in names]
+    initial_keys, seeds = (
+        torch.tensor([random_key(purpose, seed, plan.epoch, *pair) for pair in pairs], device=device)
+        for purpose, pairs in ((Purpose.INITIAL_NOISE, starts), (Purpose.STEP_NOISE, names))
+    )
+    conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
+    groups = groups.to(device)
     parts, images = [], []
-    for rows in torch.arange(len(pairs), device=device).split(settings.batch_size):
-        part = sample_trajectories(
-            policy, select_rows(conditioning, rows), initial_latents(policy, initial_keys[rows]), seeds[rows], table
-        )
+    for rows in torch.arange(len(names), device=device).split(settings.batch_size):
+        initial = initial_latents(policy, initial_keys[rows])
+        part = sample_trajectories(policy, select_rows(conditioning, groups[rows]), initial, seeds[rows], table)
         parts.append(part)
         images.append(policy.decode(part.latents[:, -1]))
     trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))
-    return Rollout(plan, conditioning, seeds, trajectories, torch.cat(images))
+    return Rollout(plan, conditioning, groups, seeds, trajectories, torch.cat(images))

@@ -50,19 +50,21 @@ def steps_to_train(config: Config, transitions: Transitions) -> list[int]:
     """
     allowed = trainable_steps(transitions)
     chosen: Sequence[int] = sorted(set(config.credit.steps)) if config.credit.steps is not None else allowed
+    last = transitions.steps - 1
     for step in chosen:
+        if step > last:
+            raise UserError(f"credit.steps: there is no step {step}; sampler.steps={last + 1} makes steps 0 to {last}")
         if step not in allowed:
             raise UserError(
                 f"credit.steps: step {step} cannot be trained (it has no noise, or its noise never reaches the image); "
                 f"allowed: {', '.join(map(str, allowed))}"
             )
-    last = transitions.steps - 1
     if config.credit.steps is None and not config.credit.train_last_step:
         chosen = [step for step in chosen if step != last]
     if config.credit.train_last_step and last not in allowed:
         raise UserError(
-            f"credit.train_last_step: sampler {config.sampler.name} decodes the clean prediction of the last step, so "
-            "training it would follow noise that no image shows (sampler.final_step=noisy decodes the sample)"
+            f"credit.train_last_step: the last step of sampler {config.sampler.name} has no noise, or its noise never "
+            "reaches the image (sampler.final_step=noisy decodes the noisy sample of dance and flow)"
         )
     if not chosen:
         raise UserError("credit.steps: no step is left to train")

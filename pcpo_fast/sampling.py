@@ -1,5 +1,6 @@
 """Images without a training step: held-out evaluation, and generation for the user."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from pcpo_fast.distributed import gather_rows, rank, world_size
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies import Policy, select_rows
-from pcpo_fast.rollout import StepTable, initial_latents, sample_trajectories
+from pcpo_fast.rollout import StepTable, initial_latents, sampler_steps
 
 
 def generate(
@@ -37,15 +38,16 @@ def generate(
     per_rank = -(-total // world_size())
     # The last rank repeats the last image where the images do not divide: a gather needs equal shares.
     mine = torch.arange(rank() * per_rank, (rank() + 1) * per_rank).clamp_max(total - 1)
-    conditioning = {name: value.to(device) for name, value in policy.encode(prompts).items()}
+    conditioning = policy.encode(prompts)
     images = []
     for rows in mine.split(batch_size):
-        names = [(int(row) // images_per_prompt, int(row) % images_per_prompt) for row in rows]
-        keys = [
-            torch.tensor([random_key(purpose, seed, Purpose.EVALUATION, p, k) for p, k in names], device=device)
-            for purpose in (Purpose.INITIAL_NOISE, Purpose.STEP_NOISE)
-        ]
-        chosen = select_rows(conditioning, rows // images_per_prompt)
-        final = sample_trajectories(policy, chosen, initial_latents(policy, keys[0]), keys[1], table, keep=False)
-        images.append(policy.decode(final.latents[:, -1]))
+        names = [(row // images_per_prompt, row % images_per_prompt) for row in rows.tolist()]
+        initial_keys, seeds = (
+            torch.tensor([random_key(purpose, seed, *name) for name in names], device=device)
+            for purpose in (Purpose.EVALUATION_INITIAL_NOISE, Purpose.EVALUATION_STEP_NOISE)
+        )
+        chosen = {key: value.to(device) for key, value in select_rows(conditioning, rows // images_per_prompt).items()}
+        steps = sampler_steps(policy, chosen, initial_latents(policy, initial_keys), seeds, table)
+        _, final = deque(steps, maxlen=1).pop()
+        images.append(policy.decode(final))
     return gather_rows(torch.cat(images))[:total]

@@ -1,4 +1,4 @@
-"""The update: from a rollout and its advantages to optimiser steps, one micro-batch of (image, step) pairs at a time."""
+"""The update: from a rollout and its advantages to optimiser steps, in micro-batches of (image, step) pairs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from pcpo_fast.config import Config
 from pcpo_fast.credit import CreditTable
 from pcpo_fast.engine import Engine
-from pcpo_fast.policies import Policy, select_rows
+from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.rollout import Rollout, StepTable
 from pcpo_fast.step_statistics import StepStatistics
 
@@ -33,10 +33,19 @@ class CreditRows:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some (image, step) pairs: positions in the rollout and steps, int64 [M] on the policy's device."""
+    """M (image, step) pairs, on the policy's device.
+
+    Attributes:
+        rows, steps: int64 [M], position in the rollout and step.
+        latents, times: what the policy saw, [M, ...] and [M].
+        conditioning: M rows.
+    """
 
     rows: Tensor
     steps: Tensor
+    latents: Tensor
+    times: Tensor
+    conditioning: Conditioning
 
 
 class Update:
@@ -63,20 +72,20 @@ class Update:
         self.policy, self.engine, self.rollout = policy, engine, rollout
         self.advantages = advantages.to(policy.device, torch.float32)
         self.table, self.credit, self.config = table, credit, config
-        self.old_outputs = rollout.trajectories.outputs
+        self.stored = rollout.trajectories.outputs
+        self.recomputed: Tensor | None = None
         self.element_count = rollout.trajectories.latents[0, 0].numel()
 
     def run(self) -> Iterator[dict[str, float]]:
         """Yield the metrics of each optimiser step, equal on every rank."""
-        mode = self.config.train.old_output
-        if mode == "recompute":
-            self._recompute_outputs()
+        if self.config.train.old_output == "recompute":
+            self.recomputed = self._recompute_outputs()
         for inner in range(self.config.train.inner_epochs):
             for update in range(self.config.train.updates_per_epoch):
-                first = inner == 0 and update == 0
+                unchanged = inner == 0 and update == 0
                 statistics = StepStatistics(self.table.steps, self.policy.device)
                 for batch in self._micro_batches(update):
-                    self._train_on(batch, statistics, first)
+                    self._train_on(batch, statistics, unchanged)
                 outcome = self.engine.last_step
                 yield statistics.metrics() | {
                     "policy/grad_norm": outcome.grad_norm,
@@ -87,39 +96,60 @@ class Update:
     def _micro_batches(self, update: int) -> Iterator[MicroBatch]:
         device, plan = self.policy.device, self.rollout.plan
         per_update, count = plan.steps.shape[1:]
-        rows = torch.arange(update * per_update, (update + 1) * per_update).repeat_interleave(count).to(device)
-        steps = plan.steps[update].flatten().to(device)
+        all_rows = torch.arange(update * per_update, (update + 1) * per_update).repeat_interleave(count).to(device)
+        all_steps = plan.steps[update].flatten().to(device)
         size = self.config.train.micro_batch_size
-        for chunk in zip(rows.split(size), steps.split(size), strict=True):
-            yield MicroBatch(*chunk)
+        for rows, steps in zip(all_rows.split(size), all_steps.split(size), strict=True):
+            latents = self.rollout.trajectories.latents[rows, steps]
+            yield MicroBatch(rows, steps, latents, self.table.times[steps], self.rollout.conditioning_of(rows))
 
-    def _train_on(self, batch: MicroBatch, statistics: StepStatistics, first: bool) -> None:
-        detach = first and self.config.train.old_output == "detach"
-        conditioning = select_rows(self.rollout.conditioning, batch.rows)
-        latents = self.rollout.trajectories.latents[batch.rows, batch.steps]
-        times = self.table.times[batch.steps]
-        reference = None
-        if self.config.credit.kl_coefficient > 0:
+    def _predict(self, batch: MicroBatch) -> Tensor:
+        return self.policy.predict(batch.latents, batch.times, batch.conditioning)
+
+    def _train_on(self, batch: MicroBatch, statistics: StepStatistics, unchanged: bool) -> None:
+        """Forward and backward of a micro-batch; ``unchanged``: the policy is still the one that sampled."""
+        beta, reference = self.config.credit.kl_coefficient, None
+        if beta > 0:
             with torch.no_grad(), self.policy.as_reference():
-                reference = self.policy.predict(latents, times, conditioning)
-        output = self.policy.predict(latents, times, conditioning)
-        old_output = None if detach else self.old_outputs[batch.rows, batch.steps]
-        result = self._loss(batch, output, old_output, reference)
-        statistics.add(batch.steps, result)
-        if first:
+                reference = self._predict(batch)
+        output = self._predict(batch)
+        result = self._loss(batch, output, *self._old_side(batch, unchanged), reference)
+        statistics.add(batch.steps, result if result.kl is None else result._replace(kl=result.kl / beta))
+        if unchanged:
             self._measure_mismatch(batch, output.detach(), statistics)
         self.engine.backward(result.loss)
         self.engine.step()
 
+    def _old_side(self, batch: MicroBatch, unchanged: bool) -> tuple[Tensor | None, NoiseKey | Endpoints]:
+        """The old output (None: the new one, detached) and the noise that makes ``x'`` from it."""
+        if unchanged and self.config.train.old_output == "detach":
+            return None, self._endpoints(batch)
+        if self.recomputed is not None:
+            return self.recomputed[batch.rows, batch.steps], self._endpoints(batch)
+        return self.stored[batch.rows, batch.steps], self._noise_key(batch)
+
+    def _endpoints(self, batch: MicroBatch) -> Endpoints:
+        """The step's two ends: another old output than the rollout's took another noise to the same ``x'``."""
+        steps, table = batch.steps, self.table
+        next_latents = self.rollout.trajectories.latents[batch.rows, steps + 1]
+        return Endpoints(batch.latents, next_latents, table.a[steps], table.b[steps], table.std[steps])
+
+    def _noise_key(self, batch: MicroBatch) -> NoiseKey:
+        return NoiseKey(self.rollout.seeds[batch.rows], batch.steps * self.element_count)
+
     def _loss(
-        self, batch: MicroBatch, output: Tensor, old_output: Tensor | None, reference: Tensor | None = None
+        self,
+        batch: MicroBatch,
+        output: Tensor,
+        old_output: Tensor | None,
+        noise: NoiseKey | Endpoints,
+        reference: Tensor | None = None,
     ) -> PolicyLoss:
         credit, steps, settings = self.credit, batch.steps, self.config.credit
-        own_noise = old_output is None or self.old_outputs is not self.rollout.trajectories.outputs
         return policy_loss(
             output,
             old_output,
-            self._endpoints(batch) if own_noise else self._noise_key(batch),
+            noise,
             credit.linear[steps],
             credit.quadratic[steps],
             credit.scale[steps],
@@ -131,49 +161,20 @@ class Update:
             kl=None if reference is None else credit.kl[steps],
         )
 
-    def _endpoints(self, batch: MicroBatch) -> Endpoints:
-        """The step's two ends: with another old output than the rollout's, another noise explains the same ``x'``."""
-        latents, steps = self.rollout.trajectories.latents, batch.steps
-        return Endpoints(
-            latents[batch.rows, steps],
-            latents[batch.rows, steps + 1],
-            self.table.a[steps],
-            self.table.b[steps],
-            self.table.std[steps],
-        )
-
-    def _noise_key(self, batch: MicroBatch) -> NoiseKey:
-        return NoiseKey(self.rollout.seeds[batch.rows], batch.steps * self.element_count)
-
     @torch.no_grad()
-    def _recompute_outputs(self) -> None:
+    def _recompute_outputs(self) -> Tensor:
         """One forward of every pair as the update will batch it, before anything has changed."""
-        outputs = self.rollout.trajectories.outputs.clone()
+        outputs = self.stored.clone()
         for update in range(self.config.train.updates_per_epoch):
             for batch in self._micro_batches(update):
-                outputs[batch.rows, batch.steps] = self.policy.predict(
-                    self.rollout.trajectories.latents[batch.rows, batch.steps],
-                    self.table.times[batch.steps],
-                    select_rows(self.rollout.conditioning, batch.rows),
-                )
-        self.old_outputs = outputs
+                outputs[batch.rows, batch.steps] = self._predict(batch)
+        return outputs
 
     @torch.no_grad()
     def _measure_mismatch(self, batch: MicroBatch, output: Tensor, statistics: StepStatistics) -> None:
         """How far the update's forward is from the rollout's on unchanged weights."""
-        stored = self.rollout.trajectories.outputs[batch.rows, batch.steps]
-        steps, settings = batch.steps, self.config.credit
-        result = policy_loss(
-            output,
-            stored,
-            self._noise_key(batch),
-            self.credit.linear[steps],
-            self.credit.quadratic[steps],
-            self.credit.scale[steps],
-            self.advantages[batch.rows],
-            clip_range=settings.clip_range,
-            reduction=settings.reduction,
-        )
+        stored = self.stored[batch.rows, batch.steps]
+        result = self._loss(batch, output, stored, self._noise_key(batch))
         change = (output.float() - stored.float()).flatten(1).norm(dim=1)
         relative = change / stored.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        statistics.add_mismatch(steps, relative, result.log_ratio)
+        statistics.add_mismatch(batch.steps, relative, result.log_ratio)

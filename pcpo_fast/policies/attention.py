@@ -1,30 +1,42 @@
 """Attention kernels by diffusers' name, checked before the run instead of in its first forward."""
 
-import logging
 from typing import Any
 
-from diffusers.models.attention_dispatch import AttentionBackendName
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.policies.quiet import quiet_libraries
 
 
 def choose_attention(module: Any, backend: str) -> None:
     """Make a diffusers model use an attention backend; ``native`` is PyTorch's scaled dot product.
 
+    The backend is tried on two tokens of the model's device, dtype and head size, forward and backward: some serve no
+    CPU, no float32 or no head of this size, and some compute no gradients.
+
     Raises:
-        UserError: no such backend, or what it needs is not installed.
+        UserError: no such backend, what it needs is not installed, or it cannot train this model here.
     """
     known = [str(member.value) for member in AttentionBackendName]
     if backend not in known:
         raise UserError(f"model.attention: unknown backend {backend!r}; diffusers offers {', '.join(sorted(known))}")
-    if backend == "native":
-        return
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # diffusers warns on every call that the interface is experimental
     try:
-        module.set_attention_backend(backend)
-    except (ImportError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"model.attention: {backend} cannot be used here: {str(error).splitlines()[0]}") from None
-    finally:
-        logger.setLevel(level)
+        with quiet_libraries():  # diffusers warns on every call that the interface is experimental
+            module.set_attention_backend(backend)
+            _try(module, backend)
+    except (ImportError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.attention: {backend} cannot be used here: {reason}") from None
+
+
+def _try(module: Any, backend: str) -> None:
+    weight = next(module.parameters())
+    if weight.is_meta:
+        return
+    shape = (1, 2, module.config["num_attention_heads"], module.config["attention_head_dim"])
+    states = torch.zeros(shape, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    result = dispatch_attention_fn(states, states, states, backend=AttentionBackendName(backend))
+    if not result.requires_grad:
+        raise RuntimeError("it computes no gradients")
+    result.sum().backward()

@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from pcpo_fast.policies.lora import adapters_off
 
 Conditioning = dict[str, Tensor]
 """Named tensors with one row per image; rows are chosen with :func:`select_rows`."""
@@ -24,6 +26,7 @@ class Policy(ABC):
     Attributes:
         module: the network that is trained.
         forward_module: what :meth:`predict` calls; the engine puts its wrapper of ``module`` here.
+        reference_module: frozen copy of the start of the training, where one is needed.
     """
 
     family: ClassVar[str]
@@ -79,29 +82,21 @@ class Policy(ABC):
 
     @abstractmethod
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write trained weights in diffusers' format: LoRA safetensors, or a whole model folder."""
-
-    @abstractmethod
-    def trained_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part of a full state that :meth:`save_weights` needs."""
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters with gradients, in module order."""
-        return [p for p in self.module.parameters() if p.requires_grad]
+        """Write trained weights, by parameter name, in diffusers' format: LoRA safetensors, or a whole model folder."""
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within the block, :meth:`predict` is the frozen start of the training: adapters off, or the kept copy."""
-        if self.reference_module is not None:
-            trained, self.forward_module = self.forward_module, self.reference_module
-            try:
+        """Within the block, :meth:`predict` is the reference: the kept copy of the start, or the adapters are off.
+
+        Raises:
+            ValueError: there is neither a copy nor an adapter, so the reference would be the policy itself.
+        """
+        if self.reference_module is None:
+            with adapters_off(self.module):
                 yield
-            finally:
-                self.forward_module = trained
             return
-        adapted: Any = self.module
-        adapted.disable_adapters()
+        trained, self.forward_module = self.forward_module, self.reference_module
         try:
             yield
         finally:
-            adapted.enable_adapters()
+            self.forward_module = trained

@@ -1,12 +1,12 @@
 """Encoded prompts on disk: text encoders run once per prompt and leave the memory."""
 
 import hashlib
-import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class EmbeddingCache:
         """Write a prompt's embeddings; a reader never sees half a file."""
         path = self.path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # hosts may share the folder
         save_file({name: value.contiguous().cpu() for name, value in embeddings.items()}, temporary)
         temporary.replace(path)
 
@@ -72,12 +72,13 @@ class EmbeddingCache:
         return len(missing)
 
     def drop_damaged(self, prompts: Sequence[str]) -> None:
-        """Remove files that are not whole safetensors files."""
+        """Remove files that are not whole safetensors files, by their headers: nothing else is read."""
         for prompt in dict.fromkeys(prompts):
             path = self.path(prompt)
             if path.exists():
                 try:
-                    load_file(path)
+                    with safe_open(path, "pt"):
+                        pass
                 except (SafetensorError, OSError, ValueError):
                     path.unlink(missing_ok=True)
 

@@ -1,7 +1,6 @@
 """FLUX as a policy: packed latents, embedded guidance, CLIP and T5 conditioning."""
 
 import gc
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from pcpo_fast.config import ModelConfig
+from pcpo_fast.distributed import rank
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.attention import choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy
@@ -123,38 +123,48 @@ class FluxPolicy(Policy):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """T5 states and pooled CLIP state of each prompt, from the cache."""
-        if self.cache is None or self.cache.missing(prompts):
+        cache = self._cache()
+        if cache.missing(prompts):
             self.prepare_prompts(prompts)
-        assert self.cache is not None
-        return self.cache.load(prompts)
+        return cache.load(prompts)
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         """Encode what the cache lacks; the encoders load only for that, and leave the memory afterwards."""
-        if self.cache is None or self.folder is None:
-            raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
-        encoders: list[Any] = []
+        cache, encoders = self._cache(), list[Any]()
 
         def encode_now(chunk: list[str]) -> Conditioning:
             if not encoders:
                 encoders.append(self._load_encoders())
-                warn_of_long_prompts(prompts, encoders[0].tokenizer_2, self.max_sequence_length, "T5")
-            with torch.no_grad():
+            with torch.no_grad(), quiet_libraries():  # diffusers reports every cut prompt at length
                 states, pooled, _ = encoders[0].encode_prompt(
                     chunk, prompt_2=chunk, device=self.device, max_sequence_length=self.max_sequence_length
                 )
             return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
-        self.cache.fill(prompts, encode_now)
+        if cache.missing(prompts) and rank() == 0:
+            self._warn_of_long_prompts(prompts)
+        cache.fill(prompts, encode_now)
         if encoders:
             encoders.clear()
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _load_encoders(self) -> FluxPipeline:
-        assert self.folder is not None
-        pipeline = _load_pipeline(self.folder, dtype=self.dtype, transformer=None, vae=None)
-        return pipeline.to(self.device)
+    def _cache(self) -> EmbeddingCache:
+        if self.cache is None:
+            raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
+        return self.cache
+
+    def _load_encoders(self) -> Any:
+        return _load_pipeline(self.folder, dtype=self.dtype, transformer=None, vae=None).to(self.device)
+
+    def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
+        models = dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2"))
+        tokenizers = _load_pipeline(self.folder, **models)
+        limit = self.max_sequence_length
+        warn_of_long_prompts(prompts, tokenizers.tokenizer_2, limit, "T5 reads (model.max_sequence_length)")
+        clip = tokenizers.tokenizer
+        warn_of_long_prompts(prompts, clip, clip.model_max_length, "CLIP reads for its one summary vector")
 
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity for a batch whose rows may be at different times; the exact time, not one cut to an integer."""
@@ -213,30 +223,19 @@ class FluxPolicy(Policy):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         return scheduler.sigmas.double()
 
-    def trained_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Adapter weights for LoRA, everything for full fine-tuning."""
-        if hasattr(self.transformer, "peft_config"):
-            return dict(get_peft_model_state_dict(self.transformer, state_dict=dict(state)))
-        return dict(state)
-
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """``pytorch_lora_weights.safetensors`` for :meth:`FluxPipeline.load_lora_weights`, or ``transformer/``."""
-        trained = self.trained_state(state)
         if hasattr(self.transformer, "peft_config"):
             FluxPipeline.save_lora_weights(
                 folder,
-                transformer_lora_layers=trained,
+                transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=dict(state)),
                 **_collate_lora_metadata({"transformer": self.transformer}),
             )
         else:
-            self.transformer.save_pretrained(folder / "transformer", state_dict=trained)
-
-    def parameter_count(self) -> int:
-        """All parameters of the transformer, adapters apart."""
-        return sum(math.prod(p.shape) for name, p in self.transformer.named_parameters() if "lora_" not in name)
+            self.transformer.save_pretrained(folder / "transformer", state_dict=dict(state))
 
 
-def _load_pipeline(folder: Path, **options: Any) -> Any:
+def _load_pipeline(folder: Path | None, **options: Any) -> Any:
     try:
         with quiet_libraries():
             return FluxPipeline.from_pretrained(folder, local_files_only=True, **options)

@@ -7,6 +7,7 @@ import torch
 
 from pcpo_fast.config import Config
 from pcpo_fast.errors import UserError
+from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.base import Policy
 
 
@@ -20,7 +21,7 @@ def load_policy(config: Config, device: torch.device) -> Policy:
 
     cache = config.model.embedding_cache
     folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
-    torch.manual_seed(config.seed)  # LoRA's initial weights, the same on every rank
+    torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
     return FluxPolicy.load(config.model, folder, device)
 
 
@@ -37,18 +38,20 @@ def load_trained_weights(policy: Policy, config: Config, folder: Path) -> None:
         UserError: the folder does not hold the weights that ``model.finetune`` promises, or they do not fit.
     """
     from diffusers import FluxPipeline
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from pcpo_fast.policies.lora import load_lora
 
     if config.model.finetune == "lora":
-        load_lora(policy.module, str(folder), FluxPipeline)
+        load_lora(policy.module, str(folder), FluxPipeline, "weights")
         return
     files = sorted((folder / "transformer").glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no transformer/*.safetensors")
-    state = {name: value for file in files for name, value in load_file(file).items()}
     try:
-        policy.module.load_state_dict(state)
+        policy.module.load_state_dict({name: value for file in files for name, value in load_file(file).items()})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/transformer cannot be read: {error}") from None
     except RuntimeError as error:
         raise UserError(f"{folder}/transformer does not fit the model: {str(error).splitlines()[-1].strip()}") from None

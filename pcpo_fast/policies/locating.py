@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from pcpo_fast.distributed import barrier, local_rank
+from pcpo_fast.distributed import local_rank, shared_errors
 from pcpo_fast.errors import UserError
 
 
@@ -23,9 +24,9 @@ def pipeline_folder(path: str, revision: str | None, pipeline_class: str) -> Pat
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
             raise UserError(f"model.path: {path} is not a folder, and not a hub id of the form owner/name")
-        if local_rank() == 0:
-            _download(path, revision)
-        barrier()
+        with shared_errors():
+            if local_rank() == 0:
+                _download(path, revision)
         folder = _download(path, revision)
     index = folder / "model_index.json"
     if not index.is_file():
@@ -43,36 +44,59 @@ def pipeline_folder(path: str, revision: str | None, pipeline_class: str) -> Pat
 
 def _download(path: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    here = f"model.path: {path} is not a folder under {Path.cwd()}"
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn at length of what is said below in a sentence
     try:
         return Path(DiffusionPipeline.download(path, revision=revision))
-    except GatedRepoError:
-        raise UserError(
-            f"{here}, and the hub model {path} is gated: accept its license on its model page, then run "
-            "`hf auth login` (or set HF_TOKEN)"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"model.revision: the hub model {path} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{here}, and the hub has no model {path} that you may read: check the spelling, and for a private or gated "
-            "model run `hf auth login` (or set HF_TOKEN)"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise UserError(
-            f"{here}, and the hub model {path} is neither in the local cache nor can the hub be reached; download it once "
-            "with a network, or give the path of a folder"
-        ) from None
-    except HfHubHTTPError as error:
-        raise UserError(f"{here}, and the hub refused {path}: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise UserError(f"{here}, and {path} could not be had from the hub: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        # diffusers wraps what the hub said when it finds no local copy to fall back on.
+        causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+
+        def met(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+
+        here = f"model.path: {path} is not a folder under {Path.cwd()}"
+        reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
+        if met(GatedRepoError):
+            problem = (
+                f"{here}, and the hub model {path} is gated: accept its license on its model page, then run "
+                "`hf auth login` (or set HF_TOKEN)"
+            )
+        elif met(RevisionNotFoundError):
+            problem = f"model.revision: the hub model {path} has no revision {revision!r}"
+        elif met(RepositoryNotFoundError):
+            problem = (
+                f"{here}, and the hub has no model {path} that you may read: check the spelling, and for a private or "
+                "gated model run `hf auth login` (or set HF_TOKEN)"
+            )
+        elif met(EntryNotFoundError) and not met(LocalEntryNotFoundError):
+            problem = f"{here}, and the hub model {path} is not a diffusers pipeline: {reason}"
+        elif met(HfHubHTTPError):
+            problem = f"{here}, and the hub refused {path}: {reason}"
+        elif met(ConnectionError, TimeoutError, LocalEntryNotFoundError) or _from_network(causes):
+            problem = (
+                f"{here}, and the hub model {path} is neither in the local cache nor can the hub be reached; download "
+                f"it once with a network, or give the path of a folder ({reason})"
+            )
+        elif met(OSError, ValueError):
+            problem = f"{here}, and {path} could not be had from the hub: {reason}"
+        else:
+            raise
+        raise UserError(problem) from None
+    finally:
+        logging.set_verbosity(level)
+
+
+def _from_network(causes: Iterable[BaseException]) -> bool:
+    """Whether an HTTP library gave up before it had an answer."""
+    return any(type(cause).__module__.partition(".")[0] in ("httpx", "httpcore", "requests") for cause in causes)

@@ -10,13 +10,15 @@ from transformers.utils import logging as transformers_logging
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Within the block diffusers and transformers show errors only."""
-    levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    for library, _ in levels:
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in levels:
+        for library, level, bars in before:
             library.set_verbosity(level)
-            library.enable_progress_bar()
+            if bars:
+                library.enable_progress_bar()

@@ -5,8 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def warn_of_long_prompts(prompts: Sequence[str], tokenizer: Any, limit: int, encoder: str) -> int:
+def warn_of_long_prompts(prompts: Sequence[str], tokenizer: Any, limit: int, reader: str) -> int:
     """Warn once about prompts longer than ``limit`` tokens, quoting what is cut from the first.
+
+    Args:
+        prompts: any number, repeated ones count once.
+        tokenizer: of transformers; its special tokens count, and stay when a prompt is cut.
+        limit: tokens that are read.
+        reader: completes "... tokens that ...".
 
     Returns:
         How many prompts are cut.
@@ -18,8 +24,8 @@ def warn_of_long_prompts(prompts: Sequence[str], tokenizer: Any, limit: int, enc
         prompt, ids = long[0]
         lost = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
         warnings.warn(
-            f"{len(long)} of {len(distinct)} prompts are longer than the {limit} tokens that {encoder} takes "
-            f'(model.max_sequence_length); of "{prompt[:60]}..." this is cut: "{lost[:120]}"',
+            f"{len(long)} of {len(distinct)} prompts are longer than the {limit} tokens that {reader}; "
+            f'of "{prompt[:60]}..." this is cut: "{lost[:120]}"',
             stacklevel=2,
         )
     return len(long)
