@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from pcpo_fast.rewards.caption_match import caption_match, measure_scenes
-from pcpo_fast.scenes import IMAGE_SIZE, heldout_captions, parse_caption, render, train_captions
+from pcpo_fast.scenes import IMAGE_SIZE, parse_caption, render, train_captions
 
 CLIP_LENGTH, T5_LENGTH = 16, 512
 SCENES = [scene for scene in map(parse_caption, train_captions()) if scene is not None]
@@ -129,7 +129,11 @@ def make_vae(plan: Plan, work: Path, seed: int) -> AutoencoderKL:
     folder = work / "vae"
     if folder.exists():
         say("vae", "already made")
-        return AutoencoderKL.from_pretrained(folder).eval()
+        vae = build_vae()
+        config = AutoencoderKL.load_config(folder)
+        vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        vae.register_to_config(shift_factor=config["shift_factor"], scaling_factor=config["scaling_factor"])
+        return vae.eval()
     torch.manual_seed(seed)
     vae = build_vae()
 
@@ -356,59 +360,22 @@ def assemble(vae: AutoencoderKL, modules: nn.ModuleDict) -> FluxPipeline:
     )
 
 
-def sample(pipeline: FluxPipeline, captions: list[str], seed: int, steps: int, length: int) -> Tensor:
-    """Images [B, 3, 32, 32] in 0..1 as plain diffusers makes them."""
-    images = pipeline(
-        captions,
-        height=IMAGE_SIZE,
-        width=IMAGE_SIZE,
-        num_inference_steps=steps,
-        guidance_scale=3.5,
-        max_sequence_length=length,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
-    ).images
-    return images.float()
-
-
-def measure(folder: Path, seeds: int = 8) -> None:
-    """Loads the finished pipeline as a user would and prints how often held-out captions come out right."""
-    pipeline = FluxPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    for name, captions in (("held-out", heldout_captions()), ("training", train_captions()[::6])):
-        for steps, length in ((6, 16), (16, 16), (28, 16), (16, 512)):
-            images = torch.cat([sample(pipeline, captions, 1000 + i, steps, length) for i in range(seeds)])
-            found = measure_scenes(images, captions * seeds)
-            reward = caption_match(images, captions * seeds)
-            background, color, shape = (
-                part.float().mean().item() for part in (found.background, found.color, found.shape)
-            )
-            say(
-                "measure",
-                f"{name}, {steps:2d} steps, {length:3d} tokens, {len(images)} images: background {background:.3f}, "
-                f"shape color {color:.3f}, shape {shape:.3f}, reward {reward.mean():.3f}",
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("assets/tiny-flux"), help="folder of the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/make-tiny-flux"), help="folder of the stages' results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--measure-only", action="store_true", help="only measure the pipeline in the output folder")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if not arguments.measure_only:
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        plan = Plan()
-        vae = make_vae(plan, arguments.work, arguments.seed)
-        latents, captions = make_latents(plan, vae, arguments.work, arguments.seed)
-        modules = make_transformer(plan, latents, captions, arguments.work, arguments.seed)
-        assemble(vae, modules).save_pretrained(arguments.output)
-        size = sum(file.stat().st_size for file in arguments.output.rglob("*") if file.is_file())
-        say("assemble", f"{arguments.output}: {size / 1e6:.2f} MB")
-    measure(arguments.output)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    plan = Plan()
+    vae = make_vae(plan, arguments.work, arguments.seed)
+    latents, captions = make_latents(plan, vae, arguments.work, arguments.seed)
+    modules = make_transformer(plan, latents, captions, arguments.work, arguments.seed)
+    assemble(vae, modules).save_pretrained(arguments.output)
+    size = sum(file.stat().st_size for file in arguments.output.rglob("*") if file.is_file())
+    say("assemble", f"{arguments.output}: {size / 1e6:.2f} MB; judge it with assets/measure_tiny_flux.py")
 
 
 if __name__ == "__main__":
