@@ -3,7 +3,10 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
 
 from pcpo_fast import __version__
 from pcpo_fast.commands import credit, export, report, sample, train
@@ -14,9 +17,20 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in the same way as the rest of the program, and takes options by their whole name only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with one sentence."""
+        self.exit(EXIT_USER_ERROR, f"error: {message} ({self.prog} --help shows what it takes)\n")
+
+
+def build_parser() -> Parser:
     """The parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pcpo-fast",
         description="Align text-to-image models with rewards: proportionate credit, fused kernels, DeepSpeed.",
         epilog="example:\n  pcpo-fast train            the demo: tiny FLUX on a CPU, in about two minutes",
@@ -29,16 +43,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; settings (``key=value``) may stand anywhere among the options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "overrides"):
+        # argparse takes one run of settings only, and returns those behind the next option as unknown.
+        arguments.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     # transformers reports at import what it does without; none of it concerns this program.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return int(arguments.run(arguments))
+        with _short_warnings():
+            code = int(arguments.run(arguments))
+            sys.stdout.flush()
+            return code
     except UserError as error:
-        # Every rank meets the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0":
+        # Every process of a machine meets the same mistake; one of them says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -48,6 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (``| head``): no more to say, and nothing to flush into.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Python's warnings as one line each, without the source; libraries' notes to developers not at all."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
+            print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 if __name__ == "__main__":

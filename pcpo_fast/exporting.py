@@ -1,5 +1,6 @@
 """Trained weights out of a run's checkpoint, in the format that diffusers loads."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,47 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
 
     Args:
         run: run directory or checkpoint folder.
-        output: target folder, ``RUN/export`` if None.
+        output: target folder; None is ``export`` in the run directory, or ``pipeline`` for a whole pipeline, and there
+            what an earlier export left is replaced.
         epoch: which checkpoint, the newest if None.
         pipeline: write a whole pipeline folder with the weights in place (LoRA is merged).
 
     Returns:
-        ``{"output", "kind", "epoch"}``.
+        ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA" or "transformer".
 
     Raises:
-        UserError: no such run or checkpoint, or the output folder holds something else.
+        UserError: no such run or checkpoint, or the output folder holds something else or cannot be written.
     """
     checkpoint = find_checkpoint(Path(run), epoch)
-    folder = checkpoint.parent.parent
-    target = Path(output) if output is not None else folder / "export"
+    folder = Path(run) if (Path(run) / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{checkpoint} does not lie in a run directory: there is no {folder / CONFIG_FILE}")
     config = load_config(folder / CONFIG_FILE)
-    if target.exists() and any(target.iterdir()) and output is not None:
-        raise UserError(f"--output: {target} is not empty; choose another folder or remove it")
-    if pipeline:
-        _export_pipeline(config, checkpoint / WEIGHTS, target)
-    else:
+    default = folder / ("pipeline" if pipeline else "export")
+    target = default if output is None else Path(output)
+    if target != default and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output: {target} is not an empty folder; choose another one or remove it")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        _write(config, checkpoint / WEIGHTS, temporary, pipeline)
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(checkpoint / WEIGHTS, target)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"--output: {target} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     kind = "pipeline" if pipeline else "LoRA" if config.model.finetune == "lora" else "transformer"
     return {"output": str(target), "kind": kind, "epoch": int(read_state(checkpoint)["epoch"])}
+
+
+def _write(config: Config, weights: Path, target: Path, pipeline: bool) -> None:
+    if pipeline:
+        from pcpo_fast.policies.exporting import save_pipeline
+
+        save_pipeline(config.model, weights, target)
+    else:
+        shutil.copytree(weights, target)
 
 
 def find_checkpoint(path: Path, epoch: int | None) -> Path:
@@ -48,10 +67,14 @@ def find_checkpoint(path: Path, epoch: int | None) -> Path:
         UserError: there is none; says which there are.
     """
     if (path / STATE_FILE).is_file():
+        if epoch is not None:
+            raise UserError(f"--epoch: {path} is one checkpoint; name its run directory to choose among them")
         return path
+    if not path.is_dir():
+        raise UserError(f"{path} is not a run directory: there is no such folder")
     found = checkpoints(path / "checkpoints")
     if not found:
-        raise UserError(f"{path} is not a run with a complete checkpoint")
+        raise UserError(f"{path} holds no complete checkpoint (checkpoints/epoch_...)")
     if epoch is None:
         return found[-1]
     by_epoch = {int(read_state(checkpoint)["epoch"]): checkpoint for checkpoint in found}
@@ -60,9 +83,3 @@ def find_checkpoint(path: Path, epoch: int | None) -> Path:
             f"--epoch: {path} has no checkpoint after {epoch} epochs; it has {', '.join(map(str, by_epoch))}"
         )
     return by_epoch[epoch]
-
-
-def _export_pipeline(config: Config, weights: Path, target: Path) -> None:
-    from pcpo_fast.policies.exporting import save_pipeline
-
-    save_pipeline(config.model, weights, target)

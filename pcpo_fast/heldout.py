@@ -1,5 +1,6 @@
 """Held-out evaluation: the same captions and seeds before, during and after training."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from pcpo_fast.config import Config, EvaluationConfig
 from pcpo_fast.policies import Policy
-from pcpo_fast.prompts import Prompt, load_prompts
+from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout import StepTable
+from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.sampling import generate
 from pcpo_fast.transitions import Transitions, euler_ode
 
@@ -41,13 +43,12 @@ class HeldOut:
     last: Tensor | None = field(default=None, init=False)
 
     @classmethod
-    def load(cls, config: Config, policy: Policy, transitions: Transitions, rewards: RewardSet) -> "HeldOut":
-        """Read the held-out prompts; evaluation uses the rollout's time grid, without noise unless asked for it."""
-        path = config.prompts.heldout
-        prompts = [] if path is None else load_prompts(Path(path))[: config.evaluation.prompts]
+    def of(cls, config: Config, policy: Policy, transitions: Transitions, inputs: RunInputs) -> "HeldOut":
+        """Evaluation on the rollout's time grid, without noise unless asked for it."""
         sampler = euler_ode(transitions.times) if config.evaluation.deterministic else transitions
+        table = StepTable.of(sampler, policy.device)
         folder = Path(config.output_dir) / "images" / "before"
-        return cls(policy, prompts, rewards, StepTable.of(sampler, policy.device), config.evaluation, folder)
+        return cls(policy, inputs.heldout, inputs.rewards, table, config.evaluation, folder)
 
     @property
     def texts(self) -> list[str]:
@@ -73,7 +74,8 @@ class HeldOut:
 
     def keep_as_first(self) -> None:
         """Write the latest shown images as those from before the training."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
         for index, image in enumerate([] if self.last is None else self.last):
             to_image(image).save(self.folder / f"{index:03d}.png")
 

@@ -1,17 +1,16 @@
 """Taking possession of a run directory: new, to be resumed, or already complete; never overwritten in silence."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.checkpoint import checkpoints, read_state
 from pcpo_fast.config import Config
-from pcpo_fast.config_loading import dump_config
+from pcpo_fast.config_loading import dump_config, load_config
 from pcpo_fast.errors import UserError
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.jsonl", "summary.json", "credit.json"
@@ -20,7 +19,8 @@ FREE_TO_CHANGE = (
     "output_dir",
     "deepspeed",
     "train.epochs",
-    "evaluation",
+    "evaluation.every",
+    "evaluation.batch_size",
     "checkpoint",
     "logging",
     "rollout.batch_size",
@@ -40,12 +40,14 @@ class Start:
         epoch: epochs already trained.
         finished: the run is complete: there is nothing to train.
         restarted: the directory holds a run that left no checkpoint, so it begins again.
+        fresh: the directory held no run; with a checkpoint, the run goes on from one of another run.
     """
 
     checkpoint: Path | None
     epoch: int
     finished: bool = False
     restarted: bool = False
+    fresh: bool = False
 
 
 def claim(config: Config, resume: str) -> Start:
@@ -59,21 +61,21 @@ def claim(config: Config, resume: str) -> Start:
         UserError: the directory holds another run, or cannot hold one, or ``resume`` names no checkpoint.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is a file, not a folder")
+    _check_writable(folder)
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE))
     if resume not in ("auto", "never"):
         checkpoint = _checkpoint_at(Path(resume))
-        if holds_run and folder.resolve() not in checkpoint.resolve().parents:
-            raise UserError(
-                f"output_dir: {folder} already holds another run than --resume {resume}; choose another one"
-            )
-        return Start(checkpoint, int(read_state(checkpoint)["epoch"]))
+        if holds_run:
+            _check_newest_of(folder, checkpoint, resume)
+            _check_same_run(folder, config)
+        finished = holds_run and _is_finished(folder, config)
+        return Start(checkpoint, int(read_state(checkpoint)["epoch"]), finished=finished, fresh=not holds_run)
     if not holds_run:
-        return Start(None, 0)
+        return Start(None, 0, fresh=True)
     if resume == "never":
         raise UserError(
-            f"output_dir: {folder} already holds a run; choose another output_dir, remove it, or resume it with --resume auto"
+            f"output_dir: {folder} already holds a run; choose another output_dir, remove it, or resume it with "
+            "--resume auto"
         )
     _check_same_run(folder, config)
     newest = checkpoints(folder / "checkpoints")
@@ -83,8 +85,8 @@ def claim(config: Config, resume: str) -> Start:
     return Start(newest[-1], epoch, finished=_is_finished(folder, config))
 
 
-def write_config(config: Config) -> None:
-    """Record the resolved configuration in the run directory.
+def open_run(config: Config) -> None:
+    """Record the resolved configuration in the run directory, and take away the summary of an earlier, shorter run.
 
     Raises:
         UserError: the directory cannot be written.
@@ -92,6 +94,7 @@ def write_config(config: Config) -> None:
     path = Path(config.output_dir) / CONFIG_FILE
     try:
         write_atomically(path, dump_config(config))
+        (path.parent / SUMMARY_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: {path.parent} cannot be written: {error.strerror}") from None
 
@@ -101,14 +104,36 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
 
 
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"output_dir: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: {folder} cannot be written: no permission for {there}")
+
+
 def _checkpoint_at(path: Path) -> Path:
-    if (path / "checkpoints").is_dir():
+    if not path.is_dir():
+        raise UserError(f"--resume: {path} is not a folder; allowed: auto, never, or the path of a checkpoint or a run")
+    if (path / CONFIG_FILE).is_file() or (path / "checkpoints").is_dir():
         found = checkpoints(path / "checkpoints")
         if not found:
             raise UserError(f"--resume: the run {path} has no complete checkpoint")
         return found[-1]
     read_state(path)
     return path
+
+
+def _check_newest_of(folder: Path, checkpoint: Path, resume: str) -> None:
+    """Going on in the same directory from another run, or from before its end, would overwrite what it holds."""
+    if folder.resolve() not in checkpoint.resolve().parents:
+        raise UserError(f"output_dir: {folder} already holds another run than --resume {resume}; choose another one")
+    newest = checkpoints(folder / "checkpoints")[-1:]
+    if newest and newest[0].resolve() != checkpoint.resolve():
+        raise UserError(
+            f"output_dir: {folder} holds a later checkpoint than --resume {resume}, {newest[0].name}, which would be "
+            "overwritten; choose another output_dir, or remove it"
+        )
 
 
 def _is_finished(folder: Path, config: Config) -> bool:
@@ -120,13 +145,15 @@ def _is_finished(folder: Path, config: Config) -> bool:
 
 def _check_same_run(folder: Path, config: Config) -> None:
     path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"output_dir: {folder} holds a run without {CONFIG_FILE}; choose another output_dir")
     try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"output_dir: {folder} holds a run without {CONFIG_FILE}; choose another output_dir") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(f"output_dir: {path} cannot be read; choose another output_dir") from None
-    before, now = dict(_flat(earlier)), dict(_flat(config.model_dump(mode="json")))
+        earlier = load_config(path)  # what a newer version added has its default
+    except UserError as error:
+        raise UserError(
+            f"output_dir: {folder} holds a run that cannot be resumed ({error}); choose another one"
+        ) from None
+    before, now = (dict(_flat(either.model_dump(mode="json"))) for either in (earlier, config))
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)
         if not free and before.get(key) != now.get(key):

@@ -42,6 +42,8 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(arguments, name)}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed: must lie in 0..2^63 - 1, got {arguments.seed}")
+    if Path(arguments.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--output: {arguments.output} must end in .png, .jpg or .webp")
     config, weights = _model_of(arguments)
     prompts = load_prompts(arguments.prompts) if arguments.prompts else [Prompt(text) for text in arguments.prompt]
     rewards = RewardSet([RewardConfig(name=name) for name in arguments.reward])
@@ -84,7 +86,11 @@ def _model_of(arguments: argparse.Namespace) -> tuple[Config, Path | None]:
     weights = run / "export"
     if not weights.is_dir():
         raise UserError(f"--run: {run} holds no exported weights yet; write them with: pcpo-fast export {run}")
-    return load_config(run / CONFIG_FILE, overrides), weights
+    config = load_config(run / CONFIG_FILE, overrides)
+    # The run may have been moved, and weights that it started from are in its own by now.
+    lora = config.model.lora.model_copy(update={"init": None})
+    model = config.model.model_copy(update={"lora": lora})
+    return config.model_copy(update={"output_dir": str(run), "model": model}), weights
 
 
 def _write(
@@ -95,8 +101,6 @@ def _write(
         name, scores = next(iter(components.items()))
         labels = [f"{caption} ({name} {score:.2f})" for caption, score in zip(labels, scores.tolist(), strict=True)]
     output = Path(arguments.output)
-    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--output: {output} must end in .png, .jpg or .webp")
     files = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

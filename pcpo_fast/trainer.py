@@ -1,73 +1,107 @@
 """The training loop: rollout, reward, advantage, update; then the records of it."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from pcpo_fast.advantages import RunningAdvantages, compute_advantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import barrier, gather_rows, rank, world_size
+from pcpo_fast.distributed import barrier, gather_objects, gather_rows, launcher_rank, rank, world_size
 from pcpo_fast.engine import Engine, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
 from pcpo_fast.policies.loading import keep_reference, load_policy
-from pcpo_fast.prompts import load_prompts
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
-from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout import Rollout, StepTable, collect_rollout
-from pcpo_fast.run_directory import Start, claim, read_summary, write_config
+from pcpo_fast.run_directory import Start, claim, open_run, read_summary
+from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_credit
-from pcpo_fast.samplers import build_credit, build_transitions, steps_to_train
+from pcpo_fast.samplers import build_credit, build_transitions
 from pcpo_fast.update import CreditRows, Update
 
+Result = TypeVar("Result")
 
-def train(config: Config, resume: str = "auto") -> dict[str, Any]:
+
+def train(config: Config, resume: str = "auto", console: Console | None = None) -> dict[str, Any]:
     """Train, and return what ``summary.json`` holds.
 
     Args:
         config: the run.
         resume: "auto", "never", or a checkpoint (docs/resuming.md).
+        console: where the progress is shown, stdout if None.
 
     Raises:
-        UserError: something the user can mend, in one sentence.
+        UserError: something the user can mend, in one sentence; as far as it can be told without the model, before
+            that is loaded.
     """
+    console = Console() if console is None else console
     start = claim(config, resume)
+    if launcher_rank() == 0:
+        _announce(start, config, console)
     if start.finished:
         return read_summary(Path(config.output_dir))
+    inputs = RunInputs.load(config)
     device = start_distributed()
     try:
-        return Trainer(config, start, device).run()
+        return Trainer(config, start, inputs, device, console).run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
+            f"set model.gradient_checkpointing=true, or use more GPUs ({str(error).splitlines()[0]})"
+        ) from error
     finally:
         stop_distributed()
+
+
+def _announce(start: Start, config: Config, console: Console) -> None:
+    folder = config.output_dir
+    if start.finished:
+        text = (
+            f"The run in {folder} is complete ({start.epoch} epochs): there is nothing left to train. "
+            "Raise train.epochs to go on with it, or choose another output_dir for a new run."
+        )
+    elif start.checkpoint is not None:
+        text = f"Resuming after epoch {start.epoch} from {start.checkpoint}"
+    elif start.restarted:
+        text = f"{folder} holds a run that was stopped before its first checkpoint: it begins again"
+    else:
+        return
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Trainer:
     """Everything that a run needs, loaded once."""
 
-    def __init__(self, config: Config, start: Start, device: torch.device) -> None:
+    def __init__(self, config: Config, start: Start, inputs: RunInputs, device: torch.device, console: Console) -> None:
         self.config, self.start, self.device = config, start, device
+        self.rewards, self.prompts = inputs.rewards, inputs.prompts
         self.folder = Path(config.output_dir)
-        self.rewards = RewardSet(config.rewards)
-        self.prompts = load_prompts(config.prompts.train)
+        self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
+        self.progress.message(f"Loading {config.model.path}")
         self.policy = load_policy(config, device)
         self.transitions = build_transitions(config.sampler, self.policy.scheduler_times(config.sampler.steps))
         self.credit = build_credit(config, self.transitions)
-        self.steps = steps_to_train(config, self.transitions)
+        self.steps = list(self.credit.trained_steps)
+        accumulation = accumulation_steps(config, len(self.steps), world_size())
         self.table = StepTable.of(self.transitions, device)
         self.rows = CreditRows.of(self.credit, config.credit.kl_coefficient, device)
-        self.heldout = HeldOut.load(config, self.policy, self.transitions, self.rewards)
-        self.policy.prepare_prompts([prompt.text for prompt in self.prompts] + self.heldout.texts)
+        self.heldout = HeldOut.of(config, self.policy, self.transitions, inputs)
+        self.progress.message(f"Encoding {len(inputs.texts)} prompts")
+        self.policy.prepare_prompts(inputs.texts)
         keep_reference(self.policy, config)
-        self.engine = Engine(self.policy.module, config, accumulation_steps(config, len(self.steps), world_size()))
+        self.engine = Engine(self.policy.module, config, accumulation)
         self.policy.forward_module = self.engine.module
         self.running = RunningAdvantages()
         self.skipped_in_a_row = 0
+        self.warned_of_mismatch = False
         if start.checkpoint is not None:
             state = load_checkpoint(start.checkpoint, self.engine)
             self.running.load_state_dict(state["running_advantages"])
@@ -75,22 +109,20 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """All epochs that are left, an evaluation before and after, and the results."""
-        config, first = self.config, self.start.epoch
+        config, first, logging = self.config, self.start.epoch, self.config.logging
         if rank() == 0:
-            write_config(config)
+            open_run(config)
             write_credit(self.folder, config.sampler.name, self.transitions, self.credit)
         barrier()
-        logging = config.logging
-        recorder = RunRecorder(self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0)
-        with recorder, TrainingProgress(config.train.epochs, first, rank() == 0) as self.progress:
-            self.recorder = recorder
-            recorder.truncate_after(first)
-            if self.start.restarted:
-                self.progress.message("The directory holds a run that left no checkpoint: it begins again.")
+        self.recorder = RunRecorder(
+            self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
+        )
+        with self.recorder, self.progress:
+            self.recorder.truncate_after(first)
             self._evaluate(first)
             for epoch in range(first, config.train.epochs):
                 metrics = self._epoch(epoch)
-                recorder.log("epoch", metrics, epoch=epoch)
+                self.recorder.log("epoch", metrics, epoch=epoch)
                 self.progress.epoch(metrics)
                 done, last = epoch + 1, epoch + 1 == config.train.epochs
                 if last or (config.evaluation.every and done % config.evaluation.every == 0):
@@ -128,7 +160,7 @@ class Trainer:
         groups = numbers // self.config.rollout.images_per_prompt
         prompts = [self.prompts[rollout.plan.prompts[group]] for group in groups.tolist()]
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-        scores = self.rewards.score(rollout.images, texts, metadata, evaluation=False)
+        scores = on_every_rank(lambda: self.rewards.score(rollout.images, texts, metadata, evaluation=False))
         columns = [scores.total, *scores.components.values()]
         table = torch.stack([numbers.double(), *(column.double().cpu() for column in columns)], dim=1)
         everyone = gather_rows(table.to(self.device)).cpu()
@@ -169,22 +201,21 @@ class Trainer:
             where = "gradient" if torch.isfinite(torch.tensor(loss)) else "loss"
             raise UserError(
                 f"training stopped: the {where} was not finite in {self.skipped_in_a_row} updates in a row "
-                "(train.max_skipped_updates); the weights are those before the first of them. Look at the rewards, lower "
-                "optimizer.lr, or resume from an earlier checkpoint"
+                "(train.max_skipped_updates); the weights are those before the first of them. Look at the rewards, "
+                "lower optimizer.lr, or go on from an earlier checkpoint in another output_dir (--resume CHECKPOINT)"
             )
 
     def _warn_of_mismatch(self, metrics: dict[str, float], epoch: int) -> None:
         """Say so when rollout and update disagree by enough to touch the clipping."""
         mismatch, limit = metrics.get("rollout/mismatch_log_ratio", 0.0), self.config.credit.clip_range / 10
-        if mismatch > limit and not self._warned:
-            self._warned = True
+        if mismatch > limit and not self.warned_of_mismatch:
+            self.warned_of_mismatch = True
             self.progress.message(
-                f"Warning: in epoch {epoch} rollout and update disagree before the first optimiser step: mean |log-ratio| "
-                f"{mismatch:.1e} is above a tenth of the clip range ({limit:.1e}). Use the same attention backend and "
-                "batch shapes in both, or train.old_output=recompute. Later epochs: rollout/mismatch_log_ratio."
+                f"warning: in epoch {epoch} rollout and update disagree before the first optimiser step: mean "
+                f"|log-ratio| {mismatch:.1e} is above a tenth of the clip range ({limit:.1e}). Use the same attention "
+                "backend and batch shapes in both, or train.old_output=recompute. Later epochs: "
+                "rollout/mismatch_log_ratio."
             )
-
-    _warned = False
 
     def _evaluate(self, epoch: int) -> None:
         if not self.heldout.prompts:
@@ -193,7 +224,7 @@ class Trainer:
         metrics, grid = self.heldout.evaluate()
         self.recorder.log("evaluation", metrics, epoch=epoch)
         self.recorder.image(f"epoch_{epoch:04d}", grid, epoch)
-        if epoch == 0 and rank() == 0:
+        if rank() == 0 and (epoch == 0 or (self.start.fresh and epoch == self.start.epoch)):
             self.heldout.keep_as_first()
         self.progress.evaluation(metrics)
 
@@ -208,6 +239,22 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def on_every_rank(action: Callable[[], Result]) -> Result:
+    """Do something that may fail on some ranks only; all ranks then raise the first of their mistakes.
+
+    Without this the others would wait for the failed one, until a timeout hides what it had to say.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = error
+    first = next((text for text in gather_objects(None if problem is None else str(problem)) if text), None)
+    if first is not None:
+        raise UserError(first) from problem
+    return cast(Result, result)
 
 
 def _mean_over_updates(records: list[dict[str, float]]) -> dict[str, float]:

@@ -1,7 +1,10 @@
 """``pcpo-fast credit``: what each step of a sampler counts for."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pcpo_fast.transitions import Transitions
 
 EXAMPLES = """examples:
   pcpo-fast credit --sampler dance --steps 16 --noise 0.3 --shift 3
@@ -26,7 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--eta", type=float, help="noise level of ddim (default 1)")
     parser.add_argument("--variance", choices=("native", "reshaped", "exact"), help="ddim's variance (default native)")
     parser.add_argument("--weight", type=float, help="credit that the reshaped or exact variance is solved for")
-    parser.add_argument("--rule", default="proportionate", help="credit rule shown as used (default proportionate)")
+    parser.add_argument("--rule", default="proportionate", help="credit rule to show as well, for example grpo_guard")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the table")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -64,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _transitions(arguments: argparse.Namespace) -> Any:
+def _transitions(arguments: argparse.Namespace) -> "Transitions":
     from pcpo_fast.errors import UserError
     from pcpo_fast.transitions import (
         coefficients_preserving,
@@ -85,8 +88,9 @@ def _transitions(arguments: argparse.Namespace) -> Any:
     if arguments.sampler == "ddim":
         eta = 1.0 if arguments.eta is None else arguments.eta
         timesteps = ddim_timesteps(arguments.steps)
-        variance = arguments.variance or "native"
-        return ddim(stable_diffusion_alphas(), timesteps, eta, variance=variance, weight=arguments.weight)
+        return ddim(
+            stable_diffusion_alphas(), timesteps, eta, variance=arguments.variance or "native", weight=arguments.weight
+        )
     times = shifted_times(arguments.steps, 3.0 if arguments.shift is None else arguments.shift)
     sampler, usual = {"dance": (dance_sde, 0.3), "flow": (flow_sde, 0.7), "cps": (coefficients_preserving, 0.7)}[
         arguments.sampler
@@ -98,13 +102,15 @@ def _print_table(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    columns = ["native", "proportionate"]
+    if record["rule"] not in columns:
+        columns.append("used")
     table = Table(title=f"{record['sampler']}: credit per step, zeta = {record['zeta']:.6g}")
-    for name in ("step", "from t", "to t", "native", "proportionate", "native / proportionate"):
-        table.add_column(name, justify="right")
+    for name in ("step", "from t", "to t", *columns, "native / proportionate"):
+        table.add_column(record["rule"] if name == "used" else name, justify="right")
     times = record["times"]
     for step, (native, target) in enumerate(zip(record["native"], record["proportionate"], strict=True)):
+        credits = [f"{record[name][step]:.4f}" for name in columns]
         share = f"{native / target:.3f}" if target else "no noise"
-        table.add_row(
-            str(step), f"{times[step]:.4f}", f"{times[step + 1]:.4f}", f"{native:.4f}", f"{target:.4f}", share
-        )
+        table.add_row(str(step), f"{times[step]:.4f}", f"{times[step + 1]:.4f}", *credits, share)
     Console().print(table)

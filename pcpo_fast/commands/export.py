@@ -5,7 +5,7 @@ import argparse
 EXAMPLES = """examples:
   pcpo-fast export runs/demo                          newest checkpoint, to runs/demo/export
   pcpo-fast export runs/demo --epoch 20 --output my-lora
-  pcpo-fast export runs/demo --output my-flux --pipeline      a whole pipeline folder
+  pcpo-fast export runs/demo --pipeline --output my-flux      a whole pipeline folder
 
 LoRA weights load with FluxPipeline.load_lora_weights(FOLDER); a full fine-tune is a transformer/ folder that
 FluxTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer") takes."""
@@ -22,7 +22,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("run_directory", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--epoch", type=int, help="checkpoint after this many epochs (default: the newest)")
-    parser.add_argument("--output", metavar="FOLDER", help="where to (default: RUN/export)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="where to (default: RUN/export, and RUN/pipeline with --pipeline)"
+    )
     parser.add_argument("--pipeline", action="store_true", help="write a whole pipeline with the trained weights in it")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
@@ -38,5 +40,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"Exported {result['kind']} after {result['epoch']} epochs: {result['output']}")
+        print(f"{result['kind']} after {result['epoch']} epochs: {result['output']}")
     return 0

@@ -28,11 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.reporting.summary import summarize
 
     folder = Path(arguments.run_directory)
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder} is not a run directory: it holds no metrics.jsonl")
-    path = write_report(folder)
+    try:
+        path = write_report(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the report cannot be written: {error.strerror or error}") from None
     if arguments.json:
-        print(json.dumps({"report": str(path), "summary": summarize(read_metrics(folder / "metrics.jsonl"))}))
+        metrics = folder / "metrics.jsonl"
+        summary = summarize(read_metrics(metrics) if metrics.exists() else [])
+        print(json.dumps({"report": str(path), "summary": summary}))
     else:
         print(f"Report: {path}")
     return 0

@@ -1,7 +1,8 @@
 """``pcpo-fast train``: the training run."""
 
 import argparse
-import warnings
+from pathlib import Path
+from typing import Any
 
 DEFAULT_CONFIG = "configs/tiny_flux.yaml"
 
@@ -38,7 +39,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Train and say what came of it."""
     import json
-    from pathlib import Path
+    import sys
+
+    from rich.console import Console
 
     from pcpo_fast.config_loading import load_config
     from pcpo_fast.distributed import launcher_rank
@@ -48,25 +51,46 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is None and not Path(path).is_file():
         raise UserError(f"there is no {path} here; run from the project's folder, or name a file with --config FILE")
     config = load_config(path, arguments.overrides)
-    if launcher_rank() == 0 and not arguments.json:
-        print(f"{config.algorithm} on {config.model.path}, run directory {config.output_dir}", flush=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+    console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
+    if launcher_rank() == 0:
+        text = f"{config.algorithm} on {config.model.path}, run directory {config.output_dir}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    try:
         from pcpo_fast.trainer import train
 
-        summary = train(config, arguments.resume)
+        summary = train(config, arguments.resume, console)
+    except KeyboardInterrupt:
+        if launcher_rank() == 0:
+            print(_how_to_go_on(Path(config.output_dir)), file=sys.stderr)
+        return 130
     if launcher_rank() == 0:
-        print(json.dumps(summary, indent=2) if arguments.json else _closing_words(summary, config.output_dir))
+        print(json.dumps(summary, indent=2) if arguments.json else _closing_words(summary, Path(config.output_dir)))
     return 0
 
 
-def _closing_words(summary: dict[str, object], folder: str) -> str:
-    before, after = summary.get("heldout_reward_before"), summary.get("heldout_reward_after")
+def _how_to_go_on(folder: Path) -> str:
+    from pcpo_fast.checkpoint import checkpoints, read_state
+
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        return "interrupted before the first checkpoint: the same command begins the run again"
+    return f"interrupted: the same command resumes the run after epoch {read_state(found[-1])['epoch']}"
+
+
+def _closing_words(summary: dict[str, Any], folder: Path) -> str:
     lines = []
-    if isinstance(before, float) and isinstance(after, float):
-        lines.append(f"Held-out reward: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
-        lines.append(f"Before and after: {folder}/images/before_after.png")
-    lines.append(f"Report:           {folder}/report.html")
-    lines.append(f"Weights:          {folder}/export")
+    for kind, before, after in (
+        ("Held-out reward", summary.get("heldout_reward_before"), summary.get("heldout_reward_after")),
+        ("Training reward", summary.get("reward_before"), summary.get("reward_after")),
+    ):
+        if isinstance(before, float) and isinstance(after, float):
+            lines.append(f"{kind}:  {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+            break
+    for what, name in (
+        ("Before and after:", "images/before_after.png"),
+        ("Report:          ", "report.html"),
+        ("Weights:         ", "export"),
+    ):
+        if (folder / name).exists():
+            lines.append(f"{what} {folder / name}")
     return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""What a run needs besides its model, read and checked before anything large is loaded."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pcpo_fast.config import Config, LoggingConfig
+from pcpo_fast.distributed import local_rank
+from pcpo_fast.engine import deepspeed_config
+from pcpo_fast.epoch_plan import accumulation_steps
+from pcpo_fast.errors import UserError
+from pcpo_fast.prompts import Prompt, load_prompts
+from pcpo_fast.reporting.loggers import check_wandb_options
+from pcpo_fast.rewards import RewardSet
+from pcpo_fast.samplers import build_credit, build_transitions
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Prompts and rewards of a run.
+
+    Attributes:
+        prompts: those to train on.
+        heldout: those to evaluate on; empty where there is no held-out file.
+        rewards: ready to score.
+    """
+
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    rewards: RewardSet
+
+    @classmethod
+    def load(cls, config: Config) -> "RunInputs":
+        """Read the files that the configuration names, and refuse what cannot work; the quick checks come first.
+
+        Raises:
+            UserError: a file is missing or malformed; sampler, credit and batch sizes do not go together; a logger or
+                a reward cannot be had.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())  # a reward that loads a model puts it on this rank's GPU
+        prompts = load_prompts(config.prompts.train)
+        path = config.prompts.heldout
+        heldout = [] if path is None else load_prompts(path)[: config.evaluation.prompts]
+        deepspeed_config(config, accumulation=1)
+        _check_logging(config.logging)
+        _check_tables(config)
+        return cls(prompts, heldout, RewardSet(config.rewards))
+
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt of the run once."""
+        return list(dict.fromkeys(prompt.text for prompt in [*self.prompts, *self.heldout]))
+
+
+def _check_tables(config: Config) -> None:
+    """Refuse a sampler, credit rule or batch size that cannot be; with the pipeline's own grid only it can tell."""
+    if config.sampler.grid == "shifted":
+        credit = build_credit(config, build_transitions(config.sampler))
+        accumulation_steps(config, len(credit.trained_steps), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _check_logging(settings: LoggingConfig) -> None:
+    if settings.wandb is not None:
+        check_wandb_options(settings.wandb)
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                "logging.wandb: Weights & Biases is not installed: run `pip install wandb`, or set logging.wandb=null"
+            )
