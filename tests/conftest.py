@@ -18,6 +18,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from tiny_pipeline import own_pipeline, pipeline_folder, process_group  # noqa: F401 - fixtures
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

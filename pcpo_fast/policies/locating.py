@@ -99,4 +99,4 @@ def _download(path: str, revision: str | None) -> Path:
 
 def _from_network(causes: Iterable[BaseException]) -> bool:
     """Whether an HTTP library gave up before it had an answer."""
-    return any(type(cause).__module__.partition(".")[0] in ("httpx", "httpcore", "requests") for cause in causes)
+    return any(type(cause).__module__.startswith(("httpx", "httpcore", "requests")) for cause in causes)

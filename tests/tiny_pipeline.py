@@ -1,0 +1,149 @@
+"""A FluxPipeline of random weights, small enough to run in milliseconds, and a configuration that trains it.
+
+Images are 16 x 24: a height that differs from the width shows every mix-up of rows and columns.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcpo_fast.config import Config
+from pcpo_fast.config_loading import load_config
+
+HEIGHT, WIDTH, TOKENS, CHANNELS = 16, 24, 24, 16
+WORDS = ("a", "red", "green", "blue", "circle", "square", "on", "background")
+PROMPTS = ("a red circle", "a green square", "a blue circle on a red background", "a red square")
+TRANSFORMER = {
+    "patch_size": 1,
+    "in_channels": CHANNELS,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def build_pipeline(folder: Path, **transformer: Any) -> None:
+    """Write the pipeline; keyword arguments change the transformer's configuration."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+    torch.manual_seed(0)
+    letters = sorted(set("".join(WORDS)))
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    clip = CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, [], model_max_length=40)
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    t5 = T5TokenizerFast(vocab=special + [("\u2581" + w, -1.0) for w in WORDS], extra_ids=0, model_max_length=512)
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=8
+        ),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=CHANNELS // 4,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.7,
+            shift_factor=0.1,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=32,
+                intermediate_size=32,
+                projection_dim=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=40,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        ),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5),
+                d_model=32,
+                d_kv=16,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        ),
+        tokenizer_2=t5,
+        transformer=FluxTransformer2DModel(**(TRANSFORMER | transformer)),
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the pipeline; do not write into it."""
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    build_pipeline(folder)
+    return folder
+
+
+@pytest.fixture
+def own_pipeline(pipeline_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the pipeline to spoil."""
+    return Path(shutil.copytree(pipeline_folder, tmp_path / "pipeline"))
+
+
+@pytest.fixture
+def process_group() -> Iterator[torch.device]:
+    """DeepSpeed in this process; stays up from test to test, since starting it takes seconds."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from pcpo_fast.engine import start_distributed
+
+    yield start_distributed()
+
+
+def tiny_config(pipeline: Path, *overrides: str) -> Config:
+    """A run of two updates of four images on the pipeline, in float32; ``overrides`` are ``key=value``."""
+    return load_config(
+        None,
+        [
+            f"model.path={pipeline}",
+            f"model.embedding_cache={pipeline.parent / 'embeddings'}",
+            f"output_dir={pipeline.parent / 'run'}",
+            f"model.height={HEIGHT}",
+            f"model.width={WIDTH}",
+            "model.max_sequence_length=12",
+            "sampler.steps=4",
+            "sampler.noise=0.7",
+            "rollout.prompts_per_epoch=2",
+            "rollout.images_per_prompt=4",
+            "rollout.batch_size=8",
+            "rewards=[{name: 'tiny_pipeline:redness'}]",
+            "optimizer.lr=1e-3",
+            "train.epochs=2",
+            "train.updates_per_epoch=2",
+            "train.micro_batch_size=6",
+            "evaluation.prompts=2",
+            "logging.tensorboard=false",
+            *overrides,
+        ],
+    )
+
+
+def redness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """A reward that depends smoothly on the pixels."""
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
