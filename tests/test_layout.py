@@ -23,6 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.credit",
         "pcpo_fast.advantages",
         "pcpo_fast.config",
+        "pcpo_fast.config_docs",
         "pcpo_fast.config_errors",
         "pcpo_fast.config_loading",
         "pcpo_fast.presets",
@@ -174,7 +175,7 @@ def test_light_commands_do_not_load_the_heavy_libraries() -> None:
 FORBIDDEN = {
     "a path of somebody's machine": re.compile(r"(?<![\w.\-:/])/(?:root|home|Users|work|workspace)/\w|[A-Z]:\\Users\\"),
     "a package index": re.compile(
-        r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|--(?:extra-)?index-url|--find-links",
+        r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|-{2}(?:(?:extra-)?index-url|find-links)",
         re.IGNORECASE,
     ),
 }
