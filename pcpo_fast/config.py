@@ -46,7 +46,7 @@ class LoraConfig(Section):
         FLUX_LORA_TARGETS,
         min_length=1,
         strict=False,
-        description="module names that get an adapter (suffix match, as in peft)",
+        description="linear layers that get an adapter, by the end of their name",
     )
     init: str | None = Field(None, description="folder or file of LoRA weights to start from")
 
@@ -117,7 +117,7 @@ class CreditConfig(Section):
     steps: tuple[NotNegative, ...] | None = Field(
         None,
         strict=False,
-        description="steps that may be trained, counted from 0; null: every step with noise, less a clean last step",
+        description="steps that may be trained, counted from 0; null: every step with noise but the last",
     )
     train_last_step: bool = Field(False, description="also train the last step where its noisy sample is decoded")
     fraction: float = Field(1.0, gt=0, le=1, description="share of these steps trained per image, drawn at random")
@@ -197,7 +197,9 @@ class LoggingConfig(Section):
 
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: dict[str, JsonValue] | None = Field(
-        None, description="keyword arguments of wandb.init, for example {project: pcpo}; null: off"
+        None,
+        description="Weights & Biases: a mapping of project, entity, name, group, job_type, tags, notes, mode and id, "
+        "any of them, {} for the defaults; null: off",
     )
 
 
@@ -208,7 +210,9 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="fixes every random number of the run")
     algorithm: str = Field("pcpo", description="preset that fills in what is not set: pcpo, dancegrpo or flow_grpo")
     deepspeed: str | None = Field(
-        None, description="DeepSpeed JSON; batch sizes, optimizer and precision come from here"
+        None,
+        description="DeepSpeed JSON file (ZeRO stage, offload, ...); batch sizes, optimizer and precision are not set "
+        "there but here",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
     prompts: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]

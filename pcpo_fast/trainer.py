@@ -1,9 +1,8 @@
 """The training loop: rollout, reward, advantage, update; then the records of it."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,7 +11,7 @@ from torch import Tensor
 from pcpo_fast.advantages import RunningAdvantages, compute_advantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import barrier, gather_objects, gather_rows, launcher_rank, rank, world_size
+from pcpo_fast.distributed import barrier, gather_rows, launcher_rank, rank, shared_errors, world_size
 from pcpo_fast.engine import Engine, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
@@ -26,8 +25,6 @@ from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_credit
 from pcpo_fast.samplers import build_credit, build_transitions
 from pcpo_fast.update import CreditRows, Update
-
-Result = TypeVar("Result")
 
 
 def train(config: Config, resume: str = "auto", console: Console | None = None) -> dict[str, Any]:
@@ -160,7 +157,8 @@ class Trainer:
         groups = numbers // self.config.rollout.images_per_prompt
         prompts = [self.prompts[rollout.plan.prompts[group]] for group in groups.tolist()]
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-        scores = on_every_rank(lambda: self.rewards.score(rollout.images, texts, metadata, evaluation=False))
+        with shared_errors():
+            scores = self.rewards.score(rollout.images, texts, metadata, evaluation=False)
         columns = [scores.total, *scores.components.values()]
         table = torch.stack([numbers.double(), *(column.double().cpu() for column in columns)], dim=1)
         everyone = gather_rows(table.to(self.device)).cpu()
@@ -239,22 +237,6 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def on_every_rank(action: Callable[[], Result]) -> Result:
-    """Do something that may fail on some ranks only; all ranks then raise the first of their mistakes.
-
-    Without this the others would wait for the failed one, until a timeout hides what it had to say.
-    """
-    result, problem = None, None
-    try:
-        result = action()
-    except UserError as error:
-        problem = error
-    first = next((text for text in gather_objects(None if problem is None else str(problem)) if text), None)
-    if first is not None:
-        raise UserError(first) from problem
-    return cast(Result, result)
 
 
 def _mean_over_updates(records: list[dict[str, float]]) -> dict[str, float]:
