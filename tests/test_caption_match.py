@@ -28,6 +28,10 @@ def turned(name: str, by: int, among: list[str], avoid: str = "") -> str:
     return turned(chosen, 1, among, avoid) if chosen == avoid else chosen
 
 
+def share(part: Tensor) -> float:
+    return part.float().mean().item()
+
+
 def blur(images: Tensor, width: int) -> Tensor:
     kernel = torch.full((3, 1, width, width), 1 / width**2)
     return F.conv2d(F.pad(images, (width // 2,) * 4, mode="replicate"), kernel, groups=3)
@@ -108,6 +112,26 @@ def test_a_blob_between_the_shapes_earns_half_of_the_shape_at_most() -> None:
     )
     scores = score(picture.expand(2, -1, -1, -1), [Scene("blue", s, "white") for s in ("circle", "square")])
     assert scores.sum() < 1.0 + 0.55 and scores.max() < 0.85
+
+
+def test_drifting_colors_cost_before_they_are_taken_for_others(images: Tensor) -> None:
+    drifted = torch.lerp(images, torch.full_like(images, 0.5), 0.35)
+    found = measure_scenes(drifted, CAPTIONS)
+    assert share(found.background) > 0.9 and share(found.color) > 0.9
+    assert (score(images, SCENES) - score(drifted, SCENES)).mean() > 0.05
+
+
+def test_an_exaggerated_shape_earns_less_than_a_true_one() -> None:
+    """A square with hollow sides is less of a circle than a true square is; the comparison alone would prefer it."""
+    y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
+    square = torch.maximum(x.abs(), y.abs()) < 7
+    far, near = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    hollow = square & ((far - 12) ** 2 + near**2 > 49)
+    ends = torch.tensor([COLORS["white"], COLORS["blue"]])[:, :, None, None]
+    pictures = torch.lerp(ends[:1], ends[1:], torch.stack([square, hollow]).float()[:, None])
+    true, exaggerated = score(pictures, [Scene("blue", "square", "white")] * 2).tolist()
+    assert measure_scenes(pictures, ["a blue square on a white background"] * 2).shape.all()
+    assert true > exaggerated + 0.03
 
 
 def test_any_image_size_scores_alike(images: Tensor) -> None:
