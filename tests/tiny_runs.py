@@ -1,0 +1,97 @@
+"""One epoch on the tiny pipeline, taken apart: what the tests of update, engine and checkpoints share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from tiny_pipeline import PROMPTS
+from torch import Tensor
+
+from pcpo_fast.config import Config
+from pcpo_fast.engine import Engine
+from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
+from pcpo_fast.policies import Policy
+from pcpo_fast.policies.loading import keep_reference, load_policy
+from pcpo_fast.rollout import Rollout, StepTable, collect_rollout
+from pcpo_fast.samplers import build_credit, build_transitions, steps_to_train
+from pcpo_fast.transitions import Transitions
+from pcpo_fast.update import CreditRows, Update
+
+CPU = torch.device("cpu")
+LORA = ("model.finetune=lora", "model.lora.rank=4", "model.lora.alpha=8")
+
+
+def randomize_adapters(policy: Policy) -> None:
+    """LoRA starts as the identity; make it do something."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.module.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def trained_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
+
+
+@dataclass
+class Bench:
+    """Policy, engine and one epoch's rollout.
+
+    Attributes:
+        weights: all weights before each optimiser step.
+        gradients: what the engine accumulated for each optimiser step, before clipping.
+    """
+
+    config: Config
+    policy: Policy
+    engine: Engine
+    transitions: Transitions
+    rollout: Rollout
+    advantages: Tensor
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, config: Config) -> "Bench":
+        policy = load_policy(config, CPU)
+        randomize_adapters(policy)
+        transitions = build_transitions(config.sampler, policy.scheduler_times(config.sampler.steps))
+        policy.prepare_prompts(PROMPTS)
+        keep_reference(policy, config)
+        steps = steps_to_train(config, transitions)
+        engine = Engine(policy.module, config, accumulation_steps(config, len(steps), 1))
+        policy.forward_module = engine.module
+        plan = plan_epoch(config, len(PROMPTS), steps, 0, 0, 1)
+
+        def encode(indices: list[int]) -> dict[str, Tensor]:
+            return policy.encode([PROMPTS[index] for index in indices])
+
+        rollout = collect_rollout(policy, encode, plan, config.rollout, StepTable.of(transitions, CPU), config.seed)
+        advantages = torch.randn(len(rollout.seeds), generator=torch.Generator().manual_seed(2)).double()
+        bench = cls(config, policy, engine, transitions, rollout, advantages)
+        bench._record()
+        return bench
+
+    def update(self) -> Update:
+        """The epoch's update, ready to run."""
+        credit = build_credit(self.config, self.transitions)
+        rows = CreditRows.of(credit, self.config.credit.kl_coefficient, CPU)
+        table = StepTable.of(self.transitions, CPU)
+        return Update(self.policy, self.engine, self.rollout, self.advantages, table, rows, self.config)
+
+    def run(self) -> list[dict[str, float]]:
+        """All optimiser steps of the epoch, and their metrics."""
+        return list(self.update().run())
+
+    def _record(self) -> None:
+        step = self.engine.step
+
+        def recording() -> None:
+            if self.engine.deepspeed.is_gradient_accumulation_boundary():
+                self.weights.append({name: p.detach().clone() for name, p in self.policy.module.named_parameters()})
+                trained: Any = trained_parameters(self.policy)
+                self.gradients.append({name: safe_get_full_grad(p).clone() for name, p in trained.items()})
+            step()
+
+        self.engine.step = recording  # type: ignore[method-assign]
