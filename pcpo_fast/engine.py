@@ -1,10 +1,12 @@
 """DeepSpeed, and nothing but DeepSpeed: one process or a thousand go through the same engine."""
 
+import io
 import json
 import logging
 import math
 import os
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -107,13 +109,15 @@ class Engine:
         else:
             self.optimizer = GuardedAdamW(parameters, **common)
         try:
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=self.optimizer,
-                model_parameters=parameters,
-                config=deepspeed_config(config, accumulation),
-                dist_init_required=False,
-            )
+            # DeepSpeed's bf16 optimiser prints its memory, which no log level keeps off the progress display.
+            with redirect_stdout(io.StringIO()):
+                self.deepspeed, *_ = deepspeed.initialize(
+                    model=module,
+                    optimizer=self.optimizer,
+                    model_parameters=parameters,
+                    config=deepspeed_config(config, accumulation),
+                    dist_init_required=False,
+                )
         except (ValueError, AssertionError, KeyError, deepspeed.DeepSpeedConfigError) as error:
             if config.deepspeed is None:
                 raise
@@ -181,7 +185,6 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         settings["bf16"] = {"enabled": True}
         if config.optimizer.weights == "stochastic_rounding":
             settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-            zero["stage"] = max(zero["stage"], 2)
         else:
             settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return settings | {
@@ -215,6 +218,7 @@ def _import_deepspeed() -> Any:
 
     logger.setLevel(logging.WARNING if os.environ.get("PCPO_DEEPSPEED_LOG") else logging.ERROR)
     if not torch.cuda.is_available():
-        # Plain gloo does what the loop needs; the shared-memory op takes half a minute and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Plain gloo does what the loop needs; the shared-memory op takes half a minute and a compiler. Newer DeepSpeeds
+        # make this table when it is first read, by running compilers, which takes seconds and prints their errors.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed
