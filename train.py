@@ -1,6 +1,6 @@
 """Train a policy: ``python train.py --config FILE key=value``, or ``deepspeed train.py ...`` on several GPUs.
 
-The same as ``pcpo-fast train``. Without arguments it runs the demo, from whatever folder it is called.
+The same as ``pcpo-fast train``. Without ``--config`` it runs the demo, from whatever folder it is called.
 """
 
 import os
@@ -10,7 +10,10 @@ from pathlib import Path
 from pcpo_fast.cli import main
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(argument == "--config" or argument.startswith("--config=") for argument in arguments):
-        os.chdir(Path(__file__).resolve().parent)  # the demo's paths are relative to the project
+    arguments, project = sys.argv[1:], Path(__file__).resolve().parent
+    demo = not any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
+    if demo and Path.cwd() != project:
+        os.chdir(project)  # the demo's paths are relative to the project
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"Working in {project}", file=sys.stderr)
     raise SystemExit(main(["train", *arguments]))

@@ -1,0 +1,188 @@
+"""The command line: help, mistakes in the command itself, and ``credit``."""
+
+import json
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_runs import (
+    ROOT,
+    Output,
+    call,
+)
+from PIL import Image
+
+from pcpo_fast import __version__
+from pcpo_fast.cli import COMMANDS, build_parser, parse
+from pcpo_fast.commands import report
+
+Capture = pytest.CaptureFixture[str]
+NAMES = tuple(command.__name__.rpartition(".")[2] for command in COMMANDS)
+
+
+# Help
+
+
+def test_help_lists_every_command(capsys: Capture) -> None:
+    answer = call(capsys, "--help")
+    assert answer.code == 0
+    for name in NAMES:
+        assert f"\n    {name} " in answer.out
+    assert NAMES == ("train", "sample", "credit", "report", "export")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_a_command_has_an_example_that_parses(name: str, capsys: Capture) -> None:
+    answer = call(capsys, name, "--help")
+    assert answer.code == 0
+    assert "--json" in answer.out
+    examples = [line for line in answer.out.splitlines() if line.startswith(f"  pcpo-fast {name} ")]
+    examples += [
+        line.replace("python train.py", "pcpo-fast train") for line in answer.out.splitlines() if "train.py" in line
+    ]
+    assert examples
+    for line in examples:
+        words = shlex.split(line.split("      ")[0].replace("deepspeed train.py", "pcpo-fast train"))
+        build_parser().parse_args(words[1:])
+
+
+def test_version(capsys: Capture) -> None:
+    assert call(capsys, "--version").out == f"pcpo-fast {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "required: COMMAND"),
+        (("trian",), "invalid choice: 'trian'"),
+        (("train", "--nope"), "unknown arguments: --nope"),
+        (("train", "--res", "never"), "unknown arguments: --res"),
+        (("credit", "--sampler", "euler"), "invalid choice: 'euler'"),
+        (("credit", "x=1"), "unknown arguments: x=1"),
+        (("report",), "required: RUN"),
+        (("sample",), "one of the arguments --prompt --prompts is required"),
+        (("sample", "--prompt", "a", "--run", "r", "--config", "c"), "not allowed with"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(arguments: tuple[str, ...], words: str, capsys: Capture) -> None:
+    answer = call(capsys, *arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    assert words in answer.err
+    assert "--help shows what it takes" in answer.err
+
+
+def test_settings_may_stand_anywhere() -> None:
+    arguments = parse(
+        ["train", "a.b=1", "--config", "f", "c=2", "--resume", "never", "d=-1", "--local_rank=3", "--json", "e=x y"]
+    )
+    assert arguments.overrides == ["a.b=1", "c=2", "d=-1", "e=x y"]
+    assert (arguments.config, arguments.resume, arguments.json, arguments.local_rank) == ("f", "never", True, 3)
+
+
+def test_warnings_are_one_line_without_source(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: Any) -> int:
+        warnings.warn("look\n  out", stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        warnings.warn("soon", FutureWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(report, "run", run)
+    answer = call(capsys, "report", "x")
+    assert answer == Output(0, "", "warning: look out\n")
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m pcpo_fast credit --steps 1000 | head -n 1"
+    answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert answer.stderr == ""
+    assert "credit per step" in answer.stdout
+
+
+# credit
+
+
+def test_credit_json_has_the_published_numbers(capsys: Capture) -> None:
+    answer = call(
+        capsys, *["credit", "--sampler", "dance", "--steps", "16", "--noise", "0.3", "--shift", "3", "--json"]
+    )
+    assert (answer.code, answer.err) == (0, "")
+    record = json.loads(answer.out)
+    assert record["zeta"] == pytest.approx(13.343190914766362, rel=1e-14)
+    assert (min(record["native"]), max(record["native"])) == (
+        pytest.approx(0.4915, abs=5e-5),
+        pytest.approx(1.667, abs=5e-5),
+    )
+    lengths = -np.diff(record["times"])
+    assert record["proportionate"] == pytest.approx(list(record["zeta"] * lengths), rel=1e-12)
+    assert record["used"] == record["proportionate"]
+    assert (record["times"][0], record["times"][-1], len(record["times"])) == (1.0, 0.0, 17)
+    assert record["trained_steps"] == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "check"),
+    [
+        ("--sampler ddim --steps 50", lambda r: np.mean(r["native"]) == pytest.approx(0.5168997, abs=5e-8)),
+        (
+            "--sampler ddim --steps 50 --variance reshaped --weight 4.5 --rule uniform",
+            lambda r: len(set(r["used"])) == 1,
+        ),
+        ("--sampler flow --steps 10", lambda r: r["zeta"] == pytest.approx(4.29675, abs=5e-6)),
+        ("--sampler cps --steps 10", lambda r: r["native"][-1] == 0 and 9 not in r["trained_steps"]),
+        ("--rule grpo_guard", lambda r: r["rule"] == "grpo_guard" and r["used"] != r["native"]),
+    ],
+)
+def test_credit_of_every_sampler(arguments: str, check: Any, capsys: Capture) -> None:
+    answer = call(capsys, "credit", "--json", *arguments.split())
+    assert answer.code == 0, answer.err
+    assert check(json.loads(answer.out))
+
+
+def test_credit_table_and_plot(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    plot = tmp_path / "new" / "credit.png"
+    answer = call(capsys, "credit", "--sampler", "cps", "--steps", "5", "--rule", "tempflow", "--plot", plot)
+    assert answer.code == 0
+    assert "zeta" in answer.out and "no noise" in answer.out and "tempflow" in answer.out
+    assert f"Plot: {plot}" in answer.out
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 100
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10  # something is drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--sampler dance --eta 1", "--eta does not apply to dance, which takes --noise, --shift"),
+        ("--sampler cps --weight 1", "--weight does not apply to cps"),
+        ("--sampler ddim --noise 0.3", "--noise does not apply to ddim, which takes --eta, --variance, --weight"),
+        ("--sampler ddim --shift 3", "--shift does not apply to ddim"),
+        ("--steps 1", "steps"),
+        ("--noise 0", "noise"),
+        ("--noise -1", "noise"),
+        ("--shift 0", "shift"),
+        ("--rule best", "rule must be one of native"),
+        ("--sampler ddim --steps 25 --variance reshaped --weight 4.5", "credit: "),
+        ("--sampler ddim --steps 50 --variance exact --weight 0.1", "credit: "),
+        ("--plot file/credit.png", "--plot file/credit.png: cannot be written"),
+        ("--plot credit.xyz", "--plot credit.xyz: cannot be written"),
+    ],
+)
+def test_credit_refuses(
+    arguments: str, words: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    answer = call(capsys, "credit", *arguments.split())
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    assert words in answer.err

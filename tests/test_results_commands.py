@@ -1,0 +1,234 @@
+"""``sample``, ``export`` and ``report``: what a run is good for afterwards."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_runs import (
+    Run,
+    call,
+    euler_table,
+    images_of,
+)
+from PIL import Image
+from tiny_pipeline import PROMPTS
+
+from pcpo_fast.sampling import generate
+
+pytest_plugins = ["cli_fixtures"]
+Capture = pytest.CaptureFixture[str]
+
+
+# sample
+
+
+def test_sample_from_a_run(full: Run, tmp_path: Path, capsys: Capture) -> None:
+    arguments = ("sample", "--run", full.folder, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--count", "3")
+    output, folder = tmp_path / "new" / "grid.png", tmp_path / "single"
+    rewards = ("--reward", "jpeg_compressibility", "--reward", "tiny_pipeline:redness")
+    answer = call(capsys, *arguments, *rewards, "--json", "--output", output, "--folder", folder)
+    assert answer.code == 0, answer.err
+    result = json.loads(answer.out)
+    assert (result["output"], result["prompts"], result["seed"]) == (str(output), list(PROMPTS[:2]), 0)
+    assert len(result["images"]) == 6
+    with Image.open(output) as image:
+        image.verify()
+    red = result["rewards"]["tiny_pipeline:redness"]
+    assert len(red["scores"]) == 6 and red["mean"] == pytest.approx(np.mean(red["scores"]))
+    pixels = np.asarray(Image.open(result["images"][4]), dtype=np.float64) / 255
+    assert pixels.shape == (16, 24, 3)
+    assert red["scores"][4] == pytest.approx(pixels[..., 0].mean() - pixels[..., 1:].mean(), abs=2e-3)
+    assert json.loads((folder / "prompts.json").read_text()) == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+
+    plain = call(capsys, *arguments, "--output", tmp_path / "again.png")
+    assert plain.out == f"Images: {tmp_path / 'again.png'}\n"
+
+
+def test_sample_shows_the_trained_weights(full: Run, pipeline_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    def pixels(name: str, *source: str | Path) -> np.ndarray:
+        arguments = (
+            "--prompt",
+            PROMPTS[0],
+            "--count",
+            "1",
+            "--output",
+            tmp_path / "grid.png",
+            "--folder",
+            tmp_path / name,
+        )
+        assert call(capsys, "sample", *source, *arguments).code == 0
+        return np.asarray(Image.open(tmp_path / name / "00000.png"), dtype=int)
+
+    base, trained = pixels("base", "--config", full.config), pixels("trained", "--run", full.folder)
+    again = pixels("again", "--run", full.folder, "--batch-size", "1")
+    assert (trained == again).all()
+    assert abs(base - trained).max() > 2
+    assert abs(trained - pixels("noisy", "--run", full.folder, "--stochastic")).max() > 2
+    assert abs(trained - pixels("steps", "--run", full.folder, "--steps", "8")).max() > 0
+    moved = tmp_path / "moved"
+    shutil.copytree(full.folder, moved, ignore=shutil.ignore_patterns("checkpoints"))
+    assert (pixels("moved-images", "--run", moved) == trained).all()
+
+
+def test_sample_from_a_lora_run_and_a_prompt_file(lora: Run, tmp_path: Path, capsys: Capture) -> None:
+    prompts = lora.config.parent / "heldout.jsonl"
+    arguments = ("--prompts", prompts, "--count", "1", "--seed", "1000003", "--output", tmp_path / "grid.png")
+    answer = call(capsys, "sample", "--run", lora.folder, *arguments, "--folder", tmp_path / "images")
+    assert answer.code == 0, answer.err
+    policy, table, device = lora.policy, euler_table(lora), torch.device("cpu")
+    expected = generate(policy, list(PROMPTS[2:]), 1, table, 1000003, 2).to(device)
+    for index, image in enumerate(expected):
+        shown = np.asarray(Image.open(tmp_path / "images" / f"{index:05d}.png"), dtype=np.float64) / 255
+        assert np.abs(shown - image.permute(1, 2, 0).numpy()).max() < 0.51 / 255 + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--count", "0"), "--count: must be at least 1, got 0"),
+        (("--batch-size", "0"), "--batch-size: must be at least 1, got 0"),
+        (("--seed", "-1"), "--seed: must lie in 0..2^63 - 1, got -1"),
+        (("--steps", "1"), "sampler.steps: must be at least 2, got 1"),
+        (("--output", "x.bmp"), "--output: x.bmp must end in .png, .jpg or .webp"),
+        (("--reward", "beauty"), "unknown reward 'beauty'"),
+        (("--run", "nowhere"), "--run: nowhere is not a run directory"),
+        (("sampler.noise=x",), "sampler.noise: must be a number"),
+    ],
+)
+def test_sample_refuses(arguments: tuple[str, ...], words: str, full: Run, capsys: Capture) -> None:
+    source = () if "--run" in arguments else ("--run", str(full.folder))
+    answer = call(capsys, "sample", *source, "--prompt", "a", *arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
+    assert words in answer.err
+
+
+def test_sample_without_an_export_says_how_to_get_one(full: Run, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copy(full.folder / "config.yaml", tmp_path)
+    answer = call(capsys, "sample", "--run", tmp_path, "--prompt", "a")
+    assert answer.code == 2
+    assert f"holds no exported weights yet; write them with: pcpo-fast export {tmp_path}" in answer.err
+
+
+def test_sample_without_a_model_outside_the_project(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call(capsys, "sample", "--prompt", "a")
+    assert answer.code == 2
+    assert "there is no configs/tiny_flux.yaml here; name a model with --run RUN or --config FILE" in answer.err
+    answer = call(capsys, "train")
+    assert answer.code == 2
+    assert "run from the project's folder, or name a file with --config FILE" in answer.err
+
+
+# export
+
+
+def test_exported_lora_makes_the_trained_policys_images_in_diffusers(lora: Run, pipeline_folder: Path) -> None:
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
+    base = images_of(pipeline.transformer, pipeline, lora)
+    assert (base - lora.images).abs().max() > 0.02  # the training changed what there is to see
+    pipeline.load_lora_weights(lora.folder / "export")
+    torch.testing.assert_close(images_of(pipeline.transformer, pipeline, lora), lora.images, rtol=0, atol=1e-5)
+
+
+def test_exported_lora_merged_into_a_pipeline(lora: Run, tmp_path: Path, capsys: Capture) -> None:
+    from diffusers import FluxPipeline
+
+    target = tmp_path / "merged"
+    answer = call(capsys, "export", lora.folder, "--pipeline", "--output", target, "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out) == {"output": str(target), "kind": "pipeline", "epoch": 2}
+    pipeline = FluxPipeline.from_pretrained(target)
+    assert not any("lora" in name for name, _ in pipeline.transformer.named_parameters())
+    torch.testing.assert_close(images_of(pipeline.transformer, pipeline, lora), lora.images, rtol=0, atol=1e-4)
+
+
+def test_exported_transformer_is_the_trained_one(
+    full: Run, pipeline_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    answer = call(capsys, "export", full.folder, "--output", tmp_path / "new" / "weights")
+    assert answer.code == 0, answer.err
+    assert answer.out == f"transformer after 2 epochs: {tmp_path / 'new' / 'weights'}\n"
+    base = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer").state_dict()
+    for folder in (full.folder / "export", tmp_path / "new" / "weights"):
+        loaded = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer").state_dict()
+        trained = full.policy.transformer.state_dict()
+        assert loaded.keys() == trained.keys()
+        assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+        assert any(not torch.equal(loaded[name], base[name]) for name in trained)
+    answer = call(capsys, "export", full.folder, "--pipeline", "--output", tmp_path / "pipeline")
+    assert answer.code == 0, answer.err
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "pipeline")
+    torch.testing.assert_close(images_of(pipeline.transformer, pipeline, full), full.images, rtol=0, atol=1e-5)
+
+
+def test_export_of_an_earlier_epoch_a_checkpoint_and_the_default_folders(
+    copy_of_full: Run, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of_full.folder
+    shutil.rmtree(run / "export")
+    assert json.loads(call(capsys, "export", run, "--epoch", "1", "--json").out)["epoch"] == 1
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    first = (run / "export" / weights).read_bytes()
+    assert first == (run / "checkpoints" / "epoch_000001" / "weights" / weights).read_bytes()
+    monkeypatch.chdir(run / "checkpoints")
+    answer = call(capsys, "export", "epoch_000002")  # replaces the earlier export
+    assert answer.code == 0, answer.err
+    assert (run / "export" / weights).read_bytes() != first
+    answer = call(capsys, "export", run, "--pipeline")
+    assert answer.out == f"pipeline after 2 epochs: {run / 'pipeline'}\n"
+    assert (run / "pipeline" / "model_index.json").is_file()
+    assert {path.name for path in (run / "export").iterdir()} == {"transformer"}
+    assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere",), "nowhere is not a run directory: there is no such folder"),
+        (("{run}/images",), "holds no complete checkpoint"),
+        (("{run}", "--epoch", "7"), "has no checkpoint after 7 epochs; it has 1, 2"),
+        (("{run}/checkpoints/epoch_000001", "--epoch", "1"), "is one checkpoint; name its run directory"),
+        (("{run}", "--output", "{run}/images"), "is not an empty folder; choose another one or remove it"),
+        (("{run}", "--output", "{run}/config.yaml"), "is not an empty folder"),
+        (("{run}", "--output", "{run}/config.yaml/x"), "cannot be written"),
+    ],
+)
+def test_export_refuses(arguments: tuple[str, ...], words: str, full: Run, capsys: Capture) -> None:
+    answer = call(capsys, "export", *(argument.format(run=full.folder) for argument in arguments))
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
+    assert words in answer.err
+
+
+# report
+
+
+def test_report_is_written_again(copy_of_full: Run, capsys: Capture) -> None:
+    report = copy_of_full.folder / "report.html"
+    report.unlink()
+    assert call(capsys, "report", copy_of_full.folder).out == f"Report: {report}\n"
+    assert report.is_file()
+    result = json.loads(call(capsys, "report", copy_of_full.folder, "--json").out)
+    assert result["report"] == str(report)
+    assert result["summary"]["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    "make", [lambda folder: None, lambda folder: folder.mkdir(), lambda folder: folder.write_text("")]
+)
+def test_report_refuses_what_is_no_run(make: Any, tmp_path: Path, capsys: Capture) -> None:
+    make(tmp_path / "run")
+    answer = call(capsys, "report", tmp_path / "run")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: ") and "is not a run directory" in answer.err

@@ -1,0 +1,245 @@
+"""Directories that hold a run: complete, to go on with, stopped in the middle, or another one."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runs import (
+    ROOT,
+    Output,
+    Run,
+    call,
+    records,
+    start,
+    write_config,
+)
+
+import pcpo_fast.trainer
+from pcpo_fast.config_loading import load_config
+
+pytest_plugins = ["cli_fixtures"]
+Capture = pytest.CaptureFixture[str]
+
+
+# train: directories that hold a run
+
+
+def test_a_complete_run_says_so(full: Run, capsys: Capture) -> None:
+    before = (full.folder / "metrics.jsonl").read_bytes()
+    answer = call(capsys, "train", "--config", full.config)
+    assert (answer.code, answer.err) == (0, "")
+    assert "is complete (2 epochs): there is nothing left to train" in answer.out
+    assert "train.epochs" in answer.out and "another output_dir" in answer.out
+    assert "Loading" not in answer.out
+    assert (full.folder / "metrics.jsonl").read_bytes() == before
+    answer = call(capsys, "train", "--config", full.config, "--json")
+    assert json.loads(answer.out) == json.loads((full.folder / "summary.json").read_text())
+    assert "complete" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--resume", "never"), "already holds a run; choose another output_dir, remove it, or resume it"),
+        (("seed=1",), "seed: the run in {run} has 0, this configuration 1; choose another output_dir"),
+        (("rewards.0.weight=2",), "rewards: the run in {run} has"),
+        (("evaluation.seed=3",), "evaluation.seed: the run in {run} has 1000003"),
+        (("--resume", "{run}", "seed=1"), "seed: the run in {run} has 0"),
+        (("--resume", "{run}/checkpoints/epoch_000001"), "holds a later checkpoint than --resume"),
+        (("--resume", "{run}/images"), "is not a checkpoint of this trainer"),
+        (("--resume", "nowhere"), "--resume: nowhere is not a folder; allowed: auto, never, or the path"),
+    ],
+)
+def test_a_run_is_never_overwritten(arguments: tuple[str, ...], words: str, full: Run, capsys: Capture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in full.folder.rglob("*")}
+    filled = [argument.format(run=full.folder) for argument in arguments]
+    answer = call(capsys, "train", "--config", full.config, *filled)
+    assert answer.code == 2
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
+    assert words.format(run=full.folder) in answer.err
+    assert {path: path.stat().st_mtime_ns for path in full.folder.rglob("*")} == before
+
+
+def test_another_runs_directory_is_refused_for_a_checkpoint(full: Run, lora: Run, capsys: Capture) -> None:
+    answer = call(capsys, "train", "--config", full.config, "--resume", lora.folder)
+    assert answer.code == 2
+    assert "already holds another run than --resume" in answer.err
+
+
+def test_more_epochs_go_on_from_the_end(copy_of_full: Run, capsys: Capture) -> None:
+    run = copy_of_full.folder
+    before = records(run)
+    answer = call(capsys, "train", "--config", copy_of_full.config, "train.epochs=3", "logging.tensorboard=false")
+    assert answer.code == 0, answer.err
+    assert f"Resuming after epoch 2 from {run / 'checkpoints' / 'epoch_000002'}" in answer.out
+    after = records(run)
+    assert after[: len(before) - 1] == before[:-1]  # the evaluation at epoch 2 is made again, of the same weights
+    again = after[len(before) - 1]
+    assert again["heldout/reward/mean"] == pytest.approx(before[-1]["heldout/reward/mean"], abs=1e-6)
+    assert [line["epoch"] for line in after if line["kind"] == "epoch"] == [0, 1, 2]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["epochs"], summary["heldout_reward_before"]) == (3, before[0]["heldout/reward/mean"])
+    assert load_config(run / "config.yaml").train.epochs == 3
+
+
+def test_resume_path_goes_on_in_a_new_directory(full: Run, tmp_path: Path, capsys: Capture) -> None:
+    checkpoint, new = full.folder / "checkpoints" / "epoch_000001", tmp_path / "new"
+    arguments = (
+        "train",
+        "--config",
+        full.config,
+        "--resume",
+        checkpoint,
+        f"output_dir={new}",
+        "logging.tensorboard=false",
+    )
+    answer = call(capsys, *arguments)
+    assert answer.code == 0, answer.err
+    assert f"Resuming after epoch 1 from {checkpoint}" in answer.out
+    first, second = ([line for line in records(run) if line["kind"] == "epoch"] for run in (full.folder, new))
+    assert [line["epoch"] for line in second] == [1]
+    assert second[0]["reward/mean"] == pytest.approx(first[1]["reward/mean"], abs=1e-6)
+    assert second[0]["policy/grad_norm"] == pytest.approx(first[1]["policy/grad_norm"], rel=1e-3)
+    assert (new / "images" / "before_after.png").is_file()  # before means: where this run began
+    assert full.folder.exists() and len(list((full.folder / "checkpoints").iterdir())) == 2
+
+
+def test_a_run_without_a_checkpoint_begins_again(copy_of_full: Run, capsys: Capture) -> None:
+    run = copy_of_full.folder
+    shutil.rmtree(run / "checkpoints")
+    answer = call(capsys, "train", "--config", copy_of_full.config, "train.epochs=1", "logging.tensorboard=false")
+    assert answer.code == 0, answer.err
+    assert "was stopped before its first checkpoint: it begins again" in answer.out
+    assert [line["epoch"] for line in records(run) if line["kind"] == "epoch"] == [0]
+
+
+def test_what_a_run_says_in_a_pipe(tmp_path: Path, pipeline_folder: Path, capsys: Capture) -> None:
+    config = write_config(tmp_path, pipeline_folder, model__embedding_cache=str(tmp_path / "cache"))
+    answer = call(capsys, "train", "--config", config)
+    assert (answer.code, answer.err) == (0, "")
+    run = tmp_path / "run"
+    lines = answer.out.splitlines()
+    assert lines[:3] == [
+        f"pcpo on {pipeline_folder}, run directory {run}",
+        f"Loading {pipeline_folder}",
+        "Encoding 4 prompts",
+    ]
+    assert lines[3].startswith("epoch 1/2  reward ")
+    assert lines[-5].startswith("epoch 2/2  reward ")
+    assert lines[-4].startswith("Held-out reward:  ")
+    assert lines[-3:] == [
+        f"Before and after: {run}/images/before_after.png",
+        f"Report:           {run}/report.html",
+        f"Weights:          {run}/export",
+    ]
+    assert "\x1b" not in answer.out
+    assert answer.out.isascii()
+
+
+def test_json_of_train_is_alone_on_stdout_and_a_run_without_held_out_prompts(
+    tmp_path: Path,
+    pipeline_folder: Path,
+    capsys: Capture,
+) -> None:
+    config = write_config(tmp_path, pipeline_folder, prompts__heldout=None, train__epochs=1)
+    answer = call(capsys, "train", "--config", config, "--json")
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out)
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["heldout_reward_before"] is None and summary["epochs"] == 1
+    assert "epoch 1/1" in answer.err
+    assert not (tmp_path / "run" / "images").exists()
+    answer = call(capsys, "train", "--config", config)
+    assert "Held-out" not in answer.out and "Training reward:" in answer.out and "before_after" not in answer.out
+
+
+# train: stopped
+
+
+def stop_in_epoch(folder: Path, rollout: int, how: signal.Signals) -> Output:
+    """Run until the reward of the given rollout (of this process, from 1) is at work, and send a signal."""
+    (folder / "wait_at").write_text(str(rollout))
+    (folder / "waiting").unlink(missing_ok=True)
+    process = start(folder, "--config", "run.yaml")
+    end = time.monotonic() + 120
+    while not (folder / "waiting").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    assert (folder / "waiting").exists(), err
+    return Output(process.returncode, out, err)
+
+
+def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(
+    waiting: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = waiting / "run"
+    answer = stop_in_epoch(waiting, 2, signal.SIGINT)
+    assert answer.code == 130
+    assert answer.err == "interrupted: the same command resumes the run after epoch 1\n"
+
+    answer = stop_in_epoch(waiting, 2, signal.SIGKILL)
+    assert answer.code == -signal.SIGKILL
+    assert "Resuming after epoch 1 from" in answer.out
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["epoch_000001", "epoch_000002"]
+    assert not (run / "summary.json").exists()
+
+    report = call(capsys, "report", run, "--json")  # of a run that is not over
+    assert report.code == 0, report.err
+    assert json.loads(report.out)["summary"]["epochs"] == 2
+    assert (run / "report.html").is_file()
+
+    (waiting / "wait_at").write_text("0")
+    monkeypatch.chdir(waiting)  # where the reward's file is
+    answer = call(capsys, "train", "--config", "run.yaml")
+    assert (answer.code, answer.err) == (0, "")
+    assert "Resuming after epoch 2 from" in answer.out
+
+    whole = waiting / "whole"
+    config = waiting / "run.yaml"
+    answer = call(
+        capsys, "train", "--config", config, f"output_dir={whole}", "rewards=[{name: 'tiny_pipeline:redness'}]"
+    )
+    assert answer.code == 0, answer.err
+    stopped, straight = (
+        {(line["kind"], line["epoch"], line.get("update")): line for line in records(folder)} for folder in (run, whole)
+    )
+    assert stopped.keys() == straight.keys()
+    for key, line in straight.items():
+        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "heldout/reward/mean"):
+            if name in line:
+                assert stopped[key][name] == pytest.approx(line[name], rel=1e-3, abs=1e-6), (key, name)
+
+
+def test_an_interrupt_before_the_first_checkpoint_says_so(
+    tmp_path: Path,
+    pipeline_folder: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pcpo_fast.trainer, "collect_rollout", interrupt)
+    config = write_config(tmp_path, pipeline_folder)
+    answer = call(capsys, "train", "--config", config)
+    assert answer.code == 130
+    assert answer.err == "interrupted before the first checkpoint: the same command begins the run again\n"
+
+
+def test_train_py_works_from_another_folder(tmp_path: Path) -> None:
+    settings = (
+        f"output_dir={tmp_path / 'run'}", "train.epochs=1", "sampler.steps=2", "rollout.prompts_per_epoch=2",
+        "rollout.images_per_prompt=2", "train.updates_per_epoch=1", "train.micro_batch_size=4", "evaluation.prompts=2",
+        "evaluation.images_per_prompt=1", "logging.tensorboard=false", f"model.embedding_cache={tmp_path / 'cache'}",
+    )  # fmt: skip
+    process = start(tmp_path, *settings)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert f"Working in {ROOT}" in err
+    assert "pcpo on assets/tiny-flux" in out
+    assert (tmp_path / "run" / "report.html").is_file()
