@@ -36,9 +36,11 @@ def trained_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
 
 @dataclass
 class Bench:
-    """Policy, engine and one epoch's rollout.
+    """Policy, engine and one epoch's rollout at a time, without the trainer around them.
 
     Attributes:
+        rollout: images of the latest epoch.
+        advantages: random numbers, [n].
         weights: all weights before each optimiser step.
         gradients: what the engine accumulated for each optimiser step, before clipping.
     """
@@ -47,13 +49,13 @@ class Bench:
     policy: Policy
     engine: Engine
     transitions: Transitions
-    rollout: Rollout
-    advantages: Tensor
+    rollout: Rollout = field(init=False)
+    advantages: Tensor = field(init=False)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
 
     @classmethod
-    def build(cls, config: Config) -> "Bench":
+    def build(cls, config: Config, *, record: bool = True) -> "Bench":
         policy = load_policy(config, CPU)
         randomize_adapters(policy)
         transitions = build_transitions(config.sampler, policy.scheduler_times(config.sampler.steps))
@@ -62,16 +64,20 @@ class Bench:
         steps = steps_to_train(config, transitions)
         engine = Engine(policy.module, config, accumulation_steps(config, len(steps), 1))
         policy.forward_module = engine.module
-        plan = plan_epoch(config, len(PROMPTS), steps, 0, 0, 1)
-
-        def encode(indices: list[int]) -> dict[str, Tensor]:
-            return policy.encode([PROMPTS[index] for index in indices])
-
-        rollout = collect_rollout(policy, encode, plan, config.rollout, StepTable.of(transitions, CPU), config.seed)
-        advantages = torch.randn(len(rollout.seeds), generator=torch.Generator().manual_seed(2)).double()
-        bench = cls(config, policy, engine, transitions, rollout, advantages)
-        bench._record()
+        bench = cls(config, policy, engine, transitions)
+        if record:
+            bench._record()
+        bench.collect(0)
         return bench
+
+    def collect(self, epoch: int) -> None:
+        """Sample an epoch's images."""
+        plan = plan_epoch(self.config, len(PROMPTS), steps_to_train(self.config, self.transitions), epoch, 0, 1)
+        table = StepTable.of(self.transitions, CPU)
+        settings, seed = self.config.rollout, self.config.seed
+        self.rollout = collect_rollout(self.policy, self._encode, plan, settings, table, seed)
+        generator = torch.Generator().manual_seed(2 + epoch)
+        self.advantages = torch.randn(len(self.rollout.seeds), generator=generator).double()
 
     def update(self) -> Update:
         """The epoch's update, ready to run."""
@@ -83,6 +89,17 @@ class Bench:
     def run(self) -> list[dict[str, float]]:
         """All optimiser steps of the epoch, and their metrics."""
         return list(self.update().run())
+
+    def epochs(self, first: int, end: int) -> list[dict[str, float]]:
+        """Metrics of all optimiser steps of some epochs."""
+        records = []
+        for epoch in range(first, end):
+            self.collect(epoch)
+            records += self.run()
+        return records
+
+    def _encode(self, indices: list[int]) -> dict[str, Tensor]:
+        return self.policy.encode([PROMPTS[index] for index in indices])
 
     def _record(self) -> None:
         step = self.engine.step

@@ -1,0 +1,189 @@
+"""Checkpoints: a resumed run is the uninterrupted one bit for bit, and nothing half-written is ever taken for whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipeline import tiny_config
+from tiny_runs import LORA, Bench
+from torch import Tensor
+
+from pcpo_fast.checkpoint import STATE_FILE, WEIGHTS, checkpoints, load_checkpoint, read_state, save_checkpoint
+from pcpo_fast.errors import UserError
+from pcpo_fast.policies.loading import load_trained_weights
+
+pytestmark = pytest.mark.usefixtures("process_group")
+BF16 = "model.dtype=bfloat16"
+
+
+def bench_of(pipeline: Path, *overrides: str) -> Bench:
+    return Bench.build(
+        tiny_config(pipeline, "credit.fraction=0.67", "train.micro_batch_size=8", *overrides), record=False
+    )
+
+
+def save(bench: Bench, folder: Path, epoch: int, keep: int = 2, **state: Any) -> Path:
+    return save_checkpoint(folder, bench.engine, bench.policy, epoch, state, keep)
+
+
+def weights(bench: Bench) -> list[Tensor]:
+    return [p.detach().clone() for p in bench.policy.module.parameters()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage"),
+    [
+        (("optimizer.warmup_updates=5", "credit.kl_coefficient=0.1"), 1),
+        ((BF16,), 2),
+        ((BF16,), 1),
+        ((BF16, "optimizer.weights=stochastic_rounding"), 1),
+        (("algorithm=flow_grpo", *LORA), 2),
+    ],
+    ids=["full-kl", "bf16-zero2", "bf16-zero1", "bf16-stochastic", "lora-kl"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    pipeline_folder: Path, tmp_path: Path, overrides: tuple[str, ...], stage: int
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    overrides = (*overrides, f"deepspeed={file}")
+    whole = bench_of(pipeline_folder, *overrides)
+    first = whole.epochs(0, 1)
+    path = save(whole, tmp_path / "checkpoints", 1, note="kept")
+    at_save = weights(whole)
+    rest = whole.epochs(1, 3)
+
+    resumed = bench_of(pipeline_folder, *overrides)
+    state = load_checkpoint(path, resumed.engine)
+    assert state["epoch"] == 1 and state["updates"] == 2 and state["note"] == "kept"
+    assert same(weights(resumed), at_save)
+    again = resumed.epochs(1, 3)
+    assert again == rest and again != first
+    assert same(weights(resumed), weights(whole)) and not same(at_save, weights(whole))
+    assert resumed.engine.updates == whole.engine.updates == 6
+
+
+def test_the_weights_of_a_checkpoint_are_those_of_the_policy(pipeline_folder: Path, tmp_path: Path) -> None:
+    for name, overrides in (("full", ()), ("lora", LORA)):
+        bench = bench_of(pipeline_folder, *overrides)
+        bench.run()
+        path = save(bench, tmp_path / name, 1)
+        other = bench_of(pipeline_folder, *overrides)
+        assert not same(weights(other), weights(bench))
+        load_trained_weights(other.policy, bench.config, path / WEIGHTS)
+        assert same(weights(other), weights(bench))
+
+
+def test_lora_checkpoints_leave_the_base_model_out(pipeline_folder: Path, tmp_path: Path) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    path = save(bench, tmp_path, 1)
+    trained = sum(p.numel() for p in bench.policy.module.parameters() if p.requires_grad)
+    model = torch.load(path / "engine" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    assert sum(value.numel() for value in model.values()) == trained
+
+
+def test_the_newest_checkpoints_are_kept(pipeline_folder: Path, tmp_path: Path) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    assert checkpoints(tmp_path) == checkpoints(tmp_path / "none") == []
+    for epoch in (2, 9, 10, 100):
+        assert save(bench, tmp_path, epoch).name == f"epoch_{epoch:06d}"
+    assert [path.name for path in checkpoints(tmp_path)] == ["epoch_000010", "epoch_000100"]
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000010", "epoch_000100"}
+
+
+def test_the_same_epoch_again_replaces_the_checkpoint(pipeline_folder: Path, tmp_path: Path) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    for note in (1, 2):
+        assert read_state(save(bench, tmp_path, 3, note=note))["note"] == note
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_000003"]
+
+
+def test_an_interrupted_save_leaves_the_earlier_checkpoint_and_is_cleared_away(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    earlier = save(bench, tmp_path, 1)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.policy, "save_weights", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(bench, tmp_path, 2)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoints(tmp_path) == [earlier]
+    load_checkpoint(earlier, bench.engine)
+    # Killed between two renames, and a folder that lost its state file.
+    (tmp_path / ".epoch_000001.old").mkdir()
+    (tmp_path / "epoch_000007").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert checkpoints(tmp_path) == [earlier]
+    save(bench, tmp_path, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000001", "epoch_000003", "epoch_000007", "notes"}
+
+
+# --------------------------------------------------------------------------------------------- wrong folders
+
+
+@pytest.fixture(scope="module")
+def lora_checkpoint(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pcpo_fast.engine import start_distributed
+
+    start_distributed()
+    return save(bench_of(pipeline_folder, *LORA), tmp_path_factory.mktemp("lora"), 1)
+
+
+def edit_state(path: Path, **changes: Any) -> None:
+    state = json.loads((path / STATE_FILE).read_text())
+    (path / STATE_FILE).write_text(json.dumps({**state, "engine": state["engine"] | changes}))
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    for content in (None, "{", "[]", "{}", '{"epoch": 1, "updates": 2}', '{"epoch": "x", "updates": 2, "engine": {}}'):
+        if content is not None:
+            (tmp_path / STATE_FILE).write_text(content)
+        with pytest.raises(UserError, match=r"is not a checkpoint of this trainer \(no valid state\.json in it\)"):
+            read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), (*LORA, "model.lora.targets=[attn.to_q]"), (*LORA, "model.lora.rank=2"), (*LORA, BF16)],
+    ids=["full", "targets", "rank", "dtype"],
+)
+def test_a_checkpoint_of_other_weights_is_refused(
+    pipeline_folder: Path, lora_checkpoint: Path, overrides: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match="is of other trained weights"):
+        load_checkpoint(lora_checkpoint, bench_of(pipeline_folder, *overrides).engine)
+
+
+def test_another_number_of_ranks_or_zero_stage_is_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    path = save(bench, tmp_path, 1)
+    for change in ({"world_size": 8}, {"zero_stage": 3}):
+        edit_state(path, **{"world_size": 1, "zero_stage": 1} | change)
+        (name,) = change
+        with pytest.raises(UserError, match=rf"was written with {name} {change[name]}, this run has 1"):
+            load_checkpoint(path, bench.engine)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
+def test_a_damaged_checkpoint_is_one_sentence(pipeline_folder: Path, tmp_path: Path, damage: str) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    path = save(bench, tmp_path, 1)
+    file = path / "engine" / "mp_rank_00_model_states.pt"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 200 if damage == "cut" else 0])
+    with pytest.raises(UserError, match=r"^checkpoint .* (cannot be read|holds no engine state)") as caught:
+        load_checkpoint(path, bench.engine)
+    assert "\n" not in str(caught.value)
