@@ -143,8 +143,13 @@ def test_weights_and_biases_gets_the_metrics(
         def finish(self) -> None:
             self.finished = True
 
-    fake, run, started = types.ModuleType("wandb"), FakeRun(), []
-    fake.init = lambda **options: started.append(options) or run  # type: ignore[attr-defined]
+    fake, run, started = types.ModuleType("wandb"), FakeRun(), list[dict[str, Any]]()
+
+    def init(**options: Any) -> FakeRun:
+        started.append(options)
+        return run
+
+    fake.init = init  # type: ignore[attr-defined]
     fake.Settings = lambda **options: options  # type: ignore[attr-defined]
     fake.Image = lambda image: image  # type: ignore[attr-defined]
     fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
