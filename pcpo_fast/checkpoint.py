@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, engine: Engine, policy: Policy, epoch: int, st
         _remove_leftovers(folder)
         temporary.mkdir()
     barrier()
-    engine.deepspeed.save_checkpoint(str(temporary), tag="engine", exclude_frozen_parameters=True)
+    engine.save(temporary)
     weights = engine.full_state()
     if rank() == 0:
         policy.save_weights(temporary / WEIGHTS, weights)
@@ -76,12 +76,11 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
             f"checkpoint {path} was written with {name} {written.get(name)}, this run has {now}: resume with the same"
         )
     try:
-        # Frozen weights are not in it, so the load cannot be strict; the comparison above has the names and shapes.
-        loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag="engine", load_module_strict=False)
+        loaded = engine.load(path)
     except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {path} cannot be read: {reason}") from None
-    if loaded is None:
+    if not loaded:
         raise UserError(f"checkpoint {path} holds no engine state")
     engine.updates = int(state["updates"])
     return state

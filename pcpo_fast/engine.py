@@ -24,6 +24,9 @@ from pcpo_fast.optimizers import GuardedAdamW, StochasticAdamW
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for each other: one may download a model, or ask a slow reward, while the others stand by."""
 
+STATE_FOLDER = "engine"
+"""Where a checkpoint's engine state lies within it."""
+
 OWNED_KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -151,6 +154,28 @@ class Engine:
     def zero_stage(self) -> int:
         """ZeRO stage that is used: 1, 2 or 3."""
         return int(self.deepspeed.zero_optimization_stage())
+
+    def save(self, folder: Path) -> None:
+        """Write weights (those trained) and optimiser state to ``folder/engine``; all ranks must call it."""
+        self.deepspeed.save_checkpoint(str(folder), tag=STATE_FOLDER, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> bool:
+        """Take up what :meth:`save` wrote with the same weights, ranks and ZeRO stage; False where nothing is there.
+
+        Unpickles nothing but tensors and DeepSpeed's own three records, since a checkpoint may be somebody else's.
+        """
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        def load_safely(path: str, map_location: Any = None) -> Any:
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+        self.deepspeed.checkpoint_engine.load = load_safely
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            # Frozen weights are not in it, so the load cannot be strict.
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE_FOLDER, load_module_strict=False)
+        return loaded is not None
 
     def full_state(self) -> dict[str, Tensor]:
         """The trained parameters, each whole, on the CPU; empty on ranks other than 0. All ranks must call it."""

@@ -175,6 +175,27 @@ def test_another_number_of_ranks_or_zero_stage_is_refused(pipeline_folder: Path,
             load_checkpoint(path, bench.engine)
 
 
+class Intruder:
+    """Unpickled, it would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("intruder-was-here"),)
+
+
+@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_a_checkpoint_cannot_run_code(
+    pipeline_folder: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = bench_of(pipeline_folder, *LORA)
+    path = save(bench, tmp_path / "checkpoints", 1)
+    content = torch.load(path / "engine" / file, weights_only=False)
+    torch.save({**content, "extra": Intruder()}, path / "engine" / file)
+    with pytest.raises(UserError, match="cannot be read: Weights only load failed"):
+        load_checkpoint(path, bench.engine)
+    assert not (tmp_path / "intruder-was-here").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
 def test_a_damaged_checkpoint_is_one_sentence(pipeline_folder: Path, tmp_path: Path, damage: str) -> None:
     bench = bench_of(pipeline_folder, *LORA)
