@@ -2,13 +2,13 @@
 
 import importlib.util
 import os
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Backend = Literal["triton", "reference"]
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -38,10 +38,9 @@ def backend_for(tensor: Tensor) -> Backend:
     return "triton"
 
 
-@lru_cache(maxsize=1)
 def triton_installed() -> bool:
     """Whether Triton can be imported; looked up once, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def interpreting() -> bool:

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_launch import OPTIONS, on_device, plan_for, register, row_values, rows_contiguous
+from pcpo_kernels.triton_launch import on_device, plan_for, register, row_values, rows_contiguous
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["scale"])
 def guidance_forward_kernel(
     reference,
     output,
@@ -45,7 +45,7 @@ def guidance_forward_kernel(
         tl.store(result + index, combined.to(result.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["scale"])
 def guidance_backward_kernel(
     incoming,
     scale,
@@ -93,9 +93,7 @@ def _forward(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtyp
             output.stride(0),
             elements,
             chunks,
-            BLOCK=plan.BLOCK,
-            ITERATIONS=plan.ITERATIONS,
-            **OPTIONS,
+            **plan.options,
         )
     return result
 
@@ -130,9 +128,7 @@ def _backward(
             incoming.stride(0),
             elements,
             chunks,
-            BLOCK=plan.BLOCK,
-            ITERATIONS=plan.ITERATIONS,
-            **OPTIONS,
+            **plan.options,
         )
     return results
 

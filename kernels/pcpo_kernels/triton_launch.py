@@ -8,9 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-# Fused multiply-add only where a kernel writes tl.fma: Triton's default is about to change, and it changes bits.
-OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -22,6 +19,20 @@ class Plan(NamedTuple):
 
     BLOCK: int
     ITERATIONS: int
+
+    @property
+    def warps(self) -> int:
+        """So many that a thread has at least 8 elements where the row is long enough: 16 bytes of bf16."""
+        return min(4, max(1, self.BLOCK // 256))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch that cuts rows this way.
+
+        Fused multiply-add only where a kernel writes ``tl.fma``: Triton's default is about to change, and it changes
+        bits.
+        """
+        return {"BLOCK": self.BLOCK, "ITERATIONS": self.ITERATIONS, "num_warps": self.warps, "enable_fp_fusion": False}
 
     def chunks(self, elements: int) -> int:
         """Programs per row, at least one."""

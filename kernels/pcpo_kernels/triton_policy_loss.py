@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pcpo_kernels.triton_launch import (
-    OPTIONS,
     arrival_counters,
     on_device,
     plan_for,
@@ -111,7 +110,16 @@ def ratio_of(log_ratio):
     return ratio, surplus, tl.where(surplus == float("inf"), 1.0, error)
 
 
-@triton.jit(do_not_specialize=["rows", "chunks"])
+NOISE_AND_GUIDANCE = ["seed", "offset", "a", "b", "std", "guidance_scale"]
+FORWARD_POINTERS = [
+    *NOISE_AND_GUIDANCE,
+    *("linear", "quadratic", "scale", "advantage", "kl"),
+    *("scratch", "counters", "loss", "log_ratio_out", "clipped_out", "taylor_out", "divergence_out", "weights"),
+]
+BACKWARD_POINTERS = [*NOISE_AND_GUIDANCE, "weights", "grad_loss"]
+
+
+@triton.jit(do_not_specialize=["rows", "chunks"], do_not_specialize_on_alignment=FORWARD_POINTERS)
 def policy_loss_forward_kernel(
     output,
     old_output,
@@ -130,8 +138,7 @@ def policy_loss_forward_kernel(
     scale,
     advantage,
     kl,
-    partial_sums,
-    row_losses,
+    scratch,
     counters,
     loss,
     log_ratio_out,
@@ -157,14 +164,14 @@ def policy_loss_forward_kernel(
 ):
     """Pieces of the inner products; then, by whoever comes last, the rows' mathematics and the loss.
 
+    ``scratch`` holds three sums for each of ``rows * chunks`` pieces, then one loss per row.
+
     ``noise`` is z, or x where ``next_latents`` is given; missing pointers are None and leave their code out. Without an
     old output there is no difference from it, and without a reference nothing to read at all.
     """
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
-    with_noise = tl.zeros((BLOCK,), tl.float32)
-    with_itself = tl.zeros((BLOCK,), tl.float32)
-    from_reference = tl.zeros((BLOCK,), tl.float32)
+    with_noise, with_itself, from_reference = 0.0, 0.0, 0.0
     if (old_output is not None) or (reference is not None):
         key, first, row_a, row_b, inverse_std, weight = row_constants(seed, offset, a, b, std, guidance_scale, row)
         for i in range(ITERATIONS):
@@ -172,27 +179,27 @@ def policy_loss_forward_kernel(
             index = begin + tl.arange(0, BLOCK)
             mask = index < elements
             f = guided_block(output, unconditional, row, output_stride, unconditional_stride, weight, index, mask)
+            # Past the row's end everything read is 0, so that made noise counts for nothing there.
+            if reference is not None:
+                gap = f - load_block(reference, row, reference_stride, index, mask)
+                from_reference += tl.sum(gap * gap)
             if old_output is not None:
                 old = load_block(old_output, row, old_stride, index, mask)
+                delta = f - old
+                with_itself += tl.sum(delta * delta)
                 z = noise_block(
                     noise, next_latents, old, row, noise_stride, next_stride,
                     key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK,
                 )  # fmt: skip
-                delta = f - old
-                # Past the row's end f and old are 0, so made noise counts for nothing there.
-                with_noise += delta * z
-                with_itself += delta * delta
-            if reference is not None:
-                gap = f - load_block(reference, row, reference_stride, index, mask)
-                from_reference += gap * gap
+                with_noise += tl.sum(delta * z)
 
     pieces = rows * chunks
-    here = partial_sums + tl.program_id(0)
+    here = scratch + tl.program_id(0)
     if old_output is not None:
-        tl.store(here, tl.sum(with_noise))
-        tl.store(here + pieces, tl.sum(with_itself))
+        tl.store(here, with_noise)
+        tl.store(here + pieces, with_itself)
     if reference is not None:
-        tl.store(here + 2 * pieces, tl.sum(from_reference))
+        tl.store(here + 2 * pieces, from_reference)
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + 1 + row, 1, sem="acq_rel", scope="gpu")
     if arrived == chunks - 1:
@@ -200,7 +207,7 @@ def policy_loss_forward_kernel(
         unit = 1.0 / tl.maximum(tl.cast(elements, tl.float32), 1.0)
         if not MEAN:
             unit = 1.0
-        mine = partial_sums + row * chunks
+        mine = scratch + row * chunks
         row_linear = tl.load(linear + row).to(tl.float32)
         row_quadratic = tl.load(quadratic + row).to(tl.float32)
         row_scale = tl.load(scale + row).to(tl.float32)
@@ -231,24 +238,26 @@ def policy_loss_forward_kernel(
         share = unit / count
         tl.store(weights + row, row_scale * slope * row_linear * share)
         tl.store(weights + rows + row, -2.0 * row_scale * slope * row_quadratic * share)
+        on_gap = 0.0
         if reference is not None:
             row_kl = tl.load(kl + row).to(tl.float32)
             divergence = row_kl * (ordered_sum(mine + 2 * pieces, chunks, FINISH) * unit)
             row_loss += divergence
             tl.store(divergence_out + row, divergence)
-            tl.store(weights + 2 * rows + row, 2.0 * row_kl * share)
+            on_gap = 2.0 * row_kl * share
+        tl.store(weights + 2 * rows + row, on_gap)
         tl.store(log_ratio_out + row, log_ratio)
         tl.store(clipped_out + row, clipped)
         tl.store(taylor_out + row, taylor_error)
-        tl.store(row_losses + row, row_loss)
+        tl.store(scratch + 3 * pieces + row, row_loss)
         tl.debug_barrier()
         finished = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
         if finished == rows - 1:
             tl.store(counters, 0)
-            tl.store(loss, ordered_sum(row_losses, rows, FINISH) / count)
+            tl.store(loss, ordered_sum(scratch + 3 * pieces, rows, FINISH) / count)
 
 
-@triton.jit(do_not_specialize=["rows", "chunks"])
+@triton.jit(do_not_specialize=["rows", "chunks"], do_not_specialize_on_alignment=BACKWARD_POINTERS)
 def policy_loss_backward_kernel(
     output,
     old_output,
@@ -372,7 +381,6 @@ def _forward(
             *shared.per_row,
             *columns,
             scratch,
-            scratch[3 * rows * chunks :],
             arrival_counters(output, rows),
             loss,
             log_ratio,
@@ -387,10 +395,8 @@ def _forward(
             CLIP_RANGE=clip_range,
             HINGE=hinge,
             MEAN=mean,
-            BLOCK=plan.BLOCK,
-            ITERATIONS=plan.ITERATIONS,
             FINISH=128,
-            **OPTIONS,
+            **plan.options,
         )
     return results
 
@@ -449,9 +455,7 @@ def _backward(
             rows,
             elements,
             chunks,
-            BLOCK=plan.BLOCK,
-            ITERATIONS=plan.ITERATIONS,
-            **OPTIONS,
+            **plan.options,
         )
     return results
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_launch import OPTIONS, on_device, plan_for, register
+from pcpo_kernels.triton_launch import on_device, plan_for, register
 
 
 @triton.jit
@@ -82,35 +82,33 @@ def philox_words(seed, counter):
 
 
 @triton.jit
-def aligned_normals(seed, first, BLOCK: tl.constexpr):
-    """Elements ``first .. first + BLOCK`` of a stream, ``first`` divisible by 4: four elements share their words."""
-    w0, w1, w2, w3 = philox_words(seed, (first >> 2) + tl.arange(0, BLOCK // 4))
-    z0, z1 = normal_pair(w0, w1)
-    z2, z3 = normal_pair(w2, w3)
+def stream_normals(seed, first, BLOCK: tl.constexpr):
+    """Elements ``first .. first + BLOCK`` of a stream.
+
+    A thread's four elements are a Philox block where ``first`` is divisible by 4; otherwise they straddle two, and the
+    loop makes both.
+    """
+    shift = first & 3
+    block = (first >> 2) + tl.arange(0, BLOCK // 4)
+    z0 = tl.zeros((BLOCK // 4,), tl.float32)
+    z1, z2, z3 = z0, z0, z0
+    for part in range(tl.where(shift == 0, 1, 2).to(tl.int32)):
+        w0, w1, w2, w3 = philox_words(seed, block + part)
+        n0, n1 = normal_pair(w0, w1)
+        n2, n3 = normal_pair(w2, w3)
+        # Rotated by the shift, lane k holds element (shift + k) mod 4 of the block; the first block has the lanes
+        # below 4 - shift, the second the others.
+        odd, far = (shift & 1) != 0, (shift & 2) != 0
+        m0, m1 = tl.where(odd, n1, n0), tl.where(odd, n2, n1)
+        m2, m3 = tl.where(odd, n3, n2), tl.where(odd, n0, n3)
+        z0 = tl.where(part == 0, tl.where(far, m2, m0), z0)
+        z1 = tl.where((shift < 3) == (part == 0), tl.where(far, m3, m1), z1)
+        z2 = tl.where((shift < 2) == (part == 0), tl.where(far, m0, m2), z2)
+        z3 = tl.where((shift < 1) == (part == 0), tl.where(far, m1, m3), z3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
-@triton.jit
-def shifted_normals(seed, first, BLOCK: tl.constexpr):
-    """The same for any ``first``: every element makes its own words."""
-    element = first + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = philox_words(seed, element >> 2)
-    upper = (element & 2) != 0
-    cosine, sine = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
-    return tl.where((element & 1) != 0, sine, cosine)
-
-
-@triton.jit
-def stream_normals(seed, first, BLOCK: tl.constexpr):
-    """Elements ``first .. first + BLOCK`` of a stream."""
-    if (first & 3) == 0:
-        z = aligned_normals(seed, first, BLOCK)
-    else:
-        z = shifted_normals(seed, first, BLOCK)
-    return z
-
-
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["seed", "offset"])
 def philox_normal_kernel(
     result,
     seed,
@@ -140,7 +138,7 @@ def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     chunks = plan.chunks(count)
     with on_device(seed):
         philox_normal_kernel[(seed.shape[0] * chunks,)](
-            result, seed.contiguous(), offset.contiguous(), count, chunks, *plan, **OPTIONS
+            result, seed.contiguous(), offset.contiguous(), count, chunks, **plan.options
         )
     return result
 

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pcpo_kernels.triton_launch import (
-    OPTIONS,
     arrival_counters,
     on_device,
     plan_for,
@@ -25,7 +24,13 @@ from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
 HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 
-@triton.jit(do_not_specialize=["rows", "chunks", "a_stride", "b_stride", "std_stride"])
+ROW_POINTERS = ["seed", "offset", "a", "b", "std", "log_prob", "partial_sums", "counters"]
+
+
+@triton.jit(
+    do_not_specialize=["rows", "chunks", "a_stride", "b_stride", "std_stride"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
+)
 def sample_step_kernel(
     latents,
     output,
@@ -65,7 +70,7 @@ def sample_step_kernel(
     latents += row.to(tl.int64) * latents_stride
     output += row.to(tl.int64) * output_stride
     next_latents += row.to(tl.int64) * elements
-    squares = tl.zeros((BLOCK,), tl.float32)
+    squares = 0.0
     for i in range(ITERATIONS):
         begin = (chunk * ITERATIONS + i) * BLOCK
         index = begin + tl.arange(0, BLOCK)
@@ -76,17 +81,17 @@ def sample_step_kernel(
         if noise is not None:
             z = tl.load(noise + row.to(tl.int64) * noise_stride + index, mask=mask, other=0.0).to(tl.float32)
             following += row_std * z
-            squares += z * z
+            squares += tl.sum(z * z)
         if seed is not None:
             z = stream_normals(tl.load(seed + row), tl.load(offset + row) + begin, BLOCK)
             following += row_std * z
-            squares += tl.where(mask, z * z, 0.0)
+            squares += tl.sum(tl.where(mask, z * z, 0.0))
         tl.store(next_latents + index, following.to(next_latents.dtype.element_ty), mask=mask)
 
     if (noise is None) and (seed is None):
         tl.store(log_prob + row, 0.0, mask=chunk == 0)
     else:
-        tl.store(partial_sums + tl.program_id(0), tl.sum(squares))
+        tl.store(partial_sums + tl.program_id(0), squares)
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
         if arrived == chunks - 1:
@@ -141,10 +146,8 @@ def _step(
             elements,
             chunks,
             MEAN=mean,
-            BLOCK=plan.BLOCK,
-            ITERATIONS=plan.ITERATIONS,
             FINISH=128,
-            **OPTIONS,
+            **plan.options,
         )
     return results
 

@@ -1,0 +1,210 @@
+"""The kernel variants that a trainer launches, as signatures for ahead-of-time compilation."""
+
+# mypy: disallow-any-generics=False
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pcpo_kernels.triton_guidance import guidance_backward_kernel, guidance_forward_kernel
+from pcpo_kernels.triton_launch import plan_for
+from pcpo_kernels.triton_policy_loss import (
+    BACKWARD_POINTERS,
+    FORWARD_POINTERS,
+    policy_loss_backward_kernel,
+    policy_loss_forward_kernel,
+)
+from pcpo_kernels.triton_random import philox_normal_kernel
+from pcpo_kernels.triton_step import ROW_POINTERS, sample_step_kernel
+
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+FLUX = 128 * 128 * 16  # elements of a row of FLUX latents at 1024 x 1024
+DEMO = 512  # of the tiny pipeline that the demonstration trains
+LONG = 1 << 21  # a row so long that a program takes several blocks
+
+NOISE_POINTERS = {
+    "key": {"seed": "i64", "offset": "i64"},
+    "endpoints": {"noise": "fp32", "next_latents": "fp32", "a": "fp32", "b": "fp32", "std": "fp32"},
+    "tensor": {"noise": "fp32"},
+}
+
+
+class Variant(NamedTuple):
+    """One kernel as one kind of call compiles it.
+
+    Attributes:
+        kernel: name of the kernel.
+        name: what distinguishes the variant.
+        function: the Triton function.
+        signature: type of every parameter, as Triton writes it.
+        constants: value of every constexpr parameter, None for a missing pointer.
+        aligned: positions of the parameters divisible by 16 (bulk pointers, and lengths and strides of full rows).
+        warps: warps per program.
+        loaded_bytes: bulk bytes that a program reads for one of its blocks.
+        stored_bytes: bulk bytes that it writes for one.
+    """
+
+    kernel: str
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[int, ...]
+    warps: int
+    loaded_bytes: int
+    stored_bytes: int
+
+
+def build(
+    function: Any,
+    name: str,
+    loaded: dict[str, str],
+    stored: dict[str, str],
+    row_pointers: dict[str, str],
+    elements: int,
+    **constants: Any,
+) -> Variant:
+    """A variant from the pointers it is given; every other pointer is None."""
+    plan = plan_for(elements)
+    constants = {"BLOCK": plan.BLOCK, "ITERATIONS": plan.ITERATIONS} | constants
+    pointers = loaded | stored | row_pointers
+    signature: dict[str, str] = {}
+    aligned = []
+    for position, parameter in enumerate(inspect.signature(function.fn).parameters):
+        if parameter in constants:
+            signature[parameter] = "constexpr"
+        elif parameter in pointers:
+            signature[parameter] = f"*{pointers[parameter]}"
+            if parameter in loaded or parameter in stored:
+                aligned.append(position)
+        elif parameter in ("rows", "elements", "chunks") or parameter.endswith("_stride"):
+            signature[parameter] = "i32"
+            if parameter not in ("rows", "chunks", "a_stride", "b_stride", "std_stride"):
+                aligned.append(position)
+        else:
+            signature[parameter] = "constexpr"
+            constants[parameter] = None
+    missing = set(pointers) - set(signature)
+    if missing:
+        raise ValueError(f"{function.fn.__name__} has no parameter {', '.join(sorted(missing))}")
+    return Variant(
+        function.fn.__name__.removesuffix("_kernel"),
+        name,
+        function,
+        signature,
+        {name: constants[name] for name in signature if name in constants},
+        tuple(aligned),
+        plan.warps,
+        plan.BLOCK * sum(SIZES[kind] for kind in loaded.values()),
+        plan.BLOCK * sum(SIZES[kind] for kind in stored.values()),
+    )
+
+
+def _types(names: list[str], **others: str) -> dict[str, str]:
+    return {name: others.get(name, "fp32") for name in names}
+
+
+def policy_loss_variants(
+    dtype: str, noise: str, extras: str = "", *, objective: str = "hinge", reduction: str = "mean", elements: int = FLUX
+) -> tuple[Variant, Variant]:
+    """Forward and backward of one kind of call; noise "detached" means endpoints without an old output."""
+    detached = noise == "detached"
+    given = NOISE_POINTERS["endpoints" if detached else noise]
+    bulk = {"output": dtype}
+    if not detached:
+        bulk["old_output"] = dtype
+    bulk |= {name: kind for name, kind in given.items() if name in ("noise", "next_latents")}
+    if "kl" in extras:
+        bulk["reference"] = dtype
+    if "cfg" in extras:
+        bulk["unconditional"] = dtype
+    small = {name: kind for name, kind in given.items() if name not in ("noise", "next_latents")}
+    if "cfg" in extras:
+        small["guidance_scale"] = "fp32"
+    name = "-".join(
+        part for part in (dtype, noise, extras, *(["row" + str(elements)] if elements != FLUX else [])) if part
+    )
+
+    forward_rows = small | _types([p for p in FORWARD_POINTERS if p not in BACKWARD_POINTERS[:6]])
+    forward_rows |= {"counters": "i32", "clipped_out": "i1"}
+    if "kl" not in extras:
+        del forward_rows["kl"]
+    # On-policy, the forward reads the output for the distance to the reference alone.
+    read = bulk
+    if detached:
+        read = {n: k for n, k in bulk.items() if "kl" in extras and n not in ("noise", "next_latents")}
+    dead = {n: k for n, k in bulk.items() if n not in read}
+    forward = build(
+        policy_loss_forward_kernel,
+        f"{name}-{objective}" + ("-sum" if reduction == "sum" else ""),
+        bulk,
+        {},
+        forward_rows,
+        elements,
+        CLIP_RANGE=1e-4,
+        HINGE=objective == "hinge",
+        MEAN=reduction == "mean",
+        FINISH=128,
+    )
+    unread = forward.constants["BLOCK"] * sum(SIZES[kind] for kind in dead.values())
+    forward = forward._replace(loaded_bytes=forward.loaded_bytes - unread)
+    written = {"gradient": dtype} | ({"unconditional_gradient": dtype} if "cfg" in extras else {})
+    backward = build(
+        policy_loss_backward_kernel,
+        name,
+        bulk,
+        written,
+        small | {"weights": "fp32", "grad_loss": "fp32"},
+        elements,
+    )
+    return forward, backward
+
+
+def sample_step_variant(dtype: str, noise: str, latents: str = "fp32") -> Variant:
+    """A sampler step with given, made or no noise."""
+    rows = _types([name for name in ROW_POINTERS if name not in ("seed", "offset")], counters="i32")
+    loaded = {"latents": latents, "output": dtype}
+    if noise == "key":
+        rows |= NOISE_POINTERS["key"]
+    elif noise == "tensor":
+        loaded["noise"] = "fp32"
+    else:
+        del rows["partial_sums"], rows["counters"]
+    name = f"{dtype}-{noise}" + ("" if latents == "fp32" else f"-{latents}")
+    return build(sample_step_kernel, name, loaded, {"next_latents": latents}, rows, FLUX, MEAN=True, FINISH=128)
+
+
+def guidance_variants(dtype: str, result: str) -> tuple[Variant, Variant]:
+    """Guidance forward, and backward to both halves."""
+    name = dtype if result == dtype else f"{dtype}-{result}"
+    halves = {"reference": dtype, "output": dtype}
+    gradients = {"reference_gradient": dtype, "output_gradient": dtype}
+    scale = {"scale": "fp32"}
+    return (
+        build(guidance_forward_kernel, name, halves, {"result": result}, scale, FLUX),
+        build(guidance_backward_kernel, name, {"incoming": result}, gradients, scale, FLUX),
+    )
+
+
+def all_variants() -> Iterator[Variant]:
+    """Every variant that a trainer launches."""
+    for noise in ("key", "endpoints", "detached"):
+        for extras in ("", "kl", "kl-cfg"):
+            yield from policy_loss_variants("bf16", noise, extras)
+        for extras in ("", "kl"):
+            yield from policy_loss_variants("fp32", noise, extras)
+        yield from policy_loss_variants("fp16", noise)
+        yield from policy_loss_variants("fp32", noise, elements=DEMO)
+        for extras in ("", "kl"):
+            yield policy_loss_variants("bf16", noise, extras, objective="clip")[0]
+    yield from policy_loss_variants("bf16", "tensor")
+    yield policy_loss_variants("bf16", "endpoints", reduction="sum")[0]
+    yield from policy_loss_variants("bf16", "endpoints", elements=LONG)
+    for dtype in ("bf16", "fp16", "fp32"):
+        for noise in ("key", "none"):
+            yield sample_step_variant(dtype, noise)
+    yield sample_step_variant("bf16", "tensor")
+    yield sample_step_variant("bf16", "key", latents="bf16")
+    for dtype, result in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
+        yield from guidance_variants(dtype, result)
+    yield build(philox_normal_kernel, "fp32", {}, {"result": "fp32"}, NOISE_POINTERS["key"], FLUX)

@@ -1,0 +1,1 @@
+"""Makes ``cases`` importable from this folder and the one below."""

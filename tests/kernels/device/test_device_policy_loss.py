@@ -1,0 +1,249 @@
+"""policy_loss in Triton against the float64 reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import NOISES, make_case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from judging import check_against_judge, edge_distance, on_policy, on_reference, run
+from pcpo_kernels import Endpoints
+
+LOW = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("objective", ["hinge", "clip"])
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("with_reference", [False, True], ids=["", "kl"])
+@pytest.mark.parametrize("with_guidance", [False, True], ids=["", "cfg"])
+@pytest.mark.parametrize("detached", [False, True], ids=["", "detach"])
+def test_every_form(device, objective, noise, with_reference, with_guidance, detached) -> None:
+    case = make_case(
+        6,
+        (50, 7),
+        noise=noise,
+        detached=detached,
+        with_reference=with_reference,
+        with_guidance=with_guidance,
+        objective=objective,
+        clip_range=2e-4,
+    )
+    result = check_against_judge(case.cast(torch.float32), device)
+    if not detached:
+        assert 0 < int(result.clipped.sum()) < 6, "the case should have clipped and unclipped rows"
+    else:
+        assert torch.equal(result.log_ratio, torch.zeros_like(result.log_ratio))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_low_precision(device, dtype, noise, reduction) -> None:
+    case = make_case(
+        5, (64, 16), noise=noise, with_reference=True, with_guidance=True, reduction=reduction, clip_range=1e-3
+    )
+    low = ("output", "old_output", "reference", "unconditional")
+    check_against_judge(case.cast(torch.float32).cast(dtype, *low), device)
+
+
+def test_mixed_dtypes(device) -> None:
+    case = make_case(3, (40,), with_reference=True, with_guidance=True, clip_range=1e-3).cast(torch.float32)
+    case = case.cast(torch.bfloat16, "output", "z").cast(torch.float16, "old_output", "unconditional")
+    case = case.cast(torch.float64, "linear", "advantage", "reference")
+    check_against_judge(case, device)
+
+
+@pytest.mark.parametrize(
+    ("rows", "elements"),
+    [(1, 1), (1, 2), (3, 1), (2, 127), (2, 128), (3, 2047), (2, 2048), (2, 2049), (1, 4097), (65, 8), (1, 300_001)],
+)
+def test_sizes(device, rows, elements) -> None:
+    case = make_case(rows, (elements,), noise="endpoints", with_reference=True, clip_range=1e-3)
+    check_against_judge(case.cast(torch.float32), device)
+
+
+def test_sizes_with_a_key(device) -> None:
+    """Rows of 4098 elements start inside a Philox block of four; of 4100 they do not."""
+    for elements in (4098, 4100):
+        case = make_case(3, (elements,), noise="key", clip_range=1e-3)
+        check_against_judge(case.cast(torch.float32), device)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    rows=st.integers(1, 4),
+    shape=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    noise=st.sampled_from(NOISES),
+    objective=st.sampled_from(["hinge", "clip"]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**16),
+)
+def test_random_shapes(device, rows, shape, noise, objective, reduction, flags, seed) -> None:
+    case = make_case(
+        rows,
+        tuple(shape),
+        noise=noise,
+        detached=flags[0],
+        with_reference=flags[1],
+        with_guidance=flags[2],
+        objective=objective,
+        reduction=reduction,
+        seed=seed,
+        clip_range=1e-3,
+    )
+    check_against_judge(case.cast(torch.float32), device)
+
+
+CREDIT = {
+    "native": lambda k, s, dt: (k, k * k / 2, torch.ones_like(k)),
+    "grpo_guard": lambda k, s, dt: (k * s, 0 * k, 1 / dt),
+    "fair_clip": lambda k, s, dt: (k * s * s, k * k * s * s / 2, 1 / (s * s)),
+    "cps_published": lambda k, s, dt: (2 * s * s * k, (s * k) ** 2, torch.ones_like(k)),
+    "not trained": lambda k, s, dt: (0 * k, 0 * k, 0 * k),
+}
+
+
+@pytest.mark.parametrize("rule", list(CREDIT))
+def test_credit_rules(device, rule) -> None:
+    case = make_case(6, (90,), clip_range=1e-4)
+    std, dt = case.ends.std, torch.linspace(0.02, 0.2, 6, dtype=torch.float64)
+    case.linear, case.quadratic, case.scale = CREDIT[rule](case.linear, std, dt)
+    check_against_judge(case.cast(torch.float32), device)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
+@pytest.mark.parametrize("with_guidance", [False, True], ids=["", "cfg"])
+@pytest.mark.parametrize("noise", NOISES)
+def test_exactly_zero_on_policy(device, dtype, with_guidance, noise) -> None:
+    case = make_case(3, (33, 5), noise=noise, with_guidance=with_guidance).cast(torch.float32)
+    case = on_policy(case.cast(dtype, "output", "unconditional").to(device))
+    result, gradient = run(case)
+    assert torch.equal(result.log_ratio, torch.zeros_like(result.log_ratio))
+    assert torch.equal(result.taylor_error, torch.zeros_like(result.taylor_error))
+    assert not result.clipped.any()
+    assert all(bool(part.abs().sum() > 0) for part in gradient)
+
+
+def test_clip_mask_is_exact_away_from_the_edge(device) -> None:
+    """Many rows at clip ranges of 1e-4 and 1e-5, ratios of the same size."""
+    for clip_range in (1e-4, 1e-5):
+        case = make_case(200, (256,), difference=30 * clip_range, clip_range=clip_range).cast(torch.float32)
+        exact, _ = on_reference(case.cast(torch.float64))
+        got, _ = run(case.to(device))
+        away = edge_distance(case, exact) > 1e-3 * clip_range
+        assert int(away.sum()) > 190
+        assert 20 < int(exact.clipped.sum()) < 180
+        assert torch.equal(got.clipped.cpu()[away], exact.clipped[away])
+
+
+def test_same_bits_every_time_and_in_any_batch(device) -> None:
+    case = make_case(5, (3000,), noise="key", with_reference=True).cast(torch.float32).to(device)
+    first, second = run(case)[0], run(case)[0]
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    part = {name: value[2:4] for name, value in vars(case).items() if isinstance(value, torch.Tensor)}
+    part["key"], part["ends"] = (type(p)(*(v[2:4] for v in p)) for p in (case.key, case.ends))
+    alone = run(replace(case, **part))[0]
+    for name in ("log_ratio", "taylor_error", "kl"):
+        assert torch.equal(getattr(alone, name), getattr(first, name)[2:4])
+
+
+def test_strides(device) -> None:
+    """Rows far apart (a slice of a trajectory) are read in place, anything else is copied; results are the same."""
+    case = make_case(4, (6, 5), noise="endpoints", with_reference=True, with_guidance=True).cast(torch.float32)
+    case = case.to(device)
+    expected, expected_gradients = run(case)
+
+    def apart(value: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((value.shape[0], 3, *value.shape[1:]), torch.nan, device=device)
+        wide[:, 1] = value
+        return wide[:, 1]
+
+    def turned(value: torch.Tensor) -> torch.Tensor:
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for change in (apart, turned):
+        fields = {name: change(value) for name, value in vars(case).items() if isinstance(value, torch.Tensor)}
+        other = replace(case, ends=Endpoints(*(change(part) for part in case.ends)), **fields)
+        result, gradients = run(other)
+        assert torch.equal(result.log_ratio, expected.log_ratio)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, expected_gradients, strict=True))
+
+
+def test_gradient_with_stride_zero_and_loss_scale(device) -> None:
+    case = make_case(3, (20,)).cast(torch.float32).to(device)
+    _, (expected,) = run(case)
+    output = case.output.detach().requires_grad_()
+    (replace(case, output=output).run().loss.expand(4).sum() * 65536).backward()
+    torch.testing.assert_close(output.grad, expected * (4 * 65536 / 3), rtol=1e-6, atol=0)
+
+
+def test_only_one_half_wants_a_gradient(device) -> None:
+    case = make_case(3, (20,), with_guidance=True).cast(torch.float32).to(device)
+    _, (conditional, unconditional) = run(case)
+    for name, expected in (("output", conditional), ("unconditional", unconditional)):
+        tensor = getattr(case, name).detach().requires_grad_()
+        (got,) = torch.autograd.grad(3 * replace(case, **{name: tensor}).run().loss, [tensor])
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+def test_no_gradient_wanted(device) -> None:
+    case = make_case(3, (20,)).cast(torch.float32).to(device)
+    result = case.run()
+    assert not result.loss.requires_grad
+    with torch.no_grad():
+        case.output.requires_grad_()
+        assert not case.run().loss.requires_grad
+    result = case.run()
+    assert [value.requires_grad for value in result[:4]] == [True, False, False, False]
+
+
+def test_empty(device) -> None:
+    for rows, shape in ((0, (5,)), (3, (0,))):
+        case = make_case(rows, shape, with_reference=True).cast(torch.float32).to(device)
+        result, (gradient,) = run(case)
+        assert not torch.isnan(result.loss)
+        assert result.log_ratio.shape == (rows,)
+        assert gradient.shape == (rows, *shape)
+    assert make_case(0, (5,)).cast(torch.float32).to(device).run().loss.item() == 0.0
+
+
+@pytest.mark.parametrize("objective", ["hinge", "clip"])
+def test_no_nan_from_overflow(device, objective) -> None:
+    case = make_case(3, (8,), objective=objective, clip_range=0.1).cast(torch.float32)
+    case.old_output, case.output, case.z = torch.zeros(3, 8), torch.full((3, 8), 200.0), torch.ones(3, 8)
+    case.linear, case.quadratic, case.advantage = torch.ones(3), torch.zeros(3), torch.tensor([1.0, 0.0, 2.0])
+    result, (gradient,) = run(case.to(device))
+    assert result.log_ratio.tolist() == [200.0] * 3
+    assert result.clipped.tolist() == [True, False, True]
+    assert result.taylor_error.tolist() == [1.0] * 3
+    assert torch.isfinite(result.loss)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_nan_is_not_hidden(device) -> None:
+    case = make_case(2, (8,)).cast(torch.float32)
+    case.output[1, 3] = torch.nan
+    result, (gradient,) = run(case.to(device))
+    assert torch.isnan(result.loss)
+    assert torch.isfinite(result.log_ratio[0])
+    assert torch.isnan(gradient[1]).any()
+
+
+def test_gradient_by_finite_differences(device) -> None:
+    """The op's own forward against its own backward, in float32 with steps that float32 resolves."""
+    for objective in ("hinge", "clip"):
+        case = make_case(
+            2, (5,), objective=objective, clip_range=10.0, with_reference=True, reduction="sum", difference=1
+        )
+        case = case.cast(torch.float32).to(device)
+        _, (gradient,) = run(case)
+        for row, element in ((0, 0), (1, 3), (1, 4)):
+            step = torch.zeros_like(case.output)
+            step[row, element] = 0.01
+            up, down = (replace(case, output=case.output + sign * step).run().loss.double() for sign in (1, -1))
+            numeric = 3 * (up - down).item() / 0.02
+            assert numeric == pytest.approx(
+                gradient[row, element].item(), rel=2e-3, abs=1e-3 * gradient.abs().max().item()
+            )
