@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(if $(CI),--quiet) -c constraints.txt
 PACKAGES := pcpo_fast kernels/pcpo_kernels
+# One process per core, a file's tests in one process (they share fixtures).
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 # A stamp is younger than what it was installed from.
 RUNTIME := $(VENV)/.installed-runtime
@@ -27,10 +29,10 @@ demo: $(RUNTIME)
 	@$(BIN)/python train.py
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(DEV)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(DEV)
 	@$(BIN)/ruff format --check .
