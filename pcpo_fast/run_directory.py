@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "logging",
     "rollout.batch_size",
+    "train.micro_batch_size",
     "model.attention",
     "model.gradient_checkpointing",
     "model.embedding_cache",
