@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from pcpo_fast.config import Config, EvaluationConfig
+from pcpo_fast.distributed import gather_rows, rank, shared_errors, world_size
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_grid, to_image
-from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rewards import RewardSet, Scores
 from pcpo_fast.rollout import StepTable
 from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.sampling import generate
@@ -65,12 +66,23 @@ class HeldOut:
         count = self.settings.images_per_prompt
         images = generate(self.policy, self.texts, count, self.table, self.settings.seed, self.settings.batch_size)
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
-        scores = self.rewards.score(images, [p.text for p in repeated], [p.metadata for p in repeated])
+        scores = self._score(images, repeated)
         metrics = {"heldout/reward/mean": float(scores.total.double().mean())}
         metrics["heldout/reward/std"] = float(scores.total.double().std(unbiased=False))
         metrics |= {f"heldout/reward/{name}": float(part.double().mean()) for name, part in scores.components.items()}
         self.last = images[torch.tensor(self._shown(), device=images.device)].cpu()
         return metrics, image_grid(self.last, columns=min(8, len(self.last)), captions=self.captions)
+
+    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """The scores of all images, each rank's share computed by itself."""
+        share = -(-len(images) // world_size())
+        # The last rank repeats the last image where the images do not divide: a gather needs equal shares.
+        mine = [min(rank() * share + index, len(images) - 1) for index in range(share)]
+        chosen = [prompts[index] for index in mine]
+        with shared_errors():
+            scores = self.rewards.score(images[mine], [p.text for p in chosen], [p.metadata for p in chosen])
+        columns = gather_rows(torch.stack([scores.total, *scores.components.values()], dim=1))[: len(images)]
+        return Scores(columns[:, 0], dict(zip(scores.components, columns[:, 1:].unbind(dim=1), strict=True)))
 
     def keep_as_first(self) -> None:
         """Write the latest shown images as those from before the training."""

@@ -65,7 +65,9 @@ def _check_tables(config: Config) -> None:
 def _check_logging(settings: LoggingConfig) -> None:
     if settings.wandb is not None:
         check_wandb_options(settings.wandb)
-        if importlib.util.find_spec("wandb") is None:
+    for key, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
+        if wanted and importlib.util.find_spec(key) is None:
+            off = "false" if key == "tensorboard" else "null"
             raise UserError(
-                "logging.wandb: Weights & Biases is not installed: run `pip install wandb`, or set logging.wandb=null"
+                f"logging.{key}: {key} is not installed: run `pip install {key}`, or set logging.{key}={off}"
             )

@@ -1,8 +1,12 @@
 """What a run leaves besides its metrics: credit table, exported weights, before/after image, report, summary."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.credit import CreditTable, native_credit, proportionate_credit
@@ -41,7 +45,7 @@ def finish_run(folder: Path, policy: Policy, engine: Engine, heldout: HeldOut) -
     weights = engine.full_state()
     summary: dict[str, Any] = {}
     if rank() == 0:
-        policy.save_weights(folder / "export", weights)
+        _replace_export(policy, folder / "export", weights)
         first = heldout.first()
         if first is not None and heldout.last is not None and len(first) == len(heldout.last):
             picture = before_after(first, heldout.last, heldout.captions)
@@ -52,3 +56,12 @@ def finish_run(folder: Path, policy: Policy, engine: Engine, heldout: HeldOut) -
         write_report(folder)
     barrier()
     return summary
+
+
+def _replace_export(policy: Policy, target: Path, weights: Mapping[str, Tensor]) -> None:
+    """An earlier, shorter run may have left an export: it stays until the new one is whole."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save_weights(temporary, weights)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)

@@ -22,8 +22,13 @@ def full(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Run
 
 @pytest.fixture(scope="session")
 def lora(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Run:
-    """A LoRA run whose alpha is not its rank."""
-    changes = {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2}
+    """A LoRA run whose alpha is not its rank, with a KL to its start."""
+    changes = {
+        "credit__kl_coefficient": 0.01,
+        "model__finetune": "lora",
+        "model__lora": {"rank": 2, "alpha": 6.0},
+        "optimizer__lr": 3e-2,
+    }
     return finished_run(tmp_path_factory.mktemp("lora"), pipeline_folder, **changes)
 
 

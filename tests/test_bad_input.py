@@ -11,7 +11,6 @@ import torch
 from cli_runs import Output, call, write_config
 from tiny_pipeline import PROMPTS
 
-import pcpo_fast.run_inputs
 import pcpo_fast.trainer
 
 Capture = pytest.CaptureFixture[str]
@@ -318,12 +317,18 @@ def test_rewards(
     assert words in refused(capsys, "train", "--config", config, f"rewards=[{{name: 'bad_rewards:{name}'}}]")
 
 
-def test_weights_and_biases_that_is_not_installed(
-    config: Path, no_model: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("logging.wandb={}", "wandb is not installed: run `pip install wandb`, or set logging.wandb=null"),
+        ("logging.tensorboard=true", "tensorboard is not installed: run `pip install tensorboard`, or set"),
+    ],
+)
+def test_a_logger_that_is_not_installed(
+    setting: str, words: str, config: Path, no_model: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pcpo_fast.run_inputs.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
-    message = refused(capsys, "train", "--config", config, "logging.wandb={}")
-    assert message.startswith("logging.wandb: Weights & Biases is not installed: run `pip install wandb`")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert words in refused(capsys, "train", "--config", config, setting)
 
 
 # In the course of a run

@@ -75,6 +75,12 @@ def test_metrics_have_their_fixed_names(full: Run) -> None:
     assert whole["reward/mean"] == pytest.approx(parts, abs=1e-5)
 
 
+def test_the_kl_to_the_start_is_a_metric(lora: Run, full: Run) -> None:
+    last = [line for line in records(lora.folder) if line["kind"] == "epoch"][-1]
+    assert last["policy/kl"] > 0
+    assert not any("policy/kl" in line for line in records(full.folder))
+
+
 def test_summary_and_credit(full: Run) -> None:
     summary = json.loads((full.folder / "summary.json").read_text())
     lines = [line["heldout/reward/mean"] for line in records(full.folder) if line["kind"] == "evaluation"]
