@@ -11,7 +11,7 @@ from torch import Tensor
 from pcpo_fast.advantages import RunningAdvantages, compute_advantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import barrier, gather_rows, launcher_rank, rank, shared_errors, world_size
+from pcpo_fast.distributed import gather_rows, launcher_rank, rank, shared_errors, world_size
 from pcpo_fast.engine import Engine, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
@@ -107,10 +107,10 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """All epochs that are left, an evaluation before and after, and the results."""
         config, first, logging = self.config, self.start.epoch, self.config.logging
-        if rank() == 0:
-            open_run(config)
-            write_credit(self.folder, config.sampler.name, self.transitions, self.credit)
-        barrier()
+        with shared_errors():
+            if rank() == 0:
+                open_run(config)
+                write_credit(self.folder, config.sampler.name, self.transitions, self.credit)
         self.recorder = RunRecorder(
             self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
         )
