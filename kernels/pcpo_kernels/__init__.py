@@ -4,7 +4,7 @@ Knows tensors only: a sampler step is a row of (a, b, std), a credit rule a row 
 """
 
 from pcpo_kernels.guidance import guidance
-from pcpo_kernels.philox import philox_normal
+from pcpo_kernels.noise import philox_normal
 from pcpo_kernels.policy_loss import policy_loss
 from pcpo_kernels.step_sampling import sample_step
 from pcpo_kernels.types import Endpoints, NoiseKey, PolicyLoss, SampledStep

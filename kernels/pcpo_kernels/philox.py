@@ -62,24 +62,7 @@ def normal_pairs(words: Tensor) -> Tensor:
 
 
 def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
-    """Standard normal noise, element ``offset + j`` of each row's stream.
-
-    Args:
-        seed: int64 [B].
-        offset: int64 [B], not negative.
-        count: elements per row.
-
-    Returns:
-        float32 [B, count] on the device of ``seed``.
-    """
-    if seed.shape != offset.shape or seed.dim() != 1:
-        raise ValueError(f"seed and offset must both be [B], got {tuple(seed.shape)} and {tuple(offset.shape)}")
-    if seed.dtype != torch.int64 or offset.dtype != torch.int64:
-        raise TypeError(f"seed and offset must be int64, got {seed.dtype} and {offset.dtype}")
-    if seed.device != offset.device:
-        raise ValueError(f"seed is on {seed.device} but offset is on {offset.device}")
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
+    """Plain PyTorch version of :func:`pcpo_kernels.philox_normal`."""
     rows = seed.shape[0]
     if count == 0 or rows == 0:
         return torch.zeros(rows, count, device=seed.device)

@@ -114,9 +114,9 @@ NOISE_AND_GUIDANCE = ["seed", "offset", "a", "b", "std", "guidance_scale"]
 FORWARD_POINTERS = [
     *NOISE_AND_GUIDANCE,
     *("linear", "quadratic", "scale", "advantage", "kl"),
-    *("scratch", "counters", "loss", "log_ratio_out", "clipped_out", "taylor_out", "divergence_out", "weights"),
+    *("scratch", "counters", "loss", "clipped_out", "statistics"),
 ]
-BACKWARD_POINTERS = [*NOISE_AND_GUIDANCE, "weights", "grad_loss"]
+BACKWARD_POINTERS = [*NOISE_AND_GUIDANCE, "statistics", "grad_loss"]
 
 
 @triton.jit(do_not_specialize=["rows", "chunks"], do_not_specialize_on_alignment=FORWARD_POINTERS)
@@ -141,11 +141,8 @@ def policy_loss_forward_kernel(
     scratch,
     counters,
     loss,
-    log_ratio_out,
     clipped_out,
-    taylor_out,
-    divergence_out,
-    weights,
+    statistics,
     output_stride,
     old_stride,
     noise_stride,
@@ -164,7 +161,8 @@ def policy_loss_forward_kernel(
 ):
     """Pieces of the inner products; then, by whoever comes last, the rows' mathematics and the loss.
 
-    ``scratch`` holds three sums for each of ``rows * chunks`` pieces, then one loss per row.
+    ``scratch`` holds three sums for each of ``rows * chunks`` pieces, then one loss per row; ``statistics`` is
+    [6, rows]: log-ratio, Taylor error, KL term, and the weights of noise, difference and gap in the gradient.
 
     ``noise`` is z, or x where ``next_latents`` is given; missing pointers are None and leave their code out. Without an
     old output there is no difference from it, and without a reference nothing to read at all.
@@ -236,19 +234,19 @@ def policy_loss_forward_kernel(
         row_loss = row_scale * term
         count = tl.cast(rows, tl.float32)
         share = unit / count
-        tl.store(weights + row, row_scale * slope * row_linear * share)
-        tl.store(weights + rows + row, -2.0 * row_scale * slope * row_quadratic * share)
-        on_gap = 0.0
+        divergence, on_gap = 0.0, 0.0
         if reference is not None:
             row_kl = tl.load(kl + row).to(tl.float32)
             divergence = row_kl * (ordered_sum(mine + 2 * pieces, chunks, FINISH) * unit)
             row_loss += divergence
-            tl.store(divergence_out + row, divergence)
             on_gap = 2.0 * row_kl * share
-        tl.store(weights + 2 * rows + row, on_gap)
-        tl.store(log_ratio_out + row, log_ratio)
         tl.store(clipped_out + row, clipped)
-        tl.store(taylor_out + row, taylor_error)
+        tl.store(statistics + row, log_ratio)
+        tl.store(statistics + rows + row, taylor_error)
+        tl.store(statistics + 2 * rows + row, divergence)
+        tl.store(statistics + 3 * rows + row, row_scale * slope * row_linear * share)
+        tl.store(statistics + 4 * rows + row, -2.0 * row_scale * slope * row_quadratic * share)
+        tl.store(statistics + 5 * rows + row, on_gap)
         tl.store(scratch + 3 * pieces + row, row_loss)
         tl.debug_barrier()
         finished = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
@@ -271,7 +269,7 @@ def policy_loss_backward_kernel(
     b,
     std,
     guidance_scale,
-    weights,
+    statistics,
     grad_loss,
     gradient,
     unconditional_gradient,
@@ -294,11 +292,11 @@ def policy_loss_backward_kernel(
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     incoming = tl.load(grad_loss).to(tl.float32)
-    on_noise = tl.load(weights + row) * incoming
-    on_delta = tl.load(weights + rows + row) * incoming
+    on_noise = tl.load(statistics + 3 * rows + row) * incoming
+    on_delta = tl.load(statistics + 4 * rows + row) * incoming
     on_gap = on_noise * 0.0
     if reference is not None:
-        on_gap = tl.load(weights + 2 * rows + row) * incoming
+        on_gap = tl.load(statistics + 5 * rows + row) * incoming
     key, first, row_a, row_b, inverse_std, weight = row_constants(seed, offset, a, b, std, guidance_scale, row)
     trained = (on_noise != 0.0) | (on_delta != 0.0) | (on_gap != 0.0)
     gradient += row.to(tl.int64) * elements
@@ -360,8 +358,8 @@ def _forward(
     clip_range: float,
     hinge: bool,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    loss, log_ratio, clipped, taylor_error, divergence, weights = results = _forward_outputs(output, reference)
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, clipped, statistics = results = _forward_fake(output)
     rows = output.shape[0]
     if rows == 0:
         loss.zero_()
@@ -383,11 +381,8 @@ def _forward(
             scratch,
             arrival_counters(output, rows),
             loss,
-            log_ratio,
             clipped,
-            taylor_error,
-            divergence,
-            weights,
+            statistics,
             *shared.strides,
             rows,
             elements,
@@ -401,24 +396,17 @@ def _forward(
     return results
 
 
-def _forward_outputs(output: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten loss, log-ratio, clipped, Taylor error, divergence (none without a reference) and row weights."""
-    rows = output.shape[0]
-
-    def row(dtype: torch.dtype = torch.float32, count: int | torch.SymInt = rows) -> Tensor:
-        return torch.empty((count,), dtype=dtype, device=output.device)
-
-    loss = torch.empty((), dtype=torch.float32, device=output.device)
-    return loss, row(), row(torch.bool), row(), row(count=rows if reference is not None else 0), row(count=3 * rows)
-
-
-def _forward_fake(output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _forward_outputs(output, arguments[3])
+def _forward_fake(output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten loss, clipped flags and row statistics."""
+    rows, device = output.shape[0], output.device
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    clipped = torch.empty((rows,), dtype=torch.bool, device=device)
+    return loss, clipped, torch.empty((6, rows), dtype=torch.float32, device=device)
 
 
 def _backward(
     grad_loss: Tensor,
-    weights: Tensor,
+    statistics: Tensor,
     output: Tensor,
     old_output: Tensor | None,
     noise: Tensor | None,
@@ -433,7 +421,7 @@ def _backward(
     guidance_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     gradient, unconditional_gradient = results = _backward_fake(
-        grad_loss, weights, output, old_output, noise, next_latents, reference, unconditional
+        grad_loss, statistics, output, old_output, noise, next_latents, reference, unconditional
     )
     if output.numel() == 0:
         return results
@@ -447,7 +435,7 @@ def _backward(
         policy_loss_backward_kernel[(rows * chunks,)](
             *shared.big,
             *shared.per_row,
-            weights,
+            statistics,
             grad_loss,
             gradient,
             None if unconditional is None else unconditional_gradient,
@@ -460,7 +448,7 @@ def _backward(
     return results
 
 
-def _backward_fake(grad_loss: Tensor, weights: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad_loss: Tensor, statistics: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     unconditional = arguments[4]
     gradient = torch.empty(output.shape, dtype=output.dtype, device=output.device)
     if unconditional is None:
@@ -471,7 +459,7 @@ def _backward_fake(grad_loss: Tensor, weights: Tensor, output: Tensor, *argument
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[5], *inputs[:12])
+    ctx.save_for_backward(output[2], *inputs[:12])
 
 
 def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -489,13 +477,13 @@ _SHARED = (
 register(
     "policy_loss",
     f"({_SHARED}, Tensor linear, Tensor quadratic, Tensor scale, Tensor advantage, Tensor? kl, "
-    "float clip_range, bool hinge, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float clip_range, bool hinge, bool mean) -> (Tensor loss, Tensor clipped, Tensor statistics)",
     _forward,
     _forward_fake,
 )
 register(
     "policy_loss_backward",
-    f"(Tensor grad_loss, Tensor weights, {_SHARED}) -> (Tensor, Tensor)",
+    f"(Tensor grad_loss, Tensor statistics, {_SHARED}) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -527,8 +515,9 @@ def policy_loss(
         z, following, a, b, std = noise
     else:
         z = noise
-    loss, log_ratio, clipped, taylor_error, divergence, _ = torch.ops.pcpo_kernels.policy_loss(
+    loss, clipped, statistics = torch.ops.pcpo_kernels.policy_loss(
         output, old_output, z, following, reference, unconditional, seed, offset, a, b, std, guidance_scale,
         linear, quadratic, scale, advantage, kl, float(clip_range), objective == "hinge", reduction == "mean",
     )  # fmt: skip
+    log_ratio, taylor_error, divergence = statistics.unbind(0)[:3]
     return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if reference is None else divergence)

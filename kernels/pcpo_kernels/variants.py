@@ -154,7 +154,7 @@ def policy_loss_variants(
         name,
         bulk,
         written,
-        small | {"weights": "fp32", "grad_loss": "fp32"},
+        small | {"statistics": "fp32", "grad_loss": "fp32"},
         elements,
     )
     return forward, backward

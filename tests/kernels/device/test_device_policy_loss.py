@@ -129,12 +129,12 @@ def test_exactly_zero_on_policy(device, dtype, with_guidance, noise) -> None:
 def test_clip_mask_is_exact_away_from_the_edge(device) -> None:
     """Many rows at clip ranges of 1e-4 and 1e-5, ratios of the same size."""
     for clip_range in (1e-4, 1e-5):
-        case = make_case(200, (256,), difference=30 * clip_range, clip_range=clip_range).cast(torch.float32)
+        case = make_case(80, (256,), difference=30 * clip_range, clip_range=clip_range).cast(torch.float32)
         exact, _ = on_reference(case.cast(torch.float64))
         got, _ = run(case.to(device))
         away = edge_distance(case, exact) > 1e-3 * clip_range
-        assert int(away.sum()) > 190
-        assert 20 < int(exact.clipped.sum()) < 180
+        assert int(away.sum()) > 75
+        assert 10 < int(exact.clipped.sum()) < 70
         assert torch.equal(got.clipped.cpu()[away], exact.clipped[away])
 
 

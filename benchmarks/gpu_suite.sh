@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Kernel tests on this machine's GPU, then, only if they pass, the measurements: about 8 minutes.
+#
+#   benchmarks/gpu_suite.sh                  results in benchmarks/results/<device>/
+#   OUT=folder PYTHON=python3 benchmarks/gpu_suite.sh
+#
+# Needs PyTorch with Triton, pytest, hypothesis and numpy; nothing has to be installed from this repository.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ -z "${PYTHON:-}" ]]; then
+  PYTHON=python3
+  [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET PCPO_KERNELS
+
+name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
+if [[ -z "$name" ]]; then
+  echo "error: PyTorch sees no GPU on this machine" >&2
+  exit 2
+fi
+OUT="${OUT:-benchmarks/results/$(tr '[:upper:]' '[:lower:]' <<<"$name" | tr -cs 'a-z0-9\n' '_')}"
+mkdir -p "$OUT"
+echo "$name -> $OUT"
+
+# A test that hangs must not eat the time of the measurements.
+if ! timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/kernels/device -q -x -p no:cacheprovider --durations=10 \
+  >"$OUT/kernel_tests.log" 2>&1; then
+  tail -n 60 "$OUT/kernel_tests.log"
+  echo "error: the kernel tests fail on this GPU, so nothing was measured (whole log: $OUT/kernel_tests.log)" >&2
+  exit 1
+fi
+tail -n 15 "$OUT/kernel_tests.log"
+
+"$PYTHON" benchmarks/kernels.py --out "$OUT" --budget "${BENCH_SECONDS:-210}"
+"$PYTHON" benchmarks/plot_kernels.py "$OUT/kernels.json" --out "$OUT" || echo "no plots: matplotlib is not installed"
