@@ -83,7 +83,8 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
         self.progress.message(f"Loading {config.model.path}")
-        self.policy = load_policy(config, device)
+        self.progress.message(f"Encoding {len(inputs.texts)} prompts")
+        self.policy = load_policy(config, device, inputs.texts)
         self.transitions = build_transitions(config.sampler, self.policy.scheduler_times(config.sampler.steps))
         self.credit = build_credit(config, self.transitions)
         self.steps = list(self.credit.trained_steps)
@@ -91,8 +92,6 @@ class Trainer:
         self.table = StepTable.of(self.transitions, device)
         self.rows = CreditRows.of(self.credit, config.credit.kl_coefficient, device)
         self.heldout = HeldOut.of(config, self.policy, self.transitions, inputs)
-        self.progress.message(f"Encoding {len(inputs.texts)} prompts")
-        self.policy.prepare_prompts(inputs.texts)
         keep_reference(self.policy, config)
         self.engine = Engine(self.policy.module, config, accumulation)
         self.policy.forward_module = self.engine.module

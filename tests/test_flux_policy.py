@@ -19,6 +19,7 @@ from pcpo_fast.config import FLUX_LORA_TARGETS, LoraConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.attention import choose_attention
+from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.exporting import save_pipeline
 from pcpo_fast.policies.flux import FluxPolicy
 from pcpo_fast.policies.loading import load_policy, load_trained_weights
@@ -164,6 +165,19 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     load = FluxPolicy._load_encoders
     monkeypatch.setattr(FluxPolicy, "_load_encoders", lambda self: counted.append(1) or load(self))
     return counted
+
+
+def test_prompts_given_to_the_loader_are_encoded_before_the_transformer_moves(
+    pipeline_folder: Path, tmp_path: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fill, to = EmbeddingCache.fill, FluxTransformer2DModel.to
+    monkeypatch.setattr(EmbeddingCache, "fill", lambda *given: order.append("encode") or fill(*given))
+    monkeypatch.setattr(FluxTransformer2DModel, "to", lambda self, *given: order.append("move") or to(self, *given))
+    policy = load_policy(tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}"), CPU, PROMPTS)
+    assert order.index("encode") < order.index("move")
+    policy.encode(PROMPTS)
+    assert loads == [1]
 
 
 def test_prompts_are_encoded_once_and_as_the_pipeline_does(

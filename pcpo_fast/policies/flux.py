@@ -62,6 +62,7 @@ class FluxPolicy(Policy):
         self.folder = folder
         self.cache = cache
         self.max_sequence_length = max_sequence_length
+        self.encoding_device: torch.device | None = None
         self.vae_scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
         unit = 2 * self.vae_scale
         for name, size in (("height", height), ("width", width)):
@@ -74,13 +75,16 @@ class FluxPolicy(Policy):
         self.rows, self.columns = height // unit, width // unit
 
     @classmethod
-    def load(cls, settings: ModelConfig, cache_folder: Path, device: torch.device) -> "FluxPolicy":
-        """Load transformer and VAE (not the encoders) of a pipeline folder or hub id.
+    def load(
+        cls, settings: ModelConfig, cache_folder: Path, device: torch.device, prompts: Sequence[str] = ()
+    ) -> "FluxPolicy":
+        """Load transformer and VAE of a pipeline folder or hub id.
 
         Args:
             settings: the configuration's ``model`` section.
             cache_folder: where encoded prompts are kept.
             device: where transformer and VAE go.
+            prompts: encoded first, so that text encoders and transformer are never on the device together.
 
         Raises:
             UserError: as in :func:`pcpo_fast.policies.locating.pipeline_folder`; LoRA, attention or image size refused.
@@ -102,6 +106,8 @@ class FluxPolicy(Policy):
             cache=EmbeddingCache(cache_folder, fingerprint),
             max_sequence_length=settings.max_sequence_length,
         )
+        policy.encoding_device = device
+        policy.prepare_prompts(prompts)
         policy.vae.requires_grad_(False).to(device)
         policy.transformer.to(device)
         choose_attention(policy.transformer, settings.attention)
@@ -130,14 +136,14 @@ class FluxPolicy(Policy):
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         """Encode what the cache lacks; the encoders load only for that, and leave the memory afterwards."""
-        cache, encoders = self._cache(), list[Any]()
+        cache, encoders, device = self._cache(), list[Any](), self.encoding_device or self.device
 
         def encode_now(chunk: list[str]) -> Conditioning:
             if not encoders:
-                encoders.append(self._load_encoders())
+                encoders.append(self._load_encoders().to(device))
             with torch.no_grad(), quiet_libraries():  # diffusers reports every cut prompt at length
                 states, pooled, _ = encoders[0].encode_prompt(
-                    chunk, prompt_2=chunk, device=self.device, max_sequence_length=self.max_sequence_length
+                    chunk, prompt_2=chunk, device=device, max_sequence_length=self.max_sequence_length
                 )
             return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
@@ -147,7 +153,7 @@ class FluxPolicy(Policy):
         if encoders:
             encoders.clear()
             gc.collect()
-            if self.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _cache(self) -> EmbeddingCache:
@@ -156,7 +162,7 @@ class FluxPolicy(Policy):
         return self.cache
 
     def _load_encoders(self) -> Any:
-        return _load_pipeline(self.folder, dtype=self.dtype, transformer=None, vae=None).to(self.device)
+        return _load_pipeline(self.folder, dtype=self.dtype, transformer=None, vae=None)
 
     def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
         models = dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2"))

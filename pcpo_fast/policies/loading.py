@@ -1,6 +1,7 @@
 """From the configuration to a policy, without importing the families that are not used."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.base import Policy
 
 
-def load_policy(config: Config, device: torch.device) -> Policy:
-    """Load the model of a run onto a device.
+def load_policy(config: Config, device: torch.device, prompts: Sequence[str] = ()) -> Policy:
+    """Load the model of a run onto a device, after encoding the prompts that it will need.
 
     Raises:
         UserError: as the family's ``load``.
@@ -22,7 +23,7 @@ def load_policy(config: Config, device: torch.device) -> Policy:
     cache = config.model.embedding_cache
     folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
-    return FluxPolicy.load(config.model, folder, device)
+    return FluxPolicy.load(config.model, folder, device, prompts)
 
 
 def keep_reference(policy: Policy, config: Config) -> None:
