@@ -193,6 +193,8 @@ class Engine:
 def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     """The DeepSpeed settings of a run: the user's JSON, and what the configuration decides.
 
+    ZeRO starts from stage 1, and from stage 2 for stochastic rounding.
+
     Raises:
         UserError: the JSON is missing, malformed, or sets one of :data:`OWNED_KEYS`.
     """
@@ -208,10 +210,12 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         raise UserError(f"{config.deepspeed}: zero_optimization.stage must be 1, 2 or 3")
     if config.model.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
+        # In bf16 a sum of a thousand micro-batches loses half of them.
+        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
         if config.optimizer.weights == "stochastic_rounding":
             settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-        else:
-            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            # With stage 1 and fp32 sums DeepSpeed takes an optimiser that keeps fp32 weights after all.
+            zero["stage"] = max(zero["stage"], 2)
     return settings | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,

@@ -62,7 +62,7 @@ class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights: arithmetic in float32, weights and moments stored in bf16 with stochastic rounding.
 
     Plain bf16 loses updates smaller than half a unit in the last place (at lr 1e-5, nine in ten); stochastic rounding
-    keeps them in expectation at 8 bytes per parameter in all (weight, gradient, two moments).
+    keeps them in expectation, with 6 bytes per parameter (weight and two moments) besides the gradient.
 
     Args:
         params: bf16 parameters.

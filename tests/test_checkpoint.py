@@ -15,7 +15,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.policies.loading import load_trained_weights
 
 pytestmark = pytest.mark.usefixtures("process_group")
-BF16 = "model.dtype=bfloat16"
+BF16, STOCHASTIC = "model.dtype=bfloat16", "optimizer.weights=stochastic_rounding"
 
 
 def bench_of(pipeline: Path, *overrides: str) -> Bench:
@@ -42,7 +42,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
         (("optimizer.warmup_updates=5", "credit.kl_coefficient=0.1"), 1),
         ((BF16,), 2),
         ((BF16,), 1),
-        ((BF16, "optimizer.weights=stochastic_rounding"), 1),
+        ((BF16, STOCHASTIC), 2),
         (("algorithm=flow_grpo", *LORA), 2),
     ],
     ids=["full-kl", "bf16-zero2", "bf16-zero1", "bf16-stochastic", "lora-kl"],
@@ -155,7 +155,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), (*LORA, "model.lora.targets=[attn.to_q]"), (*LORA, "model.lora.rank=2"), (*LORA, BF16)],
+    [(), (*LORA, "model.lora.targets=[attn.to_q]"), (*LORA, "model.lora.rank=2"), (*LORA, BF16, STOCHASTIC)],
     ids=["full", "targets", "rank", "dtype"],
 )
 def test_a_checkpoint_of_other_weights_is_refused(

@@ -95,8 +95,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("dtype", "overrides"), CASES.values(), ids=CASES)
+def test_gradients_of_many_micro_batches_are_summed_in_float32(dtype: torch.dtype, overrides: tuple[str, ...]) -> None:
+    """A bf16 sum stands still once it is 256 times the addend."""
+    module = nn.Linear(4, 2).to(dtype)
+    count = 700
+    engine = Engine(module, config_of("optimizer.max_grad_norm=1e9", *overrides), accumulation=count)
+    for _ in range(count):
+        engine.backward(engine.module(torch.ones(1, 4, dtype=dtype)).float().sum())
+        engine.step()
+    assert engine.last_step.grad_norm == pytest.approx(math.sqrt(10), rel=2e-3)
+
+
+@pytest.mark.parametrize(("bad", "stage"), [(math.nan, 1), (math.inf, 2)])
 @pytest.mark.parametrize(("dtype", "overrides"), CASES.values(), ids=CASES)
 def test_a_loss_that_is_not_finite_skips_the_update(
     tmp_path: Path, dtype: torch.dtype, overrides: tuple[str, ...], bad: float, stage: int
@@ -122,13 +133,15 @@ def test_a_loss_that_is_not_finite_skips_the_update(
     assert same(weights_of(spoiled), weights_of(smooth)) and not same(before, weights_of(spoiled))
 
 
-def test_bf16_full_fine_tuning_follows_float32_at_a_small_learning_rate() -> None:
+def test_bf16_full_fine_tuning_follows_float32_at_a_small_learning_rate(tmp_path: Path) -> None:
     """Master weights and stochastic rounding both move as float32 does, where plain bf16 would hardly move at all."""
     moved: dict[str, Tensor] = {}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     for name, (dtype, overrides) in CASES.items():
         module = module_of(torch.bfloat16, width=600).to(dtype)
         start = torch.cat([w.flatten() for w in weights_of(module)]).double()
-        engine = Engine(module, config_of("optimizer.lr=1e-5", *overrides), accumulation=1)
+        engine = Engine(module, config_of("optimizer.lr=1e-5", f"deepspeed={file}", *overrides), accumulation=1)
         held = engine.optimizer.param_groups[0]["params"][0].dtype
         assert held == (torch.bfloat16 if "stochastic" in name else torch.float32)
         for _ in range(40):
@@ -215,6 +228,8 @@ def test_settings_of_the_file_reach_deepspeed(tmp_path: Path) -> None:
     assert settings["gradient_accumulation_steps"] == 5 and settings["train_micro_batch_size_per_gpu"] == 3
     assert "bf16" not in settings
     assert deepspeed_config(config_of(), 1)["zero_optimization"] == {"stage": 1}
+    stochastic = config_of("model.dtype=bfloat16", "optimizer.weights=stochastic_rounding")
+    assert deepspeed_config(stochastic, 1)["zero_optimization"] == {"stage": 2}
 
 
 def write(folder: Path, content: str | bytes | None) -> Path:
