@@ -88,7 +88,7 @@ class Published:
     def metrics(
         self, update: int, weights: dict[str, Tensor], old_of: str
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Metrics and gradients of one optimiser step; ``old_of``: "itself" or "stored"."""
+        """Metrics and gradients of one optimiser step; ``old_of``: "itself", "stored", or the policy at the "start"."""
         plan, trajectories = self.bench.rollout.plan, self.bench.rollout.trajectories
         per_update = plan.images.shape[1]
         pairs = [
@@ -97,13 +97,17 @@ class Published:
             for step in plan.steps[update, image]
         ]
         reference = self._reference(pairs)
+        self.load(self.bench.weights[0])
+        with torch.no_grad():
+            start = self.outputs(pairs)
         self.load(weights)
         fresh = self.outputs(pairs)
         losses, ratios, kls, clipped = [], [], [], []
         for index, (row, step) in enumerate(pairs):
             x, following = (trajectories.latents[row, i].double() for i in (step, step + 1))
             f = fresh[index]
-            old = f.detach() if old_of == "itself" else trajectories.outputs[row, step].double()
+            olds = {"itself": f.detach(), "stored": trajectories.outputs[row, step].double(), "start": start[index]}
+            old = olds[old_of]
             ratio = self.log_ratio(f, old, x, following, step)
             advantage = float(self.bench.advantages[row].float())
             kl = self.divergence(f - reference[index], step) if self.beta else torch.zeros(())
@@ -279,6 +283,22 @@ def test_later_updates_compare_with_the_stored_or_the_recomputed_output(pipeline
     assert ratios["detach"] == pytest.approx(ratios["rollout"], rel=1e-3)
     assert ratios["detach"] > 1e-3
     assert ratios["recompute"] < 1e-6
+
+
+@pytest.mark.parametrize(("mode", "old"), [("detach", ("itself", "stored")), ("recompute", ("itself", "start"))])
+def test_the_noise_is_recovered_for_another_old_output(pipeline_folder: Path, mode: str, old: tuple[str, str]) -> None:
+    """The update's forward differs from the rollout's, as another kernel's would, but by far more."""
+    bench = Bench.build(tiny_config(pipeline_folder, f"train.old_output={mode}"))
+    with torch.no_grad():
+        for p in bench.policy.module.parameters():
+            p.mul_(1.05)
+    records = bench.run()
+    assert records[0]["rollout/mismatch_output"] > 0.01
+    published = Published(bench)
+    for update, record in enumerate(records):
+        expected, gradients = published.metrics(update, bench.weights[update], old[update])
+        assert distance(bench.gradients[update], gradients) < 5e-4
+        assert record["policy/log_ratio_abs"] == pytest.approx(expected["policy/log_ratio_abs"], rel=2e-3, abs=1e-6)
 
 
 def test_a_detached_step_has_the_gradient_of_the_rollouts(pipeline_folder: Path) -> None:
