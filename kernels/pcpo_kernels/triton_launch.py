@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-_counters: dict[tuple[int, int], Tensor] = {}
+_counters: dict[int, Tensor] = {}
 
 
 class Plan(NamedTuple):
@@ -53,20 +53,19 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def arrival_counters(like: Tensor, rows: int) -> Tensor:
-    """``rows + 1`` int32 zeros that a kernel leaves zero: arrivals at each row, then finished rows.
+    """``rows + 1`` int32 zeros that a kernel leaves zero: finished rows, then arrivals at each row.
 
-    Kept per device and stream, so that no launch is spent on clearing them. While a CUDA graph is captured they are
-    fresh, zeroed inside the graph: graphs may replay beside each other.
+    On a GPU's default stream they are kept, so that no launch is spent on clearing them. Elsewhere they are fresh:
+    kernels of two streams may run beside each other, a captured graph needs its own, and memory that another library's
+    pool lends to its stream must not be held beyond the call.
     """
-    if not like.is_cuda:
-        return torch.zeros(rows + 1, dtype=torch.int32, device=like.device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(rows + 1, dtype=torch.int32, device=like.device)
-    key = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
-    counters = _counters.get(key)
+    device = like.device
+    if not like.is_cuda or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    counters = _counters.get(device.index)
     if counters is None or counters.numel() < rows + 1:
-        counters = torch.zeros(max(rows + 1, 1024), dtype=torch.int32, device=like.device)
-        _counters[key] = counters
+        counters = torch.zeros(max(rows + 1, 1024), dtype=torch.int32, device=device)
+        _counters[device.index] = counters
     return counters
 
 

@@ -1,6 +1,7 @@
 """Every kernel variant compiled for every target on this machine, GPU or not, and held against the committed table."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pcpo_kernels.report import TARGETS, bulk_accesses, compile_all, compile_var
 from pcpo_kernels.variants import all_variants, build, policy_loss_variants
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels" / f"triton-{triton.__version__}.json"
+DOCUMENTED = TABLE.parent / "triton-3.7.1.json"  # the version that docs/kernels.md shows
 VARIANTS = {(variant.kernel, variant.name): variant for variant in all_variants()}
 
 
@@ -113,3 +115,17 @@ def test_command_line_refuses_the_interpreter() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: unset TRITON_INTERPRET")
+
+
+def test_documented_registers() -> None:
+    """The table in docs/kernels.md is taken from the committed one."""
+    text = (TABLE.parents[3] / "docs" / "kernels.md").read_text()
+    written = re.findall(r"^\| `(\w+)` \| ([\w-]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(written) >= 10
+    committed = {tuple(list(record.values())[:3]): record["registers"] for record in json.loads(DOCUMENTED.read_text())}
+    for kernel, variant, *registers in written:
+        assert [committed[kernel, variant, target] for target in TARGETS] == list(map(int, registers)), (
+            kernel,
+            variant,
+        )
+    assert f"all {len(VARIANTS)} variants" in " ".join(text.split())

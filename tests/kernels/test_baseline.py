@@ -10,6 +10,8 @@ import pytest
 import torch
 from kernel_cases import CLIP_RANGE, NOISE, Case, make_case
 from pcpo_kernels import guidance, policy_loss, sample_step
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -83,3 +85,29 @@ def test_suite_refuses_a_machine_without_gpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == "error: PyTorch sees no GPU on this machine\n"
+
+
+def test_traffic_of_the_public_trainers() -> None:
+    """What docs/kernels.md says of it: operations, and bytes if every operand of every operation is counted."""
+
+    class Count(TorchDispatchMode):
+        operations, bytes = 0, 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if not function.is_view and function.overloadpacket.__name__ != "detach":
+                self.operations += 1
+                leaves = tree_leaves((arguments, keywords, result))
+                # A broadcast operand is as large as its storage.
+                sizes = [min(t.untyped_storage().nbytes(), t.nbytes) for t in leaves if isinstance(t, torch.Tensor)]
+                self.bytes += sum(sizes)
+            return result
+
+    elements = 4096
+    case = make_case(4, elements, "cpu", torch.bfloat16)
+    output = case.output.requires_grad_()
+    rest = case.latents, case.next_latents, torch.zeros(4), case.time, case.following, NOISE, case.advantage, CLIP_RANGE
+    with Count() as count:
+        torch.autograd.grad(baseline.policy_loss(output, *rest)[0], [output])
+    assert 60 <= count.operations <= 90  # 77 with torch 2.13
+    assert 280 <= count.bytes / (4 * elements) <= 360  # 320 with torch 2.13
