@@ -78,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (``| head``): no more to say, and nothing to flush into.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A full disk, a folder without permission: the machine's state, not a fault of the program.
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{os.strerror(error.errno)}", file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
 @contextmanager

@@ -115,5 +115,5 @@ def _write(
                 to_image(image).save(files[-1])
             (folder / "prompts.json").write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--output: {output} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or output} cannot be written: {error.strerror or error}") from None
     return files

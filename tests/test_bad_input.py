@@ -1,6 +1,8 @@
 """What a user may get wrong: one sentence on stderr, exit code 2, no traceback, and before anything large is loaded."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -364,6 +366,22 @@ def test_an_output_directory_that_cannot_be(name: str, config: Path, no_model: N
     (config.parent / "file").touch()
     message = refused(capsys, "train", "--config", config, f"output_dir={config.parent / name}")
     assert message == f"output_dir: {config.parent / 'file'} is a file, not a folder"
+
+
+def test_an_embedding_cache_that_cannot_be_written(config: Path, capsys: Capture) -> None:
+    file = config.with_name("file")
+    file.touch()
+    message = refused(capsys, "train", "--config", config, f"model.embedding_cache={file}")
+    assert message.startswith(f"{file}/")
+    assert not (config.parent / "run").exists()
+
+
+def test_a_full_disk_is_a_sentence(config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoints/x")
+
+    monkeypatch.setattr(pcpo_fast.trainer, "save_checkpoint", save)
+    assert refused(capsys, "train", "--config", config) == "run/checkpoints/x: No space left on device"
 
 
 def test_a_directory_with_somebody_elses_config_is_not_touched(config: Path, no_model: None, capsys: Capture) -> None:
