@@ -35,11 +35,14 @@ def philox_rounds(words: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) ->
     c0, c1, c2, c3 = words
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(10):
-        # The 64-bit product wraps in int64, but its bits are right: shift and mask read both halves.
+        # The 64-bit products wrap in int64, but their bits are right: shift and mask read both halves. The low halves
+        # are left unmasked: they are only ever combined with words that are masked afterwards.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(MASK)
+        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(MASK)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return c0, c1, c2, c3
+    return c0, c1 & MASK, c2, c3 & MASK
 
 
 def normal_pairs(words: Tensor) -> Tensor:
