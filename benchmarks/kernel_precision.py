@@ -98,12 +98,13 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     for axes in (left, right):
         for clip_range in (1e-4, 1e-5):
             axes.axhline(clip_range, color="black", linewidth=0.8, linestyle=":")
-            axes.annotate(
-                f"clip range {clip_range:.0e}", (0.01, clip_range), ("axes fraction", "data"), fontsize=7, va="bottom"
-            )
+            text = f"clip range {clip_range:.0e}"
+            axes.annotate(text, (0.01, clip_range), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
         axes.set(xscale="log", yscale="log")
-    left.set(xlabel="mean |log-ratio| (FLUX 1024 x 1024)", ylabel=f"largest error of {ROWS} rows")
-    right.set(xlabel="elements of an image (outputs 1 % apart)")
+    left.set(xlabel="mean |log-ratio| (FLUX 1024 x 1024)", ylabel="largest error of a row")
+    right.set_xticks([r["elements"] for r in by_size], [r["size"] for r in by_size])
+    right.minorticks_off()
+    right.set(xlabel="image (16384 to 262144 elements, outputs 1 % apart)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
