@@ -71,6 +71,8 @@ def arrival_counters(like: Tensor, rows: int) -> Tensor:
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself where each row is contiguous, whatever the distance between rows; otherwise a copy."""
+    if tensor.is_contiguous():
+        return tensor
     expected = 1
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
         if size != 1 and stride != expected:

@@ -440,3 +440,18 @@ def test_only_differentiable_where_said() -> None:
     assert result.loss.requires_grad
     assert not any(value.requires_grad for value in result[1:4] if value is not None)
     assert policy_loss(*case.arguments()[0], clip_range=0.1).kl is None
+
+
+def test_compiles_in_one_graph() -> None:
+    case = require_grad(make_case(3, (5,), noise="key", with_reference=True, with_guidance=True))
+    positional, keywords = case.arguments()
+
+    def loss(output: Tensor) -> tuple[Tensor, Tensor]:
+        result = policy_loss(output, *positional[1:], **keywords)
+        return result.loss, result.log_ratio
+
+    value, log_ratio = torch.compile(loss, fullgraph=True, backend="aot_eager")(case.output)
+    expected, expected_ratio = loss(case.output)
+    torch.testing.assert_close(log_ratio, expected_ratio)
+    gradients = [torch.autograd.grad(v, [case.output])[0] for v in (value, expected)]
+    torch.testing.assert_close(*gradients)

@@ -3,27 +3,30 @@
 ``tests/kernels/test_interpreter.py`` runs this folder in the interpreter, in a process of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from pcpo_kernels.dispatch import interpreting, triton_installed
 
 INTERPRETED = interpreting()
+LACKING = ""
+if not triton_installed():
+    LACKING = "triton is not installed"
+elif not INTERPRETED and not torch.cuda.is_available():
+    LACKING = "no GPU, and not in Triton's interpreter: tests/kernels/test_interpreter.py runs this file there"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = [item for item in items if "kernels/device/" in item.nodeid]
-    reason = ""
-    if not triton_installed():
-        reason = "triton is not installed"
-    elif not INTERPRETED and not torch.cuda.is_available():
-        reason = "no GPU, and not in Triton's interpreter (tests/kernels/test_interpreter.py runs this folder there)"
-    for item in here:
-        if reason:
-            item.add_marker(pytest.mark.skip(reason=reason))
-        elif INTERPRETED and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU; this is the interpreter"))
+class SkippedModule(pytest.Module):
+    """A test file that this machine cannot run: one skip with the reason, instead of one per test."""
+
+    def collect(self) -> Iterable[pytest.Item]:
+        pytest.skip(LACKING, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return SkippedModule.from_parent(parent, path=module_path) if LACKING else None
 
 
 @pytest.fixture
