@@ -8,7 +8,8 @@ from cases import NOISES, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judging import check_against_judge, edge_distance, on_policy, on_reference, run
-from pcpo_kernels import Endpoints
+from pcpo_kernels import Endpoints, triton_policy_loss
+from pcpo_kernels.triton_launch import Plan
 
 LOW = [torch.float16, torch.bfloat16]
 
@@ -247,3 +248,12 @@ def test_gradient_by_finite_differences(device) -> None:
             assert numeric == pytest.approx(
                 gradient[row, element].item(), rel=2e-3, abs=1e-3 * gradient.abs().max().item()
             )
+
+
+@pytest.mark.parametrize(("plan", "elements"), [(Plan(128, 3), 1000), (Plan(256, 2), 512), (Plan(128, 1), 17_000)])
+@pytest.mark.parametrize("noise", ["key", "endpoints"])
+def test_other_ways_to_cut_rows(device, monkeypatch, plan, elements, noise) -> None:
+    """Several blocks per program, as very long rows are cut, and more pieces than are added at once."""
+    monkeypatch.setattr(triton_policy_loss, "plan_for", lambda _: plan)
+    case = make_case(2, (elements,), noise=noise, with_reference=True, with_guidance=True, clip_range=1e-3)
+    check_against_judge(case.cast(torch.float32), device)

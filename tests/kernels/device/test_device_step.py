@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 from cases import make_case
-from pcpo_kernels import NoiseKey, guidance, philox_normal, sample_step
+from pcpo_kernels import NoiseKey, guidance, philox_normal, sample_step, triton_guidance, triton_random, triton_step
+from pcpo_kernels.triton_launch import Plan
 from pcpo_kernels.triton_random import philox_words
 from torch.distributions import Normal
 
@@ -202,3 +203,22 @@ def test_guidance_strides_and_single_gradients(device) -> None:
     (alone,) = torch.autograd.grad(guidance(r, f.detach(), scale).sum(), [r])
     torch.testing.assert_close(alone, torch.full_like(r, -2.5))
     assert guidance(r[:0], f[:0], scale[:0]).shape == (0, 6, 5)
+
+
+def test_nothing_depends_on_how_rows_are_cut(device, monkeypatch) -> None:
+    case = make_case(2, (1000,)).cast(torch.float32).to(device)
+    x, _, a, b, std = case.ends
+    noise = philox_normal(*case.key, 1000)
+    step = sample_step(x, case.output, a, b, std, case.key)
+    combined = guidance(x, case.output, 2.5)
+    for plan in (Plan(128, 3), Plan(256, 2), Plan(1024, 1)):
+        for module in (triton_random, triton_step, triton_guidance):
+            monkeypatch.setattr(module, "plan_for", lambda _, plan=plan: plan)
+        assert torch.equal(philox_normal(*case.key, 1000), noise)
+        again = sample_step(x, case.output, a, b, std, case.key)
+        assert torch.equal(again.next_latents, step.next_latents)
+        torch.testing.assert_close(again.log_prob, step.log_prob, rtol=1e-6, atol=1e-6)
+        assert torch.equal(guidance(x, case.output, 2.5), combined)
+        halves = [x.clone().requires_grad_(), case.output.clone().requires_grad_()]
+        gradients = torch.autograd.grad(guidance(*halves, 2.5).sum(), halves)
+        assert [gradient.unique().tolist() for gradient in gradients] == [[-1.5], [2.5]]
