@@ -105,8 +105,11 @@ class _PolicyLossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         linear, quadratic, scale, advantage, kl = rows.unbind(0)
         f = guided(output.to(rows.dtype), unconditional, guidance_scale)
-        delta = torch.zeros_like(f) if old_output is None else f - old_output.to(f.dtype)
-        log_ratio = linear * reduce_rows(delta * noise, reduction) - quadratic * reduce_rows(delta * delta, reduction)
+        log_ratio = torch.zeros_like(linear)
+        if old_output is not None:
+            delta = f - old_output.to(f.dtype)
+            with_noise, with_itself = reduce_rows(delta * noise, reduction), reduce_rows(delta * delta, reduction)
+            log_ratio = linear * with_noise - quadratic * with_itself
         surplus = torch.expm1(log_ratio)  # the ratio minus 1, without cancellation
         change = log_ratio if objective == "hinge" else surplus
         # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
@@ -142,8 +145,9 @@ class _PolicyLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         output, unconditional, guidance_scale, old_output, noise, reference, weights = ctx.saved_tensors
         on_noise, on_delta, on_gap = (per_row(row, noise) for row in weights * grad_loss.to(weights.dtype))
-        f = guided(output.to(weights.dtype), unconditional, guidance_scale)
         gradient = on_noise * noise
+        if old_output is not None or reference is not None:
+            f = guided(output.to(weights.dtype), unconditional, guidance_scale)
         if old_output is not None:
             gradient = gradient + on_delta * (f - old_output.to(f.dtype))
         if reference is not None:
