@@ -67,9 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except UserError as error:
-        # Every process of a machine meets the same mistake; one of them says so.
+        # Every process of a machine meets the same mistake, and one of them says so. A mistake with a cause (a reward
+        # that raised, a full GPU) may be this process's own: then it speaks for itself.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        elif error.__cause__ is not None:
+            print(f"error: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -85,7 +85,7 @@ class SamplerConfig(Section):
     """The stochastic sampler of the rollouts (docs/method.md)."""
 
     name: Literal["dance", "flow", "cps"] = Field("dance", description="dance (DanceGRPO), flow (Flow-GRPO) or cps")
-    steps: int = Field(16, ge=2, description="denoising steps")
+    steps: int = Field(16, ge=2, le=1000, description="denoising steps")
     noise: PositiveFloat = Field(0.3, description="noise level eta")
     shift: PositiveFloat = Field(3.0, description="time shift of the grid")
     grid: Literal["shifted", "scheduler"] = Field(

@@ -96,6 +96,8 @@ class Engine:
 
     def __init__(self, module: nn.Module, config: Config, accumulation: int) -> None:
         deepspeed = _import_deepspeed()
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
         settings = config.optimizer
         self.warmup, self.lr = settings.warmup_updates, settings.lr
         self.updates = 0
@@ -121,7 +123,7 @@ class Engine:
                     config=deepspeed_config(config, accumulation),
                     dist_init_required=False,
                 )
-        except (ValueError, AssertionError, KeyError, deepspeed.DeepSpeedConfigError) as error:
+        except (ValueError, AssertionError, KeyError, deepspeed.DeepSpeedConfigError, ZeRORuntimeException) as error:
             if config.deepspeed is None:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -211,7 +213,7 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     if config.model.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
         # In bf16 a sum of a thousand micro-batches loses half of them.
-        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if config.optimizer.weights == "stochastic_rounding":
             settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
             # With stage 1 and fp32 sums DeepSpeed takes an optimiser that keeps fp32 weights after all.
@@ -221,6 +223,7 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 

@@ -71,7 +71,7 @@ class HeldOut:
         metrics["heldout/reward/std"] = float(scores.total.double().std(unbiased=False))
         metrics |= {f"heldout/reward/{name}": float(part.double().mean()) for name, part in scores.components.items()}
         self.last = images[torch.tensor(self._shown(), device=images.device)].cpu()
-        return metrics, image_grid(self.last, columns=min(8, len(self.last)), captions=self.captions)
+        return metrics, image_grid(self.last, columns=min(6, len(self.last)), captions=self.captions)
 
     def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """The scores of all images, each rank's share computed by itself."""

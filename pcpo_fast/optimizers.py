@@ -17,12 +17,14 @@ CHUNK = 1 << 24
 def gradients_are_finite(parameters: Iterable[Tensor]) -> bool:
     """Whether every gradient is finite on every rank; one transfer to the host."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    device = gradients[0].device if gradients else torch.device("cpu")
+    # The flag goes where the ranks can exchange it: offloaded gradients are on the CPU, which NCCL does not serve.
+    on_gpu = is_distributed() and dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     # The norms are finite exactly where all elements are, unless a square overflows, which is as bad.
     finite = torch.ones((), device=device)
     if gradients:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        finite = torch.isfinite(norms).all().float()
+        finite = torch.isfinite(norms).all().float().to(device)
     if is_distributed():
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     return bool(finite.item())
@@ -61,8 +63,8 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights: arithmetic in float32, weights and moments stored in bf16 with stochastic rounding.
 
-    Plain bf16 loses updates smaller than half a unit in the last place (at lr 1e-5, nine in ten); stochastic rounding
-    keeps them in expectation, with 6 bytes per parameter (weight and two moments) besides the gradient.
+    Plain bf16 loses updates smaller than half a unit in the last place (at lr 1e-5, most of them); stochastic rounding
+    keeps them in expectation, with 6 bytes per parameter for the weight and two moments.
 
     Args:
         params: bf16 parameters.

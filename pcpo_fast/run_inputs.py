@@ -11,7 +11,7 @@ from pcpo_fast.distributed import local_rank
 from pcpo_fast.engine import deepspeed_config
 from pcpo_fast.epoch_plan import accumulation_steps
 from pcpo_fast.errors import UserError
-from pcpo_fast.prompts import Prompt, load_prompts
+from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
 from pcpo_fast.reporting.loggers import check_wandb_options
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.samplers import build_credit, build_transitions
@@ -25,11 +25,13 @@ class RunInputs:
         prompts: those to train on.
         heldout: those to evaluate on; empty where there is no held-out file.
         rewards: ready to score.
+        trained: those of ``prompts`` that some epoch of the run samples, by index.
     """
 
     prompts: list[Prompt]
     heldout: list[Prompt]
     rewards: RewardSet
+    trained: list[int]
 
     @classmethod
     def load(cls, config: Config) -> "RunInputs":
@@ -47,12 +49,16 @@ class RunInputs:
         deepspeed_config(config, accumulation=1)
         _check_logging(config.logging)
         _check_tables(config)
-        return cls(prompts, heldout, RewardSet(config.rewards))
+        per_epoch, seed = config.rollout.prompts_per_epoch, config.seed
+        epochs = (epoch_prompts(len(prompts), per_epoch, epoch, seed) for epoch in range(config.train.epochs))
+        trained = sorted({index for epoch in epochs for index in epoch})
+        return cls(prompts, heldout, RewardSet(config.rewards), trained)
 
     @property
     def texts(self) -> list[str]:
-        """Every prompt of the run once."""
-        return list(dict.fromkeys(prompt.text for prompt in [*self.prompts, *self.heldout]))
+        """Every prompt that the run needs the model's conditioning of, once: of a long list not all are."""
+        trained = (self.prompts[index].text for index in self.trained)
+        return list(dict.fromkeys([*trained, *(prompt.text for prompt in self.heldout)]))
 
 
 def _check_tables(config: Config) -> None:

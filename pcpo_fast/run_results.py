@@ -15,6 +15,7 @@ from pcpo_fast.engine import Engine
 from pcpo_fast.heldout import HeldOut
 from pcpo_fast.policies import Policy
 from pcpo_fast.reporting.grids import before_after
+from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.reporting.report import write_report
 from pcpo_fast.reporting.summary import write_summary
 from pcpo_fast.run_directory import CREDIT_FILE
@@ -40,7 +41,14 @@ def write_credit(folder: Path, sampler: str, transitions: Transitions, table: Cr
     write_atomically(folder / CREDIT_FILE, json.dumps(credit_record(sampler, transitions, table), indent=1))
 
 
-def finish_run(folder: Path, policy: Policy, engine: Engine, heldout: HeldOut) -> dict[str, Any]:
+def write_captions(folder: Path, captions: list[str]) -> None:
+    """Write ``images/captions.json``: what the images of a grid are of, in its order."""
+    write_atomically(folder / "images" / "captions.json", json.dumps(captions, ensure_ascii=False))
+
+
+def finish_run(
+    folder: Path, policy: Policy, engine: Engine, heldout: HeldOut, recorder: RunRecorder, epoch: int
+) -> dict[str, Any]:
     """Export the weights and write image, summary and report; returns the summary. All ranks must call it."""
     weights = engine.full_state()
     summary: dict[str, Any] = {}
@@ -48,10 +56,7 @@ def finish_run(folder: Path, policy: Policy, engine: Engine, heldout: HeldOut) -
         _replace_export(policy, folder / "export", weights)
         first = heldout.first()
         if first is not None and heldout.last is not None and len(first) == len(heldout.last):
-            picture = before_after(first, heldout.last, heldout.captions)
-            (folder / "images").mkdir(exist_ok=True)
-            picture.save(folder / "images" / "before_after.png")
-            write_atomically(folder / "images" / "captions.json", json.dumps(heldout.captions))
+            recorder.image("before_after", before_after(first, heldout.last, heldout.captions), epoch)
         summary = write_summary(folder)
         write_report(folder)
     barrier()

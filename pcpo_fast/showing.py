@@ -48,7 +48,7 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = load_prompts(arguments.prompts) if arguments.prompts else [Prompt(text) for text in arguments.prompt]
     rewards = RewardSet([RewardConfig(name=name) for name in arguments.reward])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(config, device)
+    policy = load_policy(config, device, [prompt.text for prompt in prompts])
     if weights is not None:
         load_trained_weights(policy, config, weights)
     transitions = build_transitions(config.sampler, policy.scheduler_times(config.sampler.steps))

@@ -1,5 +1,6 @@
 """The training loop: rollout, reward, advantage, update; then the records of it."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout import Rollout, StepTable, collect_rollout
 from pcpo_fast.run_directory import Start, claim, open_run, read_summary
 from pcpo_fast.run_inputs import RunInputs
-from pcpo_fast.run_results import finish_run, write_credit
+from pcpo_fast.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.samplers import build_credit, build_transitions
 from pcpo_fast.update import CreditRows, Update
 
@@ -55,7 +56,9 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
             f"set model.gradient_checkpointing=true, or use more GPUs ({str(error).splitlines()[0]})"
         ) from error
     finally:
-        stop_distributed()
+        # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
+        if world_size() == 1 or sys.exc_info()[0] is None:
+            stop_distributed()
 
 
 def _announce(start: Start, config: Config, console: Console) -> None:
@@ -110,6 +113,8 @@ class Trainer:
             if rank() == 0:
                 open_run(config)
                 write_credit(self.folder, config.sampler.name, self.transitions, self.credit)
+                if self.heldout.prompts:
+                    write_captions(self.folder, self.heldout.captions)
         self.recorder = RunRecorder(
             self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
         )
@@ -126,9 +131,11 @@ class Trainer:
                 if last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                     self._save(done)
             self.progress.phase("report")
-            return finish_run(self.folder, self.policy, self.engine, self.heldout)
+            return finish_run(self.folder, self.policy, self.engine, self.heldout, self.recorder, config.train.epochs)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         clock = [time.perf_counter()]
         self.progress.phase("rollout")
         plan = plan_epoch(self.config, len(self.prompts), self.steps, epoch, rank(), world_size())
@@ -187,7 +194,9 @@ class Trainer:
             self.recorder.log("update", record, epoch=epoch, update=index)
             records.append(record)
             self._count_skipped(applied, record["policy/loss"])
-        metrics = _mean_over_updates(records)
+        # A skipped update has nothing finite to say; it counts as skipped and in no mean.
+        applied_records = [record for record in records if not record["policy/skipped_updates"]]
+        metrics = _mean_over_updates(applied_records or records)
         metrics["policy/skipped_updates"] = sum(record["policy/skipped_updates"] for record in records)
         self._warn_of_mismatch(metrics, epoch)
         return metrics

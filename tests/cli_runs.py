@@ -132,9 +132,9 @@ def finished_run(folder: Path, pipeline: Path, **changes: Any) -> Run:
     kept: dict[str, Any] = {}
     finish = pcpo_fast.trainer.finish_run
 
-    def keep(run: Path, policy: Any, engine: Any, heldout: Any) -> dict[str, Any]:
+    def keep(run: Path, policy: Any, engine: Any, heldout: Any, *others: Any) -> dict[str, Any]:
         kept.update(policy=policy, images=heldout.last)
-        return finish(run, policy, engine, heldout)
+        return finish(run, policy, engine, heldout, *others)
 
     config = write_config(folder, pipeline, **changes)
     with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +159,7 @@ def images_of(transformer: Any, pipeline: Any, run: Run) -> torch.Tensor:
         width=config.model.width,
         guidance=config.model.guidance,
         folder=Path(config.model.path),
-        cache=EmbeddingCache(run.folder / "cache", "test"),
+        cache=EmbeddingCache(run.folder.parent / "cache", "test"),
         max_sequence_length=config.model.max_sequence_length,
     )
     with torch.no_grad():

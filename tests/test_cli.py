@@ -1,5 +1,6 @@
 """The command line: help, mistakes in the command itself, and ``credit``."""
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -18,8 +19,12 @@ from cli_runs import (
 from PIL import Image
 
 from pcpo_fast import __version__
-from pcpo_fast.cli import COMMANDS, build_parser, parse
-from pcpo_fast.commands import report
+from pcpo_fast.cli import COMMANDS, build_parser, main, parse
+from pcpo_fast.commands import credit, report
+from pcpo_fast.config_loading import load_config
+from pcpo_fast.errors import UserError
+from pcpo_fast.prompts import epoch_prompts
+from pcpo_fast.run_inputs import RunInputs
 
 Capture = pytest.CaptureFixture[str]
 NAMES = tuple(command.__name__.rpartition(".")[2] for command in COMMANDS)
@@ -186,3 +191,28 @@ def test_credit_refuses(
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
     assert words in answer.err
+
+
+@pytest.mark.parametrize(("own", "expected"), [(True, "error: rank 5: the GPU is full\n"), (False, "")])
+def test_a_rank_says_its_own_mistake_and_leaves_the_shared_ones_to_the_first(
+    own: bool, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise UserError("the GPU is full") from (MemoryError() if own else None)
+
+    monkeypatch.setattr(credit, "run", run)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    assert main(["credit"]) == 2
+    assert capsys.readouterr().err == expected
+
+
+def test_only_the_prompts_that_some_epoch_samples_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "many.txt").write_text("".join(f"a red circle {index}\n" for index in range(1000)))
+    config = load_config(
+        None,
+        [f"prompts.train={tmp_path / 'many.txt'}", "prompts.heldout=null", "train.epochs=3", "credit.clip_range=1"],
+    )
+    inputs = RunInputs.load(config)
+    sampled = {inputs.prompts[i].text for epoch in range(3) for i in epoch_prompts(1000, 4, epoch, config.seed)}
+    assert set(inputs.texts) == sampled and len(inputs.texts) == 12

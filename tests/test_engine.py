@@ -267,3 +267,23 @@ def test_a_deepspeed_file_that_cannot_be_used_is_refused(
 def test_a_folder_instead_of_a_deepspeed_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         deepspeed_config(config_of(f"deepspeed={tmp_path}"), 1)
+
+
+def test_another_data_type_does_not_switch_fp32_sums_off(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"data_types": {"other": 1}}))
+    settings = deepspeed_config(config_of("model.dtype=bfloat16", f"deepspeed={file}"), accumulation=1)
+    assert settings["data_types"] == {"other": 1, "grad_accum_dtype": "fp32"}
+
+
+def test_an_offloaded_optimiser_is_ours_and_trains(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    results = []
+    for overrides in ((), (f"deepspeed={file}",)):
+        engine = Engine(module_of(), config_of("optimizer.lr=0.01", *overrides), accumulation=2)
+        train_step(engine, batches(2))
+        assert engine.last_step.applied
+        results.append([safe_get_full_fp32_param(p) for p in engine.deepspeed.module.parameters()])
+    assert not same(results[0], weights_of(module_of()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))

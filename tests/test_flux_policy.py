@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -481,6 +482,8 @@ def spoiled(folder: Path, kind: str) -> Path:
         index.write_text("[]")
     elif kind == "no transformer":
         next((folder / "transformer").glob("*.safetensors")).unlink()
+    elif kind == "no second tokenizer":
+        shutil.rmtree(folder / "tokenizer_2")
     elif kind == "cut weights":
         file = next((folder / "transformer").glob("*.safetensors"))
         file.write_bytes(file.read_bytes()[:1000])
@@ -496,6 +499,7 @@ def spoiled(folder: Path, kind: str) -> Path:
         ("a list", "is not valid JSON"),
         ("no transformer", "cannot be loaded as a FluxPipeline"),
         ("cut weights", "cannot be loaded as a FluxPipeline"),
+        ("no second tokenizer", "is not complete: model_index.json names tokenizer_2, but there is no tokenizer_2/"),
     ],
 )
 def test_a_folder_that_is_no_flux_pipeline_is_refused(own_pipeline: Path, kind: str, reason: str) -> None:

@@ -406,3 +406,15 @@ def nans(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> 
 def test_input_that_does_not_fit(batch: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
     with pytest.raises(ValueError, match="images"):
         RewardSet([RewardConfig(name="jpeg_compressibility")]).score(batch, prompts, metadata)
+
+
+def test_a_required_option_of_a_function_may_come_from_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "def level(images, prompts, metadata, *, factor): return images.mean((1, 2, 3)) * factor"
+    (tmp_path / "required_option.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward("required_option:level", {"factor": 4.0})
+    assert torch.allclose(torch.as_tensor(reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}])), torch.full((2,), 4.0))
+    with pytest.raises(UserError, match="factor"):
+        load_reward("required_option:level")

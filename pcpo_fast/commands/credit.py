@@ -79,6 +79,8 @@ def _transitions(arguments: argparse.Namespace) -> "Transitions":
         stable_diffusion_alphas,
     )
 
+    if arguments.steps > 1000:
+        raise UserError(f"--steps: must be at most 1000, got {arguments.steps}")
     flow_only, ddim_only = ("noise", "shift"), ("eta", "variance", "weight")
     foreign = flow_only if arguments.sampler == "ddim" else ddim_only
     for name in foreign:

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcpo_fast.distributed import barrier, local_rank, local_world_size
+from pcpo_fast.distributed import barrier, local_rank, local_world_size, shared_errors
+from pcpo_fast.errors import UserError
 
 
 class EmbeddingCache:
@@ -57,19 +58,30 @@ class EmbeddingCache:
 
         Returns:
             How many prompts were missing.
+
+        Raises:
+            UserError: a file cannot be written.
         """
-        self.drop_damaged(prompts)
+        if local_rank() == 0:
+            self.drop_damaged(prompts)
         barrier()
         missing = self.missing(prompts)
         barrier()
         mine = missing[local_rank() :: local_world_size()]
-        for start in range(0, len(mine), batch_size):
-            chunk = mine[start : start + batch_size]
-            rows = encode(chunk)
-            for index, prompt in enumerate(chunk):
-                self.store(prompt, {name: value[index] for name, value in rows.items()})
-        barrier()
+        with shared_errors():
+            for start in range(0, len(mine), batch_size):
+                chunk = mine[start : start + batch_size]
+                rows = encode(chunk)
+                self._store_rows(chunk, rows)
         return len(missing)
+
+    def _store_rows(self, prompts: Sequence[str], rows: dict[str, Tensor]) -> None:
+        try:
+            for index, prompt in enumerate(prompts):
+                self.store(prompt, {name: value[index] for name, value in rows.items()})
+        except (OSError, SafetensorError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            raise UserError(f"model.embedding_cache: {self.folder.parent} cannot be written: {reason}") from None
 
     def drop_damaged(self, prompts: Sequence[str]) -> None:
         """Remove files that are not whole safetensors files, by their headers: nothing else is read."""

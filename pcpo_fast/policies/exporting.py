@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from pcpo_fast.config import ModelConfig
 from pcpo_fast.policies.flux import DTYPES
 from pcpo_fast.policies.locating import pipeline_folder
+from pcpo_fast.policies.quiet import quiet_libraries
 
 
 def save_pipeline(settings: ModelConfig, weights: Path, target: Path) -> None:
@@ -19,6 +21,11 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path) -> None:
     """
     folder = pipeline_folder(settings.path, settings.revision, "FluxPipeline")
     dtype = DTYPES[settings.dtype]
+    with quiet_libraries():
+        _save_pipeline(settings, folder, weights, target, dtype)
+
+
+def _save_pipeline(settings: ModelConfig, folder: Path, weights: Path, target: Path, dtype: torch.dtype) -> None:
     if settings.finetune == "lora":
         pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
         pipeline.load_lora_weights(weights)

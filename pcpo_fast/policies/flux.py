@@ -1,6 +1,7 @@
 """FLUX as a policy: packed latents, embedded guidance, CLIP and T5 conditioning."""
 
 import gc
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,8 @@ from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.truncation import warn_of_long_prompts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DECODED_PIXELS = 1 << 21
+"""Pixels that the VAE decodes at once: two images of 1024 x 1024."""
 ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -63,16 +66,9 @@ class FluxPolicy(Policy):
         self.cache = cache
         self.max_sequence_length = max_sequence_length
         self.encoding_device: torch.device | None = None
+        self.warned_of_long_prompts = False
         self.vae_scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        unit = 2 * self.vae_scale
-        for name, size in (("height", height), ("width", width)):
-            if size % unit:
-                below = max(size // unit, 1) * unit
-                raise UserError(
-                    f"model.{name}: {size} is not a multiple of {unit} (VAE factor {self.vae_scale}, packed 2 x 2); "
-                    f"nearest sizes: {below} and {below + unit}"
-                )
-        self.rows, self.columns = height // unit, width // unit
+        self.rows, self.columns = token_grid(vae.config, height, width)
 
     @classmethod
     def load(
@@ -90,6 +86,7 @@ class FluxPolicy(Policy):
             UserError: as in :func:`pcpo_fast.policies.locating.pipeline_folder`; LoRA, attention or image size refused.
         """
         folder = pipeline_folder(settings.path, settings.revision, "FluxPipeline")
+        _check_size(folder, settings)
         dtype = DTYPES[settings.dtype]
         pipeline = _load_pipeline(folder, dtype=dtype, **dict.fromkeys(ENCODERS))
         fingerprint = folder_fingerprint(
@@ -106,11 +103,7 @@ class FluxPolicy(Policy):
             cache=EmbeddingCache(cache_folder, fingerprint),
             max_sequence_length=settings.max_sequence_length,
         )
-        policy.encoding_device = device
-        policy.prepare_prompts(prompts)
-        policy.vae.requires_grad_(False).to(device)
-        policy.transformer.to(device)
-        choose_attention(policy.transformer, settings.attention)
+        choose_attention(policy.transformer, settings.attention, device)
         if settings.finetune == "lora":
             add_lora(policy.transformer, settings.lora)
             if settings.lora.init is not None:
@@ -120,6 +113,12 @@ class FluxPolicy(Policy):
         if settings.gradient_checkpointing:
             policy.transformer.enable_gradient_checkpointing()
         policy.transformer.train()
+        policy.encoding_device = device
+        if prompts and rank() == 0:
+            policy._warn_of_long_prompts(prompts)
+        policy.prepare_prompts(prompts)
+        policy.vae.requires_grad_(False).to(device)
+        policy.transformer.to(device)
         return policy
 
     @property
@@ -165,6 +164,9 @@ class FluxPolicy(Policy):
         return _load_pipeline(self.folder, dtype=self.dtype, transformer=None, vae=None)
 
     def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
+        if self.warned_of_long_prompts:
+            return
+        self.warned_of_long_prompts = True
         models = dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2"))
         tokenizers = _load_pipeline(self.folder, **models)
         limit = self.max_sequence_length
@@ -173,7 +175,10 @@ class FluxPolicy(Policy):
         warn_of_long_prompts(prompts, clip, clip.model_max_length, "CLIP reads for its one summary vector")
 
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Velocity for a batch whose rows may be at different times; the exact time, not one cut to an integer."""
+        """Velocity for a batch whose rows may be at different times.
+
+        The times go in as they are, not cut to an integer; diffusers rounds them to the model's dtype.
+        """
         device, dtype = latents.device, self.dtype
         states = conditioning["prompt_embeds"].to(device, dtype)
         guidance = None
@@ -212,8 +217,11 @@ class FluxPolicy(Policy):
         """Decode packed latents to images."""
         config = self.vae.config
         pixels = self.unpack(latents) / config["scaling_factor"] + (config["shift_factor"] or 0.0)
-        images = self.vae.decode(pixels.to(next(self.vae.parameters()).dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        pixels = pixels.to(next(self.vae.parameters()).dtype)
+        # A few images at a time: the decoder's activations, not the transformer's, would limit the batch.
+        at_once = max(1, DECODED_PIXELS // (4 * self.rows * self.columns * self.vae_scale**2))
+        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in pixels.split(at_once)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def scheduler_times(self, steps: int) -> Tensor:
         """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""
@@ -239,6 +247,34 @@ class FluxPolicy(Policy):
             )
         else:
             self.transformer.save_pretrained(folder / "transformer", state_dict=dict(state))
+
+
+def _check_size(folder: Path, settings: ModelConfig) -> None:
+    """Refuse an impossible image size before gigabytes of weights are read."""
+    try:
+        config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        blocks = config["block_out_channels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # loading the pipeline says what is wrong with it
+    token_grid({"block_out_channels": blocks}, settings.height, settings.width)
+
+
+def token_grid(vae_config: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens of an image.
+
+    Raises:
+        UserError: the VAE and the 2 x 2 packing cannot take the image size.
+    """
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    unit = 2 * factor
+    for name, size in (("height", height), ("width", width)):
+        if size % unit:
+            below = max(size // unit, 1) * unit
+            raise UserError(
+                f"model.{name}: {size} is not a multiple of {unit} (VAE factor {factor}, packed 2 x 2); "
+                f"nearest sizes: {below} and {below + unit}"
+            )
+    return height // unit, width // unit
 
 
 def _load_pipeline(folder: Path | None, **options: Any) -> Any:

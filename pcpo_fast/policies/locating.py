@@ -34,11 +34,18 @@ def pipeline_folder(path: str, revision: str | None, pipeline_class: str) -> Pat
             f"model.path: {path} holds no model_index.json, so it is not a diffusers {pipeline_class} folder"
         )
     try:
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        found = parts.get("_class_name")
     except (ValueError, AttributeError):
         raise UserError(f"model.path: {index} is not valid JSON") from None
     if found != pipeline_class:
         raise UserError(f"model.path: {path} is a {found}, not a {pipeline_class}")
+    for name, kind in parts.items():
+        # diffusers would go on without the folder, with an empty tokenizer for example.
+        if isinstance(kind, list) and all(kind) and not (folder / name).is_dir():
+            raise UserError(
+                f"model.path: {path} is not complete: model_index.json names {name}, but there is no {name}/"
+            )
     return folder
 
 

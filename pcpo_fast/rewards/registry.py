@@ -75,8 +75,7 @@ def _check_call(name: str, reward: Callable[..., Any], options: Mapping[str, Any
     if signature is None:
         return
     try:
-        signature.bind(None, None, None)
-        call_as = f"it takes {signature}"
+        signature.bind_partial(None, None, None)
     except TypeError as error:
         raise UserError(
             f"reward {name} cannot be called with (images, prompts, metadata): {error}; it is declared with {signature}"
@@ -84,7 +83,14 @@ def _check_call(name: str, reward: Callable[..., Any], options: Mapping[str, Any
     try:
         signature.bind(None, None, None, **options)
     except TypeError as error:
-        raise UserError(f"reward {name} does not take the options {dict(options)}: {error}; {call_as}") from None
+        if not options:
+            raise UserError(
+                f"reward {name} cannot be called with (images, prompts, metadata): {error}; it is declared with "
+                f"{signature}"
+            ) from None
+        raise UserError(
+            f"reward {name} does not take the options {dict(options)}: {error}; it takes {signature}"
+        ) from None
 
 
 def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
