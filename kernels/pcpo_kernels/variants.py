@@ -189,14 +189,13 @@ def guidance_variants(dtype: str, result: str) -> tuple[Variant, Variant]:
 def all_variants() -> Iterator[Variant]:
     """Every variant that a trainer launches."""
     for noise in ("key", "endpoints", "detached"):
-        for extras in ("", "kl", "kl-cfg"):
-            yield from policy_loss_variants("bf16", noise, extras)
         for extras in ("", "kl"):
+            yield from policy_loss_variants("bf16", noise, extras)
             yield from policy_loss_variants("fp32", noise, extras)
         yield from policy_loss_variants("fp16", noise)
         yield from policy_loss_variants("fp32", noise, elements=DEMO)
-        for extras in ("", "kl"):
-            yield policy_loss_variants("bf16", noise, extras, objective="clip")[0]
+        yield policy_loss_variants("bf16", noise, objective="clip")[0]
+    yield from policy_loss_variants("bf16", "endpoints", "kl-cfg")
     yield from policy_loss_variants("bf16", "tensor")
     yield policy_loss_variants("bf16", "endpoints", reduction="sum")[0]
     yield from policy_loss_variants("bf16", "endpoints", elements=LONG)

@@ -57,7 +57,7 @@ def test_mixed_dtypes(device) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "elements"),
-    [(1, 1), (1, 2), (3, 1), (2, 127), (2, 128), (3, 2047), (2, 2048), (2, 2049), (1, 4097), (65, 8), (1, 300_001)],
+    [(1, 1), (1, 2), (3, 1), (2, 127), (2, 128), (3, 2047), (2, 2048), (2, 2049), (1, 4097), (17, 8), (1, 300_001)],
 )
 def test_sizes(device, rows, elements) -> None:
     case = make_case(rows, (elements,), noise="endpoints", with_reference=True, clip_range=1e-3)
@@ -71,7 +71,7 @@ def test_sizes_with_a_key(device) -> None:
         check_against_judge(case.cast(torch.float32), device)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     rows=st.integers(1, 4),
     shape=st.lists(st.integers(1, 12), min_size=1, max_size=3),

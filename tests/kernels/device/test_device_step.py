@@ -82,10 +82,10 @@ def test_normals(device, offset, count) -> None:
 
 
 def test_normals_in_bulk(device) -> None:
-    """A million normals: none further than 1e-6 from the reference, none out of bounds."""
+    """Half a million normals: none further than 1e-6 from the reference, none out of bounds."""
     seed = torch.arange(8)
-    got = philox_normal(seed.to(device), torch.zeros_like(seed).to(device), 1 << 17).cpu()
-    exact = reference(philox_normal, seed, torch.zeros_like(seed), 1 << 17)
+    got = philox_normal(seed.to(device), torch.zeros_like(seed).to(device), 1 << 16).cpu()
+    exact = reference(philox_normal, seed, torch.zeros_like(seed), 1 << 16)
     assert (got - exact).abs().max().item() <= 1e-6
     assert 4.5 < got.abs().max().item() < 5.9
 
@@ -126,7 +126,7 @@ def test_sample_step(device, noise, dtype, reduction) -> None:
     )
 
 
-@pytest.mark.parametrize(("rows", "elements"), [(1, 1), (3, 2050), (1, 300_000), (70, 3)])
+@pytest.mark.parametrize(("rows", "elements"), [(1, 1), (3, 2050), (1, 300_000), (17, 3)])
 def test_sample_step_sizes(device, rows, elements) -> None:
     case = make_case(rows, (elements,)).cast(torch.float32)
     x, _, a, b, std = case.ends
