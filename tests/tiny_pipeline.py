@@ -7,14 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pcpo_fast.config import Config
-from pcpo_fast.config_loading import load_config
+if TYPE_CHECKING:  # the kernels' tests run where only PyTorch and Triton are installed
+    from pcpo_fast.config import Config
 
 HEIGHT, WIDTH, TOKENS, CHANNELS = 16, 24, 24, 16
 WORDS = ("a", "red", "green", "blue", "circle", "square", "on", "background")
@@ -116,8 +116,10 @@ def process_group() -> Iterator[torch.device]:
     yield start_distributed()
 
 
-def tiny_config(pipeline: Path, *overrides: str) -> Config:
+def tiny_config(pipeline: Path, *overrides: str) -> "Config":
     """A run of two updates of four images on the pipeline, in float32; ``overrides`` are ``key=value``."""
+    from pcpo_fast.config_loading import load_config
+
     return load_config(
         None,
         [
