@@ -44,6 +44,8 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--seed: must lie in 0..2^63 - 1, got {arguments.seed}")
     if Path(arguments.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output: {arguments.output} must end in .png, .jpg or .webp")
+    if not all(text.strip() for text in arguments.prompt or ["-"]):
+        raise UserError("--prompt: must not be empty")
     config, weights = _model_of(arguments)
     prompts = load_prompts(arguments.prompts) if arguments.prompts else [Prompt(text) for text in arguments.prompt]
     rewards = RewardSet([RewardConfig(name=name) for name in arguments.reward])

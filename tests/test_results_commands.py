@@ -232,3 +232,8 @@ def test_report_refuses_what_is_no_run(make: Any, tmp_path: Path, capsys: Captur
     answer = call(capsys, "report", tmp_path / "run")
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith("error: ") and "is not a run directory" in answer.err
+
+
+def test_an_empty_prompt_is_refused(capsys: Capture) -> None:
+    answer = call(capsys, "sample", "--prompt", " ")
+    assert (answer.code, answer.err) == (2, "error: --prompt: must not be empty\n")
