@@ -50,8 +50,8 @@ def render(run: RunFiles) -> str:
         ),
         page.section(
             "Clip fraction per step",
-            "Share of images whose update was clipped, by sampling step. Proportionate credit keeps it low and flat; "
-            "an uneven credit shows as a few steps that clip and others that never do.",
+            "Share of (image, step) pairs whose update was clipped, by sampling step. One clip range serves all steps, so "
+            "a step clips more the larger its log-ratio grows: with its credit, and with the change of its output.",
             _figures(run, [("clip", plots.clip_fraction_figure, "Clip fraction per step and epoch")]),
         ),
         page.section("Credit per step", _credit_text(run), _credit(run), "There is no credit.json that can be read."),
