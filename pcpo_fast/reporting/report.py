@@ -50,8 +50,8 @@ def render(run: RunFiles) -> str:
         ),
         page.section(
             "Clip fraction per step",
-            "Share of (image, step) pairs whose update was clipped, by sampling step. One clip range serves all steps, so "
-            "a step clips more the larger its log-ratio grows: with its credit, and with the change of its output.",
+            "Share of (image, step) pairs whose update was clipped, by sampling step. One clip range serves all, so a "
+            "step clips more the larger its log-ratio grows: with its credit, and with the change of its output.",
             _figures(run, [("clip", plots.clip_fraction_figure, "Clip fraction per step and epoch")]),
         ),
         page.section("Credit per step", _credit_text(run), _credit(run), "There is no credit.json that can be read."),
