@@ -5,6 +5,9 @@ Numbers: docs/method.md, section on the published runs. A value in the user's fi
 
 from typing import Any
 
+DEFAULT_CONFIG = "configs/tiny_flux.yaml"
+"""What a command uses that is given no configuration: the demo, in the project's folder."""
+
 _DANCE_SAMPLER = {"name": "dance", "steps": 16, "noise": 0.3, "shift": 3.0}
 _FLOW_SAMPLER = {"name": "flow", "steps": 10, "noise": 0.7, "shift": 3.0, "grid": "scheduler"}
 

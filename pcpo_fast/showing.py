@@ -13,6 +13,7 @@ from pcpo_fast.config import Config, RewardConfig
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.loading import load_policy, load_trained_weights
+from pcpo_fast.presets import DEFAULT_CONFIG
 from pcpo_fast.prompts import Prompt, load_prompts
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.rewards import RewardSet
@@ -21,8 +22,6 @@ from pcpo_fast.run_directory import CONFIG_FILE
 from pcpo_fast.samplers import build_transitions
 from pcpo_fast.sampling import generate
 from pcpo_fast.transitions import euler_ode
-
-DEFAULT_CONFIG = "configs/tiny_flux.yaml"
 
 
 def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-DEFAULT_CONFIG = "configs/tiny_flux.yaml"
+from pcpo_fast.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
   python train.py                                            the demo: tiny FLUX on a CPU

@@ -67,7 +67,7 @@ class FluxPolicy(Policy):
         self.max_sequence_length = max_sequence_length
         self.encoding_device: torch.device | None = None
         self.warned_of_long_prompts = False
-        self.vae_scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.vae_scale = vae_factor(vae.config)
         self.rows, self.columns = token_grid(vae.config, height, width)
 
     @classmethod
@@ -259,13 +259,18 @@ def _check_size(folder: Path, settings: ModelConfig) -> None:
     token_grid({"block_out_channels": blocks}, settings.height, settings.width)
 
 
+def vae_factor(vae_config: Mapping[str, Any]) -> int:
+    """How many pixels across a latent is: the VAE halves the image between its blocks."""
+    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
+
+
 def token_grid(vae_config: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
     """Rows and columns of tokens of an image.
 
     Raises:
         UserError: the VAE and the 2 x 2 packing cannot take the image size.
     """
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    factor = vae_factor(vae_config)
     unit = 2 * factor
     for name, size in (("height", height), ("width", width)):
         if size % unit:
