@@ -10,13 +10,15 @@ import re
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.distributed import barrier, rank, world_size
 from pcpo_fast.engine import Engine
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies import Policy
+
+if TYPE_CHECKING:  # looking at a run directory need not load the models' libraries
+    from pcpo_fast.policies import Policy
 
 STATE_FILE = "state.json"
 WEIGHTS = "weights"
@@ -24,7 +26,9 @@ _NAME = re.compile(r"epoch_\d{6,}")
 _LEFTOVER = re.compile(r"\.epoch_\d{6,}\.(tmp|old)")
 
 
-def save_checkpoint(folder: Path, engine: Engine, policy: Policy, epoch: int, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, engine: Engine, policy: "Policy", epoch: int, state: dict[str, Any], keep: int
+) -> Path:
     """Write ``folder/epoch_<epoch>`` and drop all but the newest ``keep`` checkpoints; all ranks must call it.
 
     Args:

@@ -15,21 +15,6 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
-FLUX_LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
-
 
 class Section(BaseModel):
     """A group of settings: unknown keys are errors, a value has its own type, and it never changes after loading."""
@@ -42,11 +27,11 @@ class LoraConfig(Section):
 
     rank: Positive = Field(32, description="rank of the adapters")
     alpha: PositiveFloat = Field(64.0, description="scale numerator; the update is multiplied by alpha / rank")
-    targets: tuple[str, ...] = Field(
-        FLUX_LORA_TARGETS,
+    targets: tuple[str, ...] | None = Field(
+        None,
         min_length=1,
         strict=False,
-        description="linear layers that get an adapter, by the end of their name",
+        description="linear layers that get an adapter, by the end of their name; null: the model family's usual ones",
     )
     init: str | None = Field(None, description="folder or file of LoRA weights to start from")
 
@@ -54,17 +39,25 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Which model is trained and how its weights are held."""
 
-    path: str = Field("assets/tiny-flux", min_length=1, description="folder of a diffusers FluxPipeline, or its hub id")
+    path: str = Field("assets/tiny-flux", min_length=1, description="folder or hub id of a diffusers pipeline")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the model's weights and activations")
-    finetune: Literal["full", "lora"] = Field("full", description="train every transformer weight, or LoRA adapters")
+    finetune: Literal["full", "lora"] = Field(
+        "full", description="train every weight of the transformer or UNet, or LoRA adapters"
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
     height: Positive = Field(32, description="image height in pixels")
     width: Positive = Field(32, description="image width in pixels")
     guidance: NotNegativeFloat = Field(
-        3.5, description="embedded guidance scale (FLUX.1-dev); unused by FLUX.1-schnell"
+        3.5, description="embedded guidance scale (FLUX.1-dev); unused by every other model"
     )
-    max_sequence_length: Positive = Field(512, le=512, description="T5 tokens per prompt; longer prompts are cut")
+    cfg_scale: NotNegativeFloat = Field(
+        1.0, description="classifier-free guidance scale, trained through both halves; 1: off (one forward, not two)"
+    )
+    negative_prompt: str = Field("", description="prompt of the unconditional half")
+    max_sequence_length: Positive = Field(
+        512, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     attention: str = Field("native", description="attention backend by diffusers' name: native, flash, xformers, ...")
     embedding_cache: str | None = Field(
@@ -84,16 +77,43 @@ class PromptConfig(Section):
 class SamplerConfig(Section):
     """The stochastic sampler of the rollouts (docs/method.md)."""
 
-    name: Literal["dance", "flow", "cps"] = Field("dance", description="dance (DanceGRPO), flow (Flow-GRPO) or cps")
+    name: Literal["dance", "flow", "cps", "ddim"] = Field(
+        "dance",
+        description="flow models: dance (DanceGRPO), flow (Flow-GRPO) or cps; diffusion models: ddim (DDPO, DanceGRPO)",
+    )
     steps: int = Field(16, ge=2, le=1000, description="denoising steps")
     noise: PositiveFloat = Field(0.3, description="noise level eta")
-    shift: PositiveFloat = Field(3.0, description="time shift of the grid")
+    shift: PositiveFloat = Field(3.0, description="time shift of the grid; unused by ddim")
     grid: Literal["shifted", "scheduler"] = Field(
-        "shifted", description="shifted: t = s u / (1 + (s - 1) u) on a linear u; scheduler: the pipeline's own grid"
+        "shifted",
+        description="shifted: t = s u / (1 + (s - 1) u) on a linear u; scheduler: the pipeline's own; unused by ddim",
+    )
+    variance: Literal["native", "reshaped", "exact"] = Field(
+        "native", description="ddim: the noise of eta, or PCPO's that give every step the same credit"
+    )
+    weight: PositiveFloat | None = Field(
+        None, description="ddim: credit asked of every step by a reshaped or exact variance; null: 4.5, as published"
     )
     final_step: Literal["default", "clean", "noisy"] = Field(
         "default", description="decode the clean prediction or the noisy sample of the last step; default: as published"
     )
+
+
+class WindowConfig(Section):
+    """A window of steps that moves over the sampler: only its steps have noise and are trained (MixGRPO)."""
+
+    size: NotNegative = Field(0, description="steps in the window; 0: no window, every step has noise")
+    schedule: Literal["progressive", "random", "fixed"] = Field(
+        "progressive", description="progressive: from the first step to the last; random: drawn anew; fixed: stays"
+    )
+    start: NotNegative = Field(0, description="first step of the window at the beginning")
+    stride: Positive = Field(1, description="steps that a progressive window moves at a time")
+    interval: Positive = Field(25, description="epochs before the window moves")
+    decay: NotNegativeFloat = Field(
+        0.0, description="shortens the interval at position p by exp(-decay max(p - decay_after, 0))"
+    )
+    decay_after: NotNegative = Field(0, description="position from which the interval shortens")
+    wrap: bool = Field(True, description="a progressive window starts again after the last position, or stays there")
 
 
 class RolloutConfig(Section):
@@ -125,6 +145,12 @@ class CreditConfig(Section):
     kl: Literal["exact", "published"] = Field(
         "exact", description="KL of the Gaussians, or Flow-GRPO's without the step"
     )
+    normalize_scale: bool = Field(
+        False, description="divide the rule's outer scale by its mean over the steps (grpo_guard, fair_clip)"
+    )
+    normalize_over: Literal["all", "trained"] = Field(
+        "all", description="steps that zeta and means run over: all with noise, or credit.steps and what is left of it"
+    )
 
 
 class AdvantageConfig(Section):
@@ -134,6 +160,10 @@ class AdvantageConfig(Section):
         "group", description="per group; per-group mean with global std; whole epoch; or a running buffer per prompt"
     )
     clip: PositiveFloat = Field(5.0, description="advantages are clipped to plus or minus this")
+    epsilon: PositiveFloat = Field(1e-8, description="added to the standard deviation")
+    unbiased: bool = Field(False, description="sample standard deviation (n - 1); not for running")
+    buffer_size: Positive = Field(16, description="running: rewards remembered of each prompt")
+    min_count: Positive = Field(16, description="running: rewards that a prompt needs before its own statistics count")
 
 
 class RewardConfig(Section):
@@ -165,6 +195,16 @@ class TrainConfig(Section):
     epochs: NotNegative = Field(300, description="rollout phases, each with its updates")
     updates_per_epoch: Positive = Field(2, description="optimiser steps on disjoint parts of one rollout")
     inner_epochs: Positive = Field(1, description="passes over the same rollout")
+    max_rollout_age: Positive = Field(
+        32,
+        description="optimiser steps that a rollout may be trained on; inner_epochs x updates_per_epoch beyond it "
+        "is refused",
+    )
+    max_log_ratio: PositiveFloat | None = Field(
+        None,
+        description="a rollout is stale, and no further pass is made over it, once the mean |log-ratio| of a pass is "
+        "above this; null: never",
+    )
     micro_batch_size: Positive = Field(1, description="(image, step) pairs in one forward and backward on each rank")
     old_output: Literal["detach", "rollout", "recompute"] = Field(
         "detach", description="what the new output is compared with (docs/method.md, Which old output)"
@@ -208,7 +248,7 @@ class Config(Section):
 
     output_dir: str = Field("runs/demo", min_length=1, description="the run directory")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes every random number of the run")
-    algorithm: str = Field("pcpo", description="preset that fills in what is not set: pcpo, dancegrpo or flow_grpo")
+    algorithm: str = Field("pcpo", description="preset that fills in what is not set (docs/algorithms.md)")
     deepspeed: str | None = Field(
         None,
         description="DeepSpeed JSON file (ZeRO stage, offload, ...); batch sizes, optimizer and precision are not set "
@@ -217,6 +257,7 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
     prompts: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)  # type: ignore[arg-type]
+    window: WindowConfig = Field(default_factory=WindowConfig)  # type: ignore[arg-type]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # type: ignore[arg-type]
     rewards: tuple[RewardConfig, ...] = Field(
         (RewardConfig(name="caption_match"),), strict=False, description="what the policy is trained towards"
@@ -256,6 +297,35 @@ class Config(Section):
         """Stochastic rounding is a property of bf16 weights."""
         if self.optimizer.weights == "stochastic_rounding" and self.model.dtype != "bfloat16":
             raise ValueError("optimizer.weights: stochastic_rounding needs model.dtype=bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def check_variance(self) -> "Config":
+        """PCPO's variances are solutions for DDIM, and replace its eta."""
+        sampler = self.sampler
+        if sampler.name != "ddim" and (sampler.variance != "native" or sampler.weight is not None):
+            raise ValueError(f"sampler.variance: only the sampler ddim has a choice of variance, not {sampler.name}")
+        return self
+
+    @model_validator(mode="after")
+    def check_age(self) -> "Config":
+        """A rollout that many updates have left behind no longer says what the policy does."""
+        age, limit = self.train.inner_epochs * self.train.updates_per_epoch, self.train.max_rollout_age
+        if age > limit:
+            raise ValueError(
+                f"train.inner_epochs: {self.train.inner_epochs} passes of {self.train.updates_per_epoch} updates train "
+                f"{age} times on one rollout, more than train.max_rollout_age allows ({limit})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_buffers(self) -> "Config":
+        """A buffer must be able to hold as many rewards as are asked of it."""
+        if self.advantage.min_count > self.advantage.buffer_size:
+            raise ValueError(
+                f"advantage.min_count: {self.advantage.min_count} rewards never fit into buffers of "
+                f"advantage.buffer_size={self.advantage.buffer_size}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ so a rule is one small function here that fills three columns. Derivations: docs
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -43,6 +43,30 @@ class CreditTable:
     zeta: float
     rule: str
     trained_steps: tuple[int, ...]
+
+    def restricted(self, steps: Iterable[int]) -> "CreditTable":
+        """The same credit with rows for some of the trained steps only: zeta and the rules' means stay.
+
+        Raises:
+            ValueError: no step is named, or one that is not trained.
+        """
+        kept = tuple(sorted(set(steps)))
+        if not kept or not set(kept) <= set(self.trained_steps):
+            raise ValueError(f"trained are the steps {list(self.trained_steps)}, and {list(kept)} are not among them")
+        chosen = torch.zeros(len(self.linear), dtype=torch.bool)
+        chosen[list(kept)] = True
+
+        def cut(column: Tensor) -> Tensor:
+            return torch.where(chosen, column, 0.0)
+
+        return replace(
+            self,
+            linear=cut(self.linear),
+            quadratic=cut(self.quadratic),
+            scale=cut(self.scale),
+            kl=cut(self.kl),
+            trained_steps=kept,
+        )
 
 
 class Steps(NamedTuple):

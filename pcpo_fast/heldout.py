@@ -16,13 +16,24 @@ from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.rewards import RewardSet, Scores
-from pcpo_fast.rollout import StepTable
 from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.sampling import generate
-from pcpo_fast.transitions import Transitions, euler_ode
+from pcpo_fast.step_tables import RunTables, StepTable
 
 SHOWN = 16
 """Images in the grids that show the training over time."""
+
+
+def diversity(images: Tensor, per_prompt: int) -> float:
+    """Mean over prompts of the root mean squared pixel distance between two images of a prompt.
+
+    Args:
+        images: [P k, 3, H, W] in 0..1, prompt-major.
+        per_prompt: k, at least 2.
+    """
+    groups = images.double().reshape(-1, per_prompt, images[0].numel())
+    # The mean squared distance of all pairs is twice the sample variance.
+    return float((2 * groups.var(dim=1, unbiased=True).mean(dim=1)).sqrt().mean())
 
 
 @dataclass
@@ -44,9 +55,9 @@ class HeldOut:
     last: Tensor | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, config: Config, policy: Policy, transitions: Transitions, inputs: RunInputs) -> "HeldOut":
+    def of(cls, config: Config, policy: Policy, tables: RunTables, inputs: RunInputs) -> "HeldOut":
         """Evaluation on the rollout's time grid, without noise unless asked for it."""
-        sampler = euler_ode(transitions.times) if config.evaluation.deterministic else transitions
+        sampler = tables.deterministic if config.evaluation.deterministic else tables.transitions
         table = StepTable.of(sampler, policy.device)
         folder = Path(config.output_dir) / "images" / "before"
         return cls(policy, inputs.heldout, inputs.rewards, table, config.evaluation, folder)
@@ -70,6 +81,8 @@ class HeldOut:
         metrics = {"heldout/reward/mean": float(scores.total.double().mean())}
         metrics["heldout/reward/std"] = float(scores.total.double().std(unbiased=False))
         metrics |= {f"heldout/reward/{name}": float(part.double().mean()) for name, part in scores.components.items()}
+        if count > 1:
+            metrics["heldout/diversity"] = diversity(images, count)
         self.last = images[torch.tensor(self._shown(), device=images.device)].cpu()
         return metrics, image_grid(self.last, columns=min(6, len(self.last)), captions=self.captions)
 

@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     EVALUATION_STEP_NOISE = 5
     OPTIMIZER = 6
     MODEL = 7
+    WINDOW = 8
 
 
 def random_key(purpose: Purpose, *parts: int) -> int:

@@ -11,37 +11,7 @@ from pcpo_fast.config import RolloutConfig
 from pcpo_fast.epoch_plan import EpochPlan
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies import Conditioning, Policy, select_rows
-from pcpo_fast.transitions import Transitions
-
-
-@dataclass(frozen=True)
-class StepTable:
-    """A sampler's columns in float32 on the policy's device, ready to be indexed by step.
-
-    Attributes:
-        times: [N + 1].
-        a, b, std: [N], as sampled.
-        noisy: N flags, whether the step has noise; known on the host so that a rollout never waits for the device.
-    """
-
-    times: Tensor
-    a: Tensor
-    b: Tensor
-    std: Tensor
-    noisy: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, transitions: Transitions, device: torch.device) -> "StepTable":
-        """Move a float64 table to a device, its last row as it is decoded (without noise for a clean final step)."""
-        a, b, std = transitions.a.clone(), transitions.b.clone(), transitions.std.clone()
-        a[-1], b[-1], std[-1] = transitions.final_row
-        times, a_row, b_row, std_row = (column.to(device, torch.float32) for column in (transitions.times, a, b, std))
-        return cls(times, a_row, b_row, std_row, tuple((std > 0).tolist()))
-
-    @property
-    def steps(self) -> int:
-        """Number of steps N."""
-        return self.a.shape[0]
+from pcpo_fast.step_tables import StepTable
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
 from pcpo_fast.reporting.loggers import check_wandb_options
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.samplers import build_credit, build_transitions
+from pcpo_fast.step_tables import RunTables
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class RunInputs:
 
 def _check_tables(config: Config) -> None:
     """Refuse a sampler, credit rule or batch size that cannot be; with the pipeline's own grid only it can tell."""
-    if config.sampler.grid == "shifted":
-        credit = build_credit(config, build_transitions(config.sampler))
-        accumulation_steps(config, len(credit.trained_steps), int(os.environ.get("WORLD_SIZE", "1")))
+    if config.sampler.grid == "shifted" and config.sampler.name != "ddim":
+        tables = RunTables(config, None, torch.device("cpu"))
+        accumulation_steps(config, tables.trained_count, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _check_logging(settings: LoggingConfig) -> None:

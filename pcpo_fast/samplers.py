@@ -8,38 +8,92 @@ from torch import Tensor
 from pcpo_fast.config import Config, SamplerConfig
 from pcpo_fast.credit import CreditTable, credit_table
 from pcpo_fast.errors import UserError
+from pcpo_fast.schedules import DiffusionSchedule, FlowSchedule, Schedule
 from pcpo_fast.transitions import (
     Transitions,
     coefficients_preserving,
     dance_sde,
+    ddim,
+    euler_ode,
     flow_sde,
     shifted_times,
     trainable_steps,
 )
 
-SAMPLERS = {"dance": dance_sde, "flow": flow_sde, "cps": coefficients_preserving}
+FLOW_SAMPLERS = {"dance": dance_sde, "flow": flow_sde, "cps": coefficients_preserving}
+SAMPLERS = (*FLOW_SAMPLERS, "ddim")
 
 
-def build_transitions(settings: SamplerConfig, scheduler_times: Tensor | None = None) -> Transitions:
+def build_transitions(settings: SamplerConfig, schedule: Schedule | None = None) -> Transitions:
     """The sampler's table.
 
     Args:
         settings: the configuration's ``sampler`` section.
-        scheduler_times: grid of the pipeline's scheduler, needed for ``sampler.grid`` ``scheduler``.
+        schedule: what the model says of its times; needed by ``ddim`` and by ``sampler.grid`` ``scheduler``.
 
     Raises:
-        UserError: the settings make no valid sampler.
+        UserError: the settings make no valid sampler, or the model is of the other kind.
     """
     try:
-        times = shifted_times(settings.steps, settings.shift) if settings.grid == "shifted" else scheduler_times
-        if times is None:
-            raise UserError("sampler.grid: scheduler needs a model whose scheduler gives the grid")
-        transitions = SAMPLERS[settings.name](times, settings.noise)
+        if settings.name == "ddim":
+            diffusion = _diffusion(schedule)
+            transitions = ddim(
+                diffusion.alphas_cumprod,
+                diffusion.timesteps,
+                settings.noise,
+                settings.variance,
+                settings.weight,
+                prediction=diffusion.prediction,
+            )
+        else:
+            _check_flow(settings, schedule)
+            transitions = FLOW_SAMPLERS[settings.name](_grid(settings, schedule), settings.noise)
         if settings.final_step != "default":
             transitions = replace(transitions, final_step=settings.final_step)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from None
     return transitions
+
+
+def deterministic_transitions(settings: SamplerConfig, schedule: Schedule | None = None) -> Transitions:
+    """The same steps without noise: Euler's for a flow model, DDIM with eta 0 for a diffusion model.
+
+    Raises:
+        UserError: as in :func:`build_transitions`.
+    """
+    try:
+        if settings.name == "ddim":
+            diffusion = _diffusion(schedule)
+            return ddim(diffusion.alphas_cumprod, diffusion.timesteps, 0.0, prediction=diffusion.prediction)
+        _check_flow(settings, schedule)
+        return euler_ode(_grid(settings, schedule))
+    except ValueError as error:
+        raise UserError(f"sampler: {error}") from None
+
+
+def _diffusion(schedule: Schedule | None) -> DiffusionSchedule:
+    if not isinstance(schedule, DiffusionSchedule):
+        raise UserError(
+            "sampler.name: ddim samples diffusion models (Stable Diffusion 1.x), and this model is a flow model: "
+            f"allowed are {', '.join(FLOW_SAMPLERS)}"
+        )
+    return schedule
+
+
+def _check_flow(settings: SamplerConfig, schedule: Schedule | None) -> None:
+    if isinstance(schedule, DiffusionSchedule):
+        raise UserError(
+            f"sampler.name: {settings.name} samples flow models (FLUX, SD3), and this model is a diffusion model: "
+            "allowed is ddim"
+        )
+
+
+def _grid(settings: SamplerConfig, schedule: Schedule | None) -> Tensor:
+    if settings.grid == "shifted":
+        return shifted_times(settings.steps, settings.shift)
+    if not isinstance(schedule, FlowSchedule):
+        raise UserError("sampler.grid: scheduler needs a model whose scheduler gives the grid")
+    return schedule.times
 
 
 def steps_to_train(config: Config, transitions: Transitions) -> list[int]:
@@ -79,7 +133,12 @@ def build_credit(config: Config, transitions: Transitions) -> CreditTable:
     """
     try:
         return credit_table(
-            transitions, config.credit.rule, trained_steps=steps_to_train(config, transitions), kl=config.credit.kl
+            transitions,
+            config.credit.rule,
+            trained_steps=steps_to_train(config, transitions),
+            kl=config.credit.kl,
+            normalize_over=config.credit.normalize_over,
+            normalize_scale=config.credit.normalize_scale,
         )
     except ValueError as error:
         raise UserError(f"credit: {error}") from None

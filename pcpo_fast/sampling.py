@@ -9,7 +9,8 @@ from torch import Tensor
 from pcpo_fast.distributed import gather_rows, rank, world_size
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies import Policy, select_rows
-from pcpo_fast.rollout import StepTable, initial_latents, sampler_steps
+from pcpo_fast.rollout import initial_latents, sampler_steps
+from pcpo_fast.step_tables import StepTable
 
 
 def generate(

@@ -17,11 +17,10 @@ from pcpo_fast.presets import DEFAULT_CONFIG
 from pcpo_fast.prompts import Prompt, load_prompts
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.rollout import StepTable
 from pcpo_fast.run_directory import CONFIG_FILE
-from pcpo_fast.samplers import build_transitions
+from pcpo_fast.samplers import build_transitions, deterministic_transitions
 from pcpo_fast.sampling import generate
-from pcpo_fast.transitions import euler_ode
+from pcpo_fast.step_tables import StepTable
 
 
 def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,9 +50,9 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(config, device, [prompt.text for prompt in prompts])
     if weights is not None:
-        load_trained_weights(policy, config, weights)
-    transitions = build_transitions(config.sampler, policy.scheduler_times(config.sampler.steps))
-    table = StepTable.of(transitions if arguments.stochastic else euler_ode(transitions.times), device)
+        load_trained_weights(policy.module, config, weights)
+    build = build_transitions if arguments.stochastic else deterministic_transitions
+    table = StepTable.of(build(config.sampler, policy.schedule(config.sampler.steps)), device)
     texts = [prompt.text for prompt in prompts]
     images = generate(policy, texts, arguments.count, table, arguments.seed, arguments.batch_size)
     repeated = [prompt for prompt in prompts for _ in range(arguments.count)]

@@ -20,12 +20,12 @@ from pcpo_fast.heldout import HeldOut
 from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
-from pcpo_fast.rollout import Rollout, StepTable, collect_rollout
+from pcpo_fast.rollout import Rollout, collect_rollout
 from pcpo_fast.run_directory import Start, claim, open_run, read_summary
 from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
-from pcpo_fast.samplers import build_credit, build_transitions
-from pcpo_fast.update import CreditRows, Update
+from pcpo_fast.step_tables import EpochTables, RunTables
+from pcpo_fast.update import Update
 
 
 def train(config: Config, resume: str = "auto", console: Console | None = None) -> dict[str, Any]:
@@ -88,17 +88,14 @@ class Trainer:
         self.progress.message(f"Loading {config.model.path}")
         self.progress.message(f"Encoding {len(inputs.texts)} prompts")
         self.policy = load_policy(config, device, inputs.texts)
-        self.transitions = build_transitions(config.sampler, self.policy.scheduler_times(config.sampler.steps))
-        self.credit = build_credit(config, self.transitions)
-        self.steps = list(self.credit.trained_steps)
-        accumulation = accumulation_steps(config, len(self.steps), world_size())
-        self.table = StepTable.of(self.transitions, device)
-        self.rows = CreditRows.of(self.credit, config.credit.kl_coefficient, device)
-        self.heldout = HeldOut.of(config, self.policy, self.transitions, inputs)
+        self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
+        accumulation = accumulation_steps(config, self.tables.trained_count, world_size())
+        self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
         keep_reference(self.policy, config)
         self.engine = Engine(self.policy.module, config, accumulation)
         self.policy.forward_module = self.engine.module
-        self.running = RunningAdvantages()
+        advantage = config.advantage
+        self.running = RunningAdvantages(advantage.buffer_size, advantage.min_count, advantage.epsilon)
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
         if start.checkpoint is not None:
@@ -112,7 +109,7 @@ class Trainer:
         with shared_errors():
             if rank() == 0:
                 open_run(config)
-                write_credit(self.folder, config.sampler.name, self.transitions, self.credit)
+                write_credit(self.folder, config.sampler.name, self.tables.transitions, self.tables.credit)
                 if self.heldout.prompts:
                     write_captions(self.folder, self.heldout.captions)
         self.recorder = RunRecorder(
@@ -138,14 +135,18 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         clock = [time.perf_counter()]
         self.progress.phase("rollout")
-        plan = plan_epoch(self.config, len(self.prompts), self.steps, epoch, rank(), world_size())
-        rollout = collect_rollout(self.policy, self._encode, plan, self.config.rollout, self.table, self.config.seed)
+        tables = self.tables.at(epoch)
+        plan = plan_epoch(self.config, len(self.prompts), tables.steps, epoch, rank(), world_size())
+        settings, seed = self.config.rollout, self.config.seed
+        rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed)
         clock.append(self._now())
         self.progress.phase("reward")
         advantages, metrics = self._score(rollout)
         clock.append(self._now())
         self.progress.phase("update")
-        metrics |= self._update(rollout, advantages, epoch)
+        metrics |= self._update(rollout, advantages, tables, epoch)
+        if self.config.window.size:
+            metrics["sampler/window_start"] = float(tables.steps[0])
         clock.append(self._now())
         for name, begin, end in zip(("rollout", "reward", "update"), clock, clock[1:], strict=False):
             metrics[f"time/{name}"] = end - begin
@@ -183,10 +184,17 @@ class Trainer:
         if settings.normalization == "running":
             texts = [self.prompts[prompts[group]].text for group in groups.tolist()]
             return self.running.compute(rewards, texts, settings.clip)
-        return compute_advantages(rewards, groups, settings.normalization, settings.clip)
+        return compute_advantages(
+            rewards,
+            groups,
+            settings.normalization,
+            settings.clip,
+            epsilon=settings.epsilon,
+            unbiased=settings.unbiased,
+        )
 
-    def _update(self, rollout: Rollout, advantages: Tensor, epoch: int) -> dict[str, float]:
-        update = Update(self.policy, self.engine, rollout, advantages, self.table, self.rows, self.config)
+    def _update(self, rollout: Rollout, advantages: Tensor, tables: EpochTables, epoch: int) -> dict[str, float]:
+        update = Update(self.policy, self.engine, rollout, advantages, tables.sampler, tables.credit, self.config)
         records: list[dict[str, float]] = []
         for index, record in enumerate(update.run()):
             applied = record.pop("policy/update_applied") == 1.0
@@ -197,6 +205,9 @@ class Trainer:
         # A skipped update has nothing finite to say; it counts as skipped and in no mean.
         applied_records = [record for record in records if not record["policy/skipped_updates"]]
         metrics = _mean_over_updates(applied_records or records)
+        metrics |= _by_inner_epoch(applied_records)
+        planned = self.config.train.inner_epochs * self.config.train.updates_per_epoch
+        metrics["policy/stale_updates"] = float(planned - len(records))
         metrics["policy/skipped_updates"] = sum(record["policy/skipped_updates"] for record in records)
         self._warn_of_mismatch(metrics, epoch)
         return metrics
@@ -247,8 +258,21 @@ class Trainer:
         return time.perf_counter()
 
 
+def _by_inner_epoch(records: list[dict[str, float]]) -> dict[str, float]:
+    """How far each pass over the rollout had left the policy that sampled; nothing where there is one pass."""
+    passes = sorted({int(record["policy/inner_epoch"]) for record in records})
+    if len(passes) < 2:
+        return {}
+    metrics = {}
+    for inner in passes:
+        means = _mean_over_updates([record for record in records if record["policy/inner_epoch"] == inner])
+        for name in ("clip_fraction", "log_ratio_abs", "log_ratio_std", "taylor_error"):
+            metrics[f"policy/{name}_inner_{inner}"] = means[f"policy/{name}"]
+    return metrics
+
+
 def _mean_over_updates(records: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for record in records for name in record)
+    names = dict.fromkeys(name for record in records for name in record if name != "policy/inner_epoch")
     return {
         name: sum(values) / len(values)
         for name in names

@@ -18,6 +18,7 @@ from torch import Tensor
 
 FinalStep = Literal["clean", "noisy"]
 Variance = Literal["native", "reshaped", "exact"]
+Prediction = Literal["epsilon", "v_prediction"]
 
 PUBLISHED_WEIGHT = 4.5  # credit that PCPO's public code asks of the reshaped DDIM variance at 50 steps
 
@@ -187,8 +188,10 @@ def ddim(
     eta: float,
     variance: Variance = "native",
     weight: float | None = None,
+    *,
+    prediction: Prediction = "epsilon",
 ) -> Transitions:
-    """DDIM for an epsilon-predicting model (Song et al. 2021, arXiv:2010.02502), as DDPO and DanceGRPO run it.
+    """DDIM (Song et al. 2021, arXiv:2010.02502), as DDPO and DanceGRPO run it.
 
     Step i goes from ``t = timesteps[i]`` to ``max(t - T // N, 0)``, T being the length of ``alphas_cumprod``.
 
@@ -203,14 +206,20 @@ def ddim(
             deterministic); ``"reshaped"`` the plus sign, as in the public code, which keeps the variance near the
             native one; train it with the ``uniform`` credit rule.
         weight: credit asked of every step by the last two variances, 4.5 (the published value for 50 steps) where None.
+        prediction: what the model predicts. ``"v_prediction"`` (Salimans and Ho 2022, arXiv:2202.00512) is the same
+            sampler in other coordinates, ``epsilon = sqrt(1 - alpha) x + sqrt(alpha) v``, so its ``a`` and ``b``
+            differ; a credit is then counted in the model's own output, ``sqrt(alpha)`` times that of epsilon.
 
     Returns:
         The table; its times are ``timesteps / T`` with a final 0.
 
     Raises:
-        ValueError: invalid alphas, timesteps, eta or weight; or a weight below what some step can reach (the message
-            names that step and the smallest weight that works).
+        ValueError: invalid alphas, timesteps, eta, weight or prediction; a weight below what some step can reach (the
+            message names that step and the smallest weight that works); or PCPO's variances, which are derived for
+            epsilon, with another prediction.
     """
+    if prediction not in get_args(Prediction):
+        raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
     alphas = _vector("alphas_cumprod", alphas_cumprod)
     steps = _check_timesteps(timesteps, len(alphas))
     previous = (steps - len(alphas) // len(steps)).clamp(min=0)
@@ -222,6 +231,8 @@ def ddim(
     beta_next = 1 - alpha_next
     c = ((1 - alpha) * alpha_next / alpha).sqrt()
     gap = (alpha_next - alpha) / alpha  # c² - beta_next without cancellation
+    if variance != "native" and prediction != "epsilon":
+        raise ValueError(f"the variance {variance} is derived for epsilon prediction; with {prediction} use native")
     reference_credit = None
     if variance == "native":
         if weight is not None:
@@ -238,15 +249,19 @@ def ddim(
             std = (weight * c + root) / (weight * weight + 1)
             reference_credit = (gap / beta_next).sqrt()  # native credit at eta 1
     direction = (beta_next - std**2).clamp(min=0).sqrt()
-    b = -(gap + std**2) / (direction + c)  # direction - c without cancellation
+    a, b = (alpha_next / alpha).sqrt(), -(gap + std**2) / (direction + c)  # direction - c without cancellation
     last = float(alpha[-1])
+    clean = (1 / math.sqrt(last), -math.sqrt((1 - last) / last))
+    if prediction == "v_prediction":
+        a, b = a + b * (1 - alpha).sqrt(), b * alpha.sqrt()
+        clean = (math.sqrt(last), -math.sqrt(1 - last))
     return Transitions(
         torch.cat([steps.double() / len(alphas), torch.zeros(1, dtype=torch.float64)]),
-        (alpha_next / alpha).sqrt(),
+        a,
         b,
         std,
         final_step="noisy",
-        clean_prediction=(1 / math.sqrt(last), -math.sqrt((1 - last) / last)),
+        clean_prediction=clean,
         reference_credit=reference_credit,
     )
 

@@ -2,33 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from pcpo_kernels import Endpoints, NoiseKey, PolicyLoss, policy_loss
 from torch import Tensor
 
 from pcpo_fast.config import Config
-from pcpo_fast.credit import CreditTable
 from pcpo_fast.engine import Engine
-from pcpo_fast.policies import Conditioning, Policy
-from pcpo_fast.rollout import Rollout, StepTable
+from pcpo_fast.policies import Conditioning, Policy, Prediction
+from pcpo_fast.rollout import Rollout
 from pcpo_fast.step_statistics import StepStatistics
-
-
-@dataclass(frozen=True)
-class CreditRows:
-    """A credit table in float32 on the policy's device; ``kl`` is already times beta. All [N]."""
-
-    linear: Tensor
-    quadratic: Tensor
-    scale: Tensor
-    kl: Tensor
-
-    @classmethod
-    def of(cls, table: CreditTable, kl_coefficient: float, device: torch.device) -> "CreditRows":
-        """Move a float64 credit table to a device."""
-        columns = (table.linear, table.quadratic, table.scale, table.kl * kl_coefficient)
-        return cls(*(column.to(device, torch.float32) for column in columns))
+from pcpo_fast.step_tables import CreditRows, StepTable
 
 
 @dataclass(frozen=True)
@@ -80,18 +65,24 @@ class Update:
         """Yield the metrics of each optimiser step, equal on every rank."""
         if self.config.train.old_output == "recompute":
             self.recomputed = self._recompute_outputs()
-        for inner in range(self.config.train.inner_epochs):
-            for update in range(self.config.train.updates_per_epoch):
+        settings = self.config.train
+        for inner in range(settings.inner_epochs):
+            distances = []
+            for update in range(settings.updates_per_epoch):
                 unchanged = inner == 0 and update == 0
                 statistics = StepStatistics(self.table.steps, self.policy.device)
                 for batch in self._micro_batches(update):
                     self._train_on(batch, statistics, unchanged)
-                outcome = self.engine.last_step
-                yield statistics.metrics() | {
+                outcome, metrics = self.engine.last_step, statistics.metrics()
+                distances.append(metrics["policy/log_ratio_abs"])
+                yield metrics | {
+                    "policy/inner_epoch": float(inner),
                     "policy/grad_norm": outcome.grad_norm,
                     "policy/update_applied": float(outcome.applied),
                     "optimizer/lr": outcome.lr,
                 }
+            if settings.max_log_ratio is not None and not fmean(distances) <= settings.max_log_ratio:
+                return  # stale: the policy has left the one that sampled
 
     def _micro_batches(self, update: int) -> Iterator[MicroBatch]:
         device, plan = self.policy.device, self.rollout.plan
@@ -106,17 +97,20 @@ class Update:
     def _predict(self, batch: MicroBatch) -> Tensor:
         return self.policy.predict(batch.latents, batch.times, batch.conditioning)
 
+    def _predict_halves(self, batch: MicroBatch) -> Prediction:
+        return self.policy.predict_halves(batch.latents, batch.times, batch.conditioning)
+
     def _train_on(self, batch: MicroBatch, statistics: StepStatistics, unchanged: bool) -> None:
         """Forward and backward of a micro-batch; ``unchanged``: the policy is still the one that sampled."""
         beta, reference = self.config.credit.kl_coefficient, None
         if beta > 0:
             with torch.no_grad(), self.policy.as_reference():
                 reference = self._predict(batch)
-        output = self._predict(batch)
-        result = self._loss(batch, output, *self._old_side(batch, unchanged), reference)
+        halves = self._predict_halves(batch)
+        result = self._loss(batch, halves, *self._old_side(batch, unchanged), reference)
         statistics.add(batch.steps, result if result.kl is None else result._replace(kl=result.kl / beta))
         if unchanged:
-            self._measure_mismatch(batch, output.detach(), statistics)
+            self._measure_mismatch(batch, halves, statistics)
         self.engine.backward(result.loss)
         self.engine.step()
 
@@ -140,14 +134,17 @@ class Update:
     def _loss(
         self,
         batch: MicroBatch,
-        output: Tensor,
+        halves: Prediction,
         old_output: Tensor | None,
         noise: NoiseKey | Endpoints,
         reference: Tensor | None = None,
     ) -> PolicyLoss:
         credit, steps, settings = self.credit, batch.steps, self.config.credit
+        unconditional, guidance_scale = halves.unconditional, None
+        if unconditional is not None:
+            guidance_scale = torch.full_like(credit.linear[steps], self.policy.cfg_scale)
         return policy_loss(
-            output,
+            halves.conditional,
             old_output,
             noise,
             credit.linear[steps],
@@ -159,6 +156,8 @@ class Update:
             reduction=settings.reduction,
             reference=reference,
             kl=None if reference is None else credit.kl[steps],
+            unconditional=unconditional,
+            guidance_scale=guidance_scale,
         )
 
     @torch.no_grad()
@@ -171,10 +170,11 @@ class Update:
         return outputs
 
     @torch.no_grad()
-    def _measure_mismatch(self, batch: MicroBatch, output: Tensor, statistics: StepStatistics) -> None:
+    def _measure_mismatch(self, batch: MicroBatch, halves: Prediction, statistics: StepStatistics) -> None:
         """How far the update's forward is from the rollout's on unchanged weights."""
         stored = self.stored[batch.rows, batch.steps]
-        result = self._loss(batch, output, stored, self._noise_key(batch))
+        output = self.policy.combine(halves)
+        result = self._loss(batch, halves, stored, self._noise_key(batch))
         change = (output.float() - stored.float()).flatten(1).norm(dim=1)
         relative = change / stored.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         statistics.add_mismatch(batch.steps, relative, result.log_ratio)

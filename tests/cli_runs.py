@@ -17,9 +17,9 @@ from pcpo_fast.cli import main
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.flux import FluxPolicy
-from pcpo_fast.rollout import StepTable
 from pcpo_fast.samplers import build_transitions
 from pcpo_fast.sampling import generate
+from pcpo_fast.step_tables import StepTable
 from pcpo_fast.transitions import euler_ode
 
 ROOT = Path(__file__).resolve().parents[1]

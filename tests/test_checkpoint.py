@@ -76,7 +76,7 @@ def test_the_weights_of_a_checkpoint_are_those_of_the_policy(pipeline_folder: Pa
         path = save(bench, tmp_path / name, 1)
         other = bench_of(pipeline_folder, *overrides)
         assert not same(weights(other), weights(bench))
-        load_trained_weights(other.policy, bench.config, path / WEIGHTS)
+        load_trained_weights(other.policy.module, bench.config, path / WEIGHTS)
         assert same(weights(other), weights(bench))
 
 

@@ -13,7 +13,7 @@ from pcpo_fast.config_loading import dump_config, load_config
 from pcpo_fast.credit import RULES
 from pcpo_fast.epoch_plan import accumulation_steps
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies.flux import DTYPES
+from pcpo_fast.policies.pipeline_policy import DTYPES
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.samplers import SAMPLERS, build_credit, build_transitions
 from pcpo_fast.yaml_text import dump_yaml, parse_value

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from tiny_pipeline import CHANNELS, HEIGHT, PROMPTS, TOKENS, WIDTH, build_pipeline, tiny_config
 from torch import Tensor
 
-from pcpo_fast.config import FLUX_LORA_TARGETS, LoraConfig
+from pcpo_fast.config import LoraConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.attention import choose_attention
@@ -26,7 +26,8 @@ from pcpo_fast.policies.flux import FluxPolicy
 from pcpo_fast.policies.loading import load_policy, load_trained_weights
 from pcpo_fast.policies.locating import pipeline_folder as locate
 from pcpo_fast.policies.lora import adapters_off, add_lora
-from pcpo_fast.rollout import StepTable, sample_trajectories
+from pcpo_fast.rollout import sample_trajectories
+from pcpo_fast.step_tables import StepTable
 from pcpo_fast.transitions import euler_ode
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_predict_is_what_the_pipeline_computes_in_every_step(policy: Policy, flu
     run_pipeline(flux, random_latents(2), list(PROMPTS[:2]))
     hook.remove()
     conditioning = policy.encode(PROMPTS[:2])
-    times = policy.scheduler_times(4)
+    times = policy.schedule(4).times
     assert len(calls) == 4
     for step, (kwargs, expected) in enumerate(calls):
         output = policy.predict(kwargs["hidden_states"], times[step].float().expand(2), conditioning)
@@ -99,7 +100,7 @@ def test_predict_is_what_the_pipeline_computes_in_every_step(policy: Policy, flu
 
 
 def test_a_deterministic_rollout_gives_the_pipelines_images(policy: Policy, flux: Any) -> None:
-    table = StepTable.of(euler_ode(policy.scheduler_times(4)), CPU)
+    table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
     latents = random_latents(3)
     expected = run_pipeline(flux, latents, list(PROMPTS[:3]))
     end = sample_trajectories(policy, policy.encode(PROMPTS[:3]), latents, torch.zeros(3, dtype=torch.int64), table)
@@ -111,7 +112,7 @@ def test_a_deterministic_rollout_gives_the_pipelines_images(policy: Policy, flux
 
 def test_guidance_reaches_the_model(pipeline_folder: Path, flux: Any) -> None:
     policy = load_policy(tiny_config(pipeline_folder, "model.guidance=1.5"), CPU)
-    table = StepTable.of(euler_ode(policy.scheduler_times(4)), CPU)
+    table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
     latents, seeds = random_latents(1), torch.zeros(1, dtype=torch.int64)
     end = sample_trajectories(policy, policy.encode(PROMPTS[:1]), latents, seeds, table).latents[:, -1]
     tuned, other = (run_pipeline(flux, latents, [PROMPTS[0]], guidance_scale=scale) for scale in (1.5, 3.5))
@@ -146,14 +147,14 @@ def test_decode_is_the_pipelines(policy: Policy, flux: Any) -> None:
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_scheduler_times_are_those_the_pipeline_runs(policy: FluxPolicy, dynamic: bool) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=dynamic)
-    other = FluxPolicy(policy.transformer, policy.vae, scheduler, height=64, width=32)
-    pipeline: Any = FluxPipeline(scheduler, policy.vae, None, None, None, None, policy.transformer)
+    other = FluxPolicy(policy.network, policy.vae, scheduler, height=64, width=32)
+    pipeline: Any = FluxPipeline(scheduler, policy.vae, None, None, None, None, policy.network)
     pipeline.set_progress_bar_config(disable=True)
     embeds = policy.encode(PROMPTS[:1])
     with torch.no_grad():
         pipeline(height=64, width=32, num_inference_steps=5, output_type="latent", **embeds)
-    assert torch.equal(other.scheduler_times(5), scheduler.sigmas.double())
-    assert other.scheduler_times(5)[0] == 1 and other.scheduler_times(5)[-1] == 0
+    assert torch.equal(other.schedule(5).times, scheduler.sigmas.double())
+    assert other.schedule(5).times[0] == 1 and other.schedule(5).times[-1] == 0
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -289,8 +290,8 @@ def test_published_flux_on_the_meta_device(policy: FluxPolicy, guidance: bool, p
     adapted = {name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")}
     double = {name for name in adapted if name.startswith("transformer_blocks.")}
     single = {name for name in adapted if name.startswith("single_transformer_blocks.")}
-    assert len(FLUX_LORA_TARGETS) == 12
-    assert double == {f"transformer_blocks.{i}.{target}" for i in range(19) for target in FLUX_LORA_TARGETS}
+    assert len(FluxPolicy.lora_targets) == 12
+    assert double == {f"transformer_blocks.{i}.{target}" for i in range(19) for target in FluxPolicy.lora_targets}
     assert single == {f"single_transformer_blocks.{i}.attn.{t}" for i in range(38) for t in ("to_q", "to_k", "to_v")}
     assert len(adapted) == 19 * 12 + 38 * 3
     assert all(("lora_" in name) == p.requires_grad for name, p in transformer.named_parameters())
@@ -367,7 +368,7 @@ def test_attention_that_cannot_work_is_refused_before_the_run(policy: Policy, ba
 
 
 def test_native_attention_is_native_whatever_the_environment_says(policy: FluxPolicy) -> None:
-    module = FluxTransformer2DModel.from_config(policy.transformer.config)
+    module = FluxTransformer2DModel.from_config(policy.network.config)
     choose_attention(module, "native")
     processors = [m.processor for m in module.modules() if hasattr(m, "processor")]
     assert processors and all(p._attention_backend.value == "native" for p in processors)
@@ -410,7 +411,7 @@ def test_saved_weights_make_the_same_policy_and_the_same_pipeline(
                 p.mul_(1.1)
     tuned.save_weights(tmp_path / "weights", trained_state(tuned))
     again = load_policy(config, CPU)
-    load_trained_weights(again, config, tmp_path / "weights")
+    load_trained_weights(again.module, config, tmp_path / "weights")
     inputs = random_latents(2), torch.tensor([0.9, 0.2]), tuned.encode(PROMPTS[:2])
     expected = tuned.predict(*inputs)
     assert torch.equal(again.predict(*inputs), expected)
@@ -453,10 +454,10 @@ def test_weights_of_another_kind_are_refused(pipeline_folder: Path, tmp_path: Pa
     config = tiny_config(pipeline_folder)
     policy = load_policy(config, CPU)
     with pytest.raises(UserError, match=r"holds no transformer/\*\.safetensors"):
-        load_trained_weights(policy, config, tmp_path)
+        load_trained_weights(policy.module, config, tmp_path)
     build_pipeline(tmp_path / "other", num_layers=2)
     with pytest.raises(UserError, match="does not fit the model"):
-        load_trained_weights(policy, config, tmp_path / "other")
+        load_trained_weights(policy.module, config, tmp_path / "other")
 
 
 # --------------------------------------------------------------------------------------------- bad input
@@ -567,7 +568,7 @@ def test_a_hub_model_is_used_from_its_snapshot(monkeypatch: pytest.MonkeyPatch, 
         return str(pipeline_folder)
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
-    assert locate("owner/name", "v2", "FluxPipeline") == pipeline_folder
+    assert locate("owner/name", "v2", ["FluxPipeline"]) == (pipeline_folder, "FluxPipeline")
     assert set(asked) == {("owner/name", "v2")}
 
 

@@ -27,6 +27,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.config_errors",
         "pcpo_fast.config_loading",
         "pcpo_fast.presets",
+        "pcpo_fast.schedules",
+        "pcpo_fast.windows",
         "pcpo_fast.yaml_text",
         "pcpo_fast.noise_keys",
         "pcpo_fast.distributed",
@@ -37,6 +39,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("pcpo_fast.policies.*", "pcpo_fast.rewards.*", "pcpo_fast.prompts", "pcpo_fast.samplers"),
     3: (
         "pcpo_fast.epoch_plan",
+        "pcpo_fast.step_tables",
         "pcpo_fast.rollout",
         "pcpo_fast.update",
         "pcpo_fast.step_statistics",

@@ -162,7 +162,7 @@ def test_exported_transformer_is_the_trained_one(
     base = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer").state_dict()
     for folder in (full.folder / "export", tmp_path / "new" / "weights"):
         loaded = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer").state_dict()
-        trained = full.policy.transformer.state_dict()
+        trained = full.policy.network.state_dict()
         assert loaded.keys() == trained.keys()
         assert all(torch.equal(loaded[name], trained[name]) for name in trained)
         assert any(not torch.equal(loaded[name], base[name]) for name in trained)

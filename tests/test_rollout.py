@@ -17,9 +17,10 @@ from pcpo_fast.epoch_plan import plan_epoch
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.policies.loading import load_policy
-from pcpo_fast.rollout import Rollout, StepTable, collect_rollout
+from pcpo_fast.rollout import Rollout, collect_rollout
 from pcpo_fast.samplers import build_transitions
 from pcpo_fast.sampling import generate
+from pcpo_fast.step_tables import StepTable
 
 CPU = torch.device("cpu")
 SEED = 11
@@ -35,7 +36,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def roll(policy: Policy, config: Config, rank: int = 0, world_size: int = 1, epoch: int = 3) -> Rollout:
-    transitions = build_transitions(config.sampler, policy.scheduler_times(config.sampler.steps))
+    transitions = build_transitions(config.sampler, policy.schedule(config.sampler.steps))
     plan = plan_epoch(config, len(PROMPTS), [0, 1, 2], epoch, rank, world_size)
 
     def encode(indices: list[int]) -> Conditioning:
@@ -122,7 +123,7 @@ def test_a_rollout_follows_the_published_formulas(
     config = config_of(pipeline_folder, "rollout.same_initial_noise=false", *overrides)
     rollout = roll(policy, config)
     if "sampler.grid=scheduler" in overrides:
-        times = policy.scheduler_times(4).tolist()
+        times = policy.schedule(4).times.tolist()
     else:
         times = [3 * u / (1 + 2 * u) for u in (1.0, 0.75, 0.5, 0.25, 0.0)]
     assert rollout.plan.images.shape == (2, 4) and rollout.trajectories.latents.shape == (8, 5, TOKENS, CHANNELS)

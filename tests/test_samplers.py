@@ -9,6 +9,7 @@ from tiny_pipeline import tiny_config
 from pcpo_fast.config import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.samplers import build_credit, build_transitions, steps_to_train
+from pcpo_fast.schedules import FlowSchedule
 from pcpo_fast.transitions import coefficients_preserving, dance_sde, flow_sde, shifted_times
 
 GRID = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
@@ -31,8 +32,8 @@ def test_a_sampler_is_built_with_its_noise_and_grid(name: str, build: object) ->
 
 def test_the_schedulers_grid_is_used_where_asked_for() -> None:
     settings = config_of("sampler.grid=scheduler").sampler
-    assert torch.equal(build_transitions(settings, GRID).times, GRID)
-    assert not torch.equal(build_transitions(config_of().sampler, GRID).times, GRID)
+    assert torch.equal(build_transitions(settings, FlowSchedule(GRID)).times, GRID)
+    assert not torch.equal(build_transitions(config_of().sampler, FlowSchedule(GRID)).times, GRID)
     with pytest.raises(UserError, match=r"sampler\.grid: scheduler needs a model"):
         build_transitions(settings)
 

@@ -13,10 +13,11 @@ from pcpo_fast.engine import Engine
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.loading import keep_reference, load_policy
-from pcpo_fast.rollout import Rollout, StepTable, collect_rollout
+from pcpo_fast.rollout import Rollout, collect_rollout
 from pcpo_fast.samplers import build_credit, build_transitions, steps_to_train
+from pcpo_fast.step_tables import CreditRows, StepTable
 from pcpo_fast.transitions import Transitions
-from pcpo_fast.update import CreditRows, Update
+from pcpo_fast.update import Update
 
 CPU = torch.device("cpu")
 LORA = ("model.finetune=lora", "model.lora.rank=4", "model.lora.alpha=8")
@@ -58,7 +59,7 @@ class Bench:
     def build(cls, config: Config, *, record: bool = True) -> "Bench":
         policy = load_policy(config, CPU)
         randomize_adapters(policy)
-        transitions = build_transitions(config.sampler, policy.scheduler_times(config.sampler.steps))
+        transitions = build_transitions(config.sampler, policy.schedule(config.sampler.steps))
         policy.prepare_prompts(PROMPTS)
         keep_reference(policy, config)
         steps = steps_to_train(config, transitions)

@@ -9,7 +9,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.policies.quiet import quiet_libraries
 
 
-def choose_attention(module: Any, backend: str, device: torch.device | None = None) -> None:
+def choose_attention(module: Any, backend: str, heads: int, head_size: int, device: torch.device | None = None) -> None:
     """Make a diffusers model use an attention backend; ``native`` is PyTorch's scaled dot product.
 
     The backend is tried on two tokens of the model's dtype and head size on ``device`` (default: the model's), forward
@@ -24,18 +24,17 @@ def choose_attention(module: Any, backend: str, device: torch.device | None = No
     try:
         with quiet_libraries():  # diffusers warns on every call that the interface is experimental
             module.set_attention_backend(backend)
-            _try(module, backend, device)
+            _try(module, backend, heads, head_size, device)
     except (ImportError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.attention: {backend} cannot be used here: {reason}") from None
 
 
-def _try(module: Any, backend: str, device: torch.device | None) -> None:
+def _try(module: Any, backend: str, heads: int, head_size: int, device: torch.device | None) -> None:
     weight = next(module.parameters())
     if weight.is_meta:
         return
-    shape = (1, 2, module.config["num_attention_heads"], module.config["attention_head_dim"])
-    states = torch.zeros(shape, device=device or weight.device, dtype=weight.dtype, requires_grad=True)
+    states = torch.zeros(1, 2, heads, head_size, device=device or weight.device, dtype=weight.dtype, requires_grad=True)
     result = dispatch_attention_fn(states, states, states, backend=AttentionBackendName(backend))
     if not result.requires_grad:
         raise RuntimeError("it computes no gradients")

@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+from pcpo_kernels import guidance
 from torch import Tensor, nn
 
 from pcpo_fast.policies.lora import adapters_off
+from pcpo_fast.schedules import Schedule
 
 Conditioning = dict[str, Tensor]
 """Named tensors with one row per image; rows are chosen with :func:`select_rows`."""
@@ -20,6 +22,18 @@ def select_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
     return {name: value.index_select(0, rows.to(value.device)) for name, value in conditioning.items()}
 
 
+class Prediction(NamedTuple):
+    """What the network says: one output, or the two halves of classifier-free guidance before they are combined.
+
+    Attributes:
+        conditional: [B, *latent_shape] in the model's dtype.
+        unconditional: the same for the negative prompt; None without classifier-free guidance.
+    """
+
+    conditional: Tensor
+    unconditional: Tensor | None
+
+
 class Policy(ABC):
     """A generative model seen as a policy: conditioning and noisy latents in, model output out.
 
@@ -27,9 +41,11 @@ class Policy(ABC):
         module: the network that is trained.
         forward_module: what :meth:`predict` calls; the engine puts its wrapper of ``module`` here.
         reference_module: frozen copy of the start of the training, where one is needed.
+        cfg_scale: scale of classifier-free guidance; 1 is none.
     """
 
     family: ClassVar[str]
+    cfg_scale: float = 1.0
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -60,25 +76,36 @@ class Policy(ABC):
         """Conditioning of each prompt, on the CPU. All ranks must call it with the same prompts."""
 
     @abstractmethod
-    def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Model output after guidance.
+    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+        """What the network says, before guidance.
 
         Args:
             latents: [B, *latent_shape], any float dtype.
             times: [B], 1 noise to 0 image; rows may differ.
             conditioning: B rows.
+        """
+
+    def combine(self, halves: Prediction) -> Tensor:
+        """The output after guidance: the only half as it is, or both in float32, as the policy loss combines them."""
+        if halves.unconditional is None:
+            return halves.conditional
+        return guidance(halves.unconditional, halves.conditional, self.cfg_scale, dtype=torch.float32)
+
+    def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Model output after guidance, of :meth:`predict_halves`'s arguments.
 
         Returns:
-            [B, *latent_shape] in the model's dtype.
+            [B, *latent_shape], in the model's dtype, or in float32 with classifier-free guidance.
         """
+        return self.combine(self.predict_halves(latents, times, conditioning))
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in 0..1, from clean latents [B, *latent_shape]."""
 
     @abstractmethod
-    def scheduler_times(self, steps: int) -> Tensor:
-        """The time grid of the pipeline's own scheduler: float64 [steps + 1], from 1 (or near) down to 0."""
+    def schedule(self, steps: int) -> Schedule:
+        """The times of the pipeline's own scheduler, and what kind of model this is."""
 
     @abstractmethod
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:

@@ -1,29 +1,51 @@
 """From the configuration to a policy, without importing the families that are not used."""
 
 import copy
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from pcpo_fast.config import Config
+from pcpo_fast.config import Config, ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.base import Policy
+from pcpo_fast.policies.locating import pipeline_folder
+from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+
+FAMILIES = {
+    "FluxPipeline": "pcpo_fast.policies.flux:FluxPolicy",
+    "StableDiffusion3Pipeline": "pcpo_fast.policies.stable_diffusion_3:StableDiffusion3Policy",
+    "StableDiffusionPipeline": "pcpo_fast.policies.stable_diffusion:StableDiffusionPolicy",
+}
+"""The class of the policy for each diffusers pipeline."""
+
+
+def find_family(settings: ModelConfig) -> tuple[Path, type[PipelinePolicy]]:
+    """The pipeline's folder, and the policy class for it.
+
+    Raises:
+        UserError: as in :func:`pcpo_fast.policies.locating.pipeline_folder`.
+    """
+    folder, name = pipeline_folder(settings.path, settings.revision, FAMILIES)
+    module, _, family = FAMILIES[name].partition(":")
+    found: type[PipelinePolicy] = getattr(importlib.import_module(module), family)
+    return folder, found
 
 
 def load_policy(config: Config, device: torch.device, prompts: Sequence[str] = ()) -> Policy:
     """Load the model of a run onto a device, after encoding the prompts that it will need.
 
     Raises:
-        UserError: as the family's ``load``.
+        UserError: as :func:`find_family` and the family's ``load``.
     """
-    from pcpo_fast.policies.flux import FluxPolicy
-
+    folder, family = find_family(config.model)
     cache = config.model.embedding_cache
-    folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
+    cache_folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
-    return FluxPolicy.load(config.model, folder, device, prompts)
+    return family.load(folder, config.model, cache_folder, device, prompts)
 
 
 def keep_reference(policy: Policy, config: Config) -> None:
@@ -32,27 +54,28 @@ def keep_reference(policy: Policy, config: Config) -> None:
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False)
 
 
-def load_trained_weights(policy: Policy, config: Config, folder: Path) -> None:
-    """Put weights that a run exported into a policy loaded with the run's configuration.
+def load_trained_weights(module: nn.Module, config: Config, folder: Path) -> None:
+    """Put weights that a run exported into the network of a policy loaded with the run's configuration.
 
     Raises:
         UserError: the folder does not hold the weights that ``model.finetune`` promises, or they do not fit.
     """
-    from diffusers import FluxPipeline
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from pcpo_fast.policies.lora import load_lora
 
+    _, family = find_family(config.model)
+    part = family.trained_part
     if config.model.finetune == "lora":
-        load_lora(policy.module, str(folder), FluxPipeline, "weights")
+        load_lora(module, str(folder), family.pipeline_class, part, "weights")
         return
-    files = sorted((folder / "transformer").glob("*.safetensors"))
+    files = sorted((folder / part).glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder} holds no transformer/*.safetensors")
+        raise UserError(f"{folder} holds no {part}/*.safetensors")
     try:
-        policy.module.load_state_dict({name: value for file in files for name, value in load_file(file).items()})
+        module.load_state_dict({name: value for file in files for name, value in load_file(file).items()})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}/transformer cannot be read: {error}") from None
+        raise UserError(f"{folder}/{part} cannot be read: {error}") from None
     except RuntimeError as error:
-        raise UserError(f"{folder}/transformer does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{folder}/{part} does not fit the model: {str(error).splitlines()[-1].strip()}") from None

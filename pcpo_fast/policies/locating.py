@@ -2,23 +2,23 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pcpo_fast.distributed import local_rank, shared_errors
 from pcpo_fast.errors import UserError
 
 
-def pipeline_folder(path: str, revision: str | None, pipeline_class: str) -> Path:
-    """The folder of a diffusers pipeline: ``path`` itself, or the downloaded snapshot of a hub id.
+def pipeline_folder(path: str, revision: str | None, known: Collection[str]) -> tuple[Path, str]:
+    """The folder of a diffusers pipeline (``path`` itself, or the downloaded snapshot of a hub id), and its class.
 
     Args:
         path: folder or hub id ("owner/name").
         revision: hub revision; ignored for a folder.
-        pipeline_class: what ``model_index.json`` must name, for example "FluxPipeline".
+        known: pipeline classes, one of which ``model_index.json`` must name, for example "FluxPipeline".
 
     Raises:
-        UserError: not found, gated, no network, or a pipeline of another class.
+        UserError: not found, gated, no network, or a pipeline of none of these classes.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -31,22 +31,22 @@ def pipeline_folder(path: str, revision: str | None, pipeline_class: str) -> Pat
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(
-            f"model.path: {path} holds no model_index.json, so it is not a diffusers {pipeline_class} folder"
+            f"model.path: {path} holds no model_index.json, so it is not the folder of a diffusers pipeline"
         )
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
         found = parts.get("_class_name")
     except (ValueError, AttributeError):
         raise UserError(f"model.path: {index} is not valid JSON") from None
-    if found != pipeline_class:
-        raise UserError(f"model.path: {path} is a {found}, not a {pipeline_class}")
+    if found not in known:
+        raise UserError(f"model.path: {path} is a {found}; allowed are {', '.join(known)}")
     for name, kind in parts.items():
         # diffusers would go on without the folder, with an empty tokenizer for example.
         if isinstance(kind, list) and all(kind) and not (folder / name).is_dir():
             raise UserError(
                 f"model.path: {path} is not complete: model_index.json names {name}, but there is no {name}/"
             )
-    return folder
+    return folder, found
 
 
 def _download(path: str, revision: str | None) -> Path:

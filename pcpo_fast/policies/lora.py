@@ -1,6 +1,6 @@
 """LoRA adapters through peft, with the mistakes caught that peft lets pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +15,14 @@ from pcpo_fast.config import LoraConfig
 from pcpo_fast.errors import UserError
 
 
-def add_lora(module: nn.Module, settings: LoraConfig) -> None:
-    """Freeze ``module`` and add trainable adapters to every linear layer that a target names.
+def add_lora(module: nn.Module, settings: LoraConfig, targets: Sequence[str]) -> None:
+    """Freeze ``module`` and add trainable adapters to every linear layer whose name ends in a target.
 
     Raises:
         UserError: a target matches no module.
     """
     names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    for target in settings.targets:
+    for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(f"model.lora.targets: {target} matches no linear layer of {type(module).__name__}")
     module.requires_grad_(False)
@@ -31,7 +31,7 @@ def add_lora(module: nn.Module, settings: LoraConfig) -> None:
         PeftLoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
-            target_modules=list(settings.targets),
+            target_modules=list(targets),
             init_lora_weights="gaussian",
         )
     )
@@ -59,13 +59,14 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def load_lora(module: nn.Module, path: str, pipeline_class: Any, key: str = "model.lora.init") -> None:
+def load_lora(module: nn.Module, path: str, pipeline_class: Any, part: str, key: str = "model.lora.init") -> None:
     """Fill existing adapters from LoRA weights in diffusers' format.
 
     Args:
         module: a model with adapters.
         path: a safetensors file, or a folder that holds ``pytorch_lora_weights.safetensors``.
         pipeline_class: the diffusers pipeline whose loader reads the file.
+        part: the pipeline's part that ``module`` is.
         key: what named the path, for the messages.
 
     Raises:
@@ -77,12 +78,13 @@ def load_lora(module: nn.Module, path: str, pipeline_class: Any, key: str = "mod
     if not file.is_file() or file.suffix != ".safetensors":
         raise UserError(f"{key}: {path} is not a .safetensors file, nor a folder with pytorch_lora_weights.safetensors")
     try:
-        state, metadata = pipeline_class.lora_state_dict(
+        # Some pipelines return network alphas between the two.
+        state, *_, metadata = pipeline_class.lora_state_dict(
             str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
         )
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{key}: {file} cannot be read as LoRA weights: {str(error).splitlines()[0]}") from None
-    weights = {name.removeprefix("transformer."): value for name, value in state.items()}
+    weights = {name.removeprefix(f"{part}."): value for name, value in state.items()}
     try:
         outcome = set_peft_model_state_dict(module, weights)
     except RuntimeError as error:
@@ -94,6 +96,6 @@ def load_lora(module: nn.Module, path: str, pipeline_class: Any, key: str = "mod
             f"{key}: {file} does not fit model.lora.targets: {len(missing)} adapter weights are not in it and "
             f"{len(outcome.unexpected_keys)} of its weights have no adapter"
         )
-    alpha, here = (metadata or {}).get("transformer.lora_alpha"), cast(Any, module).peft_config["default"].lora_alpha
+    alpha, here = (metadata or {}).get(f"{part}.lora_alpha"), cast(Any, module).peft_config["default"].lora_alpha
     if alpha is not None and float(alpha) != float(here):
         raise UserError(f"{key}: {file} was made with alpha {alpha}, but model.lora.alpha is {here}")

@@ -1,0 +1,309 @@
+"""What the policies of diffusers pipelines share: loading, prompts, guidance, decoding, saving."""
+
+import gc
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from pcpo_fast.config import ModelConfig
+from pcpo_fast.distributed import rank
+from pcpo_fast.errors import UserError
+from pcpo_fast.policies.attention import choose_attention
+from pcpo_fast.policies.base import Conditioning, Policy, Prediction
+from pcpo_fast.policies.embedding_cache import EmbeddingCache, folder_fingerprint
+from pcpo_fast.policies.lora import add_lora, load_lora
+from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.policies.truncation import warn_of_long_prompts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DECODED_PIXELS = 1 << 21
+"""Pixels that the VAE decodes at once: two images of 1024 x 1024."""
+
+
+class PipelinePolicy(Policy):
+    """A policy made of the parts of a diffusers pipeline.
+
+    A subclass names its pipeline and its parts, encodes prompts and runs the network; everything else is here.
+
+    Attributes:
+        pipeline_class: diffusers' pipeline.
+        trained_part: the pipeline's part that is trained: "transformer" or "unet".
+        encoder_parts: text encoders and tokenizers, which load for encoding only.
+        unused_parts: parts that a policy never needs, such as a safety checker.
+        cell: latent pixels across that the network takes as one; the image size is a multiple of it.
+        lora_targets: linear layers that get an adapter where the configuration names none.
+    """
+
+    pipeline_class: ClassVar[Any]
+    trained_part: ClassVar[str]
+    encoder_parts: ClassVar[tuple[str, ...]]
+    unused_parts: ClassVar[tuple[str, ...]] = ()
+    cell: ClassVar[int]
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        network: Any,
+        vae: AutoencoderKL,
+        scheduler: Any,
+        *,
+        height: int,
+        width: int,
+        guidance: float = 3.5,
+        cfg_scale: float = 1.0,
+        negative_prompt: str = "",
+        folder: Path | None = None,
+        cache: EmbeddingCache | None = None,
+        max_sequence_length: int = 512,
+    ) -> None:
+        """Put a policy together from loaded parts.
+
+        Raises:
+            UserError: VAE and network cannot take the image size.
+        """
+        super().__init__(network)
+        self.network = network
+        self.vae = vae
+        self.scheduler = scheduler
+        self.guidance = guidance
+        self.cfg_scale = cfg_scale
+        self.negative_prompt = negative_prompt
+        self.folder = folder
+        self.cache = cache
+        self.max_sequence_length = max_sequence_length
+        self.encoding_device: torch.device | None = None
+        self.warned_of_long_prompts = False
+        self.vae_scale = vae_factor(vae.config)
+        self.rows, self.columns = cell_grid(vae.config, height, width, self.cell)
+        self._negative: Conditioning | None = None
+
+    @classmethod
+    def load(
+        cls, folder: Path, settings: ModelConfig, cache_folder: Path, device: torch.device, prompts: Sequence[str] = ()
+    ) -> Self:
+        """Load network and VAE of a pipeline folder.
+
+        Args:
+            folder: the pipeline.
+            settings: the configuration's ``model`` section.
+            cache_folder: where encoded prompts are kept.
+            device: where network and VAE go.
+            prompts: encoded first, so that text encoders and network are never on the device together.
+
+        Raises:
+            UserError: the folder cannot be loaded; LoRA, attention or image size refused.
+        """
+        _check_size(folder, settings, cls.cell)
+        pipeline = cls._load_pipeline(folder, dtype=DTYPES[settings.dtype], **dict.fromkeys(cls.encoder_parts))
+        fingerprint = folder_fingerprint(
+            [folder / name for name in cls.encoder_parts],
+            settings.max_sequence_length,
+            settings.dtype,
+            cls.pipeline_class.__name__,
+        )
+        network = getattr(pipeline, cls.trained_part)
+        policy = cls(
+            network,
+            pipeline.vae,
+            pipeline.scheduler,
+            height=settings.height,
+            width=settings.width,
+            guidance=settings.guidance,
+            cfg_scale=settings.cfg_scale,
+            negative_prompt=settings.negative_prompt,
+            folder=folder,
+            cache=EmbeddingCache(cache_folder, fingerprint),
+            max_sequence_length=settings.max_sequence_length,
+        )
+        policy.choose_attention(settings.attention, device)
+        if settings.finetune == "lora":
+            add_lora(network, settings.lora, settings.lora.targets or cls.lora_targets)
+            if settings.lora.init is not None:
+                load_lora(network, settings.lora.init, cls.pipeline_class, cls.trained_part)
+        else:
+            network.requires_grad_(True)
+        if settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        network.train()
+        policy.encoding_device = device
+        if prompts and rank() == 0:
+            policy._warn_of_long_prompts(prompts)
+        policy.prepare_prompts(prompts)
+        policy.vae.requires_grad_(False).to(device)
+        network.to(device)
+        return policy
+
+    def choose_attention(self, backend: str, device: torch.device) -> None:
+        """Use an attention backend.
+
+        Raises:
+            UserError: it cannot be used here.
+        """
+        config = self.network.config
+        choose_attention(self.network, backend, config["num_attention_heads"], config["attention_head_dim"], device)
+
+    @abstractmethod
+    def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
+        """Conditioning of some prompts by a pipeline that holds the text encoders."""
+
+    @abstractmethod
+    def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """One forward; latents and conditioning are on the device and in the model's dtype, times float32."""
+
+    @abstractmethod
+    def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
+        """(tokenizer, tokens read, who reads them) of each text encoder, to warn of prompts that are cut."""
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """The sampler's latents as the VAE takes them, [B, C, h, w]; as they are, where the family packs nothing."""
+        return latents
+
+    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+        """One forward, or both halves of classifier-free guidance in one forward of twice the batch.
+
+        The times go in as they are; diffusers rounds them to the model's dtype.
+        """
+        device, dtype, count = latents.device, self.dtype, latents.shape[0]
+        latents, times = latents.to(dtype), times.to(device, torch.float32)
+        given = {name: value.to(device, dtype) for name, value in conditioning.items()}
+        if self.cfg_scale == 1:
+            return Prediction(self.run_network(latents, times, given), None)
+        negative = self._negative_conditioning(device)
+        both = {
+            name: torch.cat((negative[name].to(dtype).expand(count, *value.shape[1:]), value))
+            for name, value in given.items()
+        }
+        output = self.run_network(latents.repeat(2, *[1] * (latents.dim() - 1)), times.repeat(2), both)
+        unconditional, conditional = output.chunk(2)
+        return Prediction(conditional, unconditional)
+
+    def _negative_conditioning(self, device: torch.device) -> Conditioning:
+        if self._negative is None or next(iter(self._negative.values())).device != device:
+            self._negative = {name: value.to(device) for name, value in self.encode([self.negative_prompt]).items()}
+        return self._negative
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of each prompt, from the cache."""
+        cache = self._cache()
+        if cache.missing(prompts):
+            self.prepare_prompts(prompts)
+        return cache.load(prompts)
+
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode what the cache lacks; the encoders load only for that, and leave the memory afterwards."""
+        if prompts and self.cfg_scale != 1:
+            prompts = [*prompts, self.negative_prompt]
+        cache, encoders, device = self._cache(), list[Any](), self.encoding_device or self.device
+
+        def encode_now(chunk: list[str]) -> Conditioning:
+            if not encoders:
+                absent = dict.fromkeys((self.trained_part, "vae"))
+                encoders.append(self._load_pipeline(self.folder, dtype=self.dtype, **absent).to(device))
+            with torch.no_grad(), quiet_libraries():  # diffusers reports every cut prompt at length
+                return self.encode_with(encoders[0], chunk, device)
+
+        if cache.missing(prompts) and rank() == 0:
+            self._warn_of_long_prompts(prompts)
+        cache.fill(prompts, encode_now)
+        if encoders:
+            encoders.clear()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _cache(self) -> EmbeddingCache:
+        if self.cache is None:
+            raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
+        return self.cache
+
+    def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
+        if self.warned_of_long_prompts:
+            return
+        self.warned_of_long_prompts = True
+        models = (name for name in self.encoder_parts if name.startswith("text_encoder"))
+        tokenizers = self._load_pipeline(self.folder, **dict.fromkeys((self.trained_part, "vae", *models)))
+        for tokenizer, limit, reader in self.readers(tokenizers):
+            warn_of_long_prompts(prompts, tokenizer, limit, reader)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to images."""
+        config = self.vae.config
+        pixels = self.to_pixels(latents) / config["scaling_factor"] + (config["shift_factor"] or 0.0)
+        pixels = pixels.to(next(self.vae.parameters()).dtype)
+        # A few images at a time: the decoder's activations, not the network's, would limit the batch.
+        at_once = max(1, DECODED_PIXELS // (self.rows * self.columns * (self.cell * self.vae_scale) ** 2))
+        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in pixels.split(at_once)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """``pytorch_lora_weights.safetensors`` for the pipeline's ``load_lora_weights``, or the network's folder."""
+        if hasattr(self.network, "peft_config"):
+            layers = get_peft_model_state_dict(self.network, state_dict=dict(state))
+            self.pipeline_class.save_lora_weights(
+                folder,
+                **{f"{self.trained_part}_lora_layers": layers},
+                **_collate_lora_metadata({self.trained_part: self.network}),
+            )
+        else:
+            self.network.save_pretrained(folder / self.trained_part, state_dict=dict(state))
+
+    @classmethod
+    def _load_pipeline(cls, folder: Path | None, **options: Any) -> Any:
+        name = cls.pipeline_class.__name__
+        try:
+            with quiet_libraries():
+                return cls.pipeline_class.from_pretrained(
+                    folder, local_files_only=True, **dict.fromkeys(cls.unused_parts), **options
+                )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"model.path: {folder} cannot be loaded as a {name}: {str(error).splitlines()[0]}"
+            ) from None
+
+
+def _check_size(folder: Path, settings: ModelConfig, cell: int) -> None:
+    """Refuse an impossible image size before gigabytes of weights are read."""
+    try:
+        config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        blocks = config["block_out_channels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # loading the pipeline says what is wrong with it
+    cell_grid({"block_out_channels": blocks}, settings.height, settings.width, cell)
+
+
+def vae_factor(vae_config: Mapping[str, Any]) -> int:
+    """How many pixels across a latent is: the VAE halves the image between its blocks."""
+    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
+
+
+def cell_grid(vae_config: Mapping[str, Any], height: int, width: int, cell: int) -> tuple[int, int]:
+    """Rows and columns of the cells that an image makes.
+
+    Args:
+        vae_config: of the pipeline.
+        height, width: of the image, in pixels.
+        cell: latent pixels across that the network takes as one.
+
+    Raises:
+        UserError: VAE and network cannot take the image size.
+    """
+    factor = vae_factor(vae_config)
+    unit = cell * factor
+    for name, size in (("height", height), ("width", width)):
+        if size % unit:
+            below = max(size // unit, 1) * unit
+            packed = f", packed {cell} x {cell}" if cell > 1 else ""
+            raise UserError(
+                f"model.{name}: {size} is not a multiple of {unit} (VAE factor {factor}{packed}); "
+                f"nearest sizes: {below} and {below + unit}"
+            )
+    return height // unit, width // unit

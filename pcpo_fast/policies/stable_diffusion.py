@@ -1,0 +1,85 @@
+"""Stable Diffusion 1.x as a policy: a UNet that predicts epsilon or v, DDIM's timesteps, classifier-free guidance."""
+
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.policies.base import Conditioning
+from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.schedules import DiffusionSchedule
+from pcpo_fast.transitions import Prediction
+
+
+class StableDiffusionPolicy(PipelinePolicy):
+    """Stable Diffusion 1.x and 2.x, or any other :class:`diffusers.StableDiffusionPipeline`.
+
+    Latents are the VAE's, [B, C, h, w]. A time is a timestep over the number of training steps.
+    """
+
+    family: ClassVar[str] = "stable_diffusion"
+    pipeline_class: ClassVar[Any] = StableDiffusionPipeline
+    trained_part: ClassVar[str] = "unet"
+    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    cell: ClassVar[int] = 1
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, rows, columns) of one image's latents."""
+        return int(self.network.config["in_channels"]), self.rows, self.columns
+
+    def choose_attention(self, backend: str, device: torch.device) -> None:
+        """PyTorch's scaled dot product, or xformers: diffusers' other backends do not serve UNets.
+
+        Raises:
+            UserError: another backend, or xformers is not installed.
+        """
+        if backend == "native":
+            return
+        if backend != "xformers":
+            raise UserError(f"model.attention: {backend} does not serve a UNet; allowed are native and xformers")
+        try:
+            self.network.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model.attention: xformers cannot be used here: {reason}") from None
+
+    def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
+        """CLIP's states of each prompt."""
+        states, _ = pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
+        return {"prompt_embeds": states}
+
+    def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
+        """CLIP alone."""
+        return [(pipeline.tokenizer, pipeline.tokenizer.model_max_length, "CLIP reads")]
+
+    def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Epsilon or v for a batch whose rows may be at different timesteps."""
+        output: Tensor = self.forward_module(
+            latents,
+            (times * self.scheduler.config["num_train_timesteps"]).round(),  # times are integers over that number
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def schedule(self, steps: int) -> DiffusionSchedule:
+        """Alphas and timesteps of a DDIM scheduler made from the pipeline's own, as DDPO and DanceGRPO make it.
+
+        Raises:
+            UserError: the model predicts something else than epsilon or v.
+        """
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        prediction = scheduler.config["prediction_type"]
+        if prediction not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"model.path: the scheduler says prediction_type {prediction}; allowed are epsilon and v_prediction"
+            )
+        scheduler.set_timesteps(steps)
+        return DiffusionSchedule(
+            scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu(), cast(Prediction, prediction)
+        )

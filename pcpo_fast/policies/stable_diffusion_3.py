@@ -1,0 +1,94 @@
+"""Stable Diffusion 3 and 3.5 as policies: velocity, classifier-free guidance, two CLIPs and T5."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor
+
+from pcpo_fast.policies.base import Conditioning
+from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.schedules import FlowSchedule
+
+
+class StableDiffusion3Policy(PipelinePolicy):
+    """SD3-medium, SD3.5-medium, SD3.5-large, or any other :class:`diffusers.StableDiffusion3Pipeline`.
+
+    Latents are the VAE's, [B, C, h, w]; the transformer patches them itself.
+    """
+
+    family: ClassVar[str] = "stable_diffusion_3"
+    pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
+    trained_part: ClassVar[str] = "transformer"
+    encoder_parts: ClassVar[tuple[str, ...]] = (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    )
+    unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+    cell: ClassVar[int] = 2
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, rows, columns) of one image's latents."""
+        return int(self.network.config["in_channels"]), self.cell * self.rows, self.cell * self.columns
+
+    def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
+        """States of both CLIPs and of T5 in one sequence, and the CLIPs' pooled states."""
+        states, _, pooled, _ = pipeline.encode_prompt(
+            prompts,
+            prompt_2=prompts,
+            prompt_3=prompts,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+
+    def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
+        """T5, where the pipeline has it, reads more words than CLIP."""
+        clip, t5 = pipeline.tokenizer, pipeline.tokenizer_3
+        found = [(clip, clip.model_max_length, "CLIP reads")]
+        if t5 is not None:
+            found.insert(0, (t5, self.max_sequence_length, "T5 reads (model.max_sequence_length)"))
+        return found
+
+    def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity for a batch whose rows may be at different times."""
+        velocity: Tensor = self.forward_module(
+            hidden_states=latents,
+            timestep=times * self.scheduler.config["num_train_timesteps"],
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def schedule(self, steps: int) -> FlowSchedule:
+        """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        get, mu = scheduler.config.get, None
+        if get("use_dynamic_shifting"):
+            mu = calculate_shift(
+                self.rows * self.columns,
+                get("base_image_seq_len", 256),
+                get("max_image_seq_len", 4096),
+                get("base_shift", 0.5),
+                get("max_shift", 1.16),
+            )
+        scheduler.set_timesteps(steps, mu=mu)
+        return FlowSchedule(scheduler.sigmas.double())
