@@ -57,6 +57,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.showing",
         "pcpo_fast.exporting",
         "pcpo_fast.reporting.*",
+        "pcpo_fast.comparison.*",
     ),
     5: ("pcpo_fast.cli", "pcpo_fast.commands.*", "pcpo_fast.__main__"),
 }

@@ -1,0 +1,293 @@
+"""From runs to a comparison: numbers per seed, means over seeds, differences to the baseline, and a verdict on each."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pcpo_fast.comparison.curves import last_value
+from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, MEASURES, Measure, Metric, Reading, smoothed_reward, timed
+from pcpo_fast.comparison.reading import RunCurves
+from pcpo_fast.comparison.statistics import Estimate, mean, mean_difference, ratio_of_means
+from pcpo_fast.errors import UserError
+from pcpo_fast.reporting.series import Series
+
+WAY_TO_THE_END = 0.9
+"""Where the target lies if none is given: this share of the baseline's way from the start to its final reward."""
+
+FEW, VERY_FEW = 5, 3
+"""Below these numbers of seeds a verdict is hedged, or not given."""
+
+Bound = Literal["", "at least", "at most", "restricted"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be chosen about a comparison.
+
+    Attributes:
+        target: reward whose reaching is timed; None: :data:`WAY_TO_THE_END` of the way to the baseline's final reward.
+        metric: the reward meant: "training" (trailing mean over the rollouts) or "heldout" (between evaluations).
+        baseline: the variant that the others are compared with; None: the first.
+        at_epoch: also compare the rewards after so many epochs.
+        smoothing: epochs of the trailing mean.
+        include_unfinished: use runs that are not finished, and of all runs only the epochs that the shortest has.
+    """
+
+    target: float | None = None
+    metric: Metric = "training"
+    baseline: str | None = None
+    at_epoch: int | None = None
+    smoothing: int = 5
+    include_unfinished: bool = False
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A run that is not in the comparison, and why."""
+
+    variant: str
+    seed: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Against:
+    """One measure of a variant against the baseline.
+
+    Attributes:
+        difference: mean of the variant minus mean of the baseline.
+        paired: runs of the same seed were compared with each other.
+        higher, lower, ties: seeds by the sign of their difference; all 0 where runs are not paired.
+        verdict: "better", "worse" (or "higher", "lower" for what is no merit by itself), the same with "probably" for
+            three or four seeds, "no clear difference", or "too few seeds".
+    """
+
+    difference: Estimate
+    paired: bool
+    higher: int
+    lower: int
+    ties: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """All about a variant.
+
+    Attributes:
+        runs: those that count.
+        values: a number per run and measure; None where the run does not say.
+        means: mean over seeds by measure, where there is a number at all.
+        reached: of how many runs the reward reached the target; None without a target.
+        against: differences to the baseline by measure; empty for the baseline itself.
+        speed_up: epochs to target of the baseline over the variant's: 1.5 is half as fast again.
+        speed_up_bound: how a run that never reached the target limits what `speed_up` says.
+    """
+
+    name: str
+    runs: tuple[RunCurves, ...]
+    values: Mapping[str, tuple[float | None, ...]]
+    means: Mapping[str, Estimate]
+    reached: int | None
+    against: Mapping[str, Against]
+    speed_up: Estimate | None
+    speed_up_bound: Bound
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome.
+
+    Attributes:
+        settings: as they were chosen.
+        reading: how the runs were read, with the target and the horizon that this came to.
+        target_source: where the target comes from, in words; why there is none.
+        baseline: its name.
+        variants: in the order in which they were given.
+        missing: runs that do not count.
+    """
+
+    settings: Settings
+    reading: Reading
+    target_source: str
+    baseline: str
+    variants: tuple[VariantResult, ...]
+    missing: tuple[Missing, ...]
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Those that at least one run has a number for."""
+        return [measure for measure in MEASURES if any(measure.key in variant.means for variant in self.variants)]
+
+    def variant(self, name: str) -> VariantResult:
+        """A variant by its name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+
+def compare(runs: Mapping[str, Sequence[RunCurves]], settings: Settings, missing: Sequence[Missing] = ()) -> Comparison:
+    """Compare variants, each of one or several runs.
+
+    Args:
+        runs: run directories as read, by the name of their variant.
+        settings: what can be chosen.
+        missing: runs that should be there and are not.
+
+    Raises:
+        UserError: there is nothing to compare, or a setting does not fit the runs.
+    """
+    baseline = next(iter(runs), "") if settings.baseline is None else settings.baseline
+    if baseline not in runs:
+        raise UserError(f"--baseline: must be one of {', '.join(runs)}, got {baseline}")
+    chosen, left_out = _select(runs, settings.include_unfinished)
+    everything = [run for group in chosen.values() for run in group]
+    absent = (*missing, *left_out)
+    if not everything:
+        reasons = "; ".join(f"{run.variant}: {run.reason}" for run in absent[:3])
+        raise UserError(f"there is no finished run to compare ({reasons or 'none was given'})")
+    reading = _reading(everything, settings)
+    target, source = _target(chosen, baseline, reading, settings)
+    reading = Reading(reading.horizon, target, reading.metric, reading.smoothing, reading.at_epoch)
+    values = {
+        name: {measure.key: tuple(measure.of(run, reading) for run in group) for measure in MEASURES}
+        for name, group in chosen.items()
+    }
+    results = tuple(_result(name, baseline, chosen, values, reading) for name in chosen)
+    return Comparison(settings, reading, source, baseline, results, absent)
+
+
+def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> str:
+    """What an interval says in words: see :attr:`Against.verdict`."""
+    if difference.n < VERY_FEW:
+        return "too few seeds"
+    if not difference.excludes_zero:
+        return "no clear difference"
+    direction = "higher" if difference.value > 0 else "lower"
+    word = direction if better is None else "better" if direction == better else "worse"
+    return word if difference.n >= FEW else f"probably {word}"
+
+
+def _select(
+    runs: Mapping[str, Sequence[RunCurves]], include_unfinished: bool
+) -> tuple[dict[str, list[RunCurves]], list[Missing]]:
+    chosen: dict[str, list[RunCurves]] = {}
+    left_out = []
+    for name, group in runs.items():
+        chosen[name] = []
+        for run in group:
+            if run.epochs > 0 and (run.finished or include_unfinished):
+                chosen[name].append(run)
+            else:
+                planned = "" if run.config is None else f" of {run.config.train.epochs}"
+                left_out.append(Missing(name, run.seed, f"{run.folder} is not finished ({run.epochs}{planned} epochs)"))
+    return chosen, left_out
+
+
+def _reading(runs: Sequence[RunCurves], settings: Settings) -> Reading:
+    horizon = min(run.epochs for run in runs)
+    if settings.at_epoch is not None and settings.at_epoch > horizon:
+        raise UserError(
+            f"--at-epoch: must be at most {horizon}, the epochs of the shortest run, got {settings.at_epoch}"
+        )
+    if settings.metric == "heldout" and not any(run.heldout for run in runs):
+        raise UserError("--metric heldout: the runs have no held-out evaluations (prompts.heldout); allowed: training")
+    return Reading(horizon, None, settings.metric, settings.smoothing, settings.at_epoch)
+
+
+def _target(
+    chosen: Mapping[str, Sequence[RunCurves]], baseline: str, reading: Reading, settings: Settings
+) -> tuple[float | None, str]:
+    if settings.target is not None:
+        return settings.target, "as given"
+
+    def curve(run: RunCurves) -> Series:
+        return run.heldout if reading.metric == "heldout" else smoothed_reward(run, reading)
+
+    starts = [curve(run).values[0] for group in chosen.values() for run in group if curve(run)]
+    ends = [last_value(curve(run), reading.horizon) for run in chosen[baseline]]
+    final = [end for end in ends if end is not None]
+    if not final or not starts:
+        return None, f"none: no run of the baseline {baseline} says what it reaches"
+    start, end = statistics.fmean(starts), statistics.fmean(final)
+    if end <= start:
+        return None, f"none: the reward of the baseline {baseline} does not rise ({start:.4g} to {end:.4g})"
+    share = f"{WAY_TO_THE_END:.0%}".replace("%", " %")
+    return (
+        start + WAY_TO_THE_END * (end - start),
+        f"{share} of the way from the mean start of all runs ({start:.4f}) to the mean end of {baseline} ({end:.4f})",
+    )
+
+
+_Values = Mapping[str, Mapping[str, tuple[float | None, ...]]]
+
+
+def _result(
+    name: str, baseline: str, chosen: Mapping[str, Sequence[RunCurves]], values: _Values, reading: Reading
+) -> VariantResult:
+    own = values[name]
+    known = {key: [value for value in column if value is not None] for key, column in own.items()}
+    times = {key: [timed(run, reading) for run in chosen[key]] for key in (name, baseline)}
+    reached = {key: [time.reached for time in column if time is not None] for key, column in times.items()}
+    against, speed_up = {}, None
+    if name != baseline:
+        for measure in MEASURES:
+            sides, paired = _sides(chosen[name], own[measure.key], chosen[baseline], values[baseline][measure.key])
+            if min(map(len, sides)) == 0:
+                continue
+            against[measure.key] = _against(measure, *sides, paired)
+            if measure is EPOCHS_TO_TARGET:
+                speed_up = ratio_of_means(sides[1], sides[0], paired=paired)
+    return VariantResult(
+        name=name,
+        runs=tuple(chosen[name]),
+        values=own,
+        means={key: mean(column) for key, column in known.items() if column},
+        reached=sum(reached[name]) if reached[name] else None,
+        against=against,
+        speed_up=speed_up,
+        speed_up_bound=_bound(all(reached[baseline]), all(reached[name])),
+    )
+
+
+def _sides(
+    runs: Sequence[RunCurves],
+    values: Sequence[float | None],
+    baseline_runs: Sequence[RunCurves],
+    baseline_values: Sequence[float | None],
+) -> tuple[tuple[list[float], list[float]], bool]:
+    """The values of both sides, in pairs of a seed where there are such pairs, and whether there are."""
+    own, other = (
+        [(run.seed, value) for run, value in zip(group, column, strict=True) if value is not None]
+        for group, column in ((runs, values), (baseline_runs, baseline_values))
+    )
+    by_seed = [{seed: value for seed, value in side if seed is not None} for side in (own, other)]
+    distinct = all(len(found) == len(side) for found, side in zip(by_seed, (own, other), strict=True))
+    common = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if distinct and common and (len(common) > 1 or min(len(own), len(other)) == 1):
+        return ([by_seed[0][seed] for seed in common], [by_seed[1][seed] for seed in common]), True
+    return ([value for _, value in own], [value for _, value in other]), False
+
+
+def _against(measure: Measure, own: list[float], other: list[float], paired: bool) -> Against:
+    difference = mean_difference(own, other, paired=paired)
+    signs = [_sign(x, y) for x, y in zip(own, other, strict=True)] if paired else []
+    return Against(
+        difference=difference,
+        paired=paired,
+        higher=signs.count(1),
+        lower=signs.count(-1),
+        ties=signs.count(0),
+        verdict=verdict(difference, measure.better),
+    )
+
+
+def _sign(x: float, y: float) -> int:
+    """Values that differ by rounding alone are a tie."""
+    return 0 if math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-15) else 1 if x > y else -1
+
+
+def _bound(baseline_reached: bool, variant_reached: bool) -> Bound:
+    if baseline_reached:
+        return "" if variant_reached else "at most"
+    return "at least" if variant_reached else "restricted"

@@ -1,0 +1,80 @@
+"""What differs between configurations, and what that does to a comparison."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pcpo_fast.config import Config
+
+PER_RUN = ("output_dir", "seed", "model.embedding_cache")
+"""Settings that name a run, not what it does."""
+
+INCIDENTAL = (
+    "deepspeed",
+    "logging",
+    "checkpoint",
+    "rollout.batch_size",
+    "train.micro_batch_size",
+    "evaluation.batch_size",
+    "model.gradient_checkpointing",
+    "algorithm",
+)
+"""Settings that do not change what is learnt. The name of the preset does not either: what it fills in does."""
+
+_CONSEQUENCES = (
+    (("rewards",), "their rewards are not on the same scale"),
+    (("prompts.train",), "they do not train on the same prompts"),
+    (("prompts.heldout", "evaluation.prompts", "evaluation.seed", "evaluation.images_per_prompt"),
+     "their held-out rewards are not measured on the same images"),
+    (("evaluation.deterministic", "sampler.steps", "sampler.shift", "sampler.grid"),
+     "their held-out images are not sampled in the same way"),
+    (("rollout.prompts_per_epoch", "rollout.images_per_prompt", "train.updates_per_epoch", "train.inner_epochs",
+      "sampler.steps", "credit.steps", "credit.fraction"),
+     "an epoch is not the same amount of work"),
+)  # fmt: skip
+
+
+def differences(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
+    """The settings that are not the same in all configurations: {key: {name: value}}, without what names a run.
+
+    A setting that one of them does not have (of a reward that only the other uses) is None there.
+    """
+    flat = {name: dict(flattened(config.model_dump(mode="json"))) for name, config in configs.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    found = {}
+    for key in keys:
+        values = {name: each.get(key) for name, each in flat.items()}
+        first, *others = values.values()
+        if not _is_one_of(key, PER_RUN) and any(other != first for other in others):
+            found[key] = values
+    return found
+
+
+def decisive(found: Mapping[str, Any]) -> list[str]:
+    """Those of the keys that change what is learnt."""
+    return [key for key in found if not _is_one_of(key, INCIDENTAL)]
+
+
+def consequences(found: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before comparing variants that differ in these keys, one sentence each."""
+    sentences = []
+    for names, consequence in _CONSEQUENCES:
+        keys = [key for key in found if _is_one_of(key, names)]
+        if keys:
+            sentences.append(f"The variants differ in {', '.join(keys)}: {consequence}.")
+    return sentences
+
+
+def flattened(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all values below; an empty mapping is a value, and so is a list of plain values."""
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            yield from flattened(below, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
+        for position, item in enumerate(value):
+            yield from flattened(item, f"{key}.{position}")
+    else:
+        yield key, value
+
+
+def _is_one_of(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -1,0 +1,210 @@
+"""The figures of a comparison, in the style of a run's report. A colour stands for the same variant in all of them."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from pcpo_fast.comparison.analysis import Comparison, VariantResult
+from pcpo_fast.comparison.curves import until
+from pcpo_fast.comparison.measures import (
+    EPOCHS_TO_TARGET,
+    SPIKE,
+    clip_by_step,
+    norms_after_warm_up,
+    smoothed_reward,
+    timed,
+)
+from pcpo_fast.comparison.reading import RunCurves
+from pcpo_fast.comparison.statistics import mean_curve
+from pcpo_fast.comparison.tables import epochs_text
+from pcpo_fast.reporting.series import Series
+from pcpo_fast.reporting.style import (
+    BLUE,
+    GREEN,
+    GRID,
+    INK,
+    ORANGE,
+    PURPLE,
+    SOFT,
+    epoch_axis,
+    legend,
+    new_figure,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The first colours of the style, then the rest of the same palette, then the same again with dashed lines.
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", "#8a8f98", "#20242c")
+_DASHES = ("-", "--", ":")
+
+
+def comparison_figures(result: Comparison) -> dict[str, "Figure"]:
+    """All figures that there are numbers for, by file name without its ending."""
+    makers: Mapping[str, Callable[[Comparison], Figure | None]] = {
+        "reward": reward_figure,
+        "epochs_to_target": target_figure,
+        "clip_fraction": clip_figure,
+        "gradient_norm": gradient_figure,
+    }
+    made = {name: maker(result) for name, maker in makers.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def reward_figure(result: Comparison) -> "Figure | None":
+    """Reward over epochs: every seed thin, the mean thick, its interval as a band; training, and held-out if any."""
+    reading = result.reading
+    sides: list[tuple[str, str, Callable[[RunCurves], Series]]] = []
+    if any(run.reward for _, variant in _shown(result) for run in variant.runs):
+        title = f"Training reward, mean over {reading.smoothing} epochs"
+        sides.append(("training", title, lambda run: smoothed_reward(run, reading)))
+    if any(run.heldout for _, variant in _shown(result) for run in variant.runs):
+        sides.append(("heldout", "Held-out reward", lambda run: until(run.heldout, reading.horizon)))
+    if not sides:
+        return None
+    figure = new_figure(3.7)
+    for place, (metric, title, curve) in enumerate(sides, start=1):
+        axes = figure.add_subplot(1, len(sides), place)
+        styled(axes, title, "epochs trained", "mean reward", with_legend=True)
+        for index, variant in _shown(result):
+            _curves(axes, [found for run in variant.runs if (found := curve(run))], index, variant.name)
+        if reading.target is not None and metric == reading.metric:
+            axes.axhline(reading.target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="target", zorder=1)
+        epoch_axis(axes, 0, reading.horizon)
+        legend(axes)
+    return figure
+
+
+def _curves(axes: "Axes", curves: list[Series], index: int, name: str) -> None:
+    if not curves:
+        return
+    colour, line = _look(index)
+    common = sorted(set.intersection(*(set(curve.epochs) for curve in curves)))
+    table = [[curve.by_epoch()[epoch] for epoch in common] for curve in curves]
+    dots = "o" if len(common) <= 12 else ""
+    if len(curves) > 1:
+        for curve in curves:
+            axes.plot(curve.epochs, curve.values, color=colour, linewidth=0.7, alpha=0.35, linestyle=line)
+    if not common:
+        return
+    mean, low, high = mean_curve(table)
+    if low is not None and high is not None and len(curves) > 2:
+        axes.fill_between(common, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(common, mean, color=colour, linewidth=2, linestyle=line, marker=dots, markersize=3.5, label=name)
+
+
+def target_figure(result: Comparison) -> "Figure | None":
+    """Epochs to the target: a dot per seed (hollow where it was not reached), the mean and its interval."""
+    shown = [(index, variant) for index, variant in _shown(result) if EPOCHS_TO_TARGET.key in variant.means]
+    if not shown:
+        return None
+    reading = result.reading
+    figure = new_figure(1.25 + 0.5 * len(shown))
+    which = "held-out" if reading.metric == "heldout" else "training"
+    title = f"Epochs until the {which} reward reaches {reading.target:.4g}"
+    axes = styled(figure.add_subplot(), title, "epochs trained", "")
+    for row, (index, variant) in enumerate(shown):
+        colour, _ = _look(index)
+        times = [time for run in variant.runs if (time := timed(run, reading)) is not None]
+        offsets = [0.0] if len(times) == 1 else [0.18 - 0.36 * i / (len(times) - 1) for i in range(len(times))]
+        for time, offset in zip(times, offsets, strict=True):
+            face = colour if time.reached else "none"
+            axes.scatter(time.epochs, row + offset, s=16, facecolors=face, edgecolors=colour, alpha=0.55, linewidths=1)
+        mean = variant.means[EPOCHS_TO_TARGET.key]
+        if mean.low is not None and mean.high is not None and variant.reached:
+            axes.plot([mean.low, mean.high], [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
+        axes.plot([mean.value] * 2, [row - 0.24, row + 0.24], color=colour, linewidth=2.6)
+        text = epochs_text(variant)
+        axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5, color=INK)
+    axes.axvline(reading.horizon, color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.set_yticks(range(len(shown)), [variant.name for _, variant in shown], color=INK)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x", color=GRID, linewidth=0.8)
+    epoch_axis(axes, 0, reading.horizon)
+    if any(variant.reached is not None and variant.reached < len(variant.runs) for _, variant in shown):
+        axes.set_xlabel(f"epochs trained (hollow: not reached within {reading.horizon})")
+    return figure
+
+
+def clip_figure(result: Comparison) -> "Figure | None":
+    """Clip fraction of each sampler step, mean over epochs: every seed thin, the mean thick with its interval."""
+    from matplotlib.ticker import MaxNLocator
+
+    reading = result.reading
+    steps = {v.name: [found for run in v.runs if (found := clip_by_step(run, reading))] for v in result.variants}
+    if not any(steps.values()):
+        return None
+    figure = new_figure(3.3)
+    axes = styled(
+        figure.add_subplot(),
+        "Clip fraction per sampler step, mean over epochs",
+        "step (0 = noise)",
+        "share clipped",
+        with_legend=True,
+    )
+    for index, variant in _shown(result):
+        curves = [Series(list(found), list(found.values())) for found in steps[variant.name]]
+        _curves(axes, curves, index, variant.name)
+    _percent(axes)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    legend(axes)
+    return figure
+
+
+def gradient_figure(result: Comparison) -> "Figure | None":
+    """How gradient norms are spread: the share of updates above each multiple of their run's median, both axes log."""
+    from matplotlib.ticker import FuncFormatter
+
+    reading = result.reading
+    figure = new_figure(3.3)
+    axes = styled(
+        figure.add_subplot(),
+        "Spread of the gradient norm over updates",
+        "gradient norm / median of its run",
+        "share of updates above",
+        with_legend=True,
+    )
+    drawn, top = 0, 1.0
+    for index, variant in _shown(result):
+        colour, line = _look(index)
+        pooled: list[float] = []
+        for run in variant.runs:
+            norms = sorted(norms_after_warm_up(run, reading))
+            middle = norms[len(norms) // 2] if norms else 0.0
+            pooled += [norm / middle for norm in norms] if middle > 0 else []
+        if not pooled:
+            continue
+        pooled.sort()
+        above = [1 - i / len(pooled) for i in range(len(pooled))]
+        axes.plot(pooled, above, color=colour, linewidth=1.8, linestyle=line, label=variant.name, drawstyle="steps-pre")
+        drawn, top = drawn + 1, max(top, pooled[-1])
+    if not drawn:
+        return None
+    axes.axvline(SPIKE, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=f"spike: above {SPIKE:g}")
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 1000) if tick <= 1.5 * max(top, SPIKE)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(right=1.15 * max(top, SPIKE))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.3g}"))
+    legend(axes)
+    return figure
+
+
+def _shown(result: Comparison) -> list[tuple[int, VariantResult]]:
+    """The variants that have runs, each with its place in the order of all, which gives it its colour."""
+    return [(index, variant) for index, variant in enumerate(result.variants) if variant.runs]
+
+
+def _look(index: int) -> tuple[str, str]:
+    return COLOURS[index % len(COLOURS)], _DASHES[index // len(COLOURS) % len(_DASHES)]
+
+
+def _percent(axes: "Axes") -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))

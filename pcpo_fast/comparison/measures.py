@@ -1,0 +1,242 @@
+"""The numbers that a run is reduced to: what they are called and mean, and whether more is better."""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pcpo_fast.comparison.curves import Reached, first_reached, interpolated, last_value, trailing_mean, until
+from pcpo_fast.comparison.reading import RunCurves
+from pcpo_fast.reporting.series import Series
+
+Metric = Literal["training", "heldout"]
+SPIKE = 3.0
+"""A gradient norm above this many times the run's median is a spike."""
+
+WARM_UP = 0.1
+"""Share of the updates, at the beginning, that gradient norms are not taken from."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How runs are read: the same for every run of a comparison.
+
+    Attributes:
+        horizon: epochs that count, the same for all runs.
+        target: the reward whose reaching is timed; None: there is none.
+        metric: the reward that is compared with the target, of the rollouts or of the held-out evaluations.
+        smoothing: epochs of the trailing mean over training rewards.
+        at_epoch: an epoch at which rewards are also compared; None: only at the end.
+    """
+
+    horizon: int
+    target: float | None
+    metric: Metric
+    smoothing: int
+    at_epoch: int | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number per run.
+
+    Attributes:
+        key: its name in comparison.json.
+        label: its name in a table.
+        better: which direction is better; None where it is no merit by itself.
+        form: how a value is written.
+        meaning: one sentence.
+        of: computes it; None where the run does not say.
+    """
+
+    key: str
+    label: str
+    better: Literal["higher", "lower"] | None
+    form: str
+    meaning: str
+    of: Callable[[RunCurves, Reading], float | None]
+
+    def text(self, value: float, *, signed: bool = False) -> str:
+        """A value as it stands in a table."""
+        return format(value, f"{'+' if signed else ''}{self.form}")
+
+
+def smoothed_reward(run: RunCurves, reading: Reading) -> Series:
+    """Training reward until the horizon, as its trailing mean."""
+    return trailing_mean(until(run.reward, reading.horizon - 1), reading.smoothing)
+
+
+def timed(run: RunCurves, reading: Reading) -> Reached | None:
+    """When the run reached the target; None without one, or where the run has no such reward."""
+    heldout = reading.metric == "heldout"
+    curve = run.heldout if heldout else smoothed_reward(run, reading)
+    if reading.target is None or not curve:
+        return None
+    return first_reached(curve, reading.target, reading.horizon, between=heldout)
+
+
+def _epochs_to_target(run: RunCurves, reading: Reading) -> float | None:
+    reached = timed(run, reading)
+    return None if reached is None else reached.epochs
+
+
+def _reward_final(run: RunCurves, reading: Reading) -> float | None:
+    return last_value(smoothed_reward(run, reading), reading.horizon)
+
+
+def _reward_at(run: RunCurves, reading: Reading) -> float | None:
+    return None if reading.at_epoch is None else last_value(smoothed_reward(run, reading), reading.at_epoch)
+
+
+def _reward_over_epochs(run: RunCurves, reading: Reading) -> float | None:
+    values = until(run.reward, reading.horizon - 1).values
+    return statistics.fmean(values) if values else None
+
+
+def _heldout_final(run: RunCurves, reading: Reading) -> float | None:
+    return last_value(run.heldout, reading.horizon) if len(until(run.heldout, reading.horizon).values) > 1 else None
+
+
+def _heldout_at(run: RunCurves, reading: Reading) -> float | None:
+    return None if reading.at_epoch is None else interpolated(run.heldout, reading.at_epoch)
+
+
+def _diversity(run: RunCurves, reading: Reading) -> float | None:
+    return last_value(run.diversity, reading.horizon)
+
+
+def clip_by_step(run: RunCurves, reading: Reading) -> dict[int, float]:
+    """Mean clip fraction of each sampler step over the epochs."""
+    curves = {step: until(curve, reading.horizon - 1).values for step, curve in run.clip_steps.items()}
+    return {step: statistics.fmean(values) for step, values in curves.items() if values}
+
+
+def _clip_fraction(run: RunCurves, reading: Reading) -> float | None:
+    values = until(run.clip_fraction, reading.horizon - 1).values
+    return statistics.fmean(values) if values else None
+
+
+def _clip_unevenness(run: RunCurves, reading: Reading) -> float | None:
+    values = list(clip_by_step(run, reading).values())
+    if len(values) < 2 or not any(values):
+        return None
+    return statistics.pstdev(values) / statistics.fmean(values)
+
+
+def norms_after_warm_up(run: RunCurves, reading: Reading) -> list[float]:
+    """Gradient norms of the updates after the warm-up: the first tenth, or the learning rate's warm-up if longer."""
+    norms = [norm for epoch, norm in run.grad_norms if epoch < reading.horizon]
+    warm_up = 0 if run.config is None else run.config.optimizer.warmup_updates
+    return norms[max(math.ceil(WARM_UP * len(norms)), warm_up) :]
+
+
+def _grad_variation(run: RunCurves, reading: Reading) -> float | None:
+    norms = norms_after_warm_up(run, reading)
+    if len(norms) < 2 or not any(norms):
+        return None
+    return statistics.stdev(norms) / statistics.fmean(norms)
+
+
+def _grad_spikes(run: RunCurves, reading: Reading) -> float | None:
+    norms = norms_after_warm_up(run, reading)
+    if not norms:
+        return None
+    limit = SPIKE * statistics.median(norms)
+    return sum(norm > limit for norm in norms) / len(norms)
+
+
+EPOCHS_TO_TARGET = Measure(
+    "epochs_to_target",
+    "epochs to target",
+    "lower",
+    ".1f",
+    "epochs trained until the reward first reaches the target; a run that never does counts with the epochs that it "
+    "was watched for, and the mean is then a lower bound",
+    _epochs_to_target,
+)
+
+MEASURES = (
+    EPOCHS_TO_TARGET,
+    Measure(
+        "reward_final",
+        "training reward at the end",
+        "higher",
+        ".4f",
+        "trailing mean of the training reward after the last epoch that all runs have",
+        _reward_final,
+    ),
+    Measure(
+        "reward_at_epoch",
+        "training reward at epoch {at_epoch}",
+        "higher",
+        ".4f",
+        "trailing mean of the training reward after as many epochs as --at-epoch says",
+        _reward_at,
+    ),
+    Measure(
+        "reward_over_epochs",
+        "training reward, mean over epochs",
+        "higher",
+        ".4f",
+        "mean of the training reward over all epochs: speed and level in one number, without a target",
+        _reward_over_epochs,
+    ),
+    Measure(
+        "heldout_final",
+        "held-out reward at the end",
+        "higher",
+        ".4f",
+        "reward on held-out prompts and fixed seeds, last evaluation",
+        _heldout_final,
+    ),
+    Measure(
+        "heldout_at_epoch",
+        "held-out reward at epoch {at_epoch}",
+        "higher",
+        ".4f",
+        "reward on held-out prompts after as many epochs as --at-epoch says, between evaluations on a straight line",
+        _heldout_at,
+    ),
+    Measure(
+        "diversity",
+        "diversity at the end",
+        "higher",
+        ".4f",
+        "mean distance between images of the same held-out prompt, last evaluation",
+        _diversity,
+    ),
+    Measure(
+        "clip_fraction",
+        "clip fraction",
+        None,
+        ".4f",
+        "share of (image, step) pairs that the clip range leaves without a gradient, mean over epochs",
+        _clip_fraction,
+    ),
+    Measure(
+        "clip_unevenness",
+        "clip fraction, unevenness over steps",
+        None,
+        ".3f",
+        "standard deviation over sampler steps of each step's mean clip fraction, divided by their mean; 0: flat",
+        _clip_unevenness,
+    ),
+    Measure(
+        "grad_variation",
+        "gradient norm, variation",
+        None,
+        ".3f",
+        "standard deviation of the gradient norm over updates divided by its mean, without the first tenth of the "
+        "updates (or the learning rate's warm-up)",
+        _grad_variation,
+    ),
+    Measure(
+        "grad_spikes",
+        "gradient norm, share of spikes",
+        None,
+        ".4f",
+        f"share of these updates whose gradient norm is above {SPIKE:g} times the run's median",
+        _grad_spikes,
+    ),
+)

@@ -1,0 +1,117 @@
+"""A run directory as the comparison sees it: its curves, its seed, and whether it is finished."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcpo_fast.config import Config
+from pcpo_fast.config_loading import load_config
+from pcpo_fast.errors import UserError
+from pcpo_fast.reporting.metrics_file import Record, read_metrics
+from pcpo_fast.reporting.series import Series, epochs_trained, series, skipped_updates, step_series
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What a run measured.
+
+    Attributes:
+        folder: the run directory.
+        config: its resolved configuration; None where that cannot be read (`problem` says why).
+        epochs: epochs trained.
+        finished: trained for as many epochs as its configuration says, and its summary is written.
+        reward: mean training reward; the value at epoch e comes from weights trained for e epochs.
+        heldout: mean held-out reward by epochs trained; empty without held-out prompts.
+        diversity: mean distance between images of the same held-out prompt; empty where it was not measured.
+        clip_fraction: share of clipped (image, step) pairs by epoch.
+        clip_steps: the same for each sampler step.
+        grad_norms: (epoch, gradient norm before clipping) of every applied update, in order.
+        skipped: updates left out because a gradient was not finite, by epoch.
+        seconds: seconds of rollout, reward and update by epoch.
+    """
+
+    folder: Path
+    config: Config | None
+    problem: str | None
+    epochs: int
+    finished: bool
+    reward: Series
+    heldout: Series
+    diversity: Series
+    clip_fraction: Series
+    clip_steps: dict[int, Series]
+    grad_norms: list[tuple[int, float]]
+    skipped: dict[int, int]
+    seconds: Series
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of its random numbers, which pairs it with runs of other variants."""
+        return None if self.config is None else self.config.seed
+
+
+def read_run(folder: Path | str) -> RunCurves:
+    """Read a run directory, finished or not.
+
+    Raises:
+        UserError: it holds no metrics.jsonl, or one that is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.jsonl").is_file():
+        what = "holds no run (there is no metrics.jsonl in it)" if folder.is_dir() else "is not a run directory"
+        raise UserError(f"{folder} {what}")
+    records = read_metrics(folder / "metrics.jsonl")
+    config, problem = _config_of(folder)
+    epochs = epochs_trained(records)
+    return RunCurves(
+        folder=folder,
+        config=config,
+        problem=problem,
+        epochs=epochs,
+        finished=_is_finished(folder, config, epochs),
+        reward=series(records, "reward/mean"),
+        heldout=series(records, "heldout/reward/mean"),
+        diversity=series(records, "heldout/diversity"),
+        clip_fraction=series(records, "policy/clip_fraction"),
+        clip_steps=step_series(records, "policy/clip_fraction"),
+        grad_norms=_grad_norms(records),
+        skipped=skipped_updates(records),
+        seconds=_seconds(records),
+    )
+
+
+def _config_of(folder: Path) -> tuple[Config | None, str | None]:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None, f"{folder} has no config.yaml"
+    try:
+        return load_config(path), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _is_finished(folder: Path, config: Config | None, epochs: int) -> bool:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        done = int(summary["epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return done <= epochs and (config is None or config.train.epochs <= done)
+
+
+def _grad_norms(records: list[Record]) -> list[tuple[int, float]]:
+    """A skipped update's norm is not finite, and says nothing about the others."""
+    found = []
+    for record in records:
+        norm = record.get("policy/grad_norm")
+        if record.get("kind") != "update" or record.get("policy/skipped_updates", 0) or not isinstance(norm, float):
+            continue
+        if 0 <= norm < float("inf"):
+            found.append((int(record["epoch"]), norm))
+    return found
+
+
+def _seconds(records: list[Record]) -> Series:
+    parts = [series(records, f"time/{phase}") for phase in ("rollout", "reward", "update")]
+    epochs = [epoch for epoch in parts[0].epochs if all(epoch in part.by_epoch() for part in parts)]
+    return Series(epochs, [sum(part.by_epoch()[epoch] for part in parts) for epoch in epochs])

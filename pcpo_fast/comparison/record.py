@@ -1,0 +1,159 @@
+"""comparison.json: every number of a comparison, with what it was made from."""
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import pcpo_fast
+from pcpo_fast.comparison.analysis import Comparison, VariantResult
+from pcpo_fast.comparison.differences import PER_RUN, consequences, differences
+from pcpo_fast.comparison.measures import timed
+from pcpo_fast.comparison.statistics import LEVEL, RESAMPLES, attainable
+from pcpo_fast.config import Config
+from pcpo_fast.reporting.series import Series
+
+FORMAT = 1
+_LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "deepspeed", "peft", "triton")
+
+
+def comparison_record(result: Comparison) -> dict[str, Any]:
+    """The comparison as JSON values; NaN does not occur."""
+    reading = result.reading
+    return {
+        "format": FORMAT,
+        "versions": _versions(),
+        "settings": {
+            "baseline": result.baseline,
+            "metric": reading.metric,
+            "target": reading.target,
+            "target_source": result.target_source,
+            "horizon_epochs": reading.horizon,
+            "at_epoch": reading.at_epoch,
+            "smoothing_epochs": reading.smoothing,
+            "include_unfinished": result.settings.include_unfinished,
+            "interval_level": LEVEL,
+            "bootstrap_resamples": RESAMPLES,
+        },
+        "measures": {
+            measure.key: {
+                "label": measure.label.format(at_epoch=reading.at_epoch),
+                "better": measure.better,
+                "meaning": measure.meaning,
+            }
+            for measure in result.measures
+        },
+        "differences": variant_differences(result),
+        "variants": {variant.name: _variant(variant, result) for variant in result.variants},
+        "missing": [asdict(run) for run in result.missing],
+        "notes": notes(result),
+    }
+
+
+def variant_differences(result: Comparison) -> dict[str, dict[str, Any]]:
+    """What differs between the variants, by their first runs: {key: {variant: value}}."""
+    return differences({v.name: v.runs[0].config for v in result.variants if v.runs and v.runs[0].config is not None})
+
+
+def notes(result: Comparison) -> list[str]:
+    """What a reader should know before believing a number."""
+    found = []
+    runs = [run for variant in result.variants for run in variant.runs]
+    if len({run.epochs for run in runs}) > 1:
+        longest = max(run.epochs for run in runs)
+        found.append(
+            f"The runs are not equally long: of all only the first {result.reading.horizon} epochs count "
+            f"(the longest has {longest})."
+        )
+    if result.reading.target is None:
+        found.append(f"Epochs to target are left out: {result.target_source}.")
+    found += consequences(variant_differences(result))
+    found += [_inner_differences(variant) for variant in result.variants if _varying(variant)]
+    for variant in result.variants:
+        skipped = sum(sum(run.skipped.values()) for run in variant.runs)
+        if skipped:
+            found.append(f"{variant.name}: {skipped} updates were skipped because a gradient was not finite.")
+        if variant.runs and len({run.seed for run in variant.runs}) < len(variant.runs) and variant.runs[0].config:
+            found.append(f"{variant.name}: several runs have the same seed, which are not independent runs.")
+    found += [f"{run.problem}; its seed and settings are unknown." for run in runs if run.problem]
+    return found + _about_intervals(result)
+
+
+def _about_intervals(result: Comparison) -> list[str]:
+    compared = [variant for variant in result.variants if variant.runs]
+    found = []
+    if any(not against.paired for variant in compared for against in variant.against.values()):
+        found.append("Runs are not paired by seed everywhere: such differences have wider intervals.")
+    count = min(len(variant.runs) for variant in compared)
+    if count == 1:
+        found.append("A variant with one seed has no interval: nothing can be said about how much seeds differ.")
+    elif count < 5:
+        found.append(
+            f"With {count} seeds an interval holds the truth at most {attainable(count):.0%} of the time, "
+            "whatever it is called: it means little.".replace("%", " %")
+        )
+    return found
+
+
+def _variant(variant: VariantResult, result: Comparison) -> dict[str, Any]:
+    return {
+        "runs": [_run(variant, index, result) for index in range(len(variant.runs))],
+        "reached_target": variant.reached,
+        "means": {key: asdict(estimate) for key, estimate in variant.means.items()},
+        "against_baseline": {key: asdict(against) for key, against in variant.against.items()},
+        "speed_up": None if variant.speed_up is None else asdict(variant.speed_up) | {"bound": variant.speed_up_bound},
+    }
+
+
+def _run(variant: VariantResult, index: int, result: Comparison) -> dict[str, Any]:
+    run = variant.runs[index]
+    reached = timed(run, result.reading)
+    return {
+        "seed": run.seed,
+        "folder": run.folder.name if run.folder.is_absolute() else str(run.folder),
+        "epochs": run.epochs,
+        "finished": run.finished,
+        "reached_target": None if reached is None else reached.reached,
+        "values": {measure.key: variant.values[measure.key][index] for measure in result.measures},
+        "skipped_updates": sum(run.skipped.values()),
+        "seconds_per_epoch": _median(run.seconds),
+        "curves": {"reward": _curve(run.reward), "heldout_reward": _curve(run.heldout)},
+    }
+
+
+def _curve(curve: Series) -> dict[str, list[float]]:
+    return {"epochs": list(curve.epochs), "values": [float(f"{value:.7g}") for value in curve.values]}
+
+
+def _median(curve: Series) -> float | None:
+    ordered = sorted(curve.values)
+    return round(ordered[len(ordered) // 2], 4) if ordered and math.isfinite(ordered[-1]) else None
+
+
+def _varying(variant: VariantResult) -> dict[str, dict[str, Any]]:
+    """Settings in which the runs of a variant differ though they should not."""
+    configs: dict[str, Config] = {
+        str(index): run.config for index, run in enumerate(variant.runs) if run.config is not None
+    }
+    return {key: values for key, values in differences(configs).items() if key not in PER_RUN}
+
+
+def _inner_differences(variant: VariantResult) -> str:
+    parts = [f"{key} ({', '.join(_shown_values(values))})" for key, values in _varying(variant).items()]
+    return f"{variant.name}: its runs do not have the same settings: {'; '.join(parts)}."
+
+
+def _shown_values(values: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values.values()))
+
+
+def _versions() -> dict[str, str]:
+    found = {"pcpo_fast": pcpo_fast.__version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
