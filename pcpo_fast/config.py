@@ -202,8 +202,8 @@ class TrainConfig(Section):
     )
     max_log_ratio: PositiveFloat | None = Field(
         None,
-        description="a rollout is stale, and no further pass is made over it, once the mean |log-ratio| of a pass is "
-        "above this; null: never",
+        description="a rollout is stale, and no further pass is made over it, once the mean absolute log-ratio of a "
+        "pass is above this; null: never",
     )
     micro_batch_size: Positive = Field(1, description="(image, step) pairs in one forward and backward on each rank")
     old_output: Literal["detach", "rollout", "recompute"] = Field(

@@ -61,6 +61,6 @@ def _first(settings: WindowConfig, last: int, epoch: int, seed: int) -> int:
 
 
 def _interval(settings: WindowConfig, place: int) -> int:
-    """Epochs that a progressive window stays at a place: at least one."""
+    """Epochs that a progressive window stays at a place: at least one, rounded up as in MixGRPO's code."""
     shorter = math.exp(-settings.decay * max(place - settings.decay_after, 0))
-    return max(1, round(settings.interval * shorter))
+    return max(1, math.ceil(settings.interval * shorter))
