@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_pipeline import own_pipeline, pipeline_folder, process_group  # noqa: F401 - fixtures
+from tiny_pipelines import sd3_folder, sd_folder, sd_v_folder  # noqa: F401 - fixtures
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -185,11 +185,15 @@ def spoil_index(folder: Path, **changes: Any) -> None:
     ("spoil", "words"),
     [
         (lambda folder: shutil.rmtree(folder), "is not a folder, and not a hub id of the form owner/name"),
-        (lambda folder: (folder / "model_index.json").unlink(), "holds no model_index.json, so it is not a diffusers"),
+        (lambda folder: (folder / "model_index.json").unlink(), "so it is not the folder of a diffusers pipeline"),
         (lambda folder: (folder / "model_index.json").write_text("{"), "is not valid JSON"),
         (
+            lambda folder: spoil_index(folder, _class_name="PixArtAlphaPipeline"),
+            "is a PixArtAlphaPipeline; allowed are FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline",
+        ),
+        (
             lambda folder: spoil_index(folder, _class_name="StableDiffusionPipeline"),
-            "is a StableDiffusionPipeline, not a FluxPipeline",
+            "cannot be loaded as a StableDiffusionPipeline: ",
         ),
         (lambda folder: shutil.rmtree(folder / "transformer"), "model.path: "),
         (lambda folder: (folder / "vae" / "config.json").write_text("{"), "model.path: "),
@@ -197,7 +201,7 @@ def spoil_index(folder: Path, **changes: Any) -> None:
         (lambda folder: shutil.rmtree(folder / "text_encoder_2"), "model.path: "),
     ],
 )
-def test_a_folder_that_is_not_a_flux_pipeline(spoil: Any, words: str, spoiled: Path, capsys: Capture) -> None:
+def test_a_folder_that_is_not_the_pipeline_it_says(spoil: Any, words: str, spoiled: Path, capsys: Capture) -> None:
     spoil(spoiled)
     config = write_config(spoiled.parent, spoiled, model__embedding_cache=str(spoiled.parent / "cache"))
     message = refused(capsys, "train", "--config", config)
@@ -341,8 +345,8 @@ def test_a_gradient_that_is_never_finite_ends_the_run(
 ) -> None:
     compute = pcpo_fast.trainer.compute_advantages
 
-    def spoiled(*arguments: Any) -> torch.Tensor:
-        return compute(*arguments) * float("nan")
+    def spoiled(*arguments: Any, **settings: Any) -> torch.Tensor:
+        return compute(*arguments, **settings) * float("nan")
 
     monkeypatch.setattr(pcpo_fast.trainer, "compute_advantages", spoiled)
     message = refused(capsys, "train", "--config", config, "train.max_skipped_updates=3", "train.epochs=9")

@@ -164,8 +164,13 @@ def test_scheduler_times_are_those_the_pipeline_runs(policy: FluxPolicy, dynamic
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts how often the text encoders are loaded."""
     counted: list[int] = []
-    load = FluxPolicy._load_encoders
-    monkeypatch.setattr(FluxPolicy, "_load_encoders", lambda self: counted.append(1) or load(self))
+    load = FluxPolicy._load_parts
+
+    def counting(self: FluxPolicy, *parts: str, **options: Any) -> Any:
+        counted.extend([1] * ("text_encoder" in parts))  # not where the tokenizers alone are asked for
+        return load(self, *parts, **options)
+
+    monkeypatch.setattr(FluxPolicy, "_load_parts", counting)
     return counted
 
 
@@ -286,7 +291,7 @@ def test_published_flux_on_the_meta_device(policy: FluxPolicy, guidance: bool, p
         "prompt_embeds": torch.empty(2, 512, 4096, device="meta"),
         "pooled_prompt_embeds": torch.empty(2, 768, device="meta"),
     }
-    add_lora(transformer, LoraConfig(rank=8, alpha=8))
+    add_lora(transformer, LoraConfig(rank=8, alpha=8), FluxPolicy.lora_targets)
     adapted = {name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")}
     double = {name for name in adapted if name.startswith("transformer_blocks.")}
     single = {name for name in adapted if name.startswith("single_transformer_blocks.")}
@@ -476,7 +481,7 @@ def spoiled(folder: Path, kind: str) -> Path:
     if kind == "no index":
         index.unlink()
     elif kind == "other pipeline":
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionPipeline"}))
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "PixArtAlphaPipeline"}))
     elif kind == "no JSON":
         index.write_text("{")
     elif kind == "a list":
@@ -494,8 +499,11 @@ def spoiled(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("no index", "holds no model_index.json, so it is not a diffusers FluxPipeline folder"),
-        ("other pipeline", "is a StableDiffusionPipeline, not a FluxPipeline"),
+        ("no index", "holds no model_index.json, so it is not the folder of a diffusers pipeline"),
+        (
+            "other pipeline",
+            "is a PixArtAlphaPipeline; allowed are FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline",
+        ),
         ("no JSON", "is not valid JSON"),
         ("a list", "is not valid JSON"),
         ("no transformer", "cannot be loaded as a FluxPipeline"),
@@ -512,7 +520,7 @@ def test_a_folder_that_is_no_flux_pipeline_is_refused(own_pipeline: Path, kind: 
 @pytest.mark.parametrize("path", ["nowhere", "./nowhere/at-all", "a/b/c"])
 def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
     with pytest.raises(UserError, match=f"model.path: {path} is not a folder, and not a hub id"):
-        locate(path, None, "FluxPipeline")
+        locate(path, None, ["FluxPipeline"])
 
 
 def hub_errors() -> Iterator[Any]:
@@ -550,14 +558,14 @@ def test_a_hub_model_that_cannot_be_had_is_one_sentence(
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     with pytest.raises(UserError, match=reason) as caught:
-        locate("owner/name", "v2", "FluxPipeline")
+        locate("owner/name", "v2", ["FluxPipeline"])
     assert "owner/name" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_hub_model_offline_is_one_sentence() -> None:
     """No mock: the tests run with the hub switched off."""
     with pytest.raises(UserError, match="neither in the local cache nor can the hub be reached"):
-        locate("pcpo-fast-tests/no-such-model", None, "FluxPipeline")
+        locate("pcpo-fast-tests/no-such-model", None, ["FluxPipeline"])
 
 
 def test_a_hub_model_is_used_from_its_snapshot(monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:

@@ -35,62 +35,96 @@ TRANSFORMER = {
 
 def build_pipeline(folder: Path, **transformer: Any) -> None:
     """Write the pipeline; keyword arguments change the transformer's configuration."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(0)
-    letters = sorted(set("".join(WORDS)))
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    clip = CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, [], model_max_length=40)
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    t5 = T5TokenizerFast(vocab=special + [("\u2581" + w, -1.0) for w in WORDS], extra_ids=0, model_max_length=512)
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=8
         ),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=CHANNELS // 4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=0.7,
-            shift_factor=0.1,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=32,
-                intermediate_size=32,
-                projection_dim=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=40,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        ),
-        tokenizer=clip,
-        text_encoder_2=T5EncoderModel(
-            T5Config(
-                vocab_size=len(t5),
-                d_model=32,
-                d_kv=16,
-                d_ff=32,
-                num_layers=1,
-                num_heads=2,
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        ),
-        tokenizer_2=t5,
+        vae=tiny_vae(shift_factor=0.1),
+        text_encoder=tiny_clip(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=tiny_t5(),
+        tokenizer_2=t5_tokenizer(),
         transformer=FluxTransformer2DModel(**(TRANSFORMER | transformer)),
     ).save_pretrained(folder)
+
+
+def tiny_vae(**config: Any) -> Any:
+    """A VAE that halves the image once, without weights for anything else."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=CHANNELS // 4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.7,
+        **config,
+    )
+
+
+def clip_tokenizer() -> Any:
+    """Letters only; reads 40 tokens."""
+    from transformers import CLIPTokenizer
+
+    letters = sorted(set("".join(WORDS)))
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, [], model_max_length=40)
+
+
+def tiny_clip(kind: Any, width: int = 32, layers: int = 1) -> Any:
+    """CLIP's text model of a class of transformers'."""
+    from transformers import CLIPTextConfig
+
+    clip = clip_tokenizer()
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=width,
+            intermediate_size=32,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
+        )
+    )
+
+
+def t5_tokenizer() -> Any:
+    """Words only."""
+    from transformers import T5TokenizerFast
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5TokenizerFast(vocab=special + [("\u2581" + w, -1.0) for w in WORDS], extra_ids=0, model_max_length=512)
+
+
+def tiny_t5() -> Any:
+    """T5's encoder."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()),
+            d_model=32,
+            d_kv=16,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.policies.quiet import quiet_libraries
 
 
-def choose_attention(module: Any, backend: str, heads: int, head_size: int, device: torch.device | None = None) -> None:
+def choose_attention(module: Any, backend: str, device: torch.device | None = None) -> None:
     """Make a diffusers model use an attention backend; ``native`` is PyTorch's scaled dot product.
 
-    The backend is tried on two tokens of the model's dtype and head size on ``device`` (default: the model's), forward
-    and backward: some serve no CPU, no float32 or no head of this size, and some compute no gradients.
+    The backend is tried on two tokens of the model's dtype and head sizes on ``device`` (default: the model's), forward
+    and backward: some serve no CPU, no float32 or no head of this size, and some compute no gradients. diffusers' UNet
+    and its transformer of Stable Diffusion 3 know no backends: they have ``native`` and ``xformers``.
 
     Raises:
         UserError: no such backend, what it needs is not installed, or it cannot train this model here.
@@ -21,10 +22,21 @@ def choose_attention(module: Any, backend: str, heads: int, head_size: int, devi
     known = [str(member.value) for member in AttentionBackendName]
     if backend not in known:
         raise UserError(f"model.attention: unknown backend {backend!r}; diffusers offers {', '.join(sorted(known))}")
+    layers = [child for child in module.modules() if hasattr(child, "processor")]
+    # diffusers passes over a layer that knows no backends, and says nothing.
+    dispatched = all(hasattr(layer.processor, "_attention_backend") for layer in layers)
+    if not dispatched and backend not in ("native", "xformers"):
+        raise UserError(
+            f"model.attention: {backend} does not serve a {type(module).__name__}; allowed are native and xformers"
+        )
     try:
         with quiet_libraries():  # diffusers warns on every call that the interface is experimental
-            module.set_attention_backend(backend)
-            _try(module, backend, heads, head_size, device)
+            if dispatched:
+                module.set_attention_backend(backend)
+                for heads, head_size in {(layer.heads, layer.inner_dim // layer.heads) for layer in layers}:
+                    _try(module, backend, heads, head_size, device)
+            elif backend == "xformers":
+                module.enable_xformers_memory_efficient_attention()  # tries it, too
     except (ImportError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.attention: {backend} cannot be used here: {reason}") from None

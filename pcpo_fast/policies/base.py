@@ -86,10 +86,13 @@ class Policy(ABC):
         """
 
     def combine(self, halves: Prediction) -> Tensor:
-        """The output after guidance: the only half as it is, or both in float32, as the policy loss combines them."""
+        """The output after guidance: the only half as it is, or both in float32 (float64 where the model is), as the
+        policy loss combines them.
+        """
         if halves.unconditional is None:
             return halves.conditional
-        return guidance(halves.unconditional, halves.conditional, self.cfg_scale, dtype=torch.float32)
+        dtype = torch.promote_types(halves.conditional.dtype, torch.float32)
+        return guidance(halves.unconditional, halves.conditional, self.cfg_scale, dtype=dtype)
 
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Model output after guidance, of :meth:`predict_halves`'s arguments.

@@ -22,7 +22,7 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path) -> None:
     folder, family = find_family(settings)
     part, dtype = family.trained_part, DTYPES[settings.dtype]
     with quiet_libraries():
-        pipeline = family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        pipeline = family.load_pipeline(folder, dtype=dtype)
         if settings.finetune == "lora":
             pipeline.load_lora_weights(weights)
             pipeline.fuse_lora()

@@ -49,6 +49,12 @@ def pipeline_folder(path: str, revision: str | None, known: Collection[str]) -> 
     return folder, found
 
 
+def pipeline_parts(folder: Path) -> dict[str, bool]:
+    """The parts that ``model_index.json`` names, and whether the pipeline has them: SD3 may do without T5."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {name: all(kind) for name, kind in index.items() if isinstance(kind, list)}
+
+
 def _download(path: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging

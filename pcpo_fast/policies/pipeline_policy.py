@@ -19,6 +19,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.policies.attention import choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, Prediction
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, folder_fingerprint
+from pcpo_fast.policies.locating import pipeline_parts
 from pcpo_fast.policies.lora import add_lora, load_lora
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.truncation import warn_of_long_prompts
@@ -102,12 +103,14 @@ class PipelinePolicy(Policy):
             UserError: the folder cannot be loaded; LoRA, attention or image size refused.
         """
         _check_size(folder, settings, cls.cell)
-        pipeline = cls._load_pipeline(folder, dtype=DTYPES[settings.dtype], **dict.fromkeys(cls.encoder_parts))
+        others = dict.fromkeys((*cls.encoder_parts, *cls.unused_parts))
+        pipeline = cls.load_pipeline(folder, dtype=DTYPES[settings.dtype], **others)
         fingerprint = folder_fingerprint(
             [folder / name for name in cls.encoder_parts],
             settings.max_sequence_length,
             settings.dtype,
             cls.pipeline_class.__name__,
+            pipeline_parts(folder),
         )
         network = getattr(pipeline, cls.trained_part)
         policy = cls(
@@ -123,7 +126,7 @@ class PipelinePolicy(Policy):
             cache=EmbeddingCache(cache_folder, fingerprint),
             max_sequence_length=settings.max_sequence_length,
         )
-        policy.choose_attention(settings.attention, device)
+        choose_attention(network, settings.attention, device)
         if settings.finetune == "lora":
             add_lora(network, settings.lora, settings.lora.targets or cls.lora_targets)
             if settings.lora.init is not None:
@@ -135,20 +138,11 @@ class PipelinePolicy(Policy):
         network.train()
         policy.encoding_device = device
         if prompts and rank() == 0:
-            policy._warn_of_long_prompts(prompts)
+            policy._warn_of_long_prompts(policy._with_negative(prompts))
         policy.prepare_prompts(prompts)
         policy.vae.requires_grad_(False).to(device)
         network.to(device)
         return policy
-
-    def choose_attention(self, backend: str, device: torch.device) -> None:
-        """Use an attention backend.
-
-        Raises:
-            UserError: it cannot be used here.
-        """
-        config = self.network.config
-        choose_attention(self.network, backend, config["num_attention_heads"], config["attention_head_dim"], device)
 
     @abstractmethod
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
@@ -199,14 +193,12 @@ class PipelinePolicy(Policy):
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         """Encode what the cache lacks; the encoders load only for that, and leave the memory afterwards."""
-        if prompts and self.cfg_scale != 1:
-            prompts = [*prompts, self.negative_prompt]
+        prompts = self._with_negative(prompts)
         cache, encoders, device = self._cache(), list[Any](), self.encoding_device or self.device
 
         def encode_now(chunk: list[str]) -> Conditioning:
             if not encoders:
-                absent = dict.fromkeys((self.trained_part, "vae"))
-                encoders.append(self._load_pipeline(self.folder, dtype=self.dtype, **absent).to(device))
+                encoders.append(self._load_parts(*self.encoder_parts, dtype=self.dtype).to(device))
             with torch.no_grad(), quiet_libraries():  # diffusers reports every cut prompt at length
                 return self.encode_with(encoders[0], chunk, device)
 
@@ -219,6 +211,10 @@ class PipelinePolicy(Policy):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _with_negative(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Whoever asks for prompts needs the unconditional half, too."""
+        return [*prompts, self.negative_prompt] if prompts and self.cfg_scale != 1 else prompts
+
     def _cache(self) -> EmbeddingCache:
         if self.cache is None:
             raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
@@ -228,8 +224,7 @@ class PipelinePolicy(Policy):
         if self.warned_of_long_prompts:
             return
         self.warned_of_long_prompts = True
-        models = (name for name in self.encoder_parts if name.startswith("text_encoder"))
-        tokenizers = self._load_pipeline(self.folder, **dict.fromkeys((self.trained_part, "vae", *models)))
+        tokenizers = self._load_parts(*(name for name in self.encoder_parts if name.startswith("tokenizer")))
         for tokenizer, limit, reader in self.readers(tokenizers):
             warn_of_long_prompts(prompts, tokenizer, limit, reader)
 
@@ -257,17 +252,28 @@ class PipelinePolicy(Policy):
             self.network.save_pretrained(folder / self.trained_part, state_dict=dict(state))
 
     @classmethod
-    def _load_pipeline(cls, folder: Path | None, **options: Any) -> Any:
-        name = cls.pipeline_class.__name__
+    def load_pipeline(cls, folder: Path, **options: Any) -> Any:
+        """diffusers' pipeline of a folder; ``options`` go to ``from_pretrained``.
+
+        Raises:
+            UserError: diffusers cannot load it.
+        """
+        # diffusers wants to be told what model_index.json says already: which parts there are not.
+        absent = dict.fromkeys(name for name, there in pipeline_parts(folder).items() if not there)
         try:
             with quiet_libraries():
-                return cls.pipeline_class.from_pretrained(
-                    folder, local_files_only=True, **dict.fromkeys(cls.unused_parts), **options
-                )
+                return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **(absent | options))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"model.path: {folder} cannot be loaded as a {name}: {str(error).splitlines()[0]}"
-            ) from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            name = cls.pipeline_class.__name__
+            raise UserError(f"model.path: {folder} cannot be loaded as a {name}: {reason}") from None
+
+    def _load_parts(self, *parts: str, **options: Any) -> Any:
+        """A pipeline of nothing but a scheduler and some of the encoders and tokenizers."""
+        others = {self.trained_part, "vae", *self.encoder_parts, *self.unused_parts} - set(parts)
+        if self.folder is None:
+            raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
+        return self.load_pipeline(self.folder, **dict.fromkeys(others), **options)
 
 
 def _check_size(folder: Path, settings: ModelConfig, cell: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.schedules import DiffusionSchedule
 from pcpo_fast.transitions import Prediction
 
@@ -32,22 +33,6 @@ class StableDiffusionPolicy(PipelinePolicy):
         """(channels, rows, columns) of one image's latents."""
         return int(self.network.config["in_channels"]), self.rows, self.columns
 
-    def choose_attention(self, backend: str, device: torch.device) -> None:
-        """PyTorch's scaled dot product, or xformers: diffusers' other backends do not serve UNets.
-
-        Raises:
-            UserError: another backend, or xformers is not installed.
-        """
-        if backend == "native":
-            return
-        if backend != "xformers":
-            raise UserError(f"model.attention: {backend} does not serve a UNet; allowed are native and xformers")
-        try:
-            self.network.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model.attention: xformers cannot be used here: {reason}") from None
-
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """CLIP's states of each prompt."""
         states, _ = pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
@@ -70,15 +55,24 @@ class StableDiffusionPolicy(PipelinePolicy):
     def schedule(self, steps: int) -> DiffusionSchedule:
         """Alphas and timesteps of a DDIM scheduler made from the pipeline's own, as DDPO and DanceGRPO make it.
 
+        Euler's ``linspace`` spacing, in which DDIM's steps would not meet, becomes DDIM's usual ``leading``, and the
+        offset is 1, as the pipeline has it. Clipping and ``set_alpha_to_one`` play no part: see ``transitions.ddim``.
+
         Raises:
-            UserError: the model predicts something else than epsilon or v.
+            UserError: the model predicts something else than epsilon or v, or has no room for so many steps.
         """
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        with quiet_libraries():  # settings of the other scheduler that DDIM does not know
+            scheduler = DDIMScheduler.from_config(self.scheduler.config, steps_offset=1)
+            if scheduler.config["timestep_spacing"] == "linspace":
+                scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading")
         prediction = scheduler.config["prediction_type"]
         if prediction not in ("epsilon", "v_prediction"):
             raise UserError(
                 f"model.path: the scheduler says prediction_type {prediction}; allowed are epsilon and v_prediction"
             )
+        count = scheduler.config["num_train_timesteps"]
+        if steps >= count:
+            raise UserError(f"sampler.steps: {steps} do not fit the {count} steps that the model was trained on")
         scheduler.set_timesteps(steps)
         return DiffusionSchedule(
             scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu(), cast(Prediction, prediction)

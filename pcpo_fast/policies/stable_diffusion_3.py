@@ -7,7 +7,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
+from pcpo_fast.errors import UserError
 from pcpo_fast.policies.base import Conditioning
+from pcpo_fast.policies.locating import pipeline_parts
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.schedules import FlowSchedule
 
@@ -42,6 +44,21 @@ class StableDiffusion3Policy(PipelinePolicy):
         "attn.to_add_out",
     )
 
+    def __init__(self, network: Any, *parts: Any, **settings: Any) -> None:
+        """As :class:`PipelinePolicy`.
+
+        Raises:
+            UserError: VAE and network cannot take the image size, or the image has more places than the network knows.
+        """
+        super().__init__(network, *parts, **settings)
+        limit = network.config["pos_embed_max_size"]
+        for name, count in (("height", self.rows), ("width", self.columns)):
+            if limit is not None and count > limit:
+                unit = self.cell * self.vae_scale
+                raise UserError(
+                    f"model.{name}: {count * unit} is more than the {limit * unit} pixels that the model has places for"
+                )
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, rows, columns) of one image's latents."""
@@ -49,6 +66,8 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """States of both CLIPs and of T5 in one sequence, and the CLIPs' pooled states."""
+        if pipeline.text_encoder_3 is None:
+            pipeline.transformer = self.network  # asked for the width of the zeros that stand for T5
         states, _, pooled, _ = pipeline.encode_prompt(
             prompts,
             prompt_2=prompts,
@@ -61,11 +80,10 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """T5, where the pipeline has it, reads more words than CLIP."""
-        clip, t5 = pipeline.tokenizer, pipeline.tokenizer_3
-        found = [(clip, clip.model_max_length, "CLIP reads")]
-        if t5 is not None:
-            found.insert(0, (t5, self.max_sequence_length, "T5 reads (model.max_sequence_length)"))
-        return found
+        clip, found = pipeline.tokenizer, []
+        if self.folder is not None and pipeline_parts(self.folder)["text_encoder_3"]:
+            found = [(pipeline.tokenizer_3, self.max_sequence_length, "T5 reads (model.max_sequence_length)")]
+        return [*found, (clip, clip.model_max_length, "CLIP reads")]
 
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity for a batch whose rows may be at different times."""

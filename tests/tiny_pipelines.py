@@ -1,0 +1,125 @@
+"""Stable Diffusion pipelines of random weights, small enough to run in milliseconds, and what trains them.
+
+Images are those of :mod:`tiny_pipeline`, 16 x 24, and so are the words.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipeline import clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
+
+NEGATIVE = "a blue square"
+GUIDED = ("model.cfg_scale=3.0", f"model.negative_prompt={NEGATIVE}")
+SD_RUN = (*GUIDED, "sampler.name=ddim", "sampler.noise=1.0", "credit.rule=uniform")
+SD3_RUN = (*GUIDED, "sampler.name=flow", "sampler.noise=0.7", "sampler.grid=scheduler", "credit.rule=native")
+
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+"""What the published scheduler_config.json of Stable Diffusion 1.x says besides its class, PNDMScheduler."""
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+}
+TRANSFORMER = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 24,
+    "pos_embed_max_size": 8,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
+}
+
+
+def build_sd(folder: Path, prediction: str = "epsilon", **unet: Any) -> None:
+    """Write a StableDiffusionPipeline that predicts ``prediction``; keyword arguments change the UNet."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(1)
+    StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_clip(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        unet=scaled(UNet2DConditionModel(**(UNET | unet)), "conv_out", 3.0),
+        scheduler=PNDMScheduler.from_config(SCHEDULER, prediction_type=prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def build_sd3(folder: Path, *, t5: bool = True, shift: float = 3.0, dynamic: bool = False, **transformer: Any) -> None:
+    """Write a StableDiffusion3Pipeline; ``t5``: with its third text encoder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(2)
+    StableDiffusion3Pipeline(
+        transformer=scaled(SD3Transformer2DModel(**(TRANSFORMER | transformer)), "proj_out", 1.5),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic, base_image_seq_len=8),
+        vae=tiny_vae(shift_factor=0.1),
+        text_encoder=tiny_clip(CLIPTextModelWithProjection, 16, 2),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=tiny_clip(CLIPTextModelWithProjection, 8, 2),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=tiny_t5() if t5 else None,
+        tokenizer_3=t5_tokenizer() if t5 else None,
+    ).save_pretrained(folder)
+
+
+def scaled(network: Any, layer: str, factor: float) -> Any:
+    """The network with its last layer enlarged, so that what it predicts is of size 1, as a trained one's is."""
+    with torch.no_grad():
+        getattr(network, layer).weight.mul_(factor)
+    return network
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 1.x; do not write into it."""
+    folder = tmp_path_factory.mktemp("sd") / "pipeline"
+    build_sd(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 2.x: the UNet predicts v; do not write into it."""
+    folder = tmp_path_factory.mktemp("sd_v") / "pipeline"
+    build_sd(folder, "v_prediction")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 3; do not write into it."""
+    folder = tmp_path_factory.mktemp("sd3") / "pipeline"
+    build_sd3(folder)
+    return folder
