@@ -1,7 +1,6 @@
 """Images without a training step: held-out evaluation, and generation for the user."""
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ def generate(
     table: StepTable,
     seed: int,
     batch_size: int,
+    advance: Callable[[], None] | None = None,
 ) -> Tensor:
     """Images of each prompt with noise that depends on (seed, prompt index, image) alone.
 
@@ -30,6 +30,7 @@ def generate(
         table: the sampler.
         seed: fixes all noise.
         batch_size: images at once on each rank.
+        advance: called after every denoising step of every batch, for a progress display.
 
     Returns:
         float32 [P k, 3, H, W] in 0..1 on the policy's device, prompt-major, on every rank.
@@ -48,7 +49,10 @@ def generate(
             for purpose in (Purpose.EVALUATION_INITIAL_NOISE, Purpose.EVALUATION_STEP_NOISE)
         )
         chosen = {key: value.to(device) for key, value in select_rows(conditioning, rows // images_per_prompt).items()}
-        steps = sampler_steps(policy, chosen, initial_latents(policy, initial_keys), seeds, table)
-        _, final = deque(steps, maxlen=1).pop()
-        images.append(policy.decode(final))
+        latents = initial_latents(policy, initial_keys)
+        for _, following in sampler_steps(policy, chosen, latents, seeds, table):
+            latents = following
+            if advance is not None:
+                advance()
+        images.append(policy.decode(latents))
     return gather_rows(torch.cat(images))[:total]

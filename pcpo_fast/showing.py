@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,76 @@ from torch import Tensor
 from pcpo_fast.config import Config, RewardConfig
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies.loading import load_policy, load_trained_weights
+from pcpo_fast.guided_runs import guided_policies, read_runs
+from pcpo_fast.policies import Policy
+from pcpo_fast.policies.fine_tunes import FineTune
+from pcpo_fast.policies.loading import load_policy
 from pcpo_fast.presets import DEFAULT_CONFIG
 from pcpo_fast.prompts import Prompt, load_prompts
 from pcpo_fast.reporting.grids import image_grid, to_image
+from pcpo_fast.reporting.step_progress import StepProgress
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.run_directory import CONFIG_FILE
 from pcpo_fast.samplers import build_transitions, deterministic_transitions
 from pcpo_fast.sampling import generate
 from pcpo_fast.step_tables import StepTable
+from pcpo_fast.sweeping import Column, sweep_numbers, sweep_scales, write_sweep
 
 
 def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Sample, score and write a grid image.
+    """Sample, score and write a grid image, or a sweep over the scales of reward guidance.
 
     Args:
         arguments: of the ``sample`` command (:mod:`pcpo_fast.commands.sample`).
 
     Returns:
-        ``{"output", "prompts", "seed", "images", "rewards": {name: {"mean", "scores"}}}``.
+        ``{"output", "runs", "prompts", "seed", "images", "guidance_scale_reward", "rewards": {name: {"mean",
+        "scores"}}}`` with a scale for each run; of a sweep ``{"output", "runs", "prompts", "seed", "plot", "sweep"}``
+        with an entry for each scale: ``{"guidance_scale_reward", "images", "diversity", "rewards": {name: {"mean",
+        "low", "high", "std", "scores"}}}``.
 
     Raises:
         UserError: a mistake in the arguments, the configuration, the run or the prompts.
     """
+    settings = _checked(arguments)
+    config, runs = _model_of(arguments)
+    prompts = load_prompts(arguments.prompts) if arguments.prompts else [Prompt(text) for text in arguments.prompt]
+    rewards = RewardSet([RewardConfig(name=name) for name in arguments.reward])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    texts = [prompt.text for prompt in prompts]
+    policies: Sequence[Policy]
+    if runs:
+        policies = guided_policies(runs, settings, device, texts)
+    else:
+        policies = [load_policy(config, device, texts)]
+    build = build_transitions if arguments.stochastic else deterministic_transitions
+    table = StepTable.of(build(config.sampler, policies[0].schedule(config.sampler.steps)), device)
+    repeated = [prompt for prompt in prompts for _ in range(arguments.count)]
+    captions = [prompt.text for prompt in repeated]
+    batches = -(-len(repeated) // arguments.batch_size)
+    columns = []
+    with StepProgress(len(policies) * batches * table.steps, "sampling") as progress:
+        for place, policy in enumerate(policies):
+            if arguments.sweep is not None:
+                progress.describe(f"sampling at scale {settings[place][0]:g}")
+            images = generate(
+                policy, texts, arguments.count, table, arguments.seed, arguments.batch_size, progress.advance
+            )
+            scores = {}
+            if arguments.reward:
+                scores = rewards.score(images, captions, [prompt.metadata for prompt in repeated]).components
+            columns.append(Column(settings[place][0] if runs else 0.0, images.cpu(), scores))
+    common = {"output": arguments.output, "runs": arguments.runs, "prompts": texts, "seed": arguments.seed}
+    try:
+        if arguments.sweep is not None:
+            return common | _sweep(columns, captions, arguments)
+        scales = list(settings[0]) if runs else []
+        return common | {"guidance_scale_reward": scales} | _grid(columns[0], captions, arguments)
+    except OSError as error:
+        raise UserError(f"{error.filename or arguments.output} cannot be written: {error.strerror or error}") from None
+
+
+def _checked(arguments: argparse.Namespace) -> list[tuple[float, ...]]:
+    """The scales of each run, for one or more settings; refuses what is wrong in itself before anything is loaded."""
     for name in ("count", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(arguments, name)}")
@@ -44,76 +92,75 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--output: {arguments.output} must end in .png, .jpg or .webp")
     if not all(text.strip() for text in arguments.prompt or ["-"]):
         raise UserError("--prompt: must not be empty")
-    config, weights = _model_of(arguments)
-    prompts = load_prompts(arguments.prompts) if arguments.prompts else [Prompt(text) for text in arguments.prompt]
-    rewards = RewardSet([RewardConfig(name=name) for name in arguments.reward])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(config, device, [prompt.text for prompt in prompts])
-    if weights is not None:
-        load_trained_weights(policy.module, config, weights)
-    build = build_transitions if arguments.stochastic else deterministic_transitions
-    table = StepTable.of(build(config.sampler, policy.schedule(config.sampler.steps)), device)
-    texts = [prompt.text for prompt in prompts]
-    images = generate(policy, texts, arguments.count, table, arguments.seed, arguments.batch_size)
-    repeated = [prompt for prompt in prompts for _ in range(arguments.count)]
-    captions = [prompt.text for prompt in repeated]
-    components = rewards.score(images, captions, [p.metadata for p in repeated]).components if arguments.reward else {}
-    files = _write(images.cpu(), captions, components, arguments)
-    return {
-        "output": arguments.output,
-        "prompts": texts,
-        "seed": arguments.seed,
-        "images": files,
-        "rewards": {
-            name: {"mean": float(scores.double().mean()), "scores": scores.tolist()}
-            for name, scores in components.items()
-        },
-    }
+    runs, scales = len(arguments.runs), arguments.scales
+    if not runs:
+        for option, given in (("--guidance-scale-reward", scales), ("--sweep", arguments.sweep is not None)):
+            if given:
+                raise UserError(f"{option}: scales what a run has learned; name the run with --run RUN")
+        return []
+    if arguments.sweep is not None:
+        return [(scale,) * runs for scale in sweep_scales(arguments.sweep)]
+    wrong = next((scale for scale in scales if not math.isfinite(scale)), None)
+    if wrong is not None:
+        raise UserError(f"--guidance-scale-reward: must be a finite number, got {wrong}")
+    if not scales and runs > 1:
+        raise UserError(f"--guidance-scale-reward: {runs} runs need a scale each, or one for all of them (or --sweep)")
+    if len(scales) not in (0, 1, runs):
+        raise UserError(
+            f"--guidance-scale-reward: {len(scales)} scales for {runs} {'run' if runs == 1 else 'runs'}; give one for "
+            "each --run in its order, or one for all"
+        )
+    return [tuple(scales) if len(scales) == runs else tuple(scales or [1.0]) * runs]
 
 
-def _model_of(arguments: argparse.Namespace) -> tuple[Config, Path | None]:
+def _model_of(arguments: argparse.Namespace) -> tuple[Config, list[FineTune]]:
     overrides = list(arguments.overrides)
     if arguments.steps is not None:
         overrides.append(f"sampler.steps={arguments.steps}")
-    if arguments.run_directory is None:
-        path = arguments.config or DEFAULT_CONFIG
-        if arguments.config is None and not Path(path).is_file():
-            raise UserError(f"there is no {path} here; name a model with --run RUN or --config FILE")
-        return load_config(path, overrides), None
-    run = Path(arguments.run_directory)
-    if not (run / CONFIG_FILE).is_file():
-        raise UserError(f"--run: {run} is not a run directory (no {CONFIG_FILE} in it)")
-    weights = run / "export"
-    if not weights.is_dir():
-        raise UserError(f"--run: {run} holds no exported weights yet; write them with: pcpo-fast export {run}")
-    config = load_config(run / CONFIG_FILE, overrides)
-    # The run may have been moved, and weights that it started from are in its own by now.
-    lora = config.model.lora.model_copy(update={"init": None})
-    model = config.model.model_copy(update={"lora": lora})
-    return config.model_copy(update={"output_dir": str(run), "model": model}), weights
+    if arguments.runs:
+        runs = read_runs(arguments.runs, overrides)
+        return runs[0].config, runs
+    path = arguments.config or DEFAULT_CONFIG
+    if arguments.config is None and not Path(path).is_file():
+        raise UserError(f"there is no {path} here; name a model with --run RUN or --config FILE")
+    return load_config(path, overrides), []
 
 
-def _write(
-    images: Tensor, captions: Sequence[str], components: dict[str, Tensor], arguments: argparse.Namespace
-) -> list[str]:
+def _grid(column: Column, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the images of one setting, with the first reward's score of each."""
     labels = list(captions)
-    if components:
-        name, scores = next(iter(components.items()))
+    if column.scores:
+        name, scores = next(iter(column.scores.items()))
         labels = [f"{caption} ({name} {score:.2f})" for caption, score in zip(labels, scores.tolist(), strict=True)]
     output = Path(arguments.output)
-    files = []
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(
-            images, columns=min(arguments.count if arguments.count > 1 else 8, len(images)), captions=labels
-        ).save(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    columns = min(arguments.count if arguments.count > 1 else 8, len(captions))
+    image_grid(column.images, columns=columns, captions=labels).save(output)
+    files = [] if arguments.folder is None else _single_images(column.images, captions, Path(arguments.folder))
+    rewards = {
+        name: {"mean": float(scores.double().mean()), "scores": scores.tolist()}
+        for name, scores in column.scores.items()
+    }
+    return {"images": files, "rewards": rewards}
+
+
+def _sweep(columns: Sequence[Column], captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    numbers = sweep_numbers(columns, arguments.count)
+    plot = write_sweep(columns, numbers, captions, arguments.count, output)
+    for entry, column in zip(numbers, columns, strict=True):
+        entry["images"] = []
         if arguments.folder is not None:
-            folder = Path(arguments.folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(images):
-                files.append(str(folder / f"{index:05d}.png"))
-                to_image(image).save(files[-1])
-            (folder / "prompts.json").write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{error.filename or output} cannot be written: {error.strerror or error}") from None
+            folder = Path(arguments.folder) / f"scale_{column.scale:g}"
+            entry["images"] = _single_images(column.images, captions, folder)
+    return {"plot": None if plot is None else str(plot), "sweep": numbers}
+
+
+def _single_images(images: Tensor, captions: Sequence[str], folder: Path) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [str(folder / f"{index:05d}.png") for index in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        to_image(image).save(file)
+    (folder / "prompts.json").write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
     return files

@@ -5,7 +5,11 @@ import argparse
 EXAMPLES = """examples:
   pcpo-fast sample --prompt "a red circle on a blue background" --output circle.png
   pcpo-fast sample --run runs/demo --prompts assets/prompts/scenes_heldout.txt --output heldout.png
-  pcpo-fast sample --run runs/demo --reward caption_match --prompt "a white cross on a red background" --count 8"""
+  pcpo-fast sample --run runs/demo --reward caption_match --prompt "a white cross on a red background" --count 8
+  pcpo-fast sample --run runs/demo --guidance-scale-reward 0.7 --prompt "a red cross on a blue background"
+  pcpo-fast sample --run runs/demo --sweep 0,0.25,...,1.5 --reward caption_match --prompts heldout.txt
+  pcpo-fast sample --run runs/a --run runs/b --guidance-scale-reward 0.7 --guidance-scale-reward 0.5 --prompt "a cat"
+"""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,8 +22,35 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--run", dest="run_directory", metavar="RUN", help="run directory: its model and its export")
+    source.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="run directory: its model and its export; several runs of one base model are composed, each with its "
+        "scale, and the sampler is the first one's",
+    )
     source.add_argument("--config", metavar="FILE", help="configuration whose model and sampler are used, untrained")
+    guidance = parser.add_mutually_exclusive_group()
+    guidance.add_argument(
+        "--guidance-scale-reward",
+        dest="scales",
+        action="append",
+        default=[],
+        type=float,
+        metavar="SCALE",
+        help="implicit reward guidance, once for all runs or once for each: 0 is the base model, 1 the trained one "
+        "(default, of a single run), between them it interpolates, above 1 it extrapolates (useful up to about 3), "
+        "below 0 it moves away from the reward",
+    )
+    guidance.add_argument(
+        "--sweep",
+        metavar="SCALES",
+        help="the same prompts and noise at several scales, side by side; for example 0,0.25,...,1.5; several runs are "
+        "all at the same scale; with --reward also a plot, OUTPUT_reward.png (write --sweep=-1,0,1 where the first is "
+        "negative)",
+    )
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     text.add_argument("--prompts", metavar="FILE", help="prompt file (text or JSONL)")
@@ -30,7 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
     parser.add_argument("--reward", action="append", default=[], help="score the images with this reward, too")
     parser.add_argument("--output", default="samples.png", metavar="FILE.png", help="grid image (default samples.png)")
-    parser.add_argument("--folder", metavar="FOLDER", help="also write every image by itself")
+    parser.add_argument("--folder", metavar="FOLDER", help="also write every image by itself (a sweep: by scale)")
     parser.add_argument("--json", action="store_true", help="print files, prompts and scores as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that win over the file")
     parser.set_defaults(run=run)
@@ -46,7 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
         return 0
-    for name, score in result["rewards"].items():
+    for column in result.get("sweep", ()):
+        scores = ", ".join(f"{name} mean {score['mean']:.4f}" for name, score in column["rewards"].items())
+        if scores:
+            print(f"scale {column['guidance_scale_reward']:g}: {scores}")
+    for name, score in result.get("rewards", {}).items():
         print(f"{name}: mean {score['mean']:.4f}")
     print(f"Images: {result['output']}")
+    if result.get("plot") is not None:
+        print(f"Rewards: {result['plot']}")
     return 0

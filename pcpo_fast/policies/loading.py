@@ -54,8 +54,14 @@ def keep_reference(policy: Policy, config: Config) -> None:
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False)
 
 
-def load_trained_weights(module: nn.Module, config: Config, folder: Path) -> None:
+def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapter: str = "default") -> None:
     """Put weights that a run exported into the network of a policy loaded with the run's configuration.
+
+    Args:
+        module: the network, with adapters where ``model.finetune`` is ``lora``.
+        config: of the run.
+        folder: what the policy's ``save_weights`` wrote.
+        adapter: which adapters are filled, where there are several.
 
     Raises:
         UserError: the folder does not hold the weights that ``model.finetune`` promises, or they do not fit.
@@ -68,7 +74,7 @@ def load_trained_weights(module: nn.Module, config: Config, folder: Path) -> Non
     _, family = find_family(config.model)
     part = family.trained_part
     if config.model.finetune == "lora":
-        load_lora(module, str(folder), family.pipeline_class, part, "weights")
+        load_lora(module, str(folder), family.pipeline_class, part, "weights", adapter)
         return
     files = sorted((folder / part).glob("*.safetensors"))
     if not files:

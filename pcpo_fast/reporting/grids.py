@@ -50,7 +50,7 @@ def image_grid(
     Captions are wrapped to the image and cut after four lines. Raises ValueError if there are no images, if the
     number of captions differs, or if `columns` or `scale` is not positive.
     """
-    cells = [_resized(image, columns, scale) for image in _images(images)]
+    cells = [resized(image, columns, scale) for image in _images(images)]
     _check(len(cells), columns, captions)
     font = _font(_font_size(cells[0].width))
     return _sheet(cells, columns, _lines_of(captions, None, cells[0].width, font), font, title=title)
@@ -83,7 +83,7 @@ def before_after(
         raise ValueError(f"{len(scores[0])} and {len(scores[1])} scores for {len(first)} pairs")
     pairs = []
     for left, right in zip(first, second, strict=True):
-        left, right = _resized(left, 2 * columns, scale), _resized(right, 2 * columns, scale)
+        left, right = resized(left, 2 * columns, scale), resized(right, 2 * columns, scale)
         pair = Image.new("RGB", (left.width + 4 + right.width, max(left.height, right.height)), _PAPER)
         pair.paste(left, (0, 0))
         pair.paste(right, (left.width + 4, 0))
@@ -209,7 +209,8 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)
 
 
-def _resized(image: Image.Image, columns: int, scale: float | None) -> Image.Image:
+def resized(image: Image.Image, columns: int, scale: float | None) -> Image.Image:
+    """An image at the size of a sheet's cell; see `image_grid` for `scale`."""
     longest = max(image.size)
     if scale is None:
         most = max(32, min(320, _MAX_SHEET_WIDTH // max(columns, 1)))

@@ -1,0 +1,124 @@
+"""Fine-tunes of one model in memory together: adapters inside its network, or whole networks next to it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pcpo_fast.config import Config
+from pcpo_fast.policies.base import Conditioning, Policy
+from pcpo_fast.policies.loading import find_family, load_policy, load_trained_weights
+from pcpo_fast.policies.lora import add_lora, only_adapter, switch_adapters_off
+
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""What :meth:`pcpo_fast.policies.Policy.predict` is: latents, times and conditioning in, output after guidance out."""
+
+
+class FineTune(NamedTuple):
+    """What a run made of its model.
+
+    Attributes:
+        config: of the run.
+        weights: folder that the policy's ``save_weights`` wrote.
+    """
+
+    config: Config
+    weights: Path
+
+
+class Loaded(NamedTuple):
+    """A base model and its fine-tunes.
+
+    Attributes:
+        policy: predicts what the base model says, if it was kept.
+        predictions: what each fine-tune says, with the policy's prompts and guidance; None where it was not wanted.
+    """
+
+    policy: Policy
+    predictions: tuple[Predict | None, ...]
+
+
+def reference_prediction(policy: Policy) -> Predict:
+    """What a policy's reference says: its kept copy, or the network with adapters off."""
+
+    def predict(latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        with policy.as_reference():
+            return policy.predict(latents, times, conditioning)
+
+    return predict
+
+
+def adapter_prediction(policy: Policy, adapter: str) -> Predict:
+    """What the policy says with one of its adapters, whichever is active otherwise."""
+
+    def predict(latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        with only_adapter(policy.module, adapter):
+            return policy.predict(latents, times, conditioning)
+
+    return predict
+
+
+def network_prediction(policy: Policy, network: nn.Module) -> Predict:
+    """What the policy says with another network of the same kind in the place of its own."""
+
+    def predict(latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        own, policy.forward_module = policy.forward_module, network
+        try:
+            return policy.predict(latents, times, conditioning)
+        finally:
+            policy.forward_module = own
+
+    return predict
+
+
+@torch.enable_grad()  # loading tries the attention backend with a backward
+def load_fine_tunes(
+    fine_tunes: Sequence[FineTune],
+    wanted: Sequence[bool],
+    device: torch.device,
+    prompts: Sequence[str] = (),
+    *,
+    keep_base: bool = True,
+) -> Loaded:
+    """Load a base model and fine-tunes of it.
+
+    LoRA runs are adapters of their own rank, alpha and targets in the one network. A full fine-tune is a second
+    network, or, where nobody needs the base model's weights, takes their place.
+
+    Args:
+        fine_tunes: runs of the same model; the first one's configuration says how it is loaded.
+        wanted: which of them to load.
+        device: where everything goes.
+        prompts: encoded first, so that text encoders and network are never on the device together.
+        keep_base: whether the base model itself will be asked.
+
+    Raises:
+        UserError: as :func:`pcpo_fast.policies.loading.load_policy`, or weights do not fit.
+    """
+    config = fine_tunes[0].config
+    model = config.model.model_copy(update={"finetune": "full"})  # the network without adapters
+    base = config.model_copy(update={"model": model})
+    policy = load_policy(base, device, prompts)
+    network = policy.module.requires_grad_(False)
+    predictions: list[Predict | None] = [None] * len(fine_tunes)
+    chosen = [number for number, is_wanted in enumerate(wanted) if is_wanted]
+    whole = [number for number in chosen if fine_tunes[number].config.model.finetune == "full"]
+    adapted = [number for number in chosen if number not in whole]
+    for number in whole:
+        in_place = number == whole[-1] and not (keep_base or adapted)
+        # Loaded, not copied: on a CPU the last bits depend on how the weights lie in memory, and a fine-tune alone
+        # and among others has to say the same.
+        own = network if in_place else load_policy(base, device).module.requires_grad_(False)
+        load_trained_weights(own, *fine_tunes[number])
+        predictions[number] = network_prediction(policy, own)
+    for number in adapted:
+        settings, adapter = fine_tunes[number].config.model.lora, f"run_{number}"
+        _, family = find_family(config.model)
+        add_lora(network, settings, settings.targets or family.lora_targets, adapter)
+        load_trained_weights(network, *fine_tunes[number], adapter)
+        predictions[number] = adapter_prediction(policy, adapter)
+    if adapted:
+        switch_adapters_off(network.requires_grad_(False))
+    return Loaded(policy, tuple(predictions))

@@ -1,0 +1,79 @@
+"""Rewards against the scale of reward guidance."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from pcpo_fast.reporting.style import BLUE, SOFT, legend, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ScalePoint(NamedTuple):
+    """Scores at one scale.
+
+    Attributes:
+        scale: of the guidance.
+        mean: over the images.
+        low, high: interval of the mean; None from a single image.
+        std: standard deviation over the images; None from a single one.
+    """
+
+    scale: float
+    mean: float
+    low: float | None
+    high: float | None
+    std: float | None
+
+
+def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "Figure":
+    """One plot for each reward: mean, its interval as bars, and the spread over the images as a band.
+
+    Args:
+        rewards: the points of each reward, in any order.
+        images: how many images each mean is of.
+
+    Raises:
+        ValueError: there is no reward or no point.
+    """
+    if not rewards or not all(rewards.values()):
+        raise ValueError("there is nothing to draw")
+    columns = min(2, len(rewards))
+    lines = math.ceil(len(rewards) / columns)
+    figure = new_figure(0.3 + 3.2 * lines, 6.2 if columns == 1 else 10.2)
+    for place, (name, unsorted) in enumerate(rewards.items(), start=1):
+        points = sorted(unsorted)
+        axes = styled(
+            figure.add_subplot(lines, columns, place), name, "scale of reward guidance λ", "score", with_legend=True
+        )
+        scales, means = [point.scale for point in points], [point.mean for point in points]
+        for scale in (0.0, 1.0):
+            if scales[0] <= scale <= scales[-1]:
+                axes.axvline(scale, color=SOFT, linewidth=0.9, linestyle=(0, (2, 3)), zorder=0.5)
+                axes.annotate(
+                    "tuned" if scale else "base",
+                    (scale, 0),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=SOFT,
+                )
+        spread = [point for point in points if point.std is not None]
+        if spread:
+            axes.fill_between(
+                [point.scale for point in spread],
+                [point.mean - (point.std or 0.0) for point in spread],
+                [point.mean + (point.std or 0.0) for point in spread],
+                color=BLUE,
+                alpha=0.14,
+                linewidth=0,
+                label="± 1 std over images",
+            )
+        axes.plot(scales, means, color=BLUE, linewidth=1.6, marker="o", markersize=4, label=f"mean of {images} images")
+        bars = [(p.scale, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+        if bars:
+            axes.vlines(*zip(*bars, strict=True), color=BLUE, linewidth=1.6, label="95 % interval of the mean")
+        legend(axes)
+    return figure
