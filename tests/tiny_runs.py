@@ -14,8 +14,7 @@ from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.rollout import Rollout, collect_rollout
-from pcpo_fast.samplers import build_credit, build_transitions, steps_to_train
-from pcpo_fast.step_tables import CreditRows, StepTable
+from pcpo_fast.step_tables import EpochTables, RunTables
 from pcpo_fast.transitions import Transitions
 from pcpo_fast.update import Update
 
@@ -40,7 +39,8 @@ class Bench:
     """Policy, engine and one epoch's rollout at a time, without the trainer around them.
 
     Attributes:
-        rollout: images of the latest epoch.
+        at: sampler, credit and trained steps of the latest epoch.
+        rollout: its images.
         advantages: random numbers, [n].
         weights: all weights before each optimiser step.
         gradients: what the engine accumulated for each optimiser step, before clipping.
@@ -49,7 +49,8 @@ class Bench:
     config: Config
     policy: Policy
     engine: Engine
-    transitions: Transitions
+    tables: RunTables
+    at: EpochTables = field(init=False)
     rollout: Rollout = field(init=False)
     advantages: Tensor = field(init=False)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
@@ -59,33 +60,35 @@ class Bench:
     def build(cls, config: Config, *, record: bool = True) -> "Bench":
         policy = load_policy(config, CPU)
         randomize_adapters(policy)
-        transitions = build_transitions(config.sampler, policy.schedule(config.sampler.steps))
+        tables = RunTables(config, policy.schedule(config.sampler.steps), CPU)
         policy.prepare_prompts(PROMPTS)
         keep_reference(policy, config)
-        steps = steps_to_train(config, transitions)
-        engine = Engine(policy.module, config, accumulation_steps(config, len(steps), 1))
+        engine = Engine(policy.module, config, accumulation_steps(config, tables.trained_count, 1))
         policy.forward_module = engine.module
-        bench = cls(config, policy, engine, transitions)
+        bench = cls(config, policy, engine, tables)
         if record:
             bench._record()
         bench.collect(0)
         return bench
 
+    @property
+    def transitions(self) -> Transitions:
+        """The stochastic sampler."""
+        return self.tables.transitions
+
     def collect(self, epoch: int) -> None:
         """Sample an epoch's images."""
-        plan = plan_epoch(self.config, len(PROMPTS), steps_to_train(self.config, self.transitions), epoch, 0, 1)
-        table = StepTable.of(self.transitions, CPU)
+        self.at = self.tables.at(epoch)
+        plan = plan_epoch(self.config, len(PROMPTS), self.at.steps, epoch, 0, 1)
         settings, seed = self.config.rollout, self.config.seed
-        self.rollout = collect_rollout(self.policy, self._encode, plan, settings, table, seed)
+        self.rollout = collect_rollout(self.policy, self._encode, plan, settings, self.at.sampler, seed)
         generator = torch.Generator().manual_seed(2 + epoch)
         self.advantages = torch.randn(len(self.rollout.seeds), generator=generator).double()
 
     def update(self) -> Update:
         """The epoch's update, ready to run."""
-        credit = build_credit(self.config, self.transitions)
-        rows = CreditRows.of(credit, self.config.credit.kl_coefficient, CPU)
-        table = StepTable.of(self.transitions, CPU)
-        return Update(self.policy, self.engine, self.rollout, self.advantages, table, rows, self.config)
+        at = self.at
+        return Update(self.policy, self.engine, self.rollout, self.advantages, at.sampler, at.credit, self.config)
 
     def run(self) -> list[dict[str, float]]:
         """All optimiser steps of the epoch, and their metrics."""
