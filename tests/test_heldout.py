@@ -1,5 +1,6 @@
-"""Held-out evaluation: shares of the ranks, and which images are shown."""
+"""Held-out evaluation: shares of the ranks, which images are shown, and how much those of a prompt differ."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import pcpo_fast.heldout
 from pcpo_fast.config import EvaluationConfig, RewardConfig
-from pcpo_fast.heldout import SHOWN, HeldOut
+from pcpo_fast.heldout import SHOWN, HeldOut, diversity
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
 
@@ -80,3 +81,26 @@ def test_first_images_are_kept_and_replaced(tmp_path: Path) -> None:
     kept.last = torch.zeros(2, 3, 4, 6)
     kept.keep_as_first()
     assert torch.equal(kept.first(), kept.last)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("per_prompt", [2, 3, 5])
+def test_diversity_is_the_mean_distance_of_a_prompts_images(per_prompt: int) -> None:
+    images = torch.rand(4 * per_prompt, 3, 5, 7)
+    of_prompts = []
+    for prompt in range(4):
+        group = images[prompt * per_prompt : (prompt + 1) * per_prompt].double()
+        squares = [((one - other) ** 2).mean() for one, other in combinations(group, 2)]
+        of_prompts.append(float(torch.stack(squares).mean().sqrt()))
+    assert diversity(images, per_prompt) == pytest.approx(sum(of_prompts) / 4, rel=1e-12)
+    assert diversity(images[:1].expand(2, -1, -1, -1), 2) == 0
+    assert diversity(torch.stack((torch.zeros(3, 2, 2), torch.ones(3, 2, 2))), 2) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_diversity_is_a_metric_where_a_prompt_has_several_images(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.rand(5 * count, 3, 4, 4)
+    monkeypatch.setattr(pcpo_fast.heldout, "generate", lambda *_: images)
+    metrics, _ = heldout(tmp_path, images_per_prompt=count).evaluate()
+    assert metrics.get("heldout/diversity") == (None if count == 1 else pytest.approx(diversity(images, 2)))

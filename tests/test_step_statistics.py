@@ -1,5 +1,7 @@
 """Row results of micro-batches to metrics, against means taken by hand."""
 
+from statistics import pstdev
+
 import pytest
 import torch
 from pcpo_kernels import PolicyLoss
@@ -28,11 +30,31 @@ def test_means_over_rows_and_per_step() -> None:
             "policy/loss": 3.0,
             "policy/clip_fraction": 0.5,
             "policy/log_ratio_abs": 0.25,
+            "policy/log_ratio_std": pstdev([0.1, -0.2, 0.3, -0.4]),
             "policy/taylor_error": 0.125,
             "policy/clip_fraction_step_0": 1.0,
             "policy/clip_fraction_step_3": 1 / 3,
-        }
+            "policy/log_ratio_std_step_0": 0.0,
+            "policy/log_ratio_std_step_3": pstdev([-0.2, 0.3, -0.4]),
+            "policy/taylor_error_step_0": 0.05,
+            "policy/taylor_error_step_3": 0.15,
+        },
+        abs=1e-8,
     )
+
+
+def test_the_spread_of_log_ratios_per_step() -> None:
+    """Against the population standard deviation of all rows, also where the mean is large beside it."""
+    statistics = StepStatistics(3, CPU)
+    steps = torch.randint(0, 3, (4, 25))
+    ratios = 0.5 + 1e-3 * torch.randn(4, 25)
+    for row in range(4):
+        statistics.add(steps[row], result(ratios[row].tolist(), [False] * 25, 0.0))
+    metrics = statistics.metrics()
+    assert metrics["policy/log_ratio_std"] == pytest.approx(pstdev(ratios.flatten().tolist()), rel=1e-6)
+    for step in range(3):
+        values = ratios[steps == step].tolist()
+        assert metrics[f"policy/log_ratio_std_step_{step}"] == pytest.approx(pstdev(values), rel=1e-6)
 
 
 def test_kl_is_a_metric_only_with_a_reference() -> None:

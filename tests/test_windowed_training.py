@@ -1,0 +1,56 @@
+"""MixGRPO's preset from end to end on the tiny pipeline: the window moves, and a resumed run goes on with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runs import call, records, write_config
+from safetensors.torch import load_file
+
+Capture = pytest.CaptureFixture[str]
+SETTINGS: dict[str, Any] = {
+    "algorithm": "mixgrpo",
+    "sampler__steps": 6,
+    "window__size": 2,
+    "window__interval": 1,
+    "train__micro_batch_size": 4,
+    "evaluation__every": 0,
+}
+
+
+def test_a_windowed_run_resumed_in_the_middle_equals_the_straight_one(
+    tmp_path: Path, pipeline_folder: Path, capsys: Capture
+) -> None:
+    runs = {}
+    for name, stops in (("straight", (3,)), ("resumed", (1, 3))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for epochs in stops:
+            config = write_config(folder, pipeline_folder, train__epochs=epochs, **SETTINGS)
+            answer = call(capsys, "train", "--config", config)
+            assert answer.code == 0, answer.err
+        assert ("Resuming after epoch 1" in answer.out) == (name == "resumed")
+        runs[name] = folder / "run"
+    straight, resumed = (
+        {
+            (line["kind"], line["epoch"], line.get("update")): line
+            for line in records(run)
+            if line["kind"] != "evaluation"
+        }
+        for run in runs.values()
+    )
+    assert straight.keys() == resumed.keys()
+    for key, line in straight.items():
+        for metric, value in line.items():
+            if metric != "kind" and not metric.startswith(("time", "throughput")):
+                assert resumed[key][metric] == pytest.approx(value, rel=1e-6, abs=1e-12), (key, metric)
+    files = [next((run / "export" / "transformer").glob("*.safetensors")) for run in runs.values()]
+    weights, others = (load_file(file) for file in files)
+    for name, value in weights.items():
+        assert value.allclose(others[name], rtol=0, atol=1e-7), name
+
+    for epoch in range(3):
+        line = straight["epoch", epoch, None]
+        assert line["sampler/window_start"] == epoch
+        trained = {int(name.rpartition("_")[2]) for name in line if name.startswith("policy/clip_fraction_step_")}
+        assert trained == {epoch, epoch + 1}
