@@ -1,6 +1,5 @@
 """Rewards against the scale of reward guidance."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,7 +27,7 @@ class ScalePoint(NamedTuple):
 
 
 def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "Figure":
-    """One plot for each reward: mean, its interval as bars, and the spread over the images as a band.
+    """One plot for each reward, below one another: mean, its interval as bars, the spread over the images as a band.
 
     Args:
         rewards: the points of each reward, in any order.
@@ -39,13 +38,11 @@ def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "F
     """
     if not rewards or not all(rewards.values()):
         raise ValueError("there is nothing to draw")
-    columns = min(2, len(rewards))
-    lines = math.ceil(len(rewards) / columns)
-    figure = new_figure(0.3 + 3.2 * lines, 6.2 if columns == 1 else 10.2)
+    figure = new_figure(0.3 + 3.2 * len(rewards), 6.2)
     for place, (name, unsorted) in enumerate(rewards.items(), start=1):
         points = sorted(unsorted)
         axes = styled(
-            figure.add_subplot(lines, columns, place), name, "scale of reward guidance λ", "score", with_legend=True
+            figure.add_subplot(len(rewards), 1, place), name, "scale of reward guidance λ", "score", with_legend=True
         )
         scales, means = [point.scale for point in points], [point.mean for point in points]
         for scale in (0.0, 1.0):
