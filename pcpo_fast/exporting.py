@@ -23,7 +23,7 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
         pipeline: write a whole pipeline folder with the weights in place (LoRA is merged).
 
     Returns:
-        ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA" or "transformer".
+        ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA", "transformer" or "unet".
 
     Raises:
         UserError: no such run or checkpoint, or the output folder holds something else or cannot be written.
@@ -47,8 +47,12 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
         raise UserError(f"--output: {target} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    kind = "pipeline" if pipeline else "LoRA" if config.model.finetune == "lora" else "transformer"
-    return {"output": str(target), "kind": kind, "epoch": int(read_state(checkpoint)["epoch"])}
+    part = next((path.name for path in (checkpoint / WEIGHTS).iterdir() if path.is_dir()), "LoRA")
+    return {
+        "output": str(target),
+        "kind": "pipeline" if pipeline else part,
+        "epoch": int(read_state(checkpoint)["epoch"]),
+    }
 
 
 def _write(config: Config, weights: Path, target: Path, pipeline: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_pipeline import tiny_config
+from tiny_pipelines import SD3_RUN, SD_RUN
 from tiny_runs import LORA, Bench
 from torch import Tensor
 
@@ -78,6 +79,29 @@ def test_the_weights_of_a_checkpoint_are_those_of_the_policy(pipeline_folder: Pa
         assert not same(weights(other), weights(bench))
         load_trained_weights(other.policy.module, bench.config, path / WEIGHTS)
         assert same(weights(other), weights(bench))
+
+
+@pytest.mark.parametrize("finetune", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["pipeline_folder", "sd_folder", "sd3_folder"])
+def test_weights_that_zero_3_has_scattered_are_written_whole(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, finetune: tuple[str, ...]
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    settings = {"sd_folder": SD_RUN, "sd3_folder": SD3_RUN}.get(family, ())
+    folder = request.getfixturevalue(family)
+    bench = bench_of(folder, *settings, *finetune, f"deepspeed={file}")
+    assert any(not p.numel() for p in bench.policy.module.parameters()), "nothing is scattered: the test tests nothing"
+    bench.run()
+    batch = next(iter(bench.update()._micro_batches(0)))
+    inputs = batch.latents, batch.times, batch.conditioning
+    with torch.no_grad():
+        expected = bench.policy.predict(*inputs)
+    path = save(bench, tmp_path / "checkpoints", 1)
+    other = bench_of(folder, *settings, *finetune)
+    load_trained_weights(other.policy.module, bench.config, path / WEIGHTS)
+    with torch.no_grad():
+        assert torch.allclose(other.policy.predict(*inputs), expected, atol=1e-5)
 
 
 def test_lora_checkpoints_leave_the_base_model_out(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tiny_pipelines import NEGATIVE
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.policies import pipeline_policy
 from pcpo_fast.policies.attention import choose_attention
 from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.exporting import save_pipeline
@@ -344,6 +345,30 @@ def test_saved_weights_make_the_same_policy_and_the_same_pipeline(
     for name, pipeline in pipelines.items():
         theirs = family.images(pipeline, latents, list(PROMPTS[:2]), 3.0)
         assert torch.allclose(images, theirs, atol=5e-4), (name, (images - theirs).abs().max())
+
+
+def test_a_large_network_is_written_in_parts(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pipeline_policy.save_torch_state_dict
+
+    def save(*given: Any, **options: Any) -> None:
+        whole(*given, **(options | {"max_shard_size": "50KB"}))
+
+    monkeypatch.setattr(pipeline_policy, "save_torch_state_dict", save)
+    policy = family.policy()
+    with torch.no_grad():
+        for p in policy.module.parameters():
+            p.mul_(1.1)
+    policy.save_weights(tmp_path, trained_state(policy))
+    folder = tmp_path / family.part
+    assert len(list(folder.glob("diffusion_pytorch_model-0000*-of-0000*.safetensors"))) > 1
+    assert (folder / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    expected = policy.module.state_dict()
+    again = family.policy()
+    load_trained_weights(again.module, family.config(), tmp_path)
+    theirs = type(policy.network).from_pretrained(tmp_path, subfolder=family.part)
+    for state in (again.module.state_dict(), theirs.state_dict()):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_the_reference_of_adapters_is_the_start(family: Family) -> None:

@@ -7,8 +7,8 @@ EXAMPLES = """examples:
   pcpo-fast export runs/demo --epoch 20 --output my-lora
   pcpo-fast export runs/demo --pipeline --output my-flux      a whole pipeline folder
 
-LoRA weights load with FluxPipeline.load_lora_weights(FOLDER); a full fine-tune is a transformer/ folder that
-FluxTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer") takes."""
+LoRA weights load with the pipeline's load_lora_weights(FOLDER). A full fine-tune is a folder transformer/ or unet/ that
+the network's class takes: FluxTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer")."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

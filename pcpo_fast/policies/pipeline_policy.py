@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import _collate_lora_metadata
+from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.truncation import warn_of_long_prompts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+"""Names of the files that diffusers reads a network from."""
 DECODED_PIXELS = 1 << 21
 """Pixels that the VAE decodes at once: two images of 1024 x 1024."""
 
@@ -249,7 +252,11 @@ class PipelinePolicy(Policy):
                 **_collate_lora_metadata({self.trained_part: self.network}),
             )
         else:
-            self.network.save_pretrained(folder / self.trained_part, state_dict=dict(state))
+            # save_pretrained would write what this rank holds of the weights, which under ZeRO 3 is nothing.
+            target = folder / self.trained_part
+            self.network.save_config(target)
+            whole = {**self.network.state_dict(), **state}  # buffers, such as SD3's places, are not trained
+            save_torch_state_dict(whole, target, filename_pattern=WEIGHTS_PATTERN, max_shard_size="10GB")
 
     @classmethod
     def load_pipeline(cls, folder: Path, **options: Any) -> Any:
