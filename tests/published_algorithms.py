@@ -263,6 +263,13 @@ def proportionate(algorithm: Algorithm, pair: Pair) -> Tensor:
     return _hinge(_matching(algorithm, pair, zeta * sampler.delta(pair.step)), pair, algorithm.clip)
 
 
+def proportionate_without_last(algorithm: Algorithm, pair: Pair) -> Tensor:
+    """The same where the last step, which is not trained, is no part of zeta."""
+    sampler = algorithm.sampler
+    zeta = sum(sampler.weight[:-1]) / (sampler.times[0] - sampler.times[-2])
+    return _hinge(_matching(algorithm, pair, zeta * sampler.delta(pair.step)), pair, algorithm.clip)
+
+
 def uniform(algorithm: Algorithm, pair: Pair) -> Tensor:
     """PCPO, diffusion models: the mean native weight at every step."""
     weight = sum(algorithm.sampler.weight) / len(algorithm.sampler.weight)
@@ -338,7 +345,7 @@ def algorithm(name: str) -> Algorithm:
     runs = {
         # The population form: the demo's; a common factor.
         "pcpo": replace(of_flux, loss=proportionate, advantages=_grouped(0, 1e-8)),
-        "pcpo_flow": replace(of_ten, loss=proportionate),
+        "pcpo_flow": replace(of_ten, loss=proportionate_without_last),
         "pcpo_diffusion": replace(of_fifty, loss=uniform),
         "pcpo_ddpo": replace(with_buffer, loss=uniform),
         "dancegrpo": of_flux,
