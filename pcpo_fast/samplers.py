@@ -34,19 +34,18 @@ def build_transitions(settings: SamplerConfig, schedule: Schedule | None = None)
     Raises:
         UserError: the settings make no valid sampler, or the model is of the other kind.
     """
+    check_sampler(settings, _kind(schedule))
     try:
-        if settings.name == "ddim":
-            diffusion = _diffusion(schedule)
+        if isinstance(schedule, DiffusionSchedule):
             transitions = ddim(
-                diffusion.alphas_cumprod,
-                diffusion.timesteps,
+                schedule.alphas_cumprod,
+                schedule.timesteps,
                 settings.noise,
                 settings.variance,
                 settings.weight,
-                prediction=diffusion.prediction,
+                prediction=schedule.prediction,
             )
         else:
-            _check_flow(settings, schedule)
             transitions = FLOW_SAMPLERS[settings.name](_grid(settings, schedule), settings.noise)
         if settings.final_step != "default":
             transitions = replace(transitions, final_step=settings.final_step)
@@ -61,31 +60,36 @@ def deterministic_transitions(settings: SamplerConfig, schedule: Schedule | None
     Raises:
         UserError: as in :func:`build_transitions`.
     """
+    check_sampler(settings, _kind(schedule))
     try:
-        if settings.name == "ddim":
-            diffusion = _diffusion(schedule)
-            return ddim(diffusion.alphas_cumprod, diffusion.timesteps, 0.0, prediction=diffusion.prediction)
-        _check_flow(settings, schedule)
+        if isinstance(schedule, DiffusionSchedule):
+            return ddim(schedule.alphas_cumprod, schedule.timesteps, 0.0, prediction=schedule.prediction)
         return euler_ode(_grid(settings, schedule))
     except ValueError as error:
         raise UserError(f"sampler: {error}") from None
 
 
-def _diffusion(schedule: Schedule | None) -> DiffusionSchedule:
-    if not isinstance(schedule, DiffusionSchedule):
+def check_sampler(settings: SamplerConfig, kind: type[Schedule]) -> None:
+    """Refuse a sampler that does not serve a kind of model; the model itself need not be loaded for that.
+
+    Raises:
+        UserError: says which samplers do.
+    """
+    if settings.name == "ddim" and not issubclass(kind, DiffusionSchedule):
         raise UserError(
             "sampler.name: ddim samples diffusion models (Stable Diffusion 1.x), and this model is a flow model: "
             f"allowed are {', '.join(FLOW_SAMPLERS)}"
         )
-    return schedule
-
-
-def _check_flow(settings: SamplerConfig, schedule: Schedule | None) -> None:
-    if isinstance(schedule, DiffusionSchedule):
+    if settings.name != "ddim" and not issubclass(kind, FlowSchedule):
         raise UserError(
             f"sampler.name: {settings.name} samples flow models (FLUX, SD3), and this model is a diffusion model: "
             "allowed is ddim"
         )
+
+
+def _kind(schedule: Schedule | None) -> type[Schedule]:
+    """A model that says nothing of its times is a flow model: their grids can do without."""
+    return FlowSchedule if schedule is None else type(schedule)
 
 
 def _grid(settings: SamplerConfig, schedule: Schedule | None) -> Tensor:

@@ -192,8 +192,8 @@ def spoil_index(folder: Path, **changes: Any) -> None:
             "is a PixArtAlphaPipeline; allowed are FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline",
         ),
         (
-            lambda folder: spoil_index(folder, _class_name="StableDiffusionPipeline"),
-            "cannot be loaded as a StableDiffusionPipeline: ",
+            lambda folder: spoil_index(folder, _class_name="StableDiffusion3Pipeline"),
+            "cannot be loaded as a StableDiffusion3Pipeline: ",
         ),
         (lambda folder: shutil.rmtree(folder / "transformer"), "model.path: "),
         (lambda folder: (folder / "vae" / "config.json").write_text("{"), "model.path: "),
@@ -208,6 +208,18 @@ def test_a_folder_that_is_not_the_pipeline_it_says(spoil: Any, words: str, spoil
     assert words in message
     assert str(spoiled) in message
     assert not (spoiled.parent / "run").exists()
+
+
+def test_a_sampler_of_another_kind_of_model(config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before gigabytes of weights are read and prompts encoded."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("pcpo_fast.policies.pipeline_policy.PipelinePolicy.load", load)
+    message = refused(capsys, "train", "--config", config, "sampler.name=ddim", "credit.rule=uniform")
+    assert message.startswith("sampler.name: ddim samples diffusion models")
+    assert message.endswith("this model is a flow model: allowed are dance, flow, cps")
 
 
 def hub_error(kind: str) -> Exception:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
-from pcpo_fast.schedules import FlowSchedule
+from pcpo_fast.schedules import FlowSchedule, Schedule
 
 
 class FluxPolicy(PipelinePolicy):
@@ -25,6 +25,7 @@ class FluxPolicy(PipelinePolicy):
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     cell: ClassVar[int] = 2
+    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q",
         "attn.to_k",

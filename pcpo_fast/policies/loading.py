@@ -14,6 +14,7 @@ from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.locating import pipeline_folder
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.samplers import check_sampler
 
 FAMILIES = {
     "FluxPipeline": "pcpo_fast.policies.flux:FluxPolicy",
@@ -39,9 +40,10 @@ def load_policy(config: Config, device: torch.device, prompts: Sequence[str] = (
     """Load the model of a run onto a device, after encoding the prompts that it will need.
 
     Raises:
-        UserError: as :func:`find_family` and the family's ``load``.
+        UserError: as :func:`find_family` and the family's ``load``, or the sampler serves another kind of model.
     """
     folder, family = find_family(config.model)
+    check_sampler(config.sampler, family.schedule_kind)
     cache = config.model.embedding_cache
     cache_folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank

@@ -24,6 +24,7 @@ from pcpo_fast.policies.locating import pipeline_parts
 from pcpo_fast.policies.lora import add_lora, load_lora
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.truncation import warn_of_long_prompts
+from pcpo_fast.schedules import Schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -43,6 +44,7 @@ class PipelinePolicy(Policy):
         encoder_parts: text encoders and tokenizers, which load for encoding only.
         unused_parts: parts that a policy never needs, such as a safety checker.
         cell: latent pixels across that the network takes as one; the image size is a multiple of it.
+        schedule_kind: what :meth:`schedule` returns, known without loading anything.
         lora_targets: linear layers that get an adapter where the configuration names none.
     """
 
@@ -51,6 +53,7 @@ class PipelinePolicy(Policy):
     encoder_parts: ClassVar[tuple[str, ...]]
     unused_parts: ClassVar[tuple[str, ...]] = ()
     cell: ClassVar[int]
+    schedule_kind: ClassVar[type[Schedule]]
     lora_targets: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -270,7 +273,7 @@ class PipelinePolicy(Policy):
         try:
             with quiet_libraries():
                 return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **(absent | options))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             name = cls.pipeline_class.__name__
             raise UserError(f"model.path: {folder} cannot be loaded as a {name}: {reason}") from None

@@ -10,7 +10,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
-from pcpo_fast.schedules import DiffusionSchedule
+from pcpo_fast.schedules import DiffusionSchedule, Schedule
 from pcpo_fast.transitions import Prediction
 
 
@@ -26,6 +26,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     cell: ClassVar[int] = 1
+    schedule_kind: ClassVar[type[Schedule]] = DiffusionSchedule
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
     @property

@@ -11,7 +11,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.locating import pipeline_parts
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
-from pcpo_fast.schedules import FlowSchedule
+from pcpo_fast.schedules import FlowSchedule, Schedule
 
 
 class StableDiffusion3Policy(PipelinePolicy):
@@ -33,6 +33,7 @@ class StableDiffusion3Policy(PipelinePolicy):
     )
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     cell: ClassVar[int] = 2
+    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q",
         "attn.to_k",
