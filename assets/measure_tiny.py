@@ -1,6 +1,6 @@
-"""Judges `assets/tiny-flux` as plain diffusers runs it: how often are held-out captions drawn right?
+"""Judges a tiny pipeline as plain diffusers runs it: how often are held-out captions drawn right?
 
-python assets/measure_tiny_flux.py --json benchmarks/results/tiny_flux.json --grid docs/tiny_flux.png
+python assets/measure_tiny.py --pipeline assets/tiny-sd --json benchmarks/results/tiny_sd.json --grid docs/tiny_sd.png
 """
 
 import argparse
@@ -8,25 +8,67 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from pcpo_fast.rewards.caption_match import caption_match, measure_scenes
 from pcpo_fast.scenes import IMAGE_SIZE, all_scenes, heldout_captions, render, train_captions
 
+# (which captions, steps, guidance, T5 tokens) per class; the first is drawn as the grid.
+RUNS: dict[str, list[tuple[str, int, float, int | None]]] = {
+    "FluxPipeline": [
+        ("held-out", 16, 3.5, 16),
+        ("held-out", 6, 3.5, 16),
+        ("held-out", 16, 3.5, 8),
+        ("held-out", 28, 3.5, 16),
+        ("held-out", 16, 3.5, 512),
+        ("training", 6, 3.5, 16),
+    ],
+    "StableDiffusionPipeline": [
+        ("held-out", 16, 4.0, None),
+        ("held-out", 4, 4.0, None),
+        ("held-out", 6, 3.0, None),
+        ("held-out", 6, 4.0, None),
+        ("held-out", 10, 1.0, None),
+        ("held-out", 10, 2.0, None),
+        ("held-out", 10, 3.0, None),
+        ("held-out", 10, 4.0, None),
+        ("held-out", 10, 5.0, None),
+        ("held-out", 16, 1.0, None),
+        ("held-out", 50, 4.0, None),
+        ("training", 10, 4.0, None),
+    ],
+    "StableDiffusion3Pipeline": [
+        ("held-out", 16, 4.5, 16),
+        ("held-out", 4, 4.5, 16),
+        ("held-out", 6, 3.0, 16),
+        ("held-out", 6, 4.5, 16),
+        ("held-out", 10, 1.0, 16),
+        ("held-out", 10, 2.0, 16),
+        ("held-out", 10, 3.0, 16),
+        ("held-out", 10, 4.5, 16),
+        ("held-out", 10, 4.5, 8),
+        ("held-out", 10, 4.5, 256),
+        ("held-out", 28, 4.5, 16),
+        ("training", 10, 4.5, 16),
+    ],
+}
 
-def sample(pipeline: FluxPipeline, captions: list[str], seed: int, steps: int, length: int) -> Tensor:
-    """Images [B, 3, 32, 32] in 0..1."""
+
+def sample(
+    pipeline: DiffusionPipeline, captions: list[str], seed: int, steps: int, guidance: float, length: int | None
+) -> Tensor:
+    """Images [B, 3, 32, 32] in 0..1; `length` is the number of T5 tokens, None where there is no T5."""
     return pipeline(
         captions,
         height=IMAGE_SIZE,
         width=IMAGE_SIZE,
         num_inference_steps=steps,
-        guidance_scale=3.5,
-        max_sequence_length=length,
+        guidance_scale=guidance,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
+        **({} if length is None else {"max_sequence_length": length}),
     ).images.float()
 
 
@@ -54,26 +96,29 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="PNG file: one image of every held-out caption")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pipeline = FluxPipeline.from_pretrained(arguments.pipeline)
+    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = sum(file.stat().st_size for file in arguments.pipeline.rglob("*") if file.is_file())
-    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     results: dict[str, object] = {
+        "pipeline": type(pipeline).__name__,
         "bytes": size,
-        "parameters": {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts},
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
     }
     scenes = all_scenes()
     rendered = judge(render(scenes, torch.Generator().manual_seed(0)), [scene.caption for scene in scenes])
     rows: list[dict[str, object]] = [{"captions": "rendered scenes", "images": len(scenes)} | rendered]
     print(rows[-1], flush=True)
-    runs = [("held-out", 6, 16), ("held-out", 16, 8), ("held-out", 16, 16), ("held-out", 28, 16), ("held-out", 16, 512)]
-    for kind, steps, length in [*runs, ("training", 6, 16)]:
+    for kind, steps, guidance, length in RUNS[type(pipeline).__name__]:
         captions = heldout_captions() if kind == "held-out" else train_captions()[::6]
-        images = [sample(pipeline, captions, seed, steps, length) for seed in range(arguments.seeds)]
-        row: dict[str, object] = {"captions": kind, "steps": steps, "max_sequence_length": length}
-        rows.append(row | {"images": 32 * arguments.seeds} | judge(torch.cat(images), captions * arguments.seeds))
+        images = [sample(pipeline, captions, seed, steps, guidance, length) for seed in range(arguments.seeds)]
+        row: dict[str, object] = {"captions": kind, "steps": steps, "guidance": guidance}
+        row |= {} if length is None else {"max_sequence_length": length}
+        rows.append(
+            row | {"images": len(captions) * arguments.seeds} | judge(torch.cat(images), captions * arguments.seeds)
+        )
         print(rows[-1], flush=True)
-        if arguments.grid and (kind, steps, length) == ("held-out", 16, 16):
+        if arguments.grid and len(rows) == 2:
             save_grid(images[0], arguments.grid)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
