@@ -15,6 +15,7 @@ from tiny_pipeline import PROMPTS, tiny_config
 from tiny_pipelines import SD3_RUN, SD_RUN
 from torch import Tensor, nn
 
+from pcpo_fast import sweeping
 from pcpo_fast.config import Config
 from pcpo_fast.config_loading import dump_config, load_config
 from pcpo_fast.errors import UserError
@@ -446,6 +447,30 @@ def test_rows_of_a_large_sweep_show_every_prompt_first() -> None:
     assert shown_rows(3, 4) == list(range(12))
     assert shown_rows(32, 4) == list(range(0, 96, 4))
     assert shown_rows(10, 4)[:12] == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 1, 5]
+
+
+def test_a_large_sweep_keeps_images_captions_and_scores_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, Any] = {}
+
+    def table(cells: list[Tensor], **others: Any) -> Image.Image:
+        shown.update(others, cells=cells)
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(sweeping, "image_table", table)
+    captions = [f"caption {prompt}" for prompt in range(10) for _ in range(3)]
+    images = (torch.arange(30.0) / 64)[:, None, None, None].expand(30, 3, 2, 2)
+    columns = [sweeping.Column(scale, images + scale, {"number": torch.arange(30.0) + scale}) for scale in (0.0, 0.5)]
+    plot = sweeping.write_sweep(columns, sweeping.sweep_numbers(columns, 3), captions, 3, tmp_path / "sweep.png")
+    assert plot == tmp_path / "sweep_reward.png" and plot.is_file()
+    order = [prompt * 3 + image for image in range(3) for prompt in range(10)][:24]
+    assert shown["title"] == "24 of 30 images"
+    assert shown["columns"] == ["λ = 0 (base)", "λ = 0.5"]
+    assert shown["rows"] == [captions[image] for image in order]
+    assert shown["scores"] == [[float(image) for image in order], [image + 0.5 for image in order]]
+    for cells, scale in zip(shown["cells"], (0.0, 0.5), strict=True):
+        assert (cells[:, 0, 0, 0] - scale).mul(64).round().int().tolist() == order
 
 
 @pytest.fixture(scope="module")
