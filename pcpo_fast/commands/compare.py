@@ -99,7 +99,14 @@ def run(arguments: argparse.Namespace) -> int:
     code = 0 if arguments.report_only else _train(arguments, plan, settings, runs, console)
     if code == EXIT_INTERRUPTED:
         return code
-    return _report(arguments, _read(runs, settings), plan.output, console, code)
+    try:
+        result = _read(runs, settings)
+    except UserError as error:
+        if code == 0:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # after those that failed, of which one may be a fault of ours
+        return code
+    return _report(arguments, result, plan.output, console, code)
 
 
 EXIT_INTERRUPTED = 130
@@ -146,7 +153,7 @@ def _compare_existing(arguments: argparse.Namespace, console: "Console") -> int:
     for name in ("config", "variant", "seeds", "file", "launcher", "overrides"):
         if getattr(arguments, name):
             given = "key=value" if name == "overrides" else f"--{name}"
-            raise UserError(f"--runs compares runs that are there, so it does not go together with {given}")
+            raise UserError(f"--runs compares runs that are there, so it does not go with {given}")
     if arguments.output is None:
         raise UserError("--output: say where the comparison is written to, for example --output runs/comparison")
     groups: dict[str, list[Path]] = {}

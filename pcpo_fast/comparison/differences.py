@@ -22,13 +22,15 @@ INCIDENTAL = (
 
 _CONSEQUENCES = (
     (("rewards",), "their rewards are not on the same scale"),
+    (("model.path", "model.revision", "model.height", "model.width", "model.guidance", "model.cfg_scale"),
+     "they do not start from the same images"),
     (("prompts.train",), "they do not train on the same prompts"),
     (("prompts.heldout", "evaluation.prompts", "evaluation.seed", "evaluation.images_per_prompt"),
      "their held-out rewards are not measured on the same images"),
     (("evaluation.deterministic", "sampler.steps", "sampler.shift", "sampler.grid"),
      "their held-out images are not sampled in the same way"),
     (("rollout.prompts_per_epoch", "rollout.images_per_prompt", "train.updates_per_epoch", "train.inner_epochs",
-      "sampler.steps", "credit.steps", "credit.fraction"),
+      "sampler.steps", "window", "credit.steps", "credit.fraction", "credit.train_last_step"),
      "an epoch is not the same amount of work"),
 )  # fmt: skip
 

@@ -102,9 +102,9 @@ def start_run(
     return RunningRun(run, slot, process)
 
 
-def end_runs(running: Sequence[RunningRun], patience: float = PATIENCE) -> None:
+def end_runs(running: Sequence[RunningRun]) -> None:
     """Interrupt runs as Ctrl-C would, wait for them, and end those that do not listen."""
-    for how, seconds in ((signal.SIGINT, patience), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    for how, seconds in ((signal.SIGINT, PATIENCE), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         left = [job for job in running if job.process.poll() is None]
         for job in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -124,6 +124,7 @@ class ComparisonProgress:
     def ended(self, job: Running, problem: str | None = None) -> None:
         """A run has ended; `problem` says what went wrong."""
         job.progress.update()
+        self._running = [other for other in self._running if other is not job]
         self._ended_epochs += job.progress.epochs - self._first[job.run.folder]
         if problem is not None:
             self.failed += 1
