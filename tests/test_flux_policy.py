@@ -120,6 +120,21 @@ def test_guidance_reaches_the_model(pipeline_folder: Path, flux: Any) -> None:
     assert not torch.allclose(tuned, other, atol=2e-3)
 
 
+def test_classifier_free_guidance_is_the_pipelines_true_one(pipeline_folder: Path, flux: Any) -> None:
+    """Next to the embedded guidance, which both halves are told of."""
+    policy = load_policy(
+        tiny_config(pipeline_folder, "model.cfg_scale=2.0", "model.negative_prompt=a blue square"), CPU
+    )
+    table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
+    latents, seeds = random_latents(2), torch.zeros(2, dtype=torch.int64)
+    end = sample_trajectories(policy, policy.encode(PROMPTS[:2]), latents, seeds, table).latents[:, -1]
+    negative = ["a blue square"] * 2
+    expected = run_pipeline(flux, latents, list(PROMPTS[:2]), true_cfg_scale=2.0, negative_prompt=negative)
+    plain = run_pipeline(flux, latents, list(PROMPTS[:2]))
+    assert torch.allclose(policy.decode(end), expected, atol=2e-4)
+    assert not torch.allclose(plain, expected, atol=2e-3)
+
+
 def test_rows_at_different_times_equal_single_rows(policy: Policy) -> None:
     latents, times = random_latents(4), torch.tensor([1.0, 0.83, 0.4, 0.02])
     conditioning = policy.encode(PROMPTS)

@@ -89,7 +89,15 @@ def test_the_log_ratio_is_exactly_0_where_the_output_is_unchanged(
     )
     bench = bench_of(name, *overrides)
     assert bench.rollout.trajectories.outputs.dtype == torch.float32
+    asked: list[torch.Tensor] = []
+    bench.policy.module.register_forward_pre_hook(
+        lambda _module, args, kwargs: asked.append(args[1] if len(args) > 1 else kwargs["timestep"]), with_kwargs=True
+    )
     record = bench.run()[0]
+    # bf16 has no 501: the time reaches the network before anything is rounded.
+    assert asked and all(
+        torch.equal(time, torch.full((16,), 1000 * float(bench.transitions.times[1]))) for time in asked
+    )
     assert record["policy/log_ratio_abs"] == 0
     assert record["rollout/mismatch_output"] == record["rollout/mismatch_log_ratio"] == 0
     assert record["policy/grad_norm"] > 0
