@@ -59,7 +59,10 @@ class ModelConfig(Section):
         512, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
-    attention: str = Field("native", description="attention backend by diffusers' name: native, flash, xformers, ...")
+    attention: str = Field(
+        "native",
+        description="attention backend by diffusers' name: native, flash, ...; SD1.x and SD3: native or xformers",
+    )
     embedding_cache: str | None = Field(
         None, description="folder of encoded prompts; default: embeddings/ next to the run directories"
     )
