@@ -225,6 +225,8 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         (("--runs", "a=nowhere"), "nowhere is not a run directory"),
         (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory is called no*where"),
         (("--runs", "a"), "--runs 'a': is written NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
+        (("--runs", "$a$=b"), "variant '$a$': a name is also a folder's name: it must be made of letters, digits, '.', "
+         "'_' and '-', and not be embeddings or figures"),
         (("--runs", "a=b", "--seeds", "3"), "--runs compares runs that are there, so it does not go with --seeds"),
         (("--runs", "a=b", "x.y=1"), "--runs compares runs that are there, so it does not go with key=value"),
     ],

@@ -324,3 +324,12 @@ def test_figures_of_one_run_with_little_in_it(tmp_path: Path) -> None:
     result = compare_runs({"a $x$": [folder]}, Settings(target=0.9))
     assert set(comparison_figures(result)) == {"reward", "epochs_to_target", "clip_fraction"}
     assert write_comparison(result, tmp_path / "out")
+
+
+def test_names_that_do_not_fit_above_the_axes_stand_beside_them(tmp_path: Path) -> None:
+    runs = {f"variant-{i}": [write_run(tmp_path / str(i), line(0.01 + 0.001 * i), epochs=6)] for i in range(10)}
+    for name, figure in comparison_figures(compare_runs(runs)).items():
+        if name != "epochs_to_target":
+            assert [axes.get_legend() for axes in figure.axes] == [None] * len(figure.axes)
+            texts = [text.get_text() for text in figure.legends[0].get_texts()]
+            assert texts[:10] == list(runs) and len(texts) == len(set(texts))

@@ -165,6 +165,19 @@ def test_a_plan_is_written_and_read_back(tmp_path: Path) -> None:
     assert planned_runs(whole)[1].config.optimizer.lr == 2e-4
 
 
+def test_the_example_of_the_documentation_is_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.chdir(root)
+    text = (root / "docs" / "comparing.md").read_text(encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    file = read_plan_file(tmp_path / "c.yaml")
+    runs = planned_runs(
+        Plan(Path(str(file.output)), file.config, settings_from(file.settings), variants_of(file), seeds_of(file))
+    )
+    assert len(runs) == 10 and {run.config.train.epochs for run in runs} == {100}
+    assert [run.config.credit.objective for run in runs[:2]] == ["clip", "hinge"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

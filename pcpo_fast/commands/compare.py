@@ -148,6 +148,7 @@ def _read(runs: "Sequence[PlannedRun]", settings: "Settings") -> "Comparison":
 
 def _compare_existing(arguments: argparse.Namespace, console: "Console") -> int:
     from pcpo_fast.comparison import compare_runs
+    from pcpo_fast.comparison.plan import check_name
     from pcpo_fast.errors import UserError
 
     for name in ("config", "variant", "seeds", "file", "launcher", "overrides"):
@@ -161,6 +162,7 @@ def _compare_existing(arguments: argparse.Namespace, console: "Console") -> int:
         name, separator, folders = text.partition("=")
         if not (separator and name and folders):
             raise UserError(f"--runs {text!r}: is written NAME=RUN,RUN, for example native=runs/n0,runs/n1")
+        check_name(name)
         groups.setdefault(name, []).extend(path for part in folders.split(",") for path in _folders(part.strip(), text))
     return _report(arguments, compare_runs(groups, _settings(arguments, _empty())), Path(arguments.output), console, 0)
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", "#8a8f98", "#20242c")
 _DASHES = ("-", "--", ":")
 
+# How many letters fit into a row over a whole figure, and how many the mark of an entry takes.
+_LETTERS, _HANDLE = 120, 7
+
 
 def comparison_figures(result: Comparison) -> dict[str, "Figure"]:
     """All figures that there are numbers for, by file name without its ending."""
@@ -72,7 +75,7 @@ def reward_figure(result: Comparison) -> "Figure | None":
         if reading.target is not None and metric == reading.metric:
             axes.axhline(reading.target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="target", zorder=1)
         epoch_axis(axes, 0, reading.horizon)
-        legend(axes)
+    _legend(figure)
     return figure
 
 
@@ -150,7 +153,7 @@ def clip_figure(result: Comparison) -> "Figure | None":
     _percent(axes)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    legend(axes)
+    _legend(figure)
     return figure
 
 
@@ -191,7 +194,7 @@ def gradient_figure(result: Comparison) -> "Figure | None":
     axes.set_xlim(right=1.15 * max(top, SPIKE))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.3g}"))
-    legend(axes)
+    _legend(figure)
     return figure
 
 
@@ -202,6 +205,28 @@ def _shown(result: Comparison) -> list[tuple[int, VariantResult]]:
 
 def _look(index: int) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], _DASHES[index // len(COLOURS) % len(_DASHES)]
+
+
+def _legend(figure: "Figure") -> None:
+    """A row above each of the axes where the names fit there, or else one column beside them."""
+    labels = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
+    room = _LETTERS / len(labels)
+    if all(sum(len(label) + _HANDLE for label in row) <= room for row in labels):
+        for axes in figure.axes:
+            legend(axes)
+        return
+    entries = {}
+    for axes in figure.axes:
+        entries.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        handlelength=1.4,
+    )
 
 
 def _percent(axes: "Axes") -> None:

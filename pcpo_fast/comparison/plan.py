@@ -133,6 +133,19 @@ def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
     return found
 
 
+def check_name(name: str) -> None:
+    """Refuse a variant's name that cannot be a folder's.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise UserError(
+            f"variant {name!r}: a name is also a folder's name: it must be made of letters, digits, '.', '_' and '-', "
+            f"and not be {' or '.join(_RESERVED)}"
+        )
+
+
 def planned_runs(plan: Plan) -> list[PlannedRun]:
     """Every run, with its configuration read and checked; seed by seed, so that a comparison grows evenly.
 
@@ -141,11 +154,7 @@ def planned_runs(plan: Plan) -> list[PlannedRun]:
     """
     names = [variant.name for variant in plan.variants]
     for name in names:
-        if not _NAME.fullmatch(name) or name in _RESERVED:
-            raise UserError(
-                f"variant {name!r}: a name is also a folder's name: it must be made of letters, digits, '.', '_' and "
-                f"'-', and not be {' or '.join(_RESERVED)}"
-            )
+        check_name(name)
         if names.count(name) > 1:
             raise UserError(f"variant {name}: there are two of this name")
     runs = [_planned(plan, variant, seed) for seed in plan.seeds for variant in plan.variants]
