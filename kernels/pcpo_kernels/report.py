@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+THIN_TARGETS = ("sm_90", "gfx942")
 
 
 class Compiled(NamedTuple):
@@ -85,7 +86,10 @@ def nvidia_resources(asm: Any) -> tuple[int, int, bool, str]:
 
 
 def amd_resources(asm: Any) -> tuple[int, int, bool, str]:
-    """Vector registers and scratch bytes per lane from the assembly's metadata."""
+    """Vector registers and scratch bytes per lane from the assembly's metadata.
+
+    A scalar that waits in a lane of a vector register (``sgpr_spill_count``) costs no memory and is none of them.
+    """
     text: str = asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -94,7 +98,7 @@ def amd_resources(asm: Any) -> tuple[int, int, bool, str]:
             raise RuntimeError(f"the assembly says nothing about {name}")
         return int(found[1])
 
-    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    spilled = 4 * number("vgpr_spill_count")
     uses_f64 = re.search(r"^\s*v_\w*_f64", text, re.MULTILINE) is not None
     return number("vgpr_count"), max(spilled, number("private_segment_fixed_size")), uses_f64, text
 
@@ -118,23 +122,38 @@ def bulk_accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
     return counts
 
 
-def _compile_all(targets: Iterable[str], share: int, shares: int) -> list[Compiled]:
+def pairs(targets: Iterable[str], thin: bool) -> list[tuple[Any, str]]:
+    """What there is to compile, as (variant, target).
+
+    Thin, the variants that are not bf16's are left out for sm_80 and sm_100: they differ from bf16's in the width of
+    the outputs alone, and are compiled for one target of each vendor.
+    """
     from pcpo_kernels.variants import all_variants
 
-    pairs = [(variant, target) for variant in all_variants() for target in targets]
-    return [compile_variant(*pair) for pair in pairs[share::shares]]
+    return [
+        (variant, target)
+        for variant in all_variants()
+        for target in targets
+        if not thin or target in THIN_TARGETS or variant.name.startswith("bf16")
+    ]
+
+
+def _compile_all(targets: Iterable[str], thin: bool, share: int, shares: int) -> list[Compiled]:
+    return [compile_variant(*pair) for pair in pairs(targets, thin)[share::shares]]
 
 
 @functools.cache
-def compile_all(targets: tuple[str, ...] = TARGETS, processes: int | None = None) -> tuple[Compiled, ...]:
-    """Every variant for every target, sorted; the work is shared by processes (one per core by default)."""
+def compile_all(
+    targets: tuple[str, ...] = TARGETS, processes: int | None = None, *, thin: bool = False
+) -> tuple[Compiled, ...]:
+    """Every variant for every target (see :func:`pairs` for ``thin``), sorted; shared by a process per core."""
     if processes is None:
         processes = len(os.sched_getaffinity(0))
     if processes == 1:
-        parts = [_compile_all(targets, 0, 1)]
+        parts = [_compile_all(targets, thin, 0, 1)]
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(_compile_all, targets, share, processes) for share in range(processes)]
+            futures = [pool.submit(_compile_all, targets, thin, share, processes) for share in range(processes)]
             parts = [future.result() for future in futures]
     return tuple(sorted((result for part in parts for result in part), key=lambda result: result[:3]))
 

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 def plan_for(elements: int) -> Plan:
     """Blocks of 2048 (16 elements a thread: two 16-byte loads of bf16), smaller for rows that do not fill one."""
     block = min(2048, max(128, triton.next_power_of_2(elements)))
-    return Plan(block, 1 if elements <= 1 << 20 else 4)
+    return Plan(block, 1 if elements <= 1 << 20 else 2)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -68,8 +68,8 @@ def noise_block(
 ):
     """The step's noise: recovered from both ends, read, or made from its key, by which pointers there are."""
     if next_latents is not None:
-        x = load_block(noise, row, noise_stride, index, mask)
         following = load_block(next_latents, row, next_stride, index, mask)
+        x = load_block(noise, row, noise_stride, index, mask)
         z = (following - (a * x + b * behind)) * inverse_std
     elif noise is not None:
         z = load_block(noise, row, noise_stride, index, mask)
@@ -119,7 +119,10 @@ FORWARD_POINTERS = [
 BACKWARD_POINTERS = [*NOISE_AND_GUIDANCE, "statistics", "grad_loss"]
 
 
-@triton.jit(do_not_specialize=["rows", "chunks"], do_not_specialize_on_alignment=FORWARD_POINTERS)
+@triton.jit(
+    do_not_specialize=["rows", "chunks", "hinge", "mean"],
+    do_not_specialize_on_alignment=FORWARD_POINTERS,
+)
 def policy_loss_forward_kernel(
     output,
     old_output,
@@ -152,9 +155,9 @@ def policy_loss_forward_kernel(
     rows,
     elements,
     chunks,
+    hinge,
+    mean,
     CLIP_RANGE: tl.constexpr,
-    HINGE: tl.constexpr,
-    MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
     FINISH: tl.constexpr,
@@ -165,7 +168,8 @@ def policy_loss_forward_kernel(
     [6, rows]: log-ratio, Taylor error, KL term, and the weights of noise, difference and gap in the gradient.
 
     ``noise`` is z, or x where ``next_latents`` is given; missing pointers are None and leave their code out. Without an
-    old output there is no difference from it, and without a reference nothing to read at all.
+    old output there is no difference from it, and without a reference nothing to read at all. ``hinge`` and ``mean``
+    are 0 or 1; they matter to a row's mathematics alone, so one compiled kernel serves both objectives.
     """
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -202,9 +206,7 @@ def policy_loss_forward_kernel(
     arrived = tl.atomic_add(counters + 1 + row, 1, sem="acq_rel", scope="gpu")
     if arrived == chunks - 1:
         tl.store(counters + 1 + row, 0)
-        unit = 1.0 / tl.maximum(tl.cast(elements, tl.float32), 1.0)
-        if not MEAN:
-            unit = 1.0
+        unit = tl.where(mean != 0, 1.0 / tl.maximum(tl.cast(elements, tl.float32), 1.0), 1.0)
         mine = scratch + row * chunks
         row_linear = tl.load(linear + row).to(tl.float32)
         row_quadratic = tl.load(quadratic + row).to(tl.float32)
@@ -216,21 +218,18 @@ def policy_loss_forward_kernel(
                 ordered_sum(mine + pieces, chunks, FINISH) * unit
             )
         ratio, surplus, taylor_error = ratio_of(log_ratio)
-        change = surplus
-        slope = -row_advantage * ratio
-        if HINGE:
-            change = log_ratio
-            slope = -row_advantage
+        on_ratio = hinge == 0
+        change = tl.where(on_ratio, surplus, log_ratio)
+        slope = tl.where(on_ratio, -row_advantage * ratio, -row_advantage)
         # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
         idle = row_advantage == 0.0
         gain = tl.where(idle, 0.0, row_advantage * change)
-        margin = CLIP_RANGE * tl.abs(row_advantage) - gain
+        bound = CLIP_RANGE * tl.abs(row_advantage)
+        margin = bound - gain
         clipped = margin < 0.0
         slope = tl.where(clipped | idle, 0.0, slope)
-        if HINGE:
-            term = tl.where(clipped, 0.0, margin)
-        else:
-            term = -row_advantage + tl.where(clipped, -CLIP_RANGE * tl.abs(row_advantage), -gain)
+        above = tl.where(clipped, 0.0, margin)
+        term = tl.where(on_ratio, -row_advantage + tl.where(clipped, -bound, -gain), above)
         row_loss = row_scale * term
         count = tl.cast(rows, tl.float32)
         share = unit / count
@@ -387,9 +386,9 @@ def _forward(
             rows,
             elements,
             chunks,
+            int(hinge),
+            int(mean),
             CLIP_RANGE=clip_range,
-            HINGE=hinge,
-            MEAN=mean,
             FINISH=128,
             **plan.options,
         )

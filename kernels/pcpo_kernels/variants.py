@@ -21,6 +21,8 @@ SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLUX = 128 * 128 * 16  # elements of a row of FLUX latents at 1024 x 1024
 DEMO = 512  # of the tiny pipeline that the demonstration trains
 LONG = 1 << 21  # a row so long that a program takes several blocks
+NUMBERS = ("rows", "elements", "chunks", "hinge", "mean")
+UNALIGNED = ("rows", "chunks", "hinge", "mean", "a_stride", "b_stride", "std_stride")
 
 NOISE_POINTERS = {
     "key": {"seed": "i64", "offset": "i64"},
@@ -77,9 +79,9 @@ def build(
             signature[parameter] = f"*{pointers[parameter]}"
             if parameter in loaded or parameter in stored:
                 aligned.append(position)
-        elif parameter in ("rows", "elements", "chunks") or parameter.endswith("_stride"):
+        elif parameter in NUMBERS or parameter.endswith("_stride"):
             signature[parameter] = "i32"
-            if parameter not in ("rows", "chunks", "a_stride", "b_stride", "std_stride"):
+            if parameter not in UNALIGNED:
                 aligned.append(position)
         else:
             signature[parameter] = "constexpr"
@@ -104,18 +106,25 @@ def _types(names: list[str], **others: str) -> dict[str, str]:
     return {name: others.get(name, "fp32") for name in names}
 
 
-def policy_loss_variants(
-    dtype: str, noise: str, extras: str = "", *, objective: str = "hinge", reduction: str = "mean", elements: int = FLUX
-) -> tuple[Variant, Variant]:
-    """Forward and backward of one kind of call; noise "detached" means endpoints without an old output."""
+def policy_loss_variants(dtype: str, noise: str, extras: str = "", *, elements: int = FLUX) -> tuple[Variant, Variant]:
+    """Forward and backward of one kind of call; either objective and reduction.
+
+    Args:
+        dtype: of the output, and of what goes with it: old and reference outputs and the unconditional half.
+        noise: "key", "endpoints", "tensor", or "detached": endpoints without an old output.
+        extras: "kl", "cfg", "kl-cfg" or nothing. With classifier-free guidance the old and the reference output are
+            float32, as :func:`pcpo_kernels.guidance` makes them for a log-ratio of exactly 0 on-policy.
+        elements: of a row.
+    """
     detached = noise == "detached"
     given = NOISE_POINTERS["endpoints" if detached else noise]
+    combined = "fp32" if "cfg" in extras else dtype
     bulk = {"output": dtype}
     if not detached:
-        bulk["old_output"] = dtype
+        bulk["old_output"] = combined
     bulk |= {name: kind for name, kind in given.items() if name in ("noise", "next_latents")}
     if "kl" in extras:
-        bulk["reference"] = dtype
+        bulk["reference"] = combined
     if "cfg" in extras:
         bulk["unconditional"] = dtype
     small = {name: kind for name, kind in given.items() if name not in ("noise", "next_latents")}
@@ -134,18 +143,7 @@ def policy_loss_variants(
     if detached:
         read = {n: k for n, k in bulk.items() if "kl" in extras and n not in ("noise", "next_latents")}
     dead = {n: k for n, k in bulk.items() if n not in read}
-    forward = build(
-        policy_loss_forward_kernel,
-        f"{name}-{objective}" + ("-sum" if reduction == "sum" else ""),
-        bulk,
-        {},
-        forward_rows,
-        elements,
-        CLIP_RANGE=1e-4,
-        HINGE=objective == "hinge",
-        MEAN=reduction == "mean",
-        FINISH=128,
-    )
+    forward = build(policy_loss_forward_kernel, name, bulk, {}, forward_rows, elements, CLIP_RANGE=1e-4, FINISH=128)
     unread = forward.constants["BLOCK"] * sum(SIZES[kind] for kind in dead.values())
     forward = forward._replace(loaded_bytes=forward.loaded_bytes - unread)
     written = {"gradient": dtype} | ({"unconditional_gradient": dtype} if "cfg" in extras else {})
@@ -187,23 +185,22 @@ def guidance_variants(dtype: str, result: str) -> tuple[Variant, Variant]:
 
 
 def all_variants() -> Iterator[Variant]:
-    """Every variant that a trainer launches."""
+    """Every variant that a trainer launches (bf16 or fp32 models), and some of other callers."""
     for noise in ("key", "endpoints", "detached"):
-        for extras in ("", "kl"):
-            yield from policy_loss_variants("bf16", noise, extras)
-            yield from policy_loss_variants("fp32", noise, extras)
+        for dtype in ("bf16", "fp32"):
+            for extras in ("", "kl", "cfg", "kl-cfg"):
+                yield from policy_loss_variants(dtype, noise, extras)
+        for extras in ("", "kl-cfg"):
+            yield from policy_loss_variants("fp32", noise, extras, elements=DEMO)
         yield from policy_loss_variants("fp16", noise)
-        yield from policy_loss_variants("fp32", noise, elements=DEMO)
-        yield policy_loss_variants("bf16", noise, objective="clip")[0]
-    yield from policy_loss_variants("bf16", "endpoints", "kl-cfg")
+    yield from policy_loss_variants("fp16", "endpoints", "kl-cfg")
     yield from policy_loss_variants("bf16", "tensor")
-    yield policy_loss_variants("bf16", "endpoints", reduction="sum")[0]
     yield from policy_loss_variants("bf16", "endpoints", elements=LONG)
     for dtype in ("bf16", "fp16", "fp32"):
         for noise in ("key", "none"):
             yield sample_step_variant(dtype, noise)
     yield sample_step_variant("bf16", "tensor")
     yield sample_step_variant("bf16", "key", latents="bf16")
-    for dtype, result in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
+    for dtype, result in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")):
         yield from guidance_variants(dtype, result)
     yield build(philox_normal_kernel, "fp32", {}, {"result": "fp32"}, NOISE_POINTERS["key"], FLUX)

@@ -24,14 +24,38 @@ DOCUMENTED = TABLE.parent / "triton-3.7.1.json"  # the version that docs/kernels
 VARIANTS = {(variant.kernel, variant.name): variant for variant in all_variants()}
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    return compile_all()
+@pytest.fixture(scope="module", params=["thin", pytest.param("full", marks=pytest.mark.slow)])
+def compiled(request):
+    """Every variant on sm_90 and gfx942, bf16's on all targets; with the slow tests every variant on all targets."""
+    return compile_all(thin=request.param == "thin")
 
 
-def test_names_are_unique_and_all_compile(compiled) -> None:
+def test_all_compile(compiled) -> None:
+    done = {result[:3] for result in compiled}
+    missing = {(*name, target) for name in VARIANTS for target in TARGETS} - done
+    assert {result[:2] for result in compiled} == set(VARIANTS)
+    assert all(target in ("sm_80", "sm_100") and not name.startswith("bf16") for _, name, target in missing)
+
+
+def test_names_are_unique() -> None:
     assert len(VARIANTS) == sum(1 for _ in all_variants())
-    assert {result[:3] for result in compiled} == {(*name, target) for name in VARIANTS for target in TARGETS}
+
+
+def test_committed_table_is_complete() -> None:
+    """Also where it is not compiled here: a record for every variant and target, without spills or float64."""
+    committed = json.loads(DOCUMENTED.read_text())
+    keys = [tuple(list(record.values())[:3]) for record in committed]
+    assert keys == sorted((*name, target) for name in VARIANTS for target in TARGETS)
+    assert not any(record["spill_bytes"] or record["uses_f64"] for record in committed)
+
+
+def test_objective_and_reduction_make_no_variant() -> None:
+    """Both are arguments at run time, which are not specialised either: four settings, one compiled kernel."""
+    forward = policy_loss_variants("bf16", "key")[0]
+    parameters = {parameter.name: parameter for parameter in forward.function.params}
+    for name in ("hinge", "mean"):
+        assert forward.signature[name] == "i32"
+        assert parameters[name].do_not_specialize
 
 
 def test_no_spills(compiled) -> None:
@@ -78,7 +102,8 @@ def test_float64_is_noticed() -> None:
 def test_committed_table(compiled) -> None:
     if not TABLE.is_file():
         pytest.skip(f"no table for triton {triton.__version__}: python -m pcpo_kernels.report --json > {TABLE.name}")
-    committed = json.loads(TABLE.read_text())
+    done = {result[:3] for result in compiled}
+    committed = [row for row in json.loads(TABLE.read_text()) if tuple(list(row.values())[:3]) in done]
     assert report.rows(compiled) == committed, (
         f"python -m pcpo_kernels.report --json > {TABLE}, and review the difference"
     )
@@ -88,10 +113,10 @@ def test_there_is_a_table() -> None:
     assert any(TABLE.parent.glob("triton-*.json"))
 
 
-def test_table_is_printed(compiled) -> None:
-    text = report.table(report.rows(compiled))
-    assert len(text.splitlines()) == 2 + len(VARIANTS)
-    record = report.rows(compiled)[0]
+def test_table_is_printed() -> None:
+    records = json.loads(DOCUMENTED.read_text())
+    assert len(report.table(records).splitlines()) == 2 + len(VARIANTS)
+    record = records[0]
     assert list(record) == [
         "kernel", "variant", "target", "registers", "spill_bytes", "shared_bytes", "uses_f64", "triton",
     ]  # fmt: skip
@@ -129,3 +154,41 @@ def test_documented_registers() -> None:
             variant,
         )
     assert f"all {len(VARIANTS)} variants" in " ".join(text.split())
+
+
+TRAFFIC = {
+    "noise made in the kernel (`NoiseKey`)": "bf16-key",
+    "noise from the endpoints": "bf16-endpoints",
+    "on-policy (`old_output=None`, endpoints)": "bf16-detached",
+    "noise as an fp32 tensor": "bf16-tensor",
+    "with an unconditional half, key": "bf16-key-cfg",
+    "with an unconditional half, endpoints": "bf16-endpoints-cfg",
+    "with an unconditional half, on-policy": "bf16-detached-cfg",
+}
+
+
+def bytes_per_element(name: str) -> tuple[int, int, int]:
+    """Read forward, read backward and written, by the variants whose compiled code is counted above."""
+    forward, backward = (VARIANTS[f"policy_loss_{way}", name] for way in ("forward", "backward"))
+    counts = forward.loaded_bytes, backward.loaded_bytes, backward.stored_bytes
+    assert forward.stored_bytes == 0
+    return tuple(count // forward.constants["BLOCK"] for count in counts)
+
+
+def test_documented_traffic() -> None:
+    """The table of memory traffic in docs/kernels.md: forms of the loss, and what a reference output adds to each."""
+    text = (TABLE.parents[3] / "docs" / "kernels.md").read_text()
+    written = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| (\d+) \| \*\*(\d+)\*\* \|$", text, re.MULTILINE)
+    assert [form for form, *_ in written] == list(TRAFFIC)
+    for form, *cells in written:
+        counts = bytes_per_element(TRAFFIC[form])
+        assert [int(cell.split()[-1]) for cell in cells] == [*counts, sum(counts)], form
+    added = re.findall(r"^\| with .*reference output \| \+ (\d).*: (\d)\) \| \+ (\d) \| \| \|$", text, re.MULTILINE)
+    assert len(added) == 2
+    for numbers, extras in zip(added, ("", "-cfg"), strict=True):
+        more, alone, backward = map(int, numbers)
+        for noise in ("key", "endpoints", "detached"):
+            plain = bytes_per_element(f"bf16-{noise}{extras}")
+            rich = bytes_per_element(f"bf16-{noise}{extras.replace('-cfg', '')}-kl{extras}")
+            assert rich[0] - plain[0] == (alone if noise == "detached" else more)
+            assert (rich[1] - plain[1], rich[2] - plain[2]) == (backward, 0)

@@ -13,7 +13,10 @@ import pytest
 from pcpo_kernels.dispatch import interpreting, triton_installed
 
 DEVICE = Path(__file__).parent / "device"
-PARTS = [["test_device_policy_loss.py"], ["test_device_step.py", "test_device_operators.py", "test_device_golden.py"]]
+PARTS = [
+    ["test_device_policy_loss.py"],
+    ["test_device_guided_loss.py", "test_device_step.py", "test_device_operators.py", "test_device_golden.py"],
+]
 
 
 def test_every_file_is_run() -> None:
