@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert answer.code == 0
     for name in NAMES:
         assert f"\n    {name} " in answer.out
-    assert NAMES == ("train", "sample", "credit", "report", "export")
+    assert NAMES == ("train", "sample", "compare", "credit", "report", "export")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,10 +47,9 @@ def test_help_of_a_command_has_an_example_that_parses(name: str, capsys: Capture
     answer = call(capsys, name, "--help")
     assert answer.code == 0
     assert "--json" in answer.out
-    examples = [line for line in answer.out.splitlines() if line.startswith(f"  pcpo-fast {name} ")]
-    examples += [
-        line.replace("python train.py", "pcpo-fast train") for line in answer.out.splitlines() if "train.py" in line
-    ]
+    lines = re.sub(r" \\\n +", " ", answer.out).splitlines()  # examples that go on in the next line
+    examples = [line for line in lines if line.startswith(f"  pcpo-fast {name} ")]
+    examples += [line.replace("python train.py", "pcpo-fast train") for line in lines if "train.py" in line]
     assert examples
     for line in examples:
         words = shlex.split(line.split("      ")[0].replace("deepspeed train.py", "pcpo-fast train"))

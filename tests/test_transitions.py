@@ -445,16 +445,6 @@ def test_trainable_steps_follow_the_final_step():
     assert trainable_steps(kept_above_zero) == [0]
 
 
-def test_sampler_of_the_documentation():
-    page = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
-    namespace = {}
-    exec(page.split("```python\n")[1].split("```")[0], namespace)
-    table = namespace["my_sampler"](shifted_times(8, 3.0), 0.5)
-    start, end = table.times[:-1], table.times[1:]
-    assert torch.allclose(table.a * (1 - start) - table.b, 1 - end, rtol=1e-12)
-    assert trainable_steps(table) == list(range(7))
-
-
 def test_final_row_decodes_the_clean_prediction():
     dance = TABLES["dance"]()
     assert dance.final_row == (1.0, -float(dance.times[15]), 0.0)
