@@ -6,8 +6,15 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError for a number, a list or None where a tensor belongs."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless ``tensor`` is fp16, bf16, fp32 or fp64."""
+    """Raise TypeError unless ``tensor`` is a tensor of fp16, bf16, fp32 or fp64."""
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
@@ -35,6 +42,7 @@ def check_shape_of_rows(name: str, tensor: Tensor, output: Tensor) -> None:
 
 def check_integer_rows(name: str, tensor: Tensor, output: Tensor) -> None:
     """Raise unless ``tensor`` holds one int64 per row of ``output``, on its device."""
+    check_tensor(name, tensor)
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {tensor.dtype}")
     check_shape_of_rows(name, tensor, output)
@@ -47,7 +55,8 @@ def check_device(name: str, tensor: Tensor, output: Tensor) -> None:
 
 
 def check_batched(name: str, tensor: Tensor) -> None:
-    """Raise ValueError for a tensor without a row axis and at least one element axis."""
+    """Raise for anything but a tensor with a row axis and at least one element axis."""
+    check_tensor(name, tensor)
     if tensor.dim() < 2:
         raise ValueError(f"{name} must be [B, ...] with at least two axes, got shape {tuple(tensor.shape)}")
 

@@ -10,10 +10,10 @@ from pcpo_kernels.reference import guided
 from torch import Tensor
 
 
-def gradients(loss: Tensor, case: LossCase) -> list[Tensor]:
+def gradients(loss: Tensor, case: LossCase, incoming: Tensor | None = None) -> list[Tensor]:
     """Of the output, and of the unconditional half where there is one."""
     inputs = [case.output] + ([] if case.unconditional is None else [case.unconditional])
-    return list(torch.autograd.grad(loss, inputs))
+    return list(torch.autograd.grad(loss, inputs, incoming))
 
 
 def require_grad(case: LossCase) -> LossCase:

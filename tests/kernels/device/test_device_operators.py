@@ -1,11 +1,9 @@
 """Registration: opcheck, torch.compile, CUDA graphs, no host synchronisation, launches."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from cases import NOISES, make_case
-from judging import run
+from judging import gradients, require_grad, run
 from pcpo_kernels import NoiseKey, dispatch, guidance, philox_normal, policy_loss, sample_step
 from pcpo_kernels.dispatch import interpreting
 from pcpo_kernels.triton_launch import plan_for
@@ -30,6 +28,8 @@ def test_opcheck_policy_loss(device, noise, rich) -> None:
     import pcpo_kernels.triton_policy_loss  # noqa: F401
 
     case = make_case(3, (6, 5), noise=noise, with_reference=rich, with_guidance=rich).cast(torch.float32).to(device)
+    if rich:  # as guided training hands it over: the gradients are in the halves' dtype
+        case = case.cast(torch.float16, "output", "unconditional")
     case.output.requires_grad_()
     if case.unconditional is not None:
         case.unconditional.requires_grad_()
@@ -102,28 +102,28 @@ def test_plan() -> None:
         assert (plan.chunks(elements) - 1) * span < elements <= plan.chunks(elements) * span
 
 
-def gpu_case(rows=4, shape=(1024, 64), **settings):
+def gpu_case(rows=4, shape=(1024, 64), *, guided=False, **settings):
+    """Outputs in bf16; guided as training does it, with both halves in bf16, the rest in fp32, and a reference."""
+    settings |= {"with_reference": True, "with_guidance": True} if guided else {}
     case = make_case(rows, shape, **settings).cast(torch.float32)
-    low = ("output", "old_output", "reference", "unconditional")
-    return case.cast(torch.bfloat16, *low).to("cuda")
+    low = ("output", "unconditional") if guided else ("output", "old_output", "reference")
+    return require_grad(case.cast(torch.bfloat16, *low).to("cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("detached", [False, True])
-def test_two_launches_and_no_synchronisation(noise, detached) -> None:
-    case = gpu_case(noise=noise, detached=detached)
-    output = case.output.detach().requires_grad_()
-    case = replace(case, output=output)
-    case.run().loss.backward()
-    output.grad = None
+@pytest.mark.parametrize("guided", [False, True])
+def test_two_launches_and_no_synchronisation(noise, detached, guided) -> None:
+    case = gpu_case(noise=noise, detached=detached, guided=guided)
+    gradients(case.run().loss, case)
     torch.use_deterministic_algorithms(False)
     incoming = torch.ones((), device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            torch.autograd.grad(case.run().loss, [output], incoming)
+            gradients(case.run().loss, case, incoming)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -131,16 +131,15 @@ def test_two_launches_and_no_synchronisation(noise, detached) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_graph() -> None:
+@pytest.mark.parametrize("guided", [False, True])
+def test_cuda_graph(guided) -> None:
     """Captured once, replayed with other numbers in the same memory: seeds, scales and the incoming gradient too."""
-    case = gpu_case(noise="key", with_reference=True)
-    output = case.output.detach().requires_grad_()
-    case = replace(case, output=output)
+    case = gpu_case(noise="key", with_reference=True, guided=guided)
     incoming = torch.ones((), device="cuda")
 
     def both():
         result = case.run()
-        return result.log_ratio, torch.autograd.grad(result.loss, [output], incoming)[0]
+        return result.log_ratio, *gradients(result.loss, case, incoming)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -152,8 +151,10 @@ def test_cuda_graph() -> None:
         captured = both()
     for step in range(3):
         with torch.no_grad():
-            output.add_(0.01 * torch.randn_like(output))
+            case.output.add_(0.01 * torch.randn_like(case.output))
             case.key.seed.add_(step)
+            if guided:
+                case.guidance_scale.add_(0.5)
             incoming.mul_(2)
         graph.replay()
         eager = both()

@@ -11,6 +11,9 @@ from judging import check_against_judge, edge_distance, on_policy, on_reference,
 from pcpo_kernels import Endpoints, triton_policy_loss
 from pcpo_kernels.triton_launch import Plan
 
+from pcpo_fast.credit import RULES, credit_table
+from pcpo_fast.transitions import dance_sde, shifted_times
+
 LOW = [torch.float16, torch.bfloat16]
 
 
@@ -97,21 +100,20 @@ def test_random_shapes(device, rows, shape, noise, objective, reduction, flags, 
     check_against_judge(case.cast(torch.float32), device)
 
 
-CREDIT = {
-    "native": lambda k, s, dt: (k, k * k / 2, torch.ones_like(k)),
-    "grpo_guard": lambda k, s, dt: (k * s, 0 * k, 1 / dt),
-    "fair_clip": lambda k, s, dt: (k * s * s, k * k * s * s / 2, 1 / (s * s)),
-    "cps_published": lambda k, s, dt: (2 * s * s * k, (s * k) ** 2, torch.ones_like(k)),
-    "not trained": lambda k, s, dt: (0 * k, 0 * k, 0 * k),
-}
-
-
-@pytest.mark.parametrize("rule", list(CREDIT))
-def test_credit_rules(device, rule) -> None:
-    case = make_case(6, (90,), clip_range=1e-4)
-    std, dt = case.ends.std, torch.linspace(0.02, 0.2, 6, dtype=torch.float64)
-    case.linear, case.quadratic, case.scale = CREDIT[rule](case.linear, std, dt)
-    check_against_judge(case.cast(torch.float32), device)
+@pytest.mark.parametrize("objective", ["hinge", "clip"])
+@pytest.mark.parametrize("rule", RULES)
+def test_credit_rules(device, rule, objective) -> None:
+    """Every published rule on the Dance SDE, a row for each step; the last one is not trained, its columns are 0."""
+    transitions = dance_sde(shifted_times(6, 3.0), 0.3)
+    table = credit_table(transitions, rule, range(5))
+    case = make_case(6, (90,), noise="endpoints", with_reference=True, objective=objective, clip_range=1e-4)
+    x, _, *_ = case.ends
+    a, b, std = (column[:, None] for column in (transitions.a, transitions.b, transitions.std))
+    following = a * x + b * case.old_output + std * case.z
+    case.ends = Endpoints(x, following, transitions.a, transitions.b, transitions.std)
+    case.linear, case.quadratic, case.scale, case.kl = table.linear, table.quadratic, table.scale, 0.04 * table.kl
+    result = check_against_judge(case.cast(torch.float32), device)
+    assert (result.log_ratio != 0).tolist() == [True] * 5 + [False]
 
 
 @pytest.mark.parametrize("dtype", [*LOW, torch.float32])

@@ -164,7 +164,23 @@ def test_step_without_noise_or_density(device) -> None:
     step = sample_step(x, case.output, a, b, std, case.key)
     assert step.log_prob[1].item() == 0.0
     assert step.log_prob[0].item() != 0.0
-    assert sample_step(x[:0], x[:0], a[:0], b[:0], std[:0], None).next_latents.shape == (0, 30)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_empty_batches_and_rows(device, reduction) -> None:
+    for rows, shape in ((0, (5,)), (3, (0,)), (2, (3, 0))):
+        case = make_case(rows, shape).cast(torch.float32).to(device)
+        x, _, a, b, std = case.ends
+        for noise in (case.z, case.key, None):
+            step = sample_step(x, case.output, a, b, std, noise, reduction=reduction)
+            exact = reference(sample_step, x, case.output, a, b, std, noise, reduction=reduction)
+            assert step.next_latents.shape == (rows, *shape)
+            torch.testing.assert_close(step.log_prob, exact.log_prob)
+        halves = [case.output.clone().requires_grad_(), case.z.clone().requires_grad_()]
+        combined = guidance(*halves, torch.full((rows,), 2.0, device=device))
+        assert combined.shape == (rows, *shape)
+        assert [part.shape for part in torch.autograd.grad(combined.sum(), halves)] == [(rows, *shape)] * 2
+        assert philox_normal(*case.key, x[0].numel() if rows else 5).shape == (rows, x[0].numel() if rows else 5)
 
 
 @pytest.mark.parametrize("dtype", [*LOW, torch.float32])
