@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pcpo_fast.comparison.statistics import mean
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import diversity
 from pcpo_fast.reporting.image_table import image_table
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.reporting.scale_figure import ScalePoint, scale_figure
+from pcpo_fast.statistics import mean
 
 SHOWN_ROWS = 24
 """Rows of the picture; with more images, the first image of each prompt comes first."""

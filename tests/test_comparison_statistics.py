@@ -6,7 +6,8 @@ from scipy import stats
 
 from pcpo_fast.comparison.analysis import verdict
 from pcpo_fast.comparison.curves import Reached, first_reached, interpolated, last_value, trailing_mean, until
-from pcpo_fast.comparison.statistics import (
+from pcpo_fast.reporting.series import Series
+from pcpo_fast.statistics import (
     Estimate,
     attainable,
     mean,
@@ -16,7 +17,6 @@ from pcpo_fast.comparison.statistics import (
     student_quantile,
     tails,
 )
-from pcpo_fast.reporting.series import Series
 
 # Quantiles
 

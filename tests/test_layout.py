@@ -33,6 +33,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.noise_keys",
         "pcpo_fast.distributed",
         "pcpo_fast.scenes",
+        "pcpo_fast.statistics",
         "pcpo_fast.atomic",
         "pcpo_fast.errors",
     ),
@@ -48,6 +49,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.engine",
         "pcpo_fast.optimizers",
         "pcpo_fast.checkpoint",
+        "pcpo_fast.manifest",
+        "pcpo_fast.retention",
     ),
     4: (
         "pcpo_fast.trainer",

@@ -9,9 +9,9 @@ from typing import Literal
 from pcpo_fast.comparison.curves import last_value
 from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, MEASURES, Measure, Metric, Reading, smoothed_reward, timed
 from pcpo_fast.comparison.reading import RunCurves
-from pcpo_fast.comparison.statistics import Estimate, mean, mean_difference, ratio_of_means
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.series import Series
+from pcpo_fast.statistics import Estimate, mean, mean_difference, ratio_of_means
 
 WAY_TO_THE_END = 0.9
 """Where the target lies if none is given: this share of the baseline's way from the start to its final reward."""

@@ -14,7 +14,6 @@ from pcpo_fast.comparison.measures import (
     timed,
 )
 from pcpo_fast.comparison.reading import RunCurves
-from pcpo_fast.comparison.statistics import mean_curve
 from pcpo_fast.comparison.tables import epochs_text
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.style import (
@@ -30,6 +29,7 @@ from pcpo_fast.reporting.style import (
     new_figure,
     styled,
 )
+from pcpo_fast.statistics import mean_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

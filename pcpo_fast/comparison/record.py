@@ -11,9 +11,9 @@ import pcpo_fast
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.differences import PER_RUN, consequences, differences
 from pcpo_fast.comparison.measures import timed
-from pcpo_fast.comparison.statistics import LEVEL, RESAMPLES, attainable
 from pcpo_fast.config import Config
 from pcpo_fast.reporting.series import Series
+from pcpo_fast.statistics import LEVEL, RESAMPLES, attainable
 
 FORMAT = 1
 _LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "deepspeed", "peft", "triton")
