@@ -273,6 +273,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
 
+    keep_best: NotNegative = Field(
+        0,
+        description="checkpoints kept, besides the newest, for the highest held-out reward, of those written after an "
+        "epoch that was evaluated (evaluation.every)",
+    )
     @model_validator(mode="after")
     def check_group(self) -> "Config":
         """A group needs two images for its mean and spread to say anything."""
@@ -346,3 +351,13 @@ class Config(Section):
     def images_per_epoch(self) -> int:
         """Images sampled in an epoch over all ranks."""
         return self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
+    @model_validator(mode="after")
+    def check_best(self) -> "Config":
+        """The best checkpoints are found by a reward that somebody measures."""
+        if self.checkpoint.keep_best and self.prompts.heldout is None:
+            raise ValueError(
+                "checkpoint.keep_best: needs the reward of held-out prompts, but prompts.heldout is null; name a file "
+                "there, or keep 0"
+            )
+        return self
+

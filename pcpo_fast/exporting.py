@@ -9,6 +9,7 @@ from pcpo_fast.checkpoint import STATE_FILE, WEIGHTS, checkpoints, read_state
 from pcpo_fast.config import Config
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.errors import UserError
+from pcpo_fast.manifest import changed_file
 from pcpo_fast.run_directory import CONFIG_FILE
 
 
@@ -26,9 +27,13 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
         ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA", "transformer" or "unet".
 
     Raises:
-        UserError: no such run or checkpoint, or the output folder holds something else or cannot be written.
+        UserError: no such run or checkpoint, its weights are damaged, or the output folder holds something else or
+            cannot be written.
     """
     checkpoint = find_checkpoint(Path(run), epoch)
+    problem = changed_file(checkpoint, WEIGHTS)
+    if problem is not None:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {problem}; choose another one with --epoch")
     folder = Path(run) if (Path(run) / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{checkpoint} does not lie in a run directory: there is no {folder / CONFIG_FILE}")

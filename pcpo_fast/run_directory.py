@@ -3,15 +3,16 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pcpo_fast.atomic import write_atomically
-from pcpo_fast.checkpoint import checkpoints, read_state
+from pcpo_fast.checkpoint import checkpoints, read_state, set_aside, visible_damage
 from pcpo_fast.config import Config
 from pcpo_fast.config_loading import dump_config, load_config
 from pcpo_fast.errors import UserError
+from pcpo_fast.manifest import damage_of
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.jsonl", "summary.json", "credit.json"
 
@@ -42,6 +43,8 @@ class Start:
         finished: the run is complete: there is nothing to train.
         restarted: the directory holds a run that left no checkpoint, so it begins again.
         fresh: the directory held no run; with a checkpoint, the run goes on from one of another run.
+        earlier: complete checkpoints before ``checkpoint`` that may take its place, oldest first.
+        damaged: checkpoints that were passed over, with what is wrong with each.
     """
 
     checkpoint: Path | None
@@ -49,6 +52,33 @@ class Start:
     finished: bool = False
     restarted: bool = False
     fresh: bool = False
+    earlier: tuple[Path, ...] = ()
+    damaged: tuple[tuple[Path, str], ...] = ()
+
+    def passing_over(self, problem: str) -> "Start":
+        """The start from the checkpoint before, since this one's is damaged.
+
+        Raises:
+            UserError: there is none before it.
+        """
+        assert self.checkpoint is not None
+        damaged = (*self.damaged, (self.checkpoint, problem))
+        if not self.earlier:
+            what = "; ".join(f"{path}: {text}" for path, text in damaged)
+            raise UserError(
+                f"no checkpoint is left to resume from, since every one is damaged ({what}); name another one with "
+                "--resume CHECKPOINT, or begin again in another output_dir"
+            )
+        *earlier, checkpoint = self.earlier
+        return replace(self, checkpoint=checkpoint, earlier=tuple(earlier), damaged=damaged)._whole_by_sight()
+
+    def _whole_by_sight(self) -> "Start":
+        """Pass over what is damaged by its files' names and sizes; sets :attr:`epoch`."""
+        assert self.checkpoint is not None
+        problem = visible_damage(self.checkpoint)
+        if problem is not None:
+            return self.passing_over(problem)
+        return replace(self, epoch=int(read_state(self.checkpoint)["epoch"]))
 
 
 def claim(config: Config, resume: str) -> Start:
@@ -65,12 +95,12 @@ def claim(config: Config, resume: str) -> Start:
     _check_writable(folder)
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE))
     if resume not in ("auto", "never"):
-        checkpoint = _checkpoint_at(Path(resume))
+        candidates = _checkpoints_at(Path(resume))
         if holds_run:
-            _check_newest_of(folder, checkpoint, resume)
+            _check_newest_of(folder, candidates[-1], resume)
             _check_same_run(folder, config)
         finished = holds_run and _is_finished(folder, config)
-        return Start(checkpoint, int(read_state(checkpoint)["epoch"]), finished=finished, fresh=not holds_run)
+        return _from_newest(candidates, finished=finished, fresh=not holds_run)
     if not holds_run:
         return Start(None, 0, fresh=True)
     if resume == "never":
@@ -82,12 +112,30 @@ def claim(config: Config, resume: str) -> Start:
     newest = checkpoints(folder / "checkpoints")
     if not newest:
         return Start(None, 0, restarted=True)
-    epoch = int(read_state(newest[-1])["epoch"])
-    return Start(newest[-1], epoch, finished=_is_finished(folder, config))
+    return _from_newest(newest, finished=_is_finished(folder, config))
 
 
-def open_run(config: Config) -> None:
-    """Record the resolved configuration in the run directory, and take away the summary of an earlier, shorter run.
+def _from_newest(candidates: list[Path], *, finished: bool, fresh: bool = False) -> Start:
+    *earlier, newest = candidates
+    return Start(newest, 0, finished=finished, fresh=fresh, earlier=tuple(earlier))._whole_by_sight()
+
+
+def verified(start: Start) -> Start:
+    """Read the checkpoint of a start and hold it against its manifest; where it is damaged, go back to one that is not.
+
+    All ranks must call it, and share the reading.
+
+    Raises:
+        UserError: none is whole.
+    """
+    while start.checkpoint is not None and (problem := damage_of(start.checkpoint)) is not None:
+        start = start.passing_over(problem)
+    return start
+
+
+def open_run(config: Config, start: Start) -> None:
+    """Record the resolved configuration in the run directory, and take away what the run has left behind: the summary
+    of an earlier, shorter run, and damaged checkpoints, which get another name.
 
     Raises:
         UserError: the directory cannot be written.
@@ -96,6 +144,9 @@ def open_run(config: Config) -> None:
     try:
         write_atomically(path, dump_config(config))
         (path.parent / SUMMARY_FILE).unlink(missing_ok=True)
+        for damaged, _ in start.damaged:
+            if damaged.parent.resolve() == (path.parent / "checkpoints").resolve():  # another run's are its own affair
+                set_aside(damaged)
     except OSError as error:
         raise UserError(f"output_dir: {path.parent} cannot be written: {error.strerror}") from None
 
@@ -113,16 +164,17 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"output_dir: {folder} cannot be written: no permission for {there}")
 
 
-def _checkpoint_at(path: Path) -> Path:
+def _checkpoints_at(path: Path) -> list[Path]:
+    """What ``--resume`` names: a run's checkpoints, oldest first, or the one."""
     if not path.is_dir():
         raise UserError(f"--resume: {path} is not a folder; allowed: auto, never, or the path of a checkpoint or a run")
     if (path / CONFIG_FILE).is_file() or (path / "checkpoints").is_dir():
         found = checkpoints(path / "checkpoints")
         if not found:
             raise UserError(f"--resume: the run {path} has no complete checkpoint")
-        return found[-1]
+        return found
     read_state(path)
-    return path
+    return [path]
 
 
 def _check_newest_of(folder: Path, checkpoint: Path, resume: str) -> None:

@@ -21,7 +21,7 @@ from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout import Rollout, collect_rollout
-from pcpo_fast.run_directory import Start, claim, open_run, read_summary
+from pcpo_fast.run_directory import Start, claim, open_run, read_summary, verified
 from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.step_tables import EpochTables, RunTables
@@ -42,13 +42,14 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     """
     console = Console() if console is None else console
     start = claim(config, resume)
-    if launcher_rank() == 0:
-        _announce(start, config, console)
     if start.finished:
+        _announce(start, config, console)
         return read_summary(Path(config.output_dir))
     inputs = RunInputs.load(config)
     device = start_distributed()
     try:
+        start = verified(start)
+        _announce(start, config, console)
         return Trainer(config, start, inputs, device, console).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -62,7 +63,12 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
 
 
 def _announce(start: Start, config: Config, console: Console) -> None:
+    if launcher_rank() != 0:
+        return
     folder = config.output_dir
+    for path, problem in start.damaged:
+        text = f"warning: checkpoint {path} is damaged ({problem}) and is passed over; the one before it is used"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if start.finished:
         text = (
             f"The run in {folder} is complete ({start.epoch} epochs): there is nothing left to train. "
@@ -98,6 +104,7 @@ class Trainer:
         self.running = RunningAdvantages(advantage.buffer_size, advantage.min_count, advantage.epsilon)
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
+        self.heldout_reward: float | None = None  # of the weights as they are
         if start.checkpoint is not None:
             state = load_checkpoint(start.checkpoint, self.engine)
             self.running.load_state_dict(state["running_advantages"])
@@ -108,7 +115,7 @@ class Trainer:
         config, first, logging = self.config, self.start.epoch, self.config.logging
         with shared_errors():
             if rank() == 0:
-                open_run(config)
+                open_run(config, self.start)
                 write_credit(self.folder, config.sampler.name, self.tables.transitions, self.tables.credit)
                 if self.heldout.prompts:
                     write_captions(self.folder, self.heldout.captions)
@@ -119,6 +126,7 @@ class Trainer:
             self.recorder.truncate_after(first)
             self._evaluate(first)
             for epoch in range(first, config.train.epochs):
+                self.heldout_reward = None
                 metrics = self._epoch(epoch)
                 self.recorder.log("epoch", metrics, epoch=epoch)
                 self.progress.epoch(metrics)
@@ -239,6 +247,7 @@ class Trainer:
             return
         self.progress.phase("evaluation")
         metrics, grid = self.heldout.evaluate()
+        self.heldout_reward = metrics["heldout/reward/mean"]
         self.recorder.log("evaluation", metrics, epoch=epoch)
         self.recorder.image(f"epoch_{epoch:04d}", grid, epoch)
         if rank() == 0 and (epoch == 0 or (self.start.fresh and epoch == self.start.epoch)):
@@ -247,9 +256,13 @@ class Trainer:
 
     def _save(self, epoch: int) -> None:
         self.progress.phase("checkpoint")
-        state = {"running_advantages": self.running.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
-        folder = self.folder / "checkpoints"
-        save_checkpoint(folder, self.engine, self.policy, epoch, state, self.config.checkpoint.keep)
+        state = {
+            "running_advantages": self.running.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "heldout_reward": self.heldout_reward,
+        }
+        folder, settings = self.folder / "checkpoints", self.config.checkpoint
+        save_checkpoint(folder, self.engine, self.policy, epoch, state, settings.keep, settings.keep_best)
 
     def _now(self) -> float:
         """A time stamp at which the device's work is done: one wait per phase, none within."""

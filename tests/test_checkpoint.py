@@ -1,6 +1,8 @@
 """Checkpoints: a resumed run is the uninterrupted one bit for bit, and nothing half-written is ever taken for whole."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,17 @@ from tiny_pipelines import SD3_RUN, SD_RUN
 from tiny_runs import LORA, Bench
 from torch import Tensor
 
-from pcpo_fast.checkpoint import STATE_FILE, WEIGHTS, checkpoints, load_checkpoint, read_state, save_checkpoint
+from pcpo_fast.checkpoint import (
+    STATE_FILE,
+    WEIGHTS,
+    checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    visible_damage,
+)
 from pcpo_fast.errors import UserError
+from pcpo_fast.manifest import damage_of
 from pcpo_fast.policies.loading import load_trained_weights
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -122,14 +133,22 @@ def test_the_newest_checkpoints_are_kept(pipeline_folder: Path, tmp_path: Path) 
     for epoch in (2, 9, 10, 100):
         assert save(bench, tmp_path, epoch).name == f"epoch_{epoch:06d}"
     assert [path.name for path in checkpoints(tmp_path)] == ["epoch_000010", "epoch_000100"]
-    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000010", "epoch_000100"}
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000010", "epoch_000100", "latest"}
+    assert (tmp_path / "latest").read_text() == "epoch_000100\n"
+
+
+def test_the_best_checkpoints_are_kept_besides_the_newest(pipeline_folder: Path, tmp_path: Path) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    for epoch, reward in enumerate([0.5, 0.9, None, float("nan"), 0.7, 0.1, 0.2]):
+        save_checkpoint(tmp_path, bench.engine, bench.policy, epoch, {"heldout_reward": reward}, 1, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["epoch_000001", "epoch_000004", "epoch_000006"]
 
 
 def test_the_same_epoch_again_replaces_the_checkpoint(pipeline_folder: Path, tmp_path: Path) -> None:
     bench = bench_of(pipeline_folder, *LORA)
     for note in (1, 2):
         assert read_state(save(bench, tmp_path, 3, note=note))["note"] == note
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch_000003"]
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000003", "latest"}
 
 
 def test_an_interrupted_save_leaves_the_earlier_checkpoint_and_is_cleared_away(
@@ -145,7 +164,7 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint_and_is_cleared_away(
         patch.setattr(bench.policy, "save_weights", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save(bench, tmp_path, 2)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     assert checkpoints(tmp_path) == [earlier]
     load_checkpoint(earlier, bench.engine)
     # Killed between two renames, and a folder that lost its state file.
@@ -154,7 +173,78 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint_and_is_cleared_away(
     (tmp_path / "notes").mkdir()
     assert checkpoints(tmp_path) == [earlier]
     save(bench, tmp_path, 3)
-    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000001", "epoch_000003", "epoch_000007", "notes"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "epoch_000001", "epoch_000003", "epoch_000007", "notes", "latest"
+    }  # fmt: skip
+
+
+def test_a_checkpoint_that_lost_its_successor_counts_until_there_is_another(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """Killed between the two renames that put a new checkpoint of the same epoch in the old one's place."""
+    bench = bench_of(pipeline_folder, *LORA)
+    former = save(bench, tmp_path, 3).rename(tmp_path / ".epoch_000003.old")
+    (tmp_path / ".epoch_000003.tmp").mkdir()
+    assert checkpoints(tmp_path) == [former]
+    assert visible_damage(former) is None
+    again = save(bench, tmp_path, 3)
+    assert checkpoints(tmp_path) == [again] and not former.exists()
+
+
+def test_what_is_left_of_a_checkpoint_in_removal_does_not_count(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    save(bench, tmp_path, 1)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pcpo_fast.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(bench, tmp_path, 2, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["epoch_000002"]
+    assert (tmp_path / "latest").read_text() == "epoch_000002\n"
+    save(bench, tmp_path, 3, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000003", "latest"}
+
+
+# ------------------------------------------------------------------------------------------- disks that fail
+
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["shards", "weights", "state", "manifest", "rename"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoint(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    bench = bench_of(pipeline_folder, *LORA)
+    earlier = save(bench, tmp_path, 1)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file") if where == "shards" else NO_SPACE
+
+    target = {
+        "shards": "torch.save",
+        "weights": "safetensors.torch.save_file",
+        "state": "pcpo_fast.checkpoint.write_atomically",
+        "manifest": "pcpo_fast.manifest.write_atomically",
+        "rename": "pathlib.Path.rename",
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, full)
+        if where == "weights":  # whatever the policy's writer calls
+            patch.setattr(bench.policy, "save_weights", full)
+        with pytest.raises(UserError, match=r"cannot be written: .*; the run can go on from epoch_000001") as caught:
+            save(bench, tmp_path, 2)
+    assert "\n" not in str(caught.value)
+    assert ("No space left" in str(caught.value)) == (where != "shards")
+    assert checkpoints(tmp_path) == [earlier] and damage_of(earlier) is None
+    assert (tmp_path / "latest").read_text() == "epoch_000001\n"
+    assert damage_of(save(bench, tmp_path, 2)) is None  # there is room again
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_000001", "epoch_000002", "latest"}
 
 
 # --------------------------------------------------------------------------------------------- wrong folders

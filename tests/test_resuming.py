@@ -134,7 +134,7 @@ def test_resume_path_goes_on_in_a_new_directory(full: Run, tmp_path: Path, capsy
     assert second[0]["reward/mean"] == pytest.approx(first[1]["reward/mean"], abs=1e-6)
     assert second[0]["policy/grad_norm"] == pytest.approx(first[1]["policy/grad_norm"], rel=1e-3)
     assert (new / "images" / "before_after.png").is_file()  # before means: where this run began
-    assert full.folder.exists() and len(list((full.folder / "checkpoints").iterdir())) == 2
+    assert full.folder.exists() and len(list((full.folder / "checkpoints").glob("epoch_*"))) == 2
 
 
 def test_a_run_without_a_checkpoint_begins_again(copy_of_full: Run, capsys: Capture) -> None:
@@ -144,6 +144,32 @@ def test_a_run_without_a_checkpoint_begins_again(copy_of_full: Run, capsys: Capt
     assert answer.code == 0, answer.err
     assert "was stopped before its first checkpoint: it begins again" in answer.out
     assert [line["epoch"] for line in records(run) if line["kind"] == "epoch"] == [0]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(copy_of_full: Run, capsys: Capture) -> None:
+    run = copy_of_full.folder
+    newest = run / "checkpoints" / "epoch_000002"
+    shard = next((newest / "engine").glob("*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    arguments = ("train", "--config", copy_of_full.config, "train.epochs=3", "logging.tensorboard=false")
+    answer = call(capsys, *arguments)
+    assert answer.code == 0, answer.err
+    assert f"warning: checkpoint {newest} is damaged (engine/{shard.name} is not what was written" in answer.out
+    assert f"Resuming after epoch 1 from {run / 'checkpoints' / 'epoch_000001'}" in answer.out
+    assert [line["epoch"] for line in records(run) if line["kind"] == "epoch"] == [0, 1, 2]
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"epoch_000002", "epoch_000003", "damaged_epoch_000002", "latest"}
+
+    for name in ("epoch_000002", "epoch_000003"):
+        (run / "checkpoints" / name / "manifest.json").unlink()
+    answer = call(capsys, *arguments, "train.epochs=4")
+    assert answer.code == 2
+    assert answer.err.startswith("error: no checkpoint is left to resume from, since every one is damaged (")
+    assert "epoch_000003: it has no manifest.json" in answer.err and "in another output_dir" in answer.err
+    answer = call(capsys, "export", run)
+    assert answer.code == 2 and "is damaged: it has no manifest.json; choose another one" in answer.err
 
 
 def test_what_a_run_says_in_a_pipe(tmp_path: Path, pipeline_folder: Path, capsys: Capture) -> None:
@@ -214,7 +240,8 @@ def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(
     answer = stop_in_epoch(waiting, 2, signal.SIGKILL)
     assert answer.code == -signal.SIGKILL
     assert "Resuming after epoch 1 from" in answer.out
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["epoch_000001", "epoch_000002"]
+    names = [path.name for path in sorted((run / "checkpoints").iterdir())]
+    assert names == ["epoch_000001", "epoch_000002", "latest"]
     assert not (run / "summary.json").exists()
 
     report = call(capsys, "report", run, "--json")  # of a run that is not over

@@ -34,7 +34,8 @@ def test_run_directory_is_complete(full: Run) -> None:
         with Image.open(full.folder / "images" / f"{name}.png") as image:
             image.verify()
     assert (full.folder / "export" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
-    assert [path.name for path in sorted((full.folder / "checkpoints").iterdir())] == ["epoch_000001", "epoch_000002"]
+    names = [path.name for path in sorted((full.folder / "checkpoints").iterdir())]
+    assert names == ["epoch_000001", "epoch_000002", "latest"]
     assert list(full.folder.glob("tensorboard/**/events.out.tfevents.*"))
     assert json.loads((full.folder / "images" / "captions.json").read_text()) == list(PROMPTS[2:])
     assert load_config(full.folder / "config.yaml") == load_config(full.config)
