@@ -64,6 +64,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.exporting",
         "pcpo_fast.reporting.*",
         "pcpo_fast.comparison.*",
+        "pcpo_fast.evaluation.*",
     ),
     5: ("pcpo_fast.cli", "pcpo_fast.commands.*", "pcpo_fast.__main__"),
 }

@@ -1,0 +1,20 @@
+"""Judging a policy by finished images: distances, diversity, rewards, and pages to look at.
+
+    from pcpo_fast.evaluation import frechet_distance
+
+docs/evaluating.md explains every number; ``pcpo-fast evaluate`` makes them.
+"""
+
+from pcpo_fast.evaluation.diversity import feature_diversity, pixel_diversity
+from pcpo_fast.evaluation.frechet import Gaussian, frechet_distance
+from pcpo_fast.evaluation.inception_score import inception_score
+from pcpo_fast.evaluation.kernel_distance import kernel_distance
+
+__all__ = [
+    "Gaussian",
+    "feature_diversity",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "pixel_diversity",
+]
