@@ -233,6 +233,11 @@ class CheckpointConfig(Section):
 
     every: NotNegative = Field(10, description="epochs between checkpoints; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints kept")
+    keep_best: NotNegative = Field(
+        0,
+        description="checkpoints kept, besides the newest, for the highest held-out reward, of those written after an "
+        "epoch that was evaluated (evaluation.every)",
+    )
 
 
 class LoggingConfig(Section):
@@ -273,11 +278,6 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
 
-    keep_best: NotNegative = Field(
-        0,
-        description="checkpoints kept, besides the newest, for the highest held-out reward, of those written after an "
-        "epoch that was evaluated (evaluation.every)",
-    )
     @model_validator(mode="after")
     def check_group(self) -> "Config":
         """A group needs two images for its mean and spread to say anything."""
@@ -337,6 +337,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def check_best(self) -> "Config":
+        """The best checkpoints are found by a reward that somebody measures."""
+        if self.checkpoint.keep_best and self.prompts.heldout is None:
+            raise ValueError(
+                "checkpoint.keep_best: needs the reward of held-out prompts, but prompts.heldout is null; name a file "
+                "there, or keep 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_division(self) -> "Config":
         """Every update of an epoch sees the same number of images."""
         images = self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
@@ -351,13 +361,3 @@ class Config(Section):
     def images_per_epoch(self) -> int:
         """Images sampled in an epoch over all ranks."""
         return self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
-    @model_validator(mode="after")
-    def check_best(self) -> "Config":
-        """The best checkpoints are found by a reward that somebody measures."""
-        if self.checkpoint.keep_best and self.prompts.heldout is None:
-            raise ValueError(
-                "checkpoint.keep_best: needs the reward of held-out prompts, but prompts.heldout is null; name a file "
-                "there, or keep 0"
-            )
-        return self
-
