@@ -20,9 +20,23 @@ _BUILT_IN = {
     "jpeg_compressibility": "pcpo_fast.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "pcpo_fast.rewards.jpeg:jpeg_incompressibility",
 }
+# These need a model, or a library of the extra "rewards".
+_LEARNED = {
+    "hpsv2": "pcpo_fast.rewards.hpsv2:HPSv2",
+    "pickscore": "pcpo_fast.rewards.pickscore:PickScore",
+    "clip_score": "pcpo_fast.rewards.clip_score:ClipScore",
+    "aesthetic": "pcpo_fast.rewards.aesthetic:Aesthetic",
+    "image_reward": "pcpo_fast.rewards.image_reward:ImageReward",
+    "caption_bertscore": "pcpo_fast.rewards.caption_bertscore:CaptionBertScore",
+    "ocr_accuracy": "pcpo_fast.rewards.ocr_accuracy:OcrAccuracy",
+}
+_BUILT_IN |= _LEARNED
 
 available_rewards: tuple[str, ...] = tuple(_BUILT_IN)
 """Names of the built-in rewards."""
+
+learned_rewards: tuple[str, ...] = tuple(_LEARNED)
+"""Those among them that need a model's files, or a library that is not always installed."""
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:

@@ -1,0 +1,80 @@
+"""LAION's aesthetic predictor, as DDPO and Flow-GRPO use it: CLIP ViT-L/14 and five linear layers.
+
+The published head (``sac+logos+ava1-l14-linearMSE.pth`` of improved-aesthetic-predictor) has no activations between its
+layers. It was fitted to people's ratings from 1 to 10; images of today's models get about 4.5 to 7.5. The prompt is not
+used.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pcpo_fast.rewards.checkpoints import Source, check_names, fill, read_weights
+from pcpo_fast.rewards.clip_scoring import image_features, load_clip
+from pcpo_fast.rewards.learned import LearnedReward
+from pcpo_fast.rewards.locating import model_file
+
+_WIDTHS = (1024, 128, 64, 16, 1)
+_PLACES = (0, 2, 4, 6, 7)  # among the published head's layers; between them are dropouts, which do nothing here
+
+
+class Aesthetic(LearnedReward):
+    """Predicted rating of each image.
+
+    Args:
+        model: folder or hub id of a CLIP model in transformers' format; only its image tower is loaded.
+        head: the linear layers: a file, a folder with ``aesthetic-model.pth``, or a hub id.
+        device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`. The head stays in float32.
+
+    Raises:
+        UserError: an option is wrong, or model or head are not there or do not fit each other.
+    """
+
+    name: ClassVar[str] = "aesthetic"
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        head: str = "trl-lib/ddpo-aesthetic-predictor",
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
+        file = model_file(self.name, "head", head, "aesthetic-model.pth")
+        weights = read_weights(file, f"reward {self.name}")
+        clip, self._prepare, _ = load_clip(self.name, "model", model, text=False)
+        self._clip = self.keep(clip)
+        what = f"reward {self.name}: {file} is not the head of LAION's aesthetic predictor for {model}"
+        layers = linear_layers(weights, clip.config.projection_dim, what)
+        self._head = self.keep(layers, torch.float32)
+
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Ratings, float32 [b]."""
+        rating: Tensor = self._head(image_features(self._clip, self._prepare(images)))
+        return rating.squeeze(1)
+
+
+def linear_layers(weights: dict[str, Tensor], width: int, what: str, prefix: str = "layers.") -> nn.Sequential:
+    """Five linear layers, width -> 1024 -> 128 -> 64 -> 16 -> 1, which ImageReward has, too.
+
+    Args:
+        weights: with names like ``layers.0.weight``, and none besides.
+        width: of the features.
+        what: "reward x: FILE" and what it should be, for messages.
+        prefix: of the names.
+
+    Raises:
+        UserError: a weight is missing, unknown or of the wrong shape.
+    """
+    sources = {
+        f"{layer}.{kind}": Source(f"{prefix}{place}.{kind}")
+        for layer, place in enumerate(_PLACES)
+        for kind in ("weight", "bias")
+    }
+    check_names(weights, {source.name for source in sources.values()}, (), what)
+    with torch.device("meta"):
+        layers = nn.Sequential(*(nn.Linear(a, b) for a, b in zip((width, *_WIDTHS[:-1]), _WIDTHS, strict=True)))
+    fill(layers, weights, sources, what)
+    return layers

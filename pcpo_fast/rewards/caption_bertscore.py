@@ -1,0 +1,121 @@
+"""DDPO's alignment reward: a vision-language model describes the image, and BERTScore compares that with the prompt.
+
+Black et al., arXiv:2305.13301, section 5.3: LLaVA is asked what is going on, the reference is "The image contains" and
+the prompt, and the reward is the recall of BERTScore in layer 40 of ``microsoft/deberta-xlarge-mnli``: about 0.4 to
+0.8, at most 1.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.bertscore import load_encoder, recall
+from pcpo_fast.rewards.clip_scoring import load_pretrained, load_tokenizer
+from pcpo_fast.rewards.learned import LearnedReward, text
+from pcpo_fast.rewards.locating import model_folder
+from pcpo_fast.rewards.preprocessing import read_preprocessing
+
+_IMAGE = "<image>"
+
+
+class CaptionBertScore(LearnedReward):
+    """Recall of the prompt in a generated description of the image.
+
+    Args:
+        model: folder or hub id of a LLaVA model (1.5, or another of transformers' type ``llava``).
+        scorer: folder or hub id of the encoder that BERTScore compares in.
+        layer: which of the encoder's layers.
+        instruction: what the model is asked, with ``<image>`` where the image comes.
+        reference: what the description is compared with, with ``{prompt}`` in it.
+        max_new_tokens: the longest description.
+        device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`; ``dtype`` is the LLaVA model's,
+            the encoder stays in float32.
+
+    Raises:
+        UserError: an option is wrong, or a model is not there or of another kind.
+    """
+
+    name: ClassVar[str] = "caption_bertscore"
+
+    def __init__(
+        self,
+        model: str = "llava-hf/llava-1.5-7b-hf",
+        scorer: str = "microsoft/deberta-xlarge-mnli",
+        layer: int = 40,
+        instruction: str = "USER: <image>\nAnswer concisely: what is going on in this image? ASSISTANT:",
+        reference: str = "The image contains {prompt}",
+        max_new_tokens: int = 64,
+        device: str | None = None,
+        dtype: str = "bfloat16",
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
+        if text(self.name, "instruction", instruction).count(_IMAGE) != 1:
+            raise UserError(f"reward {self.name}: option instruction must have {_IMAGE} once, got {instruction!r}")
+        if "{prompt}" not in text(self.name, "reference", reference):
+            raise UserError(f"reward {self.name}: option reference must have {{prompt}} in it, got {reference!r}")
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise UserError(
+                f"reward {self.name}: option max_new_tokens must be a whole number from 1, got {max_new_tokens!r}"
+            )
+        self.reference, self.max_new_tokens = reference, max_new_tokens
+        folder = model_folder(self.name, "scorer", scorer)
+        self._encoder = self.keep(load_encoder(self.name, folder, layer), torch.float32)
+        self._words = load_tokenizer(self.name, None, folder, scorer)
+        folder = model_folder(self.name, "model", model)
+        self._llava = self.keep(_load_llava(self.name, folder))
+        config = self._llava.config
+        self._prepare = read_preprocessing(folder, config.vision_config.image_size, f"reward {self.name}: {model}")
+        self._tokenizer = load_tokenizer(self.name, None, folder, model)
+        self._asked = _question(self._tokenizer, config, instruction)
+
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Recalls, float32 [b]."""
+        references = [self.reference.replace("{prompt}", prompt) for prompt in prompts]
+        return recall(self._encoder, self._words, self.captions(images), references)
+
+    def captions(self, images: Tensor) -> list[str]:
+        """What the model says of images [b, 3, H, W] in 0..1, without sampling."""
+        asked = self._asked.to(images.device).expand(len(images), -1)  # one question for all: nothing to pad
+        said = self._llava.generate(
+            input_ids=asked,
+            attention_mask=torch.ones_like(asked),
+            pixel_values=self._prepare(images).to(self.dtype),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+        )
+        texts: list[str] = self._tokenizer.batch_decode(said[:, asked.shape[1] :], skip_special_tokens=True)
+        return texts
+
+
+def _load_llava(reward: str, folder: Path) -> Any:
+    where = f"reward {reward}: {folder}"
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise UserError(f"{where}: its config.json is not valid JSON") from None
+    if kind != "llava":
+        raise UserError(f"{where} is a model of the type {kind}; allowed is llava")
+    from transformers import LlavaForConditionalGeneration
+
+    return load_pretrained(LlavaForConditionalGeneration, folder, where)
+
+
+def _question(tokenizer: Any, config: Any, instruction: str) -> Tensor:
+    """Tokens [1, T] of the question, with as many places for the image as the model has patches of it."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    places = side * side + (config.vision_feature_select_strategy == "full")
+    mark = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    if not isinstance(mark, str):
+        raise UserError(
+            f"reward caption_bertscore: the model's tokenizer has no token {config.image_token_id} for images"
+        )
+    tokens: Tensor = tokenizer(instruction.replace(_IMAGE, mark * places), return_tensors="pt").input_ids
+    if int((tokens == config.image_token_id).sum()) != places:
+        raise UserError(f"reward caption_bertscore: the model's tokenizer does not know {mark} as a token of its own")
+    return tokens

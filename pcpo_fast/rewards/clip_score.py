@@ -1,0 +1,50 @@
+"""CLIPScore (Hessel et al., arXiv:2104.08718): 2.5 max(cosine, 0) in CLIP ViT-B/32, the text after a fixed prefix.
+
+About 0.5 to 0.9 for images that fit, 0..2.5 in theory. Papers on text-to-image models mostly report 100 max(cosine, 0)
+without a prefix: ``{scale: 100, prefix: ""}``, often with ``model: openai/clip-vit-large-patch14``.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pcpo_fast.rewards.clip_scoring import ClipFeatures, load_clip, load_tokenizer
+from pcpo_fast.rewards.learned import LearnedReward, number, text
+
+
+class ClipScore(LearnedReward):
+    """``scale`` times the cosine of image and prompt, 0 where that is negative.
+
+    Args:
+        model: folder or hub id of a CLIP model in transformers' format.
+        tokenizer: folder or hub id; None for the model's own or, where it has none, the published one.
+        scale: what the cosine is multiplied with.
+        prefix: stands before every prompt.
+        device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`.
+
+    Raises:
+        UserError: an option is wrong, or the model is not there or no CLIP model.
+    """
+
+    name: ClassVar[str] = "clip_score"
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-base-patch32",
+        tokenizer: str | None = None,
+        scale: float = 2.5,
+        prefix: str = "A photo depicts ",
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
+        self.scale = number(self.name, "scale", scale)
+        self.prefix = text(self.name, "prefix", prefix)
+        clip, prepare, folder = load_clip(self.name, "model", model)
+        words = load_tokenizer(self.name, tokenizer, folder, "openai/clip-vit-base-patch32")
+        self._clip = ClipFeatures(self.name, self.keep(clip), prepare, words)
+
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Scaled cosines, float32 [b]."""
+        return self.scale * self._clip.cosines(images, [self.prefix + prompt for prompt in prompts]).clamp(min=0)

@@ -1,0 +1,63 @@
+"""HPS v2.1: a CLIP ViT-H-14 tuned on human preferences (Wu et al., arXiv:2306.09341).
+
+The score is the cosine of image and prompt, as the authors' code returns it: about 0.2 to 0.35 for images of today's
+models, -1..1 in theory. Tables in papers often show it times 100.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.checkpoints import read_weights
+from pcpo_fast.rewards.clip_scoring import ClipFeatures, load_tokenizer
+from pcpo_fast.rewards.learned import LearnedReward
+from pcpo_fast.rewards.locating import model_file
+from pcpo_fast.rewards.open_clip import clip_from_open_clip
+from pcpo_fast.rewards.preprocessing import Preprocessing
+
+
+class HPSv2(LearnedReward):
+    """Cosine of image and prompt in HPS v2.1.
+
+    Args:
+        model: the checkpoint (``.pt`` or ``.safetensors``), a folder with ``HPS_v2.1_compressed.pt``, or a hub id.
+        tokenizer: folder or hub id of CLIP's tokenizer, which the checkpoint does not come with.
+        antialias: the authors resize with torchvision's ``Resize`` on tensors, which averages since torchvision 0.17;
+            False samples, as older versions did.
+        device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`.
+
+    Raises:
+        UserError: an option is wrong, or the checkpoint is not there or not HPS's.
+    """
+
+    name: ClassVar[str] = "hpsv2"
+
+    def __init__(
+        self,
+        model: str = "xswu/HPSv2",
+        tokenizer: str = "openai/clip-vit-large-patch14",
+        antialias: bool = True,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
+        if not isinstance(antialias, bool):
+            raise UserError(f"reward {self.name}: option antialias must be true or false, got {antialias!r}")
+        file = model_file(self.name, "model", model, "HPS_v2.1_compressed.pt")
+        weights = read_weights(file, f"reward {self.name}")
+        clip = self.keep(clip_from_open_clip(weights, f"reward {self.name}: {file}"))
+        words = load_tokenizer(self.name, tokenizer, None, tokenizer)
+        if words.eos_token_id != clip.config.text_config.eos_token_id:
+            raise UserError(
+                f"reward {self.name}: the tokenizer {tokenizer} ends texts with the number {words.eos_token_id}, but "
+                f"the checkpoint with {clip.config.text_config.eos_token_id}; allowed is the tokenizer of CLIP"
+            )
+        size = clip.config.vision_config.image_size
+        prepare = Preprocessing(size, (size, size), on_bytes=False, antialias=antialias, half_pixel=round)
+        self._clip = ClipFeatures(self.name, clip, prepare, words)
+
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Cosines, float32 [b]."""
+        return self._clip.cosines(images, prompts)

@@ -1,0 +1,99 @@
+"""What rewards with a model share: options, batches, and a frozen network that is nobody else's."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pcpo_fast.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LearnedReward(ABC):
+    """A frozen model that scores images in batches.
+
+    Every process has its own copy. The model is loaded when the reward is made; without ``device`` it moves to the
+    images' device at the first call, and stays there.
+
+    Args:
+        device: for example "cuda", "cuda:1" or "cpu"; None for that of the images.
+        dtype: of the weights: "float32", "bfloat16" or "float16". Scores are formed in float32 from its features.
+        batch_size: images that the model sees at once.
+
+    Raises:
+        UserError: an option is none of these.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, *, device: str | None, dtype: str, batch_size: int) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"reward {self.name}: option dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise UserError(f"reward {self.name}: option batch_size must be a whole number from 1, got {batch_size!r}")
+        self.dtype = DTYPES[dtype]
+        self.batch_size = batch_size
+        self.device = None if device is None else _checked_device(self.name, device)
+        self.modules: list[nn.Module] = []
+        self._at: torch.device | None = None
+
+    def keep(self, module: Any, dtype: torch.dtype | None = None) -> Any:
+        """Freeze a network, convert it, and move it with the reward from now on; returns it."""
+        module = module.to(dtype=self.dtype if dtype is None else dtype).eval().requires_grad_(False)
+        self.modules.append(module)
+        return module
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Score float32 images [B, 3, H, W] in 0..1; returns float32 [B], on the device of the model."""
+        device = self.device or images.device
+        if device != self._at:
+            for module in self.modules:
+                module.to(device)
+            self._at = device
+        scores = [torch.zeros(0, device=device)]
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, len(images), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                scores.append(self.score(images[rows].to(device), prompts[rows], metadata[rows]).float())
+        return torch.cat(scores)
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Scores [b] of one batch, which is on the model's device."""
+
+
+def _checked_device(name: str, device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        have = f"cpu, cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"reward {name}: there is no device {device!r} here; allowed are {have}") from None
+    if found.type == "cuda" and found.index is None:  # images name theirs with its number
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def number(name: str, option: str, value: object) -> float:
+    """An option that must be a finite number.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise UserError(f"reward {name}: option {option} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def text(name: str, option: str, value: object) -> str:
+    """An option that must be a string.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"reward {name}: option {option} must be a string, got {value!r}")
+    return value

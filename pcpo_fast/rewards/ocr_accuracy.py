@@ -1,0 +1,117 @@
+"""Text rendering: how much of the text asked for can be read in the image (Flow-GRPO, arXiv:2505.05470).
+
+The text is what the prompt has in double quotes. 1 - min(d, n) / n, with n its length without spaces and d the edit
+distance to what was read, lower case; d is 0 where the text appears within it. 0..1.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.user import import_target
+
+Recognizer = Callable[[np.ndarray], str]
+"""uint8 RGB [H, W, 3] -> the text in it."""
+
+
+class OcrAccuracy:
+    """Share of the requested text that is legible.
+
+    Args:
+        recognizer: None for RapidOCR (the extra ``rewards``), a recogniser of your own as ``module:function``, or the
+            function itself.
+
+    Raises:
+        UserError: RapidOCR is not installed, or the recogniser cannot be found.
+    """
+
+    name: ClassVar[str] = "ocr_accuracy"
+
+    def __init__(self, recognizer: str | Recognizer | None = None) -> None:
+        if recognizer is None:
+            self._read = _rapid_ocr()
+        elif isinstance(recognizer, str):
+            self._read = import_target(recognizer)
+        elif callable(recognizer):
+            self._read = recognizer
+        else:
+            raise UserError(f"reward {self.name}: option recognizer must be module:function, got {recognizer!r}")
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Score float32 images [B, 3, H, W] in 0..1; returns float32 [B].
+
+        The text may also be given as ``text`` in a prompt's metadata.
+
+        Raises:
+            UserError: a prompt asks for no text, or a recogniser of the user's returns none.
+        """
+        pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+        rows = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        wanted = [requested_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
+        return torch.tensor([legible(self._text(row), text) for row, text in zip(rows, wanted, strict=True)])
+
+    def _text(self, row: np.ndarray) -> str:
+        found = self._read(row)
+        if not isinstance(found, str):
+            raise UserError(
+                f"reward {self.name}: the recognizer returned a {type(found).__name__}, it must be a string"
+            )
+        return found
+
+
+def requested_text(prompt: str, metadata: dict[str, Any]) -> str:
+    """The text that an image should show: ``text`` of the metadata, else what the prompt has in double quotes.
+
+    Raises:
+        UserError: there is none.
+    """
+    text = metadata.get("text")
+    if text is None:
+        parts = prompt.split('"')
+        text = parts[1] if len(parts) > 2 else ""
+    if not isinstance(text, str) or not text.replace(" ", ""):
+        raise UserError(
+            f"the reward ocr_accuracy finds no text in the prompt {prompt!r}: allowed are prompts with a text in "
+            "double quotes, or with a text in their metadata"
+        )
+    return text
+
+
+def legible(found: str, wanted: str) -> float:
+    """1 where ``wanted`` was read, less by 1 / n for each of its n letters that is wrong; upper case and spaces are
+    overlooked, and so is what surrounds the text."""
+    found, wanted = found.replace(" ", "").lower(), wanted.replace(" ", "").lower()
+    distance = 0 if wanted in found else edit_distance(found, wanted)
+    return 1 - min(distance, len(wanted)) / len(wanted)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's: the fewest insertions, deletions and replacements of a letter that make a into b."""
+    costs = list(range(len(b) + 1))
+    for row, letter in enumerate(a, 1):
+        diagonal, costs[0] = costs[0], row
+        for column, other in enumerate(b, 1):
+            cost = min(costs[column] + 1, costs[column - 1] + 1, diagonal + (letter != other))
+            diagonal, costs[column] = costs[column], cost
+    return costs[-1]
+
+
+def _rapid_ocr() -> Recognizer:
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise UserError(
+            f"reward ocr_accuracy: {error.name or 'rapidocr'} is not installed: run `pip install pcpo-fast[rewards]`, "
+            "or name a recogniser of your own with the option recognizer"
+        ) from None
+    engine = RapidOCR(params={"Global.log_level": "error"})
+
+    def read(pixels: np.ndarray) -> str:
+        # The library takes arrays to be BGR, as OpenCV's are. It reads line by line, from the top.
+        return "".join(engine(np.ascontiguousarray(pixels[..., ::-1])).txts or ())
+
+    return read
