@@ -14,6 +14,10 @@ NotNegative = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+TOTALS = ("mean", "std", "group_std")
+"""Metrics ``reward/...`` of the weighted sum, which no reward can be called."""
 
 
 class Section(BaseModel):
@@ -173,9 +177,42 @@ class RewardConfig(Section):
     """One reward; several are summed with their weights."""
 
     name: str = Field(min_length=1, description="a built-in reward, or module:function")
+    label: str | None = Field(
+        None, min_length=1, description="its name in metrics, needed where a reward is listed twice; null: `name`"
+    )
     weight: float = Field(1.0, allow_inf_nan=False, description="factor in the sum")
+    clip: tuple[Finite, Finite] | None = Field(
+        None, strict=False, description="lowest and highest score that counts in the sum; null: no limits"
+    )
     evaluation_only: bool = Field(False, description="measured and logged, not trained on")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the reward")
+
+    @property
+    def column(self) -> str:
+        """What metrics and messages call this reward."""
+        return self.label or self.name
+
+    @property
+    def trained_on(self) -> bool:
+        """Whether the reward counts in the sum."""
+        return not self.evaluation_only and self.weight != 0
+
+
+class ScoringConfig(Section):
+    """How the rewards of a set become one, when they run, and what happens where one fails (docs/rewards.md)."""
+
+    normalize: Literal["sum", "each"] = Field(
+        "sum", description="advantages of the weighted sum, or weighted sum of each reward's own advantages (GDPO)"
+    )
+    overlap: bool = Field(
+        False, description="score a finished batch of the rollout while the next is sampled (rollout.batch_size)"
+    )
+    on_failure: Literal["stop", "drop_group"] = Field(
+        "stop", description="a reward that fails ends the run, or its prompt's images are left out of the epoch"
+    )
+    timeout: PositiveFloat | None = Field(
+        None, description="seconds that one call of a reward may take; null: any time"
+    )
 
 
 class OptimizerConfig(Section):
@@ -270,6 +307,7 @@ class Config(Section):
     rewards: tuple[RewardConfig, ...] = Field(
         (RewardConfig(name="caption_match"),), strict=False, description="what the policy is trained towards"
     )
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)  # type: ignore[arg-type]
     credit: CreditConfig = Field(default_factory=CreditConfig)  # type: ignore[arg-type]
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
@@ -292,12 +330,31 @@ class Config(Section):
     @model_validator(mode="after")
     def check_rewards(self) -> "Config":
         """Something must be trained on, and every reward have its own column in the metrics."""
-        names = [reward.name for reward in self.rewards]
+        names = [reward.column for reward in self.rewards]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
-            raise ValueError(f"rewards: {repeated} is listed twice; give it once with the sum of its weights")
-        if all(reward.evaluation_only or reward.weight == 0 for reward in self.rewards):
+            raise ValueError(
+                f"rewards: {repeated} is listed twice; give it once with the sum of its weights, or each a label of "
+                "its own"
+            )
+        reserved = next((name for name in names if name in TOTALS), None)
+        if reserved is not None:
+            raise ValueError(f"rewards: {reserved} is the name of a metric of the sum ({', '.join(TOTALS)})")
+        if not any(reward.trained_on for reward in self.rewards):
             raise ValueError("rewards: at least one must have a weight other than 0 and not be evaluation_only")
+        wrong = next((reward for reward in self.rewards if reward.clip and reward.clip[0] >= reward.clip[1]), None)
+        if wrong is not None:
+            raise ValueError(f"rewards: clip of {wrong.column} must be [lowest, highest], got {list(wrong.clip or ())}")
+        return self
+
+    @model_validator(mode="after")
+    def check_composition(self) -> "Config":
+        """The buffers of running advantages remember one number of an image."""
+        if self.scoring.normalize == "each" and self.advantage.normalization == "running":
+            raise ValueError(
+                "scoring.normalize: each makes advantages of every reward, which advantage.normalization=running "
+                "cannot; allowed with it: sum"
+            )
         return self
 
     @model_validator(mode="after")

@@ -97,6 +97,7 @@ def collect_rollout(
     settings: RolloutConfig,
     table: StepTable,
     seed: int,
+    finished: Callable[[list[int], Tensor], None] | None = None,
 ) -> Rollout:
     """Sample this rank's images of an epoch.
 
@@ -107,6 +108,7 @@ def collect_rollout(
         settings: the configuration's ``rollout`` section.
         table: the sampler.
         seed: the run's seed; with epoch, group and image it fixes every noise.
+        finished: gets the position and the images of each batch as soon as they are decoded.
     """
     device = policy.device
     numbers = plan.images.flatten()
@@ -125,5 +127,7 @@ def collect_rollout(
         part = sample_trajectories(policy, select_rows(conditioning, groups[rows]), initial, seeds[rows], table)
         parts.append(part)
         images.append(policy.decode(part.latents[:, -1]))
+        if finished is not None:
+            finished(rows.tolist(), images[-1])
     trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))
     return Rollout(plan, conditioning, groups, seeds, trajectories, torch.cat(images))

@@ -52,7 +52,7 @@ class RunInputs:
         per_epoch, seed = config.rollout.prompts_per_epoch, config.seed
         epochs = (epoch_prompts(len(prompts), per_epoch, epoch, seed) for epoch in range(config.train.epochs))
         trained = sorted({index for epoch in epochs for index in epoch})
-        return cls(prompts, heldout, RewardSet(config.rewards), trained)
+        return cls(prompts, heldout, RewardSet(config.rewards, config.scoring), trained)
 
     @property
     def texts(self) -> list[str]:

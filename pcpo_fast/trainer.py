@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pcpo_fast.advantages import RunningAdvantages, compute_advantages
+from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import gather_rows, launcher_rank, rank, shared_errors, world_size
+from pcpo_fast.distributed import launcher_rank, rank, shared_errors, world_size
 from pcpo_fast.engine import Engine, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
@@ -21,6 +21,7 @@ from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout import Rollout, collect_rollout
+from pcpo_fast.rollout_scoring import RolloutScoring
 from pcpo_fast.run_directory import Start, claim, open_run, read_summary, verified
 from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
@@ -146,13 +147,17 @@ class Trainer:
         tables = self.tables.at(epoch)
         plan = plan_epoch(self.config, len(self.prompts), tables.steps, epoch, rank(), world_size())
         settings, seed = self.config.rollout, self.config.seed
-        rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed)
+        scoring = RolloutScoring(self.config, self.rewards, self.prompts, self.running, plan, self.device)
+        rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
         clock.append(self._now())
         self.progress.phase("reward")
-        advantages, metrics = self._score(rollout)
+        judgement = scoring.finish(rollout.images)
+        metrics = judgement.metrics
+        if judgement.warning:
+            self.progress.message(f"warning: {judgement.warning}")
         clock.append(self._now())
         self.progress.phase("update")
-        metrics |= self._update(rollout, advantages, tables, epoch)
+        metrics |= self._update(rollout, judgement.advantages, tables, epoch)
         if self.config.window.size:
             metrics["sampler/window_start"] = float(tables.steps[0])
         clock.append(self._now())
@@ -165,41 +170,6 @@ class Trainer:
 
     def _encode(self, prompts: list[int]) -> dict[str, Tensor]:
         return self.policy.encode([self.prompts[index].text for index in prompts])
-
-    def _score(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """This rank's advantages, from the rewards of all ranks' images; and the reward metrics."""
-        numbers = rollout.plan.images.flatten()
-        groups = numbers // self.config.rollout.images_per_prompt
-        prompts = [self.prompts[rollout.plan.prompts[group]] for group in groups.tolist()]
-        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-        with shared_errors():
-            scores = self.rewards.score(rollout.images, texts, metadata, evaluation=False)
-        columns = [scores.total, *scores.components.values()]
-        table = torch.stack([numbers.double(), *(column.double().cpu() for column in columns)], dim=1)
-        everyone = gather_rows(table.to(self.device)).cpu()
-        everyone = everyone[everyone[:, 0].argsort()]  # by image number: the same order for every world size
-        total = everyone[:, 1]
-        advantages = self._advantages(total, rollout.plan.prompts)
-        spread = total.reshape(-1, self.config.rollout.images_per_prompt).std(dim=1, unbiased=False).mean()
-        metrics = {"reward/mean": float(total.mean()), "reward/std": float(total.std(unbiased=False))}
-        metrics["reward/group_std"] = float(spread)
-        metrics |= {f"reward/{name}": float(everyone[:, i].mean()) for i, name in enumerate(scores.components, start=2)}
-        return advantages[numbers], metrics
-
-    def _advantages(self, rewards: Tensor, prompts: Tensor) -> Tensor:
-        settings = self.config.advantage
-        groups = torch.arange(len(prompts)).repeat_interleave(self.config.rollout.images_per_prompt)
-        if settings.normalization == "running":
-            texts = [self.prompts[prompts[group]].text for group in groups.tolist()]
-            return self.running.compute(rewards, texts, settings.clip)
-        return compute_advantages(
-            rewards,
-            groups,
-            settings.normalization,
-            settings.clip,
-            epsilon=settings.epsilon,
-            unbiased=settings.unbiased,
-        )
 
     def _update(self, rollout: Rollout, advantages: Tensor, tables: EpochTables, epoch: int) -> dict[str, float]:
         update = Update(self.policy, self.engine, rollout, advantages, tables.sampler, tables.credit, self.config)

@@ -42,6 +42,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.epoch_plan",
         "pcpo_fast.step_tables",
         "pcpo_fast.rollout",
+        "pcpo_fast.rollout_scoring",
         "pcpo_fast.update",
         "pcpo_fast.step_statistics",
         "pcpo_fast.sampling",
