@@ -275,6 +275,11 @@ class CheckpointConfig(Section):
         description="checkpoints kept, besides the newest, for the highest held-out reward, of those written after an "
         "epoch that was evaluated (evaluation.every)",
     )
+    grace: NotNegativeFloat = Field(
+        30.0,
+        description="seconds that SIGTERM or SIGINT leaves the run to finish an epoch and write a checkpoint; then it "
+        "ends come what may",
+    )
 
 
 class LoggingConfig(Section):

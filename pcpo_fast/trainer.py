@@ -1,5 +1,7 @@
 """The training loop: rollout, reward, advantage, update; then the records of it."""
 
+import copy
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,11 +15,12 @@ from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import launcher_rank, rank, shared_errors, world_size
-from pcpo_fast.engine import Engine, start_distributed, stop_distributed
+from pcpo_fast.engine import PATIENCE, Engine, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
 from pcpo_fast.policies.loading import keep_reference, load_policy
+from pcpo_fast.preemption import Polled, Stopped, StopRequest
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout import Rollout, collect_rollout
@@ -27,6 +30,9 @@ from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.step_tables import EpochTables, RunTables
 from pcpo_fast.update import Update
+
+LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited|Socket closed", re.IGNORECASE)
+"""What gloo and NCCL say where the process at the other end has died."""
 
 
 def train(config: Config, resume: str = "auto", console: Console | None = None) -> dict[str, Any]:
@@ -40,6 +46,7 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     Raises:
         UserError: something the user can mend, in one sentence; as far as it can be told without the model, before
             that is loaded.
+        Stopped: a signal ended the run in order (:mod:`pcpo_fast.preemption`).
     """
     console = Console() if console is None else console
     start = claim(config, resume)
@@ -57,6 +64,11 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
             "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
             f"set model.gradient_checkpointing=true, or use more GPUs ({str(error).splitlines()[0]})"
         ) from error
+    except RuntimeError as error:
+        if world_size() > 1 and LOST_RANK.search(str(error)):
+            text = f"another rank is gone; what it said last says why ({str(error).splitlines()[0]})"
+            raise UserError(text) from error
+        raise
     finally:
         # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
         if world_size() == 1 or sys.exc_info()[0] is None:
@@ -100,16 +112,19 @@ class Trainer:
         self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
         keep_reference(self.policy, config)
         self.engine = Engine(self.policy.module, config, accumulation)
-        self.policy.forward_module = self.engine.module
+        self.stop = StopRequest(config.checkpoint.grace, PATIENCE, self.progress.message)
+        self.policy.forward_module = Polled(self.engine.module, self.stop.poll)
         advantage = config.advantage
         self.running = RunningAdvantages(advantage.buffer_size, advantage.min_count, advantage.epsilon)
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
         self.heldout_reward: float | None = None  # of the weights as they are
+        self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
         if start.checkpoint is not None:
             state = load_checkpoint(start.checkpoint, self.engine)
             self.running.load_state_dict(state["running_advantages"])
             self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.loop_state = self._loop_state()
 
     def run(self) -> dict[str, Any]:
         """All epochs that are left, an evaluation before and after, and the results."""
@@ -123,21 +138,36 @@ class Trainer:
         self.recorder = RunRecorder(
             self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
         )
-        with self.recorder, self.progress:
+        with self.stop, self.recorder, self.progress:
             self.recorder.truncate_after(first)
-            self._evaluate(first)
-            for epoch in range(first, config.train.epochs):
-                self.heldout_reward = None
-                metrics = self._epoch(epoch)
-                self.recorder.log("epoch", metrics, epoch=epoch)
-                self.progress.epoch(metrics)
-                done, last = epoch + 1, epoch + 1 == config.train.epochs
-                if last or (config.evaluation.every and done % config.evaluation.every == 0):
-                    self._evaluate(done)
-                if last or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                    self._save(done)
+            try:
+                self._evaluate(first)
+                for epoch in range(first, config.train.epochs):
+                    self._epoch_and_what_is_due(epoch)
+                    self.stop.poll()
+            except Stopped:
+                if self.stop.whole and self.done > self.saved:
+                    self._save()
+                raise
             self.progress.phase("report")
             return finish_run(self.folder, self.policy, self.engine, self.heldout, self.recorder, config.train.epochs)
+
+    def _epoch_and_what_is_due(self, epoch: int) -> None:
+        metrics = self._epoch(epoch)
+        self.recorder.log("epoch", metrics, epoch=epoch)
+        self.progress.epoch(metrics)
+        self.heldout_reward, self.loop_state = None, self._loop_state()
+        self.done, self.stop.whole = epoch + 1, True
+        last, config = self.done == self.config.train.epochs, self.config
+        if last or (config.evaluation.every and self.done % config.evaluation.every == 0):
+            self._evaluate(self.done)
+        if last or (config.checkpoint.every and self.done % config.checkpoint.every == 0):
+            self._save()
+
+    def _loop_state(self) -> dict[str, Any]:
+        """What else the next epoch depends on; an epoch that is left in its middle leaves no trace in it."""
+        state = {"running_advantages": self.running.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+        return copy.deepcopy(state)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         if self.device.type == "cuda":
@@ -151,7 +181,8 @@ class Trainer:
         rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
         clock.append(self._now())
         self.progress.phase("reward")
-        judgement = scoring.finish(rollout.images)
+        with self.stop.interruptible():
+            judgement = scoring.finish(rollout.images)
         metrics = judgement.metrics
         if judgement.warning:
             self.progress.message(f"warning: {judgement.warning}")
@@ -175,6 +206,7 @@ class Trainer:
         update = Update(self.policy, self.engine, rollout, advantages, tables.sampler, tables.credit, self.config)
         records: list[dict[str, float]] = []
         for index, record in enumerate(update.run()):
+            self.stop.whole = False
             applied = record.pop("policy/update_applied") == 1.0
             record["policy/skipped_updates"] = float(not applied)
             self.recorder.log("update", record, epoch=epoch, update=index)
@@ -224,15 +256,13 @@ class Trainer:
             self.heldout.keep_as_first()
         self.progress.evaluation(metrics)
 
-    def _save(self, epoch: int) -> None:
+    def _save(self) -> None:
         self.progress.phase("checkpoint")
-        state = {
-            "running_advantages": self.running.state_dict(),
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "heldout_reward": self.heldout_reward,
-        }
-        folder, settings = self.folder / "checkpoints", self.config.checkpoint
-        save_checkpoint(folder, self.engine, self.policy, epoch, state, settings.keep, settings.keep_best)
+        began, folder, settings = time.monotonic(), self.folder / "checkpoints", self.config.checkpoint
+        state = self.loop_state | {"heldout_reward": self.heldout_reward}
+        save_checkpoint(folder, self.engine, self.policy, self.done, state, settings.keep, settings.keep_best)
+        self.saved = self.done
+        self.stop.reserve = max(self.stop.reserve, 1.5 * (time.monotonic() - began))
 
     def _now(self) -> float:
         """A time stamp at which the device's work is done: one wait per phase, none within."""

@@ -10,7 +10,11 @@ EXAMPLES = """examples:
   python train.py                                            the demo: tiny FLUX on a CPU
   python train.py --config configs/flux_dev_pcpo.yaml output_dir=runs/flux
   deepspeed train.py --config configs/flux_dev_pcpo.yaml     one process per GPU
-  python train.py train.epochs=20 credit.rule=native output_dir=runs/native"""
+  python train.py train.epochs=20 credit.rule=native output_dir=runs/native
+
+exit codes:
+  0 trained; 2 an error, in one sentence; 75 stopped by SIGTERM in order, run it again to go on; 130 the same by Ctrl-C;
+  143 or 130, at once, after a second signal"""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Train and say what came of it."""
     import json
+    import signal
     import sys
 
     from rich.console import Console
@@ -46,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.config_loading import load_config
     from pcpo_fast.distributed import launcher_rank
     from pcpo_fast.errors import UserError
+    from pcpo_fast.preemption import Stopped
 
     path = arguments.config or DEFAULT_CONFIG
     if arguments.config is None and not Path(path).is_file():
@@ -61,20 +67,25 @@ def run(arguments: argparse.Namespace) -> int:
         summary = train(config, arguments.resume, console)
     except KeyboardInterrupt:
         if launcher_rank() == 0:
-            print(_how_to_go_on(Path(config.output_dir)), file=sys.stderr)
+            print(_how_to_go_on("interrupted", Path(config.output_dir)), file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        if launcher_rank() == 0:
+            word = "interrupted" if stopped.number == signal.SIGINT else str(stopped)
+            print(_how_to_go_on(word, Path(config.output_dir)), file=sys.stderr)
+        return stopped.exit_code
     if launcher_rank() == 0:
         print(json.dumps(summary, indent=2) if arguments.json else _closing_words(summary, Path(config.output_dir)))
     return 0
 
 
-def _how_to_go_on(folder: Path) -> str:
+def _how_to_go_on(stopped: str, folder: Path) -> str:
     from pcpo_fast.checkpoint import checkpoints, read_state
 
     found = checkpoints(folder / "checkpoints")
     if not found:
-        return "interrupted before the first checkpoint: the same command begins the run again"
-    return f"interrupted: the same command resumes the run after epoch {read_state(found[-1])['epoch']}"
+        return f"{stopped} before the first checkpoint: the same command begins the run again"
+    return f"{stopped}: the same command resumes the run after epoch {read_state(found[-1])['epoch']}"
 
 
 def _closing_words(summary: dict[str, Any], folder: Path) -> str:
