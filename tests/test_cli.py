@@ -28,7 +28,7 @@ from pcpo_fast.prompts import epoch_prompts
 from pcpo_fast.run_inputs import RunInputs
 
 Capture = pytest.CaptureFixture[str]
-NAMES = tuple(command.__name__.rpartition(".")[2] for command in COMMANDS)
+NAMES = tuple(command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS)
 
 
 # Help
@@ -39,7 +39,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert answer.code == 0
     for name in NAMES:
         assert f"\n    {name} " in answer.out
-    assert NAMES == ("train", "sample", "compare", "credit", "report", "export")
+    assert NAMES == ("train", "sample", "compare", "credit", "report", "export", "serve-reward")
 
 
 @pytest.mark.parametrize("name", NAMES)

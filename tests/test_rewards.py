@@ -18,7 +18,7 @@ from pcpo_fast.config import RewardConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards import RewardSet, Scores, available_rewards, load_reward
 from pcpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
-from pcpo_fast.rewards.registry import learned_rewards
+from pcpo_fast.rewards.registry import learned_rewards, remote_rewards
 
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 
@@ -63,7 +63,7 @@ def test_available_rewards_is_a_tuple_of_names() -> None:
     assert set(available_rewards) >= {"caption_match", "jpeg_compressibility", "jpeg_incompressibility"}
 
 
-@pytest.mark.parametrize("name", [name for name in available_rewards if name not in learned_rewards])
+@pytest.mark.parametrize("name", [name for name in available_rewards if name not in learned_rewards + remote_rewards])
 def test_every_built_in_reward_scores_images(name: str) -> None:
     captions = ["a red circle on a blue background", "a green square on a yellow background"]
     scores = RewardSet([RewardConfig(name=name)]).score(images(2, 32), captions)

@@ -30,13 +30,21 @@ _LEARNED = {
     "caption_bertscore": "pcpo_fast.rewards.caption_bertscore:CaptionBertScore",
     "ocr_accuracy": "pcpo_fast.rewards.ocr_accuracy:OcrAccuracy",
 }
-_BUILT_IN |= _LEARNED
+# These ask another machine, and need its address.
+_REMOTE = {
+    "remote": "pcpo_fast.rewards.remote:Remote",
+    "vision_judge": "pcpo_fast.rewards.vision_judge:VisionJudge",
+}
+_BUILT_IN |= _LEARNED | _REMOTE
 
 available_rewards: tuple[str, ...] = tuple(_BUILT_IN)
 """Names of the built-in rewards."""
 
 learned_rewards: tuple[str, ...] = tuple(_LEARNED)
 """Those among them that need a model's files, or a library that is not always installed."""
+
+remote_rewards: tuple[str, ...] = tuple(_REMOTE)
+"""Those among them that are the client of something on the network."""
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:

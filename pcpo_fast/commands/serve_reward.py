@@ -1,0 +1,124 @@
+"""``pcpo-fast serve-reward``: a reward behind HTTP, for runs on other machines."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+EXAMPLES = """examples:
+  pcpo-fast serve-reward jpeg_compressibility
+  pcpo-fast serve-reward my_rewards:Judge model=some/model --host 0.0.0.0 --port 8765
+
+The run names it as a reward (docs/reward_server.md):
+  rewards: [{name: remote, options: {url: "http://127.0.0.1:8765"}}]"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "serve-reward",
+        help="serve a reward to runs on other machines",
+        description="Serve one reward over HTTP; runs use it as the reward named remote.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("reward", metavar="REWARD", help="a built-in reward, or module:function")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8765, help="port, 0 for a free one (default: 8765)")
+    parser.add_argument(
+        "--token-env",
+        default="PCPO_REWARD_TOKEN",
+        metavar="NAME",
+        help="environment variable with the token that clients need; required unless --host is a loopback address",
+    )
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="where the images are put")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in one call of the reward (default: 32)")
+    parser.add_argument("--most-images", type=int, default=64, help="images in one request (default: 64)")
+    parser.add_argument("--most-mib", type=int, default=256, help="MiB of one request (default: 256)")
+    parser.add_argument("--waiting-mib", type=int, default=1024, help="MiB of all requests at once (default: 1024)")
+    parser.add_argument("--json", action="store_true", help="print the address and what is served as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="option=value", help="options of the reward")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load the reward and serve it until interrupted."""
+    import importlib.util
+    import json
+
+    from pcpo_fast.errors import UserError
+
+    for library in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(library) is None:
+            raise UserError(
+                f"serve-reward needs {library}, which is not installed: run `pip install 'pcpo-fast[server]'`"
+            )
+    for option in ("batch_size", "most_images", "most_mib", "waiting_mib"):
+        if getattr(arguments, option) < 1:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, option)}")
+
+    from pcpo_fast.rewards import load_reward
+    from pcpo_fast.rewards.serving.app import Limits
+    from pcpo_fast.rewards.serving.running import listen, serve, token_for
+
+    token = token_for(arguments.host, arguments.token_env)
+    device = _device(arguments.device)
+    bound = listen(arguments.host, arguments.port)
+    reward = load_reward(arguments.reward, _options(arguments.overrides))
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    url = f"http://{host}:{bound.getsockname()[1]}"
+
+    def ready() -> None:
+        needed = f"the token in {arguments.token_env}" if token else "no token"
+        if arguments.json:
+            print(json.dumps({"url": url, "reward": arguments.reward, "token": token is not None}), flush=True)
+        else:
+            print(f"serving {arguments.reward} on {url} ({needed} needed); Ctrl-C stops", flush=True)
+
+    limits = Limits(arguments.most_images, arguments.most_mib * 2**20, arguments.waiting_mib * 2**20)
+    serve(
+        arguments.reward,
+        reward,
+        bound,
+        token=token,
+        device=device,
+        limits=limits,
+        batch_size=arguments.batch_size,
+        ready=ready,
+    )
+    return 0
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    from pcpo_fast.errors import UserError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise UserError(f"--device {name} is not there: PyTorch sees {count} CUDA GPUs")
+    return device
+
+
+def _options(texts: list[str]) -> dict[str, object]:
+    from pcpo_fast.errors import UserError
+    from pcpo_fast.yaml_text import parse_value
+
+    options: dict[str, object] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise UserError(f"command line ({text}): an option of the reward is written name=value")
+        try:
+            options[name] = parse_value(value)
+        except ValueError as error:
+            raise UserError(f"command line ({text}): {value!r} is not a valid YAML value ({error})") from None
+    return options

@@ -1,0 +1,151 @@
+"""HTTP that waits for a server which restarts, and says so in one sentence when it stays away."""
+
+import os
+import random
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.failures import RewardFailure
+
+_BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may change
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds
+
+
+class PatientClient:
+    """Requests to one server, tried again with growing pauses while it is away or busy. Safe to share by threads.
+
+    The pauses double from 0.25 s to at most 20 s, each shortened by a random quarter at most, so that many ranks do not
+    come back at once; 16 retries are about three and a half minutes. A server may ask for a longer pause (Retry-After).
+
+    Args:
+        name: what messages call the reward.
+        url: http:// or https://, with the path that the requests' paths are relative to.
+        key_variable: environment variable with the token, sent as ``Authorization: Bearer``; not set: none is sent.
+        timeout: seconds to wait for a connection and for each answer.
+        retries: further attempts after the first.
+
+    Raises:
+        UserError: the URL is not one, or carries a password.
+    """
+
+    def __init__(self, name: str, url: str, *, key_variable: str, timeout: float, retries: int) -> None:
+        import httpx2
+
+        self.name, self.url, self.key_variable, self.retries = name, url.rstrip("/"), key_variable, retries
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"reward {name}: url must be like http://host:8765, got {url!r}")
+        if parts.username or parts.password:
+            raise UserError(
+                f"reward {name}: url must not hold a user name or password; put the token into the environment "
+                f"variable {key_variable}"
+            )
+        if not _is(timeout, int | float) or not timeout > 0:
+            raise UserError(f"reward {name}: timeout must be a number of seconds above 0, got {timeout!r}")
+        if not _is(retries, int) or retries < 0:
+            raise UserError(f"reward {name}: retries must be a whole number, at least 0, got {retries!r}")
+        key = os.environ.get(key_variable, "").strip()
+        self._client = httpx2.Client(
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            # A proxy of the environment is for other machines.
+            trust_env=parts.hostname not in ("localhost", "127.0.0.1", "::1"),
+        )
+        self._has_key = bool(key)
+        # Not the global generator, whose numbers a reward may rely on.
+        self._random = random.Random()
+
+    def request(
+        self, method: str, path: str, *, content: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        """The answer's JSON.
+
+        Raises:
+            RewardFailure: the server stays away or busy (``retry`` is off: a smaller batch will not bring it back), or
+                says that it cannot do this request (its own words).
+            UserError: the token is refused, or there is no such address.
+        """
+        begin, problem = time.monotonic(), ""
+        for attempt in range(self.retries + 1):
+            answer, problem, wanted = self._attempt(method, path, content, headers)
+            if answer is not None:
+                return self._read(answer)
+            if attempt == self.retries:
+                break
+            if attempt == 1:
+                warnings.warn(
+                    f"reward {self.name}: {self.url} {problem}; trying again for about {self._patience():.0f} s",
+                    stacklevel=2,
+                )
+            time.sleep(max(wanted, self._pause(attempt)))
+        seconds = time.monotonic() - begin
+        raise RewardFailure(
+            f"reward {self.name}: {self.url} {problem}, in {self.retries + 1} attempts over {seconds:.0f} s; start the "
+            "server (again) and the run with it, or raise the reward's option retries",
+            retry=False,
+        )
+
+    def _attempt(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] | None
+    ) -> tuple[Any, str, float]:
+        """An answer; or what is wrong and the pause that the server asks for."""
+        import httpx2
+
+        try:
+            answer = self._client.request(method, self.url + path, content=content, headers=dict(headers or {}))
+        except httpx2.TimeoutException:
+            return None, "does not answer in time", 0.0
+        except (httpx2.TransportError, OSError) as error:
+            reason = str(error).strip().splitlines()
+            return None, f"cannot be reached ({reason[0] if reason else type(error).__name__})", 0.0
+        if answer.status_code in _BUSY:
+            return None, f"answers {answer.status_code} ({self._words(answer)})", _seconds(answer)
+        return answer, "", 0.0
+
+    def _read(self, answer: Any) -> Any:
+        status = answer.status_code
+        if status in (401, 403):
+            which = "the token in" if self._has_key else "requests without a token; set"
+            raise UserError(
+                f"reward {self.name}: {self.url} refuses {which} the environment variable {self.key_variable}"
+            )
+        if status in (301, 302, 303, 307, 308, 404, 405):
+            raise UserError(f"reward {self.name}: {answer.url} answers {status} ({self._words(answer)}); check url")
+        if status >= 400:
+            raise RewardFailure(f"reward {self.name}: {self.url} answers {status}: {self._words(answer)}")
+        try:
+            return answer.json()
+        except ValueError:
+            raise UserError(f"reward {self.name}: {answer.url} does not answer with JSON; check url") from None
+
+    def _words(self, answer: Any) -> str:
+        """The server's own words, in one short line."""
+        try:
+            found = answer.json()
+            while isinstance(found, dict):
+                found = found.get("error", found.get("message", found.get("detail", "")))
+            text = str(found)
+        except ValueError:
+            text = answer.text
+        text = " ".join(text.split()) or answer.reason_phrase
+        return text if len(text) <= 300 else text[:297] + "..."
+
+    def _pause(self, attempt: int) -> float:
+        return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**attempt) * self._random.uniform(0.75, 1.0)
+
+    def _patience(self) -> float:
+        return sum(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**attempt) for attempt in range(self.retries))
+
+
+def _is(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _seconds(answer: Any) -> float:
+    """The server's Retry-After, at most a minute; 0 where it asks for none."""
+    text = answer.headers.get("retry-after", "")
+    return min(60.0, float(text)) if text.isdecimal() else 0.0

@@ -1,0 +1,88 @@
+"""A reward that runs somewhere else: the client of ``pcpo-fast serve-reward`` (docs/reward_server.md)."""
+
+import math
+import uuid
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.failures import RewardFailure
+from pcpo_fast.rewards.in_parallel import in_parallel
+from pcpo_fast.rewards.patient_client import PatientClient
+from pcpo_fast.rewards.serving.wire import CONTENT_TYPE, PROTOCOL, TOKEN_VARIABLE, as_bytes, pack
+
+
+class Remote:
+    """Scores from a reward server; their range is that of the reward there.
+
+    Every request has an identifier of its own and is repeated under it until it is answered: a server that has scored
+    it answers again what it answered, one that was restarted scores it anew, and either way one answer is taken.
+
+    Args:
+        url: the server, ``http://host:8765``.
+        token_env: environment variable with its token; a token is never an option, since options are written down.
+        timeout: seconds to wait for the scores of one request.
+        retries: further attempts while the server is away or busy, with growing pauses; 16 are about 3.5 minutes.
+        batch_size: images in a request.
+        parallel: requests under way at once.
+        pixels: ``float32`` sends the images as they are, ``uint8`` rounds them to 256 levels, a quarter of the bytes.
+
+    Raises:
+        UserError: an option is not valid, the server cannot be reached or refuses the token, or it is not one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token_env: str = TOKEN_VARIABLE,
+        timeout: float = 120.0,
+        retries: int = 16,
+        batch_size: int = 16,
+        parallel: int = 2,
+        pixels: str = "float32",
+    ) -> None:
+        for option, value in (("batch_size", batch_size), ("parallel", parallel)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"reward remote: {option} must be a positive whole number, got {value!r}")
+        if pixels not in ("float32", "uint8"):
+            raise UserError(f"reward remote: pixels must be float32 or uint8, got {pixels!r}")
+        self.pixels, self.parallel = pixels, parallel
+        self.client = PatientClient("remote", url, key_variable=token_env, timeout=timeout, retries=retries)
+        information = self.client.request("GET", "/v1/reward")
+        if not isinstance(information, dict) or information.get("protocol") != PROTOCOL:
+            raise UserError(f"reward remote: {self.client.url} is no reward server of this version; check url")
+        self.batch_size = min(batch_size, int(information["most_images"]))
+        self.most_bytes = int(information["most_bytes"])
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Scores float32 [B] of images [B, 3, H, W]."""
+        rows = [list(range(len(prompts)))[at : at + self.batch_size] for at in range(0, len(prompts), self.batch_size)]
+
+        def score(part: list[int]) -> list[float]:
+            return self._score(images[part], [prompts[row] for row in part], [metadata[row] for row in part])
+
+        return torch.tensor([score for part in in_parallel(score, rows, self.parallel) for score in part])
+
+    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        body = pack(as_bytes(images) if self.pixels == "uint8" else images, prompts, metadata)
+        if len(body) > self.most_bytes:
+            if len(prompts) > 1:
+                half = len(prompts) // 2
+                parts = [slice(None, half), slice(half, None)]
+                return [score for at in parts for score in self._score(images[at], prompts[at], metadata[at])]
+            raise UserError(
+                f"reward remote: an image is {len(body)} bytes, but {self.client.url} takes {self.most_bytes} in a "
+                "request; set the reward's option pixels to uint8, or raise --most-mib of the server"
+            )
+        name = uuid.uuid4().hex
+        headers = {"Content-Type": CONTENT_TYPE, "X-Request-Id": name}
+        answer = self.client.request("POST", "/v1/score", content=body, headers=headers)
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list) or len(scores) != len(prompts) or answer.get("request") != name:
+            raise RewardFailure(f"reward remote: {self.client.url} does not answer with {len(prompts)} scores")
+        if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+            raise RewardFailure(f"reward remote: {self.client.url} answers with scores that are no numbers")
+        return [float(score) for score in scores]

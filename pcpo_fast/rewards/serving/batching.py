@@ -1,0 +1,112 @@
+"""Requests joined to batches for a reward that is fastest with many images at once."""
+
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.calling import call_reward
+from pcpo_fast.rewards.failures import RewardFailure
+from pcpo_fast.rewards.registry import Reward
+from pcpo_fast.rewards.serving.wire import Batch
+
+
+@dataclass
+class _Job:
+    batch: Batch
+    scores: "Future[list[float]]" = field(default_factory=Future)
+
+
+class BatchQueue:
+    """Calls the reward in one thread, on what waits: requests of equal image size are scored together.
+
+    Args:
+        name: what messages call the reward.
+        reward: the callable; never called twice at once.
+        device: where the images are put.
+        most_images: in one call of the reward; a request larger than this is scored by itself.
+        linger: seconds to wait for further requests when there are fewer images than that.
+
+    Attributes:
+        images_scored: how many scores were given, each request counted once.
+        calls: how often the reward was called for them.
+    """
+
+    def __init__(
+        self, name: str, reward: Reward, *, device: torch.device, most_images: int, linger: float = 0.005
+    ) -> None:
+        self.images_scored = self.calls = 0
+        self._name, self._reward, self._device = name, reward, device
+        self._most, self._linger = most_images, linger
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._kept: _Job | None = None  # did not fit into the latest batch
+        self._thread = threading.Thread(target=self._run, daemon=True, name="reward")
+        self._thread.start()
+
+    def submit(self, batch: Batch) -> "Future[list[float]]":
+        """Score a request; the future holds a score for each image, or the RewardFailure that there was."""
+        job = _Job(batch)
+        self._jobs.put(job)
+        return job.scores
+
+    def close(self) -> None:
+        """Finish what was submitted and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (jobs := self._next()) is not None:
+            try:
+                results: list[list[float] | Exception] = list(self._score(jobs))
+            except RewardFailure as failure:
+                # A request must not fail for the images of another.
+                results = [failure] if len(jobs) == 1 else [self._alone(job) for job in jobs]
+            except Exception as error:
+                results = [error] * len(jobs)
+            for job, result in zip(jobs, results, strict=True):
+                if isinstance(result, Exception):
+                    job.scores.set_exception(result)
+                else:
+                    self.images_scored += len(result)
+                    job.scores.set_result(result)
+
+    def _next(self) -> list[_Job] | None:
+        first = self._jobs.get() if self._kept is None else self._kept
+        self._kept = None
+        if first is None:
+            return None
+        jobs, count, end = [first], len(first.batch.prompts), time.monotonic() + self._linger
+        while count < self._most:
+            try:
+                job = self._jobs.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                break
+            if job is None:
+                self._jobs.put(None)
+                break
+            count += len(job.batch.prompts)
+            if count > self._most or job.batch.images.shape[1:] != first.batch.images.shape[1:]:
+                self._kept = job
+                break
+            jobs.append(job)
+        return jobs
+
+    def _score(self, jobs: list[_Job]) -> list[list[float]]:
+        images = torch.cat([job.batch.images for job in jobs]).to(self._device)
+        prompts = [prompt for job in jobs for prompt in job.batch.prompts]
+        metadata = [dict(row) for job in jobs for row in job.batch.metadata]
+        self.calls += 1
+        with torch.no_grad():
+            # Of a joined batch the requests are scored again one by one: the search for the image comes then.
+            scores = call_reward(self._name, self._reward, images, prompts, metadata, search=len(jobs) == 1)
+        return [part.tolist() for part in scores.cpu().split([len(job.batch.prompts) for job in jobs])]
+
+    def _alone(self, job: _Job) -> list[float] | Exception:
+        try:
+            return self._score([job])[0]
+        except UserError as error:
+            return error

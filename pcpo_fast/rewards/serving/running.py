@@ -1,0 +1,87 @@
+"""Running a reward server until it is told to stop."""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+import uvicorn
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.registry import Reward
+from pcpo_fast.rewards.serving.app import Limits, RewardServer
+from pcpo_fast.rewards.serving.batching import BatchQueue
+
+_FAREWELL = 30  # seconds for requests under way after the signal to stop
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to the host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def token_for(host: str, variable: str) -> str | None:
+    """The token that clients need, from the environment.
+
+    Raises:
+        UserError: other machines can reach the host, and there is no token; or one that a header cannot carry.
+    """
+    token = os.environ.get(variable, "").strip()
+    if not token and not is_loopback(host):
+        raise UserError(
+            f"--host {host} can be reached from other machines, so the server needs a token: set the environment "
+            f"variable {variable} here and for the runs (for example to the output of `openssl rand -hex 32`), or bind "
+            "to 127.0.0.1"
+        )
+    if not token.isascii() or any(character.isspace() for character in token):
+        raise UserError(f"the token in the environment variable {variable} must be plain characters without spaces")
+    return token or None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot listen on --host {host} --port {port}: {reason}") from None
+    return bound
+
+
+def serve(
+    name: str,
+    reward: Reward,
+    bound: socket.socket,
+    *,
+    token: str | None,
+    device: torch.device,
+    limits: Limits,
+    batch_size: int,
+    ready: Callable[[], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM; requests under way are finished first."""
+    work = BatchQueue(name, reward, device=device, most_images=batch_size)
+    server = RewardServer(name, work, limits, token)
+    settings = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_FAREWELL,
+        timeout_keep_alive=60,
+        lifespan="off",
+    )
+    bound.listen(settings.backlog)  # a client that connects before the loop runs waits for it
+    ready()
+    uvicorn.Server(settings).run(sockets=[bound])

@@ -1,0 +1,102 @@
+"""What travels between a run and a reward server: one safetensors file with images, prompts and metadata in it."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+CONTENT_TYPE = "application/octet-stream"
+TOKEN_VARIABLE = "PCPO_REWARD_TOKEN"
+PROTOCOL = 1
+_LARGEST_SIDE = 16384
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images to score.
+
+    Attributes:
+        images: float32 [B, 3, H, W] in 0..1, on the CPU.
+        prompts, metadata: B each.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+
+
+def pack(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
+    """A request's body. ``images`` [B, 3, H, W], float32 or uint8 (0..255).
+
+    Raises:
+        TypeError, ValueError: metadata that JSON cannot hold.
+    """
+    texts = {"prompts": json.dumps(prompts), "metadata": json.dumps(metadata, allow_nan=False)}
+    return save({"images": images.detach().cpu().contiguous()}, metadata=texts)
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """float32 images in 0..1 as uint8, rounded: a quarter of the size."""
+    return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def unpack(body: bytes, most_images: int) -> Batch:
+    """Read a request's body, from whomever it comes: nothing in it is executed, and every size is checked.
+
+    Raises:
+        ValueError: what is wrong with it, in a few words.
+    """
+    texts = _texts(body)
+    try:
+        tensors = load(body)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"the body is no safetensors file: {_line(error)}") from None
+    if set(tensors) != {"images"}:
+        raise ValueError("the body must hold one tensor named images")
+    images = tensors["images"]
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype not in (torch.float32, torch.uint8):
+        raise ValueError(f"images must be float32 or uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+    count, _, height, width = images.shape
+    if not 1 <= count <= most_images:
+        raise ValueError(f"{count} images in a request, but 1 to {most_images} are allowed")
+    if not (1 <= height <= _LARGEST_SIDE and 1 <= width <= _LARGEST_SIDE):
+        raise ValueError(f"images of {height} x {width} pixels, but sides of 1 to {_LARGEST_SIDE} are allowed")
+    prompts, metadata = (_list(texts, name, kind, count) for name, kind in (("prompts", str), ("metadata", dict)))
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    return Batch(images, prompts, metadata)
+
+
+def _texts(body: bytes) -> dict[str, Any]:
+    """The file's own metadata, which the library reads from files on a disk only."""
+    length = int.from_bytes(body[:8], "little")
+    if len(body) < 8 or length > len(body) - 8:
+        raise ValueError("the body is no safetensors file: its header is cut")
+    try:
+        header = json.loads(body[8 : 8 + length])
+    except (ValueError, RecursionError):
+        raise ValueError("the body is no safetensors file: its header is no JSON") from None
+    texts = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(texts, dict):
+        raise ValueError("the body has no prompts and metadata")
+    return texts
+
+
+def _list(texts: dict[str, Any], name: str, kind: type, count: int) -> list[Any]:
+    try:
+        found = json.loads(texts.get(name, ""))
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or len(found) != count or not all(isinstance(item, kind) for item in found):
+        what = "texts" if kind is str else "mappings"
+        raise ValueError(f"{name} must be a JSON list of {count} {what}, one for each image")
+    return found
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

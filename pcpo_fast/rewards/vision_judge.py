@@ -1,0 +1,192 @@
+"""A vision-language model behind an OpenAI-compatible endpoint as the judge of an image (docs/reward_server.md)."""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.failures import RewardFailure
+from pcpo_fast.rewards.in_parallel import in_parallel
+from pcpo_fast.rewards.patient_client import PatientClient
+
+DEFAULT_PROMPT = (
+    "How well does this image show what was asked for, and how good does it look? It was asked for: {prompt}\n"
+    'Answer with JSON alone: {"score": S}, where S is a number from 0 (not at all) to 10 (perfectly).'
+)
+
+
+class VisionJudge:
+    """One chat completion for each image; the score is read out of its text. Range: what the prompt asks for.
+
+    Args:
+        url: the endpoint up to its version, like ``http://host:8000/v1``; ``/chat/completions`` is added.
+        model: the model's name there.
+        prompt: what is asked; ``{prompt}`` stands for the image's prompt, ``{metadata.NAME}`` for a value of its
+            metadata. The image follows it.
+        json_key: the score is this value of the JSON object in the answer; without it and ``regex``: "score".
+        regex: the score is the first group of this regular expression, where it matches last.
+        lowest, highest: a score outside is a failure; None: no limit.
+        key_env: environment variable with the key of the endpoint; a key is never an option.
+        system: a system message.
+        request: further fields of the request's body, like ``{"seed": 1, "response_format": {...}}``.
+        max_tokens, temperature: of the answer.
+        timeout: seconds to wait for one answer.
+        retries: further attempts while the endpoint is away or busy, with growing pauses.
+        parallel: requests under way at once.
+
+    Raises:
+        UserError: an option is not valid.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        prompt: str = DEFAULT_PROMPT,
+        json_key: str | None = None,
+        regex: str | None = None,
+        lowest: float | None = None,
+        highest: float | None = None,
+        key_env: str = "PCPO_JUDGE_KEY",
+        system: str | None = None,
+        request: dict[str, Any] | None = None,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        timeout: float = 120.0,
+        retries: int = 16,
+        parallel: int = 8,
+    ) -> None:
+        if json_key is not None and regex is not None:
+            raise UserError("reward vision_judge: json_key and regex are two ways to read the score; give one of them")
+        self._pattern = None if regex is None else _compiled(regex)
+        self._key = "score" if json_key is None else json_key
+        if "{prompt}" not in prompt and "{metadata." not in prompt:
+            raise UserError(
+                "reward vision_judge: prompt must hold {prompt} or {metadata.NAME}, where the image's stands"
+            )
+        if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
+            raise UserError(f"reward vision_judge: parallel must be a positive whole number, got {parallel!r}")
+        self._lowest = -math.inf if lowest is None else lowest
+        self._highest = math.inf if highest is None else highest
+        self._prompt, self._parallel = prompt, parallel
+        self._body = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | (request or {})
+        self._first = [] if system is None else [{"role": "system", "content": system}]
+        self._client = PatientClient("vision_judge", url, key_variable=key_env, timeout=timeout, retries=retries)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Scores float32 [B] of images [B, 3, H, W]."""
+        texts = [_filled(self._prompt, *pair) for pair in zip(prompts, metadata, strict=True)]
+        rows = range(len(texts))
+        outcomes = in_parallel(lambda row: self._judge(images[row], texts[row]), rows, self._parallel)
+        scores = torch.tensor([outcome if isinstance(outcome, float) else math.nan for outcome in outcomes])
+        problems = [(row, outcome) for row, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+        if problems:
+            row, problem = problems[0]
+            more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise RewardFailure(f"reward vision_judge: {problem}, for the prompt {_cut(prompts[row])}{more}", scores)
+        return scores
+
+    def _judge(self, image: Tensor, text: str) -> float | str:
+        """The score, or what is wrong with the answer."""
+        content = [
+            {"type": "text", "text": text},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}},
+        ]
+        body = self._body | {"messages": [*self._first, {"role": "user", "content": content}]}
+        try:
+            answer = self._client.request(
+                "POST",
+                "/chat/completions",
+                content=json.dumps(body).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+        except RewardFailure as failure:
+            if not failure.retry:
+                raise  # the endpoint is away, for all images
+            return str(failure).removeprefix("reward vision_judge: ")
+        try:
+            said = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            said = None
+        if not isinstance(said, str):
+            return "the endpoint's answer has no text"
+        score = self._read(said)
+        if score is None:
+            wanted = f"match of {self._pattern.pattern}" if self._pattern else f"JSON with a number {self._key!r}"
+            return f"the answer {_cut(said)} has no {wanted}"
+        if not self._lowest <= score <= self._highest:
+            return f"the answer {_cut(said)} is outside {self._lowest:g} to {self._highest:g}"
+        return score
+
+    def _read(self, said: str) -> float | None:
+        if self._pattern is not None:
+            matches = list(self._pattern.finditer(said))
+            return _number(matches[-1].group(1)) if matches else None
+        found = None
+        for opening in re.finditer(r"\{", said):  # reasoning may stand before it, a fence around it
+            try:
+                value, _ = json.JSONDecoder().raw_decode(said, opening.start())
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict) and _number(value.get(self._key)) is not None:
+                found = _number(value[self._key])
+        return found
+
+
+def _filled(template: str, prompt: str, metadata: dict[str, Any]) -> str:
+    """The template with the image's own words; all other braces, of JSON examples, stay."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(2)
+        if name is None:
+            return prompt
+        if name not in metadata:
+            raise RewardFailure(
+                f"reward vision_judge: the metadata of the prompt {_cut(prompt)} have no {name}, which the judge's "
+                "prompt asks for"
+            )
+        found = metadata[name]
+        return found if isinstance(found, str) else json.dumps(found)
+
+    return re.sub(r"\{(prompt|metadata\.(\w+))\}", value, template)
+
+
+def _png(image: Tensor) -> str:
+    pixels = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _compiled(regex: str) -> re.Pattern[str]:
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise UserError(f"reward vision_judge: regex {regex!r} is no regular expression: {error}") from None
+    if pattern.groups < 1:
+        raise UserError(f"reward vision_judge: regex {regex!r} must have a group, (...), around the score")
+    return pattern
+
+
+def _cut(text: str | Sequence[str]) -> str:
+    line = " ".join(str(text).split())
+    return repr(line if len(line) <= 100 else line[:97] + "...")

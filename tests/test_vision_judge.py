@@ -1,0 +1,190 @@
+"""The judge behind an OpenAI-compatible endpoint, against one that writes down what it is asked."""
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reward_servers import free_port, running
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import pcpo_fast.rewards.patient_client
+from pcpo_fast.config import RewardConfig, ScoringConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.rewards import RewardSet, load_reward
+from pcpo_fast.rewards.failures import RewardFailure
+from pcpo_fast.rewards.vision_judge import VisionJudge
+
+KEY = "a-key-of-the-tests"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pcpo_fast.rewards.patient_client, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(pcpo_fast.rewards.patient_client, "_LONGEST_PAUSE", 0.2)
+    monkeypatch.delenv("PCPO_JUDGE_KEY", raising=False)
+
+
+class Endpoint:
+    """Answers with ``say(request's JSON)``: a text, or a whole response."""
+
+    def __init__(self, say: Callable[[dict[str, Any]], Any]) -> None:
+        self.say = say
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.at_once = self.most_at_once = 0
+
+    async def answer(self, request: Request) -> Response:
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        body = await request.json()
+        self.asked.append(body)
+        self.keys.append(request.headers.get("authorization"))
+        await asyncio.sleep(0.05)
+        self.at_once -= 1
+        said = self.say(body)
+        if isinstance(said, Response):
+            return said
+        return JSONResponse({"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]})
+
+
+@contextmanager
+def endpoint(say: Callable[[dict[str, Any]], Any]) -> Iterator[tuple[str, Endpoint]]:
+    made = Endpoint(say)
+    with running(Starlette(routes=[Route("/v1/chat/completions", made.answer, methods=["POST"])])) as url:
+        yield f"{url}/v1", made
+
+
+def asked_text(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"][0]["text"])
+
+
+def asked_image(body: dict[str, Any]) -> np.ndarray:
+    url = body["messages"][-1]["content"][1]["image_url"]["url"]
+    data = base64.b64decode(url.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+IMAGES = torch.rand(3, 3, 6, 4, generator=torch.Generator().manual_seed(3))
+PROMPTS = ["a red {circle}", "a blue square", "a star"]
+METADATA: list[dict[str, Any]] = [{"count": 2}, {"count": [1]}, {"count": "many"}]
+
+
+def test_every_image_is_judged_with_its_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {PROMPTS[0]: 7, PROMPTS[1]: 2.5, PROMPTS[2]: 0}
+
+    def say(body: dict[str, Any]) -> str:
+        prompt = next(prompt for prompt in PROMPTS if prompt in asked_text(body))
+        return f'Well.\n```json\n{{"why": "{{}}", "score": {scores[prompt]}}}\n```'
+
+    monkeypatch.setenv("PCPO_JUDGE_KEY", f" {KEY}\n")
+    with endpoint(say) as (url, made):
+        judge = VisionJudge(url, "some-model", system="Be strict.", request={"seed": 4}, max_tokens=9)
+        assert judge(IMAGES, PROMPTS, METADATA).tolist() == [7, 2.5, 0]
+    assert set(made.keys) == {f"Bearer {KEY}"} and made.most_at_once > 1
+    for body in made.asked:
+        row = next(row for row, prompt in enumerate(PROMPTS) if prompt in asked_text(body))
+        expected = (IMAGES[row] * 255).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(asked_image(body), expected)
+        assert (body["model"], body["seed"], body["max_tokens"], body["temperature"]) == ("some-model", 4, 9, 0)
+        assert body["messages"][0] == {"role": "system", "content": "Be strict."}
+        assert '{"score": S}' in asked_text(body)  # the braces of the example stay
+
+
+def test_the_prompt_takes_metadata_and_the_regex_its_last_match() -> None:
+    with endpoint(lambda body: f"I thought of 3/10, but {len(asked_text(body))}/10") as (url, made):
+        judge = VisionJudge(url, "m", prompt="{metadata.count} of {prompt}?", regex=r"([\d.]+)/10", parallel=1)
+        expected = ["2 of a red {circle}?", "[1] of a blue square?", "many of a star?"]
+        assert judge(IMAGES, PROMPTS, METADATA).tolist() == [len(text) for text in expected]
+    assert [asked_text(body) for body in made.asked] == expected and made.keys == [None] * 3
+    with pytest.raises(RewardFailure, match=r"metadata of the prompt 'a star' have no count, which the judge's"):
+        judge(IMAGES[:1], ["a star"], [{}])
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "problem"),
+    [
+        ("seven", {}, "the answer 'seven' has no JSON with a number 'score'"),
+        ('{"score": "high"}', {}, "has no JSON with a number 'score'"),
+        ('{"score": NaN}', {}, "has no JSON with a number 'score'"),
+        ('{"score": true}', {}, "has no JSON with a number 'score'"),
+        ('{"score": 85}', {"lowest": 0, "highest": 10}, "is outside 0 to 10"),
+        ("7", {"regex": "score: (.*)"}, r"the answer '7' has no match of score: \(\.\*\)"),
+        ("score: x", {"regex": "score: (.*)"}, "has no match of"),
+        (JSONResponse({"choices": []}), {}, "the endpoint's answer has no text"),
+        (JSONResponse({"choices": [{"message": {"content": None}}]}), {}, "the endpoint's answer has no text"),
+        (JSONResponse({"error": {"message": "image too\nlarge"}}, 400), {}, "answers 400: image too large"),
+    ],
+)
+def test_an_answer_without_a_score_names_the_prompt(said: Any, options: dict[str, Any], problem: str) -> None:
+    def say(body: dict[str, Any]) -> Any:
+        return said if "square" in asked_text(body) else '{"score": 5} score: 5'
+
+    with endpoint(say) as (url, _):
+        specs = [RewardConfig(name="vision_judge", options={"url": url, "model": "m"} | options)]
+        with pytest.raises(UserError, match=f"{problem}, for the prompt 'a blue square'$"):
+            RewardSet(specs).score(IMAGES, PROMPTS)
+        settings = ScoringConfig(on_failure="drop_group")  # type: ignore[call-arg]
+        scores = RewardSet(specs, settings).score(IMAGES, PROMPTS)
+    assert scores.total[[0, 2]].tolist() == [5, 5] and scores.total[1].isnan()
+
+
+def test_json_values_of_other_names_and_as_text() -> None:
+    with endpoint(lambda body: '{"score": 1, "details": {"beauty": "8.5"}}') as (url, _):
+        assert VisionJudge(url, "m", json_key="beauty")(IMAGES[:1], ["a"], [{}]).tolist() == [8.5]
+
+
+def test_a_busy_endpoint_is_asked_again() -> None:
+    answers = iter([JSONResponse({}, 429, {"Retry-After": "0"}), JSONResponse({}, 503), '{"score": 4}'])
+    with endpoint(lambda body: next(answers)) as (url, made):
+        assert VisionJudge(url, "m", retries=2)(IMAGES[:1], ["a"], [{}]).tolist() == [4]
+    assert len(made.asked) == 3 and made.asked[0] == made.asked[2]
+
+
+def test_a_refused_key_and_an_endpoint_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoint(lambda body: JSONResponse({"error": "no"}, 401)) as (url, made):
+        with pytest.raises(UserError, match="refuses requests without a token; set the environment variable MY_KEY"):
+            VisionJudge(url, "m", key_env="MY_KEY")(IMAGES, PROMPTS, METADATA)
+        monkeypatch.setenv("MY_KEY", "wrong")
+        with pytest.raises(UserError, match="refuses the token in the environment variable MY_KEY"):
+            VisionJudge(url, "m", key_env="MY_KEY", parallel=1)(IMAGES, PROMPTS, METADATA)
+        assert made.keys[-1] == "Bearer wrong"
+    gone = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(RewardFailure, match=r"cannot be reached .* in 1 attempts over") as caught:
+        VisionJudge(gone, "m", retries=0)(IMAGES, PROMPTS, METADATA)
+    assert not caught.value.retry
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"json_key": "a", "regex": "(b)"}, "json_key and regex are two ways"),
+        ({"regex": "("}, r"regex '\(' is no regular expression"),
+        ({"regex": "score"}, "must have a group"),
+        ({"prompt": "How nice?"}, r"prompt must hold \{prompt\}"),
+        ({"parallel": 0}, "parallel must be a positive whole number, got 0"),
+        ({"url": "host"}, "url must be like http://host:8765, got 'host'"),
+        ({"key": "sk-x"}, "unexpected keyword argument 'key'"),
+    ],
+)
+def test_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_reward("vision_judge", {"url": "http://127.0.0.1:1/v1", "model": "m"} | options)
+
+
+def test_the_request_is_json_of_the_documented_form() -> None:
+    with endpoint(lambda body: '{"score": 1}') as (url, made):
+        VisionJudge(f"{url}/", "m")(IMAGES[:1], ["a"], [{}])
+    assert set(json.loads(json.dumps(made.asked[0]))) == {"model", "max_tokens", "temperature", "messages"}
+    kinds = [part["type"] for part in made.asked[0]["messages"][0]["content"]]
+    assert kinds == ["text", "image_url"]
