@@ -28,11 +28,11 @@ def clip_words(last: bool = True) -> Any:
     return CLIPTokenizer({piece: i for i, piece in enumerate(ordered)}, [], model_max_length=20)
 
 
-def scatter(module: nn.Module, seed: int) -> None:
+def scatter(module: nn.Module, seed: int, scale: float = 0.2) -> None:
     """Random weights, every one: what starts as zero or one would hide a mix-up."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
         if parameter.ndim == 1:
             parameter.data += 0.5
 

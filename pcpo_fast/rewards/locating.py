@@ -138,6 +138,7 @@ def _readable(size: int) -> str:
 
 def _from_hub(where: str, what: str, download: Callable[[], Path]) -> Path:
     from huggingface_hub.errors import (
+        DryRunError,
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
@@ -145,29 +146,36 @@ def _from_hub(where: str, what: str, download: Callable[[], Path]) -> Path:
         RepositoryNotFoundError,
     )
 
-    here = f"{where}: {what} is not under {os.getcwd()}"
     try:
         return download()
-    except GatedRepoError:
-        raise UserError(
-            f"{here}, and on the hub it is gated: accept its license on its model page, then run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{here}, and the hub has no such model that you may read: check the spelling") from None
-    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise UserError(
-            f"{here} and not in the local cache, and the hub cannot be reached; download it once with a network "
-            f"(`hf download`), or give a path ({_line(error)})"
-        ) from None
-    except EntryNotFoundError as error:
-        raise UserError(f"{here}, and the hub does not have it: {_line(error)}") from None
-    except HfHubHTTPError as error:
-        raise UserError(f"{here}, and the hub refused it: {_line(error)}") from None
-    except Exception as error:
-        # HTTP libraries raise errors of their own before there is an answer; a full disk is an OSError.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
-            raise
-        raise UserError(f"{here}, and it could not be had from the hub: {_line(error)}") from None
+    except Exception as raised:
+        error: BaseException = raised
+    if isinstance(error, DryRunError) and error.__cause__ is not None:
+        error = error.__cause__  # what kept the hub's client from looking
+    here = f"{where}: {what} is not under {os.getcwd()}"
+    if isinstance(error, GatedRepoError):
+        problem = "and on the hub it is gated: accept its license on its model page, then run `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        problem = "and the hub has no such model that you may read: check the spelling"
+    elif isinstance(error, DryRunError | LocalEntryNotFoundError | ConnectionError | TimeoutError) or _no_answer(error):
+        problem = (
+            "nor in the local cache, and the hub cannot be reached; download it once with a network (`hf download`), "
+            f"or give a path ({_line(error)})"
+        )
+    elif isinstance(error, EntryNotFoundError):
+        problem = f"and the hub does not have it: {_line(error)}"
+    elif isinstance(error, HfHubHTTPError):
+        problem = f"and the hub refused it: {_line(error)}"
+    elif isinstance(error, OSError):
+        problem = f"and it could not be had from the hub: {_line(error)}"
+    else:
+        raise error
+    raise UserError(f"{here}, {problem}") from None
+
+
+def _no_answer(error: BaseException) -> bool:
+    """Whether an HTTP library gave up before there was an answer."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
 def _line(error: BaseException) -> str:

@@ -73,7 +73,7 @@ class Preprocessing:
         for size in ((pixels.shape[-2], target[1]), target):
             if tuple(pixels.shape[-2:]) != size:
                 pixels = F.interpolate(pixels, size, mode=self.filter, antialias=True, align_corners=False)
-                pixels = pixels.round().clamp(0, 255)
+                pixels = (pixels + 0.5).floor().clamp(0, 255)  # halves go up, as in Pillow
         return pixels
 
     def _crop(self, pixels: Tensor, crop: tuple[int, int]) -> Tensor:
