@@ -120,7 +120,7 @@ def test_the_prompt_takes_metadata_and_the_regex_its_last_match() -> None:
         ('{"score": true}', {}, "has no JSON with a number 'score'"),
         ('{"score": 85}', {"lowest": 0, "highest": 10}, "is outside 0 to 10"),
         ("7", {"regex": "score: (.*)"}, r"the answer '7' has no match of score: \(\.\*\)"),
-        ("score: x", {"regex": "score: (.*)"}, "has no match of"),
+        ("score: x", {"regex": "score: (.*)"}, r"has no match of score: \(\.\*\)"),
         (JSONResponse({"choices": []}), {}, "the endpoint's answer has no text"),
         (JSONResponse({"choices": [{"message": {"content": None}}]}), {}, "the endpoint's answer has no text"),
         (JSONResponse({"error": {"message": "image too\nlarge"}}, 400), {}, "answers 400: image too large"),
