@@ -5,6 +5,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
 import torch
@@ -273,7 +274,7 @@ class PipelinePolicy(Policy):
         try:
             with quiet_libraries():
                 return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **(absent | options))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, UnpicklingError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             name = cls.pipeline_class.__name__
             raise UserError(f"model.path: {folder} cannot be loaded as a {name}: {reason}") from None
