@@ -72,7 +72,7 @@ def _checked_device(name: str, device: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError):
         have = f"cpu, cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
         raise UserError(f"reward {name}: there is no device {device!r} here; allowed are {have}") from None
-    if found.type == "cuda" and found.index is None:  # images name theirs with its number
+    if str(found) == "cuda":  # images name theirs with its number
         found = torch.device("cuda", torch.cuda.current_device())
     return found
 
