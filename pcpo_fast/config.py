@@ -227,6 +227,9 @@ class OptimizerConfig(Section):
     weights: Literal["fp32_master", "stochastic_rounding"] = Field(
         "fp32_master", description="bf16 models: keep an fp32 copy of the weights, or round bf16 updates stochastically"
     )
+    moments: Literal["full", "8bit"] = Field(
+        "full", description="full: both moments in the dtype of the weights stepped; 8bit: a byte each (bitsandbytes)"
+    )
 
 
 class TrainConfig(Section):
@@ -248,6 +251,10 @@ class TrainConfig(Section):
     micro_batch_size: Positive = Field(1, description="(image, step) pairs in one forward and backward on each rank")
     old_output: Literal["detach", "rollout", "recompute"] = Field(
         "detach", description="what the new output is compared with (docs/method.md, Which old output)"
+    )
+    ema_decay: Decay | None = Field(
+        None,
+        description="decay of a moving average of the weights, which evaluations and exports then use; null: none",
     )
     max_skipped_updates: Positive = Field(
         5, description="end the run after this many updates in a row without a finite gradient"
@@ -279,6 +286,19 @@ class CheckpointConfig(Section):
         30.0,
         description="seconds that SIGTERM or SIGINT leaves the run to finish an epoch and write a checkpoint; then it "
         "ends come what may",
+    )
+
+
+class DistributedConfig(Section):
+    """Several processes: how long they wait for each other (docs/scaling.md)."""
+
+    start_timeout: PositiveFloat = Field(
+        600.0, description="seconds after which a run does not start, naming the ranks that have not come"
+    )
+    timeout: PositiveFloat = Field(
+        7200.0,
+        description="seconds without any progress after which a run ends, naming the rank that the others wait for; "
+        "a download or a slow reward on one rank takes them, too",
     )
 
 
@@ -319,6 +339,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)  # type: ignore[arg-type]
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)  # type: ignore[arg-type]
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
 
     @model_validator(mode="after")

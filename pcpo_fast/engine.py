@@ -6,7 +6,8 @@ import logging
 import math
 import os
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,15 +15,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pcpo_fast.config import Config
-from pcpo_fast.distributed import local_rank, rank
+from pcpo_fast.config import Config, DistributedConfig
+from pcpo_fast.distributed import launcher_rank, local_rank, rank, world_size
+from pcpo_fast.eight_bit_adamw import EightBitAdamW
+from pcpo_fast.ema import Ema
 from pcpo_fast.errors import UserError
 from pcpo_fast.optimizers import GuardedAdamW, StochasticAdamW
+from pcpo_fast.rendezvous import meet, own_connection
+from pcpo_fast.watch import Watch, note, set_watch
 
-PATIENCE = timedelta(hours=2)
-"""How long ranks wait for each other: one may download a model, or ask a slow reward, while the others stand by."""
+PATIENCE = timedelta(seconds=DistributedConfig().timeout)
+"""How long ranks wait for each other where the configuration does not say."""
+
+MARGIN = timedelta(seconds=60)
+"""By how much a collective outwaits the watch, which has more to say about a rank that does not come."""
 
 STATE_FOLDER = "engine"
 """Where a checkpoint's engine state lies within it."""
@@ -40,8 +50,16 @@ OWNED_KEYS = (
 """DeepSpeed settings that the configuration decides; naming them in the JSON would say the same thing twice."""
 
 
-def start_distributed() -> torch.device:
-    """Join the process group of the launcher, or make one of a single process; returns this rank's device."""
+def start_distributed(settings: DistributedConfig | None = None) -> torch.device:
+    """Join the process group of the launcher, or make one of a single process; returns this rank's device.
+
+    Args:
+        settings: how long ranks wait for each other; None for the defaults.
+
+    Raises:
+        UserError: some of the launcher's ranks have not come, or rank 0 cannot be reached.
+    """
+    settings = DistributedConfig() if settings is None else settings
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -52,7 +70,17 @@ def start_distributed() -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=PATIENCE, device_id=device if on_gpu else None)
+            patience, timeout = (timedelta(seconds=s) for s in (settings.start_timeout, settings.timeout))
+            dist.init_process_group(
+                backend,
+                store=meet(patience),
+                rank=launcher_rank(),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timeout + MARGIN,
+                device_id=device if on_gpu else None,
+            )
+            if world_size() > 1:
+                set_watch(Watch(own_connection(patience), rank(), world_size(), timeout))
         else:
             # No launcher: a store in memory needs neither a port nor a host name. DeepSpeed asks the environment.
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -63,6 +91,7 @@ def start_distributed() -> torch.device:
 
 def stop_distributed() -> None:
     """Leave the process group, if there is one; a later :func:`start_distributed` makes a new one."""
+    set_watch(None)
     if dist.is_available() and dist.is_initialized():
         _import_deepspeed().comm.destroy_process_group()  # drops DeepSpeed's own references, too
 
@@ -90,6 +119,9 @@ class Engine:
         config: sections ``optimizer``, ``model``, ``train`` and ``deepspeed`` are used.
         accumulation: micro-batches per optimiser step.
 
+    Attributes:
+        ema: the moving average of the trained weights, None where the configuration asks for none.
+
     Raises:
         UserError: the DeepSpeed JSON is missing, malformed, refused by DeepSpeed, or sets what the configuration owns.
     """
@@ -109,10 +141,16 @@ class Engine:
             "eps": settings.eps,
             "weight_decay": settings.weight_decay,
         }
-        if settings.weights == "stochastic_rounding":
-            self.optimizer: Any = StochasticAdamW(parameters, **common, seed=config.seed)
+        if settings.moments == "8bit":
+            self.optimizer: Any = EightBitAdamW(parameters, **common, seed=config.seed)
+        elif settings.weights == "stochastic_rounding":
+            self.optimizer = StochasticAdamW(parameters, **common, seed=config.seed)
         else:
             self.optimizer = GuardedAdamW(parameters, **common)
+        ds_config = deepspeed_config(config, accumulation)
+        _check_secondary_partition(ds_config, config.deepspeed)
+        if config.train.ema_decay is not None:
+            _check_shards_in_memory(ds_config, config.deepspeed)
         try:
             # DeepSpeed's bf16 optimiser prints its memory, which no log level keeps off the progress display.
             with redirect_stdout(io.StringIO()):
@@ -120,7 +158,7 @@ class Engine:
                     model=module,
                     optimizer=self.optimizer,
                     model_parameters=parameters,
-                    config=deepspeed_config(config, accumulation),
+                    config=ds_config,
                     dist_init_required=False,
                 )
         except (ValueError, AssertionError, KeyError, deepspeed.DeepSpeedConfigError, ZeRORuntimeException) as error:
@@ -128,6 +166,8 @@ class Engine:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{config.deepspeed}: DeepSpeed refuses these settings: {reason}") from None
+        decay = config.train.ema_decay
+        self.ema = None if decay is None else Ema(self._shards(), decay)
 
     @property
     def module(self) -> nn.Module:
@@ -140,6 +180,7 @@ class Engine:
 
     def step(self) -> None:
         """End a micro-batch; on the last of an update, step the optimiser and set :attr:`last_step`."""
+        note("update")
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         lr = self.lr * min(1.0, (self.updates + 1) / (self.warmup + 1))
         if boundary:
@@ -151,6 +192,8 @@ class Engine:
             applied = not self.optimizer.skipped and self.deepspeed.was_step_applied()
             self.last_step = StepOutcome(applied, math.nan if norm is None else float(norm), lr)
             self.updates += int(applied)
+            if self.ema is not None and applied:
+                self.ema.update()
 
     @property
     def zero_stage(self) -> int:
@@ -160,6 +203,10 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write weights (those trained) and optimiser state to ``folder/engine``; all ranks must call it."""
         self.deepspeed.save_checkpoint(str(folder), tag=STATE_FOLDER, exclude_frozen_parameters=True)
+        if self.ema is not None:
+            state = self.ema.state_dict()
+            tensors = {str(index): average for index, average in enumerate(state["average"])}
+            save_file(tensors, _average_file(folder), {"updates": str(state["updates"])})
 
     def load(self, folder: Path) -> bool:
         """Take up what :meth:`save` wrote with the same weights, ranks and ZeRO stage; False where nothing is there.
@@ -177,18 +224,73 @@ class Engine:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             # Frozen weights are not in it, so the load cannot be strict.
             loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE_FOLDER, load_module_strict=False)
+        if self.ema is not None and loaded is not None:
+            self._load_average(_average_file(folder))
         return loaded is not None
 
+    def _load_average(self, file: Path) -> None:
+        if self.ema is None or not file.is_file():
+            # A checkpoint of a run without an average: it begins at the weights that were loaded.
+            self.ema = None if self.ema is None else Ema(self._shards(), self.ema.decay)
+            return
+        try:
+            with safe_open(file, "pt") as stored:
+                average = [stored.get_tensor(str(index)) for index in range(len(stored.keys()))]
+                self.ema.load_state_dict({"updates": stored.metadata()["updates"], "average": average})
+        except SafetensorError as error:
+            raise ValueError(f"{file.name}: {error}") from None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the model has the moving average's weights; without one, its own. All ranks must enter it.
+
+        No optimiser step may be made within.
+        """
+        if self.ema is None:
+            yield
+            return
+        self.ema.put_in()
+        self._refresh_weights()
+        try:
+            yield
+        finally:
+            self.ema.take_out()
+            self._refresh_weights()
+
+    def _shards(self) -> list[Tensor]:
+        """What this rank's optimiser steps: the flat shards of the trained weights."""
+        names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
+        return next(list(found) for name in names if (found := getattr(self.deepspeed.optimizer, name, None)))
+
+    @torch.no_grad()
+    def _refresh_weights(self) -> None:
+        """Make the model's weights from the shards, as DeepSpeed does after a step."""
+        optimizer = self.deepspeed.optimizer
+        if self.zero_stage < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        persistent = optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+        optimizer.invalidate_secondary_tensor()
+
     def full_state(self) -> dict[str, Tensor]:
-        """The trained parameters, each whole, on the CPU; empty on ranks other than 0. All ranks must call it."""
+        """The trained parameters, each whole, on the CPU; empty on ranks other than 0. All ranks must call it.
+
+        Those of the moving average, where there is one: this is what is exported.
+        """
         import deepspeed
 
         state: dict[str, Tensor] = {}
-        for name, parameter in self.deepspeed.module.named_parameters():
-            if parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                    if rank() == 0:
-                        state[name] = parameter.detach().to("cpu", copy=True)
+        with self.averaged():
+            for name, parameter in self.deepspeed.module.named_parameters():
+                if parameter.requires_grad:
+                    with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                        if rank() == 0:
+                            state[name] = parameter.detach().to("cpu", copy=True)
         return state
 
 
@@ -225,6 +327,29 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _check_shards_in_memory(settings: dict[str, Any], file: str | None) -> None:
+    offload = settings["zero_optimization"].get("offload_optimizer") or {}
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise UserError(
+            "train.ema_decay: a moving average needs the weights in memory, not on NVMe; set null, or "
+            f"offload_optimizer.device to cpu in {file}"
+        )
+
+
+def _average_file(folder: Path) -> Path:
+    return folder / STATE_FOLDER / f"moving_average_rank_{rank():05d}.safetensors"
+
+
+def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> None:
+    """ZeRO++'s hpZ keeps a second copy of the weights on every machine: with one machine that is memory for nothing."""
+    size, ranks = settings["zero_optimization"].get("zero_hpz_partition_size", 1), world_size()
+    if isinstance(size, int) and size > 1 and (size >= ranks or ranks % size):
+        raise UserError(
+            f"{file}: zero_optimization.zero_hpz_partition_size is {size}, which must be the ranks of one machine of "
+            f"several, but the run has {ranks} ranks in all; use ds_configs/zero3.json on one machine"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

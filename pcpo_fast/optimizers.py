@@ -30,6 +30,19 @@ def gradients_are_finite(parameters: Iterable[Tensor]) -> bool:
     return bool(finite.item())
 
 
+def check_moments(state_dict: dict[str, Any], eight_bit: bool) -> None:
+    """Refuse an optimiser's state with moments of the other kind, which PyTorch would cast without a word.
+
+    Raises:
+        ValueError: the moments are of 8 bits and should not be, or the other way round.
+    """
+    if any(("exp_avg_scale" in state) != eight_bit for state in state_dict["state"].values()):
+        kinds = ("full", "8bit")
+        raise ValueError(
+            f"its moments are {kinds[not eight_bit]}, this run has optimizer.moments={kinds[eight_bit]}; use the same"
+        )
+
+
 class GuardedAdamW(torch.optim.AdamW):
     """:class:`torch.optim.AdamW` that leaves weights and moments alone when a gradient is not finite.
 
@@ -46,6 +59,11 @@ class GuardedAdamW(torch.optim.AdamW):
         if self.skipped:
             return None
         return super().step(closure)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in PyTorch; 8-bit moments are refused with a ValueError."""
+        check_moments(state_dict, eight_bit=False)
+        super().load_state_dict(state_dict)
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,21 +111,28 @@ class StochasticAdamW(torch.optim.Optimizer):
         if self.skipped:
             return None
         for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is not None:
-                    self._step_parameter(p, group, index)
+                    self._step_parameter(p, group)
         return None
 
-    def _step_parameter(self, p: Tensor, group: dict[str, Any], index: int) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in PyTorch; 8-bit moments are refused with a ValueError."""
+        check_moments(state_dict, eight_bit=False)
+        super().load_state_dict(state_dict)
+
+    def _step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
+            # Not the place in the group: ZeRO 3 puts one sub-group after the other there, and each needs other noise.
+            state["number"] = len(self.state) - 1
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         state["step"] += 1
         count = int(state["step"])
         generator = torch.Generator(p.device).manual_seed(
-            random_key(Purpose.OPTIMIZER, self.seed, count, index, rank())
+            random_key(Purpose.OPTIMIZER, self.seed, count, state.get("number", 0), rank())
         )
         beta1, beta2 = group["betas"]
         root, rate = (1 - beta2**count) ** 0.5, group["lr"] / (1 - beta1**count)

@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "evaluation.batch_size",
     "checkpoint",
     "logging",
+    "distributed",
     "rollout.batch_size",
     "train.micro_batch_size",
     "model.attention",

@@ -8,6 +8,7 @@ import torch
 
 from pcpo_fast.config import Config, LoggingConfig
 from pcpo_fast.distributed import local_rank
+from pcpo_fast.eight_bit_adamw import check_eight_bit
 from pcpo_fast.engine import deepspeed_config
 from pcpo_fast.epoch_plan import accumulation_steps
 from pcpo_fast.errors import UserError
@@ -47,6 +48,8 @@ class RunInputs:
         path = config.prompts.heldout
         heldout = [] if path is None else load_prompts(path)[: config.evaluation.prompts]
         deepspeed_config(config, accumulation=1)
+        if config.optimizer.moments == "8bit":
+            check_eight_bit()
         _check_logging(config.logging)
         _check_tables(config)
         per_epoch, seed = config.rollout.prompts_per_epoch, config.seed

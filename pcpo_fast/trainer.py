@@ -21,6 +21,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
 from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.preemption import Polled, Stopped, StopRequest
+from pcpo_fast.rank_agreement import check_agreement
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout import Rollout, collect_rollout
@@ -54,8 +55,9 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
         _announce(start, config, console)
         return read_summary(Path(config.output_dir))
     inputs = RunInputs.load(config)
-    device = start_distributed()
+    device = start_distributed(config.distributed)
     try:
+        check_agreement(config)
         start = verified(start)
         _announce(start, config, console)
         return Trainer(config, start, inputs, device, console).run()
@@ -248,7 +250,8 @@ class Trainer:
         if not self.heldout.prompts:
             return
         self.progress.phase("evaluation")
-        metrics, grid = self.heldout.evaluate()
+        with self.engine.averaged():
+            metrics, grid = self.heldout.evaluate()
         self.heldout_reward = metrics["heldout/reward/mean"]
         self.recorder.log("evaluation", metrics, epoch=epoch)
         self.recorder.image(f"epoch_{epoch:04d}", grid, epoch)

@@ -13,6 +13,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from pcpo_fast.watch import note
+
 _RECENT = 10  # epochs that the time left is estimated from
 _HISTORY = 40  # epochs in the little curve
 _BARS = "▁▂▃▄▅▆▇█"
@@ -80,6 +82,7 @@ class TrainingProgress:
     def phase(self, name: str) -> None:
         """Say what is at work now: "rollout", "reward", "update", "evaluation", …"""
         self._phase = name
+        note(name)
 
     def epoch(self, metrics: Mapping[str, float]) -> None:
         """One epoch is over; `metrics` are its numbers by their fixed names (any of them may be missing)."""

@@ -1,0 +1,129 @@
+"""Before anything is loaded: do all ranks run the same code, settings, model and libraries?"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pcpo_fast
+from pcpo_fast.config import Config
+from pcpo_fast.distributed import gather_objects, is_distributed
+from pcpo_fast.errors import UserError
+from pcpo_fast.rendezvous import by_host
+
+LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
+OF_A_MACHINE = ("model.path", "model.embedding_cache")
+"""Settings that may differ from machine to machine: the model's content is compared, not where it lies."""
+READ_WHOLE = 1 << 20
+"""Bytes up to which a file of the model is compared by its content; of a larger one, its size and its beginning."""
+SHOWN = 4
+"""Differences that are named one by one."""
+
+
+def check_agreement(config: Config) -> None:
+    """Refuse to start where ranks differ; nothing to do with one process. All ranks must call it.
+
+    Raises:
+        UserError: on every rank, with the ranks and hosts that differ from rank 0, and in what.
+    """
+    if not is_distributed():
+        return
+    everyone = gather_objects((socket.gethostname(), facts(config)))
+    message = disagreement(everyone)
+    if message is not None:
+        raise UserError(message)
+
+
+def facts(config: Config) -> dict[str, str]:
+    """What all ranks of a run must have in common, by a name that says what it is."""
+    found = {"Python": platform.python_version(), "pcpo_fast": pcpo_fast.__version__, "source code": _code_digest()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["CUDA"] = str(torch.version.cuda)
+    found["model files"] = _model_digest(config)
+    settings = _flat(config.model_dump(mode="json"))
+    return found | {f"setting {key}": value for key, value in settings.items() if key not in OF_A_MACHINE}
+
+
+def disagreement(everyone: list[tuple[str, dict[str, str]]]) -> str | None:
+    """The sentence about ranks that differ from rank 0, None where none does.
+
+    Args:
+        everyone: host name and :func:`facts` of each rank, in rank order.
+    """
+    first_host, first = everyone[0]
+    different: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+    for rank, (host, found) in enumerate(everyone):
+        for name in first.keys() | found.keys():
+            mine, theirs = found.get(name, "missing"), first.get(name, "missing")
+            if mine != theirs:
+                different.setdefault((name, mine, theirs), []).append((rank, host))
+    if not different:
+        return None
+    # A library first: what it differs in may be why the rest does.
+    order = {name: number for number, name in enumerate(first)}
+    lines = [
+        f"{by_host(ranks)}: {name} {mine}, not {theirs}"
+        for (name, mine, theirs), ranks in sorted(different.items(), key=lambda item: order.get(item[0][0], len(order)))
+    ]
+    more = f"; and {len(lines) - SHOWN} more differences" if len(lines) > SHOWN else ""
+    return f"ranks differ from rank 0 on {first_host}: {'; '.join(lines[:SHOWN])}{more}"
+
+
+def _code_digest() -> str:
+    import pcpo_kernels
+
+    digest = hashlib.sha256()
+    for package in (pcpo_fast, pcpo_kernels):
+        folder = Path(str(package.__file__)).parent
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _model_digest(config: Config) -> str:
+    folder = Path(config.model.path).expanduser()
+    if folder.is_dir():
+        return folder_digest(folder)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(config.model.path, "model_index.json", revision=config.model.revision)
+    except HFValidationError:
+        return "no folder"  # loading says what is wrong with the path
+    # A snapshot's folder is named after its commit. One that is not there yet is downloaded, by all from the same hub.
+    return Path(found).parent.name if isinstance(found, str) else "from the hub"
+
+
+def folder_digest(folder: Path) -> str:
+    """A short hash of a model folder: names and sizes of its files, and the first megabyte of each.
+
+    The first megabyte of a safetensors file holds the names, shapes and places of its tensors, and some of the weights;
+    reading all of them would take minutes.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        parts = file.relative_to(folder).parts
+        if any(part.startswith(".") for part in parts):
+            continue  # a download's own records
+        with open(file, "rb") as stream:
+            head = stream.read(READ_WHOLE)
+        digest.update(f"{'/'.join(parts)} {os.path.getsize(file)}\n".encode() + head)
+    return digest.hexdigest()[:12]
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        parts = [_flat(below, f"{key}.{name}" if key else str(name)) for name, below in value.items()]
+        return {name: text for part in parts for name, text in part.items()}
+    return {key: json.dumps(value)}

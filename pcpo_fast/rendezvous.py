@@ -1,0 +1,95 @@
+"""Where the processes of a run meet: who has not come is named, instead of a wait without end."""
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from pcpo_fast.errors import UserError
+
+LOOK = 0.2
+"""Seconds between two looks at who has come."""
+
+
+def meet(patience: timedelta) -> dist.Store:
+    """The store of the launcher's processes (MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE), once all have come to it.
+
+    Args:
+        patience: how long to wait for the last of them.
+
+    Raises:
+        UserError: rank 0 cannot be reached, or some ranks have not come; says which, and where the others are.
+    """
+    store = _connect(patience, int(os.environ["RANK"]) == 0)
+    _wait_for_all(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), patience)
+    return store
+
+
+def own_connection(patience: timedelta) -> dist.Store:
+    """A second connection to the store of :func:`meet`: a thread that asks on the first would wait behind the main one.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    return _connect(patience, False)
+
+
+def _connect(patience: timedelta, may_host: bool) -> dist.Store:
+    rank = int(os.environ["RANK"])
+    address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "29500")
+    # torchrun keeps a store at this address itself, and counts its restarts.
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store: dist.Store = dist.TCPStore(
+            address, int(port), is_master=may_host and not of_agent, timeout=patience, wait_for_workers=False
+        )
+    except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} cannot meet the others at {address}:{port} (MASTER_ADDR, "
+            f"MASTER_PORT, where rank 0 listens): {reason}"
+        ) from error
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_for_all(store: dist.Store, rank: int, world_size: int, patience: timedelta) -> None:
+    store.set(f"present/{rank}", socket.gethostname())
+    missing, give_up = set(range(world_size)), time.monotonic() + patience.total_seconds()
+    while missing:
+        missing -= {other for other in missing if store.check([f"present/{other}"])}
+        if not missing:
+            return
+        if time.monotonic() > give_up:
+            here = [(r, store.get(f"present/{r}").decode()) for r in range(world_size) if r not in missing]
+            raise UserError(
+                f"{_ranks(missing)} of {world_size} did not come within {patience.total_seconds():.0f} s "
+                f"(distributed.start_timeout); here are {by_host(here)}: look at the output of the machine that is "
+                "missing, and whether every machine was started with the same number of processes"
+            ) from TimeoutError()
+        time.sleep(LOOK)
+
+
+def by_host(ranks: Iterable[tuple[int, str]]) -> str:
+    """ "ranks 0-3 on a, ranks 4-7 on b", in the order of the lowest rank."""
+    hosts: dict[str, list[int]] = {}
+    for rank, host in sorted(ranks):
+        hosts.setdefault(host, []).append(rank)
+    return ", ".join(f"{_ranks(numbers)} on {host}" for host, numbers in hosts.items())
+
+
+def _ranks(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ("rank " if _single(runs) else "ranks ") + text
+
+
+def _single(runs: Sequence[Sequence[int]]) -> bool:
+    return len(runs) == 1 and runs[0][0] == runs[0][1]
