@@ -38,7 +38,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     answer = call(capsys, "--help")
     assert answer.code == 0
     for name in NAMES:
-        assert f"\n    {name} " in answer.out
+        assert re.search(rf"\n    {name}[ \n]", answer.out)  # argparse puts the longest name on a line of its own
     assert NAMES == ("train", "sample", "compare", "credit", "report", "export", "serve-reward")
 
 
