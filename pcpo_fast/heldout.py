@@ -36,6 +36,11 @@ def diversity(images: Tensor, per_prompt: int) -> float:
     return float((2 * groups.var(dim=1, unbiased=True).mean(dim=1)).sqrt().mean())
 
 
+def _present(scores: Tensor) -> Tensor:
+    """float64, those that there are: a reward that fails may leave some out (``scoring.on_failure``)."""
+    return scores.double()[scores.isfinite()]
+
+
 @dataclass
 class HeldOut:
     """Evaluates a policy on held-out prompts.
@@ -78,9 +83,11 @@ class HeldOut:
         images = generate(self.policy, self.texts, count, self.table, self.settings.seed, self.settings.batch_size)
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
         scores = self._score(images, repeated)
-        metrics = {"heldout/reward/mean": float(scores.total.double().mean())}
-        metrics["heldout/reward/std"] = float(scores.total.double().std(unbiased=False))
-        metrics |= {f"heldout/reward/{name}": float(part.double().mean()) for name, part in scores.components.items()}
+        total = _present(scores.total)
+        metrics = {"heldout/reward/mean": float(total.mean()), "heldout/reward/std": float(total.std(unbiased=False))}
+        metrics |= {f"heldout/reward/{name}": float(_present(c).mean()) for name, c in scores.components.items()}
+        if len(total) < len(scores.total):
+            metrics["heldout/failed_images"] = float(len(scores.total) - len(total))
         if count > 1:
             metrics["heldout/diversity"] = diversity(images, count)
         self.last = images[torch.tensor(self._shown(), device=images.device)].cpu()

@@ -8,6 +8,7 @@ from typing import Any
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.reporting import page, plots
 from pcpo_fast.reporting.progress import duration
+from pcpo_fast.reporting.reward_spread import reward_spread_figure
 from pcpo_fast.reporting.run_files import RunFiles, embeddable, number_at, read_run
 from pcpo_fast.reporting.series import series
 from pcpo_fast.reporting.summary import summarize
@@ -45,7 +46,7 @@ def render(run: RunFiles) -> str:
             "Reward",
             "What the rollouts of each epoch scored, and what the policy scored on captions and seeds that are never "
             "trained on.",
-            _figures(run, [("reward", plots.reward_figure, "Reward over epochs"), _REWARD_PARTS]),
+            _figures(run, [("reward", plots.reward_figure, "Reward over epochs"), *_REWARD_PARTS]),
             "No epoch was finished and nothing was evaluated.",
         ),
         page.section(
@@ -78,7 +79,10 @@ def render(run: RunFiles) -> str:
 
 
 Drawing = tuple[str, Callable[[list[dict[str, Any]]], Any], str]
-_REWARD_PARTS: Drawing = ("rewards", plots.reward_parts_figure, "Each reward over epochs")
+_REWARD_PARTS: list[Drawing] = [
+    ("rewards", plots.reward_parts_figure, "Each reward over epochs"),
+    ("spread", reward_spread_figure, "What each reward has to say in the sum, over epochs"),
+]
 
 
 def _figures(run: RunFiles, drawings: list[Drawing]) -> str:
@@ -208,6 +212,9 @@ def _health(run: RunFiles, numbers: dict[str, Any]) -> str:
         skipped = numbers["skipped_updates"]
         said = "No update was skipped." if not skipped else f"Skipped updates: {skipped} of {numbers['updates']}."
         counts = f"<p>{page.text(said)}</p>"
+    dropped = sum(series(run.records, "scoring/dropped_groups").values)
+    if dropped:
+        counts += f"<p>{page.text(f'Groups left out because a reward failed: {dropped:.0f}.')}</p>"
     return figures + counts
 
 
