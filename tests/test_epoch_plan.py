@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pipeline import tiny_config
 
@@ -55,6 +55,44 @@ def test_ranks_share_the_images_of_each_update(
     count = steps_per_image(config, len(trainable))
     for steps in steps_of(alone).values():
         assert len(steps) == count and steps == sorted(set(steps)) and set(steps) <= set(trainable)
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    first=st.integers(0, 1000),
+    prompts=st.integers(1, 9),
+    per_epoch=st.integers(1, 6),
+    group=st.integers(2, 9),
+    world_size=st.integers(1, 12),
+)
+@settings(max_examples=40)
+def test_no_prompt_is_skipped_or_repeated_at_any_number_of_ranks(
+    seed: int, first: int, prompts: int, per_epoch: int, group: int, world_size: int
+) -> None:
+    """Over whole passes of the list every prompt has the same number of images, however groups are cut over ranks."""
+    config = config_of(
+        f"seed={seed}",
+        f"rollout.prompts_per_epoch={per_epoch}",
+        f"rollout.images_per_prompt={group}",
+        "train.updates_per_epoch=1",
+        "train.micro_batch_size=1",
+    )
+    if per_epoch * group % world_size:
+        with pytest.raises(UserError, match=rf"cannot be divided equally over {world_size} ranks"):
+            accumulation_steps(config, 3, world_size)
+        return
+    # Epochs from the beginning of a pass over the list to the end of one.
+    start, count = first * prompts, prompts
+    made: dict[int, int] = {}
+    for epoch in range(start, start + count):
+        plans = [plan_epoch(config, prompts, [0, 1, 2], epoch, rank, world_size) for rank in range(world_size)]
+        images = [image for plan in plans for image in plan.images.flatten().tolist()]
+        assert sorted(images) == list(range(per_epoch * group)), "every image of the epoch, each once"
+        assert len({len(plan.images.flatten()) for plan in plans}) == 1
+        for image in images:
+            prompt = int(plans[0].prompts[image // group])
+            made[prompt] = made.get(prompt, 0) + 1
+    assert set(made) == set(range(prompts)) and set(made.values()) == {per_epoch * group}
 
 
 def test_epochs_and_seeds_differ() -> None:
