@@ -39,7 +39,18 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert answer.code == 0
     for name in NAMES:
         assert re.search(rf"\n    {name}[ \n]", answer.out)  # argparse puts the longest name on a line of its own
-    assert NAMES == ("train", "sample", "compare", "credit", "report", "export", "serve-reward")
+    assert NAMES == (
+        "train",
+        "plan",
+        "preflight",
+        "reproduce",
+        "sample",
+        "compare",
+        "credit",
+        "report",
+        "export",
+        "serve-reward",
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -53,6 +53,14 @@ class FluxPolicy(PipelinePolicy):
         )
         return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
+    def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        """T5's states and CLIP's pooled state."""
+        config = self.network.config
+        return {
+            "prompt_embeds": (self.max_sequence_length, config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (config["pooled_projection_dim"],),
+        }
+
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """T5 for the words, CLIP for one vector."""
         clip = pipeline.tokenizer

@@ -31,9 +31,14 @@ def find_family(settings: ModelConfig) -> tuple[Path, type[PipelinePolicy]]:
         UserError: as in :func:`pcpo_fast.policies.locating.pipeline_folder`.
     """
     folder, name = pipeline_folder(settings.path, settings.revision, FAMILIES)
-    module, _, family = FAMILIES[name].partition(":")
+    return folder, family_of(name)
+
+
+def family_of(pipeline: str) -> type[PipelinePolicy]:
+    """The policy class for a diffusers pipeline, one of :data:`FAMILIES`."""
+    module, _, family = FAMILIES[pipeline].partition(":")
     found: type[PipelinePolicy] = getattr(importlib.import_module(module), family)
-    return folder, found
+    return found
 
 
 def load_policy(config: Config, device: torch.device, prompts: Sequence[str] = ()) -> Policy:

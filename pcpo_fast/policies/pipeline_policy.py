@@ -163,6 +163,14 @@ class PipelinePolicy(Policy):
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """(tokenizer, tokens read, who reads them) of each text encoder, to warn of prompts that are cut."""
 
+    def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's row of what :meth:`encode_with` returns, for planning without text encoders.
+
+        Args:
+            clip_tokens: tokens that CLIP's tokenizer reads.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its conditioning is shaped")
+
     def to_pixels(self, latents: Tensor) -> Tensor:
         """The sampler's latents as the VAE takes them, [B, C, h, w]; as they are, where the family packs nothing."""
         return latents

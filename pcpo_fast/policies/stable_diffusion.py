@@ -39,6 +39,10 @@ class StableDiffusionPolicy(PipelinePolicy):
         states, _ = pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": states}
 
+    def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        """CLIP's states."""
+        return {"prompt_embeds": (clip_tokens, self.network.config["cross_attention_dim"])}
+
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """CLIP alone."""
         return [(pipeline.tokenizer, pipeline.tokenizer.model_max_length, "CLIP reads")]

@@ -79,6 +79,14 @@ class StableDiffusion3Policy(PipelinePolicy):
         )
         return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
+    def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        """The states of CLIP and, with zeros for a pipeline without it, of T5 in one sequence; the pooled states."""
+        config = self.network.config
+        return {
+            "prompt_embeds": (clip_tokens + self.max_sequence_length, config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (config["pooled_projection_dim"],),
+        }
+
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """T5, where the pipeline has it, reads more words than CLIP."""
         clip, found = pipeline.tokenizer, []

@@ -1,0 +1,95 @@
+"""Which settings make a run fit, the fastest first; and what has to change where none does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pcpo_fast.config import Config
+from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.memory import MemoryPlan, plan_memory
+from pcpo_fast.planning.states import SHIPPED, Zero
+
+LARGEST_MICRO_BATCH = 8
+"""Above it a batch gains little: a few per cent at 1024 x 1024 from one to two."""
+RESERVE, RESERVE_SHARE = 1.5e9, 0.04
+"""Kept free: CUDA's context, NCCL's buffers and what fragmentation costs; an assumption."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that fit, and their memory."""
+
+    zero: Zero
+    checkpointed: bool
+    micro_batch: int
+    rollout_batch: int
+    memory: MemoryPlan
+
+    def settings(self) -> list[str]:
+        """The settings as the command line takes them."""
+        return [
+            f"deepspeed=ds_configs/{self.zero.name}.json",
+            f"model.gradient_checkpointing={str(self.checkpointed).lower()}",
+            f"train.micro_batch_size={self.micro_batch}",
+            f"rollout.batch_size={self.rollout_batch}",
+        ]
+
+
+def usable(memory: float) -> float:
+    """Bytes of a GPU's ``memory`` that a plan may use."""
+    return memory - max(RESERVE, RESERVE_SHARE * memory)
+
+
+def choose(config: Config, costs: ModelCosts, ranks: int, memory: float, pairs: int) -> Choice | None:
+    """The first choice that fits, or None.
+
+    Args:
+        config: the run.
+        costs: of its model.
+        ranks: number of GPUs.
+        memory: bytes of one.
+        pairs: (image, step) pairs that a rank trains in an update; micro-batches divide them.
+    """
+    return next((c for c in _choices(config, costs, ranks, pairs) if c.memory.peak <= usable(memory)), None)
+
+
+def least_memory(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Choice:
+    """The choice that needs the least memory."""
+    return min(_choices(config, costs, ranks, pairs), key=lambda choice: choice.memory.peak)
+
+
+def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Iterator[Choice]:
+    """All choices, in the order of preference: nothing offloaded, weights whole, nothing recomputed, large batches.
+
+    Gathering the weights anew for every forward costs more than recomputing one, unless the batch is large.
+    """
+    own = config.train.micro_batch_size
+    sizes = [size for size in range(max(own, LARGEST_MICRO_BATCH), 0, -1) if pairs % size == 0]
+    sizes = [size for size in sizes if size in (1, 2, 3, 4, 6, 8, own)]
+    order = sorted(
+        ((zero, again) for zero in SHIPPED.values() for again in (False, True)),
+        key=lambda pair: (pair[0].offload_optimizer, pair[0].stage == 3, pair[1], pair[0].stage),
+    )
+    for zero, again in order:
+        if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
+            continue  # the engine takes stage 2 for it
+        for size in sizes:
+            for rollout_batch in _halved(config.rollout.batch_size):
+                memory = plan_memory(
+                    config,
+                    costs,
+                    zero,
+                    ranks,
+                    checkpointed=again,
+                    micro_batch=size,
+                    rollout_batch=rollout_batch,
+                )
+                yield Choice(zero, again, size, rollout_batch, memory)
+                if memory.worst != "rollout":
+                    break  # a smaller batch of rollouts would not help
+
+
+def _halved(size: int) -> list[int]:
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes

@@ -1,0 +1,215 @@
+"""The model of a configuration without its weights: the real classes on PyTorch's meta device."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pcpo_fast.config import ModelConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.planning.published import PUBLISHED
+from pcpo_fast.policies.loading import FAMILIES, family_of
+from pcpo_fast.policies.lora import add_lora
+from pcpo_fast.policies.pipeline_policy import DTYPES, PipelinePolicy
+from pcpo_fast.policies.quiet import quiet_libraries
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pipeline's parts by name: class and configuration of each.
+
+    Attributes:
+        pipeline: name of the diffusers pipeline.
+        parts: networks, VAE, text encoders and scheduler; tokenizers only lend ``clip_tokens``.
+        clip_tokens: tokens that CLIP reads.
+        source: where the numbers come from, for the reader.
+    """
+
+    pipeline: str
+    parts: Mapping[str, tuple[str, Mapping[str, Any]]]
+    clip_tokens: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ModelOnMeta:
+    """A policy whose tensors have shapes and no memory.
+
+    Attributes:
+        policy: predicts and decodes on the meta device, with adapters where LoRA is trained.
+        architecture: what it was made from.
+        settings: the configuration's ``model`` section.
+        encoders: parameters of each text encoder.
+    """
+
+    policy: PipelinePolicy
+    architecture: Architecture
+    settings: ModelConfig
+    encoders: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def network_parameters(self) -> int:
+        """Parameters of the transformer or UNet, without adapters."""
+        return sum(p.numel() for name, p in self.policy.module.named_parameters() if "lora_" not in name)
+
+    @cached_property
+    def all_parameters(self) -> int:
+        """Parameters of the network, with adapters."""
+        return sum(p.numel() for p in self.policy.module.parameters())
+
+    @cached_property
+    def trained_parameters(self) -> int:
+        """Parameters that the optimiser changes."""
+        return sum(p.numel() for p in self.policy.module.parameters() if p.requires_grad)
+
+    @cached_property
+    def vae_parameters(self) -> int:
+        """Parameters of the VAE."""
+        return sum(p.numel() for p in self.policy.vae.parameters())
+
+
+def find_architecture(settings: ModelConfig, folder: str | None = None) -> Architecture:
+    """The architecture of ``model.path``: a folder, a published model, or the hub's configuration files.
+
+    Args:
+        settings: the configuration's ``model`` section.
+        folder: a pipeline's folder to read instead; its weights need not be there.
+
+    Raises:
+        UserError: nothing is known about the model, or a file is missing or malformed.
+    """
+    path = Path(settings.path if folder is None else folder).expanduser()
+    if folder is not None and not path.is_dir():
+        raise UserError(f"--model-config {folder}: not a folder; give one with model_index.json and */config.json")
+    if path.is_dir():
+        return _read_folder(path, "model.path" if folder is None else "--model-config")
+    if settings.path in PUBLISHED:
+        known = PUBLISHED[settings.path]
+        return Architecture(known["pipeline"], known["parts"], known["clip_tokens"], "published configuration")
+    return _read_folder(_download_configs(settings), "model.path")
+
+
+def build_on_meta(
+    architecture: Architecture, settings: ModelConfig, overrides: Mapping[str, Any] | None = None
+) -> ModelOnMeta:
+    """Build the policy of an architecture without memory for its weights.
+
+    Args:
+        architecture: from :func:`find_architecture`.
+        settings: the configuration's ``model`` section.
+        overrides: changes to the trained network's configuration, such as fewer blocks.
+
+    Raises:
+        UserError: the image size or a LoRA target does not fit the model.
+    """
+    import diffusers
+
+    family = family_of(architecture.pipeline)
+    name, config = architecture.parts[family.trained_part]
+    network = _network(name, {**config, **(overrides or {})}, DTYPES[settings.dtype])
+    vae_name, vae_config = architecture.parts["vae"]
+    vae = _network(vae_name, vae_config, DTYPES[settings.dtype]).requires_grad_(False)
+    scheduler_name, scheduler_config = architecture.parts["scheduler"]
+    with quiet_libraries():
+        scheduler = getattr(diffusers, scheduler_name).from_config(dict(scheduler_config))
+    policy = family(
+        network,
+        vae,
+        scheduler,
+        height=settings.height,
+        width=settings.width,
+        guidance=settings.guidance,
+        cfg_scale=settings.cfg_scale,
+        max_sequence_length=settings.max_sequence_length,
+    )
+    if settings.finetune == "lora":
+        with META:
+            add_lora(network, settings.lora, settings.lora.targets or family.lora_targets)
+        network.to(DTYPES[settings.dtype])  # peft gives adapters the weights' dtype, but not on the meta device
+    else:
+        network.requires_grad_(True)
+    network.train()
+    encoders = {} if overrides else _encoder_parameters(architecture, family)
+    return ModelOnMeta(policy, architecture, settings, encoders)
+
+
+def _network(name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    import diffusers
+
+    try:
+        with quiet_libraries(), META:
+            return getattr(diffusers, name).from_config(dict(config)).to(dtype)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.path: diffusers makes no {name} of this configuration: {reason}") from None
+
+
+def _encoder_parameters(architecture: Architecture, family: type[PipelinePolicy]) -> dict[str, int]:
+    import transformers
+
+    counts = {}
+    for part in family.encoder_parts:
+        if part not in architecture.parts:
+            continue
+        name, config = architecture.parts[part]
+        kind = getattr(transformers, name)
+        with quiet_libraries(), META:
+            encoder: nn.Module = kind(kind.config_class.from_dict(dict(config)))
+        counts[part] = sum(p.numel() for p in encoder.parameters())
+    return counts
+
+
+def _read_folder(folder: Path, key: str) -> Architecture:
+    index = _json(folder / "model_index.json", key)
+    pipeline = index.get("_class_name")
+    if pipeline not in FAMILIES:
+        raise UserError(f"{key}: {folder} is a {pipeline}; allowed are {', '.join(FAMILIES)}")
+    parts = {}
+    for name, kind in index.items():
+        if not (isinstance(kind, list) and all(kind)):
+            continue
+        if name.startswith("tokenizer") or name in ("safety_checker", "feature_extractor", "image_encoder"):
+            continue
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        parts[name] = (str(kind[1]), _json(folder / name / file, key))
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+    tokens = _json(tokenizer, key).get("model_max_length", 77) if tokenizer.is_file() else 77
+    return Architecture(pipeline, parts, int(tokens), str(folder))
+
+
+def _json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{key}: {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{key}: {path} must hold a JSON object")
+    return values
+
+
+def _download_configs(settings: ModelConfig) -> Path:
+    """Configuration files of a hub model, without its weights."""
+    import re
+
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.path) or settings.path.startswith("."):
+        raise UserError(f"model.path: {settings.path} is not a folder, and not a hub id of the form owner/name")
+    patterns = ["model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json"]
+    try:
+        return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client has many kinds, and every one of them means the same here
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.path: the configuration files of {settings.path} cannot be had from the hub ({reason}); known "
+            f"without a network: {', '.join(PUBLISHED)}; or give a folder with --model-config"
+        ) from None

@@ -1,0 +1,181 @@
+"""Bytes per GPU of weights, gradients and optimiser state under each ZeRO stage, as this project's engine keeps them.
+
+ZeRO (Rajbhandari et al. 2020) divides over the ranks: stage 1 the optimiser's state, stage 2 the gradients as well,
+stage 3 the weights as well.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pcpo_fast.config import Config
+from pcpo_fast.engine import deepspeed_config
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+CHUNK_BYTES = (1 << 24) * 24
+"""What the optimisers that work chunk by chunk hold of a chunk in float32."""
+
+
+class OptimizerBytes(NamedTuple):
+    """Bytes per trained parameter.
+
+    Attributes:
+        gradient: of the accumulated gradient.
+        master: of the copy of the weights that is stepped.
+        moments: of both moments.
+        step: of temporaries while the optimiser steps; none where it works in chunks.
+        average: of the moving average of the weights.
+    """
+
+    gradient: float
+    master: float
+    moments: float
+    step: float
+    average: float = 0.0
+
+
+def optimizer_bytes(config: Config) -> OptimizerBytes:
+    """What the configuration's optimiser keeps."""
+    stochastic = config.optimizer.weights == "stochastic_rounding"
+    eight_bit = getattr(config.optimizer, "moments", "full") == "8bit"
+    master = 2.0 if stochastic else 4.0
+    moments = 2.0 if eight_bit else 2 * master
+    chunked = stochastic or eight_bit
+    # DeepSpeed turns the fp32 gradient sum into the dtype of the weights stepped.
+    step = (2.0 if stochastic else 0.0) if chunked else 4.0
+    average = 4.0 if getattr(config.train, "ema_decay", None) is not None else 0.0
+    return OptimizerBytes(4.0, master, moments, step, average)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What matters of a DeepSpeed configuration.
+
+    Attributes:
+        stage: 1, 2 or 3.
+        offload_optimizer, offload_parameters: what is kept in the memory of the host.
+        reduce_bucket: elements that are reduced at once.
+        buffers: reduction buffers held at a time, 2 where communication overlaps.
+        live_parameters: ZeRO-3: gathered parameters that may be alive.
+        prefetch: ZeRO-3: parameters gathered ahead.
+    """
+
+    stage: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    reduce_bucket: int = 200_000_000
+    buffers: int = 1
+    live_parameters: int = 1_000_000_000
+    prefetch: int = 50_000_000
+
+    @classmethod
+    def of(cls, config: Config) -> "Zero":
+        """The stage and offloading that a configuration asks for, with DeepSpeed's defaults.
+
+        Raises:
+            UserError: as :func:`pcpo_fast.engine.deepspeed_config`.
+        """
+        zero = deepspeed_config(config, accumulation=1)["zero_optimization"]
+        stage = int(zero["stage"])
+        overlap = zero.get("overlap_comm")
+        return cls(
+            stage,
+            _offloads(zero, "offload_optimizer"),
+            stage == 3 and _offloads(zero, "offload_param"),
+            int(float(zero.get("reduce_bucket_size", 5e8))),
+            2 if (stage == 3 if overlap is None else overlap) else 1,
+            int(float(zero.get("stage3_max_live_parameters", 1e9))),
+            int(float(zero.get("stage3_prefetch_bucket_size", 5e7))),
+        )
+
+    @property
+    def name(self) -> str:
+        """As the files under ds_configs are called."""
+        return f"zero{self.stage}" + ("_offload" if self.offload_optimizer else "")
+
+
+def _offloads(zero: Mapping[str, Any], key: str) -> bool:
+    section = zero.get(key)
+    return isinstance(section, Mapping) and section.get("device", "cpu") != "none"
+
+
+SHIPPED = {
+    zero.name: zero
+    for zero in (
+        Zero(1),
+        Zero(2, buffers=2),
+        Zero(2, offload_optimizer=True, buffers=2),
+        Zero(3, buffers=2, prefetch=200_000_000),
+        Zero(3, offload_optimizer=True, offload_parameters=True, buffers=2, prefetch=200_000_000),
+    )
+}
+"""The shipped DeepSpeed configurations (ds_configs), fastest first."""
+
+
+class States(NamedTuple):
+    """Bytes on one GPU.
+
+    Attributes:
+        weights: of the network, or this rank's share.
+        gradients: accumulated.
+        gradients_stay: whether they are there during rollouts, too.
+        passing_gradients: whether a backward's own gradients are all alive at its end, besides the accumulated ones.
+        master, moments: of the optimiser.
+        average: the moving average of the weights.
+        communication: reduction buffers during a backward.
+        gathered: ZeRO-3: weights of other ranks, while they are used.
+        step: temporaries of the optimiser's step.
+    """
+
+    weights: float
+    gradients: float
+    gradients_stay: bool
+    passing_gradients: bool
+    master: float
+    moments: float
+    average: float
+    communication: float
+    gathered: float
+    step: float
+
+
+def states_of(
+    zero: Zero, ranks: int, *, total: int, trained: int, weight_bytes: int, optimizer: OptimizerBytes
+) -> States:
+    """States of a network on each of ``ranks`` GPUs.
+
+    Args:
+        zero: stage and offloading.
+        ranks: number of GPUs.
+        total: parameters of the network, with adapters.
+        trained: parameters that are trained.
+        weight_bytes: bytes of a weight, 2 for bf16.
+        optimizer: from :func:`optimizer_bytes`.
+    """
+    share = trained / ranks
+    # bf16 weights in stage 1 take DeepSpeed's other optimiser, which holds one flat fp32 gradient of all weights.
+    flat = zero.stage == 1 and weight_bytes == 2 and not zero.offload_optimizer
+    on_gpu = 0 if zero.offload_optimizer else 1
+    gathered = 0.0
+    if zero.stage == 3 and (ranks > 1 or zero.offload_parameters):
+        gathered = min(total, zero.live_parameters + zero.prefetch) * weight_bytes
+    weights = float(total * weight_bytes)
+    if zero.stage == 3:
+        weights = 0.0 if zero.offload_parameters else weights / ranks
+    if flat:
+        communication = min(trained, zero.reduce_bucket) * optimizer.gradient if ranks > 1 else 0.0
+    else:
+        communication = float(zero.reduce_bucket * weight_bytes * zero.buffers)
+    step = share * optimizer.step if optimizer.step >= 4 else min(share * 24, CHUNK_BYTES) + share * optimizer.step
+    return States(
+        weights=weights,
+        gradients=trained * optimizer.gradient if zero.stage == 1 else share * optimizer.gradient * on_gpu,
+        gradients_stay=flat,
+        passing_gradients=flat,
+        master=share * optimizer.master * on_gpu,
+        moments=share * optimizer.moments * on_gpu,
+        average=share * optimizer.average * on_gpu,
+        communication=communication,
+        gathered=gathered,
+        step=step * on_gpu,
+    )

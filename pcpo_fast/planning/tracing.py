@@ -1,0 +1,253 @@
+"""Floating-point operations and memory of a forward and backward, counted operation by operation on the meta device.
+
+Tensors there have shapes and storages but no memory, so FLUX is counted on a laptop. What an operation needs inside
+(a convolution's workspace) is not seen. Attention and RMS norms are counted as the fused operations that a GPU runs.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""Takes any device, saves what a GPU's flash attention saves (inputs, output, log-sum-exp), and has no S x S matrix."""
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Cost(NamedTuple):
+    """What was counted.
+
+    Attributes:
+        flops: floating-point operations of the model: two per multiplication and addition, matrix products,
+            convolutions and attention; an attention backward counts twice its forward.
+        recomputed: what was computed a second time: scores in the backward of attention.
+        saved: bytes alive at the end of the forward, that is, saved for the backward, and the output.
+        peaks: highest number of bytes alive in each segment of the pass, over what was there before it.
+    """
+
+    flops: float
+    recomputed: float
+    saved: float
+    peaks: Mapping[str, float]
+
+    @property
+    def peak(self) -> float:
+        """The highest of all segments, in bytes."""
+        return max(self.peaks.values())
+
+    def combine(self, other: "Cost", mine: float, others: float) -> "Cost":
+        """``mine * self + others * other``, number by number."""
+        peaks = {name: mine * self.peaks[name] + others * other.peaks[name] for name in self.peaks}
+        return Cost(
+            mine * self.flops + others * other.flops,
+            mine * self.recomputed + others * other.recomputed,
+            mine * self.saved + others * other.saved,
+            peaks,
+        )
+
+
+@contextmanager
+def fused_operations(fused_norms: bool) -> Iterator[None]:
+    """Within the block attention, and on GPUs RMS norms, are one operation each: the meta device would take them apart.
+
+    A function mode would not do: within a backward it is off, and a recomputation would escape it.
+    """
+    attention, norm = F.scaled_dot_product_attention, F.rms_norm
+    F.scaled_dot_product_attention = _attention
+    if fused_norms:
+        F.rms_norm = _rms_norm
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.rms_norm = attention, norm
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    result: Tensor = ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return result
+
+
+def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    result: Tensor = _FusedRmsNorm.apply(input, weight, len(normalized_shape))
+    return result
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """Shapes of CUDA's fused RMS norm: it saves its input and one float32 number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, dimensions: int) -> Tensor:
+        rows = torch.empty(*input.shape[:-dimensions], *[1] * dimensions, dtype=torch.float32, device=input.device)
+        ctx.save_for_backward(input, weight, rows)
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight, _ = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        return (
+            torch.empty_like(input) if needed[0] else None,
+            torch.empty_like(weight) if needed[1] else None,
+            None,
+        )
+
+
+class Accountant(TorchDispatchMode):
+    """Counts operations, and the bytes of every storage from its making to its end.
+
+    Args:
+        known: storages that were there before, such as weights; they count nothing.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known = known
+        self.flops = self.recomputed = 0.0
+        self.live = 0
+        self.segment = "forward"
+        self.peaks = {self.segment: 0}
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def enter(self, segment: str) -> None:
+        """What follows belongs to another segment."""
+        self.segment = segment
+        self.peaks[segment] = max(self.peaks.get(segment, 0), self.live)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._count(function._overloadpacket, args, kwargs or {}, result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf)
+        return result
+
+    def _watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        name, size = storage._cdata, storage.nbytes()
+        if name in self.known or name in self._alive:
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            del self._alive[name]
+
+        self._alive[name] = weakref.ref(storage, gone)
+        self.live += size
+        self.peaks[self.segment] = max(self.peaks[self.segment], self.live)
+
+    def _count(self, operation: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if operation is ATTENTION:
+            self.flops += sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
+        elif operation is ATTENTION_BACKWARD:
+            forward = sdpa_flop_count(args[1].shape, args[2].shape, args[3].shape)
+            self.flops += 2 * forward
+            self.recomputed += forward / 2  # the scores, one of the forward's two products
+        elif operation in flop_registry:
+            self.flops += flop_registry[operation](*args, **kwargs, out_val=result)
+
+
+def trace_forward(module: nn.Module, forward: Callable[[], Tensor], *, fused_norms: bool = True) -> Cost:
+    """Count a forward without gradients.
+
+    Args:
+        module: whose weights count nothing.
+        forward: what is counted; its inputs are made before.
+        fused_norms: RMS norms as GPUs run them; False: as CPUs do.
+    """
+    with torch.no_grad(), fused_operations(fused_norms), Accountant(_storages(module)) as accountant:
+        output = forward()
+        saved = accountant.live
+        del output
+    return Cost(accountant.flops, accountant.recomputed, saved, dict(accountant.peaks))
+
+
+def trace_training(
+    module: nn.Module,
+    forward: Callable[[], Tensor],
+    kinds: Mapping[str, list[nn.Module]] | None = None,
+    *,
+    keep_gradients: bool = False,
+    fused_norms: bool = True,
+) -> Cost:
+    """Count a forward and the backward of its sum.
+
+    Args:
+        module: whose weights count nothing.
+        forward: what is counted; its inputs are made before.
+        kinds: blocks that repeat, by kind, in the order of the forward; each kind's backward is a segment of its own.
+        keep_gradients: the gradients of the parameters stay until the end, or are taken away as soon as they are there.
+        fused_norms: RMS norms as GPUs run them; False: as CPUs do.
+    """
+    handles, parameters = [], [p for p in module.parameters() if p.requires_grad]
+    if not keep_gradients:
+        handles = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters]
+    accountant = Accountant(_storages(module))
+    forward_done = False
+
+    def announce(kind: str) -> Callable[..., None]:
+        def after_forward(block: nn.Module, inputs: Any, outputs: Any) -> None:
+            for tensor in tree_leaves(outputs):
+                if isinstance(tensor, Tensor) and tensor.requires_grad and not forward_done:
+                    tensor.register_hook(lambda gradient: accountant.enter(kind))
+
+        return after_forward
+
+    for kind, blocks in (kinds or {}).items():
+        accountant.peaks[kind] = 0
+        if blocks:
+            handles.append(blocks[-1].register_forward_hook(announce(kind)))
+    try:
+        with torch.enable_grad(), fused_operations(fused_norms), accountant:
+            output = forward()
+            forward_done, saved = True, accountant.live
+            accountant.enter("backward")
+            output.backward(torch.empty_like(output))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters:
+            parameter.grad = None
+    return Cost(accountant.flops, accountant.recomputed, saved, dict(accountant.peaks))
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _storages(module: nn.Module) -> set[int]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+@contextmanager
+def checkpointing(network: Any, enabled: bool) -> Iterator[None]:
+    """Within the block the network recomputes its blocks in the backward, or does not."""
+    before = bool(getattr(network, "is_gradient_checkpointing", False))
+    _switch(network, enabled)
+    try:
+        yield
+    finally:
+        _switch(network, before)
+
+
+def _switch(network: Any, enabled: bool) -> None:
+    if enabled:
+        network.enable_gradient_checkpointing()
+    else:
+        network.disable_gradient_checkpointing()

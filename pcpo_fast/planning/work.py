@@ -1,0 +1,53 @@
+"""Floating-point operations of an epoch, phase by phase. Recomputation is never part of a model's operations."""
+
+from typing import NamedTuple
+
+from pcpo_fast.config import Config
+from pcpo_fast.epoch_plan import steps_per_image
+from pcpo_fast.planning.costs import ModelCosts
+
+
+class Work(NamedTuple):
+    """Operations of a phase over all GPUs.
+
+    Attributes:
+        flops: of the model; a multiplication and an addition are two.
+        recomputed: computed a second time, by checkpointing and in the backward of attention.
+    """
+
+    flops: float
+    recomputed: float = 0.0
+
+    def seconds(self, rate: float) -> float:
+        """Time of the model's operations at ``rate`` operations per second."""
+        return self.flops / rate
+
+
+def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpointed: bool) -> dict[str, Work]:
+    """Operations of each phase of an epoch; an evaluation happens every ``evaluation.every`` epochs only.
+
+    Args:
+        config: the run.
+        costs: of its model.
+        trainable: steps that may be trained in an epoch.
+        checkpointed: whether the update recomputes its activations.
+    """
+    images, steps = config.images_per_epoch, config.sampler.steps
+    forward, decode = costs.forward(1).flops, costs.decoding(1).flops
+    training = costs.training(1, checkpointed)
+    pairs = images * steps_per_image(config, trainable)
+    passes = pairs * config.train.inner_epochs
+    update = passes * training.flops
+    if config.credit.kl_coefficient > 0:
+        update += passes * forward
+    if config.train.old_output == "recompute":
+        update += pairs * forward
+    shown = config.evaluation.prompts * config.evaluation.images_per_prompt
+    if config.prompts.heldout is None:
+        shown = 0
+    return {
+        "rollout": Work(images * steps * forward),
+        "decode": Work(images * decode),
+        "update": Work(update, passes * training.recomputed),
+        "evaluation": Work(shown * (steps * forward + decode)),
+    }

@@ -1,0 +1,66 @@
+"""Two optimiser steps of the real configuration on a handful of images, in a process of their own."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pcpo_fast.config import Config
+from pcpo_fast.config_loading import dump_config, load_config
+from pcpo_fast.preflight.checks import Status
+
+OUTCOME_LINES = 3
+
+
+def shrunk(config: Config, folder: Path, ranks: int) -> Config:
+    """The run with one epoch of two optimiser steps, one micro-batch's worth of images each on every rank.
+
+    Model, sampler, rewards, batch sizes and ZeRO stage stay, since those are what can fail.
+    """
+    images = 2 * ranks * config.train.micro_batch_size
+    changes = [
+        f"output_dir={folder / 'run'}",
+        "train.epochs=1",
+        "train.updates_per_epoch=2",
+        "train.inner_epochs=1",
+        "rollout.prompts_per_epoch=1",
+        f"rollout.images_per_prompt={images}",
+        "evaluation.prompts=1",
+        "evaluation.images_per_prompt=1",
+        "checkpoint.every=0",
+        "checkpoint.keep_best=0",
+        "logging.tensorboard=false",
+        "logging.wandb=null",
+    ]
+    if config.model.embedding_cache is None:
+        changes.append(f"model.embedding_cache={Path(config.output_dir).parent / 'embeddings'}")
+    full = folder / "full.yaml"
+    full.write_text(dump_config(config), encoding="utf-8")
+    return load_config(full, changes)
+
+
+def dry_run(config: Config, gpus: int, timeout: float) -> tuple[Status, str]:
+    """Train two steps as the run would, with DeepSpeed's launcher where there are several GPUs.
+
+    Args:
+        config: the run; its output_dir is not touched.
+        gpus: ranks on this machine.
+        timeout: seconds after which the dry run is given up.
+    """
+    with tempfile.TemporaryDirectory(prefix="pcpo-preflight-") as name:
+        folder = Path(name)
+        file = folder / "dry_run.yaml"
+        file.write_text(dump_config(shrunk(config, folder, gpus)), encoding="utf-8")
+        launcher = [sys.executable, "-m"]
+        if gpus > 1:
+            launcher += ["deepspeed.launcher.runner", "--num_gpus", str(gpus), "--module"]
+        command = [*launcher, "pcpo_fast", "train", "--config", str(file)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return "failed", f"the dry run did not end within {timeout:.0f} seconds (--timeout)"
+        if done.returncode:
+            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            reason = next((line for line in reversed(lines) if line.startswith("error:")), None)
+            return "failed", reason or " / ".join(lines[-OUTCOME_LINES:]) or f"exit code {done.returncode}"
+    return "ok", "two optimiser steps, an evaluation, a checkpoint and an export"

@@ -1,0 +1,74 @@
+"""All checks before a run, in the order of what they cost."""
+
+from collections.abc import Iterator
+
+from pcpo_fast.config import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.preflight.checks import (
+    Check,
+    attempt,
+    check_disk,
+    check_gpus,
+    check_inputs,
+    check_memory,
+    check_model,
+    check_versions,
+    plan_for,
+)
+from pcpo_fast.preflight.dry_run import dry_run
+
+
+def run_checks(
+    config: Config, gpus: int, ranks_here: int, memory_gb: float | None = None, dry: bool = True, timeout: float = 1800
+) -> Iterator[Check]:
+    """Yield each check as it is done; the dry run only where nothing before it failed.
+
+    Args:
+        config: the run.
+        gpus: GPUs of the whole run.
+        ranks_here: those of this machine.
+        memory_gb: of one GPU; None: ask it.
+        dry: whether to train two steps at the end.
+        timeout: seconds that these may take.
+    """
+    failed = False
+    plan: dict[str, object] = {}
+
+    def planned() -> dict[str, object]:
+        if not plan:
+            plan.update(plan_for(config, gpus, memory_gb))
+        return plan
+
+    for name, check in (
+        ("versions", check_versions),
+        ("GPUs", lambda: check_gpus(ranks_here)),
+        ("prompts and rewards", lambda: check_inputs(config)),
+        ("model", lambda: check_model(config)),
+        ("memory plan", lambda: check_memory(planned())),
+        ("disk", lambda: check_disk(config, planned())),
+    ):
+        result = attempt(name, check)
+        failed = failed or result.status == "failed"
+        yield result
+    if not dry:
+        yield Check("dry run", "skipped", "not asked for (--no-dry-run)")
+    elif failed:
+        yield Check("dry run", "skipped", "something before it failed")
+    else:
+        yield attempt("dry run", lambda: dry_run(config, ranks_here, timeout))
+
+
+def check_arguments(gpus: int, nodes: int, timeout: float) -> int:
+    """GPUs of each machine.
+
+    Raises:
+        UserError: the numbers do not go together.
+    """
+    for option, value in (("--gpus", gpus), ("--nodes", nodes)):
+        if value < 1:
+            raise UserError(f"{option}: must be at least 1, got {value}")
+    if gpus % nodes:
+        raise UserError(f"--gpus: {gpus} GPUs do not divide over {nodes} machines (--nodes)")
+    if not timeout > 0:
+        raise UserError(f"--timeout: must be above 0 seconds, got {timeout:g}")
+    return gpus // nodes

@@ -1,0 +1,114 @@
+"""A run against an acceptance band."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.reporting.metrics_file import Record, read_metrics
+from pcpo_fast.reporting.series import Series, epochs_trained, series
+from pcpo_fast.reproduction.bands import Band, Reaches, Within, read_band, shipped_bands
+from pcpo_fast.yaml_text import read_yaml
+
+Verdict = Literal["inside", "outside", "undecided"]
+RECIPES = Path("examples")
+
+
+class PointResult(NamedTuple):
+    """One point of a band and what the run says to it; undecided where it has not trained for long enough."""
+
+    verdict: Verdict
+    says: str
+
+
+def check_run(run: Path, band_file: Path | None = None, recipes: Path = RECIPES) -> dict[str, Any]:
+    """Whether a run lies in its band, for JSON.
+
+    Args:
+        run: a run directory, finished or not.
+        band_file: the band; None: the first shipped one whose settings are the run's.
+        recipes: folder of the shipped bands.
+
+    Raises:
+        UserError: the run or the band cannot be read, the band is about another configuration, or none is about this.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"{run}: not a run directory: it holds no metrics.jsonl")
+    records = read_metrics(run / "metrics.jsonl")
+    config = read_yaml(run / "config.yaml")[0]
+    if band_file is None:
+        band_file, band = _matching(config, recipes, run)
+    else:
+        band = read_band(band_file)
+        different = band.unmet_settings(config)
+        if different:
+            raise UserError(f"{run}: {band_file} is about another configuration: {different[0]}")
+    results = [check_point(point, records) for point in band.points]
+    return {
+        "run": str(run),
+        "band": str(band_file),
+        "name": band.name,
+        "source": band.source,
+        "verified": band.verified,
+        "verdict": overall([result.verdict for result in results]),
+        "points": [
+            {**point.model_dump(), "verdict": result.verdict, "says": result.says}
+            for point, result in zip(band.points, results, strict=True)
+        ],
+    }
+
+
+def overall(verdicts: list[Verdict]) -> Verdict:
+    """Outside if any point is; else undecided if any is."""
+    for verdict in ("outside", "undecided"):
+        if verdict in verdicts:
+            return verdict  # type: ignore[return-value]
+    return "inside"
+
+
+def check_point(point: Within | Reaches, records: list[Record]) -> PointResult:
+    """One point of a band against a run's records."""
+    curve = series(records, point.metric)
+    trained = epochs_trained(records)
+    return _within(point, curve, trained) if isinstance(point, Within) else _reaches(point, curve, trained)
+
+
+def _within(point: Within, curve: Series, trained: int) -> PointResult:
+    found = curve.by_epoch().get(point.epochs)
+    wanted = f"{point.metric} after {point.epochs} epochs: {point.low:.4g} to {point.high:.4g}"
+    if found is None:
+        if trained < point.epochs:
+            return PointResult("undecided", f"{wanted}; the run has trained {trained}")
+        return PointResult("undecided", f"{wanted}; the run did not measure it then")
+    inside = point.low <= found <= point.high
+    return PointResult("inside" if inside else "outside", f"{wanted}; the run has {found:.4g}")
+
+
+def _reaches(point: Reaches, curve: Series, trained: int) -> PointResult:
+    wanted = f"{point.metric} reaches {point.value:.4g} by epoch {point.by_epochs}"
+    if point.average > 1:
+        wanted += f" (mean of {point.average} epochs)"
+    best = None
+    for end in range(point.average, len(curve.values) + 1):
+        mean = sum(curve.values[end - point.average : end]) / point.average
+        epoch = curve.epochs[end - 1]
+        if epoch <= point.by_epochs:
+            best = mean if best is None else max(best, mean)
+            if mean >= point.value:
+                return PointResult("inside", f"{wanted}; the run reached it at epoch {epoch:g}")
+    if trained <= point.by_epochs:
+        return PointResult("undecided", f"{wanted}; the run has trained {trained}")
+    return PointResult("outside", f"{wanted}; the run reached {'nothing' if best is None else f'{best:.4g}'} by then")
+
+
+def _matching(config: dict[str, Any], recipes: Path, run: Path) -> tuple[Path, Band]:
+    bands = shipped_bands(recipes)
+    if not bands:
+        raise UserError(f"{recipes} holds no */band.json; run from the project's folder, or name one with --band FILE")
+    for path, band in bands.items():
+        if not band.unmet_settings(config):
+            return path, band
+    closest, band = min(bands.items(), key=lambda item: len(item[1].unmet_settings(config)) / len(item[1].settings))
+    raise UserError(
+        f"{run}: no shipped band is about its configuration; from the closest, {closest}, it differs: "
+        f"{'; '.join(band.unmet_settings(config)[:3])}"
+    )
