@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kernel tests on this machine's GPU, then, only if they pass, the measurements: about 8 minutes.
+# Kernel tests on this machine's GPU, then, only if they pass, the measurements: about 11 minutes.
 #
 #   benchmarks/gpu_suite.sh                  results in benchmarks/results/<device>/
 #   OUT=folder PYTHON=python3 benchmarks/gpu_suite.sh
@@ -35,4 +35,5 @@ fi
 tail -n 15 "$OUT/kernel_tests.log"
 
 "$PYTHON" benchmarks/kernels.py --out "$OUT" --budget "${BENCH_SECONDS:-210}"
+"$PYTHON" benchmarks/block_ops.py --out "$OUT" --budget "${BLOCK_SECONDS:-150}"
 "$PYTHON" benchmarks/plot_kernels.py "$OUT/kernels.json" --out "$OUT" || echo "no plots: matplotlib is not installed"

@@ -1,11 +1,15 @@
 """Fused ops for policy-gradient training of diffusion and flow models.
 
 Knows tensors only: a sampler step is a row of (a, b, std), a credit rule a row of (linear, quadratic, scale).
+The transformer's own elementwise chains are here too.
 """
 
+from pcpo_kernels.accelerate import accelerate, restore
+from pcpo_kernels.adaptive_norm import gated_residual, gated_residual_norm, modulated_norm
 from pcpo_kernels.guidance import guidance
 from pcpo_kernels.noise import philox_normal
 from pcpo_kernels.policy_loss import policy_loss
+from pcpo_kernels.rotary import norm_rope
 from pcpo_kernels.step_sampling import sample_step
 from pcpo_kernels.types import Endpoints, NoiseKey, PolicyLoss, SampledStep
 
@@ -14,8 +18,14 @@ __all__ = [
     "NoiseKey",
     "PolicyLoss",
     "SampledStep",
+    "accelerate",
+    "gated_residual",
+    "gated_residual_norm",
     "guidance",
+    "modulated_norm",
+    "norm_rope",
     "philox_normal",
     "policy_loss",
+    "restore",
     "sample_step",
 ]

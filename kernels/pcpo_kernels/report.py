@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
 
 
 def compile_variant(variant: Any, target: str) -> Compiled:
-    """Compile one :class:`pcpo_kernels.variants.Variant` for one of :data:`TARGETS`.
+    """Compile one :class:`pcpo_kernels.variant.Variant` for one of :data:`TARGETS`.
 
     Raises:
         ValueError: unknown target.

@@ -2,12 +2,9 @@
 
 # mypy: disallow-any-generics=False
 
-import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 from pcpo_kernels.triton_guidance import guidance_backward_kernel, guidance_forward_kernel
-from pcpo_kernels.triton_launch import plan_for
 from pcpo_kernels.triton_policy_loss import (
     BACKWARD_POINTERS,
     FORWARD_POINTERS,
@@ -16,90 +13,17 @@ from pcpo_kernels.triton_policy_loss import (
 )
 from pcpo_kernels.triton_random import philox_normal_kernel
 from pcpo_kernels.triton_step import ROW_POINTERS, sample_step_kernel
+from pcpo_kernels.variant import SIZES, Variant, build
+from pcpo_kernels.variants_blocks import block_variants
 
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLUX = 128 * 128 * 16  # elements of a row of FLUX latents at 1024 x 1024
 DEMO = 512  # of the tiny pipeline that the demonstration trains
 LONG = 1 << 21  # a row so long that a program takes several blocks
-NUMBERS = ("rows", "elements", "chunks", "hinge", "mean")
-UNALIGNED = ("rows", "chunks", "hinge", "mean", "a_stride", "b_stride", "std_stride")
-
 NOISE_POINTERS = {
     "key": {"seed": "i64", "offset": "i64"},
     "endpoints": {"noise": "fp32", "next_latents": "fp32", "a": "fp32", "b": "fp32", "std": "fp32"},
     "tensor": {"noise": "fp32"},
 }
-
-
-class Variant(NamedTuple):
-    """One kernel as one kind of call compiles it.
-
-    Attributes:
-        kernel: name of the kernel.
-        name: what distinguishes the variant.
-        function: the Triton function.
-        signature: type of every parameter, as Triton writes it.
-        constants: value of every constexpr parameter, None for a missing pointer.
-        aligned: positions of the parameters divisible by 16 (bulk pointers, and lengths and strides of full rows).
-        warps: warps per program.
-        loaded_bytes: bulk bytes that a program reads for one of its blocks.
-        stored_bytes: bulk bytes that it writes for one.
-    """
-
-    kernel: str
-    name: str
-    function: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    aligned: tuple[int, ...]
-    warps: int
-    loaded_bytes: int
-    stored_bytes: int
-
-
-def build(
-    function: Any,
-    name: str,
-    loaded: dict[str, str],
-    stored: dict[str, str],
-    row_pointers: dict[str, str],
-    elements: int,
-    **constants: Any,
-) -> Variant:
-    """A variant from the pointers it is given; every other pointer is None."""
-    plan = plan_for(elements)
-    constants = {"BLOCK": plan.BLOCK, "ITERATIONS": plan.ITERATIONS} | constants
-    pointers = loaded | stored | row_pointers
-    signature: dict[str, str] = {}
-    aligned = []
-    for position, parameter in enumerate(inspect.signature(function.fn).parameters):
-        if parameter in constants:
-            signature[parameter] = "constexpr"
-        elif parameter in pointers:
-            signature[parameter] = f"*{pointers[parameter]}"
-            if parameter in loaded or parameter in stored:
-                aligned.append(position)
-        elif parameter in NUMBERS or parameter.endswith("_stride"):
-            signature[parameter] = "i32"
-            if parameter not in UNALIGNED:
-                aligned.append(position)
-        else:
-            signature[parameter] = "constexpr"
-            constants[parameter] = None
-    missing = set(pointers) - set(signature)
-    if missing:
-        raise ValueError(f"{function.fn.__name__} has no parameter {', '.join(sorted(missing))}")
-    return Variant(
-        function.fn.__name__.removesuffix("_kernel"),
-        name,
-        function,
-        signature,
-        {name: constants[name] for name in signature if name in constants},
-        tuple(aligned),
-        plan.warps,
-        plan.BLOCK * sum(SIZES[kind] for kind in loaded.values()),
-        plan.BLOCK * sum(SIZES[kind] for kind in stored.values()),
-    )
 
 
 def _types(names: list[str], **others: str) -> dict[str, str]:
@@ -204,3 +128,4 @@ def all_variants() -> Iterator[Variant]:
     for dtype, result in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")):
         yield from guidance_variants(dtype, result)
     yield build(philox_normal_kernel, "fp32", {}, {"result": "fp32"}, NOISE_POINTERS["key"], FLUX)
+    yield from block_variants()

@@ -15,7 +15,10 @@ from pcpo_kernels.dispatch import interpreting, triton_installed
 DEVICE = Path(__file__).parent / "device"
 PARTS = [
     ["test_device_policy_loss.py"],
-    ["test_device_guided_loss.py", "test_device_step.py", "test_device_operators.py", "test_device_golden.py"],
+    [
+        *("test_device_guided_loss.py", "test_device_step.py", "test_device_operators.py", "test_device_golden.py"),
+        *("test_device_adaptive_norm.py", "test_device_rotary.py"),
+    ],
 ]
 
 

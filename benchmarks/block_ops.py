@@ -1,0 +1,188 @@
+"""Measure the transformer-block ops on a GPU and write one JSON file, growing case by case.
+
+    python benchmarks/block_ops.py --out benchmarks/results/my_gpu
+
+Ours, eager PyTorch as diffusers writes the same chain, and torch.compile of that; forward, and forward and backward
+with frozen modulation (LoRA) or with all gradients; at the widths and lengths of FLUX and Stable Diffusion 3.5.
+Whether `pcpo_kernels.accelerate` pays is read from here: where `ours` is faster than `compiled`.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, norm_rope
+from torch import Tensor
+from torch.nn import functional
+
+from kernels import Clock, copy_bandwidth, device_facts, measure, write
+
+EPS = 1e-6
+
+
+class Shape(NamedTuple):
+    """A model's width and a sequence."""
+
+    name: str
+    images: int
+    text: int
+    image: int
+    heads: int
+    size: int
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.size
+
+
+SHAPES = [
+    Shape(f"{name}-x{images}", images, *rest)
+    for images in (1, 4, 8)
+    for name, *rest in (
+        ("flux_1024", 512, 4096, 24, 128),
+        ("flux_720", 512, 2025, 24, 128),
+        ("sd35_1024", 333, 4096, 38, 64),
+    )
+]
+TINY = [Shape("tiny", 2, 3, 5, 2, 8)]
+
+
+def eager_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLayerNormZero of diffusers."""
+    return functional.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def eager_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """The end of a block."""
+    return x + gate.unsqueeze(1) * branch
+
+
+def eager_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The middle of a block."""
+    x = x + gate.unsqueeze(1) * branch
+    return x, eager_norm(x, shift, scale)
+
+
+def eager_heads(text: Tensor, text_weight: Tensor, image: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys of a double block: norms, joining, rotation in float32."""
+    parts = ((text, text_weight), (image, weight))
+    x = torch.cat([functional.rms_norm(part, part.shape[-1:], factor, EPS) for part, factor in parts], dim=1)
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((-imaginary, real), dim=-1).flatten(3)
+    return (x.float() * cos[:, None] + rotated.float() * sin[:, None]).to(x.dtype)
+
+
+def our_heads(text: Tensor, text_weight: Tensor, image: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same in one op."""
+    return norm_rope(text, text_weight, cos, sin, EPS, second=image, second_weight=weight)
+
+
+class Op(NamedTuple):
+    """One op: ours, eager, how many leading inputs are tokens, and passes over them (forward, frozen, all gradients).
+
+    A pass reads or writes one [B, S, C] tensor.
+    """
+
+    ours: Callable[..., Any]
+    eager: Callable[..., Any]
+    bulk: int
+    passes: tuple[int, int, int]
+
+
+OPS = {
+    "modulated_norm": Op(lambda x, shift, scale: modulated_norm(x, shift, scale, EPS), eager_norm, 1, (2, 5, 5)),
+    "gated_residual": Op(gated_residual, eager_residual, 2, (3, 5, 6)),
+    "gated_residual_norm": Op(lambda *inputs: gated_residual_norm(*inputs, EPS), eager_residual_norm, 2, (4, 9, 10)),
+    "norm_rope": Op(our_heads, eager_heads, 1, (2, 5, 5)),
+}
+
+
+def op_inputs(name: str, shape: Shape, device: torch.device) -> tuple[list[Tensor], list[int], list[int]]:
+    """Inputs in bf16, and the indices of those that want a gradient: under LoRA, and in full training."""
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16)
+
+    tokens = shape.text + shape.image
+    if name == "norm_rope":
+        angles = torch.rand(tokens, shape.size // 2, device=device).repeat_interleave(2, dim=1)
+        text, image = (normal(shape.images, count, shape.heads, shape.size) for count in (shape.text, shape.image))
+        weights = normal(2, shape.size).unbind(0)
+        return [text, weights[0], image, weights[1], angles.cos(), angles.sin()], [0, 2], [0, 1, 2, 3]
+    bulk = [normal(shape.images, tokens, shape.channels) for _ in range(OPS[name].bulk)]
+    rows = {"modulated_norm": 2, "gated_residual": 1, "gated_residual_norm": 3}[name]
+    modulation = normal(shape.images, rows * shape.channels).chunk(rows, dim=1)
+    inputs = [*bulk, *modulation]
+    return inputs, list(range(len(bulk))), list(range(len(inputs)))
+
+
+def records(clock: Clock, shape: Shape, name: str, copy: float) -> Iterator[dict[str, Any]]:
+    """Ours, eager and compiled; forward, and with gradients."""
+    op = OPS[name]
+    inputs, frozen, everything = op_inputs(name, shape, clock.device)
+    size = 2 * shape.images * (shape.text + shape.image) * shape.channels
+    compiled = torch.compile(op.eager, dynamic=False, backend="inductor" if clock.gpu else "eager")
+    facts = {"op": name, "size": shape.name, "rows": shape.images, "tokens": shape.text + shape.image}
+    torch.compiler.reset()  # past a few shapes dynamo would silently stop compiling
+    for way, wanted, passes in zip(("forward", "lora", "full"), ([], frozen, everything), op.passes, strict=True):
+        leaves = [value.detach().requires_grad_(i in wanted) for i, value in enumerate(inputs)]
+        results = op.eager(*leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        incoming = [torch.randn_like(result) for result in results]
+        for kind, function in (("ours", op.ours), ("eager", op.eager), ("compiled", compiled)):
+
+            def call(function: Any = function, leaves: list[Tensor] = leaves, wanted: list[int] = wanted) -> Any:
+                outputs = function(*leaves)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                return torch.autograd.grad(outputs, [leaves[i] for i in wanted], incoming) if wanted else outputs  # noqa: B023
+
+            traffic = passes * size if kind == "ours" else None
+            yield measure(clock, kind, call, traffic, copy, way=way, form=shape.name, **facts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for block_ops.json")
+    parser.add_argument(
+        "--budget", type=float, default=180, help="seconds after which nothing new starts (%(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=0.2, help="time for one median (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="one tiny case, to try the script on any machine")
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not chosen.tiny:
+        print("error: no GPU that PyTorch can use; --tiny tries the script without one", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.monotonic()
+    clock = Clock(device, chosen.seconds)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    copy = copy_bandwidth(clock, 1 << 30 if device.type == "cuda" else 1 << 20)
+    content = device_facts(device) | {"copy_bytes_per_second": copy, "complete": False, "records": []}
+    path = chosen.out / "block_ops.json"
+    for shape in TINY if chosen.tiny else SHAPES:
+        for name in OPS:
+            for record in records(clock, shape, name, copy):
+                content["records"].append(record)
+                write(path, content)
+                share = f"{record['share_of_copy']:6.1%} of copy" if "share_of_copy" in record else ""
+                print(
+                    f"{name:20} {record['way']:8} {record['size']:14} {record['name']:9} "
+                    f"{record['milliseconds']:9.4f} ms  launches {record['launches']}  {share}",
+                    flush=True,
+                )
+            if time.monotonic() - started > chosen.budget:
+                print(f"stopped after {chosen.budget:.0f} s; {path} holds what was measured")
+                return 0
+    write(path, content | {"complete": True})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Fused ops inside an unmodified diffusers transformer: in by one call, out by another."""
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from pcpo_kernels import block_forwards
+from pcpo_kernels.attention_processors import FluxProcessor, JointProcessor, head_norm
+
+# By the name of the class: diffusers is not imported here.
+BLOCKS: dict[str, Callable[..., Any]] = {
+    "FluxTransformerBlock": block_forwards.flux_double_block,
+    "FluxSingleTransformerBlock": block_forwards.flux_single_block,
+    "JointTransformerBlock": block_forwards.joint_block,
+}
+NORMS: dict[str, Callable[..., Any]] = {
+    "AdaLayerNormZero": block_forwards.ada_layer_norm_zero,
+    "AdaLayerNormZeroSingle": block_forwards.ada_layer_norm_zero_single,
+    "SD35AdaLayerNormZeroX": block_forwards.sd35_ada_layer_norm_zero_x,
+}
+PROCESSORS: dict[str, type[FluxProcessor] | type[JointProcessor]] = {
+    "FluxAttnProcessor": FluxProcessor,
+    "JointAttnProcessor2_0": JointProcessor,
+}
+HEAD_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+FORWARDS = (*BLOCKS.values(), *NORMS.values(), head_norm)
+
+
+def accelerate(transformer: nn.Module) -> int:
+    """Let the blocks of a diffusers transformer compute with this package's ops; :func:`restore` undoes it.
+
+    The transformer is changed in place: its blocks, their adaptive norms and the norms of their heads get another
+    ``forward``, their attention another processor. Weights, names, hooks and adapters (LoRA) stay as they are, and
+    every layer with weights is still called as a module. An attention whose processor or norms are not the model's own
+    (an IP adapter's, say) is left as it is. A second call does nothing more.
+
+    Args:
+        transformer: a FLUX or Stable Diffusion 3 transformer of diffusers, or a module that contains one.
+
+    Returns:
+        How many blocks compute with the ops.
+
+    Raises:
+        ValueError: there is no block that is known, or something else has replaced a block's ``forward``.
+    """
+    blocks = list(_blocks(transformer))
+    if not blocks:
+        raise ValueError(
+            f"{type(transformer).__name__} has no block that can be accelerated; known are {', '.join(BLOCKS)}"
+        )
+    parts = [part for block in blocks for part in _parts(block)]
+    for module, _ in parts:
+        own = vars(module).get("forward")
+        if own is not None and not _is_ours(own):
+            raise ValueError(
+                f"the forward of a {type(module).__name__} has been replaced by another library; accelerate it earlier"
+            )
+    for module, forward in parts:
+        module.forward = MethodType(forward, module)
+    for block in blocks:
+        for attention in _attentions(block):
+            replacement = PROCESSORS.get(type(attention.processor).__name__)
+            if replacement is not None:
+                attention.processor = replacement(attention.processor)
+    return len(blocks)
+
+
+def restore(transformer: nn.Module) -> int:
+    """Undo :func:`accelerate` completely.
+
+    Returns:
+        How many blocks are diffusers' own again; 0 where none was changed.
+    """
+    count = 0
+    for module in transformer.modules():
+        if _is_ours(vars(module).get("forward")):
+            del module.forward
+            count += type(module).__name__ in BLOCKS
+        processor = vars(module).get("processor")
+        if isinstance(processor, FluxProcessor | JointProcessor):
+            if isinstance(processor, FluxProcessor):  # what was set in the meantime
+                processor.original._attention_backend = processor._attention_backend
+                processor.original._parallel_config = processor._parallel_config
+            module.processor = processor.original
+    return count
+
+
+def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
+    """Blocks of known classes whose norms have no weights, as those of the published models."""
+    for module in transformer.modules():
+        if type(module).__name__ in BLOCKS:
+            norms = [getattr(module, name, None) for name in ("norm2", "norm2_context")]
+            norms += [child.norm for child in module.children() if type(child).__name__ in NORMS]
+            if all(norm is None or (type(norm) is nn.LayerNorm and norm.weight is None) for norm in norms):
+                yield module
+
+
+def _parts(block: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules of a block that get another forward, and which."""
+    yield block, BLOCKS[type(block).__name__]
+    for child in block.children():
+        if type(child).__name__ in NORMS:
+            yield child, NORMS[type(child).__name__]
+    for attention in _attentions(block):
+        for norm in _head_norms(attention):
+            yield norm, head_norm
+
+
+def _attentions(block: nn.Module) -> Iterator[Any]:
+    """The block's attentions whose processor is the model's own, and whose heads have RMS norms."""
+    for name in ("attn", "attn2"):
+        attention = getattr(block, name, None)
+        if attention is None:
+            continue
+        known = type(attention.processor).__name__ in PROCESSORS
+        norms = _head_norms(attention)
+        joint = getattr(attention, "added_kv_proj_dim", None) is not None
+        alike = len({getattr(norm, "eps", None) for norm in norms}) == 1 and all(
+            type(norm).__name__ == "RMSNorm" and norm.eps is not None and getattr(norm, "bias", None) is None
+            for norm in norms
+        )
+        if known and alike and len(norms) == (4 if joint else 2):
+            yield attention
+
+
+def _head_norms(attention: nn.Module) -> list[Any]:
+    norms = (getattr(attention, name, None) for name in HEAD_NORMS)
+    return [norm for norm in norms if norm is not None]
+
+
+def _is_ours(forward: object) -> bool:
+    return isinstance(forward, MethodType) and forward.__func__ in FORWARDS

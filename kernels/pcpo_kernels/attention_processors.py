@@ -1,0 +1,136 @@
+"""Attention of diffusers' FLUX and Stable Diffusion 3 in which heads are normed, turned and joined at once."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pcpo_kernels.rotary import norm_rope
+
+
+def head_norm(
+    self: Any,
+    x: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    following: tuple[Any, Tensor] | None = None,
+    before: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """Forward of an RMS norm of heads, with rotation, and joined with a second sequence that another module norms.
+
+    The second module is called while the first one is, so that a hook which gathers a weight for the time of its
+    module's call (ZeRO-3) has both there.
+
+    Args:
+        x: [B, S, H, D].
+        cos, sin: [S, D] of the joined sequence.
+        following: the other module, and the tokens that come after ``x``.
+        before: the tokens that come before ``x`` and their weight; what the first module passes to the second.
+    """
+    if following is not None:
+        module, tokens = following
+        joined: Tensor = module(tokens, cos, sin, before=(x, self.weight))
+        return joined
+    if before is not None:
+        return norm_rope(before[0], before[1], cos, sin, self.eps, second=x, second_weight=self.weight)
+    return norm_rope(x, self.weight, cos, sin, self.eps)
+
+
+class FluxProcessor:
+    """In place of ``FluxAttnProcessor``; keeps the original, and its choice of attention backend."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self._attention_backend = original._attention_backend
+        self._parallel_config = original._parallel_config
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        query, key, value = _heads(
+            attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            if attn.fused_projections
+            else (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)),
+            attn.head_dim,
+        )
+        rope = () if image_rotary_emb is None else tuple(table.to(query.device) for table in image_rotary_emb)
+        if encoder_hidden_states is None:
+            query, key = attn.norm_q(query, *rope), attn.norm_k(key, *rope)
+        else:
+            text_query, text_key, text_value = _heads(
+                attn.to_added_qkv(encoder_hidden_states).chunk(3, dim=-1)
+                if attn.fused_projections
+                else (
+                    attn.add_q_proj(encoder_hidden_states),
+                    attn.add_k_proj(encoder_hidden_states),
+                    attn.add_v_proj(encoder_hidden_states),
+                ),
+                attn.head_dim,
+            )
+            query = attn.norm_added_q(text_query, *rope, following=(attn.norm_q, query))
+            key = attn.norm_added_k(text_key, *rope, following=(attn.norm_k, key))
+            value = torch.cat((text_value, value), dim=1)
+        attend = sys.modules[type(self.original).__module__].dispatch_attention_fn
+        result = attend(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        result = result.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return result
+        text, image = result.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        return image, attn.to_add_out(text.contiguous())
+
+
+class JointProcessor:
+    """In place of ``JointAttnProcessor2_0``; keeps the original."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        size = key.shape[-1] // attn.heads
+        query, key, value = _heads((query, key, value), size)
+        if encoder_hidden_states is None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        else:
+            layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            text_query, text_key, text_value = _heads(tuple(layer(encoder_hidden_states) for layer in layers), size)
+            query = attn.norm_q(query, following=(attn.norm_added_q, text_query))
+            key = attn.norm_k(key, following=(attn.norm_added_k, text_key))
+            value = torch.cat((value, text_value), dim=1)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        result = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2, 3)
+        if encoder_hidden_states is None:
+            return attn.to_out[1](attn.to_out[0](result))
+        image, text = result.tensor_split([hidden_states.shape[1]], dim=1)
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](image)), text
+
+
+def _heads(parts: tuple[Tensor, ...], size: int) -> list[Tensor]:
+    """[B, S, H D] to [B, S, H, D], as views."""
+    return [part.unflatten(-1, (-1, size)) for part in parts]

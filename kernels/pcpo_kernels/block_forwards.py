@@ -1,0 +1,138 @@
+"""Forwards of diffusers' transformer blocks and their norms with the fused ops in place of their elementwise chains.
+
+Each takes the arguments of the method whose place it takes, as diffusers 0.42 has it, and returns the same. Layers with
+weights are called as modules, so that LoRA and hooks (ZeRO-3, offloading) see them.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcpo_kernels.adaptive_norm import gated_residual, gated_residual_norm, modulated_norm
+
+LARGEST_HALF = 65504.0
+
+
+def _clip_half(hidden: Tensor) -> Tensor:
+    """fp16 without infinities, as diffusers returns it."""
+    return hidden.clip(-LARGEST_HALF, LARGEST_HALF) if hidden.dtype == torch.float16 else hidden
+
+
+def ada_layer_norm_zero(
+    self: Any,
+    x: Tensor,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    hidden_dtype: torch.dtype | None = None,
+    emb: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """``AdaLayerNormZero``: the normed tokens, and the modulation that the block needs later."""
+    if self.emb is not None:
+        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
+    return modulated_norm(x, shift, scale, self.norm.eps), gate, shift_mlp, scale_mlp, gate_mlp
+
+
+def ada_layer_norm_zero_single(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``AdaLayerNormZeroSingle``."""
+    shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+    return modulated_norm(x, shift, scale, self.norm.eps), gate
+
+
+def sd35_ada_layer_norm_zero_x(self: Any, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+    """``SD35AdaLayerNormZeroX``: two modulations of one norm, which is taken twice (it is read, not stored)."""
+    rows = self.linear(self.silu(emb)).chunk(9, dim=1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = rows
+    first, second = (modulated_norm(hidden_states, *pair, self.norm.eps) for pair in ((shift, scale), (shift2, scale2)))
+    return first, gate, shift_mlp, scale_mlp, gate_mlp, second, gate2
+
+
+def flux_double_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``FluxTransformerBlock``: text and image, each with weights of its own."""
+    normed, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
+    text_normed, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
+    image, text, *adapter = self.attn(
+        hidden_states=normed,
+        encoder_hidden_states=text_normed,
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    hidden_states, normed = gated_residual_norm(hidden_states, image, gate, shift_mlp, scale_mlp, self.norm2.eps)
+    hidden_states = gated_residual(hidden_states, self.ff(normed), gate_mlp)
+    for output in adapter:  # of images as prompts
+        hidden_states = hidden_states + output
+    encoder_hidden_states, normed = gated_residual_norm(
+        encoder_hidden_states, text, text_gate, text_shift, text_scale, self.norm2_context.eps
+    )
+    encoder_hidden_states = gated_residual(encoder_hidden_states, self.ff_context(normed), text_gate_mlp)
+    return _clip_half(encoder_hidden_states), hidden_states
+
+
+def flux_single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``FluxSingleTransformerBlock``: text and image as one sequence."""
+    text_tokens = encoder_hidden_states.shape[1]
+    residual = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+    normed, gate = self.norm(residual, emb=temb)
+    mlp = self.act_mlp(self.proj_mlp(normed))
+    attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    branch = self.proj_out(torch.cat((attention, mlp), dim=2))
+    hidden_states = _clip_half(gated_residual(residual, branch, gate))
+    return hidden_states[:, :text_tokens], hidden_states[:, text_tokens:]
+
+
+def joint_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """``JointTransformerBlock`` of Stable Diffusion 3 and 3.5; the last one drops its text."""
+    named = joint_attention_kwargs or {}
+    normed, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(hidden_states, emb=temb)
+    if self.context_pre_only:
+        text_normed = self.norm1_context(encoder_hidden_states, temb)
+    else:
+        text_normed, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(
+            encoder_hidden_states, emb=temb
+        )
+    branch, text = self.attn(hidden_states=normed, encoder_hidden_states=text_normed, **named)
+    if self.use_dual_attention:
+        normed2, gate2 = dual
+        hidden_states = gated_residual(hidden_states, branch, gate)
+        branch, gate = self.attn2(hidden_states=normed2, **named), gate2
+    hidden_states, normed = gated_residual_norm(hidden_states, branch, gate, shift_mlp, scale_mlp, self.norm2.eps)
+    hidden_states = gated_residual(hidden_states, _feed_forward(self, self.ff, normed), gate_mlp)
+    if self.context_pre_only:
+        return None, hidden_states
+    encoder_hidden_states, normed = gated_residual_norm(
+        encoder_hidden_states, text, text_gate, text_shift, text_scale, self.norm2_context.eps
+    )
+    output = _feed_forward(self, self.ff_context, normed)
+    return gated_residual(encoder_hidden_states, output, text_gate_mlp), hidden_states
+
+
+def _feed_forward(block: Any, layer: Any, normed: Tensor) -> Tensor:
+    """The layer, in chunks where the block was told so."""
+    if block._chunk_size is None:
+        result: Tensor = layer(normed)
+    else:
+        chunked = sys.modules[type(block).__module__]._chunked_feed_forward
+        result = chunked(layer, normed, block._chunk_dim, block._chunk_size)
+    return result

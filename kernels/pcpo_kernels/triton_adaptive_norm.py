@@ -1,0 +1,383 @@
+"""Gated residual, layer norm and modulation in one pass over the tokens, and their gradients in another."""
+
+# Kernels are compiled from their source; Triton's types are not Python's.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pcpo_kernels.triton_blocks import channels_contiguous, launch_options, token_sums, tokens_per_program
+from pcpo_kernels.triton_launch import on_device, register
+
+FORWARD_TOKENS = 4
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"], do_not_specialize_on_alignment=["mean", "rstd"])
+def adaptive_norm_forward_kernel(
+    source,
+    branch,
+    gate,
+    shift,
+    scale,
+    hidden,
+    normed,
+    mean,
+    rstd,
+    source_image_stride,
+    source_token_stride,
+    branch_image_stride,
+    branch_token_stride,
+    gate_stride,
+    shift_stride,
+    scale_stride,
+    tokens,
+    channels,
+    chunks,
+    EPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``h = source + gate branch``, rounded; ``(1 + scale) LN(h) + shift``. What is None is left out."""
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    start = (tl.program_id(0) % chunks) * TOKENS
+    channel = tl.arange(0, BLOCK)
+    mask = channel < channels
+    source += image * source_image_stride
+    if branch is not None:
+        branch += image * branch_image_stride
+        weight = tl.load(gate + image * gate_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    if normed is not None:
+        offset = tl.load(shift + image * shift_stride + channel, mask=mask, other=0.0).to(tl.float32)
+        factor = 1.0 + tl.load(scale + image * scale_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    for token in range(start, tl.minimum(start + TOKENS, tokens)):
+        row = image * tokens + token
+        h = tl.load(source + tl.cast(token, tl.int64) * source_token_stride + channel, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        if branch is not None:
+            b = tl.load(branch + tl.cast(token, tl.int64) * branch_token_stride + channel, mask=mask, other=0.0)
+            rounded = (h + weight * b.to(tl.float32)).to(hidden.dtype.element_ty)
+            tl.store(hidden + row * channels + channel, rounded, mask=mask)
+            h = rounded.to(tl.float32)
+        if normed is not None:
+            count = tl.cast(channels, tl.float32)
+            centre = tl.sum(h) / count
+            gap = tl.where(mask, h - centre, 0.0)
+            inverse = tl.rsqrt(tl.sum(gap * gap) / count + EPS)
+            tl.store(mean + row, centre)
+            tl.store(rstd + row, inverse)
+            value = gap * inverse * factor + offset
+            tl.store(normed + row * channels + channel, value.to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "groups"], do_not_specialize_on_alignment=["mean", "rstd"])
+def adaptive_norm_backward_kernel(
+    grad_hidden,
+    grad_normed,
+    hidden,
+    branch,
+    gate,
+    scale,
+    mean,
+    rstd,
+    grad_source,
+    grad_branch,
+    partials,
+    grad_hidden_image_stride,
+    grad_hidden_token_stride,
+    grad_normed_image_stride,
+    grad_normed_token_stride,
+    hidden_image_stride,
+    hidden_token_stride,
+    branch_image_stride,
+    branch_token_stride,
+    gate_stride,
+    scale_stride,
+    tokens,
+    channels,
+    chunks,
+    groups,
+    SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
+    GATE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the tokens, and sums over this program's tokens for shift, scale and gate.
+
+    ``SHIFT``, ``SCALE`` and ``GATE`` say which slice of ``partials`` [K, images, chunks, C] takes a sum; -1: none.
+    """
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    start = chunk * TOKENS
+    channel = tl.arange(0, BLOCK)
+    mask = channel < channels
+    if grad_hidden is not None:
+        grad_hidden += image * grad_hidden_image_stride
+    if grad_normed is not None:
+        grad_normed += image * grad_normed_image_stride
+        hidden += image * hidden_image_stride
+        factor = 1.0 + tl.load(scale + image * scale_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    if GATE >= 0:
+        branch += image * branch_image_stride
+    if grad_branch is not None:
+        weight = tl.load(gate + image * gate_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    for_shift = tl.zeros((BLOCK,), tl.float32)
+    for_scale = tl.zeros((BLOCK,), tl.float32)
+    for_gate = tl.zeros((BLOCK,), tl.float32)
+    for token in range(start, tl.minimum(start + TOKENS, tokens)):
+        row = image * tokens + token
+        position = tl.cast(token, tl.int64)
+        if grad_normed is not None:
+            g = tl.load(grad_normed + position * grad_normed_token_stride + channel, mask=mask, other=0.0)
+            g = g.to(tl.float32)
+            h = tl.load(hidden + position * hidden_token_stride + channel, mask=mask, other=0.0).to(tl.float32)
+            inverse = tl.load(rstd + row)
+            standard = tl.where(mask, (h - tl.load(mean + row)) * inverse, 0.0)
+            if SHIFT >= 0:
+                for_shift += g
+            if SCALE >= 0:
+                for_scale += g * standard
+            if (grad_source is not None) or (grad_branch is not None) or (GATE >= 0):
+                g = g * factor
+                count = tl.cast(channels, tl.float32)
+                along = tl.sum(g * standard) / count
+                total = (g - tl.sum(g) / count - standard * along) * inverse
+            else:
+                total = g
+            if grad_hidden is not None:
+                direct = tl.load(grad_hidden + position * grad_hidden_token_stride + channel, mask=mask, other=0.0)
+                total += direct.to(tl.float32)
+        else:
+            total = tl.load(grad_hidden + position * grad_hidden_token_stride + channel, mask=mask, other=0.0)
+            total = total.to(tl.float32)
+        place = row * channels + channel
+        if grad_source is not None:
+            tl.store(grad_source + place, total.to(grad_source.dtype.element_ty), mask=mask)
+        if grad_branch is not None:
+            tl.store(grad_branch + place, (weight * total).to(grad_branch.dtype.element_ty), mask=mask)
+        if GATE >= 0:
+            b = tl.load(branch + position * branch_token_stride + channel, mask=mask, other=0.0)
+            for_gate += total * b.to(tl.float32)
+    place = (image * chunks + chunk) * channels + channel
+    size = tl.cast(groups, tl.int64) * channels
+    if SHIFT >= 0:
+        tl.store(partials + SHIFT * size + place, for_shift, mask=mask)
+    if SCALE >= 0:
+        tl.store(partials + SCALE * size + place, for_scale, mask=mask)
+    if GATE >= 0:
+        tl.store(partials + GATE * size + place, for_gate, mask=mask)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def _image_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else channels_contiguous(tensor) for tensor in tensors]
+
+
+def _forward(
+    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, normed, mean, rstd = results = _forward_fake(source, branch, gate, shift, scale, eps)
+    if source.numel() == 0:
+        return results
+    images, tokens, channels = source.shape
+    chunks = triton.cdiv(tokens, FORWARD_TOKENS)
+    bulk = _ready(source, branch, gate, shift, scale)
+    with on_device(source):
+        adaptive_norm_forward_kernel[(images * chunks,)](
+            *bulk,
+            None if branch is None else hidden,
+            *((None,) * 3 if shift is None else (normed, mean, rstd)),
+            *_strides(bulk[0]),
+            *_strides(bulk[1]),
+            *(_image_stride(row) for row in bulk[2:]),
+            tokens,
+            channels,
+            chunks,
+            EPS=eps,
+            TOKENS=FORWARD_TOKENS,
+            **launch_options(channels),
+        )
+    return results
+
+
+def _forward_fake(
+    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def fresh(wanted: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape if wanted else (0,), dtype=dtype, device=source.device)
+
+    hidden = fresh(branch is not None, source.shape, source.dtype)
+    normed = fresh(shift is not None, source.shape, source.dtype)
+    mean, rstd = (fresh(shift is not None, source.shape[:2], torch.float32) for _ in range(2))
+    return hidden, normed, mean, rstd
+
+
+def _backward(
+    grad_hidden: Tensor | None,
+    grad_normed: Tensor | None,
+    hidden: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    source_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None,
+    row_dtype: torch.dtype,
+    for_shift: bool,
+    for_scale: bool,
+    for_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = grad_hidden if grad_hidden is not None else grad_normed
+    assert given is not None
+    images, tokens, channels = given.shape
+    grad_source, grad_branch, sums = results = _backward_fake(
+        grad_hidden, grad_normed, hidden, branch, gate, scale, mean, rstd,
+        source_dtype, branch_dtype, row_dtype, for_shift, for_scale, for_gate,
+    )  # fmt: skip
+    if given.numel() == 0:
+        return grad_source, grad_branch, torch.zeros_like(sums)
+    taken = tokens_per_program(tokens)
+    chunks = triton.cdiv(tokens, taken)
+    wanted = (for_shift, for_scale, for_gate)
+    slots = [sum(wanted[:i]) if wanted[i] else -1 for i in range(3)]
+    partials = None
+    if any(wanted):
+        partials = torch.empty((sum(wanted), images, chunks, channels), dtype=torch.float32, device=given.device)
+    bulk = _ready(grad_hidden, grad_normed, hidden, branch, gate, scale)
+    with on_device(given):
+        adaptive_norm_backward_kernel[(images * chunks,)](
+            *bulk,
+            *((None, None) if grad_normed is None else (mean, rstd)),
+            grad_source if source_dtype is not None else None,
+            grad_branch if branch_dtype is not None else None,
+            partials,
+            *(stride for tensor in bulk[:4] for stride in _strides(tensor)),
+            *(_image_stride(row) for row in bulk[4:]),
+            tokens,
+            channels,
+            chunks,
+            images * chunks,
+            SHIFT=slots[0],
+            SCALE=slots[1],
+            GATE=slots[2],
+            TOKENS=taken,
+            **launch_options(channels, sums=sum(wanted)),
+        )
+    return results if partials is None else (grad_source, grad_branch, token_sums(partials, row_dtype))
+
+
+def _backward_fake(
+    grad_hidden: Tensor | None,
+    grad_normed: Tensor | None,
+    hidden: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    source_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None,
+    row_dtype: torch.dtype,
+    for_shift: bool,
+    for_scale: bool,
+    for_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = grad_hidden if grad_hidden is not None else grad_normed
+    assert given is not None
+
+    def gradient(dtype: torch.dtype | None) -> Tensor:
+        if dtype is None:
+            return given.new_empty((0,))
+        return torch.empty(given.shape, dtype=dtype, device=given.device)
+
+    sums = (for_shift + for_scale + for_gate, given.shape[0], given.shape[2])
+    return gradient(source_dtype), gradient(branch_dtype), torch.empty(sums, dtype=row_dtype, device=given.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    source, branch, gate, shift, scale, _ = inputs
+    hidden, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.has_branch, ctx.has_norm = branch is not None, shift is not None
+    ctx.dtypes = source.dtype, None if branch is None else branch.dtype
+    ctx.row_dtypes = [None if row is None else row.dtype for row in (gate, shift, scale)]
+    gated = ctx.needs_input_grad[2]  # the branch is kept for the gradient of the gate alone
+    normed = (hidden if ctx.has_branch else source) if ctx.has_norm else None
+    ctx.save_for_backward(normed, branch if gated else None, gate, scale, mean, rstd)
+
+
+def _autograd_backward(
+    ctx: Any, grad_hidden: Tensor | None, grad_normed: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    hidden, branch, gate, scale, mean, rstd = ctx.saved_tensors
+    for_source, for_branch, for_gate, for_shift, for_scale, _ = ctx.needs_input_grad
+    if not ctx.has_branch:
+        grad_hidden = None
+    if not ctx.has_norm:
+        grad_normed = None
+    if grad_normed is None:
+        if grad_hidden is None:
+            return (None,) * 6
+        hidden = scale = None
+        for_shift = for_scale = False
+    wanted = (for_shift, for_scale, for_gate)
+    # Without a norm the residual's gradient is the incoming one.
+    passed = grad_hidden if for_source and grad_normed is None else None
+    source_dtype = ctx.dtypes[0] if for_source and passed is None else None
+    branch_dtype = ctx.dtypes[1] if for_branch else None
+    if source_dtype is None and branch_dtype is None and not any(wanted):
+        return passed, *(None,) * 5
+    kinds = {dtype for dtype in ctx.row_dtypes if dtype is not None}
+    grad_source, grad_branch, sums = torch.ops.pcpo_kernels.adaptive_norm_backward(
+        grad_hidden, grad_normed, hidden, branch, gate if for_branch else None, scale, mean, rstd,
+        source_dtype, branch_dtype, kinds.pop() if len(kinds) == 1 else torch.float32, *wanted,
+    )  # fmt: skip
+    rows = iter(sums.unbind(0))
+    to_shift, to_scale, to_gate = (next(rows) if want else None for want in wanted)
+    grads = [
+        None if row is None else row.to(dtype)
+        for row, dtype in zip((to_gate, to_shift, to_scale), ctx.row_dtypes, strict=True)
+    ]
+    if passed is None and for_source:
+        passed = grad_source
+    return passed, grad_branch if for_branch else None, *grads, None
+
+
+register(
+    "adaptive_norm",
+    "(Tensor source, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps) "
+    "-> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
+    _forward,
+    _forward_fake,
+)
+register(
+    "adaptive_norm_backward",
+    "(Tensor? grad_hidden, Tensor? grad_normed, Tensor? hidden, Tensor? branch, Tensor? gate, Tensor? scale, "
+    "Tensor mean, Tensor rstd, ScalarType? source_dtype, ScalarType? branch_dtype, ScalarType row_dtype, "
+    "bool for_shift, bool for_scale, bool for_gate) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+torch.library.register_autograd("pcpo_kernels::adaptive_norm", _autograd_backward, setup_context=_setup_context)
+
+
+def adaptive_norm(
+    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """Triton version of :func:`pcpo_kernels.reference_blocks.adaptive_norm`."""
+    hidden, normed, _, _ = torch.ops.pcpo_kernels.adaptive_norm(source, branch, gate, shift, scale, eps)
+    return source if branch is None else hidden, None if shift is None else normed

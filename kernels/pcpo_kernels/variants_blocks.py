@@ -1,0 +1,135 @@
+"""The variants of the transformer-block kernels, at the widths of FLUX (3072) and of Stable Diffusion 3 (1536)."""
+
+from collections.abc import Iterator
+
+from pcpo_kernels.triton_adaptive_norm import (
+    FORWARD_TOKENS,
+    adaptive_norm_backward_kernel,
+    adaptive_norm_forward_kernel,
+)
+from pcpo_kernels.triton_blocks import SUM_COLUMNS, SUM_ROWS, launch_options, token_sums_kernel
+from pcpo_kernels.triton_rotary import norm_rope_backward_kernel, norm_rope_forward_kernel, tile_options
+from pcpo_kernels.variant import Variant, build
+
+FLUX, SD3 = 3072, 1536  # channels
+HEADS, HEAD, SD3_HEAD = 24, 128, 64  # heads of both, and elements of a head
+BACKWARD_TOKENS = 16  # of a program, at 1024 x 1024
+NORM, RESIDUAL, BOTH = "norm", "residual", "residual-norm"  # kinds of calls
+
+
+def adaptive_norm_forward(dtype: str, kind: str, channels: int = FLUX) -> Variant:
+    """The three public functions: a modulated norm, a gated residual, or both."""
+    loaded = {"source": dtype}
+    stored: dict[str, str] = {}
+    rows: dict[str, str] = {}
+    if kind in (RESIDUAL, BOTH):
+        loaded |= {"branch": dtype, "gate": dtype}
+        stored["hidden"] = dtype
+    if kind in (NORM, BOTH):
+        loaded |= {"shift": dtype, "scale": dtype}
+        stored["normed"] = dtype
+        rows = {"mean": "fp32", "rstd": "fp32"}
+    name = f"{dtype}-{kind}" + ("" if channels == FLUX else f"-{channels}")
+    return _build(adaptive_norm_forward_kernel, name, loaded, stored, rows, channels, EPS=1e-6, TOKENS=FORWARD_TOKENS)
+
+
+def adaptive_norm_backward(dtype: str, kind: str, *, frozen: bool, channels: int = FLUX) -> Variant:
+    """Its backward; frozen: the modulation wants no gradient, as in LoRA training."""
+    loaded: dict[str, str] = {}
+    stored: dict[str, str] = {}
+    rows: dict[str, str] = {}
+    slots = dict.fromkeys(("SHIFT", "SCALE", "GATE"), -1)
+    wanted: list[str] = []
+    if kind in (NORM, BOTH):
+        loaded |= {"grad_normed": dtype, "hidden": dtype, "scale": dtype}
+        stored["grad_source"] = dtype
+        rows = {"mean": "fp32", "rstd": "fp32"}
+        wanted += ["SHIFT", "SCALE"]
+    if kind in (RESIDUAL, BOTH):
+        loaded |= {"grad_hidden": dtype, "gate": dtype}
+        stored["grad_branch"] = dtype
+        wanted.append("GATE")
+    if not frozen:
+        slots |= {name: slot for slot, name in enumerate(wanted)}
+        stored["partials"] = "fp32"
+        if "GATE" in wanted:
+            loaded["branch"] = dtype
+    name = f"{dtype}-{kind}" + ("-frozen" if frozen else "") + ("" if channels == FLUX else f"-{channels}")
+    variant = _build(
+        adaptive_norm_backward_kernel, name, loaded, stored, rows, channels, TOKENS=BACKWARD_TOKENS, **slots
+    )
+    more = 0 if frozen else 4 * (len(wanted) - 1) * variant.block
+    return variant._replace(stored_bytes=variant.stored_bytes + more)
+
+
+def _build(
+    function: object,
+    name: str,
+    loaded: dict[str, str],
+    stored: dict[str, str],
+    rows: dict[str, str],
+    channels: int,
+    **constants: float,
+) -> Variant:
+    options = launch_options(channels, sums=sum(constants.get(slot, -1) >= 0 for slot in ("SHIFT", "SCALE", "GATE")))
+    return build(
+        function, name, loaded, stored, rows, channels, warps=options["num_warps"], BLOCK=options["BLOCK"], **constants
+    )
+
+
+def norm_rope_forward(dtype: str, *, rope: bool = True) -> Variant:
+    """Queries or keys of FLUX, or without rotation those of Stable Diffusion 3."""
+    rows = {"weight": dtype} | ({"cos": "fp32", "sin": "fp32"} if rope else {})
+    return _build_heads(norm_rope_forward_kernel, dtype, {"x": dtype}, {"result": dtype}, rows, rope)
+
+
+def norm_rope_backward(dtype: str, *, frozen: bool, rope: bool = True) -> Variant:
+    """Its backward; frozen: the weight wants no gradient."""
+    rows = {"weight": dtype} | ({"cos": "fp32", "sin": "fp32"} if rope else {})
+    name = dtype + ("-frozen" if frozen else "")
+    rows |= {} if frozen else {"partials": "fp32"}
+    bulk = {"incoming": dtype, "x": dtype}
+    return _build_heads(norm_rope_backward_kernel, name, bulk, {"gradient": dtype}, rows, rope, TOKENS=BACKWARD_TOKENS)
+
+
+def _build_heads(
+    function: object,
+    name: str,
+    loaded: dict[str, str],
+    stored: dict[str, str],
+    rows: dict[str, str],
+    rope: bool,
+    **constants: float,
+) -> Variant:
+    options = tile_options(HEADS, HEAD if rope else SD3_HEAD)
+    tile = {"HEADS": options["HEADS"], "SIZE": options["SIZE"]}
+    tile["BLOCK"] = tile["HEADS"] * tile["SIZE"]
+    name += "" if rope else "-norope"
+    return build(function, name, loaded, stored, rows, FLUX, warps=options["num_warps"], EPS=1e-6, **tile, **constants)
+
+
+def token_sums(dtype: str) -> Variant:
+    """Sums of partial sums; its few stores are narrow."""
+    tile = {"ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS, "BLOCK": SUM_ROWS * SUM_COLUMNS}
+    variant = build(token_sums_kernel, dtype, {"partials": "fp32"}, {"result": dtype}, {}, FLUX, warps=4, **tile)
+    return variant._replace(stored_bytes=0)
+
+
+def block_variants() -> Iterator[Variant]:
+    """Every variant that training FLUX or Stable Diffusion 3 with these ops launches, in bf16 and fp32."""
+    for kind in (NORM, RESIDUAL, BOTH):
+        yield adaptive_norm_forward("bf16", kind)
+        for frozen in (True, False):
+            yield adaptive_norm_backward("bf16", kind, frozen=frozen)
+    yield adaptive_norm_forward("bf16", BOTH, SD3)
+    yield adaptive_norm_backward("bf16", BOTH, frozen=False, channels=SD3)
+    yield adaptive_norm_forward("fp32", BOTH)
+    yield adaptive_norm_backward("fp32", BOTH, frozen=False)
+    for rope in (True, False):
+        yield norm_rope_forward("bf16", rope=rope)
+        yield norm_rope_backward("bf16", frozen=True, rope=rope)
+    yield norm_rope_backward("bf16", frozen=False)
+    yield norm_rope_forward("fp32")
+    yield norm_rope_backward("fp32", frozen=False)
+    for dtype in ("bf16", "fp32"):
+        yield token_sums(dtype)

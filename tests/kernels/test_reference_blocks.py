@@ -1,0 +1,105 @@
+"""The transformer-block ops in plain PyTorch, against formulas written a second time and differences in float64."""
+
+import pytest
+import torch
+from block_cases import LOW, normal
+from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, norm_rope
+from torch.nn import functional
+
+
+def rows(images: int = 2, channels: int = 6, count: int = 3) -> list[torch.Tensor]:
+    return list(normal(count, images, channels, seed=5).unbind(0))
+
+
+def test_modulated_norm() -> None:
+    x, (shift, scale, _) = normal(2, 4, 6), rows()
+    got = modulated_norm(x, shift, scale, 1e-3)
+    for image in range(2):
+        for token in range(4):
+            row = x[image, token]
+            plain = (row - row.mean()) / (row.var(unbiased=False) + 1e-3).sqrt()
+            torch.testing.assert_close(got[image, token], plain * (1 + scale[image]) + shift[image])
+
+
+def test_gated_residual_and_norm() -> None:
+    x, branch, (gate, shift, scale) = normal(2, 4, 6), normal(2, 4, 6, seed=1), rows()
+    hidden, normed = gated_residual_norm(x, branch, gate, shift, scale)
+    torch.testing.assert_close(hidden, x + gate[:, None] * branch)
+    assert torch.equal(gated_residual(x, branch, gate), hidden)
+    assert torch.equal(modulated_norm(hidden, shift, scale), normed)
+
+
+def test_gradcheck() -> None:
+    inputs = [value.requires_grad_() for value in (normal(2, 3, 4), normal(2, 3, 4, seed=1), *rows(channels=4))]
+    assert torch.autograd.gradcheck(gated_residual_norm, inputs)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rounded_once(dtype) -> None:
+    """The sum is correctly rounded, and the norm is that of the rounded sum."""
+    x, branch = (normal(2, 4, 6, seed=i).to(dtype) for i in range(2))
+    gate, shift, scale = (row.to(dtype) for row in rows())
+    hidden, normed = gated_residual_norm(x, branch, gate, shift, scale)
+    assert hidden.dtype == normed.dtype == dtype
+    assert torch.equal(hidden, (x.float() + gate.float()[:, None] * branch.float()).to(dtype))
+    exact = modulated_norm(hidden.double(), shift.double(), scale.double())
+    torch.testing.assert_close(normed.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_errors() -> None:
+    x, (gate, shift, scale) = normal(2, 4, 6), rows()
+    with pytest.raises(ValueError, match=r"the tokens must be \[B, S, C\], got shape \(2, 6\)"):
+        modulated_norm(gate, shift, scale)
+    with pytest.raises(ValueError, match=r"scale must hold a row of channels per image, \(2, 6\), got \(2, 1, 6\)"):
+        modulated_norm(x, shift, scale[:, None])
+    with pytest.raises(TypeError, match="gate must be a tensor, got float"):
+        gated_residual(x, x, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="branch must have the output's shape"):
+        gated_residual(x, x[:, :2], gate)
+    with pytest.raises(TypeError, match="x must be float16"):
+        modulated_norm(x.long(), shift, scale)
+    with pytest.raises(ValueError, match="shift is on meta"):
+        modulated_norm(x, shift.to("meta"), scale)
+    with pytest.raises(ValueError, match="1 to 8192 channels, got 0"):
+        modulated_norm(x[..., :0], shift[:, :0], scale[:, :0])
+
+
+def test_norm_rope() -> None:
+    """Against complex numbers: a pair is one, and its rotation a product with e^(i angle)."""
+    x, second = normal(2, 3, 2, 6), normal(2, 1, 2, 6, seed=1)
+    weight, second_weight = normal(2, 6, seed=2).unbind(0)
+    angles = normal(4, 3, seed=3)
+    table = angles.repeat_interleave(2, dim=1)
+    got = norm_rope(x, weight, table.cos(), table.sin(), 1e-3, second=second, second_weight=second_weight)
+    whole = [functional.rms_norm(part, (6,), factor, 1e-3) for part, factor in ((x, weight), (second, second_weight))]
+    numbers = torch.view_as_complex(torch.cat(whole, dim=1).unflatten(-1, (3, 2)).contiguous())
+    expected = torch.view_as_real(numbers * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(norm_rope(x, None, None, None, 1e-3), functional.rms_norm(x, (6,), None, 1e-3))
+
+
+def test_norm_rope_gradcheck() -> None:
+    inputs = [normal(1, 2, 2, 4), normal(4, seed=1), normal(1, 1, 2, 4, seed=2), normal(4, seed=3)]
+    cos, sin = normal(2, 3, 4, seed=4).unbind(0)
+    assert torch.autograd.gradcheck(
+        lambda x, w, y, v: norm_rope(x, w, cos, sin, second=y, second_weight=v), [v.requires_grad_() for v in inputs]
+    )
+
+
+def test_errors_of_norm_rope() -> None:
+    x, weight, table = normal(2, 3, 2, 4), normal(4), normal(3, 4)
+    bad: list[tuple[type[Exception], str, tuple, dict]] = [
+        (ValueError, r"heads must be \[B, S, H, D\], got shape \(4,\)", (weight, None, None, None), {}),
+        (ValueError, "size of a head must be even", (x[..., :3], None, None, None), {}),
+        (ValueError, r"weight must have shape \(4,\), got \(3,\)", (x, weight[:3], None, None), {}),
+        (ValueError, "cos and sin go together", (x, weight, table, None), {}),
+        (ValueError, r"cos must have shape \(4, 4\), got \(3, 4\)", (x, weight, table, table), {"second": x[:, :1]}),
+        (ValueError, r"second must be \[2, S2, 2, 4\]", (x, weight, None, None), {"second": x[:1]}),
+        (ValueError, "second_weight belongs to", (x, weight, None, None), {"second_weight": weight}),
+        (TypeError, "second must have the dtype of x", (x, weight, None, None), {"second": x.float()}),
+        (TypeError, "x must be a tensor, got int", (3, weight, None, None), {}),
+        (ValueError, "at most 16384 elements", (x.expand(2, 3, 2, 4).repeat(1, 1, 2, 4096), None, None, None), {}),
+    ]
+    for kind, message, positional, named in bad:
+        with pytest.raises(kind, match=message):
+            norm_rope(*positional, **named)
