@@ -64,8 +64,8 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
-            "set model.gradient_checkpointing=true, or use more GPUs; `pcpo-fast plan --config FILE --gpus N` says which "
-            f"settings fit ({str(error).splitlines()[0]})"
+            "set model.gradient_checkpointing=true, or use more GPUs; `pcpo-fast plan --config FILE --gpus N` "
+            f"says what fits ({str(error).splitlines()[0]})"
         ) from error
     except RuntimeError as error:
         if world_size() > 1 and LOST_RANK.search(str(error)):
