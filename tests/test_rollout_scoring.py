@@ -113,6 +113,24 @@ def test_a_sum_is_weighted_and_each_score_kept_within_its_limits() -> None:
     assert metrics[f"reward_spread/{HERE}:second"] == pytest.approx(0.5 * float(spread), rel=1e-6)
 
 
+@pytest.mark.parametrize("normalization", ["group", "flow_grpo", "global", "running"])
+def test_default_settings_are_the_plain_computation_bit_for_bit(normalization: str) -> None:
+    """A run that was begun before there was a choice goes on with the same numbers."""
+    rewards = f"[{{name: '{HERE}:level', weight: 0.3}}, {{name: '{HERE}:second', weight: -0.7}}]"
+    config = config_of(f"advantage.normalization={normalization}", rewards=rewards)
+    judgement, advantages = judge(config)
+    images = images_of(config)
+    total = (torch.zeros(12) + 0.3 * images[:, 0, 0, 0] - 0.7 * (100 * images[:, 1, 0, 0])).double()
+    if normalization == "running":
+        texts = [group_of(config, group) for group in GROUPS.tolist()]
+        expected = RunningAdvantages(16, 2).compute(total, texts, 5.0)
+    else:
+        expected = compute_advantages(total, GROUPS, normalization, 5.0)  # type: ignore[arg-type]
+    assert torch.equal(advantages, expected)
+    assert judgement.metrics["reward/mean"] == float(total.mean())
+    assert judgement.metrics["reward/std"] == float(total.std(unbiased=False))
+
+
 def test_each_reward_normalised_by_itself_counts_by_its_weight_alone() -> None:
     """GDPO written out; the second reward's scores are a hundred times larger."""
     rewards = f"[{{name: '{HERE}:level', weight: 2}}, {{name: '{HERE}:second'}}]"
