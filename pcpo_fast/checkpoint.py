@@ -14,15 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from pcpo_fast.atomic import sync_folder, write_atomically
 from pcpo_fast.distributed import rank, shared_errors, world_size
-from pcpo_fast.engine import Engine
+from pcpo_fast.engine import STATE_FOLDER, Engine
 from pcpo_fast.errors import UserError
 from pcpo_fast.manifest import missing_or_resized, write_manifest
+from pcpo_fast.relayout import SavedState, UnknownLayoutError
 from pcpo_fast.retention import Kept, obsolete
 
 if TYPE_CHECKING:  # looking at a run directory need not load the models' libraries
@@ -116,21 +119,27 @@ def _written(final: Path, together: bool) -> Iterator[None]:
 def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     """Restore engine and optimiser from a checkpoint folder; returns the loop's state with its ``epoch``.
 
+    The same number of ranks and ZeRO stage restore it bit for bit. Where they differ, weights and moments are divided
+    anew: the training state is the same, and what follows differs by how sums are rounded.
+
     Raises:
-        UserError: the folder is no checkpoint, is damaged, or was written for other weights, ranks or ZeRO stage.
+        UserError: the folder is no checkpoint, is damaged, or was written for other weights, or in a form that other
+            ranks or another ZeRO stage cannot take up.
     """
-    state = read_state(path)
-    written = state["engine"]
-    for name, now in _engine_record(engine).items():
-        if written.get(name) == now:
-            continue
-        if name == "weights":
-            raise UserError(f"checkpoint {path} is of other trained weights (model.path, model.finetune, model.lora)")
-        raise UserError(
-            f"checkpoint {path} was written with {name} {written.get(name)}, this run has {now}: resume with the same"
-        )
+    state, now = read_state(path), _engine_record(engine)
+    written = {name: state["engine"].get(name) for name in now}
+    if written["weights"] != now["weights"]:
+        raise UserError(f"checkpoint {path} is of other trained weights (model.path, model.finetune, model.lora)")
     try:
-        loaded = engine.load(path)
+        if written == now:
+            loaded = engine.load(path)
+        else:
+            loaded = _load_divided_anew(path / STATE_FOLDER, engine, int(written["world_size"] or 0))
+    except UnknownLayoutError as error:
+        ranks, stage = written["world_size"], written["zero_stage"]
+        raise UserError(
+            f"checkpoint {path} can only be resumed on {ranks} ranks with ZeRO stage {stage}, which wrote it: {error}"
+        ) from None
     except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {path} cannot be read: {reason}") from None
@@ -138,6 +147,87 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} holds no engine state")
     engine.updates = int(state["updates"])
     return state
+
+
+def _load_divided_anew(folder: Path, engine: Engine, ranks: int) -> bool:
+    """Give every parameter its weights and moments out of the shards of another number of ranks or ZeRO stage."""
+    if getattr(engine, "ema", None) is not None:
+        raise UnknownLayoutError("its moving average of the weights (train.ema_decay) cannot be divided anew")
+    trained = {name: p for name, p in engine.deepspeed.module.named_parameters() if p.requires_grad}
+    files = sorted(folder.glob("*_optim_states.pt"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    if len(files) != ranks or not files:
+        return False
+    shards = [_read_tensors(file)["optimizer_state_dict"] for file in files]
+    saved = SavedState(shards, {name: getattr(p, "ds_numel", p.numel()) for name, p in trained.items()})
+    if saved.step is not None:
+        _make_moments(engine, saved)
+    for name, parameter in trained.items():
+        weights = saved.full(name)
+        moments = {key: saved.full(name, key) for key in saved.moments}
+        if hasattr(parameter, "ds_id"):
+            _set_scattered(parameter, weights, moments)
+        else:
+            _set_whole(engine, parameter, weights, moments)
+    return True
+
+
+def _read_tensors(file: Path) -> Any:
+    """A file of DeepSpeed's; unpickles nothing but tensors and the three records that DeepSpeed puts among them."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _flat_groups(engine: Engine) -> list[Tensor]:
+    """The flat vectors that the optimiser steps."""
+    zero = engine.deepspeed.optimizer
+    scattered = getattr(zero, "fp32_partitioned_groups_flat", None)
+    return list(scattered) if scattered is not None else [p for g in engine.optimizer.param_groups for p in g["params"]]
+
+
+def _make_moments(engine: Engine, saved: SavedState) -> None:
+    """AdamW makes its state in its first step; make it before, to be filled."""
+    for flat in _flat_groups(engine):
+        engine.optimizer.state[flat] = {"step": cast(Tensor, saved.step).clone()} | {
+            key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in saved.moments
+        }
+
+
+@torch.no_grad()
+def _set_scattered(parameter: Any, weights: Tensor, moments: dict[str, Tensor]) -> None:
+    """A parameter of ZeRO 3: this rank's piece of it, and the weights that the model computes with."""
+    import deepspeed
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    def piece(whole: Tensor) -> Tensor:
+        count = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(whole, (0, count * world_size() - whole.numel()))
+        return padded.narrow(0, rank() * count, count)
+
+    safe_set_local_fp32_param(parameter, piece(weights))
+    for key, moment in moments.items():
+        safe_set_local_optimizer_state(parameter, piece(moment), key)
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if rank() == 0:
+            parameter.copy_(weights.view_as(parameter))
+
+
+@torch.no_grad()
+def _set_whole(engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor]) -> None:
+    """A parameter of ZeRO 1 or 2: the weights, and the part of master weights and moments that lies on this rank."""
+    parameter.copy_(weights.view_as(parameter))
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return
+    source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+    mapping.hp_fragment.copy_(weights.narrow(0, source.start, source.numel))
+    flat = _flat_groups(engine)[mapping.param_group_index]
+    for key, moment in moments.items():
+        part = moment.narrow(0, source.start, source.numel)
+        engine.optimizer.state[flat][key].narrow(0, target.start, target.numel).copy_(part)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -57,6 +57,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.ema",
         "pcpo_fast.checkpoint",
         "pcpo_fast.manifest",
+        "pcpo_fast.relayout",
         "pcpo_fast.retention",
     ),
     4: (

@@ -1,0 +1,108 @@
+"""The training state of a checkpoint parameter by parameter, whatever number of ranks and ZeRO stage wrote it.
+
+DeepSpeed's shards hold flat vectors. With ZeRO 1 and 2 the parameters of a group lie one behind the other and the
+vector is cut into as many pieces as there are ranks; each shard says which names lie where in its piece. With ZeRO 3
+every parameter is cut by itself, into equal pieces of ``ceil(n / ranks)`` of its n elements, the last one padded.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class UnknownLayoutError(ValueError):
+    """The state is not one that can be divided anew."""
+
+
+class SavedState:
+    """Weights and moments out of the shards of all ranks.
+
+    Args:
+        shards: ``optimizer_state_dict`` of every rank's file of optimiser states, by rank.
+        sizes: elements of each trained parameter, by name, in the order of the model.
+
+    Attributes:
+        moments: names of the optimiser's states that are tensors like the weights; none before the first step.
+        step: the optimiser's count of steps, None before the first.
+
+    Raises:
+        UnknownLayoutError: some other optimiser than AdamW wrote it, or a name is missing.
+    """
+
+    def __init__(self, shards: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> None:
+        self.sizes = dict(sizes)
+        self._by_parameter = "fp32_flat_groups" in shards[0]
+        self._pieces = [_flat_vectors(shard) for shard in shards]
+        found = [vectors.keys() for vectors, _ in self._pieces]
+        self.moments = tuple(name for name in MOMENTS if all(name in keys for keys in found))
+        self.step: Tensor | None = self._pieces[0][1]
+        if self.moments not in ((), MOMENTS) or (self.step is None) != (not self.moments):
+            raise UnknownLayoutError("its optimiser's state is not AdamW's")
+        self._places: dict[str, list[tuple[int, int, int, int]]] = {}
+        if self._by_parameter:
+            self._place_by_parameter(len(shards))
+        else:
+            self._place_by_group(shards)
+        missing = [name for name, size in self.sizes.items() if self._length(name) < size]
+        if missing:
+            raise UnknownLayoutError(f"it does not hold all of {missing[0]}")
+
+    def full(self, name: str, what: str = "weights") -> Tensor:
+        """One parameter's ``weights`` or one of its :attr:`moments`, whole: flat, in the dtype of the shards."""
+        pieces = [
+            self._pieces[rank][0][what][group].narrow(0, start, count)
+            for rank, group, start, count in self._places[name]
+        ]
+        return torch.cat(pieces)[: self.sizes[name]]
+
+    def _length(self, name: str) -> int:
+        return sum(count for *_, count in self._places.get(name, []))
+
+    def _place_by_group(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        for rank, shard in enumerate(shards):
+            for group, addresses in enumerate(shard["param_slice_mappings"]):
+                for name, address in addresses.items():
+                    self._places.setdefault(name, []).append((rank, group, int(address.start), int(address.numel)))
+
+    def _place_by_parameter(self, ranks: int) -> None:
+        """The flat groups of a rank form one row of pieces; a piece does not reach over the end of its group."""
+        lengths = [len(vector) for vector in self._pieces[0][0]["weights"]]
+        group, start = 0, 0
+        for name, size in self.sizes.items():
+            count = -(-size // ranks)
+            while group < len(lengths) and start + count > lengths[group]:
+                if start != lengths[group]:
+                    raise UnknownLayoutError(f"{name} is not where it should be")
+                group, start = group + 1, 0
+            if group == len(lengths):
+                raise UnknownLayoutError(f"it does not hold all of {name}")
+            self._places[name] = [(rank, group, start, count) for rank in range(ranks)]
+            start += count
+
+
+def _flat_vectors(shard: Mapping[str, Any]) -> tuple[dict[str, list[Tensor]], Tensor | None]:
+    """A shard's flat vectors, ``weights`` and moments, each a list over groups; and its count of steps."""
+    try:
+        if "fp32_flat_groups" in shard:
+            weights, base = list(shard["fp32_flat_groups"]), shard["optimizer_state_dict"]
+        else:
+            weights, base = list(shard["single_partition_of_fp32_groups"]), shard["base_optimizer_state"]
+        states = [base["state"][index] for index in sorted(base["state"])]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UnknownLayoutError(f"its shards have no {error}") from None
+    vectors = {"weights": weights}
+    if not states:
+        return vectors, None
+    if len(states) != len(weights):
+        raise UnknownLayoutError("only some of its weights have moments")
+    for name in MOMENTS:
+        moments = [state.get(name) for state in states]
+        if any(not torch.is_tensor(m) or len(m) < len(w) for m, w in zip(moments, weights, strict=True)):
+            raise UnknownLayoutError("its optimiser's moments are not one number for each weight")
+        vectors[name] = moments
+    step = states[0].get("step")
+    return vectors, step if step is None or torch.is_tensor(step) else torch.tensor(float(step))
