@@ -9,10 +9,23 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from pcpo_fast import __version__
-from pcpo_fast.commands import compare, credit, export, plan, preflight, report, reproduce, sample, serve_reward, train
+from pcpo_fast.commands import (
+    compare,
+    credit,
+    evaluate,
+    export,
+    plan,
+    preflight,
+    report,
+    reproduce,
+    sample,
+    serve_reward,
+    train,
+    votes,
+)
 from pcpo_fast.errors import UserError
 
-COMMANDS = (train, plan, preflight, reproduce, sample, compare, credit, report, export, serve_reward)
+COMMANDS = (train, plan, preflight, reproduce, sample, evaluate, votes, compare, credit, report, export, serve_reward)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

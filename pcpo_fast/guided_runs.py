@@ -37,18 +37,27 @@ def read_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
     Raises:
         UserError: a folder is no run or holds no export, or the runs have different base models.
     """
-    runs = [_read_run(Path(folder), overrides) for folder in folders]
+    runs = [read_run(Path(folder), overrides) for folder in folders]
     for run, folder in zip(runs[1:], folders[1:], strict=True):
-        for key in SHARED:
-            first, other = (getattr(one.config.model, key) for one in (runs[0], run))
-            if key == "path":
-                first, other = (_same_folder(value) for value in (first, other))
-            if first != other:
-                raise UserError(
-                    f"--run: runs are composed over one base model, but model.{key} is {first!r} in {folders[0]} and "
-                    f"{other!r} in {folder} (a setting on the command line, model.{key}=..., holds for all of them)"
-                )
+        different = base_difference(runs[0].config, run.config)
+        if different is not None:
+            key, first, other = different
+            raise UserError(
+                f"--run: runs are composed over one base model, but model.{key} is {first!r} in {folders[0]} and "
+                f"{other!r} in {folder} (a setting on the command line, model.{key}=..., holds for all of them)"
+            )
     return runs
+
+
+def base_difference(first: Config, second: Config) -> tuple[str, object, object] | None:
+    """The first setting of ``model`` in which two base models differ, and its values; None: the base is the same."""
+    for key in SHARED:
+        one, other = (getattr(config.model, key) for config in (first, second))
+        if key == "path":
+            one, other = _same_folder(one), _same_folder(other)
+        if one != other:
+            return key, one, other
+    return None
 
 
 def guided_policies(
@@ -87,12 +96,25 @@ def guided_policies(
     ]
 
 
-def _read_run(folder: Path, overrides: Sequence[str]) -> FineTune:
+def read_run(
+    folder: Path, overrides: Sequence[str] = (), *, weights: Path | None = None, option: str = "--run"
+) -> FineTune:
+    """A run's configuration and weights; reads no weights.
+
+    Args:
+        folder: run directory.
+        overrides: ``key=value`` settings that win over the run's own.
+        weights: folder of the weights; None: the run's export.
+        option: begins the message of an error.
+
+    Raises:
+        UserError: the folder is no run or holds no export.
+    """
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"--run: {folder} is not a run directory (no {CONFIG_FILE} in it)")
-    weights = folder / "export"
+        raise UserError(f"{option}: {folder} is not a run directory (no {CONFIG_FILE} in it)")
+    weights = folder / "export" if weights is None else weights
     if not weights.is_dir():
-        raise UserError(f"--run: {folder} holds no exported weights yet; write them with: pcpo-fast export {folder}")
+        raise UserError(f"{option}: {folder} holds no exported weights yet; write them with: pcpo-fast export {folder}")
     config = load_config(folder / CONFIG_FILE, overrides)
     return FineTune(_moved(config, folder), weights)
 

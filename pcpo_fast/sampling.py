@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pcpo_fast.distributed import gather_rows, rank, world_size
 from pcpo_fast.noise_keys import Purpose, random_key
-from pcpo_fast.policies import Policy, select_rows
+from pcpo_fast.policies import Conditioning, Policy, select_rows
 from pcpo_fast.rollout import initial_latents, sampler_steps
 from pcpo_fast.step_tables import StepTable
 
@@ -35,7 +35,6 @@ def generate(
     Returns:
         float32 [P k, 3, H, W] in 0..1 on the policy's device, prompt-major, on every rank.
     """
-    device = policy.device
     total = len(prompts) * images_per_prompt
     per_rank = -(-total // world_size())
     # The last rank repeats the last image where the images do not divide: a gather needs equal shares.
@@ -44,15 +43,42 @@ def generate(
     images = []
     for rows in mine.split(batch_size):
         names = [(row // images_per_prompt, row % images_per_prompt) for row in rows.tolist()]
-        initial_keys, seeds = (
-            torch.tensor([random_key(purpose, seed, *name) for name in names], device=device)
-            for purpose in (Purpose.EVALUATION_INITIAL_NOISE, Purpose.EVALUATION_STEP_NOISE)
+        images.append(
+            sample_rows(policy, select_rows(conditioning, rows // images_per_prompt), names, table, seed, advance)
         )
-        chosen = {key: value.to(device) for key, value in select_rows(conditioning, rows // images_per_prompt).items()}
-        latents = initial_latents(policy, initial_keys)
-        for _, following in sampler_steps(policy, chosen, latents, seeds, table):
-            latents = following
-            if advance is not None:
-                advance()
-        images.append(policy.decode(latents))
     return gather_rows(torch.cat(images))[:total]
+
+
+def sample_rows(
+    policy: Policy,
+    conditioning: Conditioning,
+    names: Sequence[tuple[int, int]],
+    table: StepTable,
+    seed: int,
+    advance: Callable[[], None] | None = None,
+) -> Tensor:
+    """One batch of images, by this rank alone.
+
+    Args:
+        policy: what samples.
+        conditioning: of every image, B rows.
+        names: B pairs (prompt index, image) that name the noise.
+        table: the sampler.
+        seed: fixes all noise, with the names.
+        advance: called after every denoising step.
+
+    Returns:
+        float32 [B, 3, H, W] in 0..1 on the policy's device.
+    """
+    device = policy.device
+    initial_keys, seeds = (
+        torch.tensor([random_key(purpose, seed, *name) for name in names], device=device)
+        for purpose in (Purpose.EVALUATION_INITIAL_NOISE, Purpose.EVALUATION_STEP_NOISE)
+    )
+    chosen = {key: value.to(device) for key, value in conditioning.items()}
+    latents = initial_latents(policy, initial_keys)
+    for _, following in sampler_steps(policy, chosen, latents, seeds, table):
+        latents = following
+        if advance is not None:
+            advance()
+    return policy.decode(latents)

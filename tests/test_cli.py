@@ -45,6 +45,8 @@ def test_help_lists_every_command(capsys: Capture) -> None:
         "preflight",
         "reproduce",
         "sample",
+        "evaluate",
+        "votes",
         "compare",
         "credit",
         "report",

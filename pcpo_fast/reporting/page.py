@@ -90,14 +90,17 @@ document.querySelectorAll("[data-frames]").forEach(function (box) {
 """
 
 
-def page(title: str, subtitle: str, sections: Iterable[str], footer: str) -> str:
-    """The whole document. `sections` are HTML; the other arguments are plain text.
+def page(
+    title: str, subtitle: str, sections: Iterable[str], footer: str, *, script: str = _SCRIPT, style: str = ""
+) -> str:
+    """The whole document. `sections` are HTML, `script` and `style` (added to the common one) are trusted code of the
+    package; the other arguments are plain text.
 
     Its content security policy allows embedded images, its own style and this one script (by its hash) and nothing
     else: the browser makes no request, and a script smuggled in by a file of the run would not be executed.
     """
-    style = _STYLE.replace("LIGHT", color_variables(dark=False)).replace("DARK", color_variables(dark=True))
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode("utf-8")).digest()).decode("ascii")
+    style = (_STYLE + style).replace("LIGHT", color_variables(dark=False)).replace("DARK", color_variables(dark=True))
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -106,7 +109,7 @@ def page(title: str, subtitle: str, sections: Iterable[str], footer: str) -> str
         f"<title>{text(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{text(title)}</h1><p>{text(subtitle)}</p></header>\n"
         + "\n".join(sections)
-        + f"\n<footer>{text(footer)}</footer>\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        + f"\n<footer>{text(footer)}</footer>\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 

@@ -1,0 +1,48 @@
+"""``pcpo-fast votes``: what people preferred."""
+
+import argparse
+
+EXAMPLES = """example:
+  pcpo-fast evaluate --checkpoint base --checkpoint pcpo=runs/pcpo --preference pcpo,base
+  (people open runs/evaluation/preference.html, judge, and send back the file that it saves)
+  pcpo-fast votes runs/evaluation/preference_key.json votes-anna.json votes-ben.json"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "votes",
+        help="win rates from a preference page's vote files",
+        description="Turn the vote files of a blind preference page into a win rate with intervals.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("key", metavar="KEY", help="preference_key.json, which evaluate wrote beside the page")
+    parser.add_argument("votes", nargs="+", metavar="VOTES", help="vote files that the page saved")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Count and print."""
+    import json
+    from pathlib import Path
+
+    from pcpo_fast.evaluation.votes import win_rate
+
+    found = win_rate(Path(arguments.key), [Path(file) for file in arguments.votes])
+    if arguments.json:
+        print(json.dumps(found.record()))
+        return 0
+    total = found.wins + found.losses + found.ties
+    low, high = found.wilson
+    print(f"{found.first} against {found.second}: {found.wins} won, {found.losses} lost, {found.ties} ties")
+    print(f"Win rate of {found.first}, a tie counted as half: {found.rate:.1%} of {total} votes")
+    print(f"  95 % interval, every vote by itself (Wilson): {low:.1%} to {high:.1%}")
+    if found.by_prompt is not None:
+        print(f"  95 % interval over prompts (bootstrap):       {found.by_prompt[0]:.1%} to {found.by_prompt[1]:.1%}")
+    if found.left is not None:
+        print(f"The left side was chosen in {found.left:.0%} of the votes that chose one")
+    print("Voters: " + ", ".join(f"{name} ({count})" for name, count in found.voters.items()))
+    print(f"Verdict: {found.verdict}")
+    return 0

@@ -1,0 +1,194 @@
+"""What vision models see in an image: the features that distances and diversity are measured on."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.evaluation.fingerprints import weights_digest
+from pcpo_fast.policies.quiet import quiet_libraries
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+DINOV2_SIZE = 224
+
+
+class Extractor(Protocol):
+    """Features of images.
+
+    Attributes:
+        identity: what determines them, for the cache.
+    """
+
+    identity: dict[str, Any]
+
+    def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Named features, float32 [B, d] each, of B images [3, H, W] in 0..1 that may differ in size."""
+        ...
+
+
+def resized_batch(images: Sequence[Tensor], size: int, to_bytes: bool) -> Tensor:
+    """Images stretched to size x size with the antialiased bicubic filter of Pillow and JAX; [B, 3, size, size].
+
+    Args:
+        images: [3, H, W] in 0..1 each.
+        size: pixels.
+        to_bytes: round to 256 levels and clip, as a resized 8-bit image is.
+    """
+    done = []
+    for image in images:
+        pixels = image[None]
+        if pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        done.append((pixels * 255).round().clamp(0, 255) / 255 if to_bytes else pixels)
+    return torch.cat(done)
+
+
+def normalized(images: Tensor, constants: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+    """Channels minus their mean, over their standard deviation."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in constants)
+    return (images - mean) / std
+
+
+class DinoV2:
+    """The class token of DINOv2 after the last layer norm, as FD-DINOv2 takes it from ViT-L/14 at 224 x 224.
+
+    Stein et al., arXiv 2306.04675, and their public code: images are stretched to a square, not cropped.
+
+    Args:
+        path: folder or hub id of a ``Dinov2Model`` of transformers.
+        device: where it runs.
+
+    Raises:
+        UserError: it cannot be had, or is another model.
+    """
+
+    PUBLISHED = "facebook/dinov2-large"
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        from transformers import Dinov2Model
+
+        self._model = _pretrained(Dinov2Model, path, "--metric fd-dinov2", "dinov2").to(device)
+        self._device = device
+        self.identity = {"features": "dinov2 class token", "size": DINOV2_SIZE, "weights": _identity(self._model)}
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``{"dinov2": [B, d]}``."""
+        batch = resized_batch([image.to(self._device) for image in images], DINOV2_SIZE, to_bytes=True)
+        return {"dinov2": self._model(pixel_values=normalized(batch, IMAGENET)).pooler_output.float()}
+
+
+class ClipImages:
+    """CLIP's image embeddings of unit length, as CMMD takes them from ViT-L/14 at 336 x 336.
+
+    Jayasumana et al., arXiv 2401.09603, and their public code: images are stretched to a square in floating point.
+
+    Args:
+        path: folder or hub id of a CLIP model of transformers, with or without its text half.
+        device: where it runs.
+
+    Raises:
+        UserError: it cannot be had, or is another model.
+    """
+
+    PUBLISHED = "openai/clip-vit-large-patch14-336"
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        from transformers import CLIPVisionModelWithProjection
+
+        self._model = _pretrained(CLIPVisionModelWithProjection, path, "--metric cmmd", "clip").to(device)
+        self._device, self._size = device, int(self._model.config.image_size)
+        self.identity = {"features": "clip image", "size": self._size, "weights": _identity(self._model)}
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``{"clip": [B, d]}``."""
+        batch = resized_batch([image.to(self._device) for image in images], self._size, to_bytes=False)
+        embeddings = self._model(pixel_values=normalized(batch, CLIP)).image_embeds.float()
+        return {"clip": F.normalize(embeddings, dim=1)}
+
+
+class Inception:
+    """Pool features and class logits of the Inception network of FID, from torch-fidelity with its own weights.
+
+    Args:
+        weights: file of the weights; None: torch-fidelity downloads them (about 95 MB).
+        device: where it runs.
+
+    Raises:
+        UserError: torch-fidelity or the weights are missing.
+    """
+
+    def __init__(self, weights: str | None, device: torch.device) -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise UserError(
+                "--metric fid and is need torch-fidelity (and torchvision, which it asks for): pip install "
+                f"'pcpo-fast[eval]' ({error})"
+            ) from None
+        if weights is not None:
+            # Checked here: torch-fidelity would unpickle whatever the file holds.
+            from pcpo_fast.evaluation.weight_files import read_weights
+
+            read_weights(weights, f"--metric fid={weights}")
+        try:
+            self._model = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+            ).to(device)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--metric fid: the Inception weights could not be had: {reason}") from None
+        self._device = device
+        self.identity = {"features": "inception", "weights": weights or "published"}
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``{"inception": [B, 2048], "logits": [B, 1008]}``; images of several sizes one by one."""
+        sizes = {tuple(image.shape) for image in images}
+        batches = [torch.stack(list(images))] if len(sizes) == 1 else [image[None] for image in images]
+        parts = [self._model((part.to(self._device) * 255).round().clamp(0, 255).to(torch.uint8)) for part in batches]
+        pools, logits = (torch.cat([part[place] for part in parts]).float() for place in (0, 1))
+        return {"inception": pools, "logits": logits}
+
+
+def _pretrained(kind: Any, path: str, option: str, model_type: str) -> Any:
+    """A model of transformers with all its weights.
+
+    Raises:
+        UserError: it cannot be had, is another model or lacks weights.
+    """
+    from transformers import AutoConfig
+
+    where = f"{option}={path}"
+    try:
+        found = str(AutoConfig.from_pretrained(path).model_type)
+        if found.removesuffix("_vision_model") != model_type:
+            raise UserError(f"{where}: is a model of the type {found}; allowed is {model_type}")
+        # What is downloaded shows its progress; what is here loads without a word.
+        with quiet_libraries() if Path(path).is_dir() else nullcontext():
+            model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # of several libraries: no such folder, no network, a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "" if Path(path).is_dir() else " (name a folder, or a hub id while there is a network)"
+        raise UserError(f"{where}: cannot be loaded{hint}: {reason}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{where}: its checkpoint lacks {missing[0]} and {len(missing) - 1} more")
+    return model.requires_grad_(False).eval()
+
+
+def _identity(model: Any) -> str:
+    """By content where the model lies in a folder, by name and revision where it is of the hub."""
+    path = Path(model.config._name_or_path)
+    if path.is_dir():
+        return weights_digest(path)
+    return f"{path}@{getattr(model.config, '_commit_hash', None)}"

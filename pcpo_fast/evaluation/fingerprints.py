@@ -1,0 +1,49 @@
+"""What made an image or a feature, as a short hash: so that nothing is made twice and nothing stale is kept."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 16
+_BLOCKS = 64
+
+
+def digest(value: Any) -> str:
+    """Of anything that is JSON: 16 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def weights_digest(folder: Path) -> str:
+    """Of all safetensors files and JSON settings below a folder, by their content wherever the folder lies.
+
+    Of a large file only its size and 64 blocks spread over it are read: a model of 24 GB takes no time, and weights
+    that differ anywhere in training differ everywhere.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json", ".bin", ".pth"))
+    return digest({file.relative_to(folder).as_posix(): _sample(file) for file in files})
+
+
+def files_digest(files: Iterable[Path], root: Path) -> str:
+    """Of image files, by name, size and time of change."""
+    return digest([[file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+
+
+def _sample(file: Path) -> str:
+    size = file.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= _BLOCK * _BLOCKS:
+            found.update(stream.read())
+        else:
+            for block in range(_BLOCKS):
+                stream.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                found.update(stream.read(_BLOCK))
+    return found.hexdigest()[:16]
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ."""
+    return [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]

@@ -1,0 +1,62 @@
+"""How far each run is from the reference at the same reward: the comparison that the paper makes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+Point = tuple[float, float]
+"""(reward, distance) at one scale of reward guidance."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Distances at one level of one reward.
+
+    Attributes:
+        reward: its name.
+        level: the highest that every run reaches.
+        distance: key of the distance.
+        at: by run, its distance there, on the straight line between the neighbouring scales.
+    """
+
+    reward: str
+    level: float
+    distance: str
+    at: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"reward": self.reward, "level": self.level, "distance": self.distance, "at": self.at}
+
+
+def match(reward: str, distance: str, curves: Mapping[str, Sequence[Point]]) -> Matched | None:
+    """Compare curves at the highest reward that all of them reach.
+
+    Args:
+        reward, distance: names.
+        curves: by run, its points in the order of their scale, beginning with the base model where it is there.
+
+    Returns:
+        None for fewer than two curves, or where one of them does not pass the level.
+    """
+    if len(curves) < 2:
+        return None
+    level = min(max(point[0] for point in points) for points in curves.values())
+    found = {name: _first_at(points, level) for name, points in curves.items()}
+    if any(value is None for value in found.values()):
+        return None
+    return Matched(reward, level, distance, {name: value for name, value in found.items() if value is not None})
+
+
+def _first_at(points: Sequence[Point], level: float) -> float | None:
+    """The distance where a curve first has a reward of ``level``; None where it begins above."""
+    if points[0][0] == level:
+        return points[0][1]
+    if points[0][0] > level:
+        return None
+    for (reward, distance), (next_reward, next_distance) in pairwise(points):
+        if next_reward >= level > reward:
+            share = (level - reward) / (next_reward - reward)
+            return distance + share * (next_distance - distance)
+    return None

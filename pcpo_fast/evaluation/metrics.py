@@ -1,0 +1,201 @@
+"""The metrics of ``--metric``: what each needs, and what it makes of the images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.evaluation.diversity import feature_diversity, pairs, pixel_diversity
+from pcpo_fast.evaluation.feature_cache import features_of
+from pcpo_fast.evaluation.features import ClipImages, DinoV2, Extractor, Inception
+from pcpo_fast.evaluation.frechet import Gaussian, distance, sample_notes
+from pcpo_fast.evaluation.image_sets import ImageSet
+from pcpo_fast.evaluation.inception_score import inception_score
+from pcpo_fast.evaluation.intervals import over_prompts
+from pcpo_fast.evaluation.kernel_distance import kernel_distance
+from pcpo_fast.evaluation.lpips import Lpips
+from pcpo_fast.statistics import Estimate, mean
+
+METRICS = ("fd-dinov2", "cmmd", "fid", "is", "lpips")
+OF_REFERENCE = ("fd-dinov2", "cmmd", "fid")
+_LPIPS_TRUNK = "timm/vgg16.tv_in1k"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of every contestant.
+
+    Attributes:
+        key: its name in the JSON.
+        label: in tables.
+        better: which direction is better.
+        kind: distance, diversity or score.
+        estimates: by contestant.
+    """
+
+    key: str
+    label: str
+    better: Literal["higher", "lower"]
+    kind: Literal["distance", "diversity", "score"]
+    estimates: dict[str, Estimate]
+
+
+def parse_metrics(texts: Sequence[str]) -> dict[str, str | None]:
+    """``NAME[=MODEL]`` of the command line as {name: model}.
+
+    Raises:
+        UserError: no such metric, or one is named twice.
+    """
+    found: dict[str, str | None] = {}
+    for text in texts:
+        name, separator, model = text.partition("=")
+        if name not in METRICS:
+            raise UserError(f"--metric {text!r}: must be one of {', '.join(METRICS)}")
+        if name in found:
+            raise UserError(f"--metric: {name} is named twice")
+        if separator and not model:
+            raise UserError(f"--metric {text!r}: name a model behind the sign, or leave the sign out")
+        found[name] = model or None
+    return found
+
+
+class Measuring:
+    """Measures image sets against a reference; models are loaded once, and what they see is kept on the disk.
+
+    Args:
+        metrics: of :func:`parse_metrics`.
+        prompts: P.
+        count: images of each.
+        reference: what distances are to; None where no metric asks.
+        cache: folder of features.
+        device: where models run.
+        batch_size: images at once.
+        resamples: of the bootstrap.
+
+    Raises:
+        UserError: a model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        metrics: dict[str, str | None],
+        prompts: int,
+        count: int,
+        reference: ImageSet | None,
+        cache: Path,
+        device: torch.device,
+        batch_size: int,
+        resamples: int,
+    ) -> None:
+        self.metrics, self.prompts, self.count, self.reference = metrics, prompts, count, reference
+        self.cache, self.device, self.batch_size, self.resamples = cache, device, batch_size, resamples
+        self.notes: list[str] = []
+
+    def columns(self, sets: Sequence[ImageSet]) -> list[Column]:
+        """Every metric of every set, one model in memory at a time."""
+        found: list[Column] = []
+        if "fd-dinov2" in self.metrics:
+            extractor: Extractor = DinoV2(self.metrics["fd-dinov2"] or DinoV2.PUBLISHED, self.device)
+            features = self._features(sets, extractor)
+            found.append(self._frechet(sets, features, "dinov2", "fd_dinov2", "FD-DINOv2"))
+            found += self._feature_diversity(sets, features, "dinov2", "DINOv2")
+        if "cmmd" in self.metrics:
+            extractor = ClipImages(self.metrics["cmmd"] or ClipImages.PUBLISHED, self.device)
+            features = self._features(sets, extractor)
+            found.append(self._kernel(sets, features))
+            found += self._feature_diversity(sets, features, "clip", "CLIP")
+        if "fid" in self.metrics or "is" in self.metrics:
+            weights = self.metrics.get("fid") or self.metrics.get("is")
+            features = self._features(sets, Inception(weights, self.device))
+            if "fid" in self.metrics:
+                found.append(self._frechet(sets, features, "inception", "fid", "FID"))
+            if "is" in self.metrics:
+                found.append(self._inception_score(sets, features))
+        if self.count > 1:
+            pixels = {one.name: self._over_prompts(one, pixel_diversity) for one in sets}
+            found.append(Column("diversity_pixel", "diversity, pixels", "higher", "diversity", pixels))
+            if "lpips" in self.metrics:
+                found.append(self._lpips(sets))
+        return found
+
+    def _features(self, sets: Sequence[ImageSet], extractor: Extractor) -> dict[str, dict[str, Tensor]]:
+        """{set: {feature: [n, d]}}, the reference under the name ""."""
+        found = {one.name: features_of(one, extractor, self.cache, self.batch_size) for one in sets}
+        if self.reference is not None:
+            found[""] = features_of(self.reference, extractor, self.cache, self.batch_size)
+        return found
+
+    def _resampled(self, features: Tensor, measure: Callable[[Tensor], float]) -> Estimate:
+        """A number of all features [P k, d] of a set, with its interval over prompts."""
+
+        def of_rows(rows: NDArray[np.int64]) -> float:
+            return measure(features[torch.from_numpy(rows)])
+
+        return over_prompts(of_rows, self.prompts, self.count, self.resamples)
+
+    def _frechet(
+        self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]], feature: str, key: str, label: str
+    ) -> Column:
+        reference = features[""][feature]
+        target = Gaussian.of_features(reference)
+
+        def measure(own: Tensor) -> float:
+            return distance(Gaussian.of_features(own), target)
+
+        estimates = {one.name: self._resampled(features[one.name][feature], measure) for one in sets}
+        fewest = min(len(reference), self.prompts * self.count)
+        self.notes += [f"{label}: {note}." for note in sample_notes(fewest, reference.shape[1])]
+        return Column(key, label, "lower", "distance", estimates)
+
+    def _kernel(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> Column:
+        target = features[""]["clip"]
+
+        def measure(own: Tensor) -> float:
+            return kernel_distance(own, target)
+
+        estimates = {one.name: self._resampled(features[one.name]["clip"], measure) for one in sets}
+        return Column("cmmd", "CMMD", "lower", "distance", estimates)
+
+    def _inception_score(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> Column:
+        estimates = {one.name: self._resampled(features[one.name]["logits"], inception_score) for one in sets}
+        return Column("inception_score", "IS", "higher", "score", estimates)
+
+    def _feature_diversity(
+        self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]], feature: str, label: str
+    ) -> list[Column]:
+        if self.count < 2:
+            return []
+        estimates = {}
+        for one in sets:
+            groups = features[one.name][feature].split(self.count)
+            estimates[one.name] = mean([feature_diversity(group) for group in groups])
+        return [Column(f"diversity_{feature}", f"diversity, {label}", "higher", "diversity", estimates)]
+
+    def _over_prompts(self, one: ImageSet, measure: Callable[[Tensor], float]) -> Estimate:
+        values = []
+        for prompt in range(self.prompts):
+            rows = range(prompt * self.count, (prompt + 1) * self.count)
+            images = [one.read(row) for row in rows]
+            if len({tuple(image.shape) for image in images}) > 1:
+                raise UserError(f"--checkpoint {one.name}: the images of a prompt must have one size")
+            values.append(measure(torch.stack(images)))
+        return mean(values)
+
+    def _lpips(self, sets: Sequence[ImageSet]) -> Column:
+        backbone, _, linear = (self.metrics["lpips"] or _LPIPS_TRUNK).partition(",")
+        model = Lpips(backbone, linear or None).to(self.device)
+
+        @torch.no_grad()
+        def measure(images: Tensor) -> float:
+            features = [model.features(image[None].to(self.device)) for image in images]
+            found = [model.distance(features[i], features[j]) for i, j in pairs(len(images))]
+            return float(torch.cat(found).double().mean())
+
+        estimates = {one.name: self._over_prompts(one, measure) for one in sets}
+        return Column("diversity_lpips", f"diversity, LPIPS {model.trunk.name}", "higher", "diversity", estimates)

@@ -1,0 +1,114 @@
+"""What an evaluation found, and its record for programs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pcpo_fast.evaluation.contestants import Contestant
+from pcpo_fast.evaluation.image_sets import ImageSet
+from pcpo_fast.evaluation.matching import Matched
+from pcpo_fast.evaluation.metrics import Column
+from pcpo_fast.prompts import Prompt
+from pcpo_fast.statistics import Estimate, mean, mean_difference
+
+
+@dataclass(frozen=True)
+class RewardColumn:
+    """One reward of every contestant.
+
+    Attributes:
+        name: of the reward.
+        scores: [P k] by contestant, prompt-major.
+        count: k.
+    """
+
+    name: str
+    scores: Mapping[str, Sequence[float]]
+    count: int
+
+    def estimate(self, contestant: str) -> Estimate:
+        """Mean over images; interval over prompts."""
+        return mean(self._by_prompt(contestant))
+
+    def difference(self, contestant: str, baseline: str) -> Estimate:
+        """Of the means; prompts are resampled as pairs, so that what makes a prompt easy drops out."""
+        return mean_difference(self._by_prompt(contestant), self._by_prompt(baseline), paired=True)
+
+    def _by_prompt(self, contestant: str) -> list[float]:
+        scores = self.scores[contestant]
+        return [sum(scores[i : i + self.count]) / self.count for i in range(0, len(scores), self.count)]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that tables, figures and pages show.
+
+    Attributes:
+        prompts: P.
+        count: images of each.
+        seed: of the noise.
+        contestants: in the order of the command line; the first is the baseline.
+        sets: their images, in the same order.
+        reference: name of what distances are to; None without one.
+        rewards, columns: the numbers.
+        matched: the distances at equal reward.
+        notes: sentences that a reader must know.
+    """
+
+    prompts: Sequence[Prompt]
+    count: int
+    seed: int
+    contestants: Sequence[Contestant]
+    sets: Sequence[ImageSet]
+    reference: str | None
+    rewards: Sequence[RewardColumn]
+    columns: Sequence[Column]
+    matched: Sequence[Matched]
+    notes: Sequence[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the contestants."""
+        return [one.name for one in self.contestants]
+
+    @property
+    def baseline(self) -> str:
+        """What differences are to."""
+        return self.names[0]
+
+    def record(self) -> dict[str, Any]:
+        """As evaluation.json holds it; docs/evaluating.md names the keys."""
+        return {
+            "prompts": [prompt.text for prompt in self.prompts],
+            "images_per_prompt": self.count,
+            "seed": self.seed,
+            "baseline": self.baseline,
+            "reference": self.reference,
+            "checkpoints": [
+                self._record_of(one, images) for one, images in zip(self.contestants, self.sets, strict=True)
+            ],
+            "matched_reward": [found.record() for found in self.matched],
+            "notes": list(self.notes),
+        }
+
+    def _record_of(self, one: Contestant, images: ImageSet) -> dict[str, Any]:
+        rewards = {}
+        for column in self.rewards:
+            rewards[column.name] = _estimate(column.estimate(one.name)) | {
+                "difference": _estimate(column.difference(one.name, self.baseline)),
+                "scores": list(column.scores[one.name]),
+            }
+        return {
+            "name": one.name,
+            "kind": one.kind,
+            "path": one.path,
+            "guidance_scale_reward": one.scale if one.kind == "run" else None,
+            "images": len(images.files),
+            "made_by": images.identity,
+            "rewards": rewards,
+            "metrics": {column.key: _estimate(column.estimates[one.name]) for column in self.columns},
+        }
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}

@@ -1,0 +1,108 @@
+"""Vote files to win rates: counts, intervals, and files that are not what they should be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.evaluation.votes import wilson_interval, win_rate
+
+
+def write_key(folder: Path, prompts: int, per_prompt: int) -> Path:
+    """A on the left of even pairs, on the right of odd ones."""
+    pairs = [
+        {"prompt": n // per_prompt, "image": n % per_prompt, "left": "AB"[n % 2], "right": "BA"[n % 2]}
+        for n in range(prompts * per_prompt)
+    ]
+    key = {"page": "p1", "checkpoints": ["A", "B"], "prompts": ["x"] * prompts, "pairs": pairs}
+    (folder / "key.json").write_text(json.dumps(key), encoding="utf-8")
+    return folder / "key.json"
+
+
+def write_votes(folder: Path, voter: str, votes: dict[Any, str], page: str = "p1") -> Path:
+    file = folder / f"{voter}.json"
+    file.write_text(json.dumps({"page": page, "voter": voter, "votes": votes}), encoding="utf-8")
+    return file
+
+
+def test_sides_are_turned_back(tmp_path: Path) -> None:
+    key = write_key(tmp_path, prompts=3, per_prompt=2)
+    anna = write_votes(tmp_path, "anna", {0: "left", 1: "left", 2: "right", 3: "right", 4: "tie"})
+    ben = write_votes(tmp_path, "ben", {0: "left", 5: "right"})
+    found = win_rate(key, [anna, ben])
+    # anna: A, B, B, A, tie; ben: A, A.
+    assert (found.wins, found.losses, found.ties) == (4, 2, 1)
+    assert found.rate == pytest.approx(4.5 / 7)
+    assert found.left == pytest.approx(3 / 6)
+    assert found.voters == {"anna": 5, "ben": 2}
+    assert found.verdict == "undecided"
+    swapped = json.loads(key.read_text(encoding="utf-8"))
+    swapped["checkpoints"] = ["B", "A"]
+    key.write_text(json.dumps(swapped), encoding="utf-8")
+    other = win_rate(key, [anna, ben])
+    assert (other.wins, other.losses, other.rate) == (2, 4, pytest.approx(2.5 / 7))
+
+
+@pytest.mark.parametrize(("wins", "count"), [(0, 5), (3, 10), (70, 100), (8, 8)])
+def test_wilson_interval_is_scipys(wins: int, count: int) -> None:
+    expected = scipy.stats.binomtest(wins, count).proportion_ci(method="wilson")
+    assert wilson_interval(wins / count, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_votes_on_one_prompt_are_not_independent(tmp_path: Path) -> None:
+    """Ten prompts of twenty pairs, each prompt unanimous: seven for A, three for B."""
+    key = write_key(tmp_path, prompts=10, per_prompt=20)
+    votes = {n: ("left" if (n % 2 == 0) == (n // 20 < 7) else "right") for n in range(200)}
+    found = win_rate(key, [write_votes(tmp_path, "anna", votes)])
+    assert found.rate == pytest.approx(0.7)
+    assert found.wilson[0] > 0.6  # 200 votes would decide it
+    assert found.by_prompt is not None and found.by_prompt[0] < 0.5 < 0.9 < found.by_prompt[1]
+    assert found.verdict == "undecided"
+
+
+def test_a_clear_case_is_decided(tmp_path: Path) -> None:
+    key = write_key(tmp_path, prompts=12, per_prompt=2)
+    votes = {n: "left" if n % 2 else "right" for n in range(24)}
+    found = win_rate(key, [write_votes(tmp_path, "anna", votes)])
+    assert (found.wins, found.verdict) == (0, "B is preferred")
+
+
+@pytest.mark.parametrize(
+    ("votes", "said"),
+    [
+        ({"page": "p2", "voter": "a", "votes": {"0": "left"}}, "votes of another page"),
+        ({"page": "p1", "voter": "a", "votes": {"6": "left"}}, "there is no pair '6'"),
+        ({"page": "p1", "voter": "a", "votes": {"-1": "left"}}, "there is no pair '-1'"),
+        ({"page": "p1", "voter": "a", "votes": {"0": "A"}}, "must be one of left, right, tie"),
+        ({"page": "p1", "voter": "a", "votes": {}}, "hold no votes"),
+        ({"page": "p1", "voter": "", "votes": {"0": "left"}}, "is not a vote file"),
+        ([1], "is not a vote file"),
+    ],
+)
+def test_wrong_vote_files_are_refused(votes: Any, said: str, tmp_path: Path) -> None:
+    key = write_key(tmp_path, prompts=3, per_prompt=2)
+    file = tmp_path / "votes.json"
+    file.write_text(json.dumps(votes), encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        win_rate(key, [file])
+
+
+def test_wrong_files_are_refused(tmp_path: Path) -> None:
+    key = write_key(tmp_path, prompts=3, per_prompt=2)
+    votes = write_votes(tmp_path, "anna", {0: "left"})
+    again = tmp_path / "again.json"
+    again.write_bytes(votes.read_bytes())
+    for files, said in (
+        ((key, [votes, again]), "both by 'anna'"),
+        ((votes, [votes]), "is not the preference_key.json"),
+        ((key, [tmp_path / "nowhere.json"]), "does not exist"),
+        ((tmp_path, [votes]), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=said):
+            win_rate(*files)
+    votes.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not valid JSON"):
+        win_rate(key, [votes])
