@@ -110,6 +110,7 @@ def test_flux_saves_for_its_backward() -> None:
     assert flux(720).training(1, False).saved / 1e9 == pytest.approx(17.9, rel=0.02)
 
 
+@pytest.mark.slow
 def test_flux_blocks_agree_with_fake_tensors() -> None:
     """One double and one single block under PyTorch's FakeTensorMode, counted by hooks on what autograd saves."""
     from diffusers import FluxTransformer2DModel
@@ -274,6 +275,14 @@ RECIPES = sorted((ROOT / "examples").glob("*/config.yaml"))
 MACHINES = {"1x24gb": (1, 24), "1x80gb": (1, 80), "8x80gb": (8, 80), "2x8x80gb": (16, 80)}
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_every_recipe_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.output_dir == f"runs/{path.parent.name}"
+    assert config.deepspeed is None or Path(config.deepspeed).stem in SHIPPED
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_every_recipe_fits_its_machine(path: Path) -> None:
     gpus, size = MACHINES[path.parent.name.split("_")[0]]
