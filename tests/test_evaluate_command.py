@@ -100,6 +100,10 @@ def test_every_number_follows_from_the_images(done: tuple[Path, list[str]], mode
         )
         assert all(one["metrics"][f"diversity_{kind}"]["mean"] > 0 for kind in ("pixel", "lpips", "clip", "dinov2"))
     base, half, whole = record["checkpoints"]
+    # The reference is of the same prompts and resampled along with them: from itself it is at no distance, ever.
+    for key in ("fd_dinov2", "cmmd"):
+        assert [base["metrics"][key][end] for end in ("low", "high")] == pytest.approx([0, 0], abs=1e-9)
+        assert 0 <= whole["metrics"][key]["low"] < whole["metrics"][key]["high"]
     assert base["metrics"]["fd_dinov2"]["mean"] == pytest.approx(0, abs=1e-9)
     assert base["metrics"]["cmmd"]["mean"] == pytest.approx(0, abs=1e-9)
     assert 0 < half["metrics"]["cmmd"]["mean"] < whole["metrics"]["cmmd"]["mean"]
@@ -243,14 +247,22 @@ def test_finished_images_against_a_folder_and_inception(
 
 
 def test_two_ranks_divide_the_images(
-    done: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    done: tuple[Path, list[str]],
+    evaluated_run: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
     """Each rank by itself, without a process group and into a folder of its own: together they make what one makes."""
     source, arguments = done
     monkeypatch.setattr(generating, "world_size", lambda: 2)
     monkeypatch.setattr("pcpo_fast.evaluation.running.rank", lambda: 1)  # images only
     only_base = [word for word in plain(arguments)[:-1] if "tuned" not in word]
-    del only_base[only_base.index("base") + 1]  # the option before the run
+    # The option before the run becomes that of the configuration, which was the run's.
+    only_base[only_base.index("base") + 1 : only_base.index("base") + 2] = [
+        "--config",
+        str(evaluated_run / "config.yaml"),
+    ]
     made = []
     for rank in range(2):
         monkeypatch.setattr(generating, "rank", lambda rank=rank: rank)

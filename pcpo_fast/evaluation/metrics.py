@@ -1,9 +1,9 @@
 """The metrics of ``--metric``: what each needs, and what it makes of the images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pcpo_fast.evaluation.kernel_distance import kernel_distance
 from pcpo_fast.evaluation.lpips import Lpips
 from pcpo_fast.statistics import Estimate, mean
 
+T = TypeVar("T")
 METRICS = ("fd-dinov2", "cmmd", "fid", "is", "lpips")
 OF_REFERENCE = ("fd-dinov2", "cmmd", "fid")
 _LPIPS_TRUNK = "timm/vgg16.tv_in1k"
@@ -139,27 +140,43 @@ class Measuring:
 
         return over_prompts(of_rows, self.prompts, self.count, self.resamples)
 
+    def _distances(
+        self,
+        sets: Sequence[ImageSet],
+        features: dict[str, dict[str, Tensor]],
+        feature: str,
+        prepare: Callable[[Tensor], T],
+        measure: Callable[[T, T], float],
+    ) -> dict[str, Estimate]:
+        """Distances to the reference; if it is of the same prompts, the two are resampled in pairs."""
+        reference = features[""][feature]
+        paired = any(one is self.reference for one in sets)
+        whole = prepare(reference)
+        estimates = {}
+        for one in sets:
+            own = features[one.name][feature]
+
+            def of_rows(rows: NDArray[np.int64], own: Tensor = own) -> float:
+                chosen = torch.from_numpy(rows)
+                return measure(prepare(own[chosen]), prepare(reference[chosen]) if paired else whole)
+
+            found = over_prompts(of_rows, self.prompts, self.count, self.resamples)
+            if found.low is not None:  # no distance is negative
+                found = replace(found, low=max(0.0, found.low))
+            estimates[one.name] = found
+        return estimates
+
     def _frechet(
         self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]], feature: str, key: str, label: str
     ) -> Column:
+        estimates = self._distances(sets, features, feature, Gaussian.of_features, distance)
         reference = features[""][feature]
-        target = Gaussian.of_features(reference)
-
-        def measure(own: Tensor) -> float:
-            return distance(Gaussian.of_features(own), target)
-
-        estimates = {one.name: self._resampled(features[one.name][feature], measure) for one in sets}
         fewest = min(len(reference), self.prompts * self.count)
         self.notes += [f"{label}: {note}." for note in sample_notes(fewest, reference.shape[1])]
         return Column(key, label, "lower", "distance", estimates)
 
     def _kernel(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> Column:
-        target = features[""]["clip"]
-
-        def measure(own: Tensor) -> float:
-            return kernel_distance(own, target)
-
-        estimates = {one.name: self._resampled(features[one.name]["clip"], measure) for one in sets}
+        estimates = self._distances(sets, features, "clip", lambda own: own, kernel_distance)
         return Column("cmmd", "CMMD", "lower", "distance", estimates)
 
     def _inception_score(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> Column:
