@@ -270,6 +270,13 @@ class EvaluationConfig(Section):
     seed: int = Field(1_000_003, ge=0, lt=2**63, description="seed of the images, apart from the training seed")
     deterministic: bool = Field(True, description="sample without noise (Euler), or with the rollout's sampler")
     batch_size: Positive = Field(64, description="images sampled at once on each rank")
+    min_diversity: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="ends the run when the diversity of held-out images falls below this share of that before the "
+        "training; null: never",
+    )
 
 
 class CheckpointConfig(Section):
@@ -371,6 +378,19 @@ class Config(Section):
         wrong = next((reward for reward in self.rewards if reward.clip and reward.clip[0] >= reward.clip[1]), None)
         if wrong is not None:
             raise ValueError(f"rewards: clip of {wrong.column} must be [lowest, highest], got {list(wrong.clip or ())}")
+        return self
+
+    @model_validator(mode="after")
+    def check_diversity(self) -> "Config":
+        """Diversity is the distance between held-out images of one prompt, looked at between epochs."""
+        settings = self.evaluation
+        if settings.min_diversity is not None and (
+            self.prompts.heldout is None or settings.images_per_prompt < 2 or settings.every == 0
+        ):
+            raise ValueError(
+                "evaluation.min_diversity: needs held-out images to compare: set prompts.heldout, "
+                "evaluation.images_per_prompt of 2 or more, and evaluation.every of 1 or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pcpo_fast.collapse import base_distance
 from pcpo_fast.config import Config, EvaluationConfig
 from pcpo_fast.distributed import gather_rows, rank, shared_errors, world_size
 from pcpo_fast.policies import Policy
@@ -110,6 +111,13 @@ class HeldOut:
         self.folder.mkdir(parents=True)
         for index, image in enumerate([] if self.last is None else self.last):
             to_image(image).save(self.folder / f"{index:03d}.png")
+
+    def moved(self) -> dict[str, float]:
+        """How far the latest shown images are from those before the training, as a metric; empty without either."""
+        first = self.first()
+        if first is None or self.last is None or first.shape != self.last.shape:
+            return {}
+        return {"heldout/base_distance": base_distance(first, self.last)}
 
     def first(self) -> Tensor | None:
         """Shown images from before the training [n, 3, H, W], or None where none were kept."""

@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "deepspeed",
     "train.epochs",
     "evaluation.every",
+    "evaluation.min_diversity",
     "evaluation.batch_size",
     "checkpoint",
     "logging",

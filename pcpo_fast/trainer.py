@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
+from pcpo_fast.collapse import CollapseMonitor
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import launcher_rank, rank, shared_errors, world_size
 from pcpo_fast.engine import PATIENCE, Engine, start_distributed, stop_distributed
@@ -121,12 +122,14 @@ class Trainer:
         self.running = RunningAdvantages(advantage.buffer_size, advantage.min_count, advantage.epsilon)
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
+        self.collapse = CollapseMonitor(config.evaluation.min_diversity)
         self.heldout_reward: float | None = None  # of the weights as they are
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
         if start.checkpoint is not None:
             state = load_checkpoint(start.checkpoint, self.engine)
             self.running.load_state_dict(state["running_advantages"])
             self.skipped_in_a_row = state["skipped_in_a_row"]
+            self.collapse.before = state.get("diversity_before")
         self.loop_state = self._loop_state()
 
     def run(self) -> dict[str, Any]:
@@ -146,6 +149,8 @@ class Trainer:
             try:
                 self._evaluate(first)
                 for epoch in range(first, config.train.epochs):
+                    if self.collapse.reason:
+                        break
                     self._epoch_and_what_is_due(epoch)
                     self.stop.poll()
             except Stopped:
@@ -153,7 +158,7 @@ class Trainer:
                     self._save()
                 raise
             self.progress.phase("report")
-            return finish_run(self.folder, self.policy, self.engine, self.heldout, self.recorder, config.train.epochs)
+            return finish_run(self.folder, self.policy, self.engine, self.heldout, self.recorder, self.done)
 
     def _epoch_and_what_is_due(self, epoch: int) -> None:
         metrics = self._epoch(epoch)
@@ -164,12 +169,13 @@ class Trainer:
         last, config = self.done == self.config.train.epochs, self.config
         if last or (config.evaluation.every and self.done % config.evaluation.every == 0):
             self._evaluate(self.done)
-        if last or (config.checkpoint.every and self.done % config.checkpoint.every == 0):
+        if last or self.collapse.reason or (config.checkpoint.every and self.done % config.checkpoint.every == 0):
             self._save()
 
     def _loop_state(self) -> dict[str, Any]:
         """What else the next epoch depends on; an epoch that is left in its middle leaves no trace in it."""
         state = {"running_advantages": self.running.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+        state["diversity_before"] = self.collapse.before
         return copy.deepcopy(state)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
@@ -254,11 +260,18 @@ class Trainer:
         with self.engine.averaged():
             metrics, grid = self.heldout.evaluate()
         self.heldout_reward = metrics["heldout/reward/mean"]
+        is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
+        self.collapse.look(metrics.get("heldout/diversity"), epoch, is_first=is_first)
+        self.loop_state["diversity_before"] = self.collapse.before
+        if rank() == 0:
+            if is_first:
+                self.heldout.keep_as_first()
+            metrics |= self.heldout.moved()
         self.recorder.log("evaluation", metrics, epoch=epoch)
         self.recorder.image(f"epoch_{epoch:04d}", grid, epoch)
-        if rank() == 0 and (epoch == 0 or (self.start.fresh and epoch == self.start.epoch)):
-            self.heldout.keep_as_first()
         self.progress.evaluation(metrics)
+        if self.collapse.reason:
+            self.progress.message(self.collapse.reason)
 
     def _save(self) -> None:
         self.progress.phase("checkpoint")

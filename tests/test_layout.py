@@ -29,6 +29,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.presets",
         "pcpo_fast.schedules",
         "pcpo_fast.windows",
+        "pcpo_fast.collapse",
         "pcpo_fast.yaml_text",
         "pcpo_fast.noise_keys",
         "pcpo_fast.distributed",

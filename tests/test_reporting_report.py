@@ -195,7 +195,7 @@ def test_a_missing_piece_is_no_obstacle(small: Path, piece: str) -> None:
     path = small / piece
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = report(small)
-    assert len(page.all("section")) == 9
+    assert len(page.all("section")) == 10
     if piece == "credit.json":
         assert "There is no credit.json" in page.text
     if piece == "images":

@@ -7,6 +7,7 @@ from typing import Any
 
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.reporting import page, plots
+from pcpo_fast.reporting.diversity import diversity_figure
 from pcpo_fast.reporting.progress import duration
 from pcpo_fast.reporting.reward_spread import reward_spread_figure
 from pcpo_fast.reporting.run_files import RunFiles, embeddable, number_at, read_run
@@ -61,6 +62,13 @@ def render(run: RunFiles) -> str:
             "The same captions and seeds at every evaluation.",
             _samples(run),
             "There are no sample grids (images/epoch_*.png).",
+        ),
+        page.section(
+            "Diversity",
+            "Images of one held-out prompt that become alike are collapse, whatever the reward says. The distance to "
+            "the base model's images (same prompts, same noise) says how far the policy has moved for its reward.",
+            _figures(run, [("diversity", diversity_figure, "Diversity and distance to the base model over epochs")]),
+            "Nothing was evaluated (prompts.heldout).",
         ),
         page.section(
             "Health of the optimization",

@@ -1,0 +1,51 @@
+"""Watching for collapse: does the policy still draw different images for one prompt, and how far has it moved?"""
+
+import torch
+from torch import Tensor
+
+
+def base_distance(first: Tensor, now: Tensor) -> float:
+    """Root mean square pixel distance between the same images before the training and now, mean over images.
+
+    Args:
+        first, now: [n, 3, H, W] in 0..1, the same prompts and noise. Both are compared as the 8 bits of an image file,
+            so that images that have not changed are 0 apart.
+    """
+    gap = (_levels(first) - _levels(now)) / 255
+    return float(gap.square().flatten(1).mean(dim=1).sqrt().mean())
+
+
+def _levels(images: Tensor) -> Tensor:
+    return (images.double().clamp(0, 1) * 255).round()
+
+
+class CollapseMonitor:
+    """Says when the held-out diversity has fallen below a share of that before the training.
+
+    Args:
+        share: ``evaluation.min_diversity``; None never says so.
+
+    Attributes:
+        before: diversity before the training, kept in checkpoints.
+        reason: one sentence once it has happened, else None.
+    """
+
+    def __init__(self, share: float | None) -> None:
+        self.share = share
+        self.before: float | None = None
+        self.reason: str | None = None
+
+    def look(self, diversity: float | None, epoch: int, *, is_first: bool) -> None:
+        """Take an evaluation's diversity into account; one that is not there or not finite says nothing."""
+        if diversity is None or not torch.isfinite(torch.tensor(diversity)):
+            return
+        if is_first:
+            self.before = diversity
+        self.reason = None
+        if self.share is not None and self.before is not None and diversity < self.share * self.before:
+            self.reason = (
+                f"stopped after {epoch} epochs, since the images of a prompt have become alike: held-out diversity "
+                f"{diversity:.3f} is below {self.share:g} of the {self.before:.3f} before the training "
+                "(evaluation.min_diversity); an earlier checkpoint is more diverse, and a lower optimizer.lr or a "
+                "credit.kl_coefficient keeps more of it"
+            )
