@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+if TYPE_CHECKING:  # what shows progress says how far it is, and need not load torch for it
+    import torch.distributed as dist
 
 EXIT_STALLED = 4
 """Exit code of a process that gives up because the run stands still."""
@@ -78,7 +80,7 @@ class Watch:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: "dist.Store",
         rank: int,
         world_size: int,
         timeout: timedelta,

@@ -13,6 +13,7 @@ import torch
 from cli_runs import Output, call, write_config
 from tiny_pipeline import PROMPTS
 
+import pcpo_fast.rollout_scoring
 import pcpo_fast.trainer
 
 Capture = pytest.CaptureFixture[str]
@@ -355,12 +356,12 @@ def test_a_logger_that_is_not_installed(
 def test_a_gradient_that_is_never_finite_ends_the_run(
     config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = pcpo_fast.trainer.compute_advantages
+    compute = pcpo_fast.rollout_scoring.compose_advantages
 
     def spoiled(*arguments: Any, **settings: Any) -> torch.Tensor:
         return compute(*arguments, **settings) * float("nan")
 
-    monkeypatch.setattr(pcpo_fast.trainer, "compute_advantages", spoiled)
+    monkeypatch.setattr(pcpo_fast.rollout_scoring, "compose_advantages", spoiled)
     message = refused(capsys, "train", "--config", config, "train.max_skipped_updates=3", "train.epochs=9")
     assert "training stopped: the loss was not finite in 3 updates in a row (train.max_skipped_updates)" in message
     lines = [json.loads(line) for line in (config.parent / "run" / "metrics.jsonl").read_text().splitlines()]

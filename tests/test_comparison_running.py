@@ -22,6 +22,7 @@ from pcpo_fast.comparison.progress import ComparisonProgress, RunProgress
 from pcpo_fast.comparison.running import HowToRun, Interrupted, check_folders, environment_of, run_all
 from pcpo_fast.config_loading import dump_config, load_config
 from pcpo_fast.errors import UserError
+from pcpo_fast.manifest import write_manifest
 
 NATIVE, PCPO = Variant("native", None, ("credit.rule=native",)), Variant("pcpo")
 
@@ -336,6 +337,8 @@ def test_an_interrupt_ends_all_children_and_raises(
 
     ended = []
     tick = ComparisonProgress.tick
+    # Python was perhaps started in a shell's background, where Ctrl-C is ignored.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupting(self: ComparisonProgress, jobs: list[processes.RunningRun]) -> None:
         tick(self, jobs)
@@ -345,8 +348,11 @@ def test_an_interrupt_ends_all_children_and_raises(
 
     monkeypatch.setattr(ComparisonProgress, "tick", interrupting)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="interrupted with 1 of 3 runs done"):
-        run_all(runs, 1, tmp_path / "out", HowToRun(2, 1, launcher), shown(), poll=0.01)
+    try:
+        with pytest.raises(Interrupted, match="interrupted with 1 of 3 runs done"):
+            run_all(runs, 1, tmp_path / "out", HowToRun(2, 1, launcher), shown(), poll=0.01)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [job.process.poll() for job in ended[:2]] == [-signal.SIGINT, -signal.SIGTERM]
     assert "KeyboardInterrupt" in runs[0].log.read_text()
@@ -388,6 +394,7 @@ def test_folders_are_finished_to_be_done_or_refused(tmp_path: Path) -> None:
         (run.folder / "checkpoints" / "epoch_000003" / "state.json").write_text(
             json.dumps({"epoch": 3, "updates": 6, "engine": {}})
         )
+        write_manifest(run.folder / "checkpoints" / "epoch_000003")
         (run.folder / "config.yaml").write_text(dump_config(run.config))
         (run.folder / "summary.json").write_text(json.dumps({"epochs": epochs}))
     assert check_folders(runs) == runs[1:]

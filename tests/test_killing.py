@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BASE_SEED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kill_test.json"
@@ -19,7 +18,14 @@ def test_a_killed_run_resumes_and_ends_as_if_it_had_not_been(tmp_path: Path, kil
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     } | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), "--kills", str(kills), "--seed", str(BASE_SEED)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "kill_runs.py"),
+        "--kills",
+        str(kills),
+        "--seed",
+        os.environ.get("PCPO_TEST_SEED", "0"),
+    ]
     process = subprocess.run(
         [*command, "--json", str(answer)], env=environment, capture_output=True, text=True, timeout=120 + 60 * kills
     )

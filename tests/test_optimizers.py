@@ -112,7 +112,9 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(kind: ty
 
     def snapshot() -> list[Tensor]:
         states = [optimizer.state[weight] for weight in weights]
-        return [w.detach().clone() for w in weights] + [v.clone() for state in states for v in state.values()]
+        return [w.detach().clone() for w in weights] + [
+            torch.as_tensor(value).clone() for state in states for value in state.values()
+        ]
 
     step(1.0)
     assert not optimizer.skipped

@@ -19,9 +19,9 @@ from pcpo_fast.config import Config
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.prompts import Prompt
+from pcpo_fast.rollout_scoring import RolloutScoring
 from pcpo_fast.schedules import DiffusionSchedule, FlowSchedule, Schedule
 from pcpo_fast.step_tables import EpochTables, RunTables
-from pcpo_fast.trainer import Trainer
 from pcpo_fast.transitions import ddim_timesteps, stable_diffusion_alphas
 
 CPU = torch.device("cpu")
@@ -121,8 +121,14 @@ def trainers_advantages(config: Config) -> Any:
     running = RunningAdvantages(settings.buffer_size, settings.min_count, settings.epsilon)
 
     def compute(rewards: Tensor, prompts: list[str]) -> Tensor:
-        fake: Any = SimpleNamespace(config=config, running=running, prompts=[Prompt(text) for text in prompts])
-        return Trainer._advantages(fake, rewards, torch.arange(len(prompts)))
+        fake: Any = SimpleNamespace(
+            config=config,
+            running=running,
+            per_group=config.rollout.images_per_prompt,
+            group_prompts=[Prompt(text) for text in prompts],
+        )
+        rows = torch.arange(len(rewards))
+        return RolloutScoring._advantages(fake, rewards, rewards[:, None], config.rewards[:1], rows)
 
     return compute
 
