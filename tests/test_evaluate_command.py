@@ -335,7 +335,7 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
         (("--checkpoint", "./nowhere", "--config", "RUN/config.yaml"), "nowhere is neither base, nor a run directory"),
         (
             ("--checkpoint", "base", "--checkpoint", "RUN", "--metric", "fd-dinov2=nowhere/at-all", "--limit", "1"),
-            "--metric fd-dinov2=nowhere/at-all: cannot be loaded (name a folder, or a hub id while",
+            "--metric fd-dinov2=nowhere/at-all: nowhere/at-all is not under",
         ),
     ],
 )

@@ -115,7 +115,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     for trunk, said in (
         ("shape.pth", r"features.3.weight has the shape \[192, 64, 3, 3\]"),
         ("other.pth", "neither torchvision's AlexNet nor its VGG16"),
-        ("missing.pth", "there is no file"),
+        ("missing.pth", "is not a file or folder"),
         ("damaged.pth", "cannot be read as weights"),
         ("damaged.safetensors", "cannot be read as weights"),
         ("list.pth", "does not hold a table of tensors"),

@@ -1,7 +1,6 @@
 """What vision models see in an image: the features that distances and diversity are measured on."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.fingerprints import weights_digest
 from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.rewards.locating import pretrained_folder
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -167,19 +167,18 @@ def _pretrained(kind: Any, path: str, option: str, model_type: str) -> Any:
     from transformers import AutoConfig
 
     where = f"{option}={path}"
+    folder = str(pretrained_folder(where, option.removeprefix("--"), path))
     try:
-        found = str(AutoConfig.from_pretrained(path).model_type)
+        found = str(AutoConfig.from_pretrained(folder).model_type)
         if found.removesuffix("_vision_model") != model_type:
             raise UserError(f"{where}: is a model of the type {found}; allowed is {model_type}")
-        # What is downloaded shows its progress; what is here loads without a word.
-        with quiet_libraries() if Path(path).is_dir() else nullcontext():
-            model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        with quiet_libraries():
+            model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except UserError:
         raise
-    except Exception as error:  # of several libraries: no such folder, no network, a damaged file
+    except Exception as error:  # of several libraries: a damaged file, a configuration that it does not know
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "" if Path(path).is_dir() else " (name a folder, or a hub id while there is a network)"
-        raise UserError(f"{where}: cannot be loaded{hint}: {reason}") from None
+        raise UserError(f"{where}: cannot be loaded: {reason}") from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{where}: its checkpoint lacks {missing[0]} and {len(missing) - 1} more")

@@ -1,12 +1,10 @@
 """Reading weights from files that a user may have downloaded: tensors only, nothing is executed."""
 
-import re
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.locating import pretrained_file
 
 
 def read_weights(path: str, where: str) -> dict[str, Tensor]:
@@ -19,13 +17,7 @@ def read_weights(path: str, where: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such thing, or it holds something else than tensors.
     """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        if file.is_absolute() or path.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-            raise UserError(f"{where}: there is no file {file}")
-        file = _from_hub(path, where)
+    file = pretrained_file(where, where.removeprefix("--").partition("=")[0], path, "model.safetensors")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -38,13 +30,3 @@ def read_weights(path: str, where: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{where}: {file} does not hold a table of tensors")
     return state
-
-
-def _from_hub(name: str, where: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "model.safetensors"))
-    except Exception as error:  # no network, no such repository, no permission
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{where}: {name} is neither a file here nor to be had from the hub: {reason}") from None

@@ -27,7 +27,21 @@ def model_folder(reward: str, option: str, path: str, *, weights: bool = True) -
     Raises:
         UserError: it is in none of these places, or lacks what is needed.
     """
-    where = f"reward {reward}: option {option}"
+    return pretrained_folder(f"reward {reward}: option {option}", f"reward {reward}", path, weights=weights)
+
+
+def pretrained_folder(where: str, user: str, path: str, *, weights: bool = True) -> Path:
+    """The folder of a model of transformers, downloaded where it is neither a folder nor in the hub's local cache.
+
+    Args:
+        where: begins the message of an error.
+        user: who needs it, for the line that announces a download and its size.
+        path: folder, or hub id "owner/name".
+        weights: whether weights are wanted; a tokenizer has none.
+
+    Raises:
+        UserError: it is in none of these places, or lacks what is needed.
+    """
     if not isinstance(path, str) or not path:
         raise UserError(f"{where} must be a folder or a hub id of the form owner/name, got {path!r}")
     local = Path(path).expanduser()
@@ -41,7 +55,7 @@ def model_folder(reward: str, option: str, path: str, *, weights: bool = True) -
     cached = _cached_snapshot(path)
     if cached is not None and not _lacking(cached, weights):
         return cached
-    return _from_hub(where, path, lambda: _download_folder(reward, path, weights))
+    return _from_hub(where, path, lambda: _download_folder(user, path, weights))
 
 
 def model_file(reward: str, option: str, path: str, name: str) -> Path:
@@ -55,7 +69,21 @@ def model_file(reward: str, option: str, path: str, name: str) -> Path:
     Raises:
         UserError: it is in none of these places.
     """
-    where = f"reward {reward}: option {option}"
+    return pretrained_file(f"reward {reward}: option {option}", f"reward {reward}", path, name)
+
+
+def pretrained_file(where: str, user: str, path: str, name: str) -> Path:
+    """A checkpoint in a file, downloaded where it is neither here nor in the hub's local cache.
+
+    Args:
+        where: begins the message of an error.
+        user: who needs it, for the line that announces a download and its size.
+        path: the file, a folder with it, or a hub id "owner/name".
+        name: the file's name in a folder or on the hub.
+
+    Raises:
+        UserError: it is in none of these places.
+    """
     if not isinstance(path, str) or not path:
         raise UserError(f"{where} must be a file or a hub id of the form owner/name, got {path!r}")
     local = Path(path).expanduser()
@@ -72,7 +100,7 @@ def model_file(reward: str, option: str, path: str, name: str) -> Path:
     cached = try_to_load_from_cache(path, name)
     if isinstance(cached, str):
         return Path(cached)
-    return _from_hub(where, f"{path}/{name}", lambda: _download_file(reward, path, name))
+    return _from_hub(where, f"{path}/{name}", lambda: _download_file(user, path, name))
 
 
 def _lacking(folder: Path, weights: bool) -> str | None:
@@ -103,7 +131,7 @@ def _cached_snapshot(repository: str) -> Path | None:
         return None
 
 
-def _download_folder(reward: str, repository: str, weights: bool) -> Path:
+def _download_folder(user: str, repository: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [*_SETTINGS, *(_WEIGHTS.values() if weights else ())]
@@ -112,24 +140,24 @@ def _download_folder(reward: str, repository: str, weights: bool) -> Path:
     if any(file.filename.endswith(".safetensors") for file in files):
         options["ignore_patterns"] = ["*/*", "*.bin"]
         files = [file for file in files if not file.filename.endswith(".bin")]
-    _announce(reward, repository, files)
+    _announce(user, repository, files)
     return Path(snapshot_download(repository, **options))
 
 
-def _download_file(reward: str, repository: str, name: str) -> Path:
+def _download_file(user: str, repository: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    _announce(reward, f"{repository}/{name}", [hf_hub_download(repository, name, dry_run=True)])
+    _announce(user, f"{repository}/{name}", [hf_hub_download(repository, name, dry_run=True)])
     return Path(hf_hub_download(repository, name))
 
 
-def _announce(reward: str, what: str, files: list[Any]) -> None:
+def _announce(user: str, what: str, files: list[Any]) -> None:
     """One line before the first byte; the hub's own progress bars follow. Other ranks wait for the first's files."""
     size = sum(file.file_size or 0 for file in files if file.will_download)
     if size and local_rank() == 0:
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        print(f"reward {reward}: downloading {what}, {_readable(size)}, to {HF_HUB_CACHE}", file=sys.stderr, flush=True)
+        print(f"{user}: downloading {what}, {_readable(size)}, to {HF_HUB_CACHE}", file=sys.stderr, flush=True)
 
 
 def _readable(size: int) -> str:
