@@ -270,7 +270,7 @@ def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(
         for name, value in line.items():
             if name != "kind" and not name.startswith(("time", "throughput")):
                 other = stopped[key][name.replace("tiny_pipeline", "waiting_rewards")]
-                # A spread or a mean of terms of both signs is as exact as the float32 numbers, up to 1, that it is made of.
+                # A spread, or a mean over both signs, is as exact as the numbers, up to 1, in it.
                 floor = 2 * torch.finfo(torch.float32).eps if name.endswith(("std", "loss")) else 1e-12
                 assert other == pytest.approx(value, rel=1e-6, abs=floor), (key, name)
 

@@ -67,7 +67,8 @@ def test_metrics_have_their_fixed_names(full: Run) -> None:
     assert "policy/clip_fraction_step_3" not in whole  # the last step is not trained
     assert "reward/jpeg_incompressibility" not in whole  # for evaluation only
     assert set(evaluation) == {
-        "kind", "epoch", "time", "heldout/reward/mean", "heldout/reward/std", "heldout/base_distance", "heldout/reward/tiny_pipeline:redness",
+        "kind", "epoch", "time", "heldout/reward/mean", "heldout/reward/std", "heldout/base_distance",
+        "heldout/reward/tiny_pipeline:redness",
         "heldout/reward/jpeg_compressibility", "heldout/reward/jpeg_incompressibility",
     }  # fmt: skip
     for line in lines:
