@@ -3,12 +3,12 @@
 import json
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cli_runs import (
     ROOT,
     Output,
@@ -230,9 +230,12 @@ def stop_in_epoch(folder: Path, rollout: int, how: signal.Signals) -> Output:
     return Output(process.returncode, out, err)
 
 
-def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(
-    waiting: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def finished(process: "subprocess.Popen[str]") -> Output:
+    out, err = process.communicate(timeout=240)
+    return Output(process.returncode, out, err)
+
+
+def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(waiting: Path, capsys: Capture) -> None:
     run = waiting / "run"
     answer = stop_in_epoch(waiting, 2, signal.SIGINT)
     assert answer.code == 130
@@ -250,18 +253,18 @@ def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(
     assert json.loads(report.out)["summary"]["epochs"] == 2
     assert (run / "report.html").is_file()
 
+    # Like the stopped run, both in processes of their own: what other tests left in this one may change a last bit.
     (waiting / "wait_at").write_text("0")
-    monkeypatch.chdir(waiting)  # where the reward's file is
-    answer = call(capsys, "train", "--config", "run.yaml")
-    assert (answer.code, answer.err) == (0, "")
-    assert "Resuming after epoch 2 from" in answer.out
-
     whole = waiting / "whole"
-    config = waiting / "run.yaml"
-    answer = call(
-        capsys, "train", "--config", config, f"output_dir={whole}", "rewards=[{name: 'tiny_pipeline:redness'}]"
-    )
-    assert answer.code == 0, answer.err
+    processes = [
+        start(waiting, "--config", "run.yaml"),
+        start(waiting, "--config", "run.yaml", f"output_dir={whole}", "rewards=[{name: 'tiny_pipeline:redness'}]"),
+    ]
+    resumed, straight_on = (finished(process) for process in processes)
+    assert (resumed.code, resumed.err) == (0, "")
+    assert "Resuming after epoch 2 from" in resumed.out
+    assert straight_on.code == 0, straight_on.err
+
     stopped, straight = (
         {(line["kind"], line["epoch"], line.get("update")): line for line in records(folder)} for folder in (run, whole)
     )
@@ -269,10 +272,7 @@ def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(
     for key, line in straight.items():
         for name, value in line.items():
             if name != "kind" and not name.startswith(("time", "throughput")):
-                other = stopped[key][name.replace("tiny_pipeline", "waiting_rewards")]
-                # A spread, or a mean over both signs, is as exact as the numbers, up to 1, in it.
-                floor = 2 * torch.finfo(torch.float32).eps if name.endswith(("std", "loss")) else 1e-12
-                assert other == pytest.approx(value, rel=1e-6, abs=floor), (key, name)
+                assert stopped[key][name.replace("tiny_pipeline", "waiting_rewards")] == value, (key, name)
 
 
 def test_an_interrupt_before_the_first_checkpoint_says_so(
