@@ -7,9 +7,7 @@ with frozen modulation (LoRA) or with all gradients; at the widths and lengths o
 Whether `pcpo_kernels.accelerate` pays is read from here: where `ours` is faster than `compiled`.
 """
 
-import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, no
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import Clock, copy_bandwidth, device_facts, measure, write
+from kernels import Clock, measure, options, run
 
 EPS = 1e-6
 
@@ -148,40 +146,15 @@ def records(clock: Clock, shape: Shape, name: str, copy: float) -> Iterator[dict
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for block_ops.json")
-    parser.add_argument(
-        "--budget", type=float, default=180, help="seconds after which nothing new starts (%(default)s)"
-    )
-    parser.add_argument("--seconds", type=float, default=0.2, help="time for one median (%(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="one tiny case, to try the script on any machine")
+    parser = options(__doc__, "block_ops.json", 180, 0.2, "one tiny case, to try the script on any machine")
     chosen = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not chosen.tiny:
-        print("error: no GPU that PyTorch can use; --tiny tries the script without one", file=sys.stderr)
-        return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    started = time.monotonic()
-    clock = Clock(device, chosen.seconds)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    copy = copy_bandwidth(clock, 1 << 30 if device.type == "cuda" else 1 << 20)
-    content = device_facts(device) | {"copy_bytes_per_second": copy, "complete": False, "records": []}
-    path = chosen.out / "block_ops.json"
-    for shape in TINY if chosen.tiny else SHAPES:
-        for name in OPS:
-            for record in records(clock, shape, name, copy):
-                content["records"].append(record)
-                write(path, content)
-                share = f"{record['share_of_copy']:6.1%} of copy" if "share_of_copy" in record else ""
-                print(
-                    f"{name:20} {record['way']:8} {record['size']:14} {record['name']:9} "
-                    f"{record['milliseconds']:9.4f} ms  launches {record['launches']}  {share}",
-                    flush=True,
-                )
-            if time.monotonic() - started > chosen.budget:
-                print(f"stopped after {chosen.budget:.0f} s; {path} holds what was measured")
-                return 0
-    write(path, content | {"complete": True})
-    return 0
+    shapes = TINY if chosen.tiny else SHAPES
+    return run(
+        chosen,
+        "block_ops.json",
+        lambda clock, copy: (found for shape in shapes for name in OPS for found in records(clock, shape, name, copy)),
+        lambda record: "{op:20} {way:8} {size:14}".format(**record),
+    )
 
 
 if __name__ == "__main__":

@@ -263,46 +263,71 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
+def options(description: str | None, file: str, budget: float, seconds: float, tiny: str) -> argparse.ArgumentParser:
+    """What every script that measures on a GPU is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {file}")
     parser.add_argument(
-        "--budget", type=float, default=300, help="seconds after which nothing new starts (%(default)s)"
+        "--budget", type=float, default=budget, help="seconds after which nothing new starts (%(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for one median (%(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="two tiny cases, to try the script on any machine")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=float, default=seconds, help="time for one median (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help=tiny)
+    return parser
+
+
+def run(
+    chosen: argparse.Namespace,
+    file: str,
+    records: Callable[[Clock, float], Iterator[dict[str, Any]]],
+    label: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure, and write and print each record as it comes; returns the exit code.
+
+    Args:
+        chosen: what :func:`options` parsed.
+        file: name of the JSON file.
+        records: gets the clock and the bandwidth of a copy in bytes per second.
+        label: how a record's line begins.
+    """
     if not torch.cuda.is_available() and not chosen.tiny:
         print("error: no GPU that PyTorch can use; --tiny tries the script without one", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
     clock = Clock(device, chosen.seconds)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    copy = copy_bandwidth(clock, 1 << 30 if device.type == "cuda" else 1 << 20)
+    content = device_facts(device) | {"copy_bytes_per_second": copy, "complete": False, "records": []}
+    path = chosen.out / file
+    for record in records(clock, copy):
+        content["records"].append(record)
+        write(path, content)
+        share = f"{record['share_of_copy']:6.1%} of copy" if "share_of_copy" in record else ""
+        measured = f"{record['name']:9} {record['milliseconds']:9.4f} ms  launches {record['launches']}  {share}"
+        print(label(record), measured, flush=True)
+        if time.monotonic() - started > chosen.budget:
+            print(f"stopped after {chosen.budget:.0f} s; {path} holds what was measured")
+            return 0
+    write(path, content | {"complete": True})
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = options(__doc__, "kernels.json", 300, 0.3, "two tiny cases, to try the script on any machine")
+    chosen = parser.parse_args(arguments)
     batches = {"flux_1024": (8, 1, 64, 16, 2, 4, 32), "flux_720": (24, 8, 1, 64), "sd15_512": (16, 8, 64)}
     batches |= {"sd3_512": (24, 8), "flux_512": (8, 64)}
     sizes = [(name, rows, SIZES[name]) for name, counts in batches.items() for rows in counts]
     large = (512, SIZES["flux_1024"])  # 2^27 elements
     if chosen.tiny:
         sizes, large = [("tiny", 2, 96), ("tiny", 3, 200)], (4, 512)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    copy = copy_bandwidth(clock, 1 << 30 if device.type == "cuda" else 1 << 20)
-    content = device_facts(device) | {"copy_bytes_per_second": copy, "complete": False, "records": []}
-    path = chosen.out / "kernels.json"
-    for record in measurements(clock, sizes, large, copy):
-        content["records"].append(record)
-        write(path, content)
-        share = f"{record['share_of_copy']:6.1%} of copy" if "share_of_copy" in record else ""
-        print(
-            f"{record['op']:12} {record['way']:17} {record['form']:10} {record['size']:10} x{record['rows']:<4} "
-            f"{record['name']:9} {record['milliseconds']:9.4f} ms  launches {record['launches']}  {share}",
-            flush=True,
-        )
-        if time.monotonic() - started > chosen.budget:
-            print(f"stopped after {chosen.budget:.0f} s; {path} holds what was measured")
-            return 0
-    write(path, content | {"complete": True})
-    return 0
+    return run(
+        chosen,
+        "kernels.json",
+        lambda clock, copy: measurements(clock, sizes, large, copy),
+        lambda record: "{op:12} {way:17} {form:10} {size:10} x{rows:<4}".format(**record),
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from pcpo_fast.atomic import sync_folder, write_atomically
 from pcpo_fast.distributed import rank, shared_errors, world_size
 from pcpo_fast.engine import STATE_FOLDER, Engine
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.manifest import missing_or_resized, write_manifest
 from pcpo_fast.relayout import SavedState, UnknownLayoutError
 from pcpo_fast.retention import Kept, obsolete
@@ -141,7 +141,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
             f"checkpoint {path} can only be resumed on {ranks} ranks with ZeRO stage {stage}, which wrote it: {error}"
         ) from None
     except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError, UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"checkpoint {path} cannot be read: {reason}") from None
     if not loaded:
         raise UserError(f"checkpoint {path} holds no engine state")

@@ -1,6 +1,7 @@
 """Watching for collapse: does the policy still draw different images for one prompt, and how far has it moved?"""
 
-import torch
+import math
+
 from torch import Tensor
 
 
@@ -37,7 +38,7 @@ class CollapseMonitor:
 
     def look(self, diversity: float | None, epoch: int, *, is_first: bool) -> None:
         """Take an evaluation's diversity into account; one that is not there or not finite says nothing."""
-        if diversity is None or not torch.isfinite(torch.tensor(diversity)):
+        if diversity is None or not math.isfinite(diversity):
             return
         if is_first:
             self.before = diversity

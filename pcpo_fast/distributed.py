@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 
 
 def is_distributed() -> bool:
@@ -87,6 +87,11 @@ def shared_errors() -> Iterator[None]:
     first = next((text for text in gather_objects(message) if text is not None), None)
     if first is not None:
         raise UserError(first)
+
+
+def lost_rank(error: RuntimeError) -> UserError:
+    """What to say of a collective's error where the process at the other end is gone."""
+    return UserError(f"another rank is gone; what it said last says why ({reason_of(error)})")
 
 
 def launcher_rank() -> int:

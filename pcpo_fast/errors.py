@@ -1,4 +1,4 @@
-"""The one exception that reaches a user as a sentence instead of a traceback."""
+"""The one exception that reaches a user as a sentence instead of a traceback, and what it says of another one."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints the message after ``error:`` and exits with code 2.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none: for the end of a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pcpo_fast.distributed import is_distributed, world_size
-from pcpo_fast.errors import UserError
+from pcpo_fast.distributed import is_distributed, lost_rank, world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_PREEMPTED = 75
@@ -104,9 +103,7 @@ class StopRequest:
             try:
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
             except RuntimeError as error:
-                raise UserError(
-                    f"another rank is gone; what it said last says why ({str(error).splitlines()[0]})"
-                ) from error
+                raise lost_rank(error) from error
             number, over = int(flags[0]), bool(flags[1])
         if number and (self.whole or over):
             raise Stopped(number)

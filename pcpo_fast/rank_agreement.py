@@ -3,25 +3,23 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import socket
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import pcpo_fast
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import gather_objects, is_distributed
+from pcpo_fast.dotted_keys import flattened
 from pcpo_fast.errors import UserError
+from pcpo_fast.fingerprints import folder_digest
 from pcpo_fast.rendezvous import by_host
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 OF_A_MACHINE = ("model.path", "model.embedding_cache")
 """Settings that may differ from machine to machine: the model's content is compared, not where it lies."""
-READ_WHOLE = 1 << 20
-"""Bytes up to which a file of the model is compared by its content; of a larger one, its size and its beginning."""
 SHOWN = 4
 """Differences that are named one by one."""
 
@@ -50,8 +48,8 @@ def facts(config: Config) -> dict[str, str]:
             found[name] = "not installed"
     found["CUDA"] = str(torch.version.cuda)
     found["model files"] = _model_digest(config)
-    settings = _flat(config.model_dump(mode="json"))
-    return found | {f"setting {key}": value for key, value in settings.items() if key not in OF_A_MACHINE}
+    settings = flattened(config.model_dump(mode="json"))
+    return found | {f"setting {key}": json.dumps(value) for key, value in settings if key not in OF_A_MACHINE}
 
 
 def disagreement(everyone: list[tuple[str, dict[str, str]]]) -> str | None:
@@ -103,27 +101,3 @@ def _model_digest(config: Config) -> str:
         return "no folder"  # loading says what is wrong with the path
     # A snapshot's folder is named after its commit. One that is not there yet is downloaded, by all from the same hub.
     return Path(found).parent.name if isinstance(found, str) else "from the hub"
-
-
-def folder_digest(folder: Path) -> str:
-    """A short hash of a model folder: names and sizes of its files, and the first megabyte of each.
-
-    The first megabyte of a safetensors file holds the names, shapes and places of its tensors, and some of the weights;
-    reading all of them would take minutes.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        parts = file.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts):
-            continue  # a download's own records
-        with open(file, "rb") as stream:
-            head = stream.read(READ_WHOLE)
-        digest.update(f"{'/'.join(parts)} {os.path.getsize(file)}\n".encode() + head)
-    return digest.hexdigest()[:12]
-
-
-def _flat(value: Any, key: str = "") -> dict[str, str]:
-    if isinstance(value, dict) and value:
-        parts = [_flat(below, f"{key}.{name}" if key else str(name)) for name, below in value.items()]
-        return {name: text for part in parts for name, text in part.items()}
-    return {key: json.dumps(value)}

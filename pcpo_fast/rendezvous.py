@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 
 LOOK = 0.2
 """Seconds between two looks at who has come."""
@@ -47,7 +47,7 @@ def _connect(patience: timedelta, may_host: bool) -> dist.Store:
             address, int(port), is_master=may_host and not of_agent, timeout=patience, wait_for_workers=False
         )
     except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(
             f"rank {rank} on {socket.gethostname()} cannot meet the others at {address}:{port} (MASTER_ADDR, "
             f"MASTER_PORT, where rank 0 listens): {reason}"

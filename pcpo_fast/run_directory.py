@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pcpo_fast.atomic import write_atomically
 from pcpo_fast.checkpoint import checkpoints, read_state, set_aside, visible_damage
 from pcpo_fast.config import Config
 from pcpo_fast.config_loading import dump_config, load_config
+from pcpo_fast.dotted_keys import flattened
 from pcpo_fast.errors import UserError
 from pcpo_fast.manifest import damage_of
 
@@ -208,7 +208,7 @@ def _check_same_run(folder: Path, config: Config) -> None:
         raise UserError(
             f"output_dir: {folder} holds a run that cannot be resumed ({error}); choose another one"
         ) from None
-    before, now = (dict(_flat(either.model_dump(mode="json"))) for either in (earlier, config))
+    before, now = (dict(flattened(either.model_dump(mode="json"))) for either in (earlier, config))
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)
         if not free and before.get(key) != now.get(key):
@@ -216,11 +216,3 @@ def _check_same_run(folder: Path, config: Config) -> None:
                 f"{key}: the run in {folder} has {before.get(key)!r}, this configuration {now.get(key)!r}; "
                 "choose another output_dir, or restore the value to resume"
             )
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, below in value.items():
-            yield from _flat(below, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value

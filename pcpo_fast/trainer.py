@@ -15,7 +15,7 @@ from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import launcher_rank, rank, shared_errors, world_size
+from pcpo_fast.distributed import launcher_rank, lost_rank, rank, shared_errors, world_size
 from pcpo_fast.engine import PATIENCE, Engine, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
@@ -70,8 +70,7 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
         ) from error
     except RuntimeError as error:
         if world_size() > 1 and LOST_RANK.search(str(error)):
-            text = f"another rank is gone; what it said last says why ({str(error).splitlines()[0]})"
-            raise UserError(text) from error
+            raise lost_rank(error) from error
         raise
     finally:
         # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
@@ -174,9 +173,11 @@ class Trainer:
 
     def _loop_state(self) -> dict[str, Any]:
         """What else the next epoch depends on; an epoch that is left in its middle leaves no trace in it."""
-        state = {"running_advantages": self.running.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
-        state["diversity_before"] = self.collapse.before
-        return copy.deepcopy(state)
+        return {
+            "running_advantages": copy.deepcopy(self.running.state_dict()),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "diversity_before": self.collapse.before,
+        }
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         if self.device.type == "cuda":

@@ -12,11 +12,12 @@ from PIL import Image
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.contestants import read_contestants
-from pcpo_fast.evaluation.features import CLIP, IMAGENET, ClipImages, DinoV2, resized_batch
-from pcpo_fast.evaluation.fingerprints import digest, weights_digest
+from pcpo_fast.evaluation.features import IMAGENET, ClipImages, DinoV2, resized_batch
 from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.matching import match
 from pcpo_fast.evaluation.tables import number
+from pcpo_fast.fingerprints import digest, weights_digest
+from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 from pcpo_fast.statistics import mean
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_clip_sees_what_the_published_code_shows_it(tmp_path: Path) -> None:
         ]
         inputs.append(torch.from_numpy(np.stack(channels)))
     torch.testing.assert_close(resized_batch(images, 32, to_bytes=False), torch.stack(inputs), rtol=0, atol=1e-5)
-    mean_, std = (torch.tensor(values)[:, None, None] for values in CLIP)
+    mean_, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     with torch.no_grad():
         pooled = model.vision_model(pixel_values=(torch.stack(inputs) - mean_) / std).pooler_output
         expected = torch.nn.functional.normalize(model.visual_projection(pooled), dim=1)

@@ -30,6 +30,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.schedules",
         "pcpo_fast.windows",
         "pcpo_fast.collapse",
+        "pcpo_fast.dotted_keys",
+        "pcpo_fast.fingerprints",
         "pcpo_fast.yaml_text",
         "pcpo_fast.noise_keys",
         "pcpo_fast.distributed",

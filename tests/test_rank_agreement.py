@@ -8,7 +8,8 @@ from tiny_pipeline import tiny_config
 
 import pcpo_fast.rank_agreement as agreement
 from pcpo_fast.errors import UserError
-from pcpo_fast.rank_agreement import check_agreement, disagreement, facts, folder_digest
+from pcpo_fast.fingerprints import folder_digest
+from pcpo_fast.rank_agreement import check_agreement, disagreement, facts
 
 
 def test_one_process_agrees_with_itself(pipeline_folder: Path) -> None:

@@ -1,9 +1,10 @@
 """What differs between configurations, and what that does to a comparison."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pcpo_fast.config import Config
+from pcpo_fast.dotted_keys import flattened
 
 PER_RUN = ("output_dir", "seed", "model.embedding_cache")
 """Settings that name a run, not what it does."""
@@ -40,7 +41,7 @@ def differences(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
 
     A setting that one of them does not have (of a reward that only the other uses) is None there.
     """
-    flat = {name: dict(flattened(config.model_dump(mode="json"))) for name, config in configs.items()}
+    flat = {name: dict(flattened(config.model_dump(mode="json"), lists=True)) for name, config in configs.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     found = {}
     for key in keys:
@@ -64,18 +65,6 @@ def consequences(found: Mapping[str, Any]) -> list[str]:
         if keys:
             sentences.append(f"The variants differ in {', '.join(keys)}: {consequence}.")
     return sentences
-
-
-def flattened(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all values below; an empty mapping is a value, and so is a list of plain values."""
-    if isinstance(value, Mapping) and value:
-        for name, below in value.items():
-            yield from flattened(below, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
-        for position, item in enumerate(value):
-            yield from flattened(item, f"{key}.{position}")
-    else:
-        yield key, value
 
 
 def _is_one_of(key: str, names: Sequence[str]) -> bool:

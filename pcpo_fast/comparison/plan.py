@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pcpo_fast.comparison.differences import decisive, differences, flattened
+from pcpo_fast.comparison.differences import decisive, differences
 from pcpo_fast.config import Config
 from pcpo_fast.config_loading import load_config
+from pcpo_fast.dotted_keys import flattened
 from pcpo_fast.errors import UserError
 from pcpo_fast.yaml_text import parse_value
 
@@ -120,7 +121,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def settings_from(values: Mapping[str, object]) -> tuple[str, ...]:
     """Nested or dotted settings of a YAML file as ``key.subkey=value``."""
-    return tuple(f"{key}={json.dumps(value)}" for key, value in flattened(values) if key)
+    return tuple(f"{key}={json.dumps(value)}" for key, value in flattened(values, lists=True) if key)
 
 
 def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
@@ -128,7 +129,7 @@ def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
     found: dict[str, object] = {}
     for text in settings:
         key, _, value = text.partition("=")
-        for below, leaf in flattened(parse_value(value), key):
+        for below, leaf in flattened(parse_value(value), key, lists=True):
             found[below] = leaf
     return found
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.fingerprints import weights_digest
+from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.fingerprints import weights_digest
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.rewards.locating import pretrained_folder
+from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 DINOV2_SIZE = 224
 
 
@@ -110,7 +110,7 @@ class ClipImages:
     def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
         """``{"clip": [B, d]}``."""
         batch = resized_batch([image.to(self._device) for image in images], self._size, to_bytes=False)
-        embeddings = self._model(pixel_values=normalized(batch, CLIP)).image_embeds.float()
+        embeddings = self._model(pixel_values=normalized(batch, (CLIP_MEAN, CLIP_STD))).image_embeds.float()
         return {"clip": F.normalize(embeddings, dim=1)}
 
 
@@ -177,7 +177,7 @@ def _pretrained(kind: Any, path: str, option: str, model_type: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # of several libraries: a damaged file, a configuration that it does not know
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"{where}: cannot be loaded: {reason}") from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -186,8 +186,4 @@ def _pretrained(kind: Any, path: str, option: str, model_type: str) -> Any:
 
 
 def _identity(model: Any) -> str:
-    """By content where the model lies in a folder, by name and revision where it is of the hub."""
-    path = Path(model.config._name_or_path)
-    if path.is_dir():
-        return weights_digest(path)
-    return f"{path}@{getattr(model.config, '_commit_hash', None)}"
+    return weights_digest(Path(model.config._name_or_path))

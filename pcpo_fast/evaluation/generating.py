@@ -13,8 +13,8 @@ from pcpo_fast.atomic import write_atomically
 from pcpo_fast.distributed import barrier, gather_objects, rank, shared_errors, world_size
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.contestants import Contestant
-from pcpo_fast.evaluation.fingerprints import changed, digest, weights_digest
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
+from pcpo_fast.fingerprints import changed, digest, weights_digest
 from pcpo_fast.guided_runs import SHARED, guided_policies
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.loading import find_family, load_policy

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.contestants import IMAGE_SUFFIXES
-from pcpo_fast.evaluation.fingerprints import files_digest
+from pcpo_fast.fingerprints import files_digest
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from PIL import Image
 
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.fingerprints import digest
 from pcpo_fast.evaluation.page import embedded
 from pcpo_fast.evaluation.result import Evaluation
+from pcpo_fast.fingerprints import digest
 from pcpo_fast.reporting.page import page, text
 
 PAGE_FILE, KEY_FILE = "preference.html", "preference_key.json"

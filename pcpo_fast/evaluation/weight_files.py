@@ -1,9 +1,9 @@
 """Reading weights from files that a user may have downloaded: tensors only, nothing is executed."""
 
-import torch
 from torch import Tensor
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.rewards.checkpoints import load_tensors
 from pcpo_fast.rewards.locating import pretrained_file
 
 
@@ -19,13 +19,9 @@ def read_weights(path: str, where: str) -> dict[str, Tensor]:
     """
     file = pretrained_file(where, where.removeprefix("--").partition("=")[0], path, "model.safetensors")
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(file))
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_tensors(file)
     except Exception as error:  # of several libraries, each with its own kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"{where}: {file} cannot be read as weights: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{where}: {file} does not hold a table of tensors")

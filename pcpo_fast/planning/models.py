@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pcpo_fast.config import ModelConfig
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.loading import FAMILIES, family_of
 from pcpo_fast.policies.lora import add_lora
@@ -147,7 +147,7 @@ def _network(name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         with quiet_libraries(), META:
             return getattr(diffusers, name).from_config(dict(config)).to(dtype)
     except (AttributeError, TypeError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"model.path: diffusers makes no {name} of this configuration: {reason}") from None
 
 
@@ -208,7 +208,7 @@ def _download_configs(settings: ModelConfig) -> Path:
     try:
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client has many kinds, and every one of them means the same here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(
             f"model.path: the configuration files of {settings.path} cannot be had from the hub ({reason}); known "
             f"without a network: {', '.join(PUBLISHED)}; or give a folder with --model-config"

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.quiet import quiet_libraries
 
 
@@ -38,7 +38,7 @@ def choose_attention(module: Any, backend: str, device: torch.device | None = No
             elif backend == "xformers":
                 module.enable_xformers_memory_efficient_attention()  # tries it, too
     except (ImportError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"model.attention: {backend} cannot be used here: {reason}") from None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pcpo_fast.config import ModelConfig
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.loading import find_family
 from pcpo_fast.policies.pipeline_policy import DTYPES
 from pcpo_fast.policies.quiet import quiet_libraries
@@ -32,7 +32,7 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path) -> None:
         try:
             _put_in(pipeline, weights, None if settings.finetune == "lora" else part, dtype)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             raise UserError(f"{weights} cannot be read as weights of {settings.path}: {reason}") from None
         pipeline.save_pretrained(target)
 

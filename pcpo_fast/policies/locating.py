@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pcpo_fast.distributed import local_rank, shared_errors
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 
 
 def pipeline_folder(path: str, revision: str | None, known: Collection[str]) -> tuple[Path, str]:
@@ -79,7 +79,7 @@ def _download(path: str, revision: str | None) -> Path:
             return any(isinstance(cause, kinds) for cause in causes)
 
         here = f"model.path: {path} is not a folder under {Path.cwd()}"
-        reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
+        reason = reason_of(causes[-1])
         if met(GatedRepoError):
             problem = (
                 f"{here}, and the hub model {path} is gated: accept its license on its model page, then run "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pcpo_fast.config import ModelConfig
 from pcpo_fast.distributed import rank
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention import choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, Prediction
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, folder_fingerprint
@@ -283,7 +283,7 @@ class PipelinePolicy(Policy):
             with quiet_libraries():
                 return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **(absent | options))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, UnpicklingError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             name = cls.pipeline_class.__name__
             raise UserError(f"model.path: {folder} cannot be loaded as a {name}: {reason}") from None
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from pcpo_fast.config import Config
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.plan import GB, make_plan
 from pcpo_fast.planning.published import PUBLISHED
@@ -102,7 +102,7 @@ def check_model(config: Config) -> tuple[Status, str]:
     try:
         auth_check(path)
     except Exception as error:  # the hub's client has many kinds of error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         return "failed", (
             f"model.path: {path} is not in the cache and cannot be had from the hub: {reason} (a gated model needs its "
             "license accepted on its page, and `hf auth login`)"

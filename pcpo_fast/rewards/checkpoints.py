@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,20 @@ class Source:
 
     name: str
     change: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+def load_tensors(file: Path) -> Any:
+    """What a ``.safetensors`` or PyTorch file holds, on the CPU; nothing but tensors and plain containers is let in.
+
+    Raises:
+        pickle.UnpicklingError: a PyTorch file with anything else, or none at all.
+        Exception: of either library, for a file that is none of its kind.
+    """
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def read_weights(file: Path, where: str) -> dict[str, Tensor]:
@@ -35,19 +49,14 @@ def read_weights(file: Path, where: str) -> dict[str, Tensor]:
         UserError: not a checkpoint, or one that holds code.
     """
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        found = load_tensors(file)
     except pickle.UnpicklingError:
         raise UserError(
             f"{where}: {file} is not a PyTorch checkpoint, or holds other things than tensors, which are not read for "
             "safety; allowed are weights alone, in a .pt, .pth, .bin or .safetensors file"
         ) from None
     except Exception as error:  # each library has errors of its own for a file that is none of its kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"{where}: {file} cannot be read as a checkpoint: {reason}") from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):

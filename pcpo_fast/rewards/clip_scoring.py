@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.rewards.locating import model_folder
 from pcpo_fast.rewards.preprocessing import Preprocessing, read_preprocessing
 
@@ -74,7 +74,7 @@ def load_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
             )
     except Exception as error:  # of several libraries, for files that do not go together
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"{where} cannot be loaded: {reason}") from None
     missing = [name for name in sorted(report["missing_keys"]) if not name.startswith(spare)]
     unknown = [name for name in sorted(report["unexpected_keys"]) if not name.startswith(unused)]
@@ -101,7 +101,7 @@ def load_tokenizer(reward: str, path: str | None, folder: Path | None, published
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error:  # of several libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"reward {reward}: the tokenizer in {place} cannot be loaded: {reason}") from None
 
 

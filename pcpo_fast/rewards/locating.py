@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pcpo_fast.distributed import local_rank
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 
 _REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
 _SETTINGS = ["*.json", "*.txt", "*.model"]
@@ -188,14 +188,14 @@ def _from_hub(where: str, what: str, download: Callable[[], Path]) -> Path:
     elif isinstance(error, DryRunError | LocalEntryNotFoundError | ConnectionError | TimeoutError) or _no_answer(error):
         problem = (
             "nor in the local cache, and the hub cannot be reached; download it once with a network (`hf download`), "
-            f"or give a path ({_line(error)})"
+            f"or give a path ({reason_of(error)})"
         )
     elif isinstance(error, EntryNotFoundError):
-        problem = f"and the hub does not have it: {_line(error)}"
+        problem = f"and the hub does not have it: {reason_of(error)}"
     elif isinstance(error, HfHubHTTPError):
-        problem = f"and the hub refused it: {_line(error)}"
+        problem = f"and the hub refused it: {reason_of(error)}"
     elif isinstance(error, OSError):
-        problem = f"and it could not be had from the hub: {_line(error)}"
+        problem = f"and it could not be had from the hub: {reason_of(error)}"
     else:
         raise error
     raise UserError(f"{here}, {problem}") from None
@@ -204,7 +204,3 @@ def _from_hub(where: str, what: str, download: Callable[[], Path]) -> Path:
 def _no_answer(error: BaseException) -> bool:
     """Whether an HTTP library gave up before there was an answer."""
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

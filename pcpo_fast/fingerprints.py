@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,28 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
-def weights_digest(folder: Path) -> str:
-    """Of all safetensors files and JSON settings below a folder, by their content wherever the folder lies.
+def folder_digest(folder: Path, suffixes: Container[str] | None = None) -> str:
+    """Of the files below a folder, hidden ones apart, by their names there and their content, wherever it lies.
 
     Of a large file only its size and 64 blocks spread over it are read: a model of 24 GB takes no time, and weights
     that differ anywhere in training differ everywhere.
+
+    Args:
+        folder: a model's.
+        suffixes: of the files that count, all if None.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json", ".bin", ".pth"))
-    return digest({file.relative_to(folder).as_posix(): _sample(file) for file in files})
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)  # a download's own records
+        if not hidden and (suffixes is None or file.suffix in suffixes):
+            found[name.as_posix()] = _sample(file)
+    return digest(found)
+
+
+def weights_digest(folder: Path) -> str:
+    """:func:`folder_digest` of weights and settings alone."""
+    return folder_digest(folder, (".safetensors", ".json", ".bin", ".pth"))
 
 
 def files_digest(files: Iterable[Path], root: Path) -> str:
