@@ -1,7 +1,8 @@
 """HPS v2.1: a CLIP ViT-H-14 tuned on human preferences (Wu et al., arXiv:2306.09341).
 
-The score is the cosine of image and prompt, as the authors' code returns it: about 0.2 to 0.35 for images of today's
-models, -1..1 in theory. Tables in papers often show it times 100.
+The score is the cosine of image and prompt, as the authors' package (hpsv2 1.2.0) returns it: about 0.2 to 0.35 for
+images of today's models, -1..1 in theory. Tables in papers often show it times 100. As in that package the whole image
+is seen: its longer side becomes 224 pixels, and black fills the square.
 """
 
 from typing import Any, ClassVar
@@ -55,7 +56,7 @@ class HPSv2(LearnedReward):
                 f"the checkpoint with {clip.config.text_config.eos_token_id}; allowed is the tokenizer of CLIP"
             )
         size = clip.config.vision_config.image_size
-        prepare = Preprocessing(size, (size, size), on_bytes=False, antialias=antialias, half_pixel=round)
+        prepare = Preprocessing(size, None, on_bytes=False, antialias=antialias, pad=True)
         self._clip = ClipFeatures(self.name, clip, prepare, words)
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

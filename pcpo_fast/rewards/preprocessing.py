@@ -28,13 +28,14 @@ class Preprocessing:
     """Resize, crop and normalise.
 
     Attributes:
-        size: the shorter side after resizing, or (height, width).
+        size: the shorter side after resizing (with ``pad``: the longer one), or (height, width).
         crop: (height, width) cut from the middle, or None.
         mean, std: of each channel, for pixels in 0..1.
         filter: "bicubic" or "bilinear".
         on_bytes: resize as Pillow does; otherwise in floating point, as torchvision resizes a tensor.
         antialias: without it a smaller image is sampled, not averaged; Pillow always averages.
         half_pixel: where half of an odd margin goes: ``math.floor`` in transformers, ``round`` in torchvision.
+        pad: show the whole image: its longer side becomes ``size``, a number, and black fills the square.
     """
 
     size: int | tuple[int, int]
@@ -45,6 +46,7 @@ class Preprocessing:
     on_bytes: bool = True
     antialias: bool = True
     half_pixel: Callable[[float], int] = math.floor
+    pad: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in 0..1 (what is outside is clipped) -> float32 [B, 3, h, w], normalised.
@@ -55,6 +57,8 @@ class Preprocessing:
         pixels = self._resize(pixels, self._target(*pixels.shape[-2:]))
         if self.crop is not None:
             pixels = self._crop(pixels, self.crop)
+        if self.pad:
+            pixels = self._padded(pixels)
         mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
         std = torch.tensor(self.std, device=pixels.device)[:, None, None]
         return (pixels / 255 - mean) / std
@@ -62,6 +66,9 @@ class Preprocessing:
     def _target(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.size, tuple):
             return self.size
+        if self.pad:
+            scale = self.size / max(height, width)
+            return max(1, round(height * scale)), max(1, round(width * scale))
         longer = int(self.size * max(height, width) / min(height, width))
         return (self.size, longer) if height <= width else (longer, self.size)
 
@@ -79,6 +86,11 @@ class Preprocessing:
     def _crop(self, pixels: Tensor, crop: tuple[int, int]) -> Tensor:
         top, left = (self.half_pixel((have - want) / 2) for have, want in zip(pixels.shape[-2:], crop, strict=True))
         return pixels[..., top : top + crop[0], left : left + crop[1]]
+
+    def _padded(self, pixels: Tensor) -> Tensor:
+        assert isinstance(self.size, int)
+        below, right = (self.size - side for side in pixels.shape[-2:])
+        return F.pad(pixels, (right // 2, right - right // 2, below // 2, below - below // 2))
 
 
 def clip_preprocessing(size: int) -> Preprocessing:
