@@ -24,7 +24,7 @@ LOW = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("detached", [False, True], ids=["", "detach"])
 def test_every_form(device, objective, noise, with_reference, with_guidance, detached) -> None:
     case = make_case(
-        6,
+        3,
         (50, 7),
         noise=noise,
         detached=detached,
@@ -35,7 +35,7 @@ def test_every_form(device, objective, noise, with_reference, with_guidance, det
     )
     result = check_against_judge(case.cast(torch.float32), device)
     if not detached:
-        assert 0 < int(result.clipped.sum()) < 6, "the case should have clipped and unclipped rows"
+        assert 0 < int(result.clipped.sum()) < 3, "the case should have clipped and unclipped rows"
     else:
         assert torch.equal(result.log_ratio, torch.zeros_like(result.log_ratio))
 
@@ -45,7 +45,7 @@ def test_every_form(device, objective, noise, with_reference, with_guidance, det
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_low_precision(device, dtype, noise, reduction) -> None:
     case = make_case(
-        5, (64, 16), noise=noise, with_reference=True, with_guidance=True, reduction=reduction, clip_range=1e-3
+        2, (64, 16), noise=noise, with_reference=True, with_guidance=True, reduction=reduction, clip_range=1e-3
     )
     low = ("output", "old_output", "reference", "unconditional")
     check_against_judge(case.cast(torch.float32).cast(dtype, *low), device)
@@ -120,7 +120,7 @@ def test_credit_rules(device, rule, objective) -> None:
 @pytest.mark.parametrize("with_guidance", [False, True], ids=["", "cfg"])
 @pytest.mark.parametrize("noise", NOISES)
 def test_exactly_zero_on_policy(device, dtype, with_guidance, noise) -> None:
-    case = make_case(3, (33, 5), noise=noise, with_guidance=with_guidance).cast(torch.float32)
+    case = make_case(2, (33, 5), noise=noise, with_guidance=with_guidance).cast(torch.float32)
     case = on_policy(case.cast(dtype, "output", "unconditional").to(device))
     result, gradient = run(case)
     assert torch.equal(result.log_ratio, torch.zeros_like(result.log_ratio))
@@ -132,12 +132,12 @@ def test_exactly_zero_on_policy(device, dtype, with_guidance, noise) -> None:
 def test_clip_mask_is_exact_away_from_the_edge(device) -> None:
     """Many rows at clip ranges of 1e-4 and 1e-5, ratios of the same size."""
     for clip_range in (1e-4, 1e-5):
-        case = make_case(80, (256,), difference=30 * clip_range, clip_range=clip_range).cast(torch.float32)
+        case = make_case(50, (256,), difference=30 * clip_range, clip_range=clip_range).cast(torch.float32)
         exact, _ = on_reference(case.cast(torch.float64))
-        got, _ = run(case.to(device))
+        got = case.to(device).run()  # no gradient: the mask is the forward's
         away = edge_distance(case, exact) > 1e-3 * clip_range
-        assert int(away.sum()) > 75
-        assert 10 < int(exact.clipped.sum()) < 70
+        assert int(away.sum()) > 45
+        assert 5 < int(exact.clipped.sum()) < 45
         assert torch.equal(got.clipped.cpu()[away], exact.clipped[away])
 
 
@@ -252,8 +252,16 @@ def test_gradient_by_finite_differences(device) -> None:
             )
 
 
-@pytest.mark.parametrize(("plan", "elements"), [(Plan(128, 3), 1000), (Plan(256, 2), 512), (Plan(128, 1), 17_000)])
-@pytest.mark.parametrize("noise", ["key", "endpoints"])
+@pytest.mark.parametrize(
+    ("plan", "elements", "noise"),
+    [
+        (Plan(128, 3), 1000, "key"),
+        (Plan(128, 3), 1000, "endpoints"),
+        (Plan(256, 2), 512, "key"),
+        (Plan(256, 2), 512, "endpoints"),
+        (Plan(128, 1), 17_000, "endpoints"),  # what a sum is of does not depend on where its noise comes from
+    ],
+)
 def test_other_ways_to_cut_rows(device, monkeypatch, plan, elements, noise) -> None:
     """Several blocks per program, as very long rows are cut, and more pieces than are added at once."""
     monkeypatch.setattr(triton_policy_loss, "plan_for", lambda _: plan)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from cases import make_case
 from pcpo_kernels import NoiseKey, guidance, philox_normal, sample_step, triton_guidance, triton_random, triton_step
+from pcpo_kernels.dispatch import interpreting
 from pcpo_kernels.triton_launch import Plan
 from pcpo_kernels.triton_random import philox_words
 from torch.distributions import Normal
@@ -81,8 +82,10 @@ def test_normals(device, offset, count) -> None:
     torch.testing.assert_close(got.cpu(), exact, rtol=0, atol=1e-6)
 
 
-def test_normals_in_bulk(device) -> None:
+def test_normals_in_bulk(device, monkeypatch) -> None:
     """Half a million normals: none further than 1e-6 from the reference, none out of bounds."""
+    if interpreting():  # which takes as long for a block of any size
+        monkeypatch.setattr(triton_random, "plan_for", lambda _: Plan(1 << 15, 1))
     seed = torch.arange(8)
     got = philox_normal(seed.to(device), torch.zeros_like(seed).to(device), 1 << 16).cpu()
     exact = reference(philox_normal, seed, torch.zeros_like(seed), 1 << 16)
@@ -126,12 +129,13 @@ def test_sample_step(device, noise, dtype, reduction) -> None:
     )
 
 
-@pytest.mark.parametrize(("rows", "elements"), [(1, 1), (3, 2050), (1, 300_000), (17, 3)])
+@pytest.mark.parametrize(("rows", "elements"), [(1, 1), (3, 2050), (1, 300_000), (9, 3)])
 def test_sample_step_sizes(device, rows, elements) -> None:
     case = make_case(rows, (elements,)).cast(torch.float32)
     x, _, a, b, std = case.ends
     arguments = [x, case.output, a, b, std]
-    for noise in (case.z, case.key):
+    # Where in the noise a piece begins shows after two pieces; the sum of 147 does not ask where its noise comes from.
+    for noise in (case.z,) if elements == 300_000 else (case.z, case.key):
         there = noise.to(device) if isinstance(noise, torch.Tensor) else NoiseKey(*(p.to(device) for p in noise))
         got = sample_step(*(v.to(device) for v in arguments), there)
         exact = reference(sample_step, *(v.double() for v in arguments), noise)
