@@ -63,6 +63,19 @@ class ModelConfig(Section):
         512, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
+    checkpointed_share: float | None = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the blocks that gradient_checkpointing recomputes; null: as few as the memory plan says "
+        "the GPU has no room for",
+    )
+    compile: bool = Field(
+        False, description="compile the repeated blocks (torch.compile), once for each batch size; not with ZeRO-3"
+    )
+    block_kernels: bool = Field(
+        False, description="this package's fused norms, gates and rotary embeddings in the blocks (FLUX, SD3)"
+    )
     attention: str = Field(
         "native",
         description="attention backend by diffusers' name: native, flash, ...; SD1.x and SD3: native or xformers",
@@ -130,6 +143,19 @@ class RolloutConfig(Section):
     images_per_prompt: Positive = Field(24, description="group size: images of each prompt")
     same_initial_noise: bool = Field(True, description="all images of a group start from the same noise")
     batch_size: Positive = Field(96, description="images sampled at once on each rank; limits memory only")
+    share_first_steps: bool = Field(
+        False,
+        description="predict once for a prompt while all its images are still equal: up to the first step with noise",
+    )
+    attention: str | None = Field(
+        None, description="attention backend of rollouts, which need no backward; null: that of model.attention"
+    )
+    merge_lora: bool = Field(
+        False, description="add the adapters to the weights during rollouts: faster, but in bf16 not the same policy"
+    )
+    offload_optimizer: bool = Field(
+        False, description="keep the optimizer's state in host memory during rollouts and rewards"
+    )
 
 
 class CreditConfig(Section):
@@ -408,6 +434,17 @@ class Config(Section):
         """Stochastic rounding is a property of bf16 weights."""
         if self.optimizer.weights == "stochastic_rounding" and self.model.dtype != "bfloat16":
             raise ValueError("optimizer.weights: stochastic_rounding needs model.dtype=bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def check_levers(self) -> "Config":
+        """What makes rollouts faster has its conditions."""
+        if self.rollout.share_first_steps and not self.rollout.same_initial_noise:
+            raise ValueError(
+                "rollout.share_first_steps: images of a prompt begin equal only with rollout.same_initial_noise=true"
+            )
+        if self.rollout.merge_lora and self.model.finetune != "lora":
+            raise ValueError("rollout.merge_lora: there are adapters to merge only with model.finetune=lora")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from pcpo_fast.eight_bit_adamw import EightBitAdamW
 from pcpo_fast.ema import Ema
 from pcpo_fast.errors import UserError
 from pcpo_fast.optimizers import GuardedAdamW, StochasticAdamW
+from pcpo_fast.parking import Park
 from pcpo_fast.rendezvous import meet, own_connection
 from pcpo_fast.watch import Watch, note, set_watch
 
@@ -166,6 +167,7 @@ class Engine:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{config.deepspeed}: DeepSpeed refuses these settings: {reason}") from None
+        self.park = Park()
         decay = config.train.ema_decay
         self.ema = None if decay is None else Ema(self._shards(), decay)
 
@@ -257,6 +259,20 @@ class Engine:
             self.ema.take_out()
             self._refresh_weights()
 
+    @contextmanager
+    def parked(self, enabled: bool = True) -> Iterator[None]:
+        """Within the block the optimiser's state, its weights among it, lies in host memory; no step may be made.
+
+        What DeepSpeed has in host memory already stays where it is, and so does everything on a machine without a GPU.
+        """
+        shards = [*self._shards(), *(self.ema.average if self.ema is not None else ())]
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [value for value in (*shards, *moments) if isinstance(value, Tensor) and value.dim() > 0]
+        parameters = list(self.deepspeed.module.parameters())
+        needed = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
+        with self.park.without(tensors, needed) if enabled else nullcontext():
+            yield
+
     def _shards(self) -> list[Tensor]:
         """What this rank's optimiser steps: the flat shards of the trained weights."""
         names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
@@ -300,7 +316,8 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     ZeRO starts from stage 1, and from stage 2 for stochastic rounding.
 
     Raises:
-        UserError: the JSON is missing, malformed, or sets one of :data:`OWNED_KEYS`.
+        UserError: the JSON is missing, malformed, sets one of :data:`OWNED_KEYS`, or has a stage that the configuration
+            does not allow.
     """
     settings = {} if config.deepspeed is None else _read_json(Path(config.deepspeed))
     for key in OWNED_KEYS:
@@ -312,6 +329,11 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     if not isinstance(zero, dict) or zero.setdefault("stage", 1) not in (1, 2, 3):
         # Stage 0 reports no gradient norm and keeps bf16 gradients; stage 1 costs nothing more, on one GPU too.
         raise UserError(f"{config.deepspeed}: zero_optimization.stage must be 1, 2 or 3")
+    if zero["stage"] == 3:
+        # Weights are there for the time of their layer's call, which neither compiled blocks nor a merge live by.
+        for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
+            if asked:
+                raise UserError(f"{key}: needs whole weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
     if config.model.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
         # In bf16 a sum of a thousand micro-batches loses half of them.

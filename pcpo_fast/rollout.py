@@ -61,7 +61,12 @@ def initial_latents(policy: Policy, keys: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sampler_steps(
-    policy: Policy, conditioning: Conditioning, initial: Tensor, seeds: Tensor, table: StepTable
+    policy: Policy,
+    conditioning: Conditioning,
+    initial: Tensor,
+    seeds: Tensor,
+    table: StepTable,
+    equal: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run the sampler from given initial latents; yields each step's model output and the latents after it.
 
@@ -71,22 +76,48 @@ def sampler_steps(
         initial: float32 [B, ...].
         seeds: int64 [B], keys of the step noise.
         table: the sampler.
+        equal: int64 [B] on the CPU; rows with the same number have equal initial latents and conditioning, so their
+            predictions are made once, up to the first step with noise. None: every row is predicted.
     """
     x = initial
     count = x[0].numel()
+    alike = None if equal is None else first_rows(equal, x.device)
     for step, noisy in enumerate(table.noisy):
         time, a, b, std = (column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std))
-        output = policy.predict(x, time, conditioning)
+        if alike is None:
+            output = policy.predict(x, time, conditioning)
+        else:
+            first, copies = alike
+            output = policy.predict(x[first], time[first], select_rows(conditioning, first))[copies]
+        if noisy:
+            alike = None  # from here on the images go their own ways
         noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if noisy else None
         x = sample_step(x, output, a, b, std, noise).next_latents
         yield output, x
 
 
+def first_rows(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each distinct label stands first, and for every row which of these it equals.
+
+    Args:
+        labels: int64 [B] on the CPU, so that the number of distinct ones costs no wait for a GPU.
+        device: of the result.
+    """
+    values, copies = labels.unique(return_inverse=True)
+    first = torch.full_like(values, len(labels)).scatter_reduce(0, copies, torch.arange(len(labels)), "amin")
+    return first.to(device), copies.to(device)
+
+
 def sample_trajectories(
-    policy: Policy, conditioning: Conditioning, initial: Tensor, seeds: Tensor, table: StepTable
+    policy: Policy,
+    conditioning: Conditioning,
+    initial: Tensor,
+    seeds: Tensor,
+    table: StepTable,
+    equal: Tensor | None = None,
 ) -> Trajectories:
     """Every latent and output of :func:`sampler_steps`, whose arguments it takes."""
-    outputs, latents = zip(*sampler_steps(policy, conditioning, initial, seeds, table), strict=True)
+    outputs, latents = zip(*sampler_steps(policy, conditioning, initial, seeds, table, equal), strict=True)
     return Trajectories(torch.stack((initial, *latents), dim=1), torch.stack(outputs, dim=1))
 
 
@@ -120,11 +151,14 @@ def collect_rollout(
         for purpose, pairs in ((Purpose.INITIAL_NOISE, starts), (Purpose.STEP_NOISE, names))
     )
     conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
-    groups = groups.to(device)
+    group_of, groups = groups, groups.to(device)
     parts, images = [], []
-    for rows in torch.arange(len(names), device=device).split(settings.batch_size):
+    for rows in torch.arange(len(names)).split(settings.batch_size):
+        equal = group_of[rows] if settings.share_first_steps else None
+        rows = rows.to(device)
         initial = initial_latents(policy, initial_keys[rows])
-        part = sample_trajectories(policy, select_rows(conditioning, groups[rows]), initial, seeds[rows], table)
+        given = select_rows(conditioning, groups[rows])
+        part = sample_trajectories(policy, given, initial, seeds[rows], table, equal)
         parts.append(part)
         images.append(policy.decode(part.latents[:, -1]))
         if finished is not None:

@@ -30,6 +30,12 @@ FREE_TO_CHANGE = (
     "train.micro_batch_size",
     "model.attention",
     "model.gradient_checkpointing",
+    "model.checkpointed_share",
+    "model.compile",
+    "model.block_kernels",
+    "rollout.share_first_steps",
+    "rollout.attention",
+    "rollout.offload_optimizer",
     "model.embedding_cache",
 )
 """Settings that a resumed run may change: how it runs and for how long, not what it computes."""

@@ -16,7 +16,7 @@ from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import launcher_rank, lost_rank, rank, shared_errors, world_size
-from pcpo_fast.engine import PATIENCE, Engine, start_distributed, stop_distributed
+from pcpo_fast.engine import PATIENCE, Engine, deepspeed_config, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
@@ -55,6 +55,7 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     if start.finished:
         _announce(start, config, console)
         return read_summary(Path(config.output_dir))
+    deepspeed_config(config, 1)  # refuses what can be refused without the model
     inputs = RunInputs.load(config)
     device = start_distributed(config.distributed)
     try:
@@ -188,11 +189,13 @@ class Trainer:
         plan = plan_epoch(self.config, len(self.prompts), tables.steps, epoch, rank(), world_size())
         settings, seed = self.config.rollout, self.config.seed
         scoring = RolloutScoring(self.config, self.rewards, self.prompts, self.running, plan, self.device)
-        rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
-        clock.append(self._now())
-        self.progress.phase("reward")
-        with self.stop.interruptible():
-            judgement = scoring.finish(rollout.images)
+        with self.engine.parked(settings.offload_optimizer):
+            with self.policy.sampling(settings):
+                rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
+            clock.append(self._now())
+            self.progress.phase("reward")
+            with self.stop.interruptible():
+                judgement = scoring.finish(rollout.images)
         metrics = judgement.metrics
         if judgement.warning:
             self.progress.message(f"warning: {judgement.warning}")

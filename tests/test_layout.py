@@ -58,6 +58,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.optimizers",
         "pcpo_fast.eight_bit_adamw",
         "pcpo_fast.ema",
+        "pcpo_fast.parking",
         "pcpo_fast.checkpoint",
         "pcpo_fast.manifest",
         "pcpo_fast.relayout",

@@ -17,6 +17,11 @@ INCIDENTAL = (
     "train.micro_batch_size",
     "evaluation.batch_size",
     "model.gradient_checkpointing",
+    "model.checkpointed_share",
+    "model.compile",
+    "model.block_kernels",
+    "rollout.share_first_steps",
+    "rollout.offload_optimizer",
     "algorithm",
 )
 """Settings that do not change what is learnt. The name of the preset does not either: what it fills in does."""

@@ -10,6 +10,7 @@ import torch
 from pcpo_kernels import guidance
 from torch import Tensor, nn
 
+from pcpo_fast.config import RolloutConfig
 from pcpo_fast.policies.lora import adapters_off
 from pcpo_fast.schedules import Schedule
 
@@ -113,6 +114,11 @@ class Policy(ABC):
     @abstractmethod
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write trained weights, by parameter name, in diffusers' format: LoRA safetensors, or a whole model folder."""
+
+    @contextmanager
+    def sampling(self, settings: RolloutConfig) -> Iterator[None]:
+        """Around the rollouts of an epoch: a family may run its network another way where no gradients are needed."""
+        yield
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

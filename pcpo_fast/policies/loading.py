@@ -14,6 +14,7 @@ from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.locating import pipeline_folder
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.policies.speed import compile_blocks
 from pcpo_fast.samplers import check_sampler
 
 FAMILIES = {
@@ -59,6 +60,8 @@ def keep_reference(policy: Policy, config: Config) -> None:
     """Where a KL is asked for, keep the frozen start: adapters can be switched off, full weights need a copy."""
     if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False)
+        if config.model.compile:
+            compile_blocks(policy.reference_module)  # the copy is of the blocks, not of their code
 
 
 def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapter: str = "default") -> None:

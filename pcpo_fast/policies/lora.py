@@ -88,6 +88,33 @@ def _switched(module: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
+@contextmanager
+def merged_adapters(module: nn.Module) -> Iterator[None]:
+    """Within the block the active adapters are part of the weights: a forward has the operations of the base alone.
+
+    In bf16 the sum is rounded to the weight's eight bits, so the merged model is not quite the adapted one. Afterwards
+    the weights are the same bits as before: they are put back from a copy in host memory, which is kept.
+
+    Raises:
+        ValueError: the module has no adapters.
+    """
+    layers = [layer for layer in _adapted_layers(module) if not layer.merged]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        if not hasattr(layer, "unmerged_weight"):
+            layer.unmerged_weight = weight.detach().to("cpu", copy=True)
+            if weight.device.type == "cuda":
+                layer.unmerged_weight = layer.unmerged_weight.pin_memory()
+    try:
+        for layer in layers:
+            layer.merge()
+        yield
+    finally:
+        for layer in layers:
+            layer.get_base_layer().weight.data.copy_(layer.unmerged_weight)
+            layer.merged_adapters.clear()
+
+
 def switch_adapters_off(module: nn.Module) -> None:
     """From now on ``module`` is the base model, but for the blocks of :func:`only_adapter`.
 

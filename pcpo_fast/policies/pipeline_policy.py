@@ -3,7 +3,8 @@
 import gc
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
@@ -15,15 +16,16 @@ from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from pcpo_fast.config import ModelConfig
+from pcpo_fast.config import ModelConfig, RolloutConfig
 from pcpo_fast.distributed import rank
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.policies.attention import choose_attention
+from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, Prediction
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, folder_fingerprint
 from pcpo_fast.policies.locating import pipeline_parts
-from pcpo_fast.policies.lora import add_lora, load_lora
+from pcpo_fast.policies.lora import add_lora, load_lora, merged_adapters
 from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, use_block_kernels
 from pcpo_fast.policies.truncation import warn_of_long_prompts
 from pcpo_fast.schedules import Schedule
 
@@ -140,8 +142,12 @@ class PipelinePolicy(Policy):
                 load_lora(network, settings.lora.init, cls.pipeline_class, cls.trained_part)
         else:
             network.requires_grad_(True)
+        if settings.block_kernels:
+            use_block_kernels(network)
         if settings.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+            checkpoint_blocks(network, settings.checkpointed_share or 1.0)
+        if settings.compile:
+            compile_blocks(network)
         network.train()
         policy.encoding_device = device
         if prompts and rank() == 0:
@@ -242,6 +248,16 @@ class PipelinePolicy(Policy):
         tokenizers = self._load_parts(*(name for name in self.encoder_parts if name.startswith("tokenizer")))
         for tokenizer, limit, reader in self.readers(tokenizers):
             warn_of_long_prompts(prompts, tokenizer, limit, reader)
+
+    @contextmanager
+    def sampling(self, settings: RolloutConfig) -> Iterator[None]:
+        """Within the block the network has the rollout's attention backend, and its adapters merged if so wished."""
+        with ExitStack() as stack:
+            if settings.attention is not None:
+                stack.enter_context(attention_backend(self.network, settings.attention))
+            if settings.merge_lora:
+                stack.enter_context(merged_adapters(self.network))
+            yield
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""Ways to run the blocks of a diffusers network faster, or in less memory, that leave its weights and names alone."""
+
+from typing import Any
+
+import pcpo_kernels
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pcpo_fast.errors import UserError
+
+COMPILED = ("FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock", "BasicTransformerBlock")
+"""Classes of the blocks that repeat."""
+CHECKPOINTED = (*COMPILED, "ResnetBlock2D")
+"""Classes of the blocks whose activations diffusers can recompute."""
+
+
+def compile_blocks(network: nn.Module, **options: Any) -> int:
+    """Compile each repeated block by itself, which takes a fraction of the time of compiling the network.
+
+    Rollouts, updates and evaluations have batches of different sizes. Each size is compiled for itself, since code for
+    any size is slower.
+
+    Args:
+        network: a diffusers model; adapters are added before.
+        options: for ``torch.compile``.
+
+    Returns:
+        How many blocks are compiled.
+    """
+    blocks = _blocks(network, COMPILED)
+    for block in blocks:
+        block.compile(**({"fullgraph": True, "dynamic": False} | options))
+    return len(blocks)
+
+
+def use_block_kernels(network: nn.Module) -> None:
+    """Let the blocks compute with :func:`pcpo_kernels.accelerate`.
+
+    Raises:
+        UserError: the network has no block that the kernels know.
+    """
+    try:
+        pcpo_kernels.accelerate(network)
+    except ValueError as error:
+        raise UserError(f"model.block_kernels: {error}") from None
+
+
+def checkpointed_numbers(count: int, share: float) -> list[int]:
+    """Which of ``count`` blocks are recomputed: ``share`` of them, rounded up, spread evenly."""
+    chosen = -int(-count * share // 1)
+    return [number for number in range(count) if (number + 1) * chosen // count > number * chosen // count]
+
+
+def checkpoint_blocks(network: Any, share: float) -> int:
+    """Recompute the activations of a share of the blocks in the backward, and keep those of the others.
+
+    Args:
+        network: a diffusers model that supports gradient checkpointing.
+        share: 0 (none) to 1 (all of them).
+
+    Returns:
+        How many blocks are recomputed.
+    """
+    blocks = _blocks(network, CHECKPOINTED)
+    chosen = {blocks[number] for number in checkpointed_numbers(len(blocks), share)}
+    if not chosen:
+        network.disable_gradient_checkpointing()
+        return 0
+
+    def run(block: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)
+
+    network.enable_gradient_checkpointing(run)
+    return len(chosen)
+
+
+def _blocks(network: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
+    return [module for module in network.modules() if type(module).__name__ in classes]
