@@ -150,6 +150,7 @@ class Killer:
                     "rollout.images_per_prompt=2",
                     "sampler.steps=3",
                     "train.micro_batch_size=2",
+                    "train.ema_decay=0.9",
                 )
             )
             code = 0
