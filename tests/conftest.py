@@ -18,6 +18,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from longest_first import longest_first
 from tiny_pipeline import own_pipeline, pipeline_folder, process_group  # noqa: F401 - fixtures
 from tiny_pipelines import sd3_folder, sd_folder, sd_v_folder  # noqa: F401 - fixtures
 
@@ -36,6 +37,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
     if torch.cuda.is_available():
         return
     for item in items:
