@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pcpo_fast import ranges
 from pcpo_fast.config import Config, DistributedConfig
 from pcpo_fast.distributed import launcher_rank, local_rank, rank, world_size
 from pcpo_fast.eight_bit_adamw import EightBitAdamW
@@ -188,7 +189,8 @@ class Engine:
         if boundary:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-        self.deepspeed.step()
+        with ranges.named("optimizer") if boundary else nullcontext():
+            self.deepspeed.step()
         if boundary:
             norm = self.deepspeed.get_global_grad_norm()
             applied = not self.optimizer.skipped and self.deepspeed.was_step_applied()

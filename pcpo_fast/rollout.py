@@ -7,6 +7,7 @@ import torch
 from pcpo_kernels import NoiseKey, philox_normal, sample_step
 from torch import Tensor
 
+from pcpo_fast import ranges
 from pcpo_fast.config import RolloutConfig
 from pcpo_fast.epoch_plan import EpochPlan
 from pcpo_fast.noise_keys import Purpose, random_key
@@ -84,15 +85,16 @@ def sampler_steps(
     alike = None if equal is None else first_rows(equal, x.device)
     for step, noisy in enumerate(table.noisy):
         time, a, b, std = (column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std))
-        if alike is None:
-            output = policy.predict(x, time, conditioning)
-        else:
-            first, copies = alike
-            output = policy.predict(x[first], time[first], select_rows(conditioning, first))[copies]
-        if noisy:
-            alike = None  # from here on the images go their own ways
-        noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if noisy else None
-        x = sample_step(x, output, a, b, std, noise).next_latents
+        with ranges.named("sampler step"):
+            if alike is None:
+                output = policy.predict(x, time, conditioning)
+            else:
+                first, copies = alike
+                output = policy.predict(x[first], time[first], select_rows(conditioning, first))[copies]
+            if noisy:
+                alike = None  # from here on the images go their own ways
+            noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if noisy else None
+            x = sample_step(x, output, a, b, std, noise).next_latents
         yield output, x
 
 
@@ -153,14 +155,15 @@ def collect_rollout(
     conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
     group_of, groups = groups, groups.to(device)
     parts, images = [], []
-    for rows in torch.arange(len(names)).split(settings.batch_size):
+    for rows in ranges.each("rollout batch", torch.arange(len(names)).split(settings.batch_size)):
         equal = group_of[rows] if settings.share_first_steps else None
         rows = rows.to(device)
         initial = initial_latents(policy, initial_keys[rows])
         given = select_rows(conditioning, groups[rows])
         part = sample_trajectories(policy, given, initial, seeds[rows], table, equal)
         parts.append(part)
-        images.append(policy.decode(part.latents[:, -1]))
+        with ranges.named("decode"):
+            images.append(policy.decode(part.latents[:, -1]))
         if finished is not None:
             finished(rows.tolist(), images[-1])
     trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pcpo_fast import ranges
 from pcpo_fast.distributed import gather_rows, rank, world_size
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies import Conditioning, Policy, select_rows
@@ -81,4 +82,5 @@ def sample_rows(
         latents = following
         if advance is not None:
             advance()
-    return policy.decode(latents)
+    with ranges.named("decode"):
+        return policy.decode(latents)

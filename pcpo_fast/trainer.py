@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pcpo_fast import ranges
 from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor
@@ -151,7 +152,8 @@ class Trainer:
                 for epoch in range(first, config.train.epochs):
                     if self.collapse.reason:
                         break
-                    self._epoch_and_what_is_due(epoch)
+                    with ranges.named("epoch"):
+                        self._epoch_and_what_is_due(epoch)
                     self.stop.poll()
             except Stopped:
                 if self.stop.whole and self.done > self.saved:
@@ -190,11 +192,11 @@ class Trainer:
         settings, seed = self.config.rollout, self.config.seed
         scoring = RolloutScoring(self.config, self.rewards, self.prompts, self.running, plan, self.device)
         with self.engine.parked(settings.offload_optimizer):
-            with self.policy.sampling(settings):
+            with self.policy.sampling(settings), ranges.named("rollout"):
                 rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
             clock.append(self._now())
             self.progress.phase("reward")
-            with self.stop.interruptible():
+            with self.stop.interruptible(), ranges.named("reward"):
                 judgement = scoring.finish(rollout.images)
         metrics = judgement.metrics
         if judgement.warning:
@@ -261,7 +263,7 @@ class Trainer:
         if not self.heldout.prompts:
             return
         self.progress.phase("evaluation")
-        with self.engine.averaged():
+        with ranges.named("evaluation"), self.engine.averaged():
             metrics, grid = self.heldout.evaluate()
         self.heldout_reward = metrics["heldout/reward/mean"]
         is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
@@ -281,7 +283,8 @@ class Trainer:
         self.progress.phase("checkpoint")
         began, folder, settings = time.monotonic(), self.folder / "checkpoints", self.config.checkpoint
         state = self.loop_state | {"heldout_reward": self.heldout_reward}
-        save_checkpoint(folder, self.engine, self.policy, self.done, state, settings.keep, settings.keep_best)
+        with ranges.named("checkpoint"):
+            save_checkpoint(folder, self.engine, self.policy, self.done, state, settings.keep, settings.keep_best)
         self.saved = self.done
         self.stop.reserve = max(self.stop.reserve, 1.5 * (time.monotonic() - began))
 

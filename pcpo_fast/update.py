@@ -8,6 +8,7 @@ import torch
 from pcpo_kernels import Endpoints, NoiseKey, PolicyLoss, policy_loss
 from torch import Tensor
 
+from pcpo_fast import ranges
 from pcpo_fast.config import Config
 from pcpo_fast.engine import Engine
 from pcpo_fast.policies import Conditioning, Policy, Prediction
@@ -71,9 +72,10 @@ class Update:
             for update in range(settings.updates_per_epoch):
                 unchanged = inner == 0 and update == 0
                 statistics = StepStatistics(self.table.steps, self.policy.device)
-                for batch in self._micro_batches(update):
-                    self._train_on(batch, statistics, unchanged)
-                outcome, metrics = self.engine.last_step, statistics.metrics()
+                with ranges.named("update"):
+                    for batch in ranges.each("micro-step", self._micro_batches(update)):
+                        self._train_on(batch, statistics, unchanged)
+                    outcome, metrics = self.engine.last_step, statistics.metrics()
                 distances.append(metrics["policy/log_ratio_abs"])
                 yield metrics | {
                     "policy/inner_epoch": float(inner),
@@ -104,14 +106,17 @@ class Update:
         """Forward and backward of a micro-batch; ``unchanged``: the policy is still the one that sampled."""
         beta, reference = self.config.credit.kl_coefficient, None
         if beta > 0:
-            with torch.no_grad(), self.policy.as_reference():
+            with torch.no_grad(), self.policy.as_reference(), ranges.named("forward"):
                 reference = self._predict(batch)
-        halves = self._predict_halves(batch)
-        result = self._loss(batch, halves, *self._old_side(batch, unchanged), reference)
+        with ranges.named("forward"):
+            halves = self._predict_halves(batch)
+        with ranges.named("loss"):
+            result = self._loss(batch, halves, *self._old_side(batch, unchanged), reference)
         statistics.add(batch.steps, result if result.kl is None else result._replace(kl=result.kl / beta))
         if unchanged:
             self._measure_mismatch(batch, halves, statistics)
-        self.engine.backward(result.loss)
+        with ranges.named("backward"):
+            self.engine.backward(result.loss)
         self.engine.step()
 
     def _old_side(self, batch: MicroBatch, unchanged: bool) -> tuple[Tensor | None, NoiseKey | Endpoints]:

@@ -43,6 +43,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.atomic",
         "pcpo_fast.errors",
         "pcpo_fast.preemption",
+        "pcpo_fast.ranges",
     ),
     2: ("pcpo_fast.policies.*", "pcpo_fast.rewards.*", "pcpo_fast.prompts", "pcpo_fast.samplers"),
     3: (
