@@ -1,11 +1,35 @@
 """Runs that several test files look at; made once."""
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_runs import WAITING_REWARD, Run, finished_run, write_config
+from cli_runs import ROOT, WAITING_REWARD, Run, finished_run, write_config
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A command that takes the place of ``python``, for runs in processes of their own: see warm_trainer.py."""
+    socket = tmp_path_factory.mktemp("warm") / "socket"
+    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import warm_trainer; warm_trainer.serve({str(socket)!r})"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
+    try:
+        end = time.monotonic() + 240
+        while not socket.exists():
+            assert server.poll() is None and time.monotonic() < end, "the server does not come up"
+            time.sleep(0.01)
+        yield f"{sys.executable} -S {TESTS / 'warm_trainer.py'} {socket}"
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -101,13 +101,13 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Output:
     return Output(code, *capsys.readouterr())
 
 
-def start(folder: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
-    """Start ``train.py`` in a process of its own, in ``folder``."""
+def start(folder: Path, *arguments: str | Path, launcher: str = sys.executable) -> "subprocess.Popen[str]":
+    """Start ``train.py`` in a process of its own, in ``folder``; ``launcher`` is what stands before its name."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+        [*launcher.split(), str(ROOT / "train.py"), *map(str, arguments)],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ from comparison_runs import noisy_rise, write_run
 from pcpo_fast.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = Path(__file__).parent
+pytest_plugins = ["cli_fixtures"]
 
 # It waits in the second epoch of a run as long as its seed has a gate.
 GATED_REWARD = """
@@ -57,24 +57,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Output:
     return Output(code, *capsys.readouterr())
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """See warm_trainer.py."""
-    socket = tmp_path_factory.mktemp("warm") / "socket"
-    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import warm_trainer; warm_trainer.serve({str(socket)!r})"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
-    try:
-        wait_for(socket.exists, server)
-        yield f"{sys.executable} -S {TESTS / 'warm_trainer.py'} {socket}"
-    finally:
-        server.kill()
-        server.wait()
-
-
-def wait_for(
-    condition: Callable[[], bool], process: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None
-) -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
     end = time.monotonic() + 240
     while not condition():
         assert process is None or process.poll() is None, process.communicate()

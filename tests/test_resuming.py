@@ -216,11 +216,11 @@ def test_json_of_train_is_alone_on_stdout_and_a_run_without_held_out_prompts(
 # train: stopped
 
 
-def stop_in_epoch(folder: Path, rollout: int, how: signal.Signals) -> Output:
+def stop_in_epoch(folder: Path, launcher: str, rollout: int, how: signal.Signals) -> Output:
     """Run until the reward of the given rollout (of this process, from 1) is at work, and send a signal."""
     (folder / "wait_at").write_text(str(rollout))
     (folder / "waiting").unlink(missing_ok=True)
-    process = start(folder, "--config", "run.yaml")
+    process = start(folder, "--config", "run.yaml", launcher=launcher)
     end = time.monotonic() + 120
     while not (folder / "waiting").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
@@ -235,13 +235,13 @@ def finished(process: "subprocess.Popen[str]") -> Output:
     return Output(process.returncode, out, err)
 
 
-def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(waiting: Path, capsys: Capture) -> None:
+def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(waiting: Path, launcher: str, capsys: Capture) -> None:
     run = waiting / "run"
-    answer = stop_in_epoch(waiting, 2, signal.SIGINT)
+    answer = stop_in_epoch(waiting, launcher, 2, signal.SIGINT)
     assert answer.code == 130
     assert answer.err == "interrupted: the same command resumes the run after epoch 1\n"
 
-    answer = stop_in_epoch(waiting, 2, signal.SIGKILL)
+    answer = stop_in_epoch(waiting, launcher, 2, signal.SIGKILL)
     assert answer.code == -signal.SIGKILL
     assert "Resuming after epoch 1 from" in answer.out
     names = [path.name for path in sorted((run / "checkpoints").iterdir())]
@@ -256,10 +256,8 @@ def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(waiting: Path, cap
     # Like the stopped run, both in processes of their own: what other tests left in this one may change a last bit.
     (waiting / "wait_at").write_text("0")
     whole = waiting / "whole"
-    processes = [
-        start(waiting, "--config", "run.yaml"),
-        start(waiting, "--config", "run.yaml", f"output_dir={whole}", "rewards=[{name: 'tiny_pipeline:redness'}]"),
-    ]
+    plain = (f"output_dir={whole}", "rewards=[{name: 'tiny_pipeline:redness'}]")
+    processes = [start(waiting, "--config", "run.yaml", *others, launcher=launcher) for others in ((), plain)]
     resumed, straight_on = (finished(process) for process in processes)
     assert (resumed.code, resumed.err) == (0, "")
     assert "Resuming after epoch 2 from" in resumed.out

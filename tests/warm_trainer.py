@@ -2,7 +2,7 @@
 
 Loading them takes ten seconds of a run of the tiny pipeline, and training it for two epochs one. `serve` loads them
 once and forks for every run; this file as a script (``python warm_trainer.py SOCKET train.py ARGUMENT ...``) asks for
-one, gives it its own output, environment and folder, passes on interrupts, and ends with its exit code.
+one, gives it its own output, errors, environment and folder, passes on interrupts, and ends with its exit code.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def ask(path: str, arguments: list[str]) -> int:
         server.connect(path)
         signal.signal(signal.SIGINT, lambda *_: server.send(b"interrupt"))
         request = {"arguments": arguments[1:], "folder": os.getcwd(), "environment": dict(os.environ)}
-        socket.send_fds(server, [json.dumps(request).encode()], [1])
+        socket.send_fds(server, [json.dumps(request).encode()], [1, 2])
         return int(server.recv(100) or b"1")
 
 
@@ -41,14 +41,15 @@ def serve(path: str) -> None:
         ready, _, _ = select.select([listener, *children.values()], [], [], 0.02)
         if listener in ready:
             asker, _ = listener.accept()
-            data, descriptors, _, _ = socket.recv_fds(asker, 1 << 20, 1)
+            data, descriptors, _, _ = socket.recv_fds(asker, 1 << 20, 2)
             child = os.fork()
             if child == 0:
                 prctl(1, signal.SIGKILL)  # ends with the server
                 for other in (listener, asker, *children.values()):
                     other.close()
-                os._exit(_work(main, json.loads(data), descriptors[0]))
-            os.close(descriptors[0])
+                os._exit(_work(main, json.loads(data), descriptors))
+            for descriptor in descriptors:
+                os.close(descriptor)
             children[child] = asker
         for child, asker in list(children.items()):
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -60,10 +61,10 @@ def serve(path: str) -> None:
                 os.kill(child, signal.SIGINT if asker.recv(100) else signal.SIGKILL)  # nothing: the asker has gone
 
 
-def _work(main, request: dict, output: int) -> int:  # type: ignore[no-untyped-def]
+def _work(main, request: dict, outputs: list[int]) -> int:  # type: ignore[no-untyped-def]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(outputs[0], 1)
+    os.dup2(outputs[1], 2)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
