@@ -4,6 +4,7 @@ Uses torch.distributed only: whoever starts the process group (:mod:`pcpo_fast.e
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pcpo_fast.errors import UserError, reason_of
+
+LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited|Socket closed", re.IGNORECASE)
+"""What gloo and NCCL say where the process at the other end has died."""
 
 
 def is_distributed() -> bool:
@@ -92,6 +96,17 @@ def shared_errors() -> Iterator[None]:
 def lost_rank(error: RuntimeError) -> UserError:
     """What to say of a collective's error where the process at the other end is gone."""
     return UserError(f"another rank is gone; what it said last says why ({reason_of(error)})")
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Say of a collective within the block that fails since a process has died what :func:`lost_rank` says of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_distributed() and LOST_RANK.search(str(error)):
+            raise lost_rank(error) from error
+        raise
 
 
 def launcher_rank() -> int:

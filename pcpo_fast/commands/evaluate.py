@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from pcpo_fast.engine import start_distributed
 
-        device = start_distributed()
+        device = start_distributed(config.distributed)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate(contestants, request, settings, device)

@@ -9,9 +9,9 @@ import torch
 
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.config import RewardConfig
-from pcpo_fast.distributed import barrier, rank, shared_errors, world_size
+from pcpo_fast.distributed import barrier, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine import stop_distributed
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.evaluation.contestants import BASE, Contestant, read_contestants, shared_config_file
 from pcpo_fast.evaluation.figures import curves, points, trade_figure
 from pcpo_fast.evaluation.generating import Request, make_images
@@ -90,14 +90,27 @@ def evaluate(
         The result on the first rank, None on the others, whose work is over when the images are made.
 
     Raises:
-        UserError: a model, reward or folder of images is not as it should be.
+        UserError: a model, reward or folder of images is not as it should be, the GPU's memory is too small, or another
+            rank has died.
     """
+    try:
+        with naming_lost_ranks():
+            return _evaluate(contestants, request, settings, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is too small: lower --batch-size, which is {settings.batch_size} ({reason_of(error)})"
+        ) from error
+
+
+def _evaluate(
+    contestants: Sequence[Contestant], request: Request, settings: Settings, device: torch.device
+) -> Evaluation | None:
     first = rank() == 0
+    reference = None
     with shared_errors():
         rewards = RewardSet(settings.rewards if first else ())
-    reference = None
-    if settings.reference not in (None, BASE):
-        reference = folder_of_images(Path(str(settings.reference)), str(settings.reference), "--reference")
+        if settings.reference not in (None, BASE):
+            reference = folder_of_images(Path(str(settings.reference)), str(settings.reference), "--reference")
     sets = make_images(contestants, request, settings.output / "images", device)
     barrier()
     if world_size() > 1:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from pcpo_fast.reporting.progress import duration
+from pcpo_fast.watch import note
 
 
 class StepProgress:
@@ -60,8 +61,9 @@ class StepProgress:
             self._bar.update(self._task, description=what)
 
     def advance(self) -> None:
-        """One step is over."""
+        """One step is over; ranks that wait for this one learn that it works."""
         self.done += 1
+        note(self.what)
         if self._bar is not None:
             self._bar.advance(self._task)
             return
