@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pcpo_fast.atomic import sync_folder, write_atomically
 from pcpo_fast.distributed import rank, shared_errors, world_size
-from pcpo_fast.engine import STATE_FOLDER, Engine
+from pcpo_fast.engine import STATE_FOLDER, Engine, read_average
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.manifest import missing_or_resized, write_manifest
 from pcpo_fast.relayout import SavedState, UnknownLayoutError
@@ -134,7 +134,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
         if written == now:
             loaded = engine.load(path)
         else:
-            loaded = _load_divided_anew(path / STATE_FOLDER, engine, int(written["world_size"] or 0))
+            loaded = _load_divided_anew(path, engine, int(written["world_size"] or 0))
     except UnknownLayoutError as error:
         ranks, stage = written["world_size"], written["zero_stage"]
         raise UserError(
@@ -149,25 +149,35 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
-def _load_divided_anew(folder: Path, engine: Engine, ranks: int) -> bool:
-    """Give every parameter its weights and moments out of the shards of another number of ranks or ZeRO stage."""
-    if getattr(engine, "ema", None) is not None:
-        raise UnknownLayoutError("its moving average of the weights (train.ema_decay) cannot be divided anew")
+def _load_divided_anew(path: Path, engine: Engine, ranks: int) -> bool:
+    """Give every parameter its weights and moments out of the shards of another number of ranks or ZeRO stage.
+
+    The moving average, which is divided as the weights are, comes along.
+    """
+    folder = path / STATE_FOLDER
     trained = {name: p for name, p in engine.deepspeed.module.named_parameters() if p.requires_grad}
     files = sorted(folder.glob("*_optim_states.pt"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
     if len(files) != ranks or not files:
         return False
     shards = [_read_tensors(file)["optimizer_state_dict"] for file in files]
-    saved = SavedState(shards, {name: getattr(p, "ds_numel", p.numel()) for name, p in trained.items()})
+    parts = [] if engine.ema is None else [read_average(path, number) for number in range(ranks)]
+    averages = [part["average"] for part in parts if part is not None]
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trained.items()}
+    saved = SavedState(shards, sizes, averages or None)
     if saved.step is not None:
         _make_moments(engine, saved)
     for name, parameter in trained.items():
         weights = saved.full(name)
         moments = {key: saved.full(name, key) for key in saved.moments}
+        average = saved.full(name, "average") if averages else None
         if hasattr(parameter, "ds_id"):
-            _set_scattered(parameter, weights, moments)
+            _set_scattered(engine, parameter, weights, moments, average)
         else:
-            _set_whole(engine, parameter, weights, moments)
+            _set_whole(engine, parameter, weights, moments, average)
+    if engine.ema is not None and averages:
+        engine.ema.updates = next(part["updates"] for part in parts if part is not None)
+    else:
+        engine.begin_average()
     return True
 
 
@@ -197,7 +207,9 @@ def _make_moments(engine: Engine, saved: SavedState) -> None:
 
 
 @torch.no_grad()
-def _set_scattered(parameter: Any, weights: Tensor, moments: dict[str, Tensor]) -> None:
+def _set_scattered(
+    engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor], average: Tensor | None
+) -> None:
     """A parameter of ZeRO 3: this rank's piece of it, and the weights that the model computes with."""
     import deepspeed
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -210,13 +222,19 @@ def _set_scattered(parameter: Any, weights: Tensor, moments: dict[str, Tensor]) 
     safe_set_local_fp32_param(parameter, piece(weights))
     for key, moment in moments.items():
         safe_set_local_optimizer_state(parameter, piece(moment), key)
+    if engine.ema is not None and average is not None:
+        zero = engine.deepspeed.optimizer
+        group, start, count = zero.grad_position[zero.get_param_id(parameter)]
+        engine.ema.average[group].narrow(0, start, count).copy_(piece(average))
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if rank() == 0:
             parameter.copy_(weights.view_as(parameter))
 
 
 @torch.no_grad()
-def _set_whole(engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor]) -> None:
+def _set_whole(
+    engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor], average: Tensor | None
+) -> None:
     """A parameter of ZeRO 1 or 2: the weights, and the part of master weights and moments that lies on this rank."""
     parameter.copy_(weights.view_as(parameter))
     mapping = parameter._hp_mapping
@@ -228,6 +246,9 @@ def _set_whole(engine: Engine, parameter: Any, weights: Tensor, moments: dict[st
     for key, moment in moments.items():
         part = moment.narrow(0, source.start, source.numel)
         engine.optimizer.state[flat][key].narrow(0, target.start, target.numel).copy_(part)
+    if engine.ema is not None and average is not None:
+        held = engine.ema.average[mapping.param_group_index].narrow(0, target.start, target.numel)
+        held.copy_(average.narrow(0, source.start, source.numel))
 
 
 def read_state(path: Path) -> dict[str, Any]:

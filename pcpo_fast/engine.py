@@ -30,9 +30,6 @@ from pcpo_fast.parking import Park
 from pcpo_fast.rendezvous import meet, own_connection
 from pcpo_fast.watch import Watch, note, set_watch
 
-PATIENCE = timedelta(seconds=DistributedConfig().timeout)
-"""How long ranks wait for each other where the configuration does not say."""
-
 MARGIN = timedelta(seconds=60)
 """By how much a collective outwaits the watch, which has more to say about a rank that does not come."""
 
@@ -210,7 +207,7 @@ class Engine:
         if self.ema is not None:
             state = self.ema.state_dict()
             tensors = {str(index): average for index, average in enumerate(state["average"])}
-            save_file(tensors, _average_file(folder), {"updates": str(state["updates"])})
+            save_file(tensors, average_file(folder, rank()), {"updates": str(state["updates"])})
 
     def load(self, folder: Path) -> bool:
         """Take up what :meth:`save` wrote with the same weights, ranks and ZeRO stage; False where nothing is there.
@@ -229,20 +226,16 @@ class Engine:
             # Frozen weights are not in it, so the load cannot be strict.
             loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE_FOLDER, load_module_strict=False)
         if self.ema is not None and loaded is not None:
-            self._load_average(_average_file(folder))
+            stored = read_average(folder, rank())
+            if stored is None:
+                self.begin_average()
+            else:
+                self.ema.load_state_dict(stored)
         return loaded is not None
 
-    def _load_average(self, file: Path) -> None:
-        if self.ema is None or not file.is_file():
-            # A checkpoint of a run without an average: it begins at the weights that were loaded.
-            self.ema = None if self.ema is None else Ema(self._shards(), self.ema.decay)
-            return
-        try:
-            with safe_open(file, "pt") as stored:
-                average = [stored.get_tensor(str(index)) for index in range(len(stored.keys()))]
-                self.ema.load_state_dict({"updates": stored.metadata()["updates"], "average": average})
-        except SafetensorError as error:
-            raise ValueError(f"{file.name}: {error}") from None
+    def begin_average(self) -> None:
+        """Let the moving average, where there is one, begin at the weights as they are: none was loaded."""
+        self.ema = None if self.ema is None else Ema(self._shards(), self.ema.decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -327,6 +320,7 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
             raise UserError(
                 f"{config.deepspeed}: {key} is set by the configuration, so remove it from the DeepSpeed file"
             )
+    _check_writer(settings, config.deepspeed)
     zero = settings.setdefault("zero_optimization", {})
     if not isinstance(zero, dict) or zero.setdefault("stage", 1) not in (1, 2, 3):
         # Stage 0 reports no gradient norm and keeps bf16 gradients; stage 1 costs nothing more, on one GPU too.
@@ -362,8 +356,44 @@ def _check_shards_in_memory(settings: dict[str, Any], file: str | None) -> None:
         )
 
 
-def _average_file(folder: Path) -> Path:
-    return folder / STATE_FOLDER / f"moving_average_rank_{rank():05d}.safetensors"
+def average_file(folder: Path, of_rank: int) -> Path:
+    """Where a rank's part of the moving average lies in a checkpoint."""
+    return folder / STATE_FOLDER / f"moving_average_rank_{of_rank:05d}.safetensors"
+
+
+def read_average(folder: Path, of_rank: int) -> dict[str, Any] | None:
+    """A rank's part of a checkpoint's moving average, as :meth:`Ema.load_state_dict` takes it; None: it has none.
+
+    The tensors are mapped into memory, not read.
+
+    Raises:
+        ValueError: the file is not what was written.
+    """
+    file = average_file(folder, of_rank)
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as stored:
+            average = [stored.get_tensor(str(index)) for index in range(len(stored.keys()))]
+            return {"updates": int(stored.metadata()["updates"]), "average": average}
+    except SafetensorError as error:
+        raise ValueError(f"{file.name}: {error}") from None
+
+
+def _check_writer(settings: dict[str, Any], file: str | None) -> None:
+    """Refuse what writes shards after the call that saves them, or without the checksums that they are read back by."""
+    found = settings.get("checkpoint")
+    checkpoint = found if isinstance(found, dict) else {}
+    for key, asked in {
+        "checkpoint.writer": checkpoint.get("writer"),
+        "checkpoint.checkpoint_serialization": not checkpoint.get("checkpoint_serialization", True),
+        "datastates_ckpt": settings.get("datastates_ckpt"),
+    }.items():
+        if asked:
+            raise UserError(
+                f"{file}: {key} is not allowed, since a checkpoint is read back when it has been written, and takes "
+                "its name only then (docs/resuming.md); remove it"
+            )
 
 
 def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> None:

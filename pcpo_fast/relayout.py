@@ -24,6 +24,7 @@ class SavedState:
     Args:
         shards: ``optimizer_state_dict`` of every rank's file of optimiser states, by rank.
         sizes: elements of each trained parameter, by name, in the order of the model.
+        averages: a moving average of the weights, by rank: flat vectors divided as those of the weights; None: none.
 
     Attributes:
         moments: names of the optimiser's states that are tensors like the weights; none before the first step.
@@ -33,7 +34,12 @@ class SavedState:
         UnknownLayoutError: some other optimiser than AdamW wrote it, or a name is missing.
     """
 
-    def __init__(self, shards: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        averages: Sequence[Sequence[Tensor]] | None = None,
+    ) -> None:
         self.sizes = dict(sizes)
         self._by_parameter = "fp32_flat_groups" in shards[0]
         self._pieces = [_flat_vectors(shard) for shard in shards]
@@ -42,6 +48,8 @@ class SavedState:
         self.step: Tensor | None = self._pieces[0][1]
         if self.moments not in ((), MOMENTS) or (self.step is None) != (not self.moments):
             raise UnknownLayoutError("its optimiser's state is not AdamW's")
+        if averages is not None:
+            self._take_averages(averages)
         self._places: dict[str, list[tuple[int, int, int, int]]] = {}
         if self._by_parameter:
             self._place_by_parameter(len(shards))
@@ -52,12 +60,21 @@ class SavedState:
             raise UnknownLayoutError(f"it does not hold all of {missing[0]}")
 
     def full(self, name: str, what: str = "weights") -> Tensor:
-        """One parameter's ``weights`` or one of its :attr:`moments`, whole: flat, in the dtype of the shards."""
+        """One parameter's ``weights``, ``average`` or one of its :attr:`moments`, whole: flat, in the shards' dtype."""
         pieces = [
             self._pieces[rank][0][what][group].narrow(0, start, count)
             for rank, group, start, count in self._places[name]
         ]
         return torch.cat(pieces)[: self.sizes[name]]
+
+    def _take_averages(self, averages: Sequence[Sequence[Tensor]]) -> None:
+        if len(averages) != len(self._pieces):
+            raise UnknownLayoutError("only some of its ranks have a moving average")
+        for (vectors, _), average in zip(self._pieces, averages, strict=True):
+            lengths, weights = [len(part) for part in average], [len(part) for part in vectors["weights"]]
+            if len(lengths) != len(weights) or any(a < w for a, w in zip(lengths, weights, strict=True)):
+                raise UnknownLayoutError("its moving average is not one number for each weight")
+            vectors["average"] = list(average)
 
     def _length(self, name: str) -> int:
         return sum(count for *_, count in self._places.get(name, []))

@@ -1,9 +1,10 @@
 """Where the processes of a run meet: who has not come is named, instead of a wait without end."""
 
 import os
+import re
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -66,10 +67,44 @@ def _wait_for_all(store: dist.Store, rank: int, world_size: int, patience: timed
             here = [(r, store.get(f"present/{r}").decode()) for r in range(world_size) if r not in missing]
             raise UserError(
                 f"{_ranks(missing)} of {world_size} did not come within {patience.total_seconds():.0f} s "
-                f"(distributed.start_timeout); here are {by_host(here)}: look at the output of the machine that is "
-                "missing, and whether every machine was started with the same number of processes"
+                f"(distributed.start_timeout); {home_of(missing, os.environ)}here are {by_host(here)}: look at the "
+                "output of the machine that is missing, and whether every machine was started with the same number of "
+                "processes"
             ) from TimeoutError()
         time.sleep(LOOK)
+
+
+def home_of(missing: Iterable[int], environment: Mapping[str, str]) -> str:
+    """Where ranks that have not come belong, as far as the launcher's environment tells: "..., " or nothing.
+
+    Launchers number ranks machine by machine, and say how many a machine has (``LOCAL_WORLD_SIZE``, DeepSpeed's
+    ``LOCAL_SIZE``); Slurm also names the machines of the job in their order (``SLURM_JOB_NODELIST``).
+    """
+    per_machine = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
+    if not per_machine.isdecimal() or int(per_machine) == 0:
+        return ""
+    hosts = expand_hosts(environment.get("SLURM_JOB_NODELIST", ""))
+    machines = sorted({rank // int(per_machine) for rank in missing})
+    names = [f"machine {number}" + (f" ({hosts[number]})" if number < len(hosts) else "") for number in machines]
+    return f"they belong to {', '.join(names)}, counted from 0 with {per_machine} ranks each; "
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Slurm's short form of host names, "node[01-03,7],gpu2", as the names; none where it is of another form."""
+    hosts: list[str] = []
+    for entry in re.split(r",(?![^\[]*\])", text) if text else ():
+        whole = re.fullmatch(r"([^\[\]]+)(?:\[([\d,-]+)\])?([^\[\]]*)", entry)
+        if whole is None:
+            return []
+        name, numbers, rest = whole.groups()
+        for part in numbers.split(",") if numbers else [""]:
+            ends = re.fullmatch(r"(\d*)(?:-(\d+))?", part)
+            if ends is None or (numbers and not ends[1]):
+                return []
+            first, last = ends[1], ends[2] or ends[1]
+            run = range(int(first), int(last) + 1) if first else [""]
+            hosts += [name + str(number).zfill(len(first)) + rest for number in run]
+    return hosts
 
 
 def by_host(ranks: Iterable[tuple[int, str]]) -> str:

@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import launcher_rank, lost_rank, rank, shared_errors, world_size
-from pcpo_fast.engine import PATIENCE, Engine, deepspeed_config, start_distributed, stop_distributed
+from pcpo_fast.engine import MARGIN, Engine, deepspeed_config, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
@@ -117,7 +118,8 @@ class Trainer:
         self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
         keep_reference(self.policy, config)
         self.engine = Engine(self.policy.module, config, accumulation)
-        self.stop = StopRequest(config.checkpoint.grace, PATIENCE, self.progress.message)
+        patience = timedelta(seconds=config.distributed.timeout) + MARGIN
+        self.stop = StopRequest(config.checkpoint.grace, patience, self.progress.message)
         self.policy.forward_module = Polled(self.engine.module, self.stop.poll)
         advantage = config.advantage
         self.running = RunningAdvantages(advantage.buffer_size, advantage.min_count, advantage.epsilon)

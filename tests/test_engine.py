@@ -252,6 +252,14 @@ def write(folder: Path, content: str | bytes | None) -> Path:
         ('{"zero_optimization": {"stage": "2"}}', "zero_optimization.stage must be 1, 2 or 3"),
         ('{"zero_optimization": true}', "zero_optimization.stage must be 1, 2 or 3"),
         ('{"zero_optimization": {"stage": 2, "overlap_com": true}}', "DeepSpeed refuses these settings: .*overlap_com"),
+        *(
+            (json.dumps(settings), f"{key} is not allowed, since a checkpoint is read back")
+            for key, settings in {
+                "checkpoint.writer": {"checkpoint": {"writer": {"decoupled": True}}},
+                "checkpoint.checkpoint_serialization": {"checkpoint": {"checkpoint_serialization": False}},
+                "datastates_ckpt": {"datastates_ckpt": {"host_cache_size": 16}},
+            }.items()
+        ),
         *((json.dumps({key: 1}), f"{key} is set by the configuration, so remove it") for key in OWNED_KEYS),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from deepspeed.utils import safe_get_full_fp32_param
 from tiny_pipeline import tiny_config
 from tiny_runs import LORA, Bench
 from torch import Tensor
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning
 
 # An eps far below the gradients' size would turn the rounding of vanishing gradients into whole steps.
 EPS = "optimizer.eps=1e-4"
+EMA = "train.ema_decay=0.5"
 
 
 def bench_of(pipeline: Path, folder: Path, stage: int, *overrides: str) -> Bench:
@@ -49,6 +51,15 @@ def state_of(path: Path, bench: Bench) -> dict[str, Tensor]:
     return state | {"step": saved.step}
 
 
+def average_of(bench: Bench) -> dict[str, Tensor]:
+    """The moving average by parameter, in float32; nothing where there is none."""
+    if bench.engine.ema is None:
+        return {}
+    with bench.engine.averaged():
+        named = bench.engine.deepspeed.module.named_parameters()
+        return {name: safe_get_full_fp32_param(p).flatten().clone() for name, p in named if p.requires_grad}
+
+
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -64,13 +75,13 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("saved", "loaded", "overrides"),
     [
-        (1, 3, ()),
-        (3, 2, LORA),
+        (1, 3, (EMA,)),
+        (3, 2, (*LORA, EMA)),
         pytest.param(3, 1, (), marks=pytest.mark.slow),
         pytest.param(2, 3, LORA, marks=pytest.mark.slow),
-        (1, 2, ("model.dtype=bfloat16",)),
+        (1, 2, ("model.dtype=bfloat16", EMA)),
     ],
-    ids=["full-1-3", "lora-3-2", "full-3-1", "lora-2-3", "bf16-1-2"],
+    ids=["full-ema-1-3", "lora-ema-3-2", "full-3-1", "lora-2-3", "bf16-ema-1-2"],
 )
 def test_another_zero_stage_goes_on_with_the_same_state(
     pipeline_folder: Path, tmp_path: Path, saved: int, loaded: int, overrides: tuple[str, ...]
@@ -78,7 +89,11 @@ def test_another_zero_stage_goes_on_with_the_same_state(
     one = bench_of(pipeline_folder, tmp_path, saved, *overrides)
     one.epochs(0, 1)
     path = save(one, tmp_path / "checkpoints", 1)
-    at_save = one.engine.full_state()
+    at_save = one.engine.full_state()  # with a moving average: that
+    kept = average_of(one)
+    if kept:
+        masters = state_of(path, one)
+        assert not any(torch.equal(kept[name], masters[f"{name} weights"]) for name in kept), "they must differ"
     one.epochs(1, 2)
 
     other = bench_of(pipeline_folder, tmp_path, loaded, *overrides)
@@ -86,6 +101,8 @@ def test_another_zero_stage_goes_on_with_the_same_state(
     assert load_checkpoint(path, other.engine)["epoch"] == 1
     assert other.engine.updates == 2
     assert same(other.engine.full_state(), at_save)
+    assert same(average_of(other), kept)
+    assert other.engine.ema is None or other.engine.ema.updates == 2
     assert same(state_of(save(other, tmp_path / "again", 1), other), state_of(path, one))
     other.epochs(1, 2)
     assert not same(other.engine.full_state(), at_save)
@@ -94,7 +111,10 @@ def test_another_zero_stage_goes_on_with_the_same_state(
 
 
 def two_ranks(number: int, pipeline: str, folder: str, port: int, stage: int) -> None:
-    """What each of two processes does: train an epoch and save; take up what one rank has saved, and go on."""
+    """What each of two processes does: train an epoch and save; take up what one rank has saved, and go on.
+
+    With a moving average: what is compared is that, and the epoch after shows that weights and moments came along.
+    """
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(number), "LOCAL_RANK": str(number),
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu",
@@ -104,7 +124,7 @@ def two_ranks(number: int, pipeline: str, folder: str, port: int, stage: int) ->
     start_distributed()
     root = Path(folder)
     # Both ranks sample and train the whole epoch, so the mean of their gradients is what one rank has alone.
-    bench = bench_of(Path(pipeline), root, stage)
+    bench = bench_of(Path(pipeline), root, stage, EMA)
     bench.epochs(0, 1)
     save(bench, root / "two", 1)
     load_checkpoint(root / "one" / "epoch_000001", bench.engine)
@@ -119,7 +139,7 @@ def two_ranks(number: int, pipeline: str, folder: str, port: int, stage: int) ->
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("stage", [3, 2])
 def test_two_ranks_take_up_one_and_one_takes_up_two(pipeline_folder: Path, tmp_path: Path, stage: int) -> None:
-    bench = bench_of(pipeline_folder, tmp_path, 1)
+    bench = bench_of(pipeline_folder, tmp_path, 1, EMA)
     bench.epochs(0, 1)
     save(bench, tmp_path / "one", 1)
     first = bench.engine.full_state()
@@ -138,7 +158,7 @@ def test_two_ranks_take_up_one_and_one_takes_up_two(pipeline_folder: Path, tmp_p
     assert same(seen["taken"], first)
     close(second, seen["after"])
 
-    single = bench_of(pipeline_folder, tmp_path, 1)
+    single = bench_of(pipeline_folder, tmp_path, 1, EMA)
     load_checkpoint(tmp_path / "two" / "epoch_000001", single.engine)
     close(first, single.engine.full_state())  # two ranks have trained the same epoch
     single.epochs(1, 2)
@@ -183,6 +203,17 @@ def test_parameters_of_zero_3_are_cut_one_by_one_and_padded() -> None:
     assert saved.full("a", "exp_avg").tolist() == [10, 20, 30]
     with pytest.raises(UnknownLayoutError, match="does not hold all of d"):
         SavedState([shard([1.0])], {"a": 1, "d": 1})
+
+
+def test_an_average_lies_where_the_weights_do() -> None:
+    shards = [group_shard([1, 2, 3], {"a": (0, 2), "b": (2, 1)}), group_shard([4, 5], {"b": (0, 2)})]
+    averages = [[torch.tensor([6.0, 7, 8])], [torch.tensor([9.0, 10, 0])]]  # padded
+    saved = SavedState(shards, {"a": 2, "b": 3}, averages)
+    assert saved.full("a", "average").tolist() == [6, 7] and saved.full("b", "average").tolist() == [8, 9, 10]
+    with pytest.raises(UnknownLayoutError, match="only some of its ranks"):
+        SavedState(shards, {"a": 2, "b": 3}, averages[:1])
+    with pytest.raises(UnknownLayoutError, match="moving average is not one number for each weight"):
+        SavedState(shards, {"a": 2, "b": 3}, [averages[0], averages[1][:0]])
 
 
 @pytest.mark.parametrize(

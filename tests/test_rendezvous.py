@@ -10,7 +10,7 @@ import pytest
 
 from pcpo_fast import rendezvous
 from pcpo_fast.errors import UserError
-from pcpo_fast.rendezvous import by_host, meet, own_connection
+from pcpo_fast.rendezvous import by_host, expand_hosts, home_of, meet, own_connection
 
 SECOND = timedelta(seconds=1)
 
@@ -43,6 +43,8 @@ def test_all_who_come_meet(launched: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_that_does_not_come_is_named(launched: pytest.MonkeyPatch) -> None:
     launched.setenv("WORLD_SIZE", "6")
+    launched.setenv("LOCAL_WORLD_SIZE", "2")
+    launched.setenv("SLURM_JOB_NODELIST", "node[1-3]")
     launched.setattr(socket, "gethostname", lambda: "node1")
 
     def others_come() -> None:
@@ -54,8 +56,33 @@ def test_a_rank_that_does_not_come_is_named(launched: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError) as caught:
         meet(SECOND)
     text = str(caught.value)
-    assert text.startswith("ranks 2-3, 5 of 6 did not come within 1 s (distributed.start_timeout); here are ")
+    assert text.startswith("ranks 2-3, 5 of 6 did not come within 1 s (distributed.start_timeout); they belong to ")
+    assert "they belong to machine 1 (node2), machine 2 (node3), counted from 0 with 2 ranks each; here are " in text
     assert "ranks 0-1 on node1, rank 4 on node2:" in text
+
+
+def test_the_machine_of_a_missing_rank_is_as_far_as_the_launcher_tells() -> None:
+    assert home_of([3], {}) == home_of([3], {"LOCAL_SIZE": "0"}) == home_of([3], {"LOCAL_WORLD_SIZE": "x"}) == ""
+    assert home_of([8, 15], {"LOCAL_SIZE": "8"}) == "they belong to machine 1, counted from 0 with 8 ranks each; "
+    short = {"LOCAL_SIZE": "4", "SLURM_JOB_NODELIST": "a"}
+    assert home_of([1, 9], short) == "they belong to machine 0 (a), machine 2, counted from 0 with 4 ranks each; "
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("", []),
+        ("node1", ["node1"]),
+        ("node1,gpu-2.here", ["node1", "gpu-2.here"]),
+        ("node[1-3]", ["node1", "node2", "node3"]),
+        ("n[08-10,12],m7", ["n08", "n09", "n10", "n12", "m7"]),
+        ("rack[1-2]-a", ["rack1-a", "rack2-a"]),
+        ("rack[1-2]node[1-2]", []),  # a product of two, which nothing here needs
+        ("node[a-c]", []),
+    ],
+)
+def test_host_names_of_slurm(text: str, hosts: list[str]) -> None:
+    assert expand_hosts(text) == hosts
 
 
 def test_a_rank_0_that_does_not_listen_is_one_sentence(launched: pytest.MonkeyPatch) -> None:
