@@ -1,5 +1,8 @@
 """Prompts: reading them from a file, and choosing those of an epoch."""
 
+import csv
+import difflib
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +14,8 @@ from pcpo_fast.errors import UserError
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _JSON_KEYS = ("prompt", "metadata")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_COLUMNS = ("prompt", "prompts", "caption", "text")
 
 
 @dataclass(frozen=True)
@@ -27,24 +32,32 @@ class Prompt:
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read a text file with one prompt per line, or JSONL: ``{"prompt": "...", "metadata": {...}}`` on each line.
+    """Read a text file with one prompt per line, JSONL, or one of the forms in which benchmarks are published.
 
-    A name that ends in ``.jsonl``, ``.ndjson`` or ``.json`` means JSONL. Blank lines are skipped, blanks around a
-    prompt are cut, and a byte order mark is ignored. A prompt may occur more than once.
+    A name that ends in ``.jsonl``, ``.ndjson`` or ``.json`` means JSONL, ``{"prompt": "...", "metadata": {...}}`` on
+    each line; without ``metadata`` the line's other keys are the metadata, as in GenEval's file. A ``.json`` file may
+    also be one list of texts or of such objects (HPDv2), or COCO's captions, of which every image's first is taken.
+    ``.csv`` and ``.tsv`` are tables whose header has a column prompt, prompts, caption or text (DrawBench,
+    PartiPrompts); the other columns are the metadata. Blank lines are skipped, blanks around a prompt are cut, and a
+    byte order mark is ignored. A prompt may occur more than once.
 
     Raises:
-        UserError: the file is missing, unreadable, empty or not UTF-8; a line is not such a JSON object.
+        UserError: the file is missing, unreadable, empty or not UTF-8; a line or an entry is not what it should be.
     """
     path = Path(path)
-    parse = _parse_json if path.suffix.lower() in _JSON_SUFFIXES else _parse_text
+    suffix = path.suffix.lower()
+    text = _read_text(path)
+    listed = _parse_list(text, path) if suffix == ".json" else None
+    if suffix in _TABLES:
+        listed = _parse_table(text, _TABLES[suffix], path)
+    parse = _parse_json if suffix in _JSON_SUFFIXES else _parse_text
     # Only "\n" ends a line: JSON strings may hold the other characters that str.splitlines breaks at.
-    lines = _read_text(path).split("\n")
-    prompts = [
-        parse(line.strip(), f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()
-    ]
-    if not prompts:
+    if listed is None:
+        lines = enumerate(text.split("\n"), start=1)
+        listed = [parse(line.strip(), f"{path} line {number}") for number, line in lines if line.strip()]
+    if not listed:
         raise UserError(f"prompt file {path} is empty; it needs at least one prompt")
-    return prompts
+    return listed
 
 
 def epoch_prompts(count: int, per_epoch: int, epoch: int, seed: int) -> list[int]:
@@ -113,12 +126,18 @@ def _parse_json(line: str, where: str) -> Prompt:
         raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of too many digits; brackets nested too deep
         raise UserError(f"{where}: not valid JSON: {error}") from None
+    return _from_entry(entry, where)
+
+
+def _from_entry(entry: Any, where: str) -> Prompt:
     if not isinstance(entry, dict):
         raise UserError(f'{where}: must be a JSON object with the key "prompt", got {_kind(entry)}')
-    unknown = next((key for key in entry if key not in _JSON_KEYS), None)
+    others = {key: value for key, value in entry.items() if key not in _JSON_KEYS}
+    # Beside "metadata" there is nothing else, and what is nearly one of the two names is meant to be it.
+    unknown = next((key for key in others if "metadata" in entry or difflib.get_close_matches(key, _JSON_KEYS)), None)
     if unknown is not None:
         raise UserError(f'{where}: unknown key "{unknown}"; allowed: "prompt" and "metadata", which may hold any keys')
-    text, metadata = entry.get("prompt"), entry.get("metadata")
+    text, metadata = entry.get("prompt"), entry.get("metadata", others)
     if "prompt" not in entry:
         raise UserError(f'{where}: the key "prompt" is missing')
     if not isinstance(text, str) or not text.strip():
@@ -130,6 +149,54 @@ def _parse_json(line: str, where: str) -> Prompt:
     if metadata is not None and not isinstance(metadata, dict):
         raise UserError(f'{where}: "metadata" must be a JSON object, got {_kind(metadata)}')
     return Prompt(text.strip(), metadata or {})
+
+
+def _parse_list(text: str, path: Path) -> list[Prompt] | None:
+    """The prompts of a file that is one JSON value as a whole; None where it is not, and read line by line."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(whole, dict) and isinstance(whole.get("annotations"), list):
+        first: dict[Any, Prompt] = {}
+        for number, entry in enumerate(whole["annotations"]):
+            where = f"{path} annotations[{number}]"
+            if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
+                raise UserError(f'{where}: must be an object with "caption" and "image_id", as in COCO\'s captions')
+            image = entry["image_id"]
+            if image not in first:
+                first[image] = _from_entry({"prompt": entry.get("caption"), "metadata": {"image_id": image}}, where)
+        return list(first.values())
+    if not isinstance(whole, list):
+        return None
+    entries = ({"prompt": entry} if isinstance(entry, str) else entry for entry in whole)
+    return [_from_entry(entry, f"{path} entry {number}") for number, entry in enumerate(entries, start=1)]
+
+
+def _parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    prompts: list[Prompt] = []
+    header: list[str] = []
+    column: str | None = None
+    try:
+        for row in rows:
+            where = f"{path} line {rows.line_num}"
+            if not any(cell.strip() for cell in row):
+                continue
+            if not header:
+                header = [cell.strip() for cell in row]
+                column = next((name for name in header if name.lower() in _COLUMNS), None)
+                if column is None:
+                    raise UserError(f"{where}: the header needs a column {', '.join(_COLUMNS[:-1])} or {_COLUMNS[-1]}")
+                continue
+            if len(row) > len(header):
+                raise UserError(f"{where}: {len(row)} cells, but the header has {len(header)}")
+            cells = dict(zip(header, row, strict=False))
+            metadata = {name: cell for name, cell in cells.items() if name != column and cell.strip()}
+            prompts.append(_from_entry({"prompt": cells.get(column or ""), "metadata": metadata}, where))
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num}: not a valid table: {error}") from None
+    return prompts
 
 
 def _kind(value: object) -> str:

@@ -175,3 +175,63 @@ def test_order_does_not_depend_on_global_random_state() -> None:
 def test_out_of_range_arguments(arguments: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         epoch_prompts(*arguments)
+
+
+# Lists as benchmarks are published.
+
+PUBLISHED = {
+    "PartiPrompts.tsv": (
+        'Prompt\tCategory\tChallenge\tNote\na sign that says "Hi"\tArts\tBasic\t\n\nbond\tAbstract\tBasic\tx\n',
+        [
+            Prompt('a sign that says "Hi"', {"Category": "Arts", "Challenge": "Basic"}),
+            Prompt("bond", {"Category": "Abstract", "Challenge": "Basic", "Note": "x"}),
+        ],
+    ),
+    "DrawBench.csv": (
+        'Prompts,Category\r\nA red car,Colors\r\n"one, two",Counting\r\n"""Hi"" on a wall",Text\r\n',
+        [
+            Prompt("A red car", {"Category": "Colors"}),
+            Prompt("one, two", {"Category": "Counting"}),
+            Prompt('"Hi" on a wall', {"Category": "Text"}),
+        ],
+    ),
+    "anime.json": ('["a cat",\n "a dog"]', [Prompt("a cat"), Prompt("a dog")]),
+    "evaluation_metadata.jsonl": (
+        '{"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "two benches"}\n',
+        [Prompt("two benches", {"tag": "counting", "include": [{"class": "bench", "count": 2}]})],
+    ),
+    "captions_val2014.json": (
+        '{"info": {}, "annotations": [{"image_id": 7, "id": 1, "caption": "A dog. "},'
+        ' {"image_id": 7, "id": 2, "caption": "No."}, {"image_id": 4, "id": 3, "caption": "A cat."}]}',
+        [Prompt("A dog.", {"image_id": 7}), Prompt("A cat.", {"image_id": 4})],
+    ),
+    "objects.json": ('[{"prompt": "a", "metadata": {"n": 1}}]', [Prompt("a", {"n": 1})]),
+    "lines.json": ('{"prompt": "a"}\n{"prompt": "b"}\n', [Prompt("a"), Prompt("b")]),
+    "one.json": ('{"prompt": "a"}', [Prompt("a")]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_lists_are_read_as_they_are(name: str, tmp_path: Path) -> None:
+    text, expected = PUBLISHED[name]
+    assert load_prompts(write(tmp_path, name, "\ufeff" + text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "a,b\n1,2\n", "line 1: the header needs a column prompt, prompts, caption or text$"),
+        ("a.tsv", "prompt\tb\nx\ty\tz\n", "line 2: 3 cells, but the header has 2$"),
+        ("a.csv", 'prompt\n"abc\n', "line 2: not a valid table: unexpected end of data$"),
+        ("a.csv", "prompt,b\n,2\n", 'line 2: "prompt" must be a text that is not empty, got an empty text$'),
+        ("a.csv", "prompt\n", "is empty; it needs at least one prompt$"),
+        ("a.json", "[]", "is empty; it needs at least one prompt$"),
+        ("a.json", '["x", 1]', 'entry 2: must be a JSON object with the key "prompt", got a number$'),
+        ("a.json", '{"annotations": [{"caption": "x"}]}', r'annotations\[0\]: must be an object with "caption"'),
+        ("a.jsonl", '{"prompt": "x", "metdata": {}}', 'line 1: unknown key "metdata"; allowed'),
+        ("a.jsonl", '{"prompt": "x", "metadata": {}, "tag": 1}', 'line 1: unknown key "tag"; allowed'),
+    ],
+)
+def test_malformed_lists_name_the_place(name: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts(write(tmp_path, name, text))
