@@ -1,7 +1,7 @@
 """The training loop: rollout, reward, advantage, update; then the records of it."""
 
 import copy
-import re
+import os
 import sys
 import time
 from datetime import timedelta
@@ -22,7 +22,9 @@ from pcpo_fast.engine import MARGIN, Engine, deepspeed_config, start_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
+from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.policies.loading import keep_reference, load_policy
+from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.preemption import Polled, Stopped, StopRequest
 from pcpo_fast.rank_agreement import check_agreement
 from pcpo_fast.reporting.progress import TrainingProgress
@@ -116,6 +118,8 @@ class Trainer:
         self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
         accumulation = accumulation_steps(config, self.tables.trained_count, world_size())
         self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
+        if config.model.gradient_checkpointing and config.model.checkpointed_share is None:
+            self._choose_recomputing()
         keep_reference(self.policy, config)
         self.engine = Engine(self.policy.module, config, accumulation)
         patience = timedelta(seconds=config.distributed.timeout) + MARGIN
@@ -134,6 +138,13 @@ class Trainer:
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.collapse.before = state.get("diversity_before")
         self.loop_state = self._loop_state()
+    def _choose_recomputing(self) -> None:
+        """Recompute as few blocks as the device's memory allows."""
+        memory = device_memory(self.device, int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+        chosen = least_recomputing(self.config, world_size(), memory)
+        checkpoint_blocks(self.policy.module, chosen.share)
+        self.progress.message(f"model.checkpointed_share: {chosen}")
+
 
     def run(self) -> dict[str, Any]:
         """All epochs that are left, an evaluation before and after, and the results."""

@@ -19,9 +19,11 @@ from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import plan_memory, rollout_buffers
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.plan import make_plan
+from pcpo_fast.planning.recomputing import least_recomputing
 from pcpo_fast.planning.states import SHIPPED, OptimizerBytes, Zero, optimizer_bytes, states_of
 from pcpo_fast.planning.work import work_of_epoch
 from pcpo_fast.policies.loading import load_policy
+from pcpo_fast.policies.speed import checkpoint_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -180,6 +182,52 @@ def test_measured_peaks_of_a_backward(model: str, finetune: str, tmp_path: Path)
         trained_once(predict, policy.module)  # what is made once, is made
         measured = allocations(lambda: trained_once(predict, policy.module)).peak
         assert costs.training_peak(6, checkpointed) == pytest.approx(measured, rel=TEN_PERCENT), f"{checkpointed=}"
+
+
+def test_measured_peaks_of_a_share_of_the_blocks(tmp_path: Path) -> None:
+    """Between none and all, with a network deep enough for shares."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    config = shipped("configs/tiny_flux.yaml", f"model.path={ROOT / 'assets/tiny-flux'}", "rollout.batch_size=4")
+    architecture = find_architecture(config.model)
+    name, small = architecture.parts["transformer"]
+    deep = {**small, "num_layers": 2, "num_single_layers": 6}
+    costs = ModelCosts(
+        replace(architecture, parts={**architecture.parts, "transformer": (name, deep)}), config.model, on_gpu=False
+    )
+    policy: Any = load_policy(config.model_copy(update={"output_dir": str(tmp_path / "run")}), CPU)
+    policy.module = policy.network = policy.forward_module = FluxTransformer2DModel.from_config(deep)
+    shapes = policy.conditioning_shapes(costs.architecture.clip_tokens)
+    conditioning = {name: torch.randn(3, *shape) for name, shape in shapes.items()}
+    latents, times = torch.randn(3, *policy.latent_shape), torch.full((3,), 0.5)
+
+    def predict() -> torch.Tensor:
+        return policy.predict_halves(latents, times, conditioning).conditional
+
+    trained_once(predict, policy.module)
+    measured = {}
+    for share in (0.0, 0.25, 0.75, 1.0):
+        checkpoint_blocks(policy.module, share)
+        measured[share] = allocations(lambda: trained_once(predict, policy.module)).peak
+        assert costs.partial_peak(3, share) == pytest.approx(measured[share], rel=TEN_PERCENT), f"{share=}"
+    assert sorted(measured.values(), reverse=True) == list(measured.values()), (
+        "each share needs less than the one before"
+    )
+
+
+def test_the_least_recomputing_that_fits() -> None:
+    """FLUX at 1024 x 1024 with LoRA: nothing is recomputed on a large GPU, everything on a small one."""
+    config = shipped(FLUX, "model.finetune=lora", "model.height=1024", "model.width=1024", "rollout.batch_size=1")
+    costs = costs_of(config)
+    plans = [least_recomputing(config, 1, memory * 1e9, costs) for memory in (141, 50, 45, 43, 10)]
+    shares = [plan.share for plan in plans]
+    assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares) and len(set(shares)) >= 4
+    assert [plan.fits for plan in plans] == [True, True, True, True, False]
+    for plan in plans[1:4]:
+        less = plan_memory(config, costs, Zero.of(config), 1, checkpointed=plan.share - 1 / 16).peak
+        assert plan.peak <= usable(plan.memory) < less
+    assert "62%" in str(plans[0]._replace(share=0.62)) and "what would fit" in str(plans[-1])
 
 
 # States

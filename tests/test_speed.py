@@ -1,6 +1,8 @@
 """What makes a run faster or smaller leaves its numbers where they were."""
 
+import io
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from guided_policies import Family
+from rich.console import Console
 from tiny_pipeline import PROMPTS, tiny_config
 from tiny_runs import CPU, LORA, Bench, randomize_adapters
 from torch import Tensor, nn
@@ -15,11 +18,13 @@ from torch import Tensor, nn
 from pcpo_fast.engine import deepspeed_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.parking import Park
+from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.policies.lora import merged_adapters
 from pcpo_fast.policies.speed import checkpoint_blocks, checkpointed_numbers, compile_blocks
 from pcpo_fast.rollout import first_rows
+from pcpo_fast.trainer import train
 
 EPS = torch.finfo(torch.float32).eps
 ROUNDING = 100 * EPS
@@ -83,6 +88,21 @@ def test_a_share_of_the_blocks_is_recomputed_and_gradients_stay(pipeline_folder:
         found = gradients_of(policy, inputs)
         assert [calls[block] for block in blocks] == again, share
         assert all(close(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    settings = ("model.gradient_checkpointing=true", "model.checkpointed_share=null", "train.epochs=0")
+    for memory, words in ((100e9, "0% of the blocks are recomputed"), (1e9, "100% .* `pcpo-fast plan` says what")):
+        monkeypatch.setattr("pcpo_fast.trainer.device_memory", lambda *_, memory=memory: memory)
+        shown, chosen = io.StringIO(), list[float]()
+        monkeypatch.setattr("pcpo_fast.trainer.checkpoint_blocks", lambda network, share: chosen.append(share))  # noqa: B023
+        train(
+            tiny_config(pipeline_folder, *settings, f"output_dir={tmp_path / str(memory)}"), console=Console(file=shown)
+        )
+        assert re.search(words, " ".join(shown.getvalue().split()))
+        assert chosen == [float(memory < 2e9)]
+    assert device_memory(CPU, 1) == 2 * device_memory(CPU, 2) > 1e8
 
 
 # Compiled blocks; the back end of the compiler does not matter to what is ours

@@ -65,6 +65,18 @@ class ModelCosts:
         """Peak bytes of :attr:`training`."""
         return _affine(lambda count: self.training(count, checkpointed, keep_gradients).peak, batch)
 
+    def partial_peak(self, batch: int, share: float, keep_gradients: bool = False) -> float:
+        """Peak bytes of a training pass that recomputes a share of the blocks, spread evenly.
+
+        The backward begins with everything that was kept, and recomputes one block on top of that.
+        """
+        if share in (0, 1):
+            return self.training_peak(batch, bool(share), keep_gradients)
+        plain = self.training_peak(batch, False, keep_gradients)
+        again = self.training_peak(batch, True, keep_gradients)
+        one_block = (plain - again) / max(sum(self.depth.counts) - 1, 1)
+        return share * again + (1 - share) * (plain + one_block)
+
     def forward_peak(self, batch: int) -> float:
         """Peak bytes of :attr:`forward`."""
         return _affine(lambda count: self.forward(count).peak, batch)

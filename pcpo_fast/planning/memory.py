@@ -31,6 +31,12 @@ class MemoryPlan:
         return max(self.phases, key=lambda name: self.phases[name])
 
 
+def checkpointed_share(config: Config) -> float:
+    """Share of the blocks that the configuration recomputes; all of them where the run itself chooses how many."""
+    model = config.model
+    return (model.checkpointed_share or 1.0) if model.gradient_checkpointing else 0.0
+
+
 def rollout_buffers(config: Config, costs: ModelCosts, ranks: int) -> dict[str, float]:
     """Bytes that a rank keeps of its images until the update is done.
 
@@ -67,7 +73,7 @@ def plan_memory(
     zero: Zero,
     ranks: int,
     *,
-    checkpointed: bool | None = None,
+    checkpointed: float | None = None,
     micro_batch: int | None = None,
     rollout_batch: int | None = None,
 ) -> MemoryPlan:
@@ -75,8 +81,10 @@ def plan_memory(
 
     Text encoders come first and leave; then network and VAE are loaded whole (also under ZeRO-3, which divides the
     weights afterwards); the rest repeats every epoch. Models of rewards are not counted.
+
+    ``checkpointed`` is the share of the blocks that are recomputed in the backward.
     """
-    checkpointed = config.model.gradient_checkpointing if checkpointed is None else checkpointed
+    checkpointed = checkpointed_share(config) if checkpointed is None else checkpointed
     micro_batch = config.train.micro_batch_size if micro_batch is None else micro_batch
     rollout_batch = config.rollout.batch_size if rollout_batch is None else rollout_batch
     width, model = WEIGHT_BYTES[config.model.dtype], costs.model
@@ -86,7 +94,7 @@ def plan_memory(
     rollout_batch = min(rollout_batch, config.images_per_epoch // ranks)
     forward = costs.forward_peak(rollout_batch)
     decode = costs.decoding_peak(rollout_batch)
-    activations = costs.training_peak(micro_batch, checkpointed, states.passing_gradients)
+    activations = costs.partial_peak(micro_batch, checkpointed, states.passing_gradients)
     reference = 0.0
     if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
         reference = model.network_parameters * width
@@ -109,6 +117,8 @@ def plan_memory(
     }
     standing = states.weights + reference + parts["vae"] + states.master + states.moments + states.average
     rolling = standing + (states.gradients if states.gradients_stay else 0)
+    if config.rollout.offload_optimizer:
+        rolling -= states.master + states.moments + states.average
     phases = {
         "encode prompts": parts["text encoders"],
         "load": float(model.network_parameters * width) + parts["vae"],

@@ -23,18 +23,21 @@ class Work(NamedTuple):
         return self.flops / rate
 
 
-def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpointed: bool) -> dict[str, Work]:
+def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpointed: float) -> dict[str, Work]:
     """Operations of each phase of an epoch; an evaluation happens every ``evaluation.every`` epochs only.
 
     Args:
         config: the run.
         costs: of its model.
         trainable: steps that may be trained in an epoch.
-        checkpointed: whether the update recomputes its activations.
+        checkpointed: share of the blocks whose activations the update recomputes.
     """
     images, steps = config.images_per_epoch, config.sampler.steps
     forward, decode = costs.forward(1).flops, costs.decoding(1).flops
-    training = costs.training(1, checkpointed)
+    training = costs.training(1, False)
+    recomputed = training.recomputed
+    if checkpointed:
+        recomputed += checkpointed * (costs.training(1, True).recomputed - recomputed)
     pairs = images * steps_per_image(config, trainable)
     passes = pairs * config.train.inner_epochs
     update = passes * training.flops
@@ -48,6 +51,6 @@ def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpoi
     return {
         "rollout": Work(images * steps * forward),
         "decode": Work(images * decode),
-        "update": Work(update, passes * training.recomputed),
+        "update": Work(update, passes * recomputed),
         "evaluation": Work(shown * (steps * forward + decode)),
     }
