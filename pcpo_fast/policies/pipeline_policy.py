@@ -135,6 +135,22 @@ class PipelinePolicy(Policy):
             cache=EmbeddingCache(cache_folder, fingerprint),
             max_sequence_length=settings.max_sequence_length,
         )
+        cls.prepare_network(network, settings, device)
+        policy.encoding_device = device
+        if prompts and rank() == 0:
+            policy._warn_of_long_prompts(policy._with_negative(prompts))
+        policy.prepare_prompts(prompts)
+        policy.vae.requires_grad_(False).to(device)
+        network.to(device)
+        return policy
+
+    @classmethod
+    def prepare_network(cls, network: Any, settings: ModelConfig, device: torch.device) -> None:
+        """Give a network just loaded its attention, its trainable weights, and what makes its blocks fast or small.
+
+        Raises:
+            UserError: LoRA, attention or block kernels refused.
+        """
         choose_attention(network, settings.attention, device)
         if settings.finetune == "lora":
             add_lora(network, settings.lora, settings.lora.targets or cls.lora_targets)
@@ -149,13 +165,6 @@ class PipelinePolicy(Policy):
         if settings.compile:
             compile_blocks(network)
         network.train()
-        policy.encoding_device = device
-        if prompts and rank() == 0:
-            policy._warn_of_long_prompts(policy._with_negative(prompts))
-        policy.prepare_prompts(prompts)
-        policy.vae.requires_grad_(False).to(device)
-        network.to(device)
-        return policy
 
     @abstractmethod
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
