@@ -88,6 +88,22 @@ def test_clip_rewards_equal_the_published_processor_and_model(folder: Path, size
     assert ratings.std() > 10 * WITHIN and cosines.std() > 10 * WITHIN, "the images do not differ enough to tell"
 
 
+def test_aesthetic_with_the_single_linear_layer(folder: Path, tmp_path: Path) -> None:
+    """LAION's first predictor: its file holds the weight and bias of one layer on the features of length 1."""
+    batch, layer = images(30, 40), nn.Linear(24, 1)
+    torch.save(layer.state_dict(), tmp_path / "sa_0_4_vit_l_14_linear.pth")
+    image, _, _ = published_clip(folder / "clip", batch, PROMPTS)
+    options = {"model": str(folder / "clip"), "head": str(tmp_path / "sa_0_4_vit_l_14_linear.pth")}
+    scores = load_reward("aesthetic", options)(batch, PROMPTS, [{}] * 4)
+    torch.testing.assert_close(scores, layer(image).squeeze(1).detach(), rtol=WITHIN, atol=WITHIN)
+    torch.save({"weight": torch.zeros(1, 24)}, tmp_path / "sa_0_4_vit_l_14_linear.pth")
+    with pytest.raises(UserError, match=r"is not the head of LAION's aesthetic predictor .*: it lacks bias$"):
+        load_reward("aesthetic", options)
+    torch.save({"weight": torch.zeros(1, 23), "bias": torch.zeros(1)}, tmp_path / "sa_0_4_vit_l_14_linear.pth")
+    with pytest.raises(UserError, match=r"weight has the shape \[1, 23\], which does not fit the others$"):
+        load_reward("aesthetic", options)
+
+
 def test_clip_score_is_hessels_by_default(folder: Path) -> None:
     batch = images(30, 40, 2)
     captions = ["a cat", "a dog"]

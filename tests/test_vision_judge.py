@@ -43,6 +43,7 @@ class Endpoint:
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.at_once = self.most_at_once = 0
+        self.wait_for = 0  # requests under way before the first is answered
 
     async def answer(self, request: Request) -> Response:
         self.at_once += 1
@@ -50,7 +51,10 @@ class Endpoint:
         body = await request.json()
         self.asked.append(body)
         self.keys.append(request.headers.get("authorization"))
-        await asyncio.sleep(0.05)
+        for _ in range(3000):
+            if self.most_at_once >= self.wait_for:
+                break
+            await asyncio.sleep(0.01)
         self.at_once -= 1
         said = self.say(body)
         if isinstance(said, Response):
@@ -89,9 +93,10 @@ def test_every_image_is_judged_with_its_own_prompt(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("PCPO_JUDGE_KEY", f" {KEY}\n")
     with endpoint(say) as (url, made):
+        made.wait_for = 2
         judge = VisionJudge(url, "some-model", system="Be strict.", request={"seed": 4}, max_tokens=9)
         assert judge(IMAGES, PROMPTS, METADATA).tolist() == [7, 2.5, 0]
-    assert set(made.keys) == {f"Bearer {KEY}"} and made.most_at_once > 1
+    assert set(made.keys) == {f"Bearer {KEY}"} and made.most_at_once >= 2
     for body in made.asked:
         row = next(row for row, prompt in enumerate(PROMPTS) if prompt in asked_text(body))
         expected = (IMAGES[row] * 255).round().byte().permute(1, 2, 0).numpy()

@@ -1,8 +1,8 @@
-"""LAION's aesthetic predictor, as DDPO and Flow-GRPO use it: CLIP ViT-L/14 and five linear layers.
+"""LAION's aesthetic predictor, as DDPO and Flow-GRPO use it: CLIP ViT-L/14 and linear layers.
 
-The published head (``sac+logos+ava1-l14-linearMSE.pth`` of improved-aesthetic-predictor) has no activations between its
-layers. It was fitted to people's ratings from 1 to 10; images of today's models get about 4.5 to 7.5. The prompt is not
-used.
+The head of improved-aesthetic-predictor (``sac+logos+ava1-l14-linearMSE.pth``) has five, without activations between
+them; the first one that LAION published (``sa_0_4_vit_l_14_linear.pth`` of aesthetic-predictor) is a single one. Both
+were fitted to people's ratings from 1 to 10; images of today's models get about 4.5 to 7.5. The prompt is not used.
 """
 
 from typing import Any, ClassVar
@@ -47,13 +47,24 @@ class Aesthetic(LearnedReward):
         clip, self._prepare, _ = load_clip(self.name, "model", model, text=False)
         self._clip = self.keep(clip)
         what = f"reward {self.name}: {file} is not the head of LAION's aesthetic predictor for {model}"
-        layers = linear_layers(weights, clip.config.projection_dim, what)
+        width = clip.config.projection_dim
+        single = set(weights) <= {"weight", "bias"}
+        layers = _one_layer(weights, width, what) if single else linear_layers(weights, width, what)
         self._head = self.keep(layers, torch.float32)
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Ratings, float32 [b]."""
         rating: Tensor = self._head(image_features(self._clip, self._prepare(images)))
         return rating.squeeze(1)
+
+
+def _one_layer(weights: dict[str, Tensor], width: int, what: str) -> nn.Linear:
+    sources = {name: Source(name) for name in ("weight", "bias")}
+    check_names(weights, sources, (), what)
+    with torch.device("meta"):
+        layer = nn.Linear(width, 1)
+    fill(layer, weights, sources, what)
+    return layer
 
 
 def linear_layers(weights: dict[str, Tensor], width: int, what: str, prefix: str = "layers.") -> nn.Sequential:

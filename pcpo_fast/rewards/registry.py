@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.option_secrets import resolved, shown
 from pcpo_fast.rewards.user import first_line, import_target
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor | np.ndarray | Sequence[float]]
@@ -51,11 +52,12 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     """Find a built-in reward, or a user's as ``module:function`` or ``module:Class``.
 
     A function is the reward itself and gets ``options`` as keyword arguments with every call. A class is made once
-    with ``options`` as keyword arguments, and its instance is the reward; here belongs what loads a model.
+    with ``options`` as keyword arguments, and its instance is the reward; here belongs what loads a model. An option
+    ``{env: NAME}`` is the value of that environment variable.
 
     Raises:
         UserError: no such reward, module or attribute; it is not callable, does not take these options, is not to be
-            called as a reward is, or could not be made.
+            called as a reward is, or could not be made; an option holds a secret itself.
     """
     options = dict(options or {})
     if name not in _BUILT_IN and ":" not in name:
@@ -68,7 +70,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     target = import_target(_BUILT_IN.get(name, name))
     if not isinstance(target, type):
         _check_call(name, target, options)
-        return functools.partial(target, **options) if options else target
+        return functools.partial(target, **resolved(name, options)) if options else target
     reward = _make(name, target, options)
     _check_call(name, reward, {})
     return reward
@@ -80,9 +82,10 @@ def _make(name: str, target: type, options: Mapping[str, Any]) -> Reward:
         try:
             signature.bind(**options)
         except TypeError as error:
-            raise UserError(f"reward {name} cannot be made with the options {dict(options)}: {error}") from None
+            raise UserError(f"reward {name} cannot be made with the options {shown(options)}: {error}") from None
+    values = resolved(name, options)
     try:
-        made = target(**options)
+        made = target(**values)
     except UserError:
         raise
     except Exception as error:
@@ -111,7 +114,7 @@ def _check_call(name: str, reward: Callable[..., Any], options: Mapping[str, Any
                 f"{signature}"
             ) from None
         raise UserError(
-            f"reward {name} does not take the options {dict(options)}: {error}; it takes {signature}"
+            f"reward {name} does not take the options {shown(options)}: {error}; it takes {signature}"
         ) from None
 
 

@@ -61,14 +61,14 @@ class BatchQueue:
     def _run(self) -> None:
         while (jobs := self._next()) is not None:
             try:
-                results: list[list[float] | Exception] = list(self._score(jobs))
+                results: list[list[float] | BaseException] = list(self._score(jobs))
             except RewardFailure as failure:
                 # A request must not fail for the images of another.
                 results = [failure] if len(jobs) == 1 else [self._alone(job) for job in jobs]
-            except Exception as error:
+            except BaseException as error:  # of a reward that exits, too: the thread must live to answer
                 results = [error] * len(jobs)
             for job, result in zip(jobs, results, strict=True):
-                if isinstance(result, Exception):
+                if isinstance(result, BaseException):
                     job.scores.set_exception(result)
                 else:
                     self.images_scored += len(result)
@@ -105,7 +105,7 @@ class BatchQueue:
             scores = call_reward(self._name, self._reward, images, prompts, metadata, search=len(jobs) == 1)
         return [part.tolist() for part in scores.cpu().split([len(job.batch.prompts) for job in jobs])]
 
-    def _alone(self, job: _Job) -> list[float] | Exception:
+    def _alone(self, job: _Job) -> list[float] | BaseException:
         try:
             return self._score([job])[0]
         except UserError as error:
