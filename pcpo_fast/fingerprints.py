@@ -40,6 +40,11 @@ def weights_digest(folder: Path) -> str:
     return folder_digest(folder, (".safetensors", ".json", ".bin", ".pth"))
 
 
+def weights_file_digest(file: Path) -> str:
+    """Of one file of weights, by its content alone, read as :func:`folder_digest` reads it."""
+    return _sample(file)
+
+
 def files_digest(files: Iterable[Path], root: Path) -> str:
     """Of image files, by name, size and time of change."""
     return digest([[file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files])

@@ -208,6 +208,11 @@ def test_images_made_otherwise_are_refused_or_remade(
     assert "recipe.json changed" in call(capsys, *other).err
 
 
+def refuse_weights(self: Any, *_: Any, feature_extractor_weights_path: str | None) -> None:
+    assert feature_extractor_weights_path is not None
+    raise RuntimeError("Error(s) in loading state_dict for FeatureExtractorInceptionV3:\n\tMissing key(s)")
+
+
 def test_finished_images_against_a_folder_and_inception(
     done: tuple[Path, list[str]],
     prompt_file: Path,  # noqa: F811
@@ -228,8 +233,23 @@ def test_finished_images_against_a_folder_and_inception(
     module.FeatureExtractorInceptionV3 = FakeInception  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    weights = tmp_path / "inception.pth"  # torch-fidelity would unpickle it
+    weights.write_bytes(b"cos\nsystem\n(S'echo run'\ntR.")
+    answer = call(capsys, *common, "--count", "2", "--metric", f"fid={weights}")
+    assert answer.code == 2 and "fid is named twice" in answer.err
+    named = [f"fid={weights}" if word == "fid" else word for word in common]
+    answer = call(capsys, *named, "--count", "2")
+    assert answer.code == 2 and f"{weights} is no file of weights, or holds other things than tensors" in answer.err
+    torch.save({"fc.bias": torch.zeros(3)}, weights)
+    monkeypatch.setattr(FakeInception, "__init__", refuse_weights)
+    answer = call(capsys, *named, "--count", "2")
+    assert answer.code == 2 and f"{weights} does not hold the Inception weights of torch-fidelity" in answer.err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
     answer = call(capsys, *common, "--count", "2", "--json")
     assert answer.code == 0, answer.err
+    assert "metric fid: downloading Inception, about 95 MB" in answer.err
     record = json.loads(answer.out)
     assert record["reference"] == str(images / "base")
     (one,) = record["checkpoints"]
@@ -322,6 +342,7 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
         (("--checkpoint", "RUN", "--metric", "fvd"), "--metric 'fvd': must be one of fd-dinov2"),
         (("--checkpoint", "RUN", "--metric", "cmmd="), "name a model behind the sign"),
         (("--checkpoint", "RUN", "--metric", "cmmd", "--metric", "cmmd=x"), "cmmd is named twice"),
+        (("--checkpoint", "RUN", "--metric", "fid=a", "--metric", "is=b"), "fid and is use one Inception network"),
         (("--checkpoint", "RUN", "--metric", "cmmd"), "--metric cmmd: say what the distance is to"),
         (("--checkpoint", "RUN", "--reference", "nowhere"), "--reference: nowhere is neither base nor a folder"),
         (("--checkpoint", "RUN", "--prompts", "nowhere.txt"), "prompt file nowhere.txt does not exist"),

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from evaluation_models import write_clip, write_dinov2
 from evaluation_runs import evaluated_run, fake_run  # noqa: F401 - a fixture
 from PIL import Image
 
+from pcpo_fast.config_loading import load_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.contestants import read_contestants
 from pcpo_fast.evaluation.features import IMAGENET, ClipImages, DinoV2, resized_batch
@@ -195,3 +197,21 @@ def test_numbers_are_written_to_be_read() -> None:
         *("0", "0.1234", "1.235", "12.35", "543.2", "1.00e+07", "1.00e-05")
     ]
     assert number(0.5, signed=True) == "+0.5000" and number(-0.5, signed=True) == "-0.5000"
+
+
+def test_rewards_are_chosen_by_name_or_label_with_the_options_of_the_configuration() -> None:
+    from argparse import Namespace
+
+    from pcpo_fast.commands.evaluate import _rewards
+
+    listed = (
+        "[{name: remote, label: one, options: {url: 'http://a'}}, {name: remote, label: two}, {name: caption_match}]"
+    )
+    config = load_config(None, [f"rewards={listed}"])
+
+    def chosen(*names: str) -> list[tuple[str, dict[str, Any]]]:
+        return [(one.column, one.options) for one in _rewards(Namespace(reward=list(names)), config)]
+
+    assert chosen() == [("one", {"url": "http://a"}), ("two", {}), ("caption_match", {})]
+    assert chosen("two", "jpeg_compressibility") == [("two", {}), ("jpeg_compressibility", {})]
+    assert chosen("remote", "one") == [("one", {"url": "http://a"}), ("two", {})]

@@ -1,6 +1,7 @@
 """``pcpo-fast evaluate``: checkpoints judged by their images."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     what.add_argument("--stochastic", action="store_true", help="sample with the rollout's noise instead of without")
     measured = parser.add_argument_group("what is measured")
     measured.add_argument(
-        "--reward", action="append", default=[], help="score with this reward (default: the configuration's)"
+        "--reward",
+        action="append",
+        default=[],
+        help="score with this reward, by its name or label (default: the configuration's)",
     )
     measured.add_argument(
         "--metric",
@@ -127,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     if file is None:
         raise UserError("--prompts: the configuration has no prompts.heldout; name a prompt file")
     prompts = load_prompts(file)[: arguments.limit]
-    settings = Settings(**{**vars(settings), "rewards": _rewards(arguments, config)})
+    settings = replace(settings, rewards=_rewards(arguments, config), timeout=config.scoring.timeout)
     request = Request(
         prompts, arguments.count, arguments.seed, arguments.stochastic, arguments.batch_size, arguments.remake
     )
@@ -181,8 +185,11 @@ def _rewards(arguments: argparse.Namespace, config: "Config") -> "list[RewardCon
 
     if not arguments.reward:
         return list(config.rewards)
-    known = {reward.name: reward for reward in config.rewards}
-    return [known.get(name, RewardConfig(name=name)) for name in dict.fromkeys(arguments.reward)]
+    chosen: dict[str, RewardConfig] = {}
+    for name in arguments.reward:
+        known = [reward for reward in config.rewards if name in (reward.name, reward.label)]
+        chosen |= {reward.column: reward for reward in known or [RewardConfig(name=name)]}
+    return list(chosen.values())
 
 
 def _say(result: "Evaluation", folder: Path, console: "Console") -> None:

@@ -1,5 +1,6 @@
 """What vision models see in an image: the features that distances and diversity are measured on."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.fingerprints import weights_digest
+from pcpo_fast.evaluation.weight_files import read_weights, weights_file
+from pcpo_fast.fingerprints import weights_digest, weights_file_digest
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.rewards.locating import pretrained_folder
 from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DINOV2_SIZE = 224
+_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class Extractor(Protocol):
@@ -133,20 +136,33 @@ class Inception:
                 "--metric fid and is need torch-fidelity (and torchvision, which it asks for): pip install "
                 f"'pcpo-fast[eval]' ({error})"
             ) from None
+        file = None
         if weights is not None:
             # Checked here: torch-fidelity would unpickle whatever the file holds.
-            from pcpo_fast.evaluation.weight_files import read_weights
-
-            read_weights(weights, f"--metric fid={weights}")
+            file = weights_file(weights, f"--metric fid={weights}")
+            read_weights(str(file), f"--metric fid={weights}")
+        elif not (Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE).is_file():
+            print(
+                f"metric fid: downloading Inception, about 95 MB, to {torch.hub.get_dir()}", file=sys.stderr, flush=True
+            )
         try:
             self._model = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=None if file is None else str(file),
             ).to(device)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--metric fid: the Inception weights could not be had: {reason}") from None
+        except OSError as error:
+            raise UserError(
+                f"--metric fid: the Inception weights could not be downloaded ({reason_of(error)}); without a network "
+                f"name their file, {_INCEPTION_FILE} of torch-fidelity's releases: --metric fid=FILE"
+            ) from None
+        except (RuntimeError, AttributeError, TypeError):
+            raise UserError(
+                f"--metric fid={weights}: {file} does not hold the Inception weights of torch-fidelity "
+                f"({_INCEPTION_FILE} of its releases)"
+            ) from None
         self._device = device
-        self.identity = {"features": "inception", "weights": weights or "published"}
+        self.identity = {"features": "inception", "weights": "published" if file is None else weights_file_digest(file)}
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:

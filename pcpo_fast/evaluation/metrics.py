@@ -63,6 +63,9 @@ def parse_metrics(texts: Sequence[str]) -> dict[str, str | None]:
         if separator and not model:
             raise UserError(f"--metric {text!r}: name a model behind the sign, or leave the sign out")
         found[name] = model or None
+    networks = {found[name] for name in ("fid", "is") if found.get(name)}
+    if len(networks) > 1:
+        raise UserError("--metric: fid and is use one Inception network; name its weights once")
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pcpo_fast.atomic import write_atomically
-from pcpo_fast.config import RewardConfig
+from pcpo_fast.config import RewardConfig, ScoringConfig
 from pcpo_fast.distributed import barrier, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine import stop_distributed
 from pcpo_fast.errors import UserError, reason_of
@@ -46,6 +46,7 @@ class Settings:
         batch_size: images at once through rewards and metrics.
         resamples: of the bootstrap of distances.
         shown: prompts in the page.
+        timeout: seconds that one call of a reward may take; None: any time.
     """
 
     output: Path
@@ -56,6 +57,7 @@ class Settings:
     batch_size: int = 32
     resamples: int = 200
     shown: int = 48
+    timeout: float | None = None
 
 
 def with_reference(
@@ -108,7 +110,8 @@ def _evaluate(
     first = rank() == 0
     reference = None
     with shared_errors():
-        rewards = RewardSet(settings.rewards if first else ())
+        scoring = ScoringConfig(timeout=settings.timeout)  # type: ignore[call-arg]
+        rewards = RewardSet(settings.rewards if first else (), scoring)
         if settings.reference not in (None, BASE):
             reference = folder_of_images(Path(str(settings.reference)), str(settings.reference), "--reference")
     sets = make_images(contestants, request, settings.output / "images", device)
