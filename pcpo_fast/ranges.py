@@ -7,7 +7,7 @@ from typing import Literal, Protocol, TypeVar, get_args
 Name = Literal[
     "epoch",
     "rollout",
-    "rollout batch",
+    "batch",
     "sampler step",
     "decode",
     "reward",

@@ -155,7 +155,7 @@ def collect_rollout(
     conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
     group_of, groups = groups, groups.to(device)
     parts, images = [], []
-    for rows in ranges.each("rollout batch", torch.arange(len(names)).split(settings.batch_size)):
+    for rows in ranges.each("batch", torch.arange(len(names)).split(settings.batch_size)):
         equal = group_of[rows] if settings.share_first_steps else None
         rows = rows.to(device)
         initial = initial_latents(policy, initial_keys[rows])

@@ -42,7 +42,7 @@ def generate(
     mine = torch.arange(rank() * per_rank, (rank() + 1) * per_rank).clamp_max(total - 1)
     conditioning = policy.encode(prompts)
     images = []
-    for rows in mine.split(batch_size):
+    for rows in ranges.each("batch", mine.split(batch_size)):
         names = [(row // images_per_prompt, row % images_per_prompt) for row in rows.tolist()]
         images.append(
             sample_rows(policy, select_rows(conditioning, rows // images_per_prompt), names, table, seed, advance)

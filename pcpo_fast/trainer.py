@@ -26,6 +26,7 @@ from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.preemption import Polled, Stopped, StopRequest
+from pcpo_fast.profiling.recording import ProfileRequest, recorded
 from pcpo_fast.rank_agreement import check_agreement
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
@@ -41,13 +42,16 @@ LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process ex
 """What gloo and NCCL say where the process at the other end has died."""
 
 
-def train(config: Config, resume: str = "auto", console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: Config, resume: str = "auto", console: Console | None = None, profile: ProfileRequest | None = None
+) -> dict[str, Any]:
     """Train, and return what ``summary.json`` holds.
 
     Args:
         config: the run.
         resume: "auto", "never", or a checkpoint (docs/resuming.md).
         console: where the progress is shown, stdout if None.
+        profile: what of the run is recorded, if anything is (docs/profiling.md).
 
     Raises:
         UserError: something the user can mend, in one sentence; as far as it can be told without the model, before
@@ -66,7 +70,8 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
         check_agreement(config)
         start = verified(start)
         _announce(start, config, console)
-        return Trainer(config, start, inputs, device, console).run()
+        with recorded(profile, config, start.epoch, console):
+            return Trainer(config, start, inputs, device, console).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "

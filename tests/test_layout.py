@@ -79,6 +79,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.comparison.*",
         "pcpo_fast.planning.*",
         "pcpo_fast.preflight.*",
+        "pcpo_fast.profiling.*",
         "pcpo_fast.reproduction.*",
         "pcpo_fast.evaluation.*",
     ),

@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   python train.py --config configs/flux_dev_pcpo.yaml output_dir=runs/flux
   deepspeed train.py --config configs/flux_dev_pcpo.yaml     one process per GPU
   python train.py train.epochs=20 credit.rule=native output_dir=runs/native
+  python train.py --profile train.epochs=2 output_dir=runs/profiled
 
 exit codes:
   0 trained; 2 an error, in one sentence; 75 stopped by SIGTERM in order, run it again to go on; 130 the same by Ctrl-C;
@@ -32,6 +33,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="auto",
         metavar="auto|never|PATH",
         help="auto: go on where the run in output_dir stopped; never: refuse to touch it; PATH: a checkpoint or a run",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="record where the time of one epoch goes: a trace for Perfetto in output_dir/profile, a summary here",
+    )
+    parser.add_argument(
+        "--profile-epoch", type=int, metavar="N", help="the epoch to record (default: the second that is trained)"
+    )
+    parser.add_argument(
+        "--profile-updates",
+        type=int,
+        metavar="N",
+        help="optimiser steps of the epoch to record (default: 1)",
     )
     # DeepSpeed's launcher adds this; the rank that counts is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -62,9 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
         text = f"{config.algorithm} on {config.model.path}, run directory {config.output_dir}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     try:
+        from pcpo_fast.profiling.recording import ProfileRequest
         from pcpo_fast.trainer import train
 
-        summary = train(config, arguments.resume, console)
+        epoch, updates = arguments.profile_epoch, arguments.profile_updates
+        wanted = arguments.profile or epoch is not None or updates is not None
+        profile = ProfileRequest(epoch, updates) if wanted else None
+        summary = train(config, arguments.resume, console, profile)
     except KeyboardInterrupt:
         if launcher_rank() == 0:
             print(_how_to_go_on("interrupted", Path(config.output_dir)), file=sys.stderr)

@@ -1,0 +1,237 @@
+"""Record one epoch of a run with PyTorch's profiler: a few of every kind of range, so that the trace stays small."""
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.profiler import ProfilerActivity, record_function
+
+from pcpo_fast import ranges
+from pcpo_fast.config import Config
+from pcpo_fast.distributed import rank, shared_errors
+from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.profiling.showing import show_summary
+from pcpo_fast.profiling.summary import summarize, write_summary
+
+TRACE_FILE = "trace.json.gz"
+LIMITS: dict[str, int] = {"batch": 1, "sampler step": 8, "update": 1, "micro-step": 4}
+"""How many of a kind are recorded within the range around them; of the others all.
+
+The profiler pauses for the rest. A step of a transformer as large as FLUX is tens of thousands of events, a micro-step
+hundreds of thousands: this keeps its trace at about two million.
+"""
+PHASES = ("rollout", "reward", "update", "evaluation", "checkpoint")
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What the user asked for.
+
+    Attributes:
+        epoch: which epoch of the run, counted from 1 as the progress display counts; None: the second that this process
+            trains, so that the first has warmed everything up, or its only one.
+        updates: optimiser steps to record; None: as :data:`LIMITS` says.
+    """
+
+    epoch: int | None = None
+    updates: int | None = None
+
+
+@dataclass
+class _Open:
+    """A range that has not ended: its names from the outside in, the profiler's record of it, and what was in it."""
+
+    path: tuple[str, ...]
+    record: Any
+    inside: Counter[str] = field(default_factory=Counter)
+
+
+class Recorder:
+    """Listens to the ranges of a run and lets the profiler run in those of one epoch that are to be recorded.
+
+    Args:
+        request: which epoch and how much of it.
+        config: the run.
+        start: epochs that are trained already.
+
+    Attributes:
+        happened: how often each range came, by its names from the outside in, whether recorded or not.
+        problem: why there is no trace although there was something to record.
+
+    Raises:
+        UserError: the run does not train that epoch, or the folder ``profile`` of the run cannot be written.
+    """
+
+    def __init__(self, request: ProfileRequest, config: Config, start: int) -> None:
+        last = config.train.epochs
+        wanted = min(start + 2, last) if request.epoch is None else request.epoch
+        if not start < wanted <= last:
+            raise UserError(
+                f"--profile-epoch: the run does not train epoch {wanted}; allowed: {start + 1} to {last} (train.epochs)"
+            )
+        if request.updates is not None and request.updates < 1:
+            raise UserError(f"--profile-updates: must be at least 1, got {request.updates}")
+        self.limits = LIMITS | ({} if request.updates is None else {"update": request.updates})
+        self.epoch, self._epochs = wanted, start
+        self.folder = Path(config.output_dir) / "profile"
+        self.problem: str | None = None
+        self.happened: Counter[tuple[str, ...]] = Counter()
+        self._open: list[_Open] = []
+        self._profiler: torch.profiler.profile | None = None
+        self._paused = False
+        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._activities = [ProfilerActivity.CPU, *cuda]
+        _check_writable(self.folder)
+
+    def begin(self, name: ranges.Name) -> None:
+        """A range begins."""
+        if name == "epoch":
+            self._epochs += 1
+            if self._epochs == self.epoch:
+                self._start()
+        if self._profiler is None:
+            return
+        path = (*(self._open[-1].path if self._open else ()), name)
+        self.happened[path] += 1
+        record = None
+        if self._is_wanted(name):
+            self._pause(False)
+            record = record_function(name)
+            record.__enter__()
+        else:
+            self._pause(True)
+        self._open.append(_Open(path, record))
+
+    def end(self, name: ranges.Name) -> None:
+        """A range ends, and those within it that an exception left open: a loop's ends when its generator is freed."""
+        while any(entry.path[-1] == name for entry in self._open):
+            entry = self._open.pop()
+            if entry.record is not None:
+                self._pause(False)
+                if entry.path[-1] in PHASES:
+                    _wait_for_device()  # the phase's time is the device's, too
+                entry.record.__exit__(None, None, None)
+            if entry.path[-1] == name:
+                break
+        if name == "epoch":
+            self.stop()
+
+    def stop(self) -> None:
+        """End the recording, if there is one, and write the trace; what fails is kept in :attr:`problem`."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        with _without_kinetos_notes():
+            profiler.stop_trace()
+        unfinished = self.folder / f".{os.getpid()}.{TRACE_FILE}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(unfinished))
+            os.replace(unfinished, self.folder / TRACE_FILE)
+        except (OSError, RuntimeError) as error:  # kineto reports a full disk as a RuntimeError
+            self.problem = reason_of(error)
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        self._profiler = torch.profiler.profile(activities=self._activities, acc_events=True)
+        with _without_kinetos_notes():
+            self._profiler.prepare_trace()
+            self._profiler.start_trace()
+
+    def _is_wanted(self, name: ranges.Name) -> bool:
+        """Whether a range that begins is within a recorded one, and not one too many there."""
+        around = self._open[-1:]
+        if name == "optimizer":  # it is in the last micro-step, which may be one too many, of an update that is not
+            around = self._open[-2:-1]
+        if not around:
+            return name == "epoch"
+        around[0].inside[name] += 1
+        return around[0].record is not None and around[0].inside[name] <= self.limits.get(name, 1 << 30)
+
+    def _pause(self, pause: bool) -> None:
+        if self._profiler is None or self._paused == pause:
+            return
+        _wait_for_device()
+        with _without_kinetos_notes():
+            self._profiler.toggle_collection_dynamic(not pause, self._activities)
+        self._paused = pause
+
+
+@contextmanager
+def recorded(request: ProfileRequest | None, config: Config, start: int, console: Console) -> Iterator[None]:
+    """Within the block the run is recorded, by its first rank; after it, the summary is written and shown.
+
+    Args:
+        request: None records nothing, and costs nothing.
+        config: the run.
+        start: epochs that are trained already.
+        console: of the first rank.
+
+    Raises:
+        UserError: as :class:`Recorder`, on every rank; all must enter the block.
+    """
+    recorder = None
+    if request is not None:
+        with shared_errors():
+            recorder = Recorder(request, config, start) if rank() == 0 else None
+    if recorder is None:
+        yield
+        return
+    try:
+        with ranges.listening(recorder):
+            yield
+    finally:
+        recorder.stop()
+        _report(recorder, console)
+
+
+def _report(recorder: Recorder, console: Console) -> None:
+    trace = recorder.folder / TRACE_FILE
+    if recorder.problem is not None or not recorder.happened:
+        why = recorder.problem or f"epoch {recorder.epoch} was not reached"
+        text = f"warning: there is no profile in {recorder.folder}: {why}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    summary = {"epoch": recorder.epoch, "device": _device()} | summarize(trace, recorder.happened)
+    write_summary(recorder.folder, summary)
+    show_summary(summary, trace, console)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _without_kinetos_notes() -> Iterator[None]:
+    """Kineto tells the terminal when it starts, pauses and stops, and no setting keeps it from that."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / f".{os.getpid()}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--profile: {folder} cannot be written: {error.strerror}") from None
