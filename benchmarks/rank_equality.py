@@ -5,6 +5,9 @@
 Each number of ranks is one launch of DeepSpeed's launcher, in which every case trains the tiny FLUX pipeline for two
 epochs of two optimiser steps through the ordinary loop. What is recorded, by image and by step, is compared with one
 rank in ZeRO 1. Exit code 1 where a difference is above the limits below.
+
+A difference is rounding if it vanishes with the rounding: the cases of float64 compute network, latents and losses in
+float64, and there everything, whatever magnifies it, must agree to 1e-5. (DeepSpeed sums and steps in float32.)
 """
 
 import argparse
@@ -28,20 +31,30 @@ from torch import Tensor
 
 PROJECT = Path(__file__).resolve().parent.parent
 STAGES, MODES = (1, 2, 3), ("full", "lora")
-CASES = tuple(f"zero{stage}-{mode}" for stage in STAGES for mode in MODES)
-LIMITS = {
-    "rollouts": 1e-5,
-    "rewards": 1e-5,
-    "advantages": 1e-4,
-    "log_ratios": 5e-5,
-    "gradients": 1e-5,
-    "weights": 5e-5,
-}
-"""Largest allowed difference over the size of what is compared, each in the Euclidean norm.
+DTYPES = ("float32", "float64")
+CASES = tuple(f"zero{stage}-{mode}-{dtype}" for dtype in DTYPES for stage in STAGES for mode in MODES)
+KINDS = ("rollouts", "rewards", "gradients", "weights", "advantages", "log_ratios")
+ROUNDING = 8 * float(torch.finfo(torch.float32).eps)
+"""What a float32 forward of this network may round to in another order of its sums, relative to its output."""
 
-Advantages divide by the spread of a group, which is small beside the rewards, and a log-ratio is made of the difference
-of two outputs that agree to a thousandth: both magnify rounding errors. Weights are those exported; their difference is
-taken over how far they have moved in four steps, which is a strict measure, and not over their size.
+LIMITS = {
+    "float32": {
+        **dict.fromkeys(KINDS[:4], 1e-5),
+        "advantages_over_terms": ROUNDING,
+        "log_ratios_over_terms": ROUNDING,
+    },
+    "float64": dict.fromkeys((*KINDS, "movement"), 1e-5),
+}
+"""Largest allowed difference by the dtype of the network, in the Euclidean norm, relative to what is compared.
+
+Advantages and log-ratios are differences themselves, so that rounding, relative to them, is magnified by how much
+larger their terms are. In float32 they are held against those terms, to a few units in the last place of one term:
+
+- an advantage (r - mean) / std against (|r| + |mean|) / std;
+- a log-ratio L <d z> - Q <d d>, d = f - f_old (docs/method.md), against (|L| rms(z) + 2 |Q| rms(d)) (rms(f) +
+  rms(f_old)): by Cauchy and Schwarz it changes by no more than this times the relative change of the two outputs.
+
+``movement`` is the difference of the weights over how far they have moved in all steps.
 """
 SETTINGS = (
     "model.dtype=float32",
@@ -73,19 +86,21 @@ def redness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) 
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 
-def record(case: str, folder: Path, pipeline: Path) -> Record:
+def record(case: str, folder: Path, pipeline: Path, *overrides: str) -> Record:
     """Train a case in this process, a rank of the process group if there is one; the record is whole on rank 0.
 
     Args:
-        case: "zero2-lora".
+        case: "zero2-lora-float32".
         folder: what the runs write goes here; shared by the ranks.
         pipeline: a FLUX pipeline that the settings suit.
+        overrides: settings that win over :data:`SETTINGS`.
     """
     import pcpo_fast.trainer
     from pcpo_fast.config_loading import load_config
     from pcpo_fast.distributed import gather_objects, rank
 
-    stage, mode = int(case[4]), case.partition("-")[2]
+    name, mode, dtype = case.split("-")
+    stage = int(name.removeprefix("zero"))
     prompts, deepspeed = folder / "prompts.txt", folder / f"zero{stage}.json"
     if rank() == 0:
         shutil.rmtree(folder / case, ignore_errors=True)  # of a launch that failed
@@ -108,14 +123,15 @@ def record(case: str, folder: Path, pipeline: Path) -> Record:
             f"deepspeed={deepspeed}",
             f"output_dir={folder / case}",
             *SETTINGS,
+            *overrides,
         ],
     )
-    mine, start = _trained(pcpo_fast.trainer, config)
+    mine, start = _trained(pcpo_fast.trainer, config, getattr(torch, dtype))
     everyone = gather_objects(mine)
     if rank() != 0:
         return {}
     found: Record = {}
-    for kind in ("rollouts", "rewards", "advantages", "log_ratios"):
+    for kind in ("rollouts", "rewards", "advantages", "log_ratios", "log_ratio_terms"):
         together = {key: value for part in everyone for key, value in part[kind].items()}
         assert sum(len(part[kind]) for part in everyone) == len(together), f"{kind}: an image was made twice"
         found[kind] = np.stack([together[key] for key in sorted(together)])
@@ -130,11 +146,14 @@ def record(case: str, folder: Path, pipeline: Path) -> Record:
     return found
 
 
-def _trained(trainer: Any, config: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _trained(trainer: Any, config: Any, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What this rank saw of a run, and the weights that it started from (on rank 0)."""
     from deepspeed.utils import safe_get_full_grad
 
-    mine: dict[str, Any] = {"gradients": [], **{name: {} for name in LIMITS if name not in ("gradients", "weights")}}
+    from pcpo_fast import rollout
+
+    mine: dict[str, Any] = {"gradients": [], "log_ratio_terms": {}}
+    mine |= {kind: {} for kind in KINDS if kind not in ("gradients", "weights")}
     start: dict[str, np.ndarray] = {}
     load_policy, finish_run = trainer.load_policy, trainer.finish_run
 
@@ -153,11 +172,17 @@ def _trained(trainer: Any, config: Any) -> tuple[dict[str, Any], dict[str, np.nd
             self.pairs = list(zip(batch.rows.tolist(), batch.steps.tolist(), strict=True))
             super()._train_on(batch, *others)
 
-        def _loss(self, *arguments: Any) -> Any:
-            result = super()._loss(*arguments)
+        def _loss(self, batch: Any, halves: Any, old_output: Any, noise: Any, reference: Any = None) -> Any:
+            result = super()._loss(batch, halves, old_output, noise, reference)
             if torch.is_grad_enabled():
-                for (row, step), value in zip(self.pairs, result.log_ratio.detach().tolist(), strict=True):
+                terms = torch.zeros_like(result.log_ratio)
+                if old_output is not None:
+                    linear, quadratic = self.credit.linear[batch.steps], self.credit.quadratic[batch.steps]
+                    terms = terms_of(halves.conditional.detach(), old_output, noise, linear, quadratic)
+                rows = zip(self.pairs, result.log_ratio.detach().tolist(), terms.tolist(), strict=True)
+                for (row, step), value, size in rows:
                     mine["log_ratios"][self.epoch, self.numbers[row], step] = np.float64(value)
+                    mine["log_ratio_terms"][self.epoch, self.numbers[row], step] = np.float64(size)
             return result
 
     class RecordingEngine(trainer.Engine):  # type: ignore[misc, name-defined]
@@ -167,8 +192,10 @@ def _trained(trainer: Any, config: Any) -> tuple[dict[str, Any], dict[str, np.nd
                 mine["gradients"].append(torch.cat([safe_get_full_grad(p).flatten() for p in trained]).numpy().copy())
             super().step()
 
-    def randomized(config: Any, *others: Any) -> Any:
+    def prepared(config: Any, *others: Any) -> Any:
         policy = load_policy(config, *others)
+        policy.module.to(dtype)
+        policy.vae.to(dtype)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in policy.module.named_parameters():
             if "lora_" in name:  # the adapters start as the identity, through which half of them have no gradient
@@ -194,12 +221,15 @@ def _trained(trainer: Any, config: Any) -> tuple[dict[str, Any], dict[str, np.nd
     patches = {
         "Update": RecordingUpdate,
         "Engine": RecordingEngine,
-        "load_policy": randomized,
+        "load_policy": prepared,
         "finish_run": finish,
         "save_checkpoint": lambda *_, **__: None,
         "stop_distributed": lambda: None,
     }
+    initial = rollout.initial_latents
     with ExitStack() as stack:
+        # The latents of a trajectory keep the dtype of its first ones.
+        stack.enter_context(mock.patch.object(rollout, "initial_latents", lambda *given: initial(*given).to(dtype)))
         for name, replacement in patches.items():
             stack.enter_context(mock.patch.object(trainer, name, replacement))
         from rich.console import Console
@@ -214,18 +244,57 @@ def _exported(folder: Path) -> dict[str, np.ndarray]:
     return {name: value for file in sorted(folder.rglob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def compare(one: Record, other: Record) -> dict[str, float]:
-    """The difference of two records of the same mode in each thing compared, over its size (see ``LIMITS``)."""
+def terms_of(output: Tensor, old_output: Tensor, noise: Any, linear: Tensor, quadratic: Tensor) -> Tensor:
+    """Size of what log-ratios are the differences of (:data:`LIMITS`): [M], of outputs [M, ...], coefficients [M]."""
+    from pcpo_kernels.reference import resolve_noise
+
+    def rms(values: Tensor) -> Tensor:
+        return values.flatten(1).double().square().mean(dim=1).sqrt()
+
+    f, old = output.double(), old_output.double()
+    coefficients = linear.abs() * rms(resolve_noise(noise, old)) + 2 * quadratic.abs() * rms(f - old)
+    return coefficients * (rms(f) + rms(old))
+
+
+def advantage_terms(found: Record, group: int) -> np.ndarray:
+    """Size of what advantages are the differences of (:data:`LIMITS`), for groups of so many images; in their order."""
+    rewards = found["rewards"].astype(np.float64).reshape(-1, group)  # by epoch and image: a group lies together
+    means, spreads = rewards.mean(axis=1, keepdims=True), rewards.std(axis=1, keepdims=True)
+    return ((np.abs(rewards) + np.abs(means)) / spreads).ravel()
+
+
+def compare(one: Record, other: Record, group: int = 8) -> dict[str, float]:
+    """The difference of two records of the same mode in each thing compared, over its size (see ``LIMITS``).
+
+    Args:
+        one, other: records; the sizes are those of ``one``.
+        group: images of a prompt.
+    """
     assert one["start"].shape == other["start"].shape and np.array_equal(one["start"], other["start"])
     differences = {}
-    for kind in LIMITS:
+
+    def add(name: str, kind: str, size: np.ndarray) -> None:
+        assert np.linalg.norm(size) > 0, f"{kind}: nothing to compare"
+        difference = one[kind].astype(np.float64) - other[kind].astype(np.float64)
+        differences[name] = float(np.linalg.norm(difference) / np.linalg.norm(size))
+
+    for kind in KINDS:
         if f"{kind}_of" in one:
             assert np.array_equal(one[f"{kind}_of"], other[f"{kind}_of"]), f"{kind} of other images"
-        a, b = (part[kind].astype(np.float64) for part in (one, other))
-        size = a - one["start"] if kind == "weights" else a
-        assert np.linalg.norm(size) > 0, f"{kind}: nothing to compare"
-        differences[kind] = float(np.linalg.norm(a - b) / np.linalg.norm(size))
+        add(kind, kind, one[kind].astype(np.float64))
+    add("movement", "weights", one["weights"].astype(np.float64) - one["start"])
+    add("advantages_over_terms", "advantages", advantage_terms(one, group))
+    add("log_ratios_over_terms", "log_ratios", one["log_ratio_terms"])
     return differences
+
+
+def above(differences: dict[str, Any], dtype: str = "float32") -> list[str]:
+    """What differs by more than the limits of a dtype, with how much; nothing is as it should be."""
+    return [
+        f"{kind} {differences[kind]:.1e} > {limit:.1e}"
+        for kind, limit in LIMITS[dtype].items()
+        if not differences[kind] <= limit
+    ]
 
 
 def launch(ranks: int, cases: tuple[str, ...], folder: Path, pipeline: Path) -> dict[str, Record]:
@@ -279,18 +348,21 @@ def rows(records: dict[int, dict[str, Record]]) -> Iterator[dict[str, Any]]:
     first = records[min(records)]
     for ranks, cases in records.items():
         for case, found in cases.items():
-            mode = case.partition("-")[2]
-            base = next(name for name in first if name.endswith(f"-{mode}"))
-            yield {"ranks": ranks, "zero": int(case[4]), "mode": mode} | compare(first[base], found)
+            stage, mode, dtype = case.split("-")
+            base = next(name for name in first if name.endswith(f"-{mode}-{dtype}"))
+            line = {"ranks": ranks, "zero": int(stage[-1]), "mode": mode, "dtype": dtype}
+            yield line | compare(first[base], found)
 
 
 def render(table: list[dict[str, Any]]) -> str:
     """The rows as a table in Markdown."""
-    head = ["ranks", "ZeRO", "mode", *(kind.replace("_", "-") for kind in LIMITS)]
+    kinds = (*KINDS, "movement", "advantages_over_terms", "log_ratios_over_terms")
+    head = ["dtype", "ranks", "ZeRO", "mode", *(kind.replace("_", " ").replace("log r", "log-r") for kind in kinds)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for line in table:
-        numbers = ["0" if line[kind] == 0 else f"{line[kind]:.1e}" for kind in LIMITS]
-        lines.append("| " + " | ".join([str(line["ranks"]), str(line["zero"]), line["mode"], *numbers]) + " |")
+    for line in sorted(table, key=lambda line: DTYPES.index(line["dtype"])):
+        numbers = ["0" if line[kind] == 0 else f"{line[kind]:.1e}" for kind in kinds]
+        names = [line["dtype"], str(line["ranks"]), str(line["zero"]), line["mode"]]
+        lines.append("| " + " | ".join([*names, *numbers]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -320,7 +392,7 @@ def main() -> int:
             records[ranks] = launch(ranks, tuple(arguments.cases), folder, arguments.pipeline.resolve())
             print(f"{ranks} ranks done", flush=True)
     table = list(rows(records))
-    unequal = [line for line in table if any(line[kind] > limit for kind, limit in LIMITS.items())]
+    unequal = [line for line in table if above(line, line["dtype"])]
     result = {
         "command": "python benchmarks/rank_equality.py " + " ".join(sys.argv[1:]),
         "machine": {"processors": os.cpu_count(), "architecture": platform.machine(), "torch": torch.__version__},

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny_pipeline import tiny_config
 from tiny_runs import Bench
 
@@ -36,34 +38,80 @@ def test_every_number_of_ranks_stage_and_mode(equality: ModuleType, tmp_path: Pa
         (tmp_path / str(ranks)).mkdir()
         records[ranks] = equality.launch(ranks, equality.CASES, tmp_path / str(ranks), PIPELINE)
     table = list(equality.rows(records))
-    assert len(table) == 18
+    assert len(table) == 36
     for line in table:
-        assert all(line[kind] <= limit for kind, limit in equality.LIMITS.items()), line
+        assert equality.above(line, line["dtype"]) == [], line
+
+
+def record_like(equality: ModuleType, **changes: np.ndarray) -> dict[str, np.ndarray]:
+    """A record of 6 groups of 8 images."""
+    kinds = {kind: np.linspace(1, 2, 48) for kind in equality.KINDS}
+    others = {"start": np.zeros(48), "rewards_of": np.arange(48), "log_ratio_terms": np.full(48, 1000.0)}
+    return {**kinds, **others, **changes}
 
 
 def test_a_difference_is_seen(equality: ModuleType) -> None:
-    import numpy as np
-
-    kinds = {kind: np.linspace(1, 2, 50) for kind in equality.LIMITS}
-    one = {**kinds, "start": np.zeros(50), "rewards_of": np.arange(50)}
-    other = {**one, "gradients": one["gradients"] + 1e-4}
-    differences = equality.compare(one, other)
-    assert differences["rewards"] == 0 and differences["gradients"] > equality.LIMITS["gradients"]
+    one = record_like(equality)
+    assert equality.above(equality.compare(one, one)) == []
+    for kind in equality.KINDS:
+        other = {**one, kind: one[kind] + (0.1 if kind == "log_ratios" else 1e-4)}
+        differences = equality.compare(one, other)
+        expected = kind if kind in equality.LIMITS["float32"] else f"{kind}_over_terms"
+        (found,) = equality.above(differences)
+        assert found.startswith(f"{expected} "), (kind, found)
+        also_moved = {kind, "movement"} if kind == "weights" else {kind}
+        assert {text.split()[0] for text in equality.above(differences, "float64")} == also_moved
     with pytest.raises(AssertionError, match="rewards of other images"):
-        equality.compare(one, {**one, "rewards_of": np.arange(1, 51)})
+        equality.compare(one, {**one, "rewards_of": np.arange(1, 49)})
+
+
+def test_rounding_of_the_terms_is_within_their_limit(equality: ModuleType) -> None:
+    """Advantages and log-ratios in float32 against float64: the limits are neither too tight nor without meaning."""
+    from pcpo_kernels.reference import policy_loss
+
+    generator = torch.Generator().manual_seed(5)
+    old, noise = (torch.randn(64, 500, dtype=torch.float64, generator=generator) for _ in range(2))
+    new = old * (1 + 1e-3 * torch.randn(64, 500, dtype=torch.float64, generator=generator))
+    linear, quadratic, ones = torch.full((64,), 3.0), torch.full((64,), 4.5), torch.ones(64)
+    exact, rounded = (
+        policy_loss(
+            new.to(dtype), old.to(dtype), noise.float(), linear, quadratic, ones, ones, clip_range=1.0
+        ).log_ratio.double()
+        for dtype in (torch.float64, torch.float32)
+    )
+    terms = equality.terms_of(new, old, noise, linear, quadratic)
+    error = (rounded - exact).norm() / terms.norm()
+    assert 0 < error < equality.ROUNDING
+    assert (rounded - exact).norm() / exact.norm() > 10 * error, "a log-ratio magnifies the rounding of its terms"
+
+    rewards = 100 + np.random.default_rng(5).random(48)
+    one = record_like(equality, rewards=rewards, advantages=advantages(rewards))
+    other = {**one, "rewards": rewards.astype(np.float32), "advantages": advantages(rewards.astype(np.float32))}
+    differences = equality.compare(one, other)
+    assert 0 < differences["advantages_over_terms"] < equality.ROUNDING < 10 * differences["advantages"]
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    groups = rewards.astype(np.float64).reshape(-1, 8)
+    normal: np.ndarray = (groups - groups.mean(axis=1, keepdims=True)) / groups.std(axis=1, keepdims=True)
+    return normal.ravel()
 
 
 def test_the_committed_table_is_within_the_limits_and_in_the_documentation(equality: ModuleType) -> None:
     result = json.loads(COMMITTED.read_text())
-    assert result["limits"] == equality.LIMITS and result["unequal"] == 0
+    assert result["limits"] == equality.LIMITS
+    assert all(equality.above(line, line["dtype"]) == [] for line in result["rows"]) and result["unequal"] == 0
+    ran = {(line["dtype"], line["ranks"], line["zero"], line["mode"]) for line in result["rows"]}
+    assert ran >= {
+        ("float32", ranks, zero, mode) for ranks in (1, 2, 4) for zero in (1, 2, 3) for mode in equality.MODES
+    }
+    assert ran >= {("float64", ranks, zero, mode) for ranks in (1, 2) for zero in (1, 2, 3) for mode in equality.MODES}
     document = (ROOT / "docs" / "scaling.md").read_text()
     assert equality.render(result["rows"]) in document, "render it again: python benchmarks/rank_equality.py --show"
 
 
 def test_encoders_and_vae_are_outside_of_what_zero_divides(pipeline_folder: Path) -> None:
     """What the engine gets is the network alone: no text encoder is there to be scattered, and the VAE stays whole."""
-    import torch
-
     policy = load_policy(tiny_config(pipeline_folder), torch.device("cpu"), ["a red circle"])
     inside = {id(p) for p in policy.module.parameters()}
     assert inside == {id(p) for p in policy.network.parameters()}  # type: ignore[attr-defined]
