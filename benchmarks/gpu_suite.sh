@@ -34,6 +34,16 @@ if ! timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/kernels/device -q 
 fi
 tail -n 15 "$OUT/kernel_tests.log"
 
+# Attention backends that are installed here, against PyTorch's own; the measurements below need none of them.
+attention=0
+timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/test_attention_gpu.py -q -p no:cacheprovider \
+  >"$OUT/attention_tests.log" 2>&1 || attention=$?
+tail -n 40 "$OUT/attention_tests.log"
+if [[ $attention != 0 && $attention != 5 ]]; then # 5: no test was collected, since diffusers is not installed
+  echo "error: an attention backend fails on this GPU (whole log: $OUT/attention_tests.log)" >&2
+fi
+
 "$PYTHON" benchmarks/kernels.py --out "$OUT" --budget "${BENCH_SECONDS:-210}"
 "$PYTHON" benchmarks/block_ops.py --out "$OUT" --budget "${BLOCK_SECONDS:-150}"
 "$PYTHON" benchmarks/plot_kernels.py "$OUT/kernels.json" --out "$OUT" || echo "no plots: matplotlib is not installed"
+[[ $attention == 0 || $attention == 5 ]]

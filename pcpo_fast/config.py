@@ -78,7 +78,7 @@ class ModelConfig(Section):
     )
     attention: str = Field(
         "native",
-        description="attention backend by diffusers' name: native, flash, ...; SD1.x and SD3: native or xformers",
+        description="attention backend by diffusers' name (docs/attention.md): native, flash, xformers, ...",
     )
     embedding_cache: str | None = Field(
         None, description="folder of encoded prompts; default: embeddings/ next to the run directories"

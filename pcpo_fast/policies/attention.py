@@ -1,15 +1,20 @@
 """Attention kernels by diffusers' name, checked before the run instead of in its first forward."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import attention_backend as library_backend
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pcpo_fast.config import Config
 from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.policies.attention_needs import lacking
 from pcpo_fast.policies.quiet import quiet_libraries
 
 SDPA_KERNELS = {
@@ -21,6 +26,8 @@ SDPA_KERNELS = {
 """The single kernels behind PyTorch's scaled dot product, which ``native`` chooses among."""
 PLAIN = ("native", *SDPA_KERNELS, "xformers")
 """What serves layers that know no backends: those of diffusers' UNet and of its transformer of Stable Diffusion 3."""
+UNET = "UNet2DConditionModel"
+KNOW_NO_BACKENDS = (UNET, "SD3Transformer2DModel")
 
 
 class HeldProcessor:
@@ -37,30 +44,89 @@ class HeldProcessor:
 def choose_attention(module: Any, backend: str, device: torch.device | None = None) -> None:
     """Make a diffusers model use an attention backend; ``native`` is PyTorch's scaled dot product.
 
-    The backend is tried on two tokens of the model's dtype and head sizes on ``device`` (default: the model's), forward
-    and backward: some serve no CPU, no float32 or no head of this size, and some compute no gradients. diffusers' UNet
-    and its transformer of Stable Diffusion 3 know no backends: they have those of :data:`PLAIN`.
+    The backend is tried with the model's dtype and head sizes on ``device`` (default: the model's), forward and
+    backward. diffusers' UNet and its transformer of Stable Diffusion 3 know no backends: they have those of
+    :data:`PLAIN`.
 
     Raises:
-        UserError: no such backend, what it needs is not installed, or it cannot train this model here.
+        UserError: no such backend, what it needs is not there, or it cannot train this model here.
     """
-    _known(backend)
     layers = attention_layers(module)
-    dispatched = all(_dispatches(layer) for layer in layers)
-    if not dispatched and backend not in PLAIN:
-        raise UserError(
-            f"model.attention: {backend} does not serve a {type(module).__name__}; allowed are {', '.join(PLAIN)}"
-        )
+    _known(backend)
+    if not all(map(_dispatches, layers)):
+        _serves(type(module).__name__, backend)
+    weight = next(module.parameters())
+    device = weight.device if device is None else device
+    for head_dim in sorted({layer.inner_dim // layer.heads for layer in layers}) if not weight.is_meta else ():
+        check_backend(backend, device, head_dim, needs_backward=True, dtype=weight.dtype)
     try:
-        with quiet_libraries():  # diffusers warns on every call that the interface is experimental
-            if dispatched:
-                module.set_attention_backend(backend)
-            set_backend(module, backend)
-            for heads, head_size in {(layer.heads, layer.inner_dim // layer.heads) for layer in layers}:
-                _try(module, backend, heads, head_size, device)
-    except (ImportError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
-        reason = reason_of(error)
-        raise UserError(f"model.attention: {backend} cannot be used here: {reason}") from None
+        set_backend(module, backend)
+    except (ImportError, RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"model.attention: {backend} cannot be used here: {reason_of(error)}") from None
+
+
+def check_attention(config: Config, folder: Path, part: str, device: torch.device) -> None:
+    """Refuse the attention backends of a run before its model is loaded.
+
+    Args:
+        config: ``model.attention`` is to train, ``rollout.attention`` to sample.
+        folder: the pipeline.
+        part: of it, the network: its configuration says how large its attention heads are.
+        device: where it will run.
+
+    Raises:
+        UserError: as :func:`check_backend`, or the network's layers know no backends.
+    """
+    try:
+        network = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        kind, head_dim = str(network["_class_name"]), network.get("attention_head_dim")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return  # loading the pipeline says what is wrong with it
+    if kind == UNET or not isinstance(head_dim, int):
+        head_dim = None  # a UNet's heads have several sizes, and its configuration calls their number their size
+    chosen = [("model.attention", config.model.attention, True)]
+    if config.rollout.attention is not None:
+        chosen.append(("rollout.attention", config.rollout.attention, False))
+    for key, backend, trains in chosen:
+        _known(backend, key)
+        if kind in KNOW_NO_BACKENDS:
+            _serves(kind, backend, key)
+        dtype = getattr(torch, config.model.dtype)
+        check_backend(backend, device, head_dim, needs_backward=trains, dtype=dtype, key=key)
+
+
+def check_backend(
+    name: str,
+    device: torch.device,
+    head_dim: int | None,
+    needs_backward: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    key: str = "model.attention",
+) -> None:
+    """Refuse an attention backend that cannot serve, without a model: by what is known of it, then by trying it.
+
+    Args:
+        name: diffusers' name of it.
+        device: where it is to run.
+        head_dim: elements of an attention head; None: not known, tried with 64.
+        needs_backward: whether gradients are wanted, as in the update, or not, as in a rollout.
+        dtype: of queries, keys and values.
+        key: the setting that names it.
+
+    Raises:
+        UserError: no such backend; no GPU or too old a one; a package is not installed; heads of this size, this dtype
+            or gradients are not among what it does.
+    """
+    _known(name, key)
+    reason = lacking(name, device, head_dim, needs_backward, dtype)
+    if reason is None:
+        try:
+            with quiet_libraries():
+                _try(name, device, 64 if head_dim is None else head_dim, needs_backward, dtype)
+        except (ImportError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
+            reason = reason_of(error)
+    if reason is not None:
+        raise UserError(f"{key}: {name} cannot be used here: {reason}")
 
 
 def attention_layers(network: nn.Module) -> list[Any]:
@@ -115,10 +181,15 @@ def attention_backend(network: nn.Module, name: str | None) -> Iterator[None]:
                 processor._attention_backend = backend
 
 
-def _known(name: str) -> None:
+def _known(name: str, key: str = "model.attention") -> None:
     known = [str(member.value) for member in AttentionBackendName]
     if name not in known:
-        raise UserError(f"model.attention: unknown backend {name!r}; diffusers offers {', '.join(sorted(known))}")
+        raise UserError(f"{key}: unknown backend {name!r}; diffusers offers {', '.join(sorted(known))}")
+
+
+def _serves(kind: str, name: str, key: str = "model.attention") -> None:
+    if name not in PLAIN:
+        raise UserError(f"{key}: {name} does not serve a {kind}; allowed are {', '.join(PLAIN)}")
 
 
 def _dispatches(layer: Any) -> bool:
@@ -126,13 +197,14 @@ def _dispatches(layer: Any) -> bool:
     return hasattr(layer.processor, "_attention_backend")
 
 
-@torch.enable_grad()
-def _try(module: Any, backend: str, heads: int, head_size: int, device: torch.device | None) -> None:
-    weight = next(module.parameters())
-    if weight.is_meta:
-        return
-    states = torch.zeros(1, 2, heads, head_size, device=device or weight.device, dtype=weight.dtype, requires_grad=True)
-    result = dispatch_attention_fn(states, states, states, backend=AttentionBackendName(backend))
-    if not result.requires_grad:
-        raise RuntimeError("it computes no gradients")
-    result.sum().backward()
+@torch.inference_mode(False)
+def _try(name: str, device: torch.device, head_dim: int, needs_backward: bool, dtype: torch.dtype) -> None:
+    """Attention of 64 tokens and two heads: whether the backend takes them, and gives gradients back if wanted."""
+    states = torch.zeros(1, 64, 2, head_dim, device=device, dtype=dtype, requires_grad=needs_backward)
+    # diffusers' own switch looks whether packages are there, and fetches kernels that come from its Hub.
+    with library_backend(name), torch.set_grad_enabled(needs_backward):
+        result = dispatch_attention_fn(states, states, states, backend=AttentionBackendName(name))
+        if needs_backward:
+            if not result.requires_grad:
+                raise RuntimeError("it computes no gradients, so it serves rollouts only (rollout.attention)")
+            result.sum().backward()

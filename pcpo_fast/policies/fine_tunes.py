@@ -73,7 +73,6 @@ def network_prediction(policy: Policy, network: nn.Module) -> Predict:
     return predict
 
 
-@torch.enable_grad()  # loading tries the attention backend with a backward
 def load_fine_tunes(
     fine_tunes: Sequence[FineTune],
     wanted: Sequence[bool],

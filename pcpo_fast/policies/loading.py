@@ -11,6 +11,7 @@ from torch import nn
 from pcpo_fast.config import Config, ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.noise_keys import Purpose, random_key
+from pcpo_fast.policies.attention import check_attention
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.locating import pipeline_folder
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
@@ -46,10 +47,12 @@ def load_policy(config: Config, device: torch.device, prompts: Sequence[str] = (
     """Load the model of a run onto a device, after encoding the prompts that it will need.
 
     Raises:
-        UserError: as :func:`find_family` and the family's ``load``, or the sampler serves another kind of model.
+        UserError: as :func:`find_family`, :func:`~pcpo_fast.policies.attention.check_attention` and the family's
+            ``load``, or the sampler serves another kind of model.
     """
     folder, family = find_family(config.model)
     check_sampler(config.sampler, family.schedule_kind)
+    check_attention(config, folder, family.trained_part, device)
     cache = config.model.embedding_cache
     cache_folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
