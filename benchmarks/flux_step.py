@@ -1,0 +1,285 @@
+"""Measure a training step of FLUX with random weights: seconds per phase, throughput, memory, what each lever gives.
+
+    python benchmarks/flux_step.py --size cpu --json step.json
+    python benchmarks/flux_step.py --size full --finetune lora --json step.json --budget-seconds 400
+
+Sizes: ``full`` is FLUX.1-dev at 720 x 720 (DanceGRPO's 12 images x 16 steps x 9 trained), ``small`` a fifth of its
+depth, ``cpu`` a miniature. ``ours`` has every lever for this machine, ``baseline`` is the public trainers' way,
+``strong`` a batched and compiled plain PyTorch loop (benchmarks/step_paths.py says what they do); the ladder goes from
+the public way to ours, one lever at a time. Before a path is timed its outputs and log-ratios are checked against plain
+eager PyTorch in a wider type; one that fails gets no time. The file is written anew after each measurement, the most
+valuable first.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import diffusers
+import torch
+from step_checking import Check
+from step_measuring import Bare, launches, measure, seconds
+from step_model import SIZES, Size, model_costs
+from step_paths import Ours, Public, StepPath, Strong
+
+from pcpo_fast.config import Config
+from pcpo_fast.engine import start_distributed, stop_distributed
+from pcpo_fast.errors import UserError
+from pcpo_fast.planning.work import work_of_epoch
+from pcpo_fast.policies.quiet import quiet_libraries
+
+PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
+"""Dense bf16 TFLOP/s of the datasheet, by a part of the GPU's name."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the ladder: everything before it, and one lever more.
+
+    Attributes:
+        name: of the lever.
+        overrides: settings that switch it on.
+        gpu: it is for GPUs only.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    gpu: bool = False
+
+
+def ladder(size: Size) -> list[Rung]:
+    """Our loop one image at a time with every block recomputed, then lever by lever."""
+    return [
+        Rung("our loop: fused step and loss, no waits", ("model.gradient_checkpointing=true",)),
+        Rung("the group in one rollout batch", (f"rollout.batch_size={size.images}",)),
+        Rung(f"{size.together} transitions in a micro-batch", (f"train.micro_batch_size={size.together}",)),
+        Rung("nothing recomputed", ("model.gradient_checkpointing=false",)),
+        Rung("equal first steps predicted once", ("rollout.share_first_steps=true",)),
+        Rung("compiled blocks", ("model.compile=true",)),
+        Rung("block kernels", ("model.block_kernels=true",), gpu=True),
+        Rung("cuDNN attention", ("model.attention=_native_cudnn",), gpu=True),
+    ]
+
+
+EXTRAS = [
+    Rung("half of the blocks recomputed", ("model.gradient_checkpointing=true", "model.checkpointed_share=0.5")),
+    Rung("adapters merged in rollouts", ("rollout.merge_lora=true",)),
+    Rung("optimizer offloaded in rollouts", ("rollout.offload_optimizer=true",), gpu=True),
+]
+"""Levers that trade something else, each on top of all others."""
+
+
+class Session:
+    """Measurements of one size on one device, written to a file as they come."""
+
+    def __init__(self, chosen: argparse.Namespace, device: torch.device) -> None:
+        self.size, self.device, self.chosen = SIZES[chosen.size], device, chosen
+        self.gpu = device.type == "cuda"
+        self.started = time.monotonic()
+        self.base = () if not chosen.eight_bit else ("optimizer.moments=8bit",)
+        config = self.config(())
+        self.work = self._work(config)
+        self.check = Check(self.size, config, device)
+        self.content: dict[str, Any] = facts(device) | {
+            "size": chosen.size,
+            "finetune": chosen.finetune,
+            "images": self.size.images,
+            "steps": self.size.steps,
+            "trained_pairs": self.work["pairs"],
+            "resolution": self.size.image,
+            "model_tflop": {name: self.work[name] / 1e12 for name in ("rollout", "update")},
+            "peak_tflops": self.peak,
+            "complete": False,
+            "ladder": [],
+            "extras": [],
+        }
+
+    @property
+    def peak(self) -> float | None:
+        """Of the datasheet; None for a device that is not listed."""
+        name = torch.cuda.get_device_name() if self.gpu else ""
+        return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+    def config(self, overrides: tuple[str, ...]) -> Config:
+        return self.size.config(self.chosen.finetune, *self.base, *overrides)
+
+    def rungs(self) -> list[tuple[Rung, tuple[str, ...]]]:
+        """The ladder that this machine can climb, with all settings of each rung."""
+        settings: dict[str, str] = {}
+        climbed = []
+        for rung in ladder(self.size):
+            if rung.gpu and not self.gpu:
+                continue
+            settings |= dict(override.split("=", 1) for override in rung.overrides)
+            climbed.append((rung, tuple(f"{key}={value}" for key, value in settings.items())))
+        return climbed
+
+    def run(self) -> None:
+        """Everything, the most valuable first, until the time is up."""
+        rungs = self.rungs()
+        best = rungs[-1][1]
+        strong = tuple(s for s in best if not s.startswith(("rollout.share", "model.block_kernels", "model.attention")))
+        self._record("ours", lambda: Ours(self.size, self.config(best), self.device), best)
+        self._record("baseline", lambda: Public(self.size, self.config(rungs[0][1]), self.device), rungs[0][1])
+        self._record("strong", lambda: Strong(self.size, self.config(strong), self.device), strong)
+        if not self.gpu or self.chosen.size == "small":
+            self._overhead(best)
+        for rung, settings in rungs[:-1]:
+            self._record("ladder", lambda s=settings: Ours(self.size, self.config(s), self.device), settings, rung.name)
+        if "ours" in self.content:
+            self.content["ladder"].append(self.content["ours"] | {"name": rungs[-1][0].name})
+        for rung in EXTRAS:
+            if (rung.gpu and not self.gpu) or ("merge" in rung.name and self.chosen.finetune != "lora"):
+                continue
+            settings = (*best, *rung.overrides)
+            self._record("extras", lambda s=settings: Ours(self.size, self.config(s), self.device), settings, rung.name)
+        self.content["complete"] = not self.late()
+        self.write()
+
+    def late(self) -> bool:
+        return time.monotonic() - self.started > self.chosen.budget_seconds
+
+    def _record(self, key: str, build: Callable[[], StepPath], settings: tuple[str, ...], name: str = "") -> None:
+        """Check, measure, print and write one path."""
+        if self.late():
+            print(f"left out, the time is up: {name or key}")
+            return
+        record: dict[str, Any] = {"name": name or key, "settings": list(settings)}
+        if key != "baseline":  # that one is eager PyTorch itself
+            record["numerics"] = self.check(self.config(settings))
+            if not record["numerics"]["passed"]:
+                print(f"{name or key}: NOT TIMED, its outputs are not those of eager PyTorch: {record['numerics']}")
+                self._keep(key, record | {"refused": True})
+                return
+        free(self.device)
+        left = self.chosen.budget_seconds - (time.monotonic() - self.started)
+        path = build()
+        record |= measure(path, self.device, self.chosen.repeats, max(left / 4, 1))
+        record |= self._rates(record)
+        if key in ("ours", "baseline", "strong"):
+            record |= launches(path, self.device)
+        del path
+        free(self.device)
+        self._keep(key, record)
+        line = f"rollout {record['rollout_s']:8.3f} s  update {record['update_s']:8.3f} s  "
+        mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
+        print(f"{line}{record['images_per_second']:7.2f} images/s{mfu}  {name or key}", flush=True)
+
+    def _rates(self, record: dict[str, Any]) -> dict[str, Any]:
+        total, work = record["rollout_s"] + record["update_s"], self.work
+        rate = (work["rollout"] + work["update"]) / total / 1e12
+        return {
+            "step_s": total,
+            "images_per_second": self.size.images / total,
+            "updates_per_second": 1 / total,
+            "rollout_tflops": work["rollout"] / record["rollout_s"] / 1e12,
+            "update_tflops": work["update"] / record["update_s"] / 1e12,
+            "tflops": rate,
+            "mfu": None if self.peak is None else rate / self.peak,
+        }
+
+    def _keep(self, key: str, record: dict[str, Any]) -> None:
+        if key in ("ladder", "extras"):
+            self.content[key].append(record)
+        else:
+            self.content[key] = record
+        ours = self.content.get("ours", {}).get("step_s")
+        for other, name in (("baseline", "ratio"), ("strong", "ratio_strong")):
+            theirs = self.content.get(other, {}).get("step_s")
+            if ours and theirs:
+                self.content[name] = theirs / ours
+        self.write()
+
+    def _overhead(self, settings: tuple[str, ...]) -> None:
+        """The share of our step that is not the network's own forward and backward, from interleaved runs."""
+        config = self.config(settings)
+        ours, bare = Ours(self.size, config, self.device), Bare(self.size, config, self.device)
+        shares, micro = [], self.work["pairs"] / config.train.micro_batch_size
+        for repeat in range(self.chosen.repeats + 1):
+            times = [seconds(call, self.device) for call in (ours.rollout, bare.rollout, ours.update, bare.update)]
+            if repeat:
+                shares.append((1 - (times[1] + times[3]) / (times[0] + times[2]), (times[2] - times[3]) / micro))
+        self.content["overhead"] = {
+            "share_of_step": median(share for share, _ in shares),
+            "milliseconds_per_micro_step": 1e3 * median(each for _, each in shares),
+            "repeats": len(shares),
+        }
+        self.write()
+        print(
+            f"outside the network's own forward and backward: {self.content['overhead']['share_of_step']:.1%} of a step"
+        )
+
+    def _work(self, config: Config) -> dict[str, Any]:
+        costs, trainable = model_costs(self.size, config), self.size.steps - 1
+        work = work_of_epoch(config, costs, trainable, checkpointed=0)
+        pairs = round(work["update"].flops / costs.training(1, False).flops)
+        return {"rollout": work["rollout"].flops, "update": work["update"].flops, "pairs": pairs}
+
+    def write(self) -> None:
+        self.content["seconds"] = time.monotonic() - self.started
+        path: Path = self.chosen.json
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
+
+def free(device: torch.device) -> None:
+    """Give back what the path before left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Where the numbers come from."""
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "command": " ".join(["python", "benchmarks/flux_step.py", *sys.argv[1:]]),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=tuple(SIZES), required=True, help="of the model and the step")
+    parser.add_argument("--json", type=Path, required=True, help="file for the results")
+    parser.add_argument("--finetune", choices=("lora", "full"), default="lora", help="what is trained (%(default)s)")
+    parser.add_argument("--eight-bit", action="store_true", help="8-bit moments (bitsandbytes); full size needs them")
+    parser.add_argument("--repeats", type=int, default=5, help="steps per median (%(default)s)")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=900.0, help="time after which nothing new starts (%(default)s)"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.repeats < 1 or not chosen.budget_seconds > 0:
+        parser.error("--repeats and --budget-seconds must be above 0")
+    if chosen.size != "cpu" and not torch.cuda.is_available():
+        print(f"error: --size {chosen.size} needs a GPU; --size cpu does not", file=sys.stderr)
+        return 2
+    try:
+        device = start_distributed()
+        with quiet_libraries():
+            Session(chosen, device).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        stop_distributed()
+    print(f"wrote {chosen.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

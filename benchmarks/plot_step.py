@@ -1,0 +1,60 @@
+"""A figure of what benchmarks/flux_step.py measured: the ladder from the public trainers' way to ours.
+
+python benchmarks/plot_step.py step.json --out figures/step.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pcpo_fast.reporting.style import BLUE, INK, ORANGE, SOFT, new_figure, styled
+
+
+def draw(content: dict[str, Any]) -> Any:
+    """Seconds of a step, rollout and update, from the slowest path to the fastest."""
+    rungs = [("public trainers' way", content["baseline"])]
+    rungs += [(rung["name"], rung) for rung in content["ladder"]]
+    rungs.append(("strong plain PyTorch", content["strong"]))
+    rungs = [(name, rung) for name, rung in rungs if "step_s" in rung]
+    figure = new_figure(height=0.42 * len(rungs) + 1.3)
+    what = f"{content['images']} images, {content['steps']} steps, {content['finetune']}"
+    title = f"One training step of {content['size']} FLUX ({what}) on {content['device']}"
+    axes = styled(figure.add_subplot(), title, "seconds", "", with_legend=True)
+    axes.grid(True, axis="x")
+    places = range(len(rungs))
+    rollouts = [rung["rollout_s"] for _, rung in rungs]
+    axes.barh(places, rollouts, color=BLUE, label="rollout", height=0.62)
+    axes.barh(places, [rung["update_s"] for _, rung in rungs], left=rollouts, color=ORANGE, label="update", height=0.62)
+    longest = max(rung["step_s"] for _, rung in rungs)
+    for place, (_, rung) in zip(places, rungs, strict=True):
+        times = rungs[0][1]["step_s"] / rung["step_s"]
+        axes.text(rung["step_s"] + longest / 100, place, f"{times:.2f} x", va="center", fontsize=8.5, color=INK)
+    apart = {0, 1, len(rungs) - 1}  # the others are what is before them, and one lever more
+    axes.set_yticks(list(places), [name if n in apart else f"+ {name}" for n, (name, _) in enumerate(rungs)])
+    axes.set_xlim(0, longest * 1.1)
+    axes.invert_yaxis()
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8.5, labelcolor=SOFT)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="the JSON file")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    chosen = parser.parse_args(arguments)
+    content = json.loads(chosen.results.read_text())
+    missing = [name for name in ("baseline", "strong") if "step_s" not in content.get(name, {})]
+    if missing:
+        print(f"error: {chosen.results} has no time of {' and '.join(missing)}", file=sys.stderr)
+        return 2
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(content).savefig(chosen.out, dpi=130)
+    print(chosen.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Whether a path computes what plain eager PyTorch computes: checked before anything is timed.
+
+The same weights, moved a little from those that sampled, and the same inputs, in a wider type, eager, and with the
+levers of a configuration. From each of the three outputs the log-ratio is formed in float64 by the same formula.
+"""
+
+from typing import Any
+
+import torch
+from pcpo_kernels import policy_loss
+from step_model import Size
+from step_paths import Parts
+from torch import Tensor
+
+from pcpo_fast.config import Config
+from pcpo_fast.policies.pipeline_policy import DTYPES
+
+ROWS = 4
+FACTOR = 2.0
+"""An output may be this many times as far from the wider type's as the eager one is."""
+MOVED = 1e-3
+"""Standard deviation of what is added to the trained weights, relative to theirs, or to 1 where they are 0."""
+
+
+class Check:
+    """The references of a size and a way of fine-tuning, computed once.
+
+    Attributes:
+        clip_range: what a log-ratio is compared with in training.
+    """
+
+    def __init__(self, size: Size, config: Config, device: torch.device) -> None:
+        self.size, self.device, self.clip_range = size, device, config.credit.clip_range
+        self.dtype = DTYPES[config.model.dtype]
+        wide = torch.float64 if device.type == "cpu" else torch.float32
+        eager = Parts(size, config, device, self.dtype)
+        generator = torch.Generator(device).manual_seed(4)
+        shape = (ROWS, *eager.policy.latent_shape)
+        steps = torch.tensor((eager.at.steps * ROWS)[:ROWS], device=device)
+        self.latents, self.noise = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
+        self.times = eager.at.sampler.times[steps]
+        self.rates = [column[steps] for column in (eager.at.credit.linear, eager.at.credit.quadratic)]
+        self.old = self._outputs(eager, 1).float()
+        move(eager.policy.module)
+        self.eager = self._outputs(eager, 1)
+        eager.policy.module.to(wide)
+        self.wide = self._outputs(eager, 1)
+        self.eager_error = rms(self.eager.to(wide) - self.wide)
+
+    def __call__(self, config: Config) -> dict[str, Any]:
+        """How far a configuration's levers move outputs and log-ratios, and whether that is rounding."""
+        path = Parts(self.size, config, self.device, self.dtype)
+        move(path.policy.module)
+        with path.policy.sampling(config.rollout):
+            outputs = self._outputs(path, min(ROWS, config.rollout.batch_size))
+        error = rms(outputs.to(self.wide.dtype) - self.wide)
+        rounding = torch.finfo(self.dtype).eps * rms(self.wide)
+        kernel = self._log_ratio_of_the_loss(outputs)
+        formula, plain = self._log_ratio(outputs), self._log_ratio(self.eager)
+        return {
+            "output_error": error,
+            "eager_error": self.eager_error,
+            "output_change": rms((outputs - self.eager).double()) / rms(self.eager.double()),
+            "log_ratio": float(plain.abs().mean()),
+            "log_ratio_change": float((formula - plain).abs().mean()),
+            "log_ratio_error": float((formula - self._log_ratio(self.wide)).abs().mean()),
+            "eager_log_ratio_error": float((plain - self._log_ratio(self.wide)).abs().mean()),
+            "clip_range": self.clip_range,
+            "loss_error": float((kernel - formula).abs().max() / self._terms(outputs)),
+            "passed": error <= FACTOR * self.eager_error + rounding
+            and float((kernel - formula).abs().max() / self._terms(outputs)) < 1e-5,
+        }
+
+    @torch.no_grad()
+    def _outputs(self, path: Parts, batch: int) -> Tensor:
+        parts = zip(self.latents.split(batch), self.times.split(batch), strict=True)
+        return torch.cat([path.policy.predict(x, t, path.conditioning(len(x))) for x, t in parts])
+
+    def _log_ratio(self, new: Tensor) -> Tensor:
+        linear, quadratic = (rate.double() for rate in self.rates)
+        delta, noise = new.double() - self.old.double(), self.noise.double()
+        return linear * (delta * noise).mean(dim=(1, 2)) - quadratic * delta.square().mean(dim=(1, 2))
+
+    def _terms(self, new: Tensor) -> float:
+        """Size of what a log-ratio is a sum of."""
+        delta = (new.double() - self.old.double()) * self.noise.double()
+        return float((self.rates[0].double() * delta.abs().mean(dim=(1, 2))).abs().max())
+
+    def _log_ratio_of_the_loss(self, new: Tensor) -> Tensor:
+        ones = torch.ones(ROWS, device=self.device)
+        result = policy_loss(new, self.old, self.noise, *self.rates, ones, ones, clip_range=self.clip_range)
+        return result.log_ratio.double()
+
+
+def rms(values: Tensor) -> float:
+    """Root of the mean square."""
+    return float(values.double().square().mean().sqrt())
+
+
+@torch.no_grad()
+def move(network: torch.nn.Module) -> None:
+    """Add the same noise to the trained weights every time."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            scale = MOVED * (float(parameter.float().std()) if parameter.numel() > 1 else 1.0) or MOVED
+            parameter += (scale * torch.randn(parameter.shape, generator=generator)).to(parameter)

@@ -1,0 +1,147 @@
+"""Seconds, memory, launches and host gaps of a training step, and the model's own share of the time."""
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from step_model import Size
+from step_paths import Parts, StepPath
+from torch import Tensor
+
+from pcpo_fast.config import Config
+from pcpo_fast.policies.pipeline_policy import DTYPES
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of a call, with the device idle before and after."""
+    wait(device)
+    began = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
+    """GiB at the peak of a call: allocated on the GPU, or resident in this process above what was there before.
+
+    None where the system does not say.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() / 2**30
+    seen, done = [_resident()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.001):
+            seen.append(_resident())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    sizes = [size for size in seen if size is not None]
+    return (max(sizes) - sizes[0]) / 2**30 if sizes else None
+
+
+def _resident() -> int | None:
+    """Bytes of memory that this process has in RAM."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def launches(path: StepPath, device: torch.device) -> dict[str, float]:
+    """Operations that one step hands to the device, and on a GPU the share of the time in which it was idle."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities, acc_events=True) as profiler:
+        took = seconds(lambda: (path.rollout(), path.update()), device)
+    events = profiler.events()
+    if device.type != "cuda":
+        operations = [e for e in events if e.name.startswith("aten::") and _outermost(e)]
+        return {"operations": len(operations)}
+    kernels = sorted(
+        (e.time_range.start, e.time_range.end) for e in events if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, reached = 0.0, 0.0
+    for start, end in kernels:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return {"launches": len(kernels), "idle_share": max(0.0, 1 - busy / 1e6 / took)}
+
+
+def _outermost(event: Any) -> bool:
+    parent = event.cpu_parent
+    return parent is None or not parent.name.startswith("aten::")
+
+
+class Bare(Parts):
+    """The network's own forwards and backwards of our step, with nothing around: the least that a loop can take."""
+
+    def __init__(self, size: Size, config: Config, device: torch.device) -> None:
+        super().__init__(size, config, device, DTYPES[config.model.dtype])
+        self.latents = torch.randn(size.images, *self.policy.latent_shape, device=device)
+        self.times = torch.rand(size.images, device=device)
+
+    @torch.no_grad()
+    def rollout(self) -> None:
+        """As many forwards as the rollout makes, and the decoding."""
+        alike = self.config.rollout.share_first_steps
+        with self.policy.sampling(self.config.rollout):
+            for rows in torch.arange(self.size.images).split(self.config.rollout.batch_size):
+                for step in range(self.size.steps):
+                    self._predict(1 if alike and step == 0 else len(rows))
+                self.policy.decode(self.latents[: len(rows)])
+
+    def update(self) -> None:
+        """As many forwards and backwards as the update makes."""
+        together = self.config.train.micro_batch_size
+        for _ in range(self.plan.steps[0].numel() // together):
+            output = self._predict(together)
+            output.backward(torch.ones_like(output))
+        for parameter in self.policy.module.parameters():
+            parameter.grad = None
+
+    def _predict(self, count: int) -> Tensor:
+        return self.policy.predict(self.latents[:count], self.times[:count], self.conditioning(count))
+
+
+def measure(path: StepPath, device: torch.device, repeats: int, limit: float) -> dict[str, Any]:
+    """Medians over some steps after one that warms up; fewer where they would take longer than ``limit`` seconds."""
+    first = seconds(path.rollout, device) + seconds(path.update, device)
+    rollouts, updates = list[float](), list[float]()
+    while len(rollouts) < repeats and (not rollouts or first * (len(rollouts) + 1) < limit):
+        rollouts.append(seconds(path.rollout, device))
+        updates.append(seconds(path.update, device))
+
+    def step() -> None:
+        path.rollout()
+        path.update()
+
+    return {
+        "first_step_s": first,
+        "repeats": len(rollouts),
+        "rollout_s": median(rollouts),
+        "update_s": median(updates),
+        "peak_gib": peak_memory(step, device),
+    }

@@ -1,0 +1,201 @@
+"""FLUX with random weights in three sizes, and what a training step needs around it: no download, no text encoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor
+
+from pcpo_fast.config import Config
+from pcpo_fast.config_loading import load_config
+from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.models import Architecture
+from pcpo_fast.policies.flux import FluxPolicy
+
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+    "guidance_embeds": True,
+}
+FLUX_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the step that is measured on it.
+
+    Attributes:
+        transformer, vae: diffusers' configurations.
+        image: height and width in pixels.
+        text: T5 tokens.
+        images: group size; one prompt is sampled.
+        steps: denoising steps.
+        trained: share of the steps that are trained, of each image.
+        together: (image, step) pairs in a micro-batch of the fast paths.
+        dtype: of the model.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    image: int
+    text: int
+    images: int
+    steps: int
+    trained: float
+    together: int
+    dtype: str
+    settings: tuple[str, ...] = field(default=())
+
+    def config(self, finetune: str, *overrides: str) -> Config:
+        """A run of PCPO with one prompt and one update in an epoch, and nothing fast switched on."""
+        return load_config(
+            None,
+            [
+                "model.path=random-flux",
+                f"model.dtype={self.dtype}",
+                f"model.finetune={finetune}",
+                f"model.height={self.image}",
+                f"model.width={self.image}",
+                f"model.max_sequence_length={self.text}",
+                "prompts.heldout=null",
+                f"sampler.steps={self.steps}",
+                f"rollout.images_per_prompt={self.images}",
+                "rollout.prompts_per_epoch=1",
+                "rollout.batch_size=1",
+                f"credit.fraction={self.trained}",
+                "train.updates_per_epoch=1",
+                "train.micro_batch_size=1",
+                "optimizer.lr=1e-6",
+                *self.settings,
+                *overrides,
+            ],
+        )
+
+
+SIZES = {
+    "cpu": Size(
+        transformer={
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_single_layers": 4,
+            "attention_head_dim": 32,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": (8, 12, 12),
+            "guidance_embeds": True,
+        },
+        vae=FLUX_VAE
+        | {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (16, 16),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 8,
+            "mid_block_add_attention": False,
+        },
+        image=64,
+        text=32,
+        images=12,
+        steps=6,
+        trained=0.6,
+        together=6,
+        dtype="float32",
+        settings=("model.lora.rank=8", "model.lora.alpha=16"),
+    ),
+    # A fifth of FLUX's depth at its full width, for GPUs of 24 GB.
+    "small": Size(
+        transformer=FLUX | {"num_layers": 4, "num_single_layers": 8},
+        vae=FLUX_VAE,
+        image=512,
+        text=512,
+        images=12,
+        steps=16,
+        trained=0.6,
+        together=4,
+        dtype="bfloat16",
+        settings=("model.lora.rank=128", "model.lora.alpha=256"),
+    ),
+    # FLUX.1-dev, and DanceGRPO's step for one prompt: 12 images, 16 steps, 9 of them trained, 720 x 720.
+    "full": Size(
+        transformer=FLUX,
+        vae=FLUX_VAE,
+        image=720,
+        text=512,
+        images=12,
+        steps=16,
+        trained=0.6,
+        together=4,
+        dtype="bfloat16",
+        settings=("model.lora.rank=128", "model.lora.alpha=256"),
+    ),
+}
+"""What ``--size`` takes."""
+
+
+def random_network(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
+    """FLUX's transformer with the same random weights every time."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            network = FluxTransformer2DModel(**size.transformer)
+    finally:
+        torch.set_default_dtype(before)
+    return network.requires_grad_(False)
+
+
+def random_policy(size: Size, config: Config, device: torch.device, network: Any) -> FluxPolicy:
+    """A policy around a network, with a random VAE."""
+    torch.manual_seed(1)
+    vae: Any = AutoencoderKL(**size.vae)
+    return FluxPolicy(
+        network,
+        vae.to(device, network.dtype).requires_grad_(False).eval(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        height=config.model.height,
+        width=config.model.width,
+        guidance=config.model.guidance,
+        max_sequence_length=size.text,
+    )
+
+
+def random_embeddings(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the text encoders would have said of one prompt: [1, ...] each."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {
+        "prompt_embeds": (1, size.text, size.transformer["joint_attention_dim"]),
+        "pooled_prompt_embeds": (1, size.transformer["pooled_projection_dim"]),
+    }
+    return {name: torch.randn(*shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+
+
+def model_costs(size: Size, config: Config) -> ModelCosts:
+    """Counted operations of the model: recomputation is never among them."""
+    parts = {
+        "transformer": ("FluxTransformer2DModel", dict(size.transformer)),
+        "vae": ("AutoencoderKL", dict(size.vae)),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    }
+    return ModelCosts(Architecture("FluxPipeline", parts, CLIP_TOKENS, "random weights"), config.model)
