@@ -30,9 +30,11 @@ def config(pipeline_folder: Path, tmp_path: Path) -> Config:
     return load_config(write_config(tmp_path, pipeline_folder, output_dir=str(tmp_path / "run")))
 
 
-@pytest.fixture
-def plan(config: Config) -> dict[str, Any]:
-    return checks.plan_for(config, 1, 80)
+@pytest.fixture(scope="module")
+def plan(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of the configuration: it does not depend on the run's folder."""
+    folder = tmp_path_factory.mktemp("planned")
+    return checks.plan_for(load_config(write_config(folder, pipeline_folder)), 1, 80)
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -129,11 +131,10 @@ def test_disk_space_covers_the_checkpoints_that_a_run_writes(config: Config) -> 
     assert needed_bytes(config, count, count) == (config.checkpoint.keep + 1) * count * 20 + 4 * count
 
 
-def test_too_little_memory_fails_with_what_to_set(config: Config) -> None:
-    plan = checks.plan_for(config, 1, 1.5002)
-    status, says = checks.check_memory(plan)
+def test_too_little_memory_fails_with_what_to_set(config: Config, plan: dict[str, Any]) -> None:
+    status, says = checks.check_memory(checks.plan_for(config, 1, 1.5002))
     assert status == "failed" and "are needed at the peak" in says
-    assert checks.check_memory(checks.plan_for(config, 1, 80))[0] == ("ok")
+    assert checks.check_memory(plan)[0] == "ok"
 
 
 def test_the_dry_run_keeps_what_can_fail(config: Config, tmp_path: Path) -> None:
