@@ -98,12 +98,13 @@ def test_operations_are_those_of_the_plan(size: Size) -> None:
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         policy.predict(torch.randn(1, *policy.latent_shape), torch.rand(1), given)
-    forward = counter.get_total_flops()
+    tokens, width, blocks = 16 + size.text, 128, 2
+    forward = counter.get_total_flops() + blocks * 4 * tokens**2 * width  # it knows no attention on CPUs
     session = flux_step.Session.__new__(flux_step.Session)
     session.size = size
     work = session._work(config)
     assert work["pairs"] == 4 * 1, "0.6 of three steps, rounded down"
-    assert work["rollout"] == pytest.approx(4 * 4 * forward, rel=0.02)
+    assert work["rollout"] == pytest.approx(4 * 4 * forward)
     assert 2.5 < work["update"] / (work["pairs"] * forward) <= 3.0
 
 
@@ -173,7 +174,7 @@ def test_a_size_for_gpus_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_memory_of_a_call_is_seen() -> None:
     def call() -> None:
-        block = torch.ones(200 << 20, dtype=torch.uint8)
+        block = torch.ones(50 << 20)
         while block.sum() < 1:  # long enough to be looked at
             pass
 
