@@ -63,14 +63,15 @@ def test_mixed_dtypes(device) -> None:
     [(1, 1), (1, 2), (3, 1), (2, 127), (2, 128), (3, 2047), (2, 2048), (2, 2049), (1, 4097), (17, 8), (1, 300_001)],
 )
 def test_sizes(device, rows, elements) -> None:
+    """The longest row is in 147 pieces, more than the 128 that are added at once."""
     case = make_case(rows, (elements,), noise="endpoints", with_reference=True, clip_range=1e-3)
     check_against_judge(case.cast(torch.float32), device)
 
 
 def test_sizes_with_a_key(device) -> None:
-    """Rows of 4098 elements start inside a Philox block of four; of 4100 they do not."""
+    """The second of two rows of 4098 elements starts inside a Philox block of four; of 4100 elements it does not."""
     for elements in (4098, 4100):
-        case = make_case(3, (elements,), noise="key", clip_range=1e-3)
+        case = make_case(2, (elements,), noise="key", clip_range=1e-3)
         check_against_judge(case.cast(torch.float32), device)
 
 
@@ -143,11 +144,11 @@ def test_clip_mask_is_exact_away_from_the_edge(device) -> None:
 
 def test_same_bits_every_time_and_in_any_batch(device) -> None:
     case = make_case(5, (3000,), noise="key", with_reference=True).cast(torch.float32).to(device)
-    first, second = run(case)[0], run(case)[0]
+    first, second = case.run(), case.run()
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     part = {name: value[2:4] for name, value in vars(case).items() if isinstance(value, torch.Tensor)}
     part["key"], part["ends"] = (type(p)(*(v[2:4] for v in p)) for p in (case.key, case.ends))
-    alone = run(replace(case, **part))[0]
+    alone = replace(case, **part).run()
     for name in ("log_ratio", "taylor_error", "kl"):
         assert torch.equal(getattr(alone, name), getattr(first, name)[2:4])
 
@@ -252,25 +253,10 @@ def test_gradient_by_finite_differences(device) -> None:
             )
 
 
-@pytest.mark.parametrize(
-    ("plan", "elements", "noise"),
-    [
-        (Plan(128, 3), 1000, "key"),
-        (Plan(128, 3), 1000, "endpoints"),
-        (Plan(256, 2), 512, "key"),
-        (Plan(256, 2), 512, "endpoints"),
-        (Plan(128, 1), 17_000, "endpoints"),  # what a sum is of does not depend on where its noise comes from
-    ],
-)
+@pytest.mark.parametrize(("plan", "elements"), [(Plan(128, 3), 1000), (Plan(256, 2), 512)])
+@pytest.mark.parametrize("noise", ["key", "endpoints"])
 def test_other_ways_to_cut_rows(device, monkeypatch, plan, elements, noise) -> None:
-    """Several blocks per program, as very long rows are cut, and more pieces than are added at once."""
+    """Several blocks per program, as very long rows are cut."""
     monkeypatch.setattr(triton_policy_loss, "plan_for", lambda _: plan)
-    case = make_case(
-        1 if elements > 10_000 else 2,
-        (elements,),
-        noise=noise,
-        with_reference=True,
-        with_guidance=True,
-        clip_range=1e-3,
-    )
+    case = make_case(2, (elements,), noise=noise, with_reference=True, with_guidance=True, clip_range=1e-3)
     check_against_judge(case.cast(torch.float32), device)
