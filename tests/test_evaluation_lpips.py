@@ -116,7 +116,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
         ("shape.pth", r"features.3.weight has the shape \[192, 64, 3, 3\]"),
         ("other.pth", "neither torchvision's AlexNet nor its VGG16"),
         ("missing.pth", "is not a file or folder"),
-        ("damaged.pth", "cannot be read as weights"),
+        ("damaged.pth", "is no file of weights, or holds other things than tensors"),
         ("damaged.safetensors", "cannot be read as weights"),
         ("list.pth", "does not hold a table of tensors"),
     ):
@@ -128,7 +128,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
 
 def test_nothing_in_a_weight_file_is_executed(tmp_path: Path) -> None:
     torch.save({"x": Path}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match="cannot be read as weights"):
+    with pytest.raises(UserError, match="holds other things than tensors, which are not read for safety"):
         read_weights(str(tmp_path / "code.pth"), "here")
 
 
