@@ -7,14 +7,30 @@ become slow is moved up by hand: nothing but the time of the whole suite depends
 import pytest
 
 LONGEST = (
-    "kernels/test_interpreter.py",
-    "test_rank_equality.py",
-    "test_two_ranks.py",
-    "test_resuming.py",
+    "kernels/test_interpreter.py",  # 110
+    "test_resuming.py",  # 55
+    "test_compare_command.py",
+    "test_planning.py",  # 50
+    "test_two_ranks.py",  # 49
+    "test_speed.py",
+    "kernels/test_ahead_of_time.py",
+    "test_tiny_pipelines.py",
+    "test_packaging.py",
+    "test_guided_policies.py",
+    "test_ds_configs.py",  # 35
+    "test_preflight.py",
+    "test_checkpoint.py",
+    "test_evaluate_ranks.py",
+    "test_profiling.py",  # 24
     "test_killing.py",
     "test_relayout.py",
-    "test_compare_command.py",
-    "test_preflight.py",
+    "test_reward_guidance.py",
+    "test_flux_policy.py",
+    "test_update.py",
+    "test_engine.py",
+    "test_guided_update.py",
+    "test_guided_runs.py",
+    "kernels/test_launched_variants.py",  # 17
 )
 
 
