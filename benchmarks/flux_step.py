@@ -86,7 +86,9 @@ class Session:
         self.size, self.device, self.chosen = SIZES[chosen.size], device, chosen
         self.gpu = device.type == "cuda"
         self.started = time.monotonic()
-        self.base = () if not chosen.eight_bit else ("optimizer.moments=8bit",)
+        self.base = ("optimizer.moments=8bit",) * chosen.eight_bit
+        if chosen.deepspeed:
+            self.base = (*self.base, f"deepspeed={chosen.deepspeed}")
         config = self.config(())
         self.work = self._work(config)
         self.check = Check(self.size, config, device)
@@ -257,7 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=tuple(SIZES), required=True, help="of the model and the step")
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     parser.add_argument("--finetune", choices=("lora", "full"), default="lora", help="what is trained (%(default)s)")
-    parser.add_argument("--eight-bit", action="store_true", help="8-bit moments (bitsandbytes); full size needs them")
+    parser.add_argument("--eight-bit", action="store_true", help="8-bit moments (bitsandbytes)")
+    parser.add_argument("--deepspeed", help="DeepSpeed JSON of our path and the strong one, ZeRO stage 1 or 2")
     parser.add_argument("--repeats", type=int, default=5, help="steps per median (%(default)s)")
     parser.add_argument(
         "--budget-seconds", type=float, default=900.0, help="time after which nothing new starts (%(default)s)"

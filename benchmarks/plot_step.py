@@ -12,12 +12,38 @@ from typing import Any
 from pcpo_fast.reporting.style import BLUE, INK, ORANGE, SOFT, new_figure, styled
 
 
-def draw(content: dict[str, Any]) -> Any:
-    """Seconds of a step, rollout and update, from the slowest path to the fastest."""
+def rungs_of(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The paths that were timed, with their names: the public way, the ladder, and the strong way."""
     rungs = [("public trainers' way", content["baseline"])]
     rungs += [(rung["name"], rung) for rung in content["ladder"]]
     rungs.append(("strong plain PyTorch", content["strong"]))
     rungs = [(name, rung) for name, rung in rungs if "step_s" in rung]
+    apart = {0, 1, len(rungs) - 1}  # the others are what is before them, and one lever more
+    return [(name if place in apart else f"+ {name}", rung) for place, (name, rung) in enumerate(rungs)]
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown: seconds, throughput, how often as fast as the public way, memory, and how far the log-ratios moved."""
+    first = content["baseline"]["step_s"]
+    lines = [
+        "| | rollout s | update s | images/s | times as fast | peak GiB | log-ratio moved, of the clip range |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    extras = [(f"all of the above, {rung['name']}", rung) for rung in content["extras"] if "step_s" in rung]
+    for name, rung in (*rungs_of(content), *extras):
+        numerics = rung.get("numerics")
+        moved = "-" if numerics is None else f"{numerics['log_ratio_change'] / numerics['clip_range']:.1e}"
+        memory = "-" if rung["peak_gib"] is None else f"{rung['peak_gib']:.2f}"
+        lines.append(
+            f"| {name} | {rung['rollout_s']:.2f} | {rung['update_s']:.2f} | {rung['images_per_second']:.2f} "
+            f"| {first / rung['step_s']:.2f} | {memory} | {moved} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(content: dict[str, Any]) -> Any:
+    """Seconds of a step, rollout and update, from the slowest path to the fastest."""
+    rungs = rungs_of(content)
     figure = new_figure(height=0.42 * len(rungs) + 1.3)
     what = f"{content['images']} images, {content['steps']} steps, {content['finetune']}"
     title = f"One training step of {content['size']} FLUX ({what}) on {content['device']}"
@@ -31,8 +57,7 @@ def draw(content: dict[str, Any]) -> Any:
     for place, (_, rung) in zip(places, rungs, strict=True):
         times = rungs[0][1]["step_s"] / rung["step_s"]
         axes.text(rung["step_s"] + longest / 100, place, f"{times:.2f} x", va="center", fontsize=8.5, color=INK)
-    apart = {0, 1, len(rungs) - 1}  # the others are what is before them, and one lever more
-    axes.set_yticks(list(places), [name if n in apart else f"+ {name}" for n, (name, _) in enumerate(rungs)])
+    axes.set_yticks(list(places), [name for name, _ in rungs])
     axes.set_xlim(0, longest * 1.1)
     axes.invert_yaxis()
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8.5, labelcolor=SOFT)
@@ -52,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     draw(content).savefig(chosen.out, dpi=130)
+    print(table(content))
     print(chosen.out)
     return 0
 

@@ -18,6 +18,7 @@ from step_model import Size, random_embeddings, random_network, random_policy
 from torch import Tensor
 
 from pcpo_fast.config import Config
+from pcpo_fast.eight_bit_adamw import EightBitAdamW
 from pcpo_fast.engine import Engine
 from pcpo_fast.epoch_plan import EpochPlan, accumulation_steps, plan_epoch
 from pcpo_fast.optimizers import GuardedAdamW
@@ -158,7 +159,10 @@ class Public(Parts):
         self.network = self.policy.module
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         settings = config.optimizer
-        self.optimizer = GuardedAdamW(self.trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        kind: Any = EightBitAdamW if settings.moments == "8bit" else GuardedAdamW
+        self.optimizer = kind(
+            self.trained, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
         self.folder = tempfile.TemporaryDirectory()
         self.latents = self.log_probs = torch.empty(0)
 
