@@ -12,6 +12,7 @@ LONGEST = (
     "test_compare_command.py",
     "test_planning.py",  # 50
     "test_two_ranks.py",  # 49
+    "test_flux_step.py",
     "test_speed.py",
     "kernels/test_ahead_of_time.py",
     "test_tiny_pipelines.py",
