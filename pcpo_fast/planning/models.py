@@ -132,7 +132,8 @@ def build_on_meta(
     if settings.finetune == "lora":
         with META:
             add_lora(network, settings.lora, settings.lora.targets or family.lora_targets)
-        network.to(DTYPES[settings.dtype])  # peft gives adapters the weights' dtype, but not on the meta device
+        with quiet_libraries():  # diffusers warns of layers kept in float32, and names none
+            network.to(DTYPES[settings.dtype])  # peft gives adapters the weights' dtype, but not on the meta device
     else:
         network.requires_grad_(True)
     network.train()
