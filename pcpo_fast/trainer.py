@@ -17,7 +17,7 @@ from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import launcher_rank, lost_rank, rank, shared_errors, world_size
+from pcpo_fast.distributed import launcher_rank, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine import MARGIN, Engine, deepspeed_config, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
@@ -37,9 +37,6 @@ from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.step_tables import EpochTables, RunTables
 from pcpo_fast.update import Update
-
-LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited|Socket closed", re.IGNORECASE)
-"""What gloo and NCCL say where the process at the other end has died."""
 
 
 def train(
@@ -67,21 +64,18 @@ def train(
     inputs = RunInputs.load(config)
     device = start_distributed(config.distributed)
     try:
-        check_agreement(config)
-        start = verified(start)
-        _announce(start, config, console)
-        with recorded(profile, config, start.epoch, console):
-            return Trainer(config, start, inputs, device, console).run()
+        with naming_lost_ranks():
+            check_agreement(config)
+            start = verified(start)
+            _announce(start, config, console)
+            with recorded(profile, config, start.epoch, console):
+                return Trainer(config, start, inputs, device, console).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
             "set model.gradient_checkpointing=true, or use more GPUs; `pcpo-fast plan --config FILE --gpus N` "
             f"says what fits ({str(error).splitlines()[0]})"
         ) from error
-    except RuntimeError as error:
-        if world_size() > 1 and LOST_RANK.search(str(error)):
-            raise lost_rank(error) from error
-        raise
     finally:
         # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
         if world_size() == 1 or sys.exc_info()[0] is None:
@@ -123,9 +117,9 @@ class Trainer:
         self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
         accumulation = accumulation_steps(config, self.tables.trained_count, world_size())
         self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
+        keep_reference(self.policy, config)
         if config.model.gradient_checkpointing and config.model.checkpointed_share is None:
             self._choose_recomputing()
-        keep_reference(self.policy, config)
         self.engine = Engine(self.policy.module, config, accumulation)
         patience = timedelta(seconds=config.distributed.timeout) + MARGIN
         self.stop = StopRequest(config.checkpoint.grace, patience, self.progress.message)
@@ -143,13 +137,13 @@ class Trainer:
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.collapse.before = state.get("diversity_before")
         self.loop_state = self._loop_state()
+
     def _choose_recomputing(self) -> None:
         """Recompute as few blocks as the device's memory allows."""
         memory = device_memory(self.device, int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
         chosen = least_recomputing(self.config, world_size(), memory)
         checkpoint_blocks(self.policy.module, chosen.share)
         self.progress.message(f"model.checkpointed_share: {chosen}")
-
 
     def run(self) -> dict[str, Any]:
         """All epochs that are left, an evaluation before and after, and the results."""
