@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.reporting.style import BLUE, INK, ORANGE, SOFT, new_figure, styled
+from pcpo_fast.reporting.style import BLUE, GRID, INK, ORANGE, SOFT, new_figure, styled
 
 
 def rungs_of(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -33,10 +33,9 @@ def table(content: dict[str, Any]) -> str:
     for name, rung in (*rungs_of(content), *extras):
         numerics = rung.get("numerics")
         moved = "-" if numerics is None else f"{numerics['log_ratio_change'] / numerics['clip_range']:.1e}"
-        memory = "-" if rung["peak_gib"] is None else f"{rung['peak_gib']:.2f}"
         lines.append(
             f"| {name} | {rung['rollout_s']:.2f} | {rung['update_s']:.2f} | {rung['images_per_second']:.2f} "
-            f"| {first / rung['step_s']:.2f} | {memory} | {moved} |"
+            f"| {first / rung['step_s']:.2f} | {rung['peak_gib']:.2f} | {moved} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -46,9 +45,10 @@ def draw(content: dict[str, Any]) -> Any:
     rungs = rungs_of(content)
     figure = new_figure(height=0.42 * len(rungs) + 1.3)
     what = f"{content['images']} images, {content['steps']} steps, {content['finetune']}"
-    title = f"One training step of {content['size']} FLUX ({what}) on {content['device']}"
+    title = f"One training step of FLUX, size {content['size']} ({what}), on {content['device']}"
     axes = styled(figure.add_subplot(), title, "seconds", "", with_legend=True)
-    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x", color=GRID, linewidth=0.8)
     places = range(len(rungs))
     rollouts = [rung["rollout_s"] for _, rung in rungs]
     axes.barh(places, rollouts, color=BLUE, label="rollout", height=0.62)

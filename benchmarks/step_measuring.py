@@ -1,11 +1,8 @@
 """Seconds, memory, launches and host gaps of a training step, and the model's own share of the time."""
 
 import gc
-import os
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from step_model import Size
 from step_paths import Parts, StepPath
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from pcpo_fast.config import Config
 from pcpo_fast.policies.pipeline_policy import DTYPES
@@ -33,46 +31,26 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
-    """GiB at the peak of a call: allocated on the GPU, or resident in this process above what was there before.
-
-    None where the system does not say.
-    """
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
+    """GiB at the peak of a call: all that is allocated on the GPU; on a CPU, what PyTorch allocates for it on top."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() / 2**30
-    seen, done = [_resident()], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            seen.append(_resident())
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    finally:
-        done.set()
-        watcher.join()
-    sizes = [size for size in seen if size is not None]
-    return (max(sizes) - sizes[0]) / 2**30 if sizes else None
-
-
-def _resident() -> int | None:
-    """Bytes of memory that this process has in RAM."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak / 2**30
 
 
 def launches(path: StepPath, device: torch.device) -> dict[str, float]:
     """Operations that one step hands to the device, and on a GPU the share of the time in which it was idle."""
-    from torch.profiler import ProfilerActivity, profile
-
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, acc_events=True) as profiler:
         took = seconds(lambda: (path.rollout(), path.update()), device)

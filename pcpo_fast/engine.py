@@ -148,6 +148,7 @@ class Engine:
             self.optimizer = GuardedAdamW(parameters, **common)
         ds_config = deepspeed_config(config, accumulation)
         _check_secondary_partition(ds_config, config.deepspeed)
+        _fit_buckets(ds_config["zero_optimization"], sum(p.numel() for p in parameters))
         if config.train.ema_decay is not None:
             _check_shards_in_memory(ds_config, config.deepspeed)
         try:
@@ -394,6 +395,13 @@ def _check_writer(settings: dict[str, Any], file: str | None) -> None:
                 f"{file}: {key} is not allowed, since a checkpoint is read back when it has been written, and takes "
                 "its name only then (docs/resuming.md); remove it"
             )
+
+
+def _fit_buckets(zero: dict[str, Any], trained: int) -> None:
+    """DeepSpeed makes its reduction buffers as large as a bucket may be, two gigabytes by default, for any model."""
+    bucket = zero.get("reduce_bucket_size", 500_000_000)
+    if zero["stage"] < 3 and isinstance(bucket, int | float):
+        zero["reduce_bucket_size"] = int(min(bucket, trained))
 
 
 def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> None:

@@ -295,3 +295,16 @@ def test_an_offloaded_optimiser_is_ours_and_trains(tmp_path: Path) -> None:
         results.append([safe_get_full_fp32_param(p) for p in engine.deepspeed.module.parameters()])
     assert not same(results[0], weights_of(module_of()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 37), (20, 20), (1e9, 37)])
+def test_reduction_buffers_are_no_larger_than_the_trained_weights(
+    tmp_path: Path, given: float | None, expected: int
+) -> None:
+    file = tmp_path / "ds.json"
+    bucket = {} if given is None else {"reduce_bucket_size": given}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2} | bucket}))
+    engine = Engine(module_of(), config_of(f"deepspeed={file}"), accumulation=1)
+    assert engine.deepspeed.optimizer.reduce_bucket_size == expected
+    train_step(engine, batches(1))
+    assert engine.last_step.applied

@@ -22,6 +22,7 @@ import step_paths
 from step_model import SIZES, Size
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
@@ -172,11 +173,22 @@ def test_a_size_for_gpus_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "error: --size full needs a GPU; --size cpu does not\n"
 
 
-def test_memory_of_a_call_is_seen() -> None:
-    def call() -> None:
-        block = torch.ones(50 << 20)
-        while block.sum() < 1:  # long enough to be looked at
-            pass
+def test_memory_of_a_call_is_counted() -> None:
+    kept = []
 
-    peak = step_measuring.peak_memory(call, CPU)
-    assert peak is None or 0.1 < peak < 0.4
+    def call() -> None:
+        one = torch.ones(1 << 20)
+        del one
+        kept.append(torch.ones(1 << 20) + 1)  # two at a time
+
+    assert step_measuring.peak_memory(call, CPU) == pytest.approx(8 / 1024, rel=0.01)
+
+
+@pytest.mark.parametrize("finetune", ["lora"])
+def test_the_documented_ladder_is_the_committed_one(finetune: str) -> None:
+    file = f"benchmarks/results/step/cpu_{finetune}.json"
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    shown = page.partition(f"from {file} -->\n")[2].partition("<!-- end -->")[0]
+    content = json.loads((ROOT / file).read_text())
+    assert shown == plot_step.table(content)
+    assert content["complete"] and all("step_s" in content[name] for name in ("ours", "baseline", "strong"))

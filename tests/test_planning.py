@@ -10,6 +10,7 @@ import pytest
 import torch
 from allocations import allocations, trained_once
 from cli_runs import call
+from planned_peaks import FINETUNES, MODELS, peaks, render
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcpo_fast.config import Config, ModelConfig
@@ -156,32 +157,19 @@ def test_flux_blocks_agree_with_fake_tensors() -> None:
     assert costs.training(1, False).saved == pytest.approx(expected, rel=TEN_PERCENT)
 
 
-@pytest.mark.parametrize("finetune", ["full", "lora"])
-@pytest.mark.parametrize("model", ["tiny_flux", "tiny_sd3"])
+@pytest.mark.parametrize("finetune", FINETUNES)
+@pytest.mark.parametrize("model", MODELS)
 def test_measured_peaks_of_a_backward(model: str, finetune: str, tmp_path: Path) -> None:
     """What PyTorch's allocator hands out on a CPU during a forward and backward of six images."""
-    config = shipped(
-        f"configs/{model}.yaml",
-        f"model.path={ROOT / 'assets' / model.replace('_', '-')}",
-        f"model.finetune={finetune}",
-        "model.lora.rank=8",
-        f"model.embedding_cache={tmp_path}",
-    )
-    costs = ModelCosts(find_architecture(config.model), config.model, on_gpu=False)
-    policy: Any = load_policy(config, CPU)
-    shapes = policy.conditioning_shapes(costs.architecture.clip_tokens)
-    conditioning = {name: torch.randn(6, *shape) for name, shape in shapes.items()}
-    latents, times = torch.randn(6, *policy.latent_shape), torch.full((6,), 0.5)
-    for checkpointed in (False, True):
-        if checkpointed:
-            policy.network.enable_gradient_checkpointing()
+    for row in peaks(model, finetune, tmp_path):
+        assert row["planned"] == pytest.approx(row["measured"], rel=TEN_PERCENT), row
 
-        def predict() -> torch.Tensor:
-            return policy.predict_halves(latents, times, conditioning).conditional
 
-        trained_once(predict, policy.module)  # what is made once, is made
-        measured = allocations(lambda: trained_once(predict, policy.module)).peak
-        assert costs.training_peak(6, checkpointed) == pytest.approx(measured, rel=TEN_PERCENT), f"{checkpointed=}"
+def test_the_committed_peaks_are_within_ten_percent_and_in_the_documentation() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "planned_peaks.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 2 * len(MODELS) * len(FINETUNES)
+    assert all(row["planned"] == pytest.approx(row["measured"], rel=TEN_PERCENT) for row in rows)
+    assert render(rows) in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
 
 
 def test_measured_peaks_of_a_share_of_the_blocks(tmp_path: Path) -> None:

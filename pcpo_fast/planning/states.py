@@ -165,7 +165,8 @@ def states_of(
     if flat:
         communication = min(trained, zero.reduce_bucket) * optimizer.gradient if ranks > 1 else 0.0
     else:
-        communication = float(zero.reduce_bucket * weight_bytes * zero.buffers)
+        bucket = min(trained, zero.reduce_bucket) if zero.stage < 3 else zero.reduce_bucket
+        communication = float(bucket * weight_bytes * zero.buffers)
     step = share * optimizer.step if optimizer.step >= 4 else min(share * 24, CHUNK_BYTES) + share * optimizer.step
     return States(
         weights=weights,

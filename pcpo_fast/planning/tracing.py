@@ -1,7 +1,8 @@
 """Floating-point operations and memory of a forward and backward, counted operation by operation on the meta device.
 
-Tensors there have shapes and storages but no memory, so FLUX is counted on a laptop. What an operation needs inside
-(a convolution's workspace) is not seen. Attention and RMS norms are counted as the fused operations that a GPU runs.
+Tensors there have shapes and storages but no memory, so FLUX is counted on a laptop. What an operation needs inside is
+not seen: of convolutions on a CPU it is known and added, on a GPU cuDNN chooses it. Attention and RMS norms are counted
+as the fused operations that a GPU runs.
 """
 
 import weakref
@@ -113,11 +114,12 @@ class Accountant(TorchDispatchMode):
 
     Args:
         known: storages that were there before, such as weights; they count nothing.
+        on_gpu: False adds what convolutions need inside on a CPU.
     """
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, known: set[int], *, on_gpu: bool) -> None:
         super().__init__()
-        self.known = known
+        self.known, self.on_gpu = known, on_gpu
         self.flops = self.recomputed = 0.0
         self.live = 0
         self.segment = "forward"
@@ -135,6 +137,9 @@ class Accountant(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._watch(leaf)
+        if not self.on_gpu:
+            inside = _blocked_copies(function._overloadpacket, args, result)
+            self.peaks[self.segment] = max(self.peaks[self.segment], self.live + inside)
         return result
 
     def _watch(self, tensor: Tensor) -> None:
@@ -162,15 +167,36 @@ class Accountant(TorchDispatchMode):
             self.flops += flop_registry[operation](*args, **kwargs, out_val=result)
 
 
+def _blocked_copies(operation: Any, args: Any, result: Any) -> int:
+    """Bytes that a convolution needs besides its outputs on a CPU: oneDNN copies tensors into a layout of its own.
+
+    Not for kernels of one pixel. Forward: input and weights, or the output. Backward: input and gradient for the
+    weights' gradient, or the weights for the input's. (Measured with PyTorch's allocator; the sizes are exact.)
+    """
+    if operation not in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+        return 0
+    backward = operation is torch.ops.aten.convolution_backward
+    inputs, weights = args[1:3] if backward else args[:2]
+    if all(size == 1 for size in weights.shape[2:]):
+        return 0
+    if backward:
+        return max(inputs.nbytes + args[0].nbytes, weights.nbytes)
+    return max(inputs.nbytes + weights.nbytes, result.nbytes)
+
+
 def trace_forward(module: nn.Module, forward: Callable[[], Tensor], *, fused_norms: bool = True) -> Cost:
     """Count a forward without gradients.
 
     Args:
         module: whose weights count nothing.
         forward: what is counted; its inputs are made before.
-        fused_norms: RMS norms as GPUs run them; False: as CPUs do.
+        fused_norms: RMS norms and convolutions as GPUs run them; False: as CPUs do.
     """
-    with torch.no_grad(), fused_operations(fused_norms), Accountant(_storages(module)) as accountant:
+    with (
+        torch.no_grad(),
+        fused_operations(fused_norms),
+        Accountant(_storages(module), on_gpu=fused_norms) as accountant,
+    ):
         output = forward()
         saved = accountant.live
         del output
@@ -192,12 +218,12 @@ def trace_training(
         forward: what is counted; its inputs are made before.
         kinds: blocks that repeat, by kind, in the order of the forward; each kind's backward is a segment of its own.
         keep_gradients: the gradients of the parameters stay until the end, or are taken away as soon as they are there.
-        fused_norms: RMS norms as GPUs run them; False: as CPUs do.
+        fused_norms: RMS norms and convolutions as GPUs run them; False: as CPUs do.
     """
     handles, parameters = [], [p for p in module.parameters() if p.requires_grad]
     if not keep_gradients:
         handles = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters]
-    accountant = Accountant(_storages(module))
+    accountant = Accountant(_storages(module), on_gpu=fused_norms)
     forward_done = False
 
     def announce(kind: str) -> Callable[..., None]:
