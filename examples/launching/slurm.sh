@@ -18,7 +18,8 @@ CONFIG=${CONFIG:-configs/flux_dev_pcpo.yaml}
 DEEPSPEED=${DEEPSPEED:-ds_configs/zero3_hpz.json}
 OUTPUT=${OUTPUT:-runs/flux_two_machines}   # a disk that all machines see
 CACHE=${CACHE:-/tmp/pcpo_embeddings}       # each machine's own
-FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+FIRST=${HOSTS%%$'\n'*}
 PORT=$((20000 + SLURM_JOB_ID % 20000))     # two jobs on one machine must not meet each other
 
 exec srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" \
