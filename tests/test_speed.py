@@ -137,6 +137,16 @@ def test_compiled_blocks_compute_the_same(pipeline_folder: Path, finetune: str) 
             assert not close(policy.predict(*inputs), output), "the adapters are switched off in compiled blocks, too"
 
 
+def test_a_run_may_have_many_batch_sizes(pipeline_folder: Path) -> None:
+    """PyTorch's own limit is eight, after which a whole graph is an error."""
+    policy = load_policy(tiny_config(pipeline_folder), CPU)
+    compile_blocks(policy.module, backend="eager")
+    with torch.no_grad():
+        for rows in range(2, 12):
+            latents = torch.randn(rows, *policy.latent_shape)
+            policy.predict(latents, torch.rand(rows), policy.encode([PROMPTS[0]] * rows))
+
+
 def test_compiled_blocks_of_the_other_families(guided: Family) -> None:
     policy = guided.policy()
     inputs = inputs_of(policy)

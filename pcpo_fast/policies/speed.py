@@ -3,6 +3,8 @@
 from typing import Any
 
 import pcpo_kernels
+import torch
+import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -10,6 +12,8 @@ from pcpo_fast.errors import UserError
 
 COMPILED = ("FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock", "BasicTransformerBlock")
 """Classes of the blocks that repeat."""
+MOST_VERSIONS = 64
+"""How often a block may be compiled, once for each kind of batch that a run has."""
 CHECKPOINTED = (*COMPILED, "ResnetBlock2D")
 """Classes of the blocks whose activations diffusers can recompute."""
 
@@ -28,6 +32,8 @@ def compile_blocks(network: nn.Module, **options: Any) -> int:
         How many blocks are compiled.
     """
     blocks = _blocks(network, COMPILED)
+    # Sizes of batches, with and without gradients, with and without adapters: PyTorch gives up after eight.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
     for block in blocks:
         block.compile(**({"fullgraph": True, "dynamic": False} | options))
     return len(blocks)
