@@ -7,8 +7,8 @@ Sizes: ``full`` is FLUX.1-dev at 720 x 720 (DanceGRPO's 12 images x 16 steps x 9
 depth, ``cpu`` a miniature. ``ours`` has every lever for this machine, ``baseline`` is the public trainers' way,
 ``strong`` a batched and compiled plain PyTorch loop (benchmarks/step_paths.py says what they do); the ladder goes from
 the public way to ours, one lever at a time. Before a path is timed its outputs and log-ratios are checked against plain
-eager PyTorch in a wider type; one that fails gets no time. The file is written anew after each measurement, the most
-valuable first.
+eager PyTorch in a wider type; one that fails gets no time. On a GPU the file is written anew after each measurement,
+the most valuable first; on a CPU, whose clock drifts, the paths take turns.
 """
 
 import argparse
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import diffusers
 import torch
 from step_checking import Check
-from step_measuring import Bare, launches, measure, seconds
+from step_measuring import Bare, Timed, launches, seconds
 from step_model import SIZES, Size, model_costs
 from step_paths import Ours, Public, StepPath, Strong
 
@@ -86,6 +86,7 @@ class Session:
         self.size, self.device, self.chosen = SIZES[chosen.size], device, chosen
         self.gpu = device.type == "cuda"
         self.started = time.monotonic()
+        self.waiting: list[tuple[str, dict[str, Any], Timed]] = []
         self.base = ("optimizer.moments=8bit",) * chosen.eight_bit
         if chosen.deepspeed:
             self.base = (*self.base, f"deepspeed={chosen.deepspeed}")
@@ -138,13 +139,14 @@ class Session:
             self._overhead(best)
         for rung, settings in rungs[:-1]:
             self._record("ladder", lambda s=settings: Ours(self.size, self.config(s), self.device), settings, rung.name)
-        if "ours" in self.content:
-            self.content["ladder"].append(self.content["ours"] | {"name": rungs[-1][0].name})
         for rung in EXTRAS:
             if (rung.gpu and not self.gpu) or ("merge" in rung.name and self.chosen.finetune != "lora"):
                 continue
             settings = (*best, *rung.overrides)
             self._record("extras", lambda s=settings: Ours(self.size, self.config(s), self.device), settings, rung.name)
+        self._take_turns()
+        if "ours" in self.content:
+            self.content["ladder"].append(self.content["ours"] | {"name": rungs[-1][0].name})
         self.content["complete"] = not self.late()
         self.write()
 
@@ -152,7 +154,7 @@ class Session:
         return time.monotonic() - self.started > self.chosen.budget_seconds
 
     def _record(self, key: str, build: Callable[[], StepPath], settings: tuple[str, ...], name: str = "") -> None:
-        """Check, measure, print and write one path."""
+        """Check and build one path; measure it now on a GPU, and later in turns with the others on a CPU."""
         if self.late():
             print(f"left out, the time is up: {name or key}")
             return
@@ -163,19 +165,39 @@ class Session:
                 print(f"{name or key}: NOT TIMED, its outputs are not those of eager PyTorch: {record['numerics']}")
                 self._keep(key, record | {"refused": True})
                 return
-        free(self.device)
+        if self.gpu:
+            free(self.device)
+        timed = Timed(build(), self.device)
+        if not self.gpu:
+            self.waiting.append((key, record, timed))
+            return
         left = self.chosen.budget_seconds - (time.monotonic() - self.started)
-        path = build()
-        record |= measure(path, self.device, self.chosen.repeats, max(left / 4, 1))
+        timed.repeat()
+        while len(timed.rollouts) < self.chosen.repeats and timed.first * (len(timed.rollouts) + 1) < max(left / 4, 1):
+            timed.repeat()
+        self._finish(key, record, timed)
+        del timed
+        free(self.device)
+
+    def _take_turns(self) -> None:
+        """Time all that waits in turns: a CPU's clock drifts by more than what is compared."""
+        for _ in range(self.chosen.repeats):
+            if self.late() and self.waiting and self.waiting[0][2].rollouts:
+                break
+            for _, _, timed in self.waiting:
+                timed.repeat()
+        for waits in self.waiting:
+            self._finish(*waits)
+
+    def _finish(self, key: str, record: dict[str, Any], timed: Timed) -> None:
+        record |= timed.record()
         record |= self._rates(record)
         if key in ("ours", "baseline", "strong"):
-            record |= launches(path, self.device)
-        del path
-        free(self.device)
+            record |= launches(timed.path, self.device)
         self._keep(key, record)
         line = f"rollout {record['rollout_s']:8.3f} s  update {record['update_s']:8.3f} s  "
         mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
-        print(f"{line}{record['images_per_second']:7.2f} images/s{mfu}  {name or key}", flush=True)
+        print(f"{line}{record['images_per_second']:7.2f} images/s{mfu}  {record['name']}", flush=True)
 
     def _rates(self, record: dict[str, Any]) -> dict[str, Any]:
         total, work = record["rollout_s"] + record["update_s"], self.work

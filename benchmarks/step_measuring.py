@@ -104,22 +104,30 @@ class Bare(Parts):
         return self.policy.predict(self.latents[:count], self.times[:count], self.conditioning(count))
 
 
-def measure(path: StepPath, device: torch.device, repeats: int, limit: float) -> dict[str, Any]:
-    """Medians over some steps after one that warms up; fewer where they would take longer than ``limit`` seconds."""
-    first = seconds(path.rollout, device) + seconds(path.update, device)
-    rollouts, updates = list[float](), list[float]()
-    while len(rollouts) < repeats and (not rollouts or first * (len(rollouts) + 1) < limit):
-        rollouts.append(seconds(path.rollout, device))
-        updates.append(seconds(path.update, device))
+class Timed:
+    """A path and the times of its steps, after one that warms up."""
 
-    def step() -> None:
-        path.rollout()
-        path.update()
+    def __init__(self, path: StepPath, device: torch.device) -> None:
+        self.path, self.device = path, device
+        self.first = seconds(path.rollout, device) + seconds(path.update, device)
+        self.rollouts, self.updates = list[float](), list[float]()
 
-    return {
-        "first_step_s": first,
-        "repeats": len(rollouts),
-        "rollout_s": median(rollouts),
-        "update_s": median(updates),
-        "peak_gib": peak_memory(step, device),
-    }
+    def repeat(self) -> None:
+        """Time one more step."""
+        self.rollouts.append(seconds(self.path.rollout, self.device))
+        self.updates.append(seconds(self.path.update, self.device))
+
+    def record(self) -> dict[str, Any]:
+        """Medians, and the memory of one more step."""
+
+        def step() -> None:
+            self.path.rollout()
+            self.path.update()
+
+        return {
+            "first_step_s": self.first,
+            "repeats": len(self.rollouts),
+            "rollout_s": median(self.rollouts),
+            "update_s": median(self.updates),
+            "peak_gib": peak_memory(step, self.device),
+        }
