@@ -13,7 +13,6 @@ the most valuable first; on a CPU, whose clock drifts, the paths take turns.
 
 import argparse
 import gc
-import json
 import platform
 import sys
 import time
@@ -23,8 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import diffusers
 import torch
 from step_checking import Check
@@ -32,8 +29,10 @@ from step_measuring import Bare, Timed, launches, seconds
 from step_model import SIZES, Size, model_costs
 from step_paths import Ours, Public, StepPath, Strong
 
+from kernels import device_facts, write
 from pcpo_fast.config import Config
 from pcpo_fast.engine import start_distributed, stop_distributed
+from pcpo_fast.epoch_plan import steps_per_image
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.work import work_of_epoch
 from pcpo_fast.policies.quiet import quiet_libraries
@@ -244,16 +243,16 @@ class Session:
         )
 
     def _work(self, config: Config) -> dict[str, Any]:
-        costs, trainable = model_costs(self.size, config), self.size.steps - 1
-        work = work_of_epoch(config, costs, trainable, checkpointed=0)
-        pairs = round(work["update"].flops / costs.training(1, False).flops)
+        trainable = self.size.steps - 1
+        work = work_of_epoch(config, model_costs(self.size, config), trainable, checkpointed=0)
+        pairs = self.size.images * steps_per_image(config, trainable)
         return {"rollout": work["rollout"].flops, "update": work["update"].flops, "pairs": pairs}
 
     def write(self) -> None:
         self.content["seconds"] = time.monotonic() - self.started
         path: Path = self.chosen.json
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        write(path, self.content)
 
 
 def free(device: torch.device) -> None:
@@ -266,13 +265,9 @@ def free(device: torch.device) -> None:
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Where the numbers come from."""
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "command": " ".join(["python", "benchmarks/flux_step.py", *sys.argv[1:]]),
-    }
+    here = {"device": f"{platform.machine()}, {torch.get_num_threads()} threads"} if device.type == "cpu" else {}
+    command = " ".join(["python", "benchmarks/flux_step.py", *sys.argv[1:]])
+    return device_facts(device) | here | {"diffusers": diffusers.__version__, "command": command}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from allocations import allocations
 from step_model import Size
 from step_paths import Parts, StepPath
 from torch import Tensor
@@ -33,20 +34,13 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
     """GiB at the peak of a call: all that is allocated on the GPU; on a CPU, what PyTorch allocates for it on top."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() / 2**30
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak / 2**30
+    return allocations(call).peak / 2**30
 
 
 def launches(path: StepPath, device: torch.device) -> dict[str, float]:

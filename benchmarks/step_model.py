@@ -1,7 +1,7 @@
 """FLUX with random weights in three sizes, and what a training step needs around it: no download, no text encoder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,31 +12,11 @@ from pcpo_fast.config import Config
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.models import Architecture
+from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.flux import FluxPolicy
 
-FLUX = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "axes_dims_rope": (16, 56, 56),
-    "guidance_embeds": True,
-}
-FLUX_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-}
-CLIP_TOKENS = 77
+FLUX = PUBLISHED["black-forest-labs/FLUX.1-dev"]
+TRANSFORMER, VAE = (dict(FLUX["parts"][name][1]) for name in ("transformer", "vae"))
 
 
 @dataclass(frozen=True)
@@ -91,9 +71,23 @@ class Size:
         )
 
 
+# FLUX.1-dev, and DanceGRPO's step for one prompt: 12 images, 16 steps, 9 of them trained, 720 x 720.
+FULL = Size(
+    transformer=TRANSFORMER,
+    vae=VAE,
+    image=720,
+    text=512,
+    images=12,
+    steps=16,
+    trained=0.6,
+    together=4,
+    dtype="bfloat16",
+    settings=("model.lora.rank=128", "model.lora.alpha=256"),
+)
 SIZES = {
     "cpu": Size(
-        transformer={
+        transformer=TRANSFORMER
+        | {
             "in_channels": 16,
             "num_layers": 2,
             "num_single_layers": 4,
@@ -102,9 +96,8 @@ SIZES = {
             "joint_attention_dim": 64,
             "pooled_projection_dim": 32,
             "axes_dims_rope": (8, 12, 12),
-            "guidance_embeds": True,
         },
-        vae=FLUX_VAE
+        vae=VAE
         | {
             "down_block_types": ("DownEncoderBlock2D",) * 2,
             "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -124,31 +117,8 @@ SIZES = {
         settings=("model.lora.rank=8", "model.lora.alpha=16"),
     ),
     # A fifth of FLUX's depth at its full width, for GPUs of 24 GB.
-    "small": Size(
-        transformer=FLUX | {"num_layers": 4, "num_single_layers": 8},
-        vae=FLUX_VAE,
-        image=512,
-        text=512,
-        images=12,
-        steps=16,
-        trained=0.6,
-        together=4,
-        dtype="bfloat16",
-        settings=("model.lora.rank=128", "model.lora.alpha=256"),
-    ),
-    # FLUX.1-dev, and DanceGRPO's step for one prompt: 12 images, 16 steps, 9 of them trained, 720 x 720.
-    "full": Size(
-        transformer=FLUX,
-        vae=FLUX_VAE,
-        image=720,
-        text=512,
-        images=12,
-        steps=16,
-        trained=0.6,
-        together=4,
-        dtype="bfloat16",
-        settings=("model.lora.rank=128", "model.lora.alpha=256"),
-    ),
+    "small": replace(FULL, transformer=TRANSFORMER | {"num_layers": 4, "num_single_layers": 8}, image=512),
+    "full": FULL,
 }
 """What ``--size`` takes."""
 
@@ -198,4 +168,4 @@ def model_costs(size: Size, config: Config) -> ModelCosts:
         "vae": ("AutoencoderKL", dict(size.vae)),
         "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     }
-    return ModelCosts(Architecture("FluxPipeline", parts, CLIP_TOKENS, "random weights"), config.model)
+    return ModelCosts(Architecture(FLUX["pipeline"], parts, FLUX["clip_tokens"], "random weights"), config.model)

@@ -65,13 +65,20 @@ class Parts:
         return values[steps].view(-1, 1, 1)
 
 
-class Ours(Parts):
-    """The trainer's own loop, with the levers that the configuration has."""
+class WithEngine(Parts):
+    """A path that trains through our engine."""
 
     def __init__(self, size: Size, config: Config, device: torch.device) -> None:
         super().__init__(size, config, device, DTYPES[config.model.dtype])
         self.engine = Engine(self.policy.module, config, accumulation_steps(config, self.tables.trained_count, 1))
         self.policy.forward_module = self.engine.module
+
+
+class Ours(WithEngine):
+    """The trainer's own loop, with the levers that the configuration has."""
+
+    def __init__(self, size: Size, config: Config, device: torch.device) -> None:
+        super().__init__(size, config, device)
         self.sampled: Rollout | None = None
 
     def rollout(self) -> None:
@@ -83,17 +90,16 @@ class Ours(Parts):
 
     def update(self) -> None:
         assert self.sampled is not None, "roll out first"
-        at, update = self.at, self.advantages
-        list(Update(self.policy, self.engine, self.sampled, update, at.sampler, at.credit, self.config).run())
+        at = self.at
+        update = Update(self.policy, self.engine, self.sampled, self.advantages, at.sampler, at.credit, self.config)
+        list(update.run())
 
 
-class Strong(Parts):
+class Strong(WithEngine):
     """Batched and compiled, with our engine; sampler, noise and log-hinge loss in plain PyTorch."""
 
     def __init__(self, size: Size, config: Config, device: torch.device) -> None:
-        super().__init__(size, config, device, DTYPES[config.model.dtype])
-        self.engine = Engine(self.policy.module, config, accumulation_steps(config, self.tables.trained_count, 1))
-        self.policy.forward_module = self.engine.module
+        super().__init__(size, config, device)
         self.loss = torch.compile(hinge_loss, dynamic=False) if config.model.compile else hinge_loss
         self.latents: Tensor | None = None
         self.outputs: Tensor | None = None

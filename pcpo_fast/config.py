@@ -84,6 +84,11 @@ class ModelConfig(Section):
         None, description="folder of encoded prompts; default: embeddings/ next to the run directories"
     )
 
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the blocks that are recomputed in the backward; all of them until the run has chosen how many."""
+        return (self.checkpointed_share or 1.0) if self.gradient_checkpointing else 0.0
+
 
 class PromptConfig(Section):
     """Where prompts come from: one per line, or JSONL with ``prompt`` and ``metadata``."""

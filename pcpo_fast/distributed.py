@@ -5,7 +5,7 @@ Uses torch.distributed only: whoever starts the process group (:mod:`pcpo_fast.e
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +107,12 @@ def naming_lost_ranks() -> Iterator[None]:
         if is_distributed() and LOST_RANK.search(str(error)):
             raise lost_rank(error) from error
         raise
+
+
+def ranks_per_machine(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Ranks on each machine as the launcher set it (torchrun, DeepSpeed); None where it says nothing."""
+    text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
+    return int(text) or None if text.isdecimal() else None
 
 
 def launcher_rank() -> int:

@@ -261,12 +261,15 @@ class Engine:
 
         What DeepSpeed has in host memory already stays where it is, and so does everything on a machine without a GPU.
         """
+        if not enabled:
+            yield
+            return
         shards = [*self._shards(), *(self.ema.average if self.ema is not None else ())]
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [value for value in (*shards, *moments) if isinstance(value, Tensor) and value.dim() > 0]
         parameters = list(self.deepspeed.module.parameters())
         needed = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
-        with self.park.without(tensors, needed) if enabled else nullcontext():
+        with self.park.without(tensors, needed):
             yield
 
     def _shards(self) -> list[Tensor]:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from pcpo_fast.distributed import ranks_per_machine
 from pcpo_fast.errors import UserError, reason_of
 
 LOOK = 0.2
@@ -80,11 +81,11 @@ def home_of(missing: Iterable[int], environment: Mapping[str, str]) -> str:
     Launchers number ranks machine by machine, and say how many a machine has (``LOCAL_WORLD_SIZE``, DeepSpeed's
     ``LOCAL_SIZE``); Slurm also names the machines of the job in their order (``SLURM_JOB_NODELIST``).
     """
-    per_machine = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
-    if not per_machine.isdecimal() or int(per_machine) == 0:
+    per_machine = ranks_per_machine(environment)
+    if per_machine is None:
         return ""
     hosts = expand_hosts(environment.get("SLURM_JOB_NODELIST", ""))
-    machines = sorted({rank // int(per_machine) for rank in missing})
+    machines = sorted({rank // per_machine for rank in missing})
     names = [f"machine {number}" + (f" ({hosts[number]})" if number < len(hosts) else "") for number in machines]
     return f"they belong to {', '.join(names)}, counted from 0 with {per_machine} ranks each; "
 

@@ -1,6 +1,6 @@
 """Rollouts: images sampled with a stochastic sampler, and the trajectories that the update needs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,12 @@ class Trajectories:
 
     latents: Tensor
     outputs: Tensor
+
+    @classmethod
+    def of(cls, initial: Tensor, steps: Iterable[tuple[Tensor, Tensor]]) -> "Trajectories":
+        """All that :func:`sampler_steps` yields from initial latents [B, ...]."""
+        outputs, latents = zip(*steps, strict=True)
+        return cls(torch.stack((initial, *latents), dim=1), torch.stack(outputs, dim=1))
 
 
 @dataclass(frozen=True)
@@ -110,19 +116,6 @@ def first_rows(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return first.to(device), copies.to(device)
 
 
-def sample_trajectories(
-    policy: Policy,
-    conditioning: Conditioning,
-    initial: Tensor,
-    seeds: Tensor,
-    table: StepTable,
-    equal: Tensor | None = None,
-) -> Trajectories:
-    """Every latent and output of :func:`sampler_steps`, whose arguments it takes."""
-    outputs, latents = zip(*sampler_steps(policy, conditioning, initial, seeds, table, equal), strict=True)
-    return Trajectories(torch.stack((initial, *latents), dim=1), torch.stack(outputs, dim=1))
-
-
 def collect_rollout(
     policy: Policy,
     encode: Callable[[list[int]], Conditioning],
@@ -160,7 +153,7 @@ def collect_rollout(
         rows = rows.to(device)
         initial = initial_latents(policy, initial_keys[rows])
         given = select_rows(conditioning, groups[rows])
-        part = sample_trajectories(policy, given, initial, seeds[rows], table, equal)
+        part = Trajectories.of(initial, sampler_steps(policy, given, initial, seeds[rows], table, equal))
         parts.append(part)
         with ranges.named("decode"):
             images.append(policy.decode(part.latents[:, -1]))

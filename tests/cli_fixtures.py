@@ -4,12 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_runs import ROOT, WAITING_REWARD, Run, finished_run, write_config
+from cli_runs import ROOT, WAITING_REWARD, Run, finished_run, wait_for, write_config
 
 TESTS = Path(__file__).parent
 
@@ -22,10 +21,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
     try:
-        end = time.monotonic() + 240
-        while not socket.exists():
-            assert server.poll() is None and time.monotonic() < end, "the server does not come up"
-            time.sleep(0.01)
+        wait_for(socket.exists, server)
         yield f"{sys.executable} -S {TESTS / 'warm_trainer.py'} {socket}"
     finally:
         server.kill()

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,18 @@ from pcpo_fast.step_tables import StepTable
 from pcpo_fast.transitions import euler_ode
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def wait_for(
+    condition: Callable[[], bool], process: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None
+) -> None:
+    """Until it holds; at most four minutes, and only as long as the process lives."""
+    end = time.monotonic() + 240
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
 
 # A reward whose 2nd, 4th, ... call on eight images (a rollout; an evaluation has two) can be made to wait: the test
 # kills the run there, in the middle of an epoch that has a checkpoint before it.

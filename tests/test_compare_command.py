@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cli_runs import wait_for
 from comparison_runs import noisy_rise, write_run
 
 from pcpo_fast.cli import main
@@ -55,14 +55,6 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Output:
     except SystemExit as left:  # argparse
         code = int(left.code or 0)
     return Output(code, *capsys.readouterr())
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
-    end = time.monotonic() + 240
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tiny_pipeline import CHANNELS, HEIGHT, PROMPTS, TOKENS, WIDTH, build_pipeline, tiny_config
+from tiny_pipeline import CHANNELS, HEIGHT, PROMPTS, TOKENS, WIDTH, build_pipeline, rolled_out, tiny_config
 from torch import Tensor
 
 from pcpo_fast.config import LoraConfig
@@ -26,7 +26,6 @@ from pcpo_fast.policies.flux import FluxPolicy
 from pcpo_fast.policies.loading import load_policy, load_trained_weights
 from pcpo_fast.policies.locating import pipeline_folder as locate
 from pcpo_fast.policies.lora import adapters_off, add_lora
-from pcpo_fast.rollout import sample_trajectories
 from pcpo_fast.step_tables import StepTable
 from pcpo_fast.transitions import euler_ode
 
@@ -103,8 +102,8 @@ def test_a_deterministic_rollout_gives_the_pipelines_images(policy: Policy, flux
     table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
     latents = random_latents(3)
     expected = run_pipeline(flux, latents, list(PROMPTS[:3]))
-    end = sample_trajectories(policy, policy.encode(PROMPTS[:3]), latents, torch.zeros(3, dtype=torch.int64), table)
-    images = policy.decode(end.latents[:, -1])
+    end = rolled_out(policy, policy.encode(PROMPTS[:3]), latents, table).latents[:, -1]
+    images = policy.decode(end)
     assert images.dtype == torch.float32 and images.shape == (3, 3, HEIGHT, WIDTH)
     assert images.std() > 0.05
     assert torch.allclose(images, expected, atol=2e-4), (images - expected).abs().max()
@@ -113,8 +112,8 @@ def test_a_deterministic_rollout_gives_the_pipelines_images(policy: Policy, flux
 def test_guidance_reaches_the_model(pipeline_folder: Path, flux: Any) -> None:
     policy = load_policy(tiny_config(pipeline_folder, "model.guidance=1.5"), CPU)
     table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
-    latents, seeds = random_latents(1), torch.zeros(1, dtype=torch.int64)
-    end = sample_trajectories(policy, policy.encode(PROMPTS[:1]), latents, seeds, table).latents[:, -1]
+    latents = random_latents(1)
+    end = rolled_out(policy, policy.encode(PROMPTS[:1]), latents, table).latents[:, -1]
     tuned, other = (run_pipeline(flux, latents, [PROMPTS[0]], guidance_scale=scale) for scale in (1.5, 3.5))
     assert torch.allclose(policy.decode(end), tuned, atol=2e-4)
     assert not torch.allclose(tuned, other, atol=2e-3)
@@ -126,8 +125,8 @@ def test_classifier_free_guidance_is_the_pipelines_true_one(pipeline_folder: Pat
         tiny_config(pipeline_folder, "model.cfg_scale=2.0", "model.negative_prompt=a blue square"), CPU
     )
     table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
-    latents, seeds = random_latents(2), torch.zeros(2, dtype=torch.int64)
-    end = sample_trajectories(policy, policy.encode(PROMPTS[:2]), latents, seeds, table).latents[:, -1]
+    latents = random_latents(2)
+    end = rolled_out(policy, policy.encode(PROMPTS[:2]), latents, table).latents[:, -1]
     negative = ["a blue square"] * 2
     expected = run_pipeline(flux, latents, list(PROMPTS[:2]), true_cfg_scale=2.0, negative_prompt=negative)
     plain = run_pipeline(flux, latents, list(PROMPTS[:2]))

@@ -1,25 +1,21 @@
 """The benchmark of a training step: its paths compute the same step, and none is timed that does not."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from pcpo_kernels import policy_loss
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import flux_step
 import plot_step
+import pytest
 import step_checking
 import step_measuring
 import step_model
 import step_paths
+import torch
+from pcpo_kernels import policy_loss
 from step_model import SIZES, Size
+from torch import Tensor
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]

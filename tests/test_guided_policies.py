@@ -17,7 +17,7 @@ from guided_policies import (
     randomize_adapters,
     trained_state,
 )
-from tiny_pipeline import HEIGHT, PROMPTS, WIDTH, tiny_config
+from tiny_pipeline import HEIGHT, PROMPTS, WIDTH, rolled_out, tiny_config
 from tiny_pipelines import NEGATIVE
 from torch import Tensor
 
@@ -29,7 +29,6 @@ from pcpo_fast.policies.exporting import save_pipeline
 from pcpo_fast.policies.loading import load_policy, load_trained_weights
 from pcpo_fast.policies.lora import adapters_off
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
-from pcpo_fast.rollout import sample_trajectories
 from pcpo_fast.samplers import build_transitions, deterministic_transitions
 from pcpo_fast.step_tables import StepTable
 
@@ -57,8 +56,8 @@ def deterministic(policy: Any, family: Family) -> StepTable:
 
 
 def roll_out(policy: Any, prompts: tuple[str, ...], latents: Tensor, table: StepTable) -> Tensor:
-    seeds = torch.zeros(len(prompts), dtype=torch.int64)
-    return sample_trajectories(policy, policy.encode(prompts), latents, seeds, table).latents[:, -1]
+    end: Tensor = rolled_out(policy, policy.encode(prompts), latents, table).latents[:, -1]
+    return end
 
 
 def network_calls(pipeline: Any, part: str) -> tuple[list[Any], Any]:
@@ -189,9 +188,7 @@ def test_a_bfloat16_model_keeps_its_dtype_and_guides_in_float32(family: Family) 
     exact = family.policy().predict(*inputs)
     gap = (output - exact).norm() / exact.norm()
     assert 1e-5 < gap < 0.1
-    trajectories = sample_trajectories(
-        policy, conditioning, random_latents(2), torch.zeros(2, dtype=torch.int64), deterministic(policy, family)
-    )
+    trajectories = rolled_out(policy, conditioning, random_latents(2), deterministic(policy, family))
     assert trajectories.outputs.dtype == trajectories.latents.dtype == torch.float32
     assert policy.decode(trajectories.latents[:, -1]).dtype == torch.float32
 

@@ -180,6 +180,14 @@ def tiny_config(pipeline: Path, *overrides: str) -> "Config":
     )
 
 
+def rolled_out(policy: Any, conditioning: Any, latents: Tensor, table: Any) -> Any:
+    """Trajectories of a sampler without noise, for which seeds do not matter."""
+    from pcpo_fast.rollout import Trajectories, sampler_steps
+
+    seeds = torch.zeros(len(latents), dtype=torch.int64)
+    return Trajectories.of(latents, sampler_steps(policy, conditioning, latents, seeds, table))
+
+
 def redness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """A reward that depends smoothly on the pixels."""
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))

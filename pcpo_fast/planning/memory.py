@@ -31,12 +31,6 @@ class MemoryPlan:
         return max(self.phases, key=lambda name: self.phases[name])
 
 
-def checkpointed_share(config: Config) -> float:
-    """Share of the blocks that the configuration recomputes; all of them where the run itself chooses how many."""
-    model = config.model
-    return (model.checkpointed_share or 1.0) if model.gradient_checkpointing else 0.0
-
-
 def rollout_buffers(config: Config, costs: ModelCosts, ranks: int) -> dict[str, float]:
     """Bytes that a rank keeps of its images until the update is done.
 
@@ -84,7 +78,7 @@ def plan_memory(
 
     ``checkpointed`` is the share of the blocks that are recomputed in the backward.
     """
-    checkpointed = checkpointed_share(config) if checkpointed is None else checkpointed
+    checkpointed = config.model.recomputed_share if checkpointed is None else checkpointed
     micro_batch = config.train.micro_batch_size if micro_batch is None else micro_batch
     rollout_batch = config.rollout.batch_size if rollout_batch is None else rollout_batch
     width, model = WEIGHT_BYTES[config.model.dtype], costs.model

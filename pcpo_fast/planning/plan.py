@@ -10,7 +10,7 @@ from pcpo_fast.epoch_plan import accumulation_steps
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.advice import Choice, choose, least_memory, usable
 from pcpo_fast.planning.costs import ModelCosts
-from pcpo_fast.planning.memory import MemoryPlan, checkpointed_share, plan_memory
+from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.states import SHIPPED, Zero
 from pcpo_fast.planning.work import work_of_epoch
@@ -49,7 +49,7 @@ def make_plan(
     model = costs.model
     own = plan_memory(config, costs, Zero.of(config), gpus)
     plain, again = costs.training(1, False), costs.training(1, True)
-    phases = work_of_epoch(config, costs, trainable, checkpointed=checkpointed_share(config))
+    phases = work_of_epoch(config, costs, trainable, checkpointed=config.model.recomputed_share)
     epoch = [phases[name] for name in ("rollout", "decode", "update")]
     return {
         "model": {

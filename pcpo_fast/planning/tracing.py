@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from pcpo_fast.policies.speed import checkpoint_blocks
+
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Takes any device, saves what a GPU's flash attention saves (inputs, output, log-sum-exp), and has no S x S matrix."""
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -265,15 +267,8 @@ def _storages(module: nn.Module) -> set[int]:
 def checkpointing(network: Any, enabled: bool) -> Iterator[None]:
     """Within the block the network recomputes its blocks in the backward, or does not."""
     before = bool(getattr(network, "is_gradient_checkpointing", False))
-    _switch(network, enabled)
+    checkpoint_blocks(network, float(enabled))
     try:
         yield
     finally:
-        _switch(network, before)
-
-
-def _switch(network: Any, enabled: bool) -> None:
-    if enabled:
-        network.enable_gradient_checkpointing()
-    else:
-        network.disable_gradient_checkpointing()
+        checkpoint_blocks(network, float(before))

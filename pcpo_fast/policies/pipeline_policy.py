@@ -4,7 +4,7 @@ import gc
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
@@ -160,8 +160,7 @@ class PipelinePolicy(Policy):
             network.requires_grad_(True)
         if settings.block_kernels:
             use_block_kernels(network)
-        if settings.gradient_checkpointing:
-            checkpoint_blocks(network, settings.checkpointed_share or 1.0)
+        checkpoint_blocks(network, settings.recomputed_share)
         if settings.compile:
             compile_blocks(network)
         network.train()
@@ -261,11 +260,8 @@ class PipelinePolicy(Policy):
     @contextmanager
     def sampling(self, settings: RolloutConfig) -> Iterator[None]:
         """Within the block the network has the rollout's attention backend, and its adapters merged if so wished."""
-        with ExitStack() as stack:
-            if settings.attention is not None:
-                stack.enter_context(attention_backend(self.network, settings.attention))
-            if settings.merge_lora:
-                stack.enter_context(merged_adapters(self.network))
+        merged = merged_adapters(self.network) if settings.merge_lora else nullcontext()
+        with attention_backend(self.network, settings.attention), merged:
             yield
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.plan import GB, make_plan
 from pcpo_fast.planning.published import PUBLISHED
+from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.planning.states import WEIGHT_BYTES, optimizer_bytes
 from pcpo_fast.run_inputs import RunInputs
 
@@ -82,7 +83,7 @@ def gpu_memory_gb() -> float | None:
     """Memory of the first GPU in 1e9 bytes; None without one."""
     if not torch.cuda.is_available():
         return None
-    return float(torch.cuda.get_device_properties(0).total_memory) / GB
+    return device_memory(torch.device("cuda", 0), 1) / GB
 
 
 def check_model(config: Config) -> tuple[Status, str]:

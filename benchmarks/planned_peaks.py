@@ -1,4 +1,4 @@
-"""Planned against measured: ``python tests/planned_peaks.py --json benchmarks/results/planned_peaks.json``.
+"""Planned against measured: ``python benchmarks/planned_peaks.py --json benchmarks/results/planned_peaks.json``.
 
 Measured is what PyTorch's allocator hands out on a CPU at the peak of a forward and backward of the tiny pipelines.
 """
@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for model in MODELS for finetune in FINETUNES for row in peaks(model, finetune, Path(folder))]
     machine = {"architecture": platform.machine(), "torch": torch.__version__}
-    command = " ".join(["python", "tests/planned_peaks.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/planned_peaks.py", *sys.argv[1:]])
     result = {"command": command, "machine": machine, "images": IMAGES, "rows": rows}
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(render(rows), end="")
