@@ -39,9 +39,15 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_per_machine(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Ranks on each machine as the launcher set it (torchrun, DeepSpeed); None where it says nothing."""
+    text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
+    return int(text) or None if text.isdecimal() else None
+
+
 def local_world_size() -> int:
-    """Processes on this machine, from the launcher's environment; the whole world if the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
+    """Processes on this machine; the whole world if the launcher does not say."""
+    return ranks_per_machine() or world_size()
 
 
 def barrier() -> None:
@@ -107,12 +113,6 @@ def naming_lost_ranks() -> Iterator[None]:
         if is_distributed() and LOST_RANK.search(str(error)):
             raise lost_rank(error) from error
         raise
-
-
-def ranks_per_machine(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Ranks on each machine as the launcher set it (torchrun, DeepSpeed); None where it says nothing."""
-    text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
-    return int(text) or None if text.isdecimal() else None
 
 
 def launcher_rank() -> int:

@@ -16,7 +16,7 @@ from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import launcher_rank, naming_lost_ranks, rank, ranks_per_machine, shared_errors, world_size
+from pcpo_fast.distributed import launcher_rank, local_world_size, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine import MARGIN, Engine, deepspeed_config, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
@@ -77,7 +77,7 @@ def train(
         ) from error
     finally:
         # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
-        if world_size() == 1 or sys.exc_info()[0] is None:
+        if world_size() == 1 or sys.exc_info()[0] in (None, Stopped):
             stop_distributed()
 
 
@@ -139,7 +139,7 @@ class Trainer:
 
     def _choose_recomputing(self) -> None:
         """Recompute as few blocks as the device's memory allows."""
-        memory = device_memory(self.device, ranks_per_machine() or world_size())
+        memory = device_memory(self.device, local_world_size())
         chosen = least_recomputing(self.config, world_size(), memory)
         checkpoint_blocks(self.policy.module, chosen.share)
         self.progress.message(f"model.checkpointed_share: {chosen}")
