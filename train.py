@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from pcpo_fast.cli import main
+from pcpo_fast.cli import program
 
 if __name__ == "__main__":
     arguments, project = sys.argv[1:], Path(__file__).resolve().parent
@@ -16,4 +16,4 @@ if __name__ == "__main__":
         os.chdir(project)  # the demo's paths are relative to the project
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"Working in {project}", file=sys.stderr)
-    raise SystemExit(main(["train", *arguments]))
+    program(["train", *arguments])

@@ -1,5 +1,5 @@
 """``python -m pcpo_fast``."""
 
-from pcpo_fast.cli import main
+from pcpo_fast.cli import program
 
-raise SystemExit(main())
+program()

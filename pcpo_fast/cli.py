@@ -1,8 +1,10 @@
 """The command line: ``pcpo-fast COMMAND``; a user's mistake is one sentence and exit code 2, never a traceback."""
 
 import argparse
+import atexit
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +107,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command, and end the process with its exit code."""
+    end = _End()
+    # What is registered first runs last: after what libraries have to finish.
+    atexit.register(end.leave_threads)
+    end.code = main(argv)
+    sys.exit(end.code)
+
+
+class _End:
+    """The end of the process. A run that is stopped leaves threads behind: a reward at work, the watch over the ranks.
+
+    One that comes back from C++ while Python is being taken down would abort the process, whatever its exit code was.
+    """
+
+    code = 1
+
+    def leave_threads(self) -> None:
+        if threading.active_count() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.code)
+
+
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Python's warnings as one line each, without the source; libraries' notes to developers not at all."""
@@ -126,4 +152,4 @@ def _short_warnings() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program()

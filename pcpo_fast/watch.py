@@ -4,7 +4,6 @@ A collective waits in silence for a rank that does not come, and when its time i
 Every rank therefore writes into the store that the processes met at how far it is, and reads what the others wrote.
 """
 
-import atexit
 import json
 import os
 import socket
@@ -21,9 +20,6 @@ if TYPE_CHECKING:  # what shows progress says how far it is, and need not load t
 
 EXIT_STALLED = 4
 """Exit code of a process that gives up because the run stands still."""
-
-LAST_WORD = 10.0
-"""Seconds that the end of a process waits for its watch, which may be waiting for the store."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Watch:
     def stop(self) -> None:
         """Stop watching: what follows needs no other rank."""
         self._stop.set()
-        self._thread.join(LAST_WORD)
+        self._thread.join()
 
     def note(self, what: str) -> None:
         """Something has been done, and ``what`` comes next."""
@@ -157,17 +153,10 @@ _current: Watch | None = None
 
 
 def set_watch(watch: Watch | None) -> None:
-    """Make a watch the process's own, in place of an earlier one; None: none.
-
-    However the process leaves, its watch is stopped first: a thread that comes back from the store while Python is
-    being taken down is ended within C++, which aborts the process whatever its exit code was to be.
-    """
+    """Make a watch the process's own, in place of an earlier one; None: none."""
     global _current
     if _current is not None:
         _current.stop()
-    atexit.unregister(set_watch)
-    if watch is not None:
-        atexit.register(set_watch, None)
     _current = watch
     if watch is not None:
         watch.start()

@@ -229,3 +229,35 @@ def test_only_the_prompts_that_some_epoch_samples_are_needed(tmp_path: Path) -> 
     inputs = RunInputs.load(config)
     sampled = {inputs.prompts[i].text for epoch in range(3) for i in epoch_prompts(1000, 4, epoch, config.seed)}
     assert set(inputs.texts) == sampled and len(inputs.texts) == 12
+
+
+# The end of the process
+
+
+LEAVING = """
+import threading, torch
+from pcpo_fast import cli
+
+begun = threading.Event()
+
+def reward():
+    square = torch.randn(700, 700)
+    while True:
+        square @ square
+        begun.set()
+
+def main(arguments):
+    threading.Thread(target=reward, daemon=True).start()
+    begun.wait()
+    print("said")
+    return 75
+
+cli.main = main
+cli.program()
+"""
+
+
+def test_the_exit_code_is_the_commands_whatever_its_threads_are_at() -> None:
+    """One that comes back from C++ while Python is being taken down would abort the process."""
+    ended = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, "said\n", "")

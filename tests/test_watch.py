@@ -67,29 +67,3 @@ def test_a_process_that_waits_for_ever_ends_with_a_code_of_its_own() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert ended.returncode == EXIT_STALLED
     assert ended.stderr.startswith("error: the run has stood still") and "rank 1 has never given a sign" in ended.stderr
-
-
-LEAVING = """
-import sys, threading, torch.distributed as dist
-from datetime import timedelta
-from pcpo_fast.watch import Watch, set_watch
-
-class Slow:
-    store, begun = dist.TCPStore("127.0.0.1", 0, is_master=True), threading.Event()
-
-    def set(self, key, value):
-        self.begun.set()
-        self.store.set(key, "x" * 7_000_000)  # nearly as much as a store takes: a while within C++
-
-watch = Watch(Slow(), 0, 1, timedelta(seconds=60))
-watch.interval = 0.0
-set_watch(watch)
-watch.store.begun.wait()
-sys.exit(75)
-"""
-
-
-def test_a_process_whose_watch_is_at_the_store_leaves_with_its_own_exit_code() -> None:
-    """A thread that comes back from C++ while Python is being taken down would abort it."""
-    ended = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=200)
-    assert (ended.returncode, ended.stderr) == (75, "")
