@@ -18,6 +18,7 @@ CONFIG=${CONFIG:-configs/flux_dev_pcpo.yaml}
 DEEPSPEED=${DEEPSPEED:-ds_configs/zero3_hpz.json}
 OUTPUT=${OUTPUT:-runs/flux_two_machines}   # a disk that all machines see
 CACHE=${CACHE:-/tmp/pcpo_embeddings}       # each machine's own
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # torchrun kills what has not left by then (PyTorch before 2.12: after 30 s)
 HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 FIRST=${HOSTS%%$'\n'*}
 PORT=$((20000 + SLURM_JOB_ID % 20000))     # two jobs on one machine must not meet each other
@@ -25,4 +26,4 @@ PORT=$((20000 + SLURM_JOB_ID % 20000))     # two jobs on one machine must not me
 exec srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" \
   --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" --master_addr "$0" --master_port "$1" train.py "${@:2}"' \
   "$FIRST" "$PORT" --config "$CONFIG" \
-  "deepspeed=$DEEPSPEED" "output_dir=$OUTPUT" "model.embedding_cache=$CACHE" "$@"
+  "deepspeed=$DEEPSPEED" "output_dir=$OUTPUT" "model.embedding_cache=$CACHE" checkpoint.grace=100 "$@"
