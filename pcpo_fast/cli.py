@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # transformers reports at import what it does without; none of it concerns this program.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with _short_warnings():
+        with _short_messages():
             code = int(arguments.run(arguments))
             sys.stdout.flush()
             return code
@@ -132,8 +132,8 @@ class _End:
 
 
 @contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Python's warnings as one line each, without the source; libraries' notes to developers not at all."""
+def _short_messages() -> Iterator[None]:
+    """Warnings, and threads that cannot write, in one line each; libraries' notes to developers not at all."""
 
     def show(
         message: Warning | str,
@@ -146,9 +146,20 @@ def _short_warnings() -> Iterator[None]:
         if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
             print("warning:", " ".join(str(message).split()), file=sys.stderr)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
+    def show_in_thread(thrown: threading.ExceptHookArgs) -> None:
+        if isinstance(thrown.exc_value, OSError):  # TensorBoard writes from a thread of its own, and the disk is full
+            print(f"warning: {thrown.exc_value}", file=sys.stderr)
+        else:
+            threading.__excepthook__(thrown)
+
+    before = threading.excepthook
+    threading.excepthook = show_in_thread
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        threading.excepthook = before
 
 
 if __name__ == "__main__":

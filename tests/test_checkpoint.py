@@ -213,18 +213,29 @@ def test_what_is_left_of_a_checkpoint_in_removal_does_not_count(
 # ------------------------------------------------------------------------------------------- disks that fail
 
 
-NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("where", ["shards", "weights", "state", "manifest", "rename"])
-def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoint(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("shards", errno.ENOSPC),
+        ("weights", errno.ENOSPC),
+        ("weights", errno.EROFS),
+        ("state", errno.ENOSPC),
+        ("manifest", errno.ENOSPC),
+        ("rename", errno.EROFS),
+    ],
+)
+def test_a_disk_that_is_full_or_read_only_is_one_sentence_and_leaves_the_earlier_checkpoint(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
 ) -> None:
     bench = bench_of(pipeline_folder, *LORA)
     earlier = save(bench, tmp_path, 1)
 
     def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("PytorchStreamWriter failed writing file") if where == "shards" else NO_SPACE
+        raise (
+            RuntimeError("PytorchStreamWriter failed writing file")
+            if where == "shards"
+            else OSError(number, os.strerror(number))
+        )
 
     target = {
         "shards": "torch.save",
@@ -240,7 +251,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoint(
         with pytest.raises(UserError, match=r"cannot be written: .*; the run can go on from epoch_000001") as caught:
             save(bench, tmp_path, 2)
     assert "\n" not in str(caught.value)
-    assert ("No space left" in str(caught.value)) == (where != "shards")
+    assert (os.strerror(number) in str(caught.value)) == (where != "shards")
     assert checkpoints(tmp_path) == [earlier] and damage_of(earlier) is None
     assert (tmp_path / "latest").read_text() == "epoch_000001\n"
     assert damage_of(save(bench, tmp_path, 2)) is None  # there is room again

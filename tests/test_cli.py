@@ -1,11 +1,14 @@
 """The command line: help, mistakes in the command itself, and ``credit``."""
 
 import argparse
+import errno
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,27 @@ def test_warnings_are_one_line_without_source(capsys: Capture, monkeypatch: pyte
     monkeypatch.setattr(report, "run", run)
     answer = call(capsys, "report", "x")
     assert answer == Output(0, "", "warning: look out\n")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_cannot_write_is_one_line_and_a_fault_has_its_traceback(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events"), KeyError("fault")]
+
+    def fail() -> None:
+        raise errors.pop(0)
+
+    def run(arguments: Any) -> int:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        return 0
+
+    monkeypatch.setattr(report, "run", run)
+    assert call(capsys, "report", "x").err == "warning: [Errno 28] No space left on device: 'events'\n"
+    error = call(capsys, "report", "x").err
+    assert "Traceback" in error and error.endswith("KeyError: 'fault'\n")
 
 
 def test_a_closed_pipe_is_no_error() -> None:
