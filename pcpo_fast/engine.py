@@ -114,7 +114,7 @@ class Engine:
     """Gradient accumulation, clipping, mixed precision and the optimiser around a module.
 
     Args:
-        module: the model; its trainable parameters are optimised.
+        module: the model; its trainable parameters are optimised. With ZeRO-3 it may lie in host memory.
         config: sections ``optimizer``, ``model``, ``train`` and ``deepspeed`` are used.
         accumulation: micro-batches per optimiser step.
 
@@ -154,6 +154,8 @@ class Engine:
         try:
             # DeepSpeed's bf16 optimiser prints its memory, which no log level keeps off the progress display.
             with redirect_stdout(io.StringIO()):
+                if ds_config["zero_optimization"]["stage"] == 3:
+                    _divide(module, ds_config)
                 self.deepspeed, *_ = deepspeed.initialize(
                     model=module,
                     optimizer=self.optimizer,
@@ -398,6 +400,16 @@ def _check_writer(settings: dict[str, Any], file: str | None) -> None:
                 f"{file}: {key} is not allowed, since a checkpoint is read back when it has been written, and takes "
                 "its name only then (docs/resuming.md); remove it"
             )
+
+
+def _divide(module: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Divide a module's weights among the ranks, one at a time, so that no device ever holds the whole of them."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
+    device = next(module.parameters()).device  # an empty rest of the weight, where it is put together again
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _fit_buckets(zero: dict[str, Any], trained: int) -> None:

@@ -22,6 +22,7 @@ from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
+from pcpo_fast.planning.states import Zero
 from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.preemption import Polled, Stopped, StopRequest
@@ -112,14 +113,15 @@ class Trainer:
         self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
         self.progress.message(f"Loading {config.model.path}")
         self.progress.message(f"Encoding {len(inputs.texts)} prompts")
-        self.policy = load_policy(config, device, inputs.texts)
+        in_parts = Zero.of(config).stage == 3
+        self.policy = load_policy(config, device, inputs.texts, torch.device("cpu") if in_parts else None)
         self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
         accumulation = accumulation_steps(config, self.tables.trained_count, world_size())
-        self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
-        keep_reference(self.policy, config)
+        keep_reference(self.policy, config, device)
         if config.model.gradient_checkpointing and config.model.checkpointed_share is None:
             self._choose_recomputing()
         self.engine = Engine(self.policy.module, config, accumulation)
+        self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
         patience = timedelta(seconds=config.distributed.timeout) + MARGIN
         self.stop = StopRequest(config.checkpoint.grace, patience, self.progress.message)
         self.policy.forward_module = Polled(self.engine.module, self.stop.poll)

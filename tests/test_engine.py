@@ -77,6 +77,24 @@ def test_accumulation_clipping_and_adamw_are_pytorchs(tmp_path: Path, stage: int
         assert torch.allclose(ours_now, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_3_never_moves_a_whole_module_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """It may lie in host memory, and be too large for the device."""
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    ours, plain = module_of(), module_of()
+    ours.register_buffer("table", torch.ones(3))
+    moved: list[nn.Module] = []
+    move = nn.Module.to
+    monkeypatch.setattr(nn.Module, "to", lambda module, *to, **how: moved.append(module) or move(module, *to, **how))
+    engine = Engine(ours, config_of(f"deepspeed={file}"), accumulation=1)
+    assert (ours in moved) == (stage < 3)
+    (batch,) = batches(1)
+    assert torch.equal(engine.module(batch), plain(batch)) and torch.equal(ours.table, torch.ones(3))
+
+
 def test_the_learning_rate_rises_over_the_warm_up_and_not_with_skipped_updates() -> None:
     engine = Engine(module_of(), config_of("optimizer.lr=0.4", "optimizer.warmup_updates=3"), accumulation=1)
     rates = []

@@ -109,6 +109,13 @@ def test_a_deterministic_rollout_gives_the_pipelines_images(policy: Policy, flux
     assert torch.allclose(images, expected, atol=2e-4), (images - expected).abs().max()
 
 
+def test_the_network_may_stay_in_host_memory(pipeline_folder: Path) -> None:
+    meta = torch.device("meta")
+    policy: Any = load_policy(tiny_config(pipeline_folder), meta, network_device=CPU)
+    assert {p.device for p in policy.network.parameters()} == {CPU}
+    assert {p.device for p in policy.vae.parameters()} == {meta}
+
+
 def test_guidance_reaches_the_model(pipeline_folder: Path, flux: Any) -> None:
     policy = load_policy(tiny_config(pipeline_folder, "model.guidance=1.5"), CPU)
     table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)

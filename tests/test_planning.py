@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcpo_fast.config import Config, ModelConfig
 from pcpo_fast.config_loading import load_config
-from pcpo_fast.planning.advice import usable
+from pcpo_fast.planning.advice import choose, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import plan_memory, rollout_buffers
 from pcpo_fast.planning.models import find_architecture
@@ -298,6 +298,25 @@ def test_recommended_settings_are_accepted_and_fit(tiny_plan: dict[str, Any]) ->
     settings = tiny_plan["recommendation"]["settings"]
     config = shipped("configs/tiny_flux.yaml", *settings)
     assert config.train.micro_batch_size == tiny_plan["recommendation"]["micro_batch_size"]
+
+
+def test_zero_3_loads_one_weight_at_a_time() -> None:
+    config = shipped("configs/tiny_flux.yaml", f"model.path={ROOT / 'assets' / 'tiny-flux'}")
+    costs = costs_of(config)
+    sizes, vae = [p.numel() for p in costs.model.policy.module.parameters()], costs.model.vae_parameters
+    expected = {"zero1": sum(sizes), "zero3": sum(sizes) / 4 + max(sizes), "zero3_offload": max(sizes)}
+    for name, network in expected.items():
+        load = plan_memory(config, costs, SHIPPED[name], 4).phases["load"]
+        assert load == pytest.approx(4 * (network + vae)), name
+
+
+def test_weights_from_host_memory_are_used_for_large_batches() -> None:
+    """Moving all of them for a batch costs more than computing a forward again."""
+    config = shipped(FLUX, "model.finetune=lora", "model.lora.rank=1", "model.lora.alpha=1")
+    small, large = (choose(config, flux(720, "lora"), 1, memory, pairs=24) for memory in (24e9, 60e9))
+    assert small is not None and large is not None
+    assert (small.zero, small.checkpointed, small.micro_batch) == (SHIPPED["zero3_offload"], True, 8)
+    assert (large.zero, large.checkpointed) == (SHIPPED["zero1"], False)
 
 
 def test_what_does_not_fit_says_what_to_change() -> None:

@@ -113,7 +113,7 @@ def test_compiled_blocks_compute_the_same(pipeline_folder: Path, finetune: str) 
     config = tiny_config(pipeline_folder, *LORA, f"model.finetune={finetune}", "credit.kl_coefficient=0.1")
     policy = load_policy(config, CPU)
     randomize_adapters(policy)
-    keep_reference(policy, config)
+    keep_reference(policy, config, CPU)
     inputs = inputs_of(policy)
     expected = gradients_of(policy, inputs)
     with torch.no_grad():

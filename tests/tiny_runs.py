@@ -62,7 +62,7 @@ class Bench:
         randomize_adapters(policy)
         tables = RunTables(config, policy.schedule(config.sampler.steps), CPU)
         policy.prepare_prompts(PROMPTS)
-        keep_reference(policy, config)
+        keep_reference(policy, config, CPU)
         engine = Engine(policy.module, config, accumulation_steps(config, tables.trained_count, 1))
         policy.forward_module = engine.module
         bench = cls(config, policy, engine, tables)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from pcpo_fast.config import Config
 from pcpo_fast.planning.costs import ModelCosts
@@ -60,32 +61,34 @@ def least_memory(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> C
 def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Iterator[Choice]:
     """All choices, in the order of preference: nothing offloaded, weights whole, nothing recomputed, large batches.
 
-    Gathering the weights anew for every forward costs more than recomputing one, unless the batch is large.
+    Gathering the weights anew for every forward costs more than recomputing one, unless the batch is large: where they
+    come from host memory, large batches are preferred to not recomputing.
     """
     own = config.train.micro_batch_size
     sizes = [size for size in range(max(own, LARGEST_MICRO_BATCH), 0, -1) if pairs % size == 0]
     sizes = [size for size in sizes if size in (1, 2, 3, 4, 6, 8, own)]
-    order = sorted(
-        ((zero, again) for zero in SHIPPED.values() for again in (False, True)),
-        key=lambda pair: (pair[0].offload_optimizer, pair[0].stage == 3, pair[1], pair[0].stage),
-    )
-    for zero, again in order:
+    for zero, again, size in sorted(product(SHIPPED.values(), (False, True), sizes), key=_preference):
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
             continue  # the engine takes stage 2 for it
-        for size in sizes:
-            for rollout_batch in _halved(config.rollout.batch_size):
-                memory = plan_memory(
-                    config,
-                    costs,
-                    zero,
-                    ranks,
-                    checkpointed=again,
-                    micro_batch=size,
-                    rollout_batch=rollout_batch,
-                )
-                yield Choice(zero, again, size, rollout_batch, memory)
-                if memory.worst != "rollout":
-                    break  # a smaller batch of rollouts would not help
+        for rollout_batch in _halved(config.rollout.batch_size):
+            memory = plan_memory(
+                config,
+                costs,
+                zero,
+                ranks,
+                checkpointed=again,
+                micro_batch=size,
+                rollout_batch=rollout_batch,
+            )
+            yield Choice(zero, again, size, rollout_batch, memory)
+            if memory.worst != "rollout":
+                break  # a smaller batch of rollouts would not help
+
+
+def _preference(choice: tuple[Zero, bool, int]) -> tuple[float, ...]:
+    zero, again, size = choice
+    batches_first = (-size, again) if zero.offload_parameters else (again, zero.stage, -size)
+    return (zero.offload_optimizer, zero.stage == 3, *batches_first)
 
 
 def _halved(size: int) -> list[int]:

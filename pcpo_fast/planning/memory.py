@@ -73,8 +73,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """The memory of a run on each of ``ranks`` GPUs; what is not given is the configuration's.
 
-    Text encoders come first and leave; then network and VAE are loaded whole (also under ZeRO-3, which divides the
-    weights afterwards); the rest repeats every epoch. Models of rewards are not counted.
+    Text encoders come first and leave; then network and VAE are loaded, the network whole but under ZeRO-3, which
+    takes its weights from host memory one at a time; the rest repeats every epoch. Models of rewards are not counted.
 
     ``checkpointed`` is the share of the blocks that are recomputed in the backward.
     """
@@ -92,6 +92,9 @@ def plan_memory(
     reference = 0.0
     if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
         reference = model.network_parameters * width
+    loaded = float(model.network_parameters * width)
+    if zero.stage == 3:
+        loaded = states.weights + model.largest_weight * width
     parts = {
         "weights": states.weights,
         "reference": reference,
@@ -115,7 +118,7 @@ def plan_memory(
         rolling -= states.master + states.moments + states.average
     phases = {
         "encode prompts": parts["text encoders"],
-        "load": float(model.network_parameters * width) + parts["vae"],
+        "load": loaded + reference + parts["vae"],
         # At the end the batches' trajectories are joined, and are there twice.
         "rollout": rolling + max(kept + max(forward + states.gathered, decode), 2 * kept),
         "update": standing + states.gradients + kept + activations + states.communication + states.gathered,

@@ -65,6 +65,11 @@ class ModelOnMeta:
         return sum(p.numel() for p in self.policy.module.parameters())
 
     @cached_property
+    def largest_weight(self) -> int:
+        """Elements of the largest of the network's parameters."""
+        return max(p.numel() for p in self.policy.module.parameters())
+
+    @cached_property
     def trained_parameters(self) -> int:
         """Parameters that the optimiser changes."""
         return sum(p.numel() for p in self.policy.module.parameters() if p.requires_grad)

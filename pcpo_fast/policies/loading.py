@@ -43,8 +43,16 @@ def family_of(pipeline: str) -> type[PipelinePolicy]:
     return found
 
 
-def load_policy(config: Config, device: torch.device, prompts: Sequence[str] = ()) -> Policy:
+def load_policy(
+    config: Config, device: torch.device, prompts: Sequence[str] = (), network_device: torch.device | None = None
+) -> Policy:
     """Load the model of a run onto a device, after encoding the prompts that it will need.
+
+    Args:
+        config: the run.
+        device: where it works.
+        prompts: encoded first, so that text encoders and network are never on the device together.
+        network_device: where the network is left if not on ``device``: in host memory, for ZeRO-3 to divide.
 
     Raises:
         UserError: as :func:`find_family`, :func:`~pcpo_fast.policies.attention.check_attention` and the family's
@@ -56,13 +64,13 @@ def load_policy(config: Config, device: torch.device, prompts: Sequence[str] = (
     cache = config.model.embedding_cache
     cache_folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
-    return family.load(folder, config.model, cache_folder, device, prompts)
+    return family.load(folder, config.model, cache_folder, device, prompts, network_device)
 
 
-def keep_reference(policy: Policy, config: Config) -> None:
-    """Where a KL is asked for, keep the frozen start: adapters can be switched off, full weights need a copy."""
+def keep_reference(policy: Policy, config: Config, device: torch.device) -> None:
+    """Where a KL is asked for, keep the frozen start: adapters can be switched off, full weights need a copy there."""
     if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
-        policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False)
+        policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False).to(device)
         if config.model.compile:
             compile_blocks(policy.reference_module)  # the copy is of the blocks, not of their code
 

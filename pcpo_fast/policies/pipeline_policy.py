@@ -97,7 +97,13 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def load(
-        cls, folder: Path, settings: ModelConfig, cache_folder: Path, device: torch.device, prompts: Sequence[str] = ()
+        cls,
+        folder: Path,
+        settings: ModelConfig,
+        cache_folder: Path,
+        device: torch.device,
+        prompts: Sequence[str] = (),
+        network_device: torch.device | None = None,
     ) -> Self:
         """Load network and VAE of a pipeline folder.
 
@@ -107,6 +113,7 @@ class PipelinePolicy(Policy):
             cache_folder: where encoded prompts are kept.
             device: where network and VAE go.
             prompts: encoded first, so that text encoders and network are never on the device together.
+            network_device: where the network goes if not to ``device``.
 
         Raises:
             UserError: the folder cannot be loaded; LoRA, attention or image size refused.
@@ -141,7 +148,7 @@ class PipelinePolicy(Policy):
             policy._warn_of_long_prompts(policy._with_negative(prompts))
         policy.prepare_prompts(prompts)
         policy.vae.requires_grad_(False).to(device)
-        network.to(device)
+        network.to(device if network_device is None else network_device)
         return policy
 
     @classmethod
