@@ -35,13 +35,14 @@ if ! timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/kernels/device -q 
 fi
 tail -n 15 "$OUT/kernel_tests.log"
 
-# Attention backends that are installed here, against PyTorch's own; the measurements below need none of them.
-attention=0
-timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/test_attention_gpu.py -q -p no:cacheprovider \
-  >"$OUT/attention_tests.log" 2>&1 || attention=$?
-tail -n 40 "$OUT/attention_tests.log"
-if [[ $attention != 0 && $attention != 5 ]]; then # 5: no test was collected, since diffusers is not installed
-  echo "error: an attention backend fails on this GPU (whole log: $OUT/attention_tests.log)" >&2
+# Attention backends that are installed here, against PyTorch's own, and waits for the GPU within a phase; the
+# measurements below need neither.
+trainer=0
+timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/test_attention_gpu.py tests/test_waiting.py -m gpu -q \
+  -p no:cacheprovider >"$OUT/trainer_tests.log" 2>&1 || trainer=$?
+tail -n 40 "$OUT/trainer_tests.log"
+if [[ $trainer != 0 && $trainer != 5 ]]; then # 5: no test was collected, since diffusers is not installed
+  echo "error: an attention backend fails, or a phase waits for this GPU (whole log: $OUT/trainer_tests.log)" >&2
 fi
 
 "$PYTHON" benchmarks/kernels.py --out "$OUT" --budget "${BENCH_SECONDS:-210}"
@@ -55,4 +56,4 @@ else
   echo "no measurement of a training step: diffusers, peft and DeepSpeed are not all installed"
 fi
 "$PYTHON" benchmarks/plot_kernels.py "$OUT/kernels.json" --out "$OUT" || echo "no plots: matplotlib is not installed"
-[[ $attention == 0 || $attention == 5 ]]
+[[ $trainer == 0 || $trainer == 5 ]]

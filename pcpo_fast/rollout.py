@@ -73,7 +73,7 @@ def sampler_steps(
     initial: Tensor,
     seeds: Tensor,
     table: StepTable,
-    equal: Tensor | None = None,
+    alike: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run the sampler from given initial latents; yields each step's model output and the latents after it.
 
@@ -83,12 +83,11 @@ def sampler_steps(
         initial: float32 [B, ...].
         seeds: int64 [B], keys of the step noise.
         table: the sampler.
-        equal: int64 [B] on the CPU; rows with the same number have equal initial latents and conditioning, so their
-            predictions are made once, up to the first step with noise. None: every row is predicted.
+        alike: from :func:`first_rows`, of rows with equal initial latents and conditioning: their predictions are made
+            once, up to the first step with noise. None: every row is predicted.
     """
     x = initial
     count = x[0].numel()
-    alike = None if equal is None else first_rows(equal, x.device)
     for step, noisy in enumerate(table.noisy):
         time, a, b, std = (column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std))
         with ranges.named("sampler step"):
@@ -136,7 +135,7 @@ def collect_rollout(
         seed: the run's seed; with epoch, group and image it fixes every noise.
         finished: gets the position and the images of each batch as soon as they are decoded.
     """
-    device = policy.device
+    device, size = policy.device, settings.batch_size
     numbers = plan.images.flatten()
     groups, members = numbers // settings.images_per_prompt, numbers % settings.images_per_prompt
     names = list(zip(groups.tolist(), members.tolist(), strict=True))
@@ -146,18 +145,19 @@ def collect_rollout(
         for purpose, pairs in ((Purpose.INITIAL_NOISE, starts), (Purpose.STEP_NOISE, names))
     )
     conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
-    group_of, groups = groups, groups.to(device)
+    # All that is copied to the device is copied before the first batch: a copy waits for what the device is at.
+    sharing = [first_rows(part, device) if settings.share_first_steps else None for part in groups.split(size)]
+    groups = groups.to(device)
     parts, images = [], []
-    for rows in ranges.each("batch", torch.arange(len(names)).split(settings.batch_size)):
-        equal = group_of[rows] if settings.share_first_steps else None
-        rows = rows.to(device)
+    for number, alike in enumerate(ranges.each("batch", sharing)):
+        rows = slice(number * size, (number + 1) * size)
         initial = initial_latents(policy, initial_keys[rows])
         given = select_rows(conditioning, groups[rows])
-        part = Trajectories.of(initial, sampler_steps(policy, given, initial, seeds[rows], table, equal))
+        part = Trajectories.of(initial, sampler_steps(policy, given, initial, seeds[rows], table, alike))
         parts.append(part)
         with ranges.named("decode"):
             images.append(policy.decode(part.latents[:, -1]))
         if finished is not None:
-            finished(rows.tolist(), images[-1])
+            finished(list(range(*rows.indices(len(names)))), images[-1])
     trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))
     return Rollout(plan, conditioning, groups, seeds, trajectories, torch.cat(images))
