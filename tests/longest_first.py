@@ -18,6 +18,7 @@ LONGEST = (
     "test_tiny_pipelines.py",
     "test_packaging.py",
     "test_guided_policies.py",
+    "test_waiting.py",
     "test_ds_configs.py",  # 35
     "test_preflight.py",
     "test_checkpoint.py",

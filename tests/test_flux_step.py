@@ -180,7 +180,7 @@ def test_memory_of_a_call_is_counted() -> None:
     assert step_measuring.peak_memory(call, CPU) == pytest.approx(8 / 1024, rel=0.01)
 
 
-@pytest.mark.parametrize("finetune", ["lora"])
+@pytest.mark.parametrize("finetune", ["lora", "full"])
 def test_the_documented_ladder_is_the_committed_one(finetune: str) -> None:
     file = f"benchmarks/results/step/cpu_{finetune}.json"
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
