@@ -28,6 +28,8 @@ from pcpo_fast.commands import (
 from pcpo_fast.errors import UserError
 
 COMMANDS = (train, plan, preflight, reproduce, sample, evaluate, votes, compare, credit, report, export, serve_reward)
+NEEDED = ("deepspeed", "diffusers", "numpy", "peft", "pydantic", "rich", "safetensors", "torch", "transformers", "yaml")
+"""What commands import: without one of them, Python is another than the project was installed for."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -90,6 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         elif error.__cause__ is not None:
             print(f"error: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        print(
+            f"error: {error.name} is not installed for {sys.executable}: activate the environment that pcpo_fast was "
+            "installed into (source .venv/bin/activate), or install it there (make install)",
+            file=sys.stderr,
+        )
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

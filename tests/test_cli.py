@@ -119,6 +119,15 @@ def test_warnings_are_one_line_without_source(capsys: Capture, monkeypatch: pyte
     assert answer == Output(0, "", "warning: look out\n")
 
 
+def test_another_python_is_one_sentence(tmp_path: Path) -> None:
+    """One that has none of the packages, as where the environment was not activated."""
+    bare = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "train.py"), f"output_dir={tmp_path}"], capture_output=True, text=True
+    )
+    assert bare.returncode == 2 and bare.stdout == ""
+    assert bare.stderr.count("\n") == 1 and f"is not installed for {sys.executable}: activate" in bare.stderr
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_cannot_write_is_one_line_and_a_fault_has_its_traceback(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
