@@ -19,7 +19,7 @@ from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, no
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import Clock, measure, options, run
+from kernel_times import Clock, measure, options, run
 
 EPS = 1e-6
 

@@ -45,7 +45,7 @@ if [[ $trainer != 0 && $trainer != 5 ]]; then # 5: no test was collected, since 
   echo "error: an attention backend fails, or a phase waits for this GPU (whole log: $OUT/trainer_tests.log)" >&2
 fi
 
-"$PYTHON" benchmarks/kernels.py --out "$OUT" --budget "${BENCH_SECONDS:-210}"
+"$PYTHON" benchmarks/kernel_times.py --out "$OUT" --budget "${BENCH_SECONDS:-210}"
 "$PYTHON" benchmarks/block_ops.py --out "$OUT" --budget "${BLOCK_SECONDS:-150}"
 if "$PYTHON" -c 'import deepspeed, diffusers, peft' 2>/dev/null; then
   # A failure here must not cost what was measured before.

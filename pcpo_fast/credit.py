@@ -11,7 +11,7 @@ so a rule is one small function here that fills three columns. Derivations: docs
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -265,3 +265,17 @@ def _check_trained(transitions: Transitions, trained_steps: Iterable[int] | None
             )
         steps.append(step)
     return steps
+
+
+def credit_record(sampler: str, transitions: Transitions, table: CreditTable) -> dict[str, Any]:
+    """Native, proportionate and used credit per step, as written to ``credit.json`` and printed by ``credit``."""
+    return {
+        "sampler": sampler,
+        "rule": table.rule,
+        "times": transitions.times.tolist(),
+        "native": native_credit(transitions).tolist(),
+        "proportionate": proportionate_credit(transitions).tolist(),
+        "used": table.linear.abs().tolist(),
+        "zeta": table.zeta,
+        "trained_steps": list(table.trained_steps),
+    }

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pcpo_fast.atomic import write_atomically
-from pcpo_fast.credit import CreditTable, native_credit, proportionate_credit
+from pcpo_fast.credit import CreditTable, credit_record
 from pcpo_fast.distributed import barrier, rank
 from pcpo_fast.engine import Engine
 from pcpo_fast.heldout import HeldOut
@@ -20,20 +20,6 @@ from pcpo_fast.reporting.report import write_report
 from pcpo_fast.reporting.summary import write_summary
 from pcpo_fast.run_directory import CREDIT_FILE
 from pcpo_fast.transitions import Transitions
-
-
-def credit_record(sampler: str, transitions: Transitions, table: CreditTable) -> dict[str, Any]:
-    """Native, proportionate and used credit per step, as written to ``credit.json`` and printed by ``credit``."""
-    return {
-        "sampler": sampler,
-        "rule": table.rule,
-        "times": transitions.times.tolist(),
-        "native": native_credit(transitions).tolist(),
-        "proportionate": proportionate_credit(transitions).tolist(),
-        "used": table.linear.abs().tolist(),
-        "zeta": table.zeta,
-        "trained_steps": list(table.trained_steps),
-    }
 
 
 def write_credit(folder: Path, sampler: str, transitions: Transitions, table: CreditTable) -> None:

@@ -4,6 +4,7 @@ docs/architecture.md says why; the table below is what holds.
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -187,15 +188,30 @@ def test_torchvision_is_not_needed() -> None:
     assert importers_of(r"torchvision(\..*)?") == set()
 
 
-def test_light_commands_do_not_load_the_heavy_libraries() -> None:
-    """``--help`` and ``credit`` answer at once: no diffusers, transformers or DeepSpeed behind them."""
+def test_light_commands_do_not_load_the_heavy_libraries(tmp_path: Path) -> None:
+    """``--help``, ``credit``, ``report`` and ``votes`` answer at once: run for real, and their modules looked at."""
+    (tmp_path / "votes.json").write_text("{}")
     code = (
-        "import sys; from pcpo_fast.cli import build_parser; build_parser();"
-        "import pcpo_fast.credit, pcpo_fast.rewards;"
-        "print(sorted({'diffusers', 'transformers', 'deepspeed', 'peft', 'matplotlib'} & set(sys.modules)))"
+        "import contextlib, json, sys\n"
+        "from pcpo_fast.cli import main\n"
+        "loaded = {}\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):\n"
+        "        main(command)\n"
+        "    heavy = {'bitsandbytes', 'deepspeed', 'diffusers', 'peft', 'transformers'}\n"
+        "    loaded[' '.join(command)] = sorted(heavy & set(sys.modules))\n"
+        "print(json.dumps(loaded))"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert answer.stdout.strip() == "[]"
+    commands = [
+        ["--help"],
+        ["credit", "--steps", "4"],
+        ["report", str(tmp_path)],
+        ["votes", str(tmp_path / "votes.json")],
+    ]
+    answer = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert json.loads(answer.stdout) == {" ".join(command): [] for command in commands}, answer.stderr
 
 
 # What must not stand in any tracked file.
@@ -240,6 +256,12 @@ def test_no_tracked_file_names_a_machine_or_a_package_index() -> None:
             continue  # not a text file, or one that is being removed
         problems += [f"{name}: {problem}" for problem in forbidden_in(text)]
     assert problems == []
+
+
+def test_no_module_hides_the_library_kernels() -> None:
+    """A script's own folder stands first on its path, and pytest puts the folders of test files there."""
+    assert [name for name in tracked_files() if Path(name).parts[-2:] == ("kernels", "__init__.py")] == []
+    assert [name for name in tracked_files() if Path(name).name == "kernels.py"] == []
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -40,9 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from pcpo_fast.credit import credit_table
+    from pcpo_fast.credit import credit_record, credit_table
     from pcpo_fast.errors import UserError
-    from pcpo_fast.run_results import credit_record
 
     try:
         transitions = _transitions(arguments)

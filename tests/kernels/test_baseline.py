@@ -68,7 +68,7 @@ def test_benchmark_scripts_run(tmp_path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run(str(BENCHMARKS / "kernels.py"), "--tiny", "--seconds", "0.01", "--out", str(tmp_path))
+    run(str(BENCHMARKS / "kernel_times.py"), "--tiny", "--seconds", "0.01", "--out", str(tmp_path))
     content = json.loads((tmp_path / "kernels.json").read_text())
     assert content["complete"]
     assert {record["op"] for record in content["records"]} == {"policy_loss", "sample_step", "guidance"}

@@ -1,6 +1,6 @@
 """Measure the kernels on a GPU and write one JSON file, growing case by case.
 
-    python benchmarks/kernels.py --out benchmarks/results/my_gpu
+    python benchmarks/kernel_times.py --out benchmarks/results/my_gpu
 
 Every op is timed with a flushed cache, as the median of many runs: ours, eager PyTorch as the public trainers write it,
 and torch.compile of that. Time is device time between events; ``host`` is how long the call keeps the CPU.
