@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from kernel_times import Clock, measure, options, run
 from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, norm_rope
 from torch import Tensor
 from torch.nn import functional
-
-from kernel_times import Clock, measure, options, run
 
 EPS = 1e-6
 

@@ -24,12 +24,12 @@ from typing import Any
 
 import diffusers
 import torch
+from kernel_times import device_facts, write
 from step_checking import Check
 from step_measuring import Bare, Timed, launches, seconds
 from step_model import SIZES, Size, model_costs
 from step_paths import Ours, Public, StepPath, Strong
 
-from kernel_times import device_facts, write
 from pcpo_fast.config import Config
 from pcpo_fast.engine import start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import steps_per_image

@@ -24,8 +24,7 @@ def check_eight_bit() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            'optimizer.moments: 8bit needs bitsandbytes: run `pip install "pcpo-fast[8bit]"`, or set '
-            "optimizer.moments=full"
+            "optimizer.moments: 8bit needs bitsandbytes: run `pip install bitsandbytes`, or set optimizer.moments=full"
         )
 
 

@@ -227,7 +227,7 @@ def test_finished_images_against_a_folder_and_inception(
     common += ("--prompts", prompt_file, "--output", tmp_path / "out", "--config", evaluated_run / "config.yaml")
     common += ("--metric", "fid", "--metric", "is", "--resamples", "0")
     answer = call(capsys, *common, "--count", "2")
-    assert answer.code == 2 and "need torch-fidelity" in answer.err and "pcpo-fast[eval]" in answer.err
+    assert answer.code == 2 and "need torch-fidelity" in answer.err and "pip install torch-fidelity" in answer.err
     package = types.ModuleType("torch_fidelity")
     module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.FeatureExtractorInceptionV3 = FakeInception  # type: ignore[attr-defined]

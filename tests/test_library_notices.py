@@ -53,7 +53,9 @@ def test_bitsandbytes_does_not_speak_of_a_kernel_that_nothing_uses(tmp_path: Pat
     pytest.importorskip("bitsandbytes")
     library = tmp_path / "library"
     (library / "kernels").mkdir(parents=True)
-    (library / "kernels" / "__init__.py").write_text("def get_kernel(*names, **options):\n    raise OSError('offline')\n")
+    (library / "kernels" / "__init__.py").write_text(
+        "def get_kernel(*names, **options):\n    raise OSError('offline')\n"
+    )
     ours = [str(ROOT), str(ROOT / "kernels")]
     situations = {
         "root": (str(ROOT), ["", *ours], True),

@@ -87,13 +87,13 @@ def test_recognisers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rapidocr", None)
-    with pytest.raises(UserError, match=r"rapidocr is not installed: run `pip install pcpo-fast\[rewards\]`"):
+    with pytest.raises(UserError, match=r"rapidocr is not installed: run `pip install rapidocr onnxruntime`"):
         load_reward("ocr_accuracy")
 
 
 def test_rapid_ocr_reads_what_is_drawn() -> None:
-    pytest.importorskip("rapidocr", reason="RapidOCR is not installed: it comes with the extra rewards")
-    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: it comes with the extra rewards")
+    pytest.importorskip("rapidocr", reason="RapidOCR is not installed: pip install rapidocr onnxruntime")
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install rapidocr onnxruntime")
     image = Image.new("RGB", (384, 128), (200, 220, 255))
     ImageDraw.Draw(image).text((20, 30), "Hello World", fill=(200, 0, 0), font=ImageFont.load_default(56))
     batch = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     for library in ("starlette", "uvicorn"):
         if importlib.util.find_spec(library) is None:
             raise UserError(
-                f"serve-reward needs {library}, which is not installed: run `pip install 'pcpo-fast[server]'`"
+                f"serve-reward needs {library}, which is not installed: run `pip install starlette uvicorn`"
             )
     for option in ("batch_size", "most_images", "most_mib", "waiting_mib"):
         if getattr(arguments, option) < 1:

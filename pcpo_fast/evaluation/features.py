@@ -133,8 +133,8 @@ class Inception:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise UserError(
-                "--metric fid and is need torch-fidelity (and torchvision, which it asks for): pip install "
-                f"'pcpo-fast[eval]' ({error})"
+                "--metric fid and is need torch-fidelity, and torchvision, which it asks for: run "
+                f"`pip install torch-fidelity` ({error})"
             ) from None
         file = None
         if weights is not None:

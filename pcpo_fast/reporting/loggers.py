@@ -141,7 +141,7 @@ class WandbLogger:
         except ImportError as error:
             raise UserError(
                 "Weights & Biases logging is on but the package wandb is not installed: "
-                'run `pip install "pcpo_fast[wandb]"`, or remove it from the config'
+                "run `pip install wandb`, or set logging.wandb=null"
             ) from error
         self._wandb: Any = wandb
         arguments = {

@@ -105,8 +105,8 @@ def _rapid_ocr() -> Recognizer:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise UserError(
-            f"reward ocr_accuracy: {error.name or 'rapidocr'} is not installed: run `pip install pcpo-fast[rewards]`, "
-            "or name a recogniser of your own with the option recognizer"
+            f"reward ocr_accuracy: {error.name or 'rapidocr'} is not installed: run `pip install rapidocr "
+            "onnxruntime`, or name a recogniser of your own with the option recognizer"
         ) from None
     engine = RapidOCR(params={"Global.log_level": "error"})
 
