@@ -2,10 +2,15 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import numpy as np
@@ -79,6 +84,10 @@ def asked_image(body: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+def completion(content: Any, reason: str = "stop") -> JSONResponse:
+    return JSONResponse({"choices": [{"message": {"content": content}, "finish_reason": reason}]})
+
+
 IMAGES = torch.rand(3, 3, 6, 4, generator=torch.Generator().manual_seed(3))
 PROMPTS = ["a red {circle}", "a blue square", "a star"]
 METADATA: list[dict[str, Any]] = [{"count": 2}, {"count": [1]}, {"count": "many"}]
@@ -126,6 +135,28 @@ def test_the_prompt_takes_metadata_and_the_regex_its_last_match() -> None:
         ('{"score": 85}', {"lowest": 0, "highest": 10}, "is outside 0 to 10"),
         ("7", {"regex": "score: (.*)"}, r"the answer '7' has no match of score: \(\.\*\)"),
         ("score: x", {"regex": "score: (.*)"}, r"has no match of score: \(\.\*\)"),
+        # What Python's float() takes and is no number that a judge writes.
+        *(
+            (f'{{"score": "{text}"}}', {}, "has no JSON with a number 'score'")
+            for text in ("1_0", "nan", "-inf", "1e1", "\uff17", "0x7")
+        ),
+        ('{"score": ' + "9" * 400 + "}", {}, "has no JSON with a number 'score'"),
+        ('{"score": "high", "parts": {"score": 3}}', {}, "has no JSON with a number 'score'"),
+        ('{"score": [8], "parts": {"score": 3}}', {}, "has no JSON with a number 'score'"),
+        # The outermost object is cut off, or no JSON: what lies in it is not the answer.
+        ('{"score": 8, "parts": [{"score": 3}]', {}, "has no JSON with a number 'score'"),
+        ('{"score": 8, "parts": {"score": 3},}', {}, "has no JSON with a number 'score'"),
+        ('<think>perhaps {"score": 2}', {}, "has no JSON with a number 'score'"),
+        ('{"score": 7} Had it been blurred: {"score": 1}.', {}, "has more than one 'score': '7, 1'"),
+        ('[{"score": 7}, {"score": 1}]', {}, "has more than one 'score': '7, 1'"),
+        ('{"score": 7, "score": 1}', {}, "has more than one 'score': '7, 1'"),
+        (
+            completion('{"score": 2', "length"),
+            {},
+            r"was cut off by its length \(finish_reason length\); raise .*max_tokens",
+        ),
+        (completion([{"type": "thinking", "thinking": "{}"}]), {}, "the endpoint's answer has no text"),
+        (JSONResponse({"error": {"message": "overloaded"}}), {}, "the endpoint answers with an error: 'overloaded'"),
         (JSONResponse({"choices": []}), {}, "the endpoint's answer has no text"),
         (JSONResponse({"choices": [{"message": {"content": None}}]}), {}, "the endpoint's answer has no text"),
         (JSONResponse({"error": {"message": "image too\nlarge"}}, 400), {}, "answers 400: image too large"),
@@ -149,11 +180,87 @@ def test_json_values_of_other_names_and_as_text() -> None:
         assert VisionJudge(url, "m", json_key="beauty")(IMAGES[:1], ["a"], [{}]).tolist() == [8.5]
 
 
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ('{"score": 8, "details": [{"name": "colour", "score": 3}]}', 8),
+        ('{"details": [{"score": 3}], "result": {"score": 7, "parts": {"score": 2}}}', 7),
+        ('{"result": {"score": 7, "parts": [{"score": 2}]}}', 7),
+        ('A {red} [circle]: {"score": " -7.5 "}', -7.5),
+        ('<think>perhaps {"score": 2}</think>\n```json\n{"score": 1e1}\n```', 10),
+        ('perhaps {"score": 2}</think>{"score": 7} or again {"score": 7.0}', 7),  # the opening tag is in the template
+        (completion([{"type": "text", "text": '{"sco'}, {"type": "image"}, {"type": "text", "text": 're": 7}'}]), 7),
+    ],
+)
+def test_the_outermost_value_of_the_answer_counts(said: Any, score: float) -> None:
+    with endpoint(lambda body: said) as (url, _):
+        assert VisionJudge(url, "m")(IMAGES[:1], ["a"], [{}]).tolist() == [score]
+
+
 def test_a_busy_endpoint_is_asked_again() -> None:
-    answers = iter([JSONResponse({}, 429, {"Retry-After": "0"}), JSONResponse({}, 503), '{"score": 4}'])
+    busy = [JSONResponse({}, 429, {"Retry-After": "0"}), *(JSONResponse({}, status) for status in (503, 520, 529))]
+    answers = iter([*busy, '{"score": 4}'])
     with endpoint(lambda body: next(answers)) as (url, made):
-        assert VisionJudge(url, "m", retries=2)(IMAGES[:1], ["a"], [{}]).tolist() == [4]
-    assert len(made.asked) == 3 and made.asked[0] == made.asked[2]
+        assert VisionJudge(url, "m", retries=4)(IMAGES[:1], ["a"], [{}]).tolist() == [4]
+    assert len(made.asked) == 5 and made.asked[0] == made.asked[4]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "least", "most"),
+    [
+        ("7", 7, 7),
+        ("3600", 60, 60),
+        (format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True), 60, 60),
+        (format_datetime(datetime.now(UTC) + timedelta(seconds=50), usegmt=True), 1, 50),
+        (format_datetime(datetime.now(UTC) - timedelta(days=1), usegmt=True), 0, 0.2),
+        ("soon", 0, 0.2),
+    ],
+)
+def test_the_pause_that_an_endpoint_asks_for(
+    wanted: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(pcpo_fast.rewards.patient_client.time, "sleep", pauses.append)
+    answers = iter([JSONResponse({}, 429, {"Retry-After": wanted}), '{"score": 4}'])
+    with endpoint(lambda body: next(answers)) as (url, _):
+        VisionJudge(url, "m", retries=1)(IMAGES[:1], ["a"], [{}])
+    (pause,) = (pause for pause in pauses if pause != 0.01)  # which is the endpoint's own
+    assert least <= pause <= most
+
+
+def test_a_redirect_names_its_target_and_nothing_is_sent_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PCPO_JUDGE_KEY", KEY)
+    with endpoint(lambda body: '{"score": 1}') as (there, other):
+        location = there.replace("//", "//user:pass@") + "/chat/completions?key=secret"
+        with (
+            endpoint(lambda body: JSONResponse({}, 307, {"Location": location})) as (url, _),
+            pytest.raises(UserError, match=f"{url} answers 307 and points to {there}/chat/completions, ") as caught,
+        ):
+            VisionJudge(url, "m")(IMAGES[:1], ["a"], [{}])
+    assert "pass" not in str(caught.value) and "secret" not in str(caught.value) and not other.asked
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n", b"HTTP/1.0 200 OK\r\n\r\n"])
+def test_the_time_limit_is_that_of_the_whole_answer(head: bytes) -> None:
+    """A server that sends byte after byte, of its headers or of its body, and never comes to an end."""
+    left = threading.Event()
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(head or b"HTTP/1.1 200 OK\r\nX: ")
+            for _ in range(1000):
+                connection.sendall(b" ")
+                left.wait(0.02)
+            return
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, daemon=True).start()
+        judge = VisionJudge(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", timeout=0.3, retries=0)
+        with pytest.raises(RewardFailure, match=r"does not answer within 0\.3 s, in 1 attempts"):
+            judge(IMAGES[:1], ["a"], [{}])
+        assert left.wait(60)  # the connection is given up, too
 
 
 def test_a_refused_key_and_an_endpoint_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:

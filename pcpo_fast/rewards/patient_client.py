@@ -1,17 +1,23 @@
 """HTTP that waits for a server which restarts, and says so in one sentence when it stays away."""
 
+import contextlib
 import os
 import random
+import socket
+import threading
 import time
 import warnings
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.rewards.failures import RewardFailure
 
-_BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may change
+# Answers that another attempt may change; those from 520 on are what proxies in front of hosted services say.
+_BUSY = (408, 425, 429, 500, 502, 503, 504, *range(520, 530))
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds
 
 
@@ -25,7 +31,7 @@ class PatientClient:
         name: what messages call the reward.
         url: http:// or https://, with the path that the requests' paths are relative to.
         key_variable: environment variable with the token, sent as ``Authorization: Bearer``; not set: none is sent.
-        timeout: seconds to wait for a connection and for each answer.
+        timeout: seconds within which each answer has to be there as a whole, connection included.
         retries: further attempts after the first.
 
     Raises:
@@ -49,8 +55,12 @@ class PatientClient:
         if not _is(retries, int) or retries < 0:
             raise UserError(f"reward {name}: retries must be a whole number, at least 0, got {retries!r}")
         key = os.environ.get(key_variable, "").strip()
+        self._timeout = timeout
         self._client = httpx2.Client(
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+            # A connection serves one request, so that a request knows its socket: see _answer.
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            follow_redirects=False,  # the token and the images are for this address alone
             headers={"Authorization": f"Bearer {key}"} if key else {},
             # A proxy of the environment is for other machines.
             trust_env=parts.hostname not in ("localhost", "127.0.0.1", "::1"),
@@ -96,15 +106,49 @@ class PatientClient:
         import httpx2
 
         try:
-            answer = self._client.request(method, self.url + path, content=content, headers=dict(headers or {}))
+            answer = self._answer(method, path, content, headers)
         except httpx2.TimeoutException:
-            return None, "does not answer in time", 0.0
+            return None, f"does not answer within {self._timeout:g} s", 0.0
+        except httpx2.DecodingError as error:
+            return None, f"sends an answer that cannot be decoded ({reason_of(error)})", 0.0
         except (httpx2.TransportError, OSError) as error:
-            reason = str(error).strip().splitlines()
-            return None, f"cannot be reached ({reason[0] if reason else type(error).__name__})", 0.0
+            return None, f"cannot be reached ({reason_of(error)})", 0.0
         if answer.status_code in _BUSY:
             return None, f"answers {answer.status_code} ({self._words(answer)})", _seconds(answer)
         return answer, "", 0.0
+
+    def _answer(self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] | None) -> Any:
+        """One answer. httpx limits every single read, and a server that sends a byte at a time passes each of them: the
+        connection is therefore shut down when the time is over.
+        """
+        import httpx2
+
+        sockets: list[socket.socket] = []
+        over = threading.Event()
+
+        def note(event: str, about: Mapping[str, Any]) -> None:
+            if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+                sockets.append(about["return_value"].get_extra_info("socket"))
+                if over.is_set():  # the host's name took all the time
+                    shut()
+
+        def shut() -> None:
+            over.set()
+            for connection in sockets:
+                with contextlib.suppress(OSError):  # not connected any more
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)  # an SSLSocket's own changes what is read from
+
+        timer = threading.Timer(self._timeout, shut)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._client.request(
+                method, self.url + path, content=content, headers=dict(headers or {}), extensions={"trace": note}
+            )
+        finally:
+            timer.cancel()
+            if over.is_set():  # whatever came of it: the end of what was read may be ours
+                raise httpx2.ReadTimeout("the time is over")
 
     def _read(self, answer: Any) -> Any:
         status = answer.status_code
@@ -113,13 +157,18 @@ class PatientClient:
             raise UserError(
                 f"reward {self.name}: {self.url} refuses {which} the environment variable {self.key_variable}"
             )
-        if status in (301, 302, 303, 307, 308, 404, 405):
+        if 300 <= status < 400:
+            raise UserError(
+                f"reward {self.name}: {self.url} answers {status} and points to {_target(answer)}, where nothing was "
+                "sent; set url to the address that answers itself"
+            )
+        if status in (404, 405):
             raise UserError(f"reward {self.name}: {answer.url} answers {status} ({self._words(answer)}); check url")
         if status >= 400:
             raise RewardFailure(f"reward {self.name}: {self.url} answers {status}: {self._words(answer)}")
         try:
             return answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"reward {self.name}: {answer.url} does not answer with JSON; check url") from None
 
     def _words(self, answer: Any) -> str:
@@ -129,7 +178,7 @@ class PatientClient:
             while isinstance(found, dict):
                 found = found.get("error", found.get("message", found.get("detail", "")))
             text = str(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             text = answer.text
         text = " ".join(text.split()) or answer.reason_phrase
         return text if len(text) <= 300 else text[:297] + "..."
@@ -146,6 +195,19 @@ def _is(value: object, kind: Any) -> bool:
 
 
 def _seconds(answer: Any) -> float:
-    """The server's Retry-After, at most a minute; 0 where it asks for none."""
-    text = answer.headers.get("retry-after", "")
-    return min(60.0, float(text)) if text.isdecimal() else 0.0
+    """The server's Retry-After (RFC 9110, 10.2.3: seconds or a date), at most a minute; 0 where it asks for none."""
+    text = answer.headers.get("retry-after", "").strip()
+    if text.isdecimal():
+        return min(60.0, float(text))
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return min(60.0, max(0.0, (date - datetime.now(UTC)).total_seconds()))
+
+
+def _target(answer: Any) -> str:
+    """Where a redirect points, without what may be secret in it: user, password, query."""
+    to = urlsplit(urljoin(str(answer.url), answer.headers.get("location", "")))
+    return f"{to.scheme}://{to.netloc.rpartition('@')[2]}{to.path}" if "location" in answer.headers else "no address"

@@ -21,6 +21,7 @@ DEFAULT_PROMPT = (
     "How well does this image show what was asked for, and how good does it look? It was asked for: {prompt}\n"
     'Answer with JSON alone: {"score": S}, where S is a number from 0 (not at all) to 10 (perfectly).'
 )
+NO_TEXT = "the endpoint's answer has no text"
 
 
 class VisionJudge:
@@ -31,14 +32,15 @@ class VisionJudge:
         model: the model's name there.
         prompt: what is asked; ``{prompt}`` stands for the image's prompt, ``{metadata.NAME}`` for a value of its
             metadata. The image follows it.
-        json_key: the score is this value of the JSON object in the answer; without it and ``regex``: "score".
+        json_key: the score is this value of the JSON in the answer, the outermost where objects lie within each other;
+            without it and ``regex``: "score". JSON values that differ are no score.
         regex: the score is the first group of this regular expression, where it matches last.
         lowest, highest: a score outside is a failure; None: no limit.
         key_env: environment variable with the key of the endpoint; a key is never an option.
         system: a system message.
         request: further fields of the request's body, like ``{"seed": 1, "response_format": {...}}``.
         max_tokens, temperature: of the answer.
-        timeout: seconds to wait for one answer.
+        timeout: seconds within which an answer has to be there as a whole.
         retries: further attempts while the endpoint is away or busy, with growing pauses.
         parallel: requests under way at once.
 
@@ -113,33 +115,25 @@ class VisionJudge:
             if not failure.retry:
                 raise  # the endpoint is away, for all images
             return str(failure).removeprefix("reward vision_judge: ")
-        try:
-            said = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            said = None
-        if not isinstance(said, str):
-            return "the endpoint's answer has no text"
-        score = self._read(said)
+        said, problem = _text_of(answer)
+        if problem:
+            return problem
+        said = said.rpartition("</think>")[2].partition("<think>")[0]  # what is thought is no answer
+        if self._pattern is not None:
+            matches = list(self._pattern.finditer(said))
+            found = [matches[-1].group(1)] if matches else []
+            wanted = f"match of {self._pattern.pattern}"
+        else:
+            found, wanted = outermost(said, self._key), f"JSON with a number {self._key!r}"
+        scores = {_number(value) for value in found}
+        if len(scores) > 1:
+            return f"the answer {_cut(said)} has more than one {self._key!r}: {_cut(', '.join(map(str, found)))}"
+        score = next(iter(scores), None)
         if score is None:
-            wanted = f"match of {self._pattern.pattern}" if self._pattern else f"JSON with a number {self._key!r}"
             return f"the answer {_cut(said)} has no {wanted}"
         if not self._lowest <= score <= self._highest:
             return f"the answer {_cut(said)} is outside {self._lowest:g} to {self._highest:g}"
         return score
-
-    def _read(self, said: str) -> float | None:
-        if self._pattern is not None:
-            matches = list(self._pattern.finditer(said))
-            return _number(matches[-1].group(1)) if matches else None
-        found = None
-        for opening in re.finditer(r"\{", said):  # reasoning may stand before it, a fence around it
-            try:
-                value, _ = json.JSONDecoder().raw_decode(said, opening.start())
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(value, dict) and _number(value.get(self._key)) is not None:
-                found = _number(value[self._key])
-        return found
 
 
 def _filled(template: str, prompt: str, metadata: dict[str, Any]) -> str:
@@ -167,12 +161,85 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def _text_of(answer: Any) -> tuple[str, str]:
+    """The text of a chat completion, or what is wrong with it."""
+    try:
+        choice = answer["choices"][0]
+        content = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        error = answer.get("error") if isinstance(answer, dict) else None
+        words = error.get("message", error) if isinstance(error, dict) else error
+        return "", f"the endpoint answers with an error: {_cut(str(words))}" if error else NO_TEXT
+    if isinstance(content, list):  # in parts, of which those of other types (thinking) are not the answer
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        content = "".join(texts) if texts else None
+    reason = choice.get("finish_reason")
+    if reason in ("length", "max_tokens"):
+        return "", (
+            f"the answer {_cut(content or '')} was cut off by its length (finish_reason {reason}); raise the reward's "
+            "option max_tokens"
+        )
+    return (content, "") if isinstance(content, str) else ("", NO_TEXT)
+
+
+def outermost(text: str, key: str) -> list[Any]:
+    """The values of a key in the JSON of a text, each where it lies least deep in its object or list.
+
+    JSON may stand among words. What lies within braces that are no JSON (cut off, a comma too many) is left out: it
+    may have been a part of the answer.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_Pairs)
+    found: list[Any] = []
+    at = open_braces = 0
+    while (match := re.compile(r"[{}\[]").search(text, at)) is not None:
+        at = match.end()
+        if match[0] == "}":
+            open_braces = max(0, open_braces - 1)
+            continue
+        if not open_braces:
+            try:
+                value, at = decoder.raw_decode(text, match.start())
+            except (ValueError, RecursionError):
+                pass
+            else:
+                found += _least_deep(value, key)
+                continue
+        open_braces += match[0] == "{"
+    return found
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it was written, where a key may stand twice."""
+
+
+def _least_deep(value: Any, key: str) -> list[Any]:
+    level = [value]
+    while level:
+        pairs = [pair for item in level if isinstance(item, _Pairs) for pair in item]
+        found = [item for name, item in pairs if name == key]
+        if found:
+            return found
+        lists = [item for item in level if isinstance(item, list) and not isinstance(item, _Pairs)]
+        level = [item for _, item in pairs] + [item for part in lists for item in part]
+    return []
+
+
+_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+
+
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    """A JSON number, or a decimal number as text: not all that Python's ``float`` takes ("1_0", "nan", digits of other
+    scripts)."""
+    if isinstance(value, str):
+        value = value.strip()
+        if not _DECIMAL.fullmatch(value):
+            return None
+    elif isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
-    except ValueError:
+    except OverflowError:
         return None
     return number if math.isfinite(number) else None
 
