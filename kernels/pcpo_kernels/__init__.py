@@ -5,12 +5,12 @@ The transformer's own elementwise chains are here too.
 """
 
 from pcpo_kernels.accelerate import accelerate, restore
-from pcpo_kernels.adaptive_norm import gated_residual, gated_residual_norm, modulated_norm
-from pcpo_kernels.guidance import guidance
-from pcpo_kernels.noise import philox_normal
-from pcpo_kernels.policy_loss import policy_loss
-from pcpo_kernels.rotary import norm_rope
-from pcpo_kernels.step_sampling import sample_step
+from pcpo_kernels.ops.adaptive_norm import gated_residual, gated_residual_norm, modulated_norm
+from pcpo_kernels.ops.guidance import guidance
+from pcpo_kernels.ops.noise import philox_normal
+from pcpo_kernels.ops.policy_loss import policy_loss
+from pcpo_kernels.ops.rotary import norm_rope
+from pcpo_kernels.ops.sample_step import sample_step
 from pcpo_kernels.types import Endpoints, NoiseKey, PolicyLoss, SampledStep
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pcpo_kernels.rotary import norm_rope
+from pcpo_kernels.ops.rotary import norm_rope
 
 
 def head_norm(

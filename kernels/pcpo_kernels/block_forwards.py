@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcpo_kernels.adaptive_norm import gated_residual, gated_residual_norm, modulated_norm
+from pcpo_kernels.ops.adaptive_norm import gated_residual, gated_residual_norm, modulated_norm
 
 LARGEST_HALF = 65504.0
 

@@ -12,7 +12,7 @@ class NoiseKey(NamedTuple):
     """Standard normal noise by name instead of by value.
 
     Element ``j`` of row ``r`` is element ``offset[r] + j`` of the Philox4x32-10 stream with key ``seed[r]``
-    (:func:`pcpo_kernels.philox.philox_normal`), so it depends on neither batch size, launch grid nor device.
+    (:func:`pcpo_kernels.philox_normal`), so it depends on neither batch size, launch grid nor device.
 
     Attributes:
         seed: int64 [B], one key per image.

@@ -6,7 +6,7 @@ import inspect
 import math
 from typing import Any, NamedTuple
 
-from pcpo_kernels.triton_launch import plan_for
+from pcpo_kernels.launch import plan_for
 
 TILE = ("ROWS", "COLUMNS", "HEADS", "SIZE")  # sides of a block with two axes
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}

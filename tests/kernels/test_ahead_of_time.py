@@ -16,9 +16,9 @@ if interpreting():
 
 import triton
 from pcpo_kernels import report
+from pcpo_kernels.ops.policy_loss.variants import all_variants, policy_loss_variants
 from pcpo_kernels.report import TARGETS, bulk_accesses, compile_all, compile_variant
 from pcpo_kernels.variant import build
-from pcpo_kernels.variants import all_variants, policy_loss_variants
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels" / f"triton-{triton.__version__}.json"
 DOCUMENTED = TABLE.parent / "triton-3.7.1.json"  # the version that docs/kernels.md shows

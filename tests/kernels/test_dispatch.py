@@ -57,7 +57,7 @@ x, ones = torch.zeros(2, 3, requires_grad=True), torch.ones(2)
 step = k.sample_step(x, x, ones, ones, ones, key)
 k.policy_loss(x, step.next_latents, key, ones, ones, ones, ones, clip_range=0.1).loss.backward()
 k.guidance(x, x, 2.0)
-print("fine", not any(name.startswith("pcpo_kernels.triton") for name in sys.modules))
+print("fine", not any(name.startswith("pcpo_kernels.") and name.endswith(".triton") for name in sys.modules))
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PCPO_", "TRITON_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -16,7 +16,12 @@ DEVICE = Path(__file__).parent / "device"
 PARTS = [
     ["test_device_policy_loss.py"],
     [
-        *("test_device_guided_loss.py", "test_device_step.py", "test_device_operators.py", "test_device_golden.py"),
+        *(
+            "test_device_guided_loss.py",
+            "test_device_sample_step.py",
+            "test_device_operators.py",
+            "test_device_golden.py",
+        ),
         *("test_device_adaptive_norm.py", "test_device_rotary.py"),
     ],
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import LossCase
 from pcpo_kernels import PolicyLoss, guidance
-from pcpo_kernels.reference import guided
+from pcpo_kernels.ops.policy_loss.reference import guided
 from torch import Tensor
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from block_cases import LOW, check_against_plain, normal, with_gradients
-from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, triton_adaptive_norm
+from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm
 from pcpo_kernels.dispatch import interpreting
+from pcpo_kernels.ops.adaptive_norm import triton as triton_adaptive_norm
 
 KINDS = ("norm", "residual", "residual-norm")
 

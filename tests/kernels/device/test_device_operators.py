@@ -6,7 +6,7 @@ from cases import NOISES, make_case
 from judging import gradients, require_grad, run
 from pcpo_kernels import NoiseKey, dispatch, guidance, philox_normal, policy_loss, sample_step
 from pcpo_kernels.dispatch import interpreting
-from pcpo_kernels.triton_launch import plan_for
+from pcpo_kernels.launch import plan_for
 
 BACKEND = "aot_eager" if interpreting() else "inductor"
 
@@ -25,7 +25,7 @@ def loss_arguments(case):
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("rich", [False, True], ids=["", "kl-cfg"])
 def test_opcheck_policy_loss(device, noise, rich) -> None:
-    import pcpo_kernels.triton_policy_loss  # noqa: F401
+    import pcpo_kernels.ops.policy_loss.triton  # noqa: F401
 
     case = make_case(3, (6, 5), noise=noise, with_reference=rich, with_guidance=rich).cast(torch.float32).to(device)
     if rich:  # as guided training hands it over: the gradients are in the halves' dtype
@@ -37,8 +37,8 @@ def test_opcheck_policy_loss(device, noise, rich) -> None:
 
 
 def test_opcheck_the_others(device) -> None:
-    import pcpo_kernels.triton_guidance
-    import pcpo_kernels.triton_step  # noqa: F401
+    import pcpo_kernels.ops.guidance.triton
+    import pcpo_kernels.ops.sample_step.triton  # noqa: F401
 
     ops = torch.ops.pcpo_kernels
     x, f = (torch.randn(3, 10, device=device) for _ in range(2))

@@ -8,8 +8,9 @@ from cases import NOISES, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judging import check_against_judge, edge_distance, on_policy, on_reference, run
-from pcpo_kernels import Endpoints, triton_policy_loss
-from pcpo_kernels.triton_launch import Plan
+from pcpo_kernels import Endpoints
+from pcpo_kernels.launch import Plan
+from pcpo_kernels.ops.policy_loss import triton as triton_policy_loss
 
 from pcpo_fast.credit import RULES, credit_table
 from pcpo_fast.transitions import dance_sde, shifted_times

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from block_cases import LOW, check_against_plain, normal, with_gradients
-from pcpo_kernels import norm_rope, triton_rotary
+from pcpo_kernels import norm_rope
 from pcpo_kernels.dispatch import interpreting
+from pcpo_kernels.ops.rotary import triton as triton_rotary
 
 
 def tables(tokens, size, device="cpu"):

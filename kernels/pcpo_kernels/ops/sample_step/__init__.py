@@ -46,7 +46,7 @@ def sample_step(
     check_choice("reduction", reduction, ("mean", "sum"))
     # float64 in either tensor goes to the reference, which computes in the wider of the two.
     if backend_for(latents) == backend_for(output) == "triton":
-        from pcpo_kernels import triton_step as backend
+        from pcpo_kernels.ops.sample_step import triton as backend
     else:
-        from pcpo_kernels import reference as backend  # type: ignore[no-redef]
+        from pcpo_kernels.ops.policy_loss import reference as backend  # type: ignore[no-redef]
     return backend.sample_step(latents, output, a, b, std, noise, reduction=reduction)

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_launch import (
+from pcpo_kernels.launch import (
     arrival_counters,
     on_device,
     plan_for,
     register,
     rows_contiguous,
 )
-from pcpo_kernels.triton_random import stream_normals
+from pcpo_kernels.ops.noise.triton import stream_normals
 from pcpo_kernels.triton_reduce import ordered_sum
 from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
 

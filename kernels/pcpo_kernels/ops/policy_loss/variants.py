@@ -4,17 +4,17 @@
 
 from collections.abc import Iterator
 
-from pcpo_kernels.triton_guidance import guidance_backward_kernel, guidance_forward_kernel
-from pcpo_kernels.triton_policy_loss import (
+from pcpo_kernels.ops.adaptive_norm.variants import block_variants
+from pcpo_kernels.ops.guidance.triton import guidance_backward_kernel, guidance_forward_kernel
+from pcpo_kernels.ops.noise.triton import philox_normal_kernel
+from pcpo_kernels.ops.policy_loss.triton import (
     BACKWARD_POINTERS,
     FORWARD_POINTERS,
     policy_loss_backward_kernel,
     policy_loss_forward_kernel,
 )
-from pcpo_kernels.triton_random import philox_normal_kernel
-from pcpo_kernels.triton_step import ROW_POINTERS, sample_step_kernel
+from pcpo_kernels.ops.sample_step.triton import ROW_POINTERS, sample_step_kernel
 from pcpo_kernels.variant import SIZES, Variant, build
-from pcpo_kernels.variants_blocks import block_variants
 
 FLUX = 128 * 128 * 16  # elements of a row of FLUX latents at 1024 x 1024
 DEMO = 512  # of the tiny pipeline that the demonstration trains

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_launch import on_device, plan_for, register, row_values, rows_contiguous
+from pcpo_kernels.launch import on_device, plan_for, register, row_values, rows_contiguous
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_blocks import channels_contiguous, launch_options, token_sums, tokens_per_program
-from pcpo_kernels.triton_launch import on_device, register
+from pcpo_kernels.launch import on_device, register
+from pcpo_kernels.sums import channels_contiguous, launch_options, token_sums, tokens_per_program
 
 FORWARD_TOKENS = 4
 
@@ -378,6 +378,6 @@ torch.library.register_autograd("pcpo_kernels::adaptive_norm", _autograd_backwar
 def adaptive_norm(
     source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Triton version of :func:`pcpo_kernels.reference_blocks.adaptive_norm`."""
+    """Triton version of :func:`pcpo_kernels.ops.adaptive_norm.reference.adaptive_norm`."""
     hidden, normed, _, _ = torch.ops.pcpo_kernels.adaptive_norm(source, branch, gate, shift, scale, eps)
     return source if branch is None else hidden, None if shift is None else normed

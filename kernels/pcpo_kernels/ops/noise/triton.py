@@ -1,8 +1,8 @@
 """Element-indexed Gaussian noise inside kernels: Philox4x32-10 and a bounded Box-Muller transform in float32.
 
-The numbers are those of :mod:`pcpo_kernels.philox`: integers identical, normals to 1e-6. Nothing here calls a device
-library, whose sine and cosine bring in float64; every operation is a plain, correctly rounded float32 one, so compiled
-devices agree bit for bit.
+The numbers are those of :mod:`pcpo_kernels.ops.noise.reference`: integers identical, normals to 1e-6. Nothing here
+calls a device library, whose sine and cosine bring in float64; every operation is a plain, correctly rounded float32
+one, so compiled devices agree bit for bit.
 """
 
 # Kernels are compiled from their source; Triton's types are not Python's.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_launch import on_device, plan_for, register
+from pcpo_kernels.launch import on_device, plan_for, register
 
 
 @triton.jit

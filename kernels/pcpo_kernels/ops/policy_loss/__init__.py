@@ -91,9 +91,9 @@ def policy_loss(
     if not clip_range >= 0:
         raise ValueError(f"clip_range must not be negative, got {clip_range}")
     if backend_for(output) == "triton":
-        from pcpo_kernels import triton_policy_loss as backend
+        from pcpo_kernels.ops.policy_loss import triton as backend
     else:
-        from pcpo_kernels import reference as backend  # type: ignore[no-redef]
+        from pcpo_kernels.ops.policy_loss import reference as backend  # type: ignore[no-redef]
     return backend.policy_loss(
         output,
         old_output,

@@ -5,10 +5,13 @@ import torch
 import triton
 import triton.language as tl
 from cases import make_case
-from pcpo_kernels import NoiseKey, guidance, philox_normal, sample_step, triton_guidance, triton_random, triton_step
+from pcpo_kernels import NoiseKey, guidance, philox_normal, sample_step
 from pcpo_kernels.dispatch import interpreting
-from pcpo_kernels.triton_launch import Plan
-from pcpo_kernels.triton_random import philox_words
+from pcpo_kernels.launch import Plan
+from pcpo_kernels.ops.guidance import triton as triton_guidance
+from pcpo_kernels.ops.noise import triton as triton_random
+from pcpo_kernels.ops.noise.triton import philox_words
+from pcpo_kernels.ops.sample_step import triton as triton_step
 from torch.distributions import Normal
 
 LOW = [torch.float16, torch.bfloat16]
@@ -63,7 +66,7 @@ def test_published_philox_vectors(device, counter, key, expected) -> None:
 
 
 def test_integer_stream_is_the_reference_s(device) -> None:
-    from pcpo_kernels.philox import philox_uint32
+    from pcpo_kernels.ops.noise.reference import philox_uint32
 
     counters = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 12345, 7, 8])
     for seed in (0, 1, -1, 2**62 + 12345, -(2**63)):

@@ -103,7 +103,7 @@ def _run(
     """The backend of the tensors; float64 anywhere goes to the reference."""
     given = [tensor for tensor in (source, branch, gate, shift, scale) if tensor is not None]
     if all(backend_for(tensor) == "triton" for tensor in given):
-        from pcpo_kernels import triton_adaptive_norm as backend
+        from pcpo_kernels.ops.adaptive_norm import triton as backend
     else:
-        from pcpo_kernels import reference_blocks as backend  # type: ignore[no-redef]
+        from pcpo_kernels.ops.adaptive_norm import reference as backend  # type: ignore[no-redef]
     return backend.adaptive_norm(source, branch, gate, shift, scale, float(eps))

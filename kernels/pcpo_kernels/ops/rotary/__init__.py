@@ -77,8 +77,8 @@ def norm_rope(
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     given = [tensor for tensor in (x, weight, cos, sin, second_weight) if tensor is not None]
     if all(backend_for(tensor) == "triton" for tensor in given):
-        from pcpo_kernels import triton_rotary as backend
+        from pcpo_kernels.ops.rotary import triton as backend
     else:
-        from pcpo_kernels import reference_blocks as backend  # type: ignore[no-redef]
+        from pcpo_kernels.ops.adaptive_norm import reference as backend  # type: ignore[no-redef]
     result: Tensor = backend.norm_rope(x, weight, cos, sin, second, second_weight, float(eps))
     return result

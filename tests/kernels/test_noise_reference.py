@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from pcpo_kernels import philox_normal
-from pcpo_kernels.philox import normal_pairs, philox_rounds, philox_uint32
+from pcpo_kernels.ops.noise.reference import normal_pairs, philox_rounds, philox_uint32
 from scipy import stats
 
 

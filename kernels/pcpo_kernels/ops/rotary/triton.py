@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_blocks import channels_contiguous, token_sums, tokens_per_program
-from pcpo_kernels.triton_launch import on_device, register
+from pcpo_kernels.launch import on_device, register
+from pcpo_kernels.sums import channels_contiguous, token_sums, tokens_per_program
 
 
 @triton.jit

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from pcpo_kernels.triton_adaptive_norm import (
+from pcpo_kernels.ops.adaptive_norm.triton import (
     FORWARD_TOKENS,
     adaptive_norm_backward_kernel,
     adaptive_norm_forward_kernel,
 )
-from pcpo_kernels.triton_blocks import SUM_COLUMNS, SUM_ROWS, launch_options, token_sums_kernel
-from pcpo_kernels.triton_rotary import norm_rope_backward_kernel, norm_rope_forward_kernel, tile_options
+from pcpo_kernels.ops.rotary.triton import norm_rope_backward_kernel, norm_rope_forward_kernel, tile_options
+from pcpo_kernels.sums import SUM_COLUMNS, SUM_ROWS, launch_options, token_sums_kernel
 from pcpo_kernels.variant import Variant, build
 
 FLUX, SD3 = 3072, 1536  # channels

@@ -44,7 +44,7 @@ def guidance(reference: Tensor, output: Tensor, scale: Tensor | float, *, dtype:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     # float64 anywhere goes to the reference, which computes in the wider of the two.
     if dtype != torch.float64 and backend_for(output) == backend_for(reference) == "triton":
-        from pcpo_kernels import triton_guidance as backend
+        from pcpo_kernels.ops.guidance import triton as backend
     else:
-        from pcpo_kernels import reference as backend  # type: ignore[no-redef]
+        from pcpo_kernels.ops.policy_loss import reference as backend  # type: ignore[no-redef]
     return backend.guidance(reference, output, scale, dtype)

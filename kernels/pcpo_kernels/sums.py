@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_launch import on_device
+from pcpo_kernels.launch import on_device
 
 SUM_ROWS, SUM_COLUMNS = 32, 64
 

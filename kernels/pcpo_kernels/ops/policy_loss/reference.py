@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcpo_kernels.philox import philox_normal
+from pcpo_kernels.ops.noise.reference import philox_normal
 from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction, SampledStep
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.triton_launch import (
+from pcpo_kernels.launch import (
     arrival_counters,
     on_device,
     plan_for,
@@ -26,7 +26,7 @@ from pcpo_kernels.triton_launch import (
     row_values,
     rows_contiguous,
 )
-from pcpo_kernels.triton_random import stream_normals
+from pcpo_kernels.ops.noise.triton import stream_normals
 from pcpo_kernels.triton_reduce import ordered_sum
 from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
 
