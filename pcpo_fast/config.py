@@ -5,6 +5,7 @@ the YAML file, and the ``key.subkey=value`` overrides of the command line (:mod:
 Every field's description is what ``docs/configuration.md`` prints.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -506,3 +507,9 @@ class Config(Section):
     def images_per_epoch(self) -> int:
         """Images sampled in an epoch over all ranks."""
         return self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
+
+    @property
+    def embedding_folder(self) -> Path:
+        """Where encoded prompts are kept, and what is known of the content of the model's files."""
+        cache = self.model.embedding_cache
+        return Path(self.output_dir).parent / "embeddings" if cache is None else Path(cache)

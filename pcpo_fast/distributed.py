@@ -5,9 +5,10 @@ Uses torch.distributed only: whoever starts the process group (:mod:`pcpo_fast.e
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError, reason_of
 
+T = TypeVar("T")
 LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited|Socket closed", re.IGNORECASE)
 """What gloo and NCCL say where the process at the other end has died."""
 
@@ -97,6 +99,23 @@ def shared_errors() -> Iterator[None]:
     first = next((text for text in gather_objects(message) if text is not None), None)
     if first is not None:
         raise UserError(first)
+
+
+def once_per_machine(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns, of which the first rank of each machine tells the others; all ranks must call it.
+
+    Raises:
+        UserError: that of any of them, on every rank.
+    """
+    if not is_distributed():
+        return compute()
+    mine: tuple[T, ...] = ()
+    with shared_errors():
+        if local_rank() == 0:
+            mine = (compute(),)
+    host = socket.gethostname()
+    told: list[T] = [value for other, values in gather_objects((host, mine)) if other == host for value in values]
+    return mine[0] if mine else told[0]
 
 
 def lost_rank(error: RuntimeError) -> UserError:

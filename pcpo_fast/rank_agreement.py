@@ -1,10 +1,11 @@
-"""Before anything is loaded: do all ranks run the same code, settings, model and libraries?"""
+"""Before anything is loaded: do all ranks run the same code, settings and libraries, and read the same files?"""
 
 import hashlib
 import importlib.metadata
 import json
 import platform
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +15,12 @@ from pcpo_fast.config import Config
 from pcpo_fast.distributed import gather_objects, is_distributed
 from pcpo_fast.dotted_keys import flattened
 from pcpo_fast.errors import UserError
-from pcpo_fast.fingerprints import folder_digest
 from pcpo_fast.rendezvous import by_host
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 OF_A_MACHINE = ("model.path", "model.embedding_cache")
-"""Settings that may differ from machine to machine: the model's content is compared, not where it lies."""
+"""Settings that may differ from machine to machine: not where the model lies is compared, but what it holds
+(:mod:`pcpo_fast.input_record`)."""
 SHOWN = 4
 """Differences that are named one by one."""
 
@@ -30,10 +31,17 @@ def check_agreement(config: Config) -> None:
     Raises:
         UserError: on every rank, with the ranks and hosts that differ from rank 0, and in what.
     """
-    if not is_distributed():
-        return
-    everyone = gather_objects((socket.gethostname(), facts(config)))
-    message = disagreement(everyone)
+    if is_distributed():
+        check_alike(facts(config))
+
+
+def check_alike(found: Mapping[str, str]) -> None:
+    """Refuse to start where ranks found different things; all ranks must call it.
+
+    Raises:
+        UserError: on every rank, with the ranks and hosts that differ from rank 0, and in what.
+    """
+    message = disagreement(gather_objects((socket.gethostname(), found)))
     if message is not None:
         raise UserError(message)
 
@@ -47,12 +55,11 @@ def facts(config: Config) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     found["CUDA"] = str(torch.version.cuda)
-    found["model files"] = _model_digest(config)
     settings = flattened(config.model_dump(mode="json"))
     return found | {f"setting {key}": json.dumps(value) for key, value in settings if key not in OF_A_MACHINE}
 
 
-def disagreement(everyone: list[tuple[str, dict[str, str]]]) -> str | None:
+def disagreement(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
     """The sentence about ranks that differ from rank 0, None where none does.
 
     Args:
@@ -86,18 +93,3 @@ def _code_digest() -> str:
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _model_digest(config: Config) -> str:
-    folder = Path(config.model.path).expanduser()
-    if folder.is_dir():
-        return folder_digest(folder)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(config.model.path, "model_index.json", revision=config.model.revision)
-    except HFValidationError:
-        return "no folder"  # loading says what is wrong with the path
-    # A snapshot's folder is named after its commit. One that is not there yet is downloaded, by all from the same hub.
-    return Path(found).parent.name if isinstance(found, str) else "from the hub"

@@ -16,6 +16,9 @@ from pcpo_fast.manifest import damage_of
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.jsonl", "summary.json", "credit.json"
 
+ACCEPT = "accept-changes"
+"""The value of ``--resume`` that goes on also where what the run reads has changed."""
+
 FREE_TO_CHANGE = (
     "output_dir",
     "deepspeed",
@@ -94,7 +97,8 @@ def claim(config: Config, resume: str) -> Start:
 
     Args:
         config: the run.
-        resume: "auto" (go on where the directory's run stopped), "never", or the path of a checkpoint or a run.
+        resume: "auto" (go on where the directory's run stopped), "accept-changes" (the same, also where what it reads
+            has changed), "never", or the path of a checkpoint or a run.
 
     Raises:
         UserError: the directory holds another run, or cannot hold one, or ``resume`` names no checkpoint.
@@ -102,7 +106,7 @@ def claim(config: Config, resume: str) -> Start:
     folder = Path(config.output_dir)
     _check_writable(folder)
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE))
-    if resume not in ("auto", "never"):
+    if resume not in ("auto", "never", ACCEPT):
         candidates = _checkpoints_at(Path(resume))
         if holds_run:
             _check_newest_of(folder, candidates[-1], resume)
@@ -175,7 +179,9 @@ def _check_writable(folder: Path) -> None:
 def _checkpoints_at(path: Path) -> list[Path]:
     """What ``--resume`` names: a run's checkpoints, oldest first, or the one."""
     if not path.is_dir():
-        raise UserError(f"--resume: {path} is not a folder; allowed: auto, never, or the path of a checkpoint or a run")
+        raise UserError(
+            f"--resume: {path} is not a folder; allowed: auto, {ACCEPT}, never, or the path of a checkpoint or a run"
+        )
     if (path / CONFIG_FILE).is_file() or (path / "checkpoints").is_dir():
         found = checkpoints(path / "checkpoints")
         if not found:

@@ -3,6 +3,7 @@
 import copy
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ from pcpo_fast.engine import MARGIN, Engine, deepspeed_config, start_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
+from pcpo_fast.input_record import Input, check_unchanged, hashes, read_contents, write_record
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.states import Zero
 from pcpo_fast.policies.loading import keep_reference, load_policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.preemption import Polled, Stopped, StopRequest
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
-from pcpo_fast.rank_agreement import check_agreement
+from pcpo_fast.rank_agreement import check_agreement, check_alike
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout import Rollout, collect_rollout
 from pcpo_fast.rollout_scoring import RolloutScoring
-from pcpo_fast.run_directory import Start, claim, open_run, read_summary, verified
+from pcpo_fast.run_directory import ACCEPT, Start, claim, open_run, read_summary, verified
 from pcpo_fast.run_inputs import RunInputs
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.step_tables import EpochTables, RunTables
@@ -40,15 +42,20 @@ from pcpo_fast.update import Update
 
 
 def train(
-    config: Config, resume: str = "auto", console: Console | None = None, profile: ProfileRequest | None = None
+    config: Config,
+    resume: str = "auto",
+    console: Console | None = None,
+    profile: ProfileRequest | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Train, and return what ``summary.json`` holds.
 
     Args:
         config: the run.
-        resume: "auto", "never", or a checkpoint (docs/resuming.md).
+        resume: "auto", "accept-changes", "never", or a checkpoint (docs/resuming.md).
         console: where the progress is shown, stdout if None.
         profile: what of the run is recorded, if anything is (docs/profiling.md).
+        verify: read the files of model and rewards anew, whatever is remembered of their content.
 
     Raises:
         UserError: something the user can mend, in one sentence; as far as it can be told without the model, before
@@ -66,10 +73,13 @@ def train(
     try:
         with naming_lost_ranks():
             check_agreement(config)
+            contents = read_contents(config, inputs, anew=verify)
+            check_alike(hashes(contents))
             start = verified(start)
-            _announce(start, config, console)
+            accepted = _accepted_changes(start, config, contents, resume)
+            _announce(start, config, console, accepted)
             with recorded(profile, config, start.epoch, console):
-                return Trainer(config, start, inputs, device, console).run()
+                return Trainer(config, start, inputs, device, console, contents).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
@@ -82,10 +92,26 @@ def train(
             stop_distributed()
 
 
-def _announce(start: Start, config: Config, console: Console) -> None:
+def _accepted_changes(start: Start, config: Config, contents: dict[str, Input], resume: str) -> list[str]:
+    """In what a run that goes on reads other inputs than when it began; all ranks must call it.
+
+    Raises:
+        UserError: it does, and the user has not said that it may.
+    """
+    found: list[str] = []
+    with shared_errors():
+        if rank() == 0 and start.checkpoint is not None and not start.fresh:
+            found = check_unchanged(Path(config.output_dir), contents, accept=resume == ACCEPT)
+    return found
+
+
+def _announce(start: Start, config: Config, console: Console, accepted: Sequence[str] = ()) -> None:
     if launcher_rank() != 0:
         return
     folder = config.output_dir
+    if accepted:
+        text = f"warning: the run goes on with inputs whose content has changed: {'; '.join(accepted)}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     for path, problem in start.damaged:
         text = f"warning: checkpoint {path} is damaged ({problem}) and is passed over; the one before it is used"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -106,8 +132,16 @@ def _announce(start: Start, config: Config, console: Console) -> None:
 class Trainer:
     """Everything that a run needs, loaded once."""
 
-    def __init__(self, config: Config, start: Start, inputs: RunInputs, device: torch.device, console: Console) -> None:
-        self.config, self.start, self.device = config, start, device
+    def __init__(
+        self,
+        config: Config,
+        start: Start,
+        inputs: RunInputs,
+        device: torch.device,
+        console: Console,
+        contents: dict[str, Input],
+    ) -> None:
+        self.config, self.start, self.device, self.contents = config, start, device, contents
         self.rewards, self.prompts = inputs.rewards, inputs.prompts
         self.folder = Path(config.output_dir)
         self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
@@ -152,6 +186,7 @@ class Trainer:
         with shared_errors():
             if rank() == 0:
                 open_run(config, self.start)
+                write_record(self.folder, self.contents, first)
                 write_credit(self.folder, config.sampler.name, self.tables.transitions, self.tables.credit)
                 if self.heldout.prompts:
                     write_captions(self.folder, self.heldout.captions)

@@ -301,7 +301,9 @@ def test_half_precision_changes_the_weights_and_little_else(folder: Path) -> Non
 def test_scored_as_a_run_scores(folder: Path) -> None:
     options = {"model": str(folder / "clip"), "device": "cpu"}
     batch = images(30, 40, 4)
-    scores = RewardSet([RewardConfig(name="pickscore", options=options, weight=2.0)]).score(batch, PROMPTS)
+    rewards = RewardSet([RewardConfig(name="pickscore", options=options, weight=2.0)])
+    assert {"config.json", "model.safetensors"} <= rewards.sources["pickscore"]["model"].keys()
+    scores = rewards.score(batch, PROMPTS)
     expected = load_reward("pickscore", options)(batch, PROMPTS, [{}] * 4)
     torch.testing.assert_close(scores.components["pickscore"], torch.as_tensor(expected))
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import CHANNELS, HEIGHT, PROMPTS, TOKENS, WIDTH, build_pipeline, rolled_out, tiny_config
 from torch import Tensor
 
@@ -251,6 +253,24 @@ def test_the_cache_depends_on_sequence_length_dtype_and_encoder_files(own_pipeli
     config.write_text(config.read_text() + "\n")
     load_policy(tiny_config(own_pipeline), CPU).encode(PROMPTS)
     assert len(loads) == 4
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_another_encoder_of_the_same_size_and_date_never_gets_old_embeddings(part: str, own_pipeline: Path) -> None:
+    def embeddings(cache: str) -> dict[str, torch.Tensor]:
+        config = tiny_config(own_pipeline, f"model.embedding_cache={own_pipeline.parent / cache}")
+        return load_policy(config, CPU).encode(PROMPTS[:1])
+
+    old = embeddings("cache")
+    file = own_pipeline / part / "model.safetensors"
+    before = file.stat()
+    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    new = embeddings("cache")
+    truth = embeddings("empty")
+    assert all(torch.equal(new[name], truth[name]) for name in truth)
+    assert not all(torch.equal(new[name], old[name]) for name in old)
 
 
 def test_a_prompt_that_is_too_long_warns_once_and_says_what_is_cut(

@@ -1,5 +1,6 @@
 """Directories that hold a run: complete, to go on with, stopped in the middle, or another one."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -52,7 +53,7 @@ def test_a_complete_run_says_so(full: Run, capsys: Capture) -> None:
         (("--resume", "{run}", "seed=1"), "seed: the run in {run} has 0"),
         (("--resume", "{run}/checkpoints/epoch_000001"), "holds a later checkpoint than --resume"),
         (("--resume", "{run}/images"), "is not a checkpoint of this trainer"),
-        (("--resume", "nowhere"), "--resume: nowhere is not a folder; allowed: auto, never, or the path"),
+        (("--resume", "nowhere"), "--resume: nowhere is not a folder; allowed: auto, accept-changes, never, or"),
     ],
 )
 def test_a_run_is_never_overwritten(arguments: tuple[str, ...], words: str, full: Run, capsys: Capture) -> None:
@@ -211,6 +212,61 @@ def test_json_of_train_is_alone_on_stdout_and_a_run_without_held_out_prompts(
     assert not (tmp_path / "run" / "images").exists()
     answer = call(capsys, "train", "--config", config)
     assert "Held-out" not in answer.out and "Training reward:" in answer.out and "before_after" not in answer.out
+
+
+# train: directories that hold a run which has read something else
+
+
+def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
+    tmp_path: Path, own_pipeline: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = tmp_path / "rewards_of_this_test.py"
+    rewards.write_text("from tiny_pipeline import redness\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = write_config(tmp_path, own_pipeline, rewards=[{"name": "rewards_of_this_test:redness"}], train__epochs=1)
+    run, arguments = tmp_path / "run", ("train", "--config", config, "train.epochs=2")
+    assert call(capsys, "train", "--config", config).code == 0
+    record = json.loads((run / "inputs.json").read_text())
+    weights = own_pipeline / "text_encoder" / "model.safetensors"
+    assert record["inputs"]["model.path"]["files"]["text_encoder/model.safetensors"] == (
+        hashlib.blake2b(weights.read_bytes(), digest_size=16).hexdigest()
+    )
+    prompts, heldout = tmp_path / "train.txt", tmp_path / "heldout.jsonl"
+    tokenizer = own_pipeline / "tokenizer_2" / "tokenizer_config.json"
+    changed = {
+        prompts: prompts.read_text() + "\na blue square",
+        heldout: heldout.read_text().replace('{"n": 0}', '{"n": 5}'),
+        rewards: rewards.read_text() + "# as before\n",
+        weights: None,
+        tokenizer: tokenizer.read_text() + "\n",
+    }
+    for file, text in changed.items():
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if text is None else text.encode())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    answer = call(capsys, *arguments)
+    assert answer.code == 2
+    assert answer.err == (
+        f"error: the run in {run} cannot be resumed, since the content of its inputs has changed: "
+        f"model.path (text_encoder/model.safetensors and 1 more in {own_pipeline}); "
+        f"prompts.heldout ({heldout}: 2 prompts then, 2 different ones now); "
+        f"prompts.train ({prompts}: 3 prompts then, 4 different ones now); "
+        f"reward rewards_of_this_test:redness, module rewards_of_this_test (rewards_of_this_test.py in {tmp_path}); "
+        "restore it, choose another output_dir, or accept the change with --resume accept-changes\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    answer = call(capsys, *arguments, "--resume", "accept-changes", "--verify")
+    assert answer.code == 0, answer.err
+    assert "warning: the run goes on with inputs whose content has changed: model.path (" in answer.out
+    assert "Resuming after epoch 1" in answer.out
+    assert json.loads((run / "inputs.json").read_text())["since_epoch"] == 1
+    (run / "inputs.json").write_text("{")
+    answer = call(capsys, *arguments, "train.epochs=3")
+    assert answer.code == 2 and f"{run / 'inputs.json'} is damaged, so nothing says whether" in answer.err
+    (run / "inputs.json").unlink()  # a run from before there was a record
+    answer = call(capsys, *arguments, "train.epochs=3")
+    assert answer.code == 0 and "warning" not in answer.out, answer.err
 
 
 # train: stopped

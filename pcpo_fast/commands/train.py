@@ -31,8 +31,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--resume",
         default="auto",
-        metavar="auto|never|PATH",
-        help="auto: go on where the run in output_dir stopped; never: refuse to touch it; PATH: a checkpoint or a run",
+        metavar="auto|accept-changes|never|PATH",
+        help="auto: go on where the run in output_dir stopped; accept-changes: also where the content of prompts, "
+        "rewards or model has changed since; never: refuse to touch it; PATH: a checkpoint or a run",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the model's files anew, instead of knowing those with an unchanged inode, size and times",
     )
     parser.add_argument(
         "--profile",
@@ -83,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         epoch, updates = arguments.profile_epoch, arguments.profile_updates
         wanted = arguments.profile or epoch is not None or updates is not None
         profile = ProfileRequest(epoch, updates) if wanted else None
-        summary = train(config, arguments.resume, console, profile)
+        summary = train(config, arguments.resume, console, profile, arguments.verify)
     except KeyboardInterrupt:
         if launcher_rank() == 0:
             print(_how_to_go_on("interrupted", Path(config.output_dir)), file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,15 +10,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcpo_fast.distributed import barrier, local_rank, local_world_size, shared_errors
+from pcpo_fast.content import Contents
+from pcpo_fast.distributed import barrier, local_rank, local_world_size, once_per_machine, shared_errors
 from pcpo_fast.errors import UserError
+from pcpo_fast.fingerprints import digest
 
 
 class EmbeddingCache:
     """One safetensors file per prompt under ``folder / fingerprint``.
 
-    The fingerprint names everything that an embedding depends on besides the prompt, so a changed model or sequence
-    length never meets old files. A file that cannot be read is encoded again.
+    The fingerprint names everything that an embedding depends on besides the prompt, the encoders by their content, so
+    a changed model or sequence length never meets old files. A file that cannot be read is encoded again.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -95,11 +97,12 @@ class EmbeddingCache:
                     path.unlink(missing_ok=True)
 
 
-def folder_fingerprint(folders: Sequence[Path], *parts: object) -> str:
-    """A short hash of the names, sizes and modification times of all files in ``folders`` and of ``parts``."""
-    digest = hashlib.sha256(repr(parts).encode())
-    for folder in folders:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            stat = file.stat()
-            digest.update(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+def encoding_fingerprint(contents: Contents, files: Mapping[str, Path], *others: object) -> str:
+    """A short hash of what text encoders and tokenizers hold, and of ``others``; all ranks must call it.
+
+    Args:
+        contents: hashes of files.
+        files: all that encoding reads, by name.
+        others: what else an embedding depends on.
+    """
+    return once_per_machine(lambda: digest([contents.of_files(files), repr(others)]))

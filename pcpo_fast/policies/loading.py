@@ -61,10 +61,8 @@ def load_policy(
     folder, family = find_family(config.model)
     check_sampler(config.sampler, family.schedule_kind)
     check_attention(config, folder, family.trained_part, device)
-    cache = config.model.embedding_cache
-    cache_folder = Path(cache) if cache is not None else Path(config.output_dir).parent / "embeddings"
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
-    return family.load(folder, config.model, cache_folder, device, prompts, network_device)
+    return family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)
 
 
 def keep_reference(policy: Policy, config: Config, device: torch.device) -> None:

@@ -17,11 +17,12 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from pcpo_fast.config import ModelConfig, RolloutConfig
+from pcpo_fast.content import RECORD_FOLDER, Contents, pipeline_files
 from pcpo_fast.distributed import rank
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, Prediction
-from pcpo_fast.policies.embedding_cache import EmbeddingCache, folder_fingerprint
+from pcpo_fast.policies.embedding_cache import EmbeddingCache, encoding_fingerprint
 from pcpo_fast.policies.locating import pipeline_parts
 from pcpo_fast.policies.lora import add_lora, load_lora, merged_adapters
 from pcpo_fast.policies.quiet import quiet_libraries
@@ -110,7 +111,7 @@ class PipelinePolicy(Policy):
         Args:
             folder: the pipeline.
             settings: the configuration's ``model`` section.
-            cache_folder: where encoded prompts are kept.
+            cache_folder: where encoded prompts are kept, and what is known of files' content.
             device: where network and VAE go.
             prompts: encoded first, so that text encoders and network are never on the device together.
             network_device: where the network goes if not to ``device``.
@@ -121,12 +122,12 @@ class PipelinePolicy(Policy):
         _check_size(folder, settings, cls.cell)
         others = dict.fromkeys((*cls.encoder_parts, *cls.unused_parts))
         pipeline = cls.load_pipeline(folder, dtype=DTYPES[settings.dtype], **others)
-        fingerprint = folder_fingerprint(
-            [folder / name for name in cls.encoder_parts],
+        fingerprint = encoding_fingerprint(
+            Contents(cache_folder / RECORD_FOLDER),
+            {"model_index.json": folder / "model_index.json"} | pipeline_files(folder, cls.encoder_parts),
             settings.max_sequence_length,
             settings.dtype,
             cls.pipeline_class.__name__,
-            pipeline_parts(folder),
         )
         network = getattr(pipeline, cls.trained_part)
         policy = cls(

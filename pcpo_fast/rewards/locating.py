@@ -10,6 +10,7 @@ from typing import Any
 
 from pcpo_fast.distributed import local_rank
 from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.rewards.sources import note_source
 
 _REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
 _SETTINGS = ["*.json", "*.txt", "*.model"]
@@ -27,7 +28,9 @@ def model_folder(reward: str, option: str, path: str, *, weights: bool = True) -
     Raises:
         UserError: it is in none of these places, or lacks what is needed.
     """
-    return pretrained_folder(f"reward {reward}: option {option}", f"reward {reward}", path, weights=weights)
+    folder = pretrained_folder(f"reward {reward}: option {option}", f"reward {reward}", path, weights=weights)
+    note_source(option, folder, weights=weights)
+    return folder
 
 
 def pretrained_folder(where: str, user: str, path: str, *, weights: bool = True) -> Path:
@@ -69,7 +72,9 @@ def model_file(reward: str, option: str, path: str, name: str) -> Path:
     Raises:
         UserError: it is in none of these places.
     """
-    return pretrained_file(f"reward {reward}: option {option}", f"reward {reward}", path, name)
+    file = pretrained_file(f"reward {reward}: option {option}", f"reward {reward}", path, name)
+    note_source(option, file)
+    return file
 
 
 def pretrained_file(where: str, user: str, path: str, name: str) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.option_secrets import resolved, shown
+from pcpo_fast.rewards.sources import note_options
 from pcpo_fast.rewards.user import first_line, import_target
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor | np.ndarray | Sequence[float]]
@@ -68,6 +69,8 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
             "and module:function names one of your own"
         )
     target = import_target(_BUILT_IN.get(name, name))
+    if name not in _BUILT_IN:
+        note_options(options)
     if not isinstance(target, type):
         _check_call(name, target, options)
         return functools.partial(target, **resolved(name, options)) if options else target

@@ -11,6 +11,7 @@ from pcpo_fast.config import RewardConfig, ScoringConfig
 from pcpo_fast.rewards.calling import call_reward
 from pcpo_fast.rewards.failures import RewardFailure, scores_of_what_works
 from pcpo_fast.rewards.registry import Reward, load_reward
+from pcpo_fast.rewards.sources import Sources, noted_sources
 from pcpo_fast.rewards.time_limit import TimeLimit
 
 
@@ -43,6 +44,9 @@ class RewardSet:
         specs: the configuration's ``rewards``.
         settings: its section ``scoring``; None: the defaults.
 
+    Attributes:
+        sources: the files that each was made from, by :attr:`names`.
+
     Raises:
         UserError: a reward cannot be found or made (see :func:`pcpo_fast.rewards.registry.load_reward`).
     """
@@ -50,7 +54,11 @@ class RewardSet:
     def __init__(self, specs: Sequence[RewardConfig], settings: ScoringConfig | None = None) -> None:
         settings = ScoringConfig() if settings is None else settings  # type: ignore[call-arg]
         self._specs = tuple(specs)
-        self._rewards: list[Reward] = [load_reward(spec.name, spec.options) for spec in specs]
+        self._rewards: list[Reward] = []
+        self.sources: dict[str, Sources] = {}
+        for spec in specs:
+            with noted_sources() as self.sources[spec.column]:
+                self._rewards.append(load_reward(spec.name, spec.options))
         self._limits = [TimeLimit(settings.timeout) for _ in specs]
         self._stop = settings.on_failure == "stop"
 

@@ -5,9 +5,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.sources import note_source
 
 
 def import_target(target: str) -> Callable[..., Any]:
@@ -23,6 +25,9 @@ def import_target(target: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
         raise UserError(f"reward {target!r} is not of the form module:function, for example my_rewards:redness")
     found: Any = _import(module_name, target)
+    file = getattr(found, "__file__", None)
+    if file is not None and not module_name.startswith("pcpo_fast."):
+        note_source(f"module {module_name}", Path(file))
     where = f"module {module_name} ({getattr(found, '__file__', None) or 'a folder without __init__.py'})"
     for part in path.split("."):
         if not hasattr(found, part):
