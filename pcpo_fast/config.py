@@ -38,7 +38,9 @@ class LoraConfig(Section):
         strict=False,
         description="linear layers that get an adapter, by the end of their name; null: the model family's usual ones",
     )
-    init: str | None = Field(None, description="folder or file of LoRA weights to start from")
+    init: str | None = Field(
+        None, description="folder or file of LoRA weights to start from, of any trainer (docs/lora.md)"
+    )
 
 
 class ModelConfig(Section):

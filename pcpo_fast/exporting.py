@@ -1,9 +1,9 @@
-"""Trained weights out of a run's checkpoint, in the format that diffusers loads."""
+"""Trained weights out of a run's checkpoint, in the formats that other programs load."""
 
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.checkpoint import STATE_FILE, WEIGHTS, checkpoints, read_state
 from pcpo_fast.config import Config
@@ -12,9 +12,19 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.manifest import changed_file
 from pcpo_fast.run_directory import CONFIG_FILE
 
+if TYPE_CHECKING:
+    from pcpo_fast.policies.lora_files import Format
 
-def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) -> dict[str, Any]:
-    """Copy a checkpoint's weights to ``output``.
+
+def export_run(
+    run: str,
+    output: str | None,
+    epoch: int | None,
+    pipeline: bool,
+    names: "Format | None" = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint's weights to ``output``.
 
     Args:
         run: run directory or checkpoint folder.
@@ -22,13 +32,15 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
             what an earlier export left is replaced.
         epoch: which checkpoint, the newest if None.
         pipeline: write a whole pipeline folder with the weights in place (LoRA is merged).
+        names: of LoRA's layers; see :func:`pcpo_fast.policies.lora_files.write_lora`.
+        dtype: PyTorch's name; None is bfloat16 for LoRA, and otherwise what the run has.
 
     Returns:
         ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA", "transformer" or "unet".
 
     Raises:
-        UserError: no such run or checkpoint, its weights are damaged, or the output folder holds something else or
-            cannot be written.
+        UserError: no such run or checkpoint, its weights are damaged, names for weights that are no LoRA, or the output
+            folder holds something else or cannot be written.
     """
     checkpoint = find_checkpoint(Path(run), epoch)
     problem = changed_file(checkpoint, WEIGHTS)
@@ -38,6 +50,9 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{checkpoint} does not lie in a run directory: there is no {folder / CONFIG_FILE}")
     config = load_config(folder / CONFIG_FILE)
+    if names is not None and (pipeline or config.model.finetune != "lora"):
+        what = "a whole pipeline" if pipeline else "a full fine-tune"
+        raise UserError(f"--format {names}: only LoRA files differ in their layers' names, and this is {what}")
     default = folder / ("pipeline" if pipeline else "export")
     target = default if output is None else Path(output)
     if target != default and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -45,7 +60,7 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        _write(config, checkpoint / WEIGHTS, temporary, pipeline)
+        _write(config, checkpoint / WEIGHTS, temporary, pipeline, names, dtype)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except OSError as error:
@@ -60,13 +75,22 @@ def export_run(run: str, output: str | None, epoch: int | None, pipeline: bool) 
     }
 
 
-def _write(config: Config, weights: Path, target: Path, pipeline: bool) -> None:
-    if pipeline:
-        from pcpo_fast.policies.exporting import save_pipeline
+def _write(
+    config: Config, weights: Path, target: Path, pipeline: bool, names: "Format | None", dtype: str | None
+) -> None:
+    import torch
 
-        save_pipeline(config.model, weights, target)
+    from pcpo_fast.policies.exporting import save_lora, save_network, save_pipeline
+
+    given = None if dtype is None else getattr(torch, dtype)
+    if pipeline:
+        save_pipeline(config.model, weights, target, given)
+    elif config.model.finetune == "lora":
+        save_lora(config, weights, target, names, given or torch.bfloat16)
     else:
-        shutil.copytree(weights, target)
+        save_network(weights, target, given)
+    for file in target.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # libraries let nobody else read what they write
 
 
 def find_checkpoint(path: Path, epoch: int | None) -> Path:

@@ -483,10 +483,6 @@ def test_lora_weights_that_do_not_fit_are_refused(pipeline_folder: Path, tmp_pat
             load_policy(tiny_config(pipeline_folder, *SMALL_LORA, f"model.lora.init={init}", *overrides), CPU)
         assert str(caught.value).startswith("model.lora.init: ") and "\n" not in str(caught.value)
 
-    load_policy(tiny_config(pipeline_folder, *SMALL_LORA, f"model.lora.init={file.parent}"), CPU)
-    refused("does not fit model.lora", "model.lora.rank=2")
-    refused("made with alpha 8.*model.lora.alpha is 16", "model.lora.alpha=16")
-    refused("does not fit model.lora.targets", "model.lora.targets=[attn.to_q]")
     refused("is not a .safetensors file", init=tmp_path / "nowhere")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(file.read_bytes()[:100])

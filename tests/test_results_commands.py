@@ -17,10 +17,14 @@ from cli_runs import (
 from PIL import Image
 from tiny_pipeline import PROMPTS
 
+from pcpo_fast import __version__
+from pcpo_fast.config_loading import load_config
+from pcpo_fast.policies.loading import load_policy
 from pcpo_fast.sampling import generate
 
 pytest_plugins = ["cli_fixtures"]
 Capture = pytest.CaptureFixture[str]
+CPU = torch.device("cpu")
 
 
 # sample
@@ -151,6 +155,66 @@ def test_exported_lora_merged_into_a_pipeline(lora: Run, tmp_path: Path, capsys:
     torch.testing.assert_close(images_of(pipeline.transformer, pipeline, lora), lora.images, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "name"),
+    [
+        ((), torch.bfloat16, "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
+        (("--dtype", "float32"), torch.float32, "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
+        (("--format", "kohya"), torch.bfloat16, "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
+        (("--dtype", "float16", "--format", "comfyui"), torch.float16, "transformer.single_transformer_blocks.0"),
+    ],
+)
+def test_an_exported_lora_starts_the_same_images(
+    lora: Run, tmp_path: Path, capsys: Capture, options: tuple[str, ...], dtype: torch.dtype, name: str
+) -> None:
+    """Rank 2 and alpha 6, in any format: the settings of the run that starts from it are its own."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    answer = call(capsys, "export", lora.folder, "--output", tmp_path / "lora", *options)
+    assert answer.code == 0, answer.err
+    [file] = (tmp_path / "lora").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    assert about["base_model"] == Path(load_config(lora.config).model.path).name
+    assert about["pcpo_fast_version"] == __version__ and "tiny_pipeline:redness" in about["reward"]
+    state = load_file(file)
+    assert any(key.startswith(name) for key in state)
+    assert {value.dtype for key, value in state.items() if not key.endswith(".alpha")} == {dtype}
+    policy = load_policy(load_config(lora.config, [f"model.lora.init={file.parent}", "model.lora.alpha=7"]), CPU)
+    with torch.no_grad():
+        made = generate(policy, list(PROMPTS[2:]), 1, euler_table(lora), load_config(lora.config).evaluation.seed, 2)
+    torch.testing.assert_close(made, lora.images, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_lora_that_an_older_version_wrote_keeps_its_strength(lora: Run, tmp_path: Path, capsys: Capture) -> None:
+    """There the scale stood in diffusers' metadata alone."""
+    from safetensors.torch import load_file, save_file
+
+    assert call(capsys, "export", lora.folder, "--output", tmp_path / "new", "--dtype", "float32").code == 0
+    run = tmp_path / "run"
+    shutil.copytree(lora.folder, run)
+    [weights] = run.glob("checkpoints/epoch_000002/weights/*.safetensors")
+    old = {key: value / 3 if "lora_B" in key else value for key, value in load_file(weights).items()}
+    packed = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 6.0})
+    save_file(old, weights, {"format": "pt", "lora_adapter_metadata": packed})
+    (run / "checkpoints" / "epoch_000002" / "manifest.json").unlink()
+    for names in ("diffusers", "kohya"):
+        target = tmp_path / names
+        answer = call(capsys, "export", run, "--output", target, "--format", names, "--dtype", "float32")
+        assert answer.code == 0, answer.err
+    expected, found = (
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "new", tmp_path / "diffusers")
+    )
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+    assert "lora_unet_single_blocks_0_linear1.alpha" in load_file(
+        tmp_path / "kohya" / "pytorch_lora_weights.safetensors"
+    )
+
+
 def test_exported_transformer_is_the_trained_one(
     full: Run, pipeline_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -166,6 +230,12 @@ def test_exported_transformer_is_the_trained_one(
         assert loaded.keys() == trained.keys()
         assert all(torch.equal(loaded[name], trained[name]) for name in trained)
         assert any(not torch.equal(loaded[name], base[name]) for name in trained)
+    answer = call(capsys, "export", full.folder, "--output", tmp_path / "half", "--dtype", "bfloat16")
+    assert answer.code == 0, answer.err
+    [file] = (tmp_path / "half" / "transformer").glob("*.safetensors")
+    assert file.stat().st_mode & 0o777 == 0o644
+    half = FluxTransformer2DModel.from_pretrained(tmp_path / "half", subfolder="transformer", dtype=torch.bfloat16)
+    assert all(torch.equal(value, trained[name].bfloat16()) for name, value in half.state_dict().items())
     answer = call(capsys, "export", full.folder, "--pipeline", "--output", tmp_path / "pipeline")
     assert answer.code == 0, answer.err
     pipeline = FluxPipeline.from_pretrained(tmp_path / "pipeline")
@@ -202,6 +272,11 @@ def test_export_of_an_earlier_epoch_a_checkpoint_and_the_default_folders(
         (("{run}", "--output", "{run}/images"), "is not an empty folder; choose another one or remove it"),
         (("{run}", "--output", "{run}/config.yaml"), "is not an empty folder"),
         (("{run}", "--output", "{run}/config.yaml/x"), "cannot be written"),
+        (
+            ("{run}", "--format", "kohya"),
+            "--format kohya: only LoRA files differ in their layers' names, and this is a full",
+        ),
+        (("{run}", "--format", "kohya", "--pipeline"), "and this is a whole pipeline"),
     ],
 )
 def test_export_refuses(arguments: tuple[str, ...], words: str, full: Run, capsys: Capture) -> None:

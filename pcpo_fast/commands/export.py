@@ -1,22 +1,24 @@
-"""``pcpo-fast export``: a run's weights in diffusers' format."""
+"""``pcpo-fast export``: a run's weights for diffusers, ComfyUI and the WebUIs."""
 
 import argparse
 
 EXAMPLES = """examples:
   pcpo-fast export runs/demo                          newest checkpoint, to runs/demo/export
   pcpo-fast export runs/demo --epoch 20 --output my-lora
+  pcpo-fast export runs/demo --format kohya           a LoRA for the WebUIs
   pcpo-fast export runs/demo --pipeline --output my-flux      a whole pipeline folder
 
-LoRA weights load with the pipeline's load_lora_weights(FOLDER). A full fine-tune is a folder transformer/ or unet/ that
-the network's class takes: FluxTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer")."""
+LoRA weights load with the pipeline's load_lora_weights(FOLDER), and in ComfyUI from models/loras, where any file name
+will do. At strength 1 they act as they were trained. A full fine-tune is a folder transformer/ or unet/ that the
+network's class takes: FluxTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer")."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "export",
-        help="write a run's weights for diffusers",
-        description="Write the weights of a run's checkpoint in diffusers' format.",
+        help="write a run's weights for diffusers, ComfyUI and the WebUIs",
+        description="Write the weights of a run's checkpoint in a format that other programs load.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -26,17 +28,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--output", metavar="FOLDER", help="where to (default: RUN/export, and RUN/pipeline with --pipeline)"
     )
     parser.add_argument("--pipeline", action="store_true", help="write a whole pipeline with the trained weights in it")
+    parser.add_argument(
+        "--format",
+        choices=("diffusers", "comfyui", "kohya"),
+        help="names of a LoRA's layers (default: those that diffusers and ComfyUI both read)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the weights (default: bfloat16 for LoRA, else the run's own)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Copy the weights out of a checkpoint."""
+    """Write the weights of a checkpoint."""
     import json
 
     from pcpo_fast.exporting import export_run
 
-    result = export_run(arguments.run_directory, arguments.output, arguments.epoch, arguments.pipeline)
+    result = export_run(
+        arguments.run_directory,
+        arguments.output,
+        arguments.epoch,
+        arguments.pipeline,
+        arguments.format,
+        arguments.dtype,
+    )
     if arguments.json:
         print(json.dumps(result))
     else:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pcpo_fast.config import Config
 from pcpo_fast.policies.base import Conditioning, Policy
-from pcpo_fast.policies.loading import find_family, load_policy, load_trained_weights
-from pcpo_fast.policies.lora import add_lora, only_adapter, switch_adapters_off
+from pcpo_fast.policies.loading import load_policy, load_trained_weights
+from pcpo_fast.policies.lora import only_adapter, switch_adapters_off
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """What :meth:`pcpo_fast.policies.Policy.predict` is: latents, times and conditioning in, output after guidance out."""
@@ -113,9 +113,7 @@ def load_fine_tunes(
         load_trained_weights(own, *fine_tunes[number])
         predictions[number] = network_prediction(policy, own)
     for number in adapted:
-        settings, adapter = fine_tunes[number].config.model.lora, f"run_{number}"
-        _, family = find_family(config.model)
-        add_lora(network, settings, settings.targets or family.lora_targets, adapter)
+        adapter = f"run_{number}"
         load_trained_weights(network, *fine_tunes[number], adapter)
         predictions[number] = adapter_prediction(policy, adapter)
     if adapted:

@@ -14,6 +14,8 @@ from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.attention import check_attention
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.locating import pipeline_folder
+from pcpo_fast.policies.lora import add_lora, fill_lora
+from pcpo_fast.policies.lora_files import describe_run, read_lora
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.speed import compile_blocks
 from pcpo_fast.samplers import check_sampler
@@ -62,7 +64,9 @@ def load_policy(
     check_sampler(config.sampler, family.schedule_kind)
     check_attention(config, folder, family.trained_part, device)
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
-    return family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)
+    policy = family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)
+    policy.about = describe_run(config)
+    return policy
 
 
 def keep_reference(policy: Policy, config: Config, device: torch.device) -> None:
@@ -77,10 +81,10 @@ def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapte
     """Put weights that a run exported into the network of a policy loaded with the run's configuration.
 
     Args:
-        module: the network, with adapters where ``model.finetune`` is ``lora``.
+        module: the network.
         config: of the run.
         folder: what the policy's ``save_weights`` wrote.
-        adapter: which adapters are filled, where there are several.
+        adapter: which adapters are filled where ``model.finetune`` is ``lora``; added if there are none of this name.
 
     Raises:
         UserError: the folder does not hold the weights that ``model.finetune`` promises, or they do not fit.
@@ -88,12 +92,14 @@ def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapte
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from pcpo_fast.policies.lora import load_lora
-
     _, family = find_family(config.model)
     part = family.trained_part
     if config.model.finetune == "lora":
-        load_lora(module, str(folder), family.pipeline_class, part, "weights", adapter)
+        start, lora = read_lora(module, folder, "weights"), config.model.lora
+        if adapter in getattr(module, "peft_config", ()):
+            fill_lora(module, start, adapter)
+        else:
+            add_lora(module, lora, lora.targets or family.lora_targets, adapter, start)
         return
     files = sorted((folder / part).glob("*.safetensors"))
     if not files:

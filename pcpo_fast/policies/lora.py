@@ -2,22 +2,27 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from pcpo_fast.config import LoraConfig
 from pcpo_fast.errors import UserError
+from pcpo_fast.policies.lora_files import LowRank
 
 
-def add_lora(module: nn.Module, settings: LoraConfig, targets: Sequence[str], adapter: str = "default") -> None:
+def add_lora(
+    module: nn.Module,
+    settings: LoraConfig,
+    targets: Sequence[str],
+    adapter: str = "default",
+    start: Mapping[str, LowRank] | None = None,
+) -> None:
     """Freeze ``module`` and add trainable adapters to every linear layer whose name ends in a target.
 
     Args:
@@ -25,6 +30,9 @@ def add_lora(module: nn.Module, settings: LoraConfig, targets: Sequence[str], ad
         settings: rank and alpha.
         targets: ends of layer names.
         adapter: peft's name of the new adapters; :func:`only_adapter` switches between several.
+        start: updates that the adapters begin with, of :func:`~pcpo_fast.policies.lora_files.read_lora`. A layer of
+            theirs gets an adapter whether or not it is a target, of the larger of the two ranks and with the
+            settings' alpha / rank; a layer that they lack begins without effect.
 
     Raises:
         UserError: a target matches no module.
@@ -34,17 +42,63 @@ def add_lora(module: nn.Module, settings: LoraConfig, targets: Sequence[str], ad
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(f"model.lora.targets: {target} matches no linear layer of {type(module).__name__}")
+    start = start or {}
+    larger: dict[int, list[str]] = {}
+    for name, update in start.items():
+        if update.down.shape[0] > settings.rank:
+            larger.setdefault(update.down.shape[0], []).append(name)
+    # One pattern for each rank: peft tries them all on every layer.
+    patterns = {rank: f"^(?:{'|'.join(map(re.escape, layers))})" for rank, layers in larger.items()}
     module.requires_grad_(False)
     adapted: Any = module
     config = PeftLoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        target_modules=list(targets),
+        target_modules="|".join([*(rf"(?:.*\.)?{re.escape(target)}" for target in targets), *map(re.escape, start)]),
+        rank_pattern={pattern: rank for rank, pattern in patterns.items()},
+        alpha_pattern={pattern: settings.alpha / settings.rank * rank for rank, pattern in patterns.items()},
         init_lora_weights="gaussian",
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
         adapted.add_adapter(config, adapter_name=adapter)
+    if start:
+        fill_lora(module, start, adapter)
+
+
+def differing_from(
+    settings: LoraConfig, targets: Sequence[str], module: nn.Module, start: Mapping[str, LowRank]
+) -> str:
+    """What ``model.lora`` says otherwise than the weights that a run starts from, and what is done; "" if nothing.
+
+    Args:
+        settings: the configuration's ``model.lora``.
+        targets: ends of layer names that get an adapter.
+        module: the network with its adapters.
+        start: the weights.
+    """
+    ranks = [update.down.shape[0] for update in start.values()]
+    lower, higher = {rank for rank in ranks if rank < settings.rank}, {rank for rank in ranks if rank > settings.rank}
+    wanted = {
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, BaseTunerLayer) and any(name == end or name.endswith(f".{end}") for end in targets)
+    }
+    extra = sorted(start.keys() - wanted)
+    missing = sorted(wanted - start.keys())
+
+    def some(values: Iterable[int]) -> str:
+        return ", ".join(map(str, sorted(values)))
+
+    notes = [
+        f"rank {some(lower)} is padded to model.lora.rank={settings.rank}" if lower else "",
+        f"layers of rank {some(higher)} keep it instead of model.lora.rank={settings.rank}" if higher else "",
+        f"{len(extra)} layers that model.lora.targets does not name get adapters as well ({extra[0]}, ...)"
+        if extra
+        else "",
+        f"{len(missing)} layers that are not in it begin without effect ({missing[0]}, ...)" if missing else "",
+    ]
+    return "; ".join(filter(None, notes))
 
 
 @contextmanager
@@ -132,52 +186,51 @@ def _adapted_layers(module: nn.Module) -> list[Any]:
     return layers
 
 
-def load_lora(
-    module: nn.Module,
-    path: str,
-    pipeline_class: Any,
-    part: str,
-    key: str = "model.lora.init",
-    adapter: str = "default",
-) -> None:
-    """Fill existing adapters from LoRA weights in diffusers' format.
+def fill_lora(module: nn.Module, start: Mapping[str, LowRank], adapter: str = "default") -> None:
+    """Give existing adapters the effect of some updates; layers without one have none.
 
     Args:
-        module: a model with adapters.
-        path: a safetensors file, or a folder that holds ``pytorch_lora_weights.safetensors``.
-        pipeline_class: the diffusers pipeline whose loader reads the file.
-        part: the pipeline's part that ``module`` is.
-        key: what named the path, for the messages.
+        module: a model with adapters, of at least the updates' ranks.
+        start: by the layers' names.
         adapter: which adapters are filled.
 
     Raises:
-        UserError: the file is missing or damaged, or does not fit the adapters (rank, alpha, targets).
+        UserError: a layer has no adapter, or one of a smaller rank.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "pytorch_lora_weights.safetensors"
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"{key}: {path} is not a .safetensors file, nor a folder with pytorch_lora_weights.safetensors")
-    try:
-        # Some pipelines return network alphas between the two.
-        state, *_, metadata = pipeline_class.lora_state_dict(
-            str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
+    layers = {name: child for name, child in _named_adapters(module) if adapter in child.lora_A}
+    with torch.no_grad():
+        for name, update in start.items():
+            size, there = update.down.shape[0], layers[name].r[adapter] if name in layers else 0
+            if size > there:
+                raise UserError(
+                    f"the weights have rank {size} in {name}, which does not fit an adapter of rank {there}"
+                )
+        for name, layer in layers.items():
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            up.zero_()
+            if name in start:
+                update = start[name]
+                size = update.down.shape[0]
+                down[:size].copy_(update.down)
+                up[:, :size].copy_(update.up.float() * (update.scale / layer.scaling[adapter]))
+
+
+def trained_updates(module: nn.Module, state: Mapping[str, Tensor], adapter: str = "default") -> dict[str, LowRank]:
+    """The adapters' updates, by the layers' names.
+
+    Args:
+        module: a model with adapters.
+        state: their weights, by parameter name.
+        adapter: whose.
+    """
+    return {
+        name: LowRank(
+            state[f"{name}.lora_A.{adapter}.weight"], state[f"{name}.lora_B.{adapter}.weight"], layer.scaling[adapter]
         )
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} cannot be read as LoRA weights: {str(error).splitlines()[0]}") from None
-    weights = {name.removeprefix(f"{part}."): value for name, value in state.items()}
-    try:
-        outcome = set_peft_model_state_dict(module, weights, adapter_name=adapter)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{key}: {file} does not fit model.lora (rank, targets): {reason}") from None
-    own = re.compile(rf"\.lora_\w+\.{re.escape(adapter)}(\.|$)")
-    missing = [name for name in (outcome.missing_keys if outcome else []) if own.search(name)]
-    if missing or (outcome and outcome.unexpected_keys):
-        raise UserError(
-            f"{key}: {file} does not fit model.lora.targets: {len(missing)} adapter weights are not in it and "
-            f"{len(outcome.unexpected_keys)} of its weights have no adapter"
-        )
-    alpha, here = (metadata or {}).get(f"{part}.lora_alpha"), cast(Any, module).peft_config[adapter].lora_alpha
-    if alpha is not None and float(alpha) != float(here):
-        raise UserError(f"{key}: {file} was made with alpha {alpha}, but model.lora.alpha is {here}")
+        for name, layer in _named_adapters(module)
+        if adapter in layer.lora_A
+    }
+
+
+def _named_adapters(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, BaseTunerLayer)]

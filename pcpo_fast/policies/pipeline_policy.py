@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,9 +12,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.training_utils import _collate_lora_metadata
 from huggingface_hub import save_torch_state_dict
-from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from pcpo_fast.config import ModelConfig, RolloutConfig
@@ -24,7 +23,8 @@ from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, Prediction
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, encoding_fingerprint
 from pcpo_fast.policies.locating import pipeline_parts
-from pcpo_fast.policies.lora import add_lora, load_lora, merged_adapters
+from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
+from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, use_block_kernels
 from pcpo_fast.policies.truncation import warn_of_long_prompts
@@ -50,6 +50,7 @@ class PipelinePolicy(Policy):
         cell: latent pixels across that the network takes as one; the image size is a multiple of it.
         schedule_kind: what :meth:`schedule` returns, known without loading anything.
         lora_targets: linear layers that get an adapter where the configuration names none.
+        about: what the headers of LoRA files say of the run.
     """
 
     pipeline_class: ClassVar[Any]
@@ -94,6 +95,7 @@ class PipelinePolicy(Policy):
         self.warned_of_long_prompts = False
         self.vae_scale = vae_factor(vae.config)
         self.rows, self.columns = cell_grid(vae.config, height, width, self.cell)
+        self.about: dict[str, str] = {}
         self._negative: Conditioning | None = None
 
     @classmethod
@@ -161,9 +163,12 @@ class PipelinePolicy(Policy):
         """
         choose_attention(network, settings.attention, device)
         if settings.finetune == "lora":
-            add_lora(network, settings.lora, settings.lora.targets or cls.lora_targets)
-            if settings.lora.init is not None:
-                load_lora(network, settings.lora.init, cls.pipeline_class, cls.trained_part)
+            lora, targets = settings.lora, settings.lora.targets or cls.lora_targets
+            start = None if lora.init is None else read_lora(network, lora.init, "model.lora.init")
+            add_lora(network, lora, targets, start=start)
+            differences = differing_from(lora, targets, network, start) if start else ""
+            if differences and rank() == 0:
+                warnings.warn(f"model.lora.init: {lora.init}: {differences}", stacklevel=2)
         else:
             network.requires_grad_(True)
         if settings.block_kernels:
@@ -284,20 +289,19 @@ class PipelinePolicy(Policy):
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """``pytorch_lora_weights.safetensors`` for the pipeline's ``load_lora_weights``, or the network's folder."""
+        """``pytorch_lora_weights.safetensors``, by names that diffusers and ComfyUI read, or the network's folder."""
         if hasattr(self.network, "peft_config"):
-            layers = get_peft_model_state_dict(self.network, state_dict=dict(state))
-            self.pipeline_class.save_lora_weights(
-                folder,
-                **{f"{self.trained_part}_lora_layers": layers},
-                **_collate_lora_metadata({self.trained_part: self.network}),
-            )
+            folder.mkdir(parents=True, exist_ok=True)
+            layers = trained_updates(self.network, state)
+            write_lora(folder / LORA_FILE, layers, type(self.network).__name__, about=self.about)
         else:
             # save_pretrained would write what this rank holds of the weights, which under ZeRO 3 is nothing.
             target = folder / self.trained_part
             self.network.save_config(target)
             whole = {**self.network.state_dict(), **state}  # buffers, such as SD3's places, are not trained
             save_torch_state_dict(whole, target, filename_pattern=WEIGHTS_PATTERN, max_shard_size="10GB")
+            for file in target.glob("*.safetensors"):
+                file.chmod(0o644)  # the library lets nobody else read it
 
     @classmethod
     def load_pipeline(cls, folder: Path, **options: Any) -> Any:
