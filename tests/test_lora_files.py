@@ -189,6 +189,34 @@ def comfy_effect(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     raise AssertionError(f"{name} is not in the file")
 
 
+@pytest.mark.parametrize(
+    ("model", "known"),
+    [
+        (
+            "black-forest-labs/FLUX.1-dev",
+            r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
+            r"|norm1(_context)?\.linear)|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)"
+            r"|(x|context)_embedder|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]|proj_out|norm_out\.linear",
+        ),
+        (
+            "stabilityai/stable-diffusion-3.5-medium",
+            r"transformer_blocks\.\d+\.(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
+            r"|norm1(_context)?\.linear)|context_embedder|time_text_embed\.(timestep|text)_embedder\.linear_[12]|proj_out"
+            r"|norm_out\.linear",
+        ),
+    ],
+)
+def test_comfyui_knows_every_layer_of_a_transformer_by_diffusers_name(tmp_path: Path, model: str, known: str) -> None:
+    """Its tables of diffusers' names (flux_to_diffusers, mmdit_to_diffusers) at full size, behind ``transformer.``."""
+    updates = random_updates(published(model, "transformer"), rank=1)
+    few = {name: LowRank(update.down[:, :1], update.up[:1]) for name, update in updates.items()}
+    write_lora(tmp_path / "x.safetensors", few, FLUX if "FLUX" in model else SD3)
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        names = list(opened.keys())
+    pattern = re.compile(rf"transformer\.({known})\.lora_[AB]\.weight")
+    assert [name for name in names if not pattern.fullmatch(name)] == [] and len(names) == 2 * len(updates)
+
+
 @pytest.mark.parametrize("names", [None, "comfyui"])
 def test_comfyui_finds_every_layer_at_the_trained_strength(network: Any, tmp_path: Path, names: Any) -> None:
     kind, updates = kind_of(network), random_updates(linear_layers(network))
@@ -441,10 +469,13 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
         (f"{LAYER}.weight", "is no LoRA weight"),
         (f"{LAYER}.lora_A.other.weight", "holds several adapters of"),
         (f"{LAYER}.lora_A.weight", "lacks its lora_B (lora_up) weight"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "belongs to a text encoder"),
-        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "belongs to a text encoder"),
-        ("text_encoders.t5xxl.transformer.encoder.block.0", "belongs to a text encoder"),
-        ("transformer.transformer_blocks.7.attn.to_q", "is no layer of the FluxTransformer2DModel"),
+        (
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+            "(FluxTransformer2DModel, linear layers): 1 of text encoders (",
+        ),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "1 of text encoders ("),
+        ("text_encoders.t5xxl.transformer.encoder.block.0", "1 of text encoders ("),
+        ("transformer.transformer_blocks.7.attn.to_q", "1 that the FluxTransformer2DModel does not have ("),
     ],
 )
 def test_what_is_no_lora_of_the_network(tmp_path: Path, extra: str, words: str) -> None:
@@ -464,7 +495,10 @@ def test_convolutions_and_other_models_are_refused(tmp_path: Path) -> None:
     unet = tiny(SD)
     name = "lora_unet_down_blocks_0_attentions_0_proj_in"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8, 1, 1), f"{name}.lora_up.weight": torch.ones(8, 2, 1, 1)}
-    assert f"{name} is a convolution" in refused(saved(tmp_path, tensors), unet)
+    tensors |= {key.replace("unet_down_blocks_0", "te_x"): value.clone() for key, value in tensors.items()}
+    message = refused(saved(tmp_path, tensors), unet)  # all at once
+    assert f"1 that are convolutions, or not linear for another reason ({name})" in message
+    assert "1 of text encoders (lora_te_x" in message
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     wide = random_updates({layer: nn.Linear(320, 320)})
     message = refused(saved(tmp_path, peft_names(wide, "unet.")), unet)

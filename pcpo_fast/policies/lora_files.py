@@ -128,9 +128,11 @@ def read_lora(module: nn.Module, path: str | Path, key: str) -> dict[str, LowRan
     network = type(module).__name__
     known = spellings(network, linear)
     found: dict[str, LowRank] = {}
-    for name, update in _parse(file, key).items():
-        if flat(name) not in known:
-            raise UserError(f"{key}: {file}: {_unknown_layer(name, update, named, network)}")
+    updates = _parse(file, key)
+    strangers = {name: update for name, update in updates.items() if flat(name) not in known}
+    if strangers:
+        raise UserError(f"{key}: {file} {_strangers(strangers, named, network)}")
+    for name, update in updates.items():
         for layer, part in _split(update, *known[flat(name)]).items():
             if layer in found:
                 raise UserError(f"{key}: {file} has the layer {layer} twice, under different names ({name})")
@@ -145,13 +147,19 @@ def read_lora(module: nn.Module, path: str | Path, key: str) -> dict[str, LowRan
     return found
 
 
-def _unknown_layer(name: str, update: LowRank, named: Collection[str], network: str) -> str:
-    if TEXT_ENCODER.match(name):
-        return f"{name} belongs to a text encoder, which is not trained here; take a LoRA of the {network} alone"
+def _strangers(updates: Mapping[str, LowRank], named: Collection[str], network: str) -> str:
+    """What the layers are that a network has no place for."""
+    kinds: dict[str, list[str]] = defaultdict(list)
     flats = {flat(other) for other in named}
-    if update.down.dim() == 4 or flat(name) in flats:
-        return f"{name} is a convolution or another layer that is not linear; only linear layers have adapters here"
-    return f"{name} is no layer of the {network}: it was made for another model"
+    for name, update in updates.items():
+        if TEXT_ENCODER.match(name):
+            kinds["of text encoders"].append(name)
+        elif update.down.dim() == 4 or flat(name) in flats:
+            kinds["that are convolutions, or not linear for another reason"].append(name)
+        else:
+            kinds[f"that the {network} does not have"].append(name)
+    counted = [f"{len(names)} {kind} ({names[0]}{', ...' * (len(names) > 1)})" for kind, names in kinds.items()]
+    return f"has layers that no adapter here can be for ({network}, linear layers): {'; '.join(counted)}"
 
 
 def _parse(file: Path, key: str) -> dict[str, LowRank]:
