@@ -19,6 +19,7 @@ from pcpo_fast.atomic import write_atomically
 from pcpo_fast.distributed import launcher_rank
 from pcpo_fast.errors import UserError, reason_of
 
+INDEX = "model_index.json"
 RECORD_FOLDER = "content"
 """Name of the record's folder, next to the encoded prompts."""
 ANNOUNCED = 10**9

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ def digest(value: Any) -> str:
 def folder_digest(folder: Path, suffixes: Container[str] | None = None) -> str:
     """Of the files below a folder, hidden ones apart, by their names there and their content, wherever it lies.
 
-    Of a large file only its size and 64 blocks spread over it are read: a model of 24 GB takes no time, and weights
-    that differ anywhere in training differ everywhere.
+    Of a large file only its size and 64 blocks spread over it are read, which tells apart what training has changed;
+    :mod:`pcpo_fast.content` reads everything.
 
     Args:
         folder: a model's.
@@ -40,14 +41,13 @@ def weights_digest(folder: Path) -> str:
     return folder_digest(folder, (".safetensors", ".json", ".bin", ".pth"))
 
 
-def weights_file_digest(file: Path) -> str:
-    """Of one file of weights, by its content alone, read as :func:`folder_digest` reads it."""
-    return _sample(file)
-
-
 def files_digest(files: Iterable[Path], root: Path) -> str:
-    """Of image files, by name, size and time of change."""
-    return digest([[file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    """Of image files, by name, inode, size and times: content that changed behind its size and date shows in these."""
+    return digest([[file.relative_to(root).as_posix(), *_identity(file.stat())] for file in files])
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _sample(file: Path) -> str:

@@ -9,6 +9,7 @@ import torch
 from pcpo_fast.config import Config
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.errors import UserError
+from pcpo_fast.input_record import read_differently
 from pcpo_fast.policies.fine_tunes import FineTune, load_fine_tunes
 from pcpo_fast.reward_guidance import RewardGuided
 from pcpo_fast.run_directory import CONFIG_FILE
@@ -45,6 +46,13 @@ def read_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
             raise UserError(
                 f"--run: runs are composed over one base model, but model.{key} is {first!r} in {folders[0]} and "
                 f"{other!r} in {folder} (a setting on the command line, model.{key}=..., holds for all of them)"
+            )
+        changed = read_differently([Path(folders[0]), Path(folder)])
+        base = next((text for text in changed if text.startswith("model.path ")), None)
+        if base is not None and not any(text.startswith("model.path=") for text in overrides):
+            raise UserError(
+                f"--run: runs are composed over one base model, but the content of {base} changed between {folders[0]} "
+                f"and {folder} (a setting on the command line, model.path=..., holds for both)"
             )
     return runs
 

@@ -1,68 +1,23 @@
 """What a run reads, by its content: recorded when it begins, and held against what is there when it goes on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pcpo_fast.atomic import write_atomically
-from pcpo_fast.config import Config
-from pcpo_fast.content import RECORD_FOLDER, Contents, different, part_files, pipeline_files
-from pcpo_fast.distributed import once_per_machine
+from pcpo_fast.content import different
 from pcpo_fast.errors import UserError
 from pcpo_fast.fingerprints import digest
-from pcpo_fast.policies.loading import find_family
-from pcpo_fast.prompts import Prompt
-from pcpo_fast.run_directory import ACCEPT
-from pcpo_fast.run_inputs import RunInputs
 
 INPUTS_FILE = "inputs.json"
 VERSION = 1
-INDEX = "model_index.json"
-SINGLE_FILES = ("transformer", "unet")
-"""Keys of ``model`` that may name a file of weights to take instead of the pipeline's own."""
+ACCEPT = "accept-changes"
+"""The value of ``--resume`` that goes on also where what the run reads has changed."""
+
 Input = dict[str, Any]
 """``path`` as the configuration has it, and ``files``, the hash of each; of prompts ``count`` and ``hash``."""
-
-
-def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> dict[str, Input]:
-    """All that the result of a run depends on besides its settings, by name; all ranks must call it.
-
-    The base model's files that a policy loads, prompts with their metadata, and what rewards were made from. Not
-    what a reward asks of another machine, and of a user's own reward not what its module imports.
-
-    Args:
-        config: the run.
-        inputs: read with it.
-        anew: read every file, whatever is known of it.
-
-    Raises:
-        UserError: the model is not there, or a file cannot be read.
-    """
-    folder, family = find_family(config.model)
-    model = config.model.model_dump()
-    parts = (family.trained_part, "vae", "scheduler", *family.encoder_parts)
-    files = {"model.path": {INDEX: folder / INDEX} | pipeline_files(folder, parts, model.get("variant"))}
-    paths = {"model.path": config.model.path}
-    for key, path in (("lora.init", config.model.lora.init), *((name, model.get(name)) for name in SINGLE_FILES)):
-        if path is not None and (place := Path(path).expanduser()).exists():
-            files[f"model.{key}"] = part_files(place) if place.is_dir() else {place.name: place}
-            paths[f"model.{key}"] = str(place if place.is_dir() else place.parent)
-    for reward, sources in inputs.rewards.sources.items():
-        for what, given in sources.items():
-            files[f"reward {reward}, {what}"] = given
-            paths[f"reward {reward}, {what}"] = str(next((file.parent for file in given.values()), ""))
-    contents = Contents(config.embedding_folder / RECORD_FOLDER, anew=anew)
-    read = once_per_machine(lambda: {name: contents.of_files(given) for name, given in files.items()})
-    prompts = {"prompts.train": _of_prompts(config.prompts.train, inputs.prompts)}
-    if config.prompts.heldout is not None:
-        prompts["prompts.heldout"] = _of_prompts(config.prompts.heldout, inputs.heldout)
-    return prompts | {name: {"path": paths[name], "files": given} for name, given in read.items()}
-
-
-def _of_prompts(path: str, prompts: list[Prompt]) -> Input:
-    rows = [[row.text, json.dumps(row.metadata, sort_keys=True, default=lambda _: "not JSON")] for row in prompts]
-    return {"path": path, "count": len(prompts), "hash": digest(rows)}
 
 
 def hashes(inputs: Mapping[str, Input]) -> dict[str, str]:
@@ -107,6 +62,19 @@ def read_record(folder: Path) -> dict[str, Input] | None:
             f"{file} is damaged, so nothing says whether prompts, rewards and model are those that the run began with; "
             f"accept what is there now with --resume {ACCEPT}"
         ) from None
+
+
+def read_differently(folders: Sequence[Path]) -> list[str]:
+    """Inputs that runs name alike, with another content in each; a run without a record says nothing."""
+    records = []
+    for folder in folders:
+        with suppress(UserError):
+            records.append(read_record(folder) or {})
+    contents: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        for (name, given), content in zip(record.items(), hashes(record).values(), strict=True):
+            contents.setdefault((name, given["path"]), set()).add(content)
+    return sorted({f"{name} ({path})" for (name, path), found in contents.items() if len(found) > 1})
 
 
 def check_unchanged(folder: Path, now: Mapping[str, Input], *, accept: bool) -> list[str]:

@@ -12,12 +12,10 @@ from pcpo_fast.config import Config
 from pcpo_fast.config_loading import dump_config, load_config
 from pcpo_fast.dotted_keys import flattened
 from pcpo_fast.errors import UserError
+from pcpo_fast.input_record import ACCEPT, INPUTS_FILE
 from pcpo_fast.manifest import damage_of
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.jsonl", "summary.json", "credit.json"
-
-ACCEPT = "accept-changes"
-"""The value of ``--resume`` that goes on also where what the run reads has changed."""
 
 FREE_TO_CHANGE = (
     "output_dir",
@@ -221,8 +219,10 @@ def _check_same_run(folder: Path, config: Config) -> None:
             f"output_dir: {folder} holds a run that cannot be resumed ({error}); choose another one"
         ) from None
     before, now = (dict(flattened(either.model_dump(mode="json"))) for either in (earlier, config))
+    # Where the model's content is compared, a revision is but a name: the way back to it where a branch moved on.
+    free_keys = (*FREE_TO_CHANGE, "model.revision") if (folder / INPUTS_FILE).is_file() else FREE_TO_CHANGE
     for key in sorted(before.keys() | now.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)
+        free = any(key == name or key.startswith(f"{name}.") for name in free_keys)
         if not free and before.get(key) != now.get(key):
             raise UserError(
                 f"{key}: the run in {folder} has {before.get(key)!r}, this configuration {now.get(key)!r}; "

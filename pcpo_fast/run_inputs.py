@@ -1,21 +1,30 @@
 """What a run needs besides its model, read and checked before anything large is loaded."""
 
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pcpo_fast.config import Config, LoggingConfig
-from pcpo_fast.distributed import local_rank
+from pcpo_fast.content import RECORD_FOLDER, Contents, part_files
+from pcpo_fast.distributed import local_rank, once_per_machine
 from pcpo_fast.eight_bit_adamw import check_eight_bit
 from pcpo_fast.engine import deepspeed_config
 from pcpo_fast.epoch_plan import accumulation_steps
 from pcpo_fast.errors import UserError
+from pcpo_fast.fingerprints import digest
+from pcpo_fast.input_record import Input
+from pcpo_fast.policies.loading import model_files
 from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
 from pcpo_fast.reporting.loggers import check_wandb_options
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.step_tables import RunTables
+
+SINGLE_FILES = ("transformer", "unet")
+"""Keys of ``model`` that may name a file of weights to take instead of the pipeline's own."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,44 @@ class RunInputs:
         """Every prompt that the run needs the model's conditioning of, once: of a long list not all are."""
         trained = (self.prompts[index].text for index in self.trained)
         return list(dict.fromkeys([*trained, *(prompt.text for prompt in self.heldout)]))
+
+
+def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> dict[str, Input]:
+    """All that the result of a run depends on besides its settings, by name; all ranks must call it.
+
+    The base model's files that a policy loads, prompts with their metadata, and what rewards were made from. Not
+    what a reward asks of another machine, and of a user's own reward not what its module imports.
+
+    Args:
+        config: the run.
+        inputs: read with it.
+        anew: read every file, whatever is known of it.
+
+    Raises:
+        UserError: the model is not there, or a file cannot be read.
+    """
+    model = config.model.model_dump()
+    files = {"model.path": model_files(config.model)}
+    paths = {"model.path": config.model.path}
+    for key, path in (("lora.init", config.model.lora.init), *((name, model.get(name)) for name in SINGLE_FILES)):
+        if path is not None and (place := Path(path).expanduser()).exists():
+            files[f"model.{key}"] = part_files(place) if place.is_dir() else {place.name: place}
+            paths[f"model.{key}"] = str(place if place.is_dir() else place.parent)
+    for reward, sources in inputs.rewards.sources.items():
+        for what, given in sources.items():
+            files[f"reward {reward}, {what}"] = given
+            paths[f"reward {reward}, {what}"] = str(next((file.parent for file in given.values()), ""))
+    contents = Contents(config.embedding_folder / RECORD_FOLDER, anew=anew)
+    read = once_per_machine(lambda: {name: contents.of_files(given) for name, given in files.items()})
+    prompts = {"prompts.train": _of_prompts(config.prompts.train, inputs.prompts)}
+    if config.prompts.heldout is not None:
+        prompts["prompts.heldout"] = _of_prompts(config.prompts.heldout, inputs.heldout)
+    return prompts | {name: {"path": paths[name], "files": given} for name, given in read.items()}
+
+
+def _of_prompts(path: str, prompts: list[Prompt]) -> Input:
+    rows = [[row.text, json.dumps(row.metadata, sort_keys=True, default=lambda _: "not JSON")] for row in prompts]
+    return {"path": path, "count": len(prompts), "hash": digest(rows)}
 
 
 def _check_tables(config: Config) -> None:

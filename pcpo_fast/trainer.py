@@ -22,7 +22,7 @@ from pcpo_fast.engine import MARGIN, Engine, deepspeed_config, start_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
-from pcpo_fast.input_record import Input, check_unchanged, hashes, read_contents, write_record
+from pcpo_fast.input_record import ACCEPT, Input, check_unchanged, hashes, write_record
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.states import Zero
 from pcpo_fast.policies.loading import keep_reference, load_policy
@@ -34,8 +34,8 @@ from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout import Rollout, collect_rollout
 from pcpo_fast.rollout_scoring import RolloutScoring
-from pcpo_fast.run_directory import ACCEPT, Start, claim, open_run, read_summary, verified
-from pcpo_fast.run_inputs import RunInputs
+from pcpo_fast.run_directory import Start, claim, open_run, read_summary, verified
+from pcpo_fast.run_inputs import RunInputs, read_contents
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.step_tables import EpochTables, RunTables
 from pcpo_fast.update import Update

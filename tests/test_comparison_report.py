@@ -15,6 +15,7 @@ from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.record import comparison_record, notes
 from pcpo_fast.comparison.tables import difference_table, main_table, seed_table
 from pcpo_fast.errors import UserError
+from pcpo_fast.input_record import write_record
 
 
 def line(slope: float, start: float = 0.5):  # type: ignore[no-untyped-def]
@@ -254,6 +255,15 @@ def test_differences_between_variants_and_what_they_do_to_the_comparison(tmp_pat
     assert "differ in rewards.0.name: their rewards are not on the same scale" in said
     assert "rollout.images_per_prompt: an epoch is not the same amount of work" in said
     assert "A variant with one seed has no interval" in said
+
+
+def test_runs_that_read_other_content_under_one_name_are_noticed(tmp_path: Path) -> None:
+    runs = {name: [write_run(tmp_path / name, line(0.01), epochs=9)] for name in "abc"}
+    for name, path in (("a", "p.txt"), ("b", "p.txt"), ("c", "q.txt")):
+        write_record(runs[name][0], {"prompts.train": {"path": path, "count": 9, "hash": f"of {name}"}}, 0)
+    assert "the content of prompts.train (p.txt) changed between them" in " ".join(notes(compare_runs(runs)))
+    del runs["b"]
+    assert "content" not in " ".join(notes(compare_runs(runs)))
 
 
 def test_runs_of_a_variant_with_unlike_settings_or_the_same_seed_are_noticed(tmp_path: Path) -> None:

@@ -197,6 +197,12 @@ def test_images_made_otherwise_are_refused_or_remade(
     source, arguments = done
     output = Path(shutil.copytree(source, tmp_path / "out"))
     other = [*arguments[:-1], str(output)]
+    file = output / "images" / "base" / "recipe.json"
+    recipe = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(recipe | {"content": "of other weights"}), encoding="utf-8")
+    assert "images that were made otherwise (content changed)" in call(capsys, *other).err
+    del recipe["content"]  # as it was before it held every byte
+    file.write_text(json.dumps(recipe), encoding="utf-8")
     other[other.index("--seed") + 1] = "8"
     answer = call(capsys, *other)
     assert answer.code == 2

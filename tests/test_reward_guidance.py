@@ -20,6 +20,7 @@ from pcpo_fast.config import Config
 from pcpo_fast.config_loading import dump_config, load_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.guided_runs import guided_policies, read_runs
+from pcpo_fast.input_record import write_record
 from pcpo_fast.policies import Conditioning, Policy, Prediction
 from pcpo_fast.policies import fine_tunes as fine_tunes_module
 from pcpo_fast.policies.loading import load_policy, load_trained_weights
@@ -391,6 +392,20 @@ def test_runs_of_different_base_models_are_refused(
     assert str(tmp_path / "b") in str(refused.value)
     both = read_runs([tmp_path / "a", tmp_path / "b"], [change])  # a setting holds for all
     assert both[0].config.model == both[1].config.model
+
+
+def test_runs_whose_base_model_changed_between_them_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        (folder / "export").mkdir(parents=True)
+        (folder / "config.yaml").write_text(dump_config(tiny_config(pipeline_folder)), encoding="utf-8")
+        files = {"unet/model.safetensors": folder.name}
+        write_record(folder, {"model.path": {"path": str(pipeline_folder), "files": files}}, 0)
+    with pytest.raises(UserError, match=r"one base model, but the content of model.path \(.* changed between"):
+        read_runs(folders)
+    assert len(read_runs(folders, [f"model.path={pipeline_folder}"])) == 2
+    (folders[1] / "inputs.json").unlink()  # a run from before there was a record
+    assert len(read_runs(folders)) == 2
 
 
 def test_a_base_model_may_be_spelled_in_two_ways(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.differences import PER_RUN, consequences, differences
 from pcpo_fast.comparison.measures import timed
 from pcpo_fast.config import Config
+from pcpo_fast.input_record import read_differently
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.statistics import LEVEL, RESAMPLES, attainable
 
@@ -71,6 +72,9 @@ def notes(result: Comparison) -> list[str]:
         found.append(f"Epochs to target are left out: {result.target_source}.")
     found += consequences(variant_differences(result))
     found += [_inner_differences(variant) for variant in result.variants if _varying(variant)]
+    changed = read_differently([run.folder for run in runs])
+    if changed:
+        found.append(f"Not all runs read the same: the content of {', '.join(changed)} changed between them.")
     for variant in result.variants:
         skipped = sum(sum(run.skipped.values()) for run in variant.runs)
         if skipped:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcpo_fast.content import Contents, part_files
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.evaluation.weight_files import read_weights, weights_file
-from pcpo_fast.fingerprints import weights_digest, weights_file_digest
+from pcpo_fast.fingerprints import digest
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.rewards.locating import pretrained_folder
 from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
@@ -162,7 +163,7 @@ class Inception:
                 f"({_INCEPTION_FILE} of its releases)"
             ) from None
         self._device = device
-        self.identity = {"features": "inception", "weights": "published" if file is None else weights_file_digest(file)}
+        self.identity = {"features": "inception", "weights": "published" if file is None else Contents().of_file(file)}
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -202,4 +203,4 @@ def _pretrained(kind: Any, path: str, option: str, model_type: str) -> Any:
 
 
 def _identity(model: Any) -> str:
-    return weights_digest(Path(model.config._name_or_path))
+    return digest(Contents().of_files(part_files(Path(model.config._name_or_path))))

@@ -4,20 +4,22 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pcpo_fast.atomic import write_atomically
-from pcpo_fast.distributed import barrier, gather_objects, rank, shared_errors, world_size
+from pcpo_fast.content import RECORD_FOLDER, Contents, is_weights
+from pcpo_fast.distributed import barrier, gather_objects, once_per_machine, rank, shared_errors, world_size
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.contestants import Contestant
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
 from pcpo_fast.fingerprints import changed, digest, weights_digest
 from pcpo_fast.guided_runs import SHARED, guided_policies
 from pcpo_fast.policies import Policy
-from pcpo_fast.policies.loading import find_family, load_policy
+from pcpo_fast.policies.loading import find_family, load_policy, model_files
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import to_image
 from pcpo_fast.reporting.step_progress import StepProgress
@@ -77,6 +79,9 @@ def make_images(
             continue
         with shared_errors():
             recipes = [recipe(one, request) for one in group]
+        contents = once_per_machine(partial(contents_of, group))
+        recipes = [made | {"content": content} for made, content in zip(recipes, contents, strict=True)]
+        with shared_errors():
             for one, made in zip(group, recipes, strict=True):
                 if rank() == 0:
                     _open_folder(folder / one.name, made, request.remake)
@@ -110,6 +115,18 @@ def recipe(one: Contestant, request: Request) -> dict[str, Any]:
     }
 
 
+def contents_of(contestants: Sequence[Contestant]) -> list[str]:
+    """A hash for each of every byte that it is made from."""
+    found = []
+    for one in contestants:
+        assert one.config is not None
+        contents = Contents(one.config.embedding_folder / RECORD_FOLDER)
+        files = [] if one.weights is None else sorted(file for file in one.weights.rglob("*") if is_weights(file))
+        own = contents.of_files({str(file): file for file in files})
+        found.append(digest([contents.of_files(model_files(one.config.model)), list(own.values())]))
+    return found
+
+
 def _groups(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
     """Those that need the same weights in memory, together."""
     groups: dict[tuple[str, str, str], list[Contestant]] = {}
@@ -123,7 +140,7 @@ def _open_folder(folder: Path, made: dict[str, Any], remake: bool) -> None:
     kept = dict(made)
     if any(folder.glob("*.png")):
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = {"content": made["content"]} | json.loads(file.read_text(encoding="utf-8"))  # old ones lack it
             # More or fewer prompts of the same list change no image.
             shared = min(len(before["prompts"]), len(made["prompts"]))
             different = changed(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pcpo_fast.config import Config, ModelConfig
+from pcpo_fast.content import INDEX, pipeline_files
 from pcpo_fast.errors import UserError
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.attention import check_attention
@@ -43,6 +44,17 @@ def family_of(pipeline: str) -> type[PipelinePolicy]:
     module, _, family = FAMILIES[pipeline].partition(":")
     found: type[PipelinePolicy] = getattr(importlib.import_module(module), family)
     return found
+
+
+def model_files(settings: ModelConfig) -> dict[str, Path]:
+    """The files of a pipeline that a policy loads, by their names in its folder.
+
+    Raises:
+        UserError: as :func:`find_family`.
+    """
+    folder, family = find_family(settings)
+    parts = (family.trained_part, "vae", "scheduler", *family.encoder_parts)
+    return {INDEX: folder / INDEX} | pipeline_files(folder, parts, settings.model_dump().get("variant"))
 
 
 def load_policy(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterable
+from functools import cache
 from pathlib import Path
 
 from pcpo_fast.distributed import local_rank, shared_errors
@@ -55,6 +56,7 @@ def pipeline_parts(folder: Path) -> dict[str, bool]:
     return {name: all(kind) for name, kind in index.items() if isinstance(kind, list)}
 
 
+@cache  # what is hashed, what is loaded and what loads later is one snapshot, though a branch may move on
 def _download(path: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging

@@ -16,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from pcpo_fast.config import ModelConfig, RolloutConfig
-from pcpo_fast.content import RECORD_FOLDER, Contents, pipeline_files
+from pcpo_fast.content import INDEX, RECORD_FOLDER, Contents, pipeline_files
 from pcpo_fast.distributed import rank
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention import attention_backend, choose_attention
@@ -126,7 +126,7 @@ class PipelinePolicy(Policy):
         pipeline = cls.load_pipeline(folder, dtype=DTYPES[settings.dtype], **others)
         fingerprint = encoding_fingerprint(
             Contents(cache_folder / RECORD_FOLDER),
-            {"model_index.json": folder / "model_index.json"} | pipeline_files(folder, cls.encoder_parts),
+            {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts),
             settings.max_sequence_length,
             settings.dtype,
             cls.pipeline_class.__name__,
