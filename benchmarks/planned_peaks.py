@@ -38,7 +38,7 @@ def peaks(model: str, finetune: str, cache: Path) -> list[dict[str, Any]]:
         [
             f"model.path={ROOT / 'assets' / model.replace('_', '-')}",
             f"model.finetune={finetune}",
-            "model.lora.rank=8",
+            *(["model.lora.rank=8"] if finetune == "lora" else []),
             f"model.embedding_cache={cache}",
         ],
     )

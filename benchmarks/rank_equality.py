@@ -59,8 +59,6 @@ larger their terms are. In float32 they are held against those terms, to a few u
 SETTINGS = (
     "model.dtype=float32",
     "model.max_sequence_length=8",
-    "model.lora.rank=4",
-    "model.lora.alpha=8",
     "sampler.steps=4",
     "sampler.noise=0.7",
     "rollout.prompts_per_epoch=2",
@@ -117,6 +115,7 @@ def record(case: str, folder: Path, pipeline: Path, *overrides: str) -> Record:
         [
             f"model.path={pipeline}",
             f"model.finetune={mode}",
+            *(("model.lora.rank=4", "model.lora.alpha=8") if mode == "lora" else ()),
             f"model.embedding_cache={folder / 'embeddings'}",
             f"prompts.train={prompts}",
             "prompts.heldout=null",

@@ -43,7 +43,7 @@ class Size:
     trained: float
     together: int
     dtype: str
-    settings: tuple[str, ...] = field(default=())
+    lora: tuple[str, ...] = field(default=())
 
     def config(self, finetune: str, *overrides: str) -> Config:
         """A run of PCPO with one prompt and one update in an epoch, and nothing fast switched on."""
@@ -65,7 +65,7 @@ class Size:
                 "train.updates_per_epoch=1",
                 "train.micro_batch_size=1",
                 "optimizer.lr=1e-6",
-                *self.settings,
+                *(self.lora if finetune == "lora" else ()),
                 *overrides,
             ],
         )
@@ -82,7 +82,7 @@ FULL = Size(
     trained=0.6,
     together=4,
     dtype="bfloat16",
-    settings=("model.lora.rank=128", "model.lora.alpha=256"),
+    lora=("model.lora.rank=128", "model.lora.alpha=256"),
 )
 SIZES = {
     "cpu": Size(
@@ -114,7 +114,7 @@ SIZES = {
         trained=0.6,
         together=6,
         dtype="float32",
-        settings=("model.lora.rank=8", "model.lora.alpha=16"),
+        lora=("model.lora.rank=8", "model.lora.alpha=16"),
     ),
     # A fifth of FLUX's depth at its full width, for GPUs of 24 GB.
     "small": replace(FULL, transformer=TRANSFORMER | {"num_layers": 4, "num_single_layers": 8}, image=512),

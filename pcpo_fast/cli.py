@@ -3,10 +3,11 @@
 import argparse
 import atexit
 import os
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
@@ -39,10 +40,23 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
+        for kind in (int, float):
+            self.register("type", kind, _number(kind))
 
     def error(self, message: str) -> NoReturn:
         """Leave with one sentence."""
         self.exit(EXIT_USER_ERROR, f"error: {message} ({self.prog} --help shows what it takes)\n")
+
+
+def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Numbers as configurations take them: Python would read ``0_7`` as 7, and ``0123`` as 123."""
+
+    def read(text: str) -> float:
+        if "_" in text or re.match(r"[-+]?0\d", text.strip()):
+            raise ValueError(text)
+        return kind(text)
+
+    return read
 
 
 def build_parser() -> Parser:
@@ -66,13 +80,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; settings (``key=value``) may stand anywhere among the options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if hasattr(arguments, "overrides"):
+    takes_settings = hasattr(arguments, "overrides")
+    if takes_settings:
         # argparse takes one run of settings only, and returns those behind the next option as unknown.
         arguments.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
     if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {' '.join(rest)}{_as_setting(rest[0]) if takes_settings else ''}")
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and value.startswith("~/"):  # as in --config=~/run.yaml, which shells leave alone
+            setattr(arguments, name, os.path.expanduser(value))
     return arguments
+
+
+def _as_setting(option: str) -> str:
+    """A hint for a setting that is written as an option; other trainers take ``--deepspeed FILE``."""
+    from pcpo_fast.config import Config
+    from pcpo_fast.config_errors import dotted_keys
+
+    name, _, value = option.lstrip("-").partition("=")
+    name = name.replace("-", "_").replace("deepspeed_config", "deepspeed")
+    found = [key for key in dotted_keys(Config) if name in (key, key.rpartition(".")[2])]
+    return f"; a setting is written {found[0]}={value or 'VALUE'}" if found else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

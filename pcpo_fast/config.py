@@ -5,17 +5,23 @@ the YAML file, and the ``key.subkey=value`` overrides of the command line (:mod:
 Every field's description is what ``docs/configuration.md`` prints.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-Positive = Annotated[int, Field(ge=1, strict=True)]
-NotNegative = Annotated[int, Field(ge=0, strict=True)]
+LARGEST = 2**31 - 1
+"""Beyond any count that means something, and small enough that no product of two overflows 64 bits."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
+ImageSide = Annotated[int, Field(ge=1, le=2**16, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which ``~`` is the home folder: shells expand it neither within ``key=value`` nor in a file."""
 
 TOTALS = ("mean", "std", "group_std")
 """Metrics ``reward/...`` of the weighted sum, which no reward can be called."""
@@ -38,7 +44,7 @@ class LoraConfig(Section):
         strict=False,
         description="linear layers that get an adapter, by the end of their name; null: the model family's usual ones",
     )
-    init: str | None = Field(
+    init: HomePath | None = Field(
         None, description="folder or file of LoRA weights to start from, of any trainer (docs/lora.md)"
     )
 
@@ -46,15 +52,15 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Which model is trained and how its weights are held."""
 
-    path: str = Field("assets/tiny-flux", min_length=1, description="folder or hub id of a diffusers pipeline")
+    path: HomePath = Field("assets/tiny-flux", min_length=1, description="folder or hub id of a diffusers pipeline")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the model's weights and activations")
     finetune: Literal["full", "lora"] = Field(
         "full", description="train every weight of the transformer or UNet, or LoRA adapters"
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
-    height: Positive = Field(32, description="image height in pixels")
-    width: Positive = Field(32, description="image width in pixels")
+    height: ImageSide = Field(32, description="image height in pixels")
+    width: ImageSide = Field(32, description="image width in pixels")
     guidance: NotNegativeFloat = Field(
         3.5, description="embedded guidance scale (FLUX.1-dev); unused by every other model"
     )
@@ -62,8 +68,8 @@ class ModelConfig(Section):
         1.0, description="classifier-free guidance scale, trained through both halves; 1: off (one forward, not two)"
     )
     negative_prompt: str = Field("", description="prompt of the unconditional half")
-    max_sequence_length: Positive = Field(
-        512, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
+    max_sequence_length: int = Field(
+        512, ge=1, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     checkpointed_share: float | None = Field(
@@ -83,7 +89,7 @@ class ModelConfig(Section):
         "native",
         description="attention backend by diffusers' name (docs/attention.md): native, flash, xformers, ...",
     )
-    embedding_cache: str | None = Field(
+    embedding_cache: HomePath | None = Field(
         None, description="folder of encoded prompts; default: embeddings/ next to the run directories"
     )
 
@@ -96,8 +102,8 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """Where prompts come from: one per line, or JSONL with ``prompt`` and ``metadata``."""
 
-    train: str = Field("assets/prompts/scenes_train.txt", min_length=1, description="prompts to train on")
-    heldout: str | None = Field(
+    train: HomePath = Field("assets/prompts/scenes_train.txt", min_length=1, description="prompts to train on")
+    heldout: HomePath | None = Field(
         "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained; null: no evaluation"
     )
 
@@ -357,10 +363,10 @@ class LoggingConfig(Section):
 class Config(Section):
     """A whole training run."""
 
-    output_dir: str = Field("runs/demo", min_length=1, description="the run directory")
+    output_dir: HomePath = Field("runs/demo", min_length=1, description="the run directory")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes every random number of the run")
     algorithm: str = Field("pcpo", description="preset that fills in what is not set (docs/algorithms.md)")
-    deepspeed: str | None = Field(
+    deepspeed: HomePath | None = Field(
         None,
         description="DeepSpeed JSON file (ZeRO stage, offload, ...); batch sizes, optimizer and precision are not set "
         "there but here",

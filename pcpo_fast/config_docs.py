@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pcpo_fast.config import Config
+from pcpo_fast.config import LARGEST, Config
 from pcpo_fast.presets import PRESETS
+from pcpo_fast.unused_settings import REWARD_RULES, RULES
 from pcpo_fast.yaml_text import dump_yaml
 
 COMMAND = "python -m pcpo_fast.config_docs"
@@ -30,7 +31,23 @@ one wins), the YAML file, the preset named by `algorithm`, the default below. Li
 (`credit.steps=[0,1,2]`) or by position (`rewards.0.weight=2`). An unknown key, a wrong type or a value out of range
 stops the program before anything is loaded. The run directory's `config.yaml` holds every value that was used.
 
-Paths are relative to the folder that the program is called in.
+Paths are relative to the folder that the program is called in; `~` is the home folder. Numbers are written in plain
+digits: `0123`, `1:30` and `0_7`, which YAML 1.1 takes for 83, 90 and 7, are none. On the command line a text needs no
+quotes for a `#` or a colon in it. Counts are below 2^31.
+"""
+
+_RULES_HEAD = """
+## Settings that need others
+
+A setting that the file or the command line sets to something else than its default, and that has no effect, is
+refused: nobody should wait for what was never switched on. A run's own `config.yaml` always loads. What is turned off
+on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coefficient=0`,
+`model.gradient_checkpointing=false`) takes what the file says of it along.
+
+| setting | has an effect only with |
+|---|---|
+| `model.guidance` | a model with an embedded guidance scale (FLUX.1-dev) |
+| `model.max_sequence_length` | a model that reads prompts with T5 (FLUX, SD3) |
 """
 
 _NAMES: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
@@ -41,6 +58,11 @@ def render() -> str:
     parts = [_HEAD, "\n## Top level\n\n", _table(Config, "")]
     for name, section, text in _sections(Config):
         parts.append(f"\n## {name}\n\n{text}\n\n{_table(section, name)}")
+    parts.append(_RULES_HEAD)
+    for rule in RULES:
+        parts.append(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {rule.condition} |\n")
+    for name, condition, _ in REWARD_RULES:
+        parts.append(f"| `rewards.<position>.{name}` | {condition} |\n")
     parts.append("\n## Presets\n\nWhat `algorithm` fills in where nothing else is given.\n")
     for preset, values in PRESETS.items():
         parts.append(f"\n### {preset}\n\n```yaml\n{dump_yaml(values)}```\n")
@@ -96,6 +118,8 @@ def _limits(metadata: Any) -> str:
     for item in metadata:
         for name, text in (("ge", "at least {}"), ("gt", "above {}"), ("le", "at most {}"), ("lt", "below {}")):
             if getattr(item, name, None) is not None:
+                if (name, getattr(item, name)) == ("le", LARGEST):
+                    continue  # said once, in the head
                 words.append(text.format("2^63" if (value := getattr(item, name)) == 2**63 else value))
         if getattr(item, "min_length", None):
             words.append("not empty")

@@ -1,6 +1,7 @@
 """What is wrong with a configuration, in one sentence."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -68,6 +69,14 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
+def dotted_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """The keys of all settings and sections, from the outside in."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        if _is_section(field.annotation):
+            yield from dotted_keys(field.annotation, f"{above}{name}.")  # type: ignore[arg-type]
+
+
 def _message(problem: ErrorDetails, dotted: str) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
@@ -82,6 +91,8 @@ def _message(problem: ErrorDetails, dotted: str) -> str:
         allowed = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
         hint = did_you_mean(str(problem["input"]), allowed)
         return f"{dotted}: must be one of {', '.join(allowed)}, {got}{hint}"
+    if kind in ("int_type", "float_type") and re.fullmatch(r"[-+]?[\d_:.]*\d[\d_:.]*", str(problem["input"])):
+        got += "; digits alone, without a leading zero, colons or underscores"
     sentence = _ALLOWED[kind].format(**context) if kind in _ALLOWED else problem["msg"]
     return f"{dotted}: {sentence}, {got}"
 
@@ -91,7 +102,7 @@ def _unknown_key(key: Sequence[str | int]) -> str:
     allowed, word = list(model.model_fields), str(key[-1])
     hint = did_you_mean(word, allowed)
     if not hint:  # the right key in the wrong place: lr for optimizer.lr
-        elsewhere = [name for name in _dotted_keys(Config) if name.rpartition(".")[2] == word]
+        elsewhere = [name for name in dotted_keys(Config) if name.rpartition(".")[2] == word]
         hint = f", did you mean {elsewhere[0]}?" if elsewhere else ""
     section = ".".join(map(str, key[:-1])) or "the top level"
     return f"unknown key {'.'.join(map(str, key))}{hint or f'; {section} takes ' + ', '.join(allowed)}"
@@ -112,13 +123,6 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _is_section(option: Any) -> bool:
     return isinstance(option, type) and issubclass(option, BaseModel)
-
-
-def _dotted_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield above + name
-        if _is_section(field.annotation):
-            yield from _dotted_keys(field.annotation, f"{above}{name}.")  # type: ignore[arg-type]
 
 
 def _shown(value: Any) -> str:

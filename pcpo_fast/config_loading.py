@@ -1,7 +1,7 @@
 """From YAML and command line to a checked :class:`pcpo_fast.config.Config`, with errors that say where."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,14 @@ from pydantic import BaseModel, ValidationError
 
 from pcpo_fast.config import Config
 from pcpo_fast.config_errors import did_you_mean, explain, place_of
+from pcpo_fast.dotted_keys import flattened
 from pcpo_fast.errors import UserError
 from pcpo_fast.presets import PRESETS
+from pcpo_fast.unused_settings import unused
 from pcpo_fast.yaml_text import TextPath, dump_yaml, parse_value, read_yaml
+
+_WRITTEN_OUT = {"deepspeed", "model.revision", "model.lora.targets", "model.lora.init", "credit.steps", "seed"}
+"""Nobody sets all of these by hand: a file that does is what a run of any version has written of itself."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -28,9 +33,14 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: one sentence for the first problem, naming file, line and key, with what is allowed.
     """
-    values, places = ({}, {}) if path is None else read_yaml(Path(path))
+    values, places = ({}, {}) if path is None else read_yaml(Path(path).expanduser())
+    given = {".".join(key) for key in places}
+    if given >= _WRITTEN_OUT:
+        given.clear()  # a run's own file: what it holds was checked when the run began, or is what it has trained with
+    commands: list[tuple[str, Any]] = []
     for text in overrides:
         key, value = _parse_override(text)
+        commands.append((".".join(key), value))
         _assign(values, key, value, text)
         places = {at: place for at, place in places.items() if at[: len(key)] != key}
         places[key] = f"command line ({text})"
@@ -43,9 +53,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             f"got {algorithm!r}{did_you_mean(str(algorithm), PRESETS)}"
         )
     try:
-        return Config.model_validate(merged(PRESETS[algorithm], values))
+        config = Config.model_validate(merged(PRESETS[algorithm], values))
     except ValidationError as error:
         raise UserError(explain(error, places, fallback)) from None
+    commanded = {name for key, value in commands for name, _ in flattened(value, key, lists=True)}
+    given |= commanded
+    _refuse_unused(config, given, commanded, places, fallback)
+    # What only the model can say of its settings (policies/) concerns those alone that the user has set.
+    config.model.model_fields_set.intersection_update(key.split(".")[1] for key in given if key.startswith("model."))
+    return config
 
 
 def dump_config(config: Config) -> str:
@@ -60,6 +76,31 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def _refuse_unused(
+    config: Config, given: Collection[str], commanded: Collection[str], places: Mapping[TextPath, str], fallback: str
+) -> None:
+    """Refuse settings without an effect, all of them in one sentence."""
+    found = list(unused(config, Config.model_validate(PRESETS[config.algorithm]), given, commanded))
+    if not found:
+        return
+    first = place_of(tuple(found[0][0][0].split(".")), places, fallback)
+    clauses = []
+    for keys, condition in found:
+        named = []
+        for key in keys:
+            place = place_of(tuple(key.split(".")), places, fallback)
+            said = place == first or place.startswith("command line")
+            named.append(key if said else f"{key} ({place.removeprefix(fallback).strip()})")
+        clauses.append(f"{_listed(named)} {'has' if len(keys) == 1 else 'have'} an effect only with {condition}")
+    them = "it" if sum(len(keys) for keys, _ in found) == 1 else "them"
+    raise UserError(f"{first}: {'; '.join(clauses)}: drop {them}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def _parse_override(text: str) -> tuple[TextPath, Any]:

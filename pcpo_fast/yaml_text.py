@@ -9,25 +9,35 @@ import yaml
 
 from pcpo_fast.errors import UserError
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
 TextPath = tuple[str, ...]
 """Keys from the top, positions in lists as decimal numbers."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-4`` as a number, which YAML 1.1 takes for a string."""
+    """Safe YAML whose numbers are those that people write: ``1e-4`` is one, which YAML 1.1 takes for a text; ``0123``,
+    ``1:30`` and ``0_7``, which are 83, 90 and 7 there, are texts, and no setting takes them for a number.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the base class declares it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Dumper(yaml.SafeDumper):
     """Writes what :class:`_Loader` reads back: a text that looks like ``1e-4`` is quoted."""
 
 
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
+        _FLOAT,
         re.compile(
-            r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-            |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
-            |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+            r"""^(?:[-+]?[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?
+            |[-+]?[0-9]+(?:[eE][-+]?[0-9]+)
+            |[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?
             |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
             re.VERBOSE,
         ),
@@ -41,13 +51,23 @@ def dump_yaml(value: Any) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """A value from the command line.
+    """A value from the command line: one in brackets or quotes is YAML, and so is a word; a sentence is a text.
+
+    In ``bad hands #ugly`` nothing is a comment, and ``low quality: bad`` is no mapping.
 
     Raises:
         ValueError: the text is not valid YAML; the message is the reason.
     """
     try:
-        list(_lines(yaml.compose(text, _Loader), (), "", set()))
+        text = text.strip()
+        node = yaml.compose(text, _Loader)
+        if node is None or (isinstance(node, yaml.CollectionNode) and not node.flow_style):
+            return text or None
+        if isinstance(node, yaml.ScalarNode) and node.style is None and node.value != text:
+            return text
+        if rest := text[node.end_mark.index :].strip():
+            raise ValueError(f"nothing may follow it, got {rest!r}")
+        list(_lines(node, (), "", set()))
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         raise ValueError(error.problem or "not valid YAML") from None

@@ -93,6 +93,10 @@ def write_config(folder: Path, pipeline: Path, **changes: Any) -> Path:
         "checkpoint__every": 1,
         "logging__tensorboard": False,
     } | changes
+    if values["prompts__heldout"] is None:
+        values = {name: value for name, value in values.items() if not name.startswith("evaluation__")}
+    if values.get("sampler__name") == "ddim":
+        del values["model__max_sequence_length"]  # T5's
     nested: dict[str, Any] = {}
     for name, value in values.items():
         *sections, key = name.split("__")

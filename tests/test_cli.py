@@ -83,6 +83,13 @@ def test_version(capsys: Capture) -> None:
         (("trian",), "invalid choice: 'trian'"),
         (("train", "--nope"), "unknown arguments: --nope"),
         (("train", "--res", "never"), "unknown arguments: --res"),
+        (("train", "--deepspeed", "ds.json"), "--deepspeed; a setting is written deepspeed=VALUE"),
+        (("train", "--deepspeed=ds.json"), "--deepspeed=ds.json; a setting is written deepspeed=ds.json"),
+        (("train", "--output-dir", "runs/a"), "--output-dir; a setting is written output_dir=VALUE"),
+        (("train", "--lr=1e-4"), "--lr=1e-4; a setting is written optimizer.lr=1e-4"),
+        (("plan", "--gpus", "0_8"), "--gpus: invalid int value: '0_8'"),
+        (("plan", "--gpus", "08"), "--gpus: invalid int value: '08'"),
+        (("plan", "--gpu-memory", "8_0"), "--gpu-memory: invalid float value: '8_0'"),
         (("credit", "--sampler", "euler"), "invalid choice: 'euler'"),
         (("credit", "x=1"), "unknown arguments: x=1"),
         (("report",), "required: RUN"),
@@ -97,6 +104,12 @@ def test_a_wrong_command_line_is_one_sentence(arguments: tuple[str, ...], words:
     assert answer.err.count("\n") == 1
     assert words in answer.err
     assert "--help shows what it takes" in answer.err
+
+
+def test_a_path_given_as_an_option_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    arguments = parse(["train", "--config=~/run.yaml", "--resume=~/old", "output_dir=~/new"])
+    assert (arguments.config, arguments.resume) == ("/somewhere/run.yaml", "/somewhere/old")
 
 
 def test_settings_may_stand_anywhere() -> None:

@@ -162,7 +162,7 @@ def test_a_plan_is_written_and_read_back(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("train: {epochs: 9}\n")
     variants = (
         Variant("a", None, ("credit.rule=native", 'rewards=[{name: "jpeg_compressibility", weight: 1e-2}]')),
-        Variant("b", str(tmp_path / "base.yaml"), ("model.lora.rank=3", "optimizer.lr=1e-4", "optimizer={lr: 2e-4}")),
+        Variant("b", str(tmp_path / "base.yaml"), ("sampler.shift=2", "optimizer.lr=1e-4", "optimizer={lr: 2e-4}")),
     )
     whole = Plan(tmp_path / "out", str(tmp_path / "base.yaml"), ("train.updates_per_epoch=1",), variants, (3, 1))
     path = write_plan_file(whole, Settings(target=0.7, metric="heldout", baseline="b"))

@@ -71,7 +71,7 @@ def test_a_preset_named_on_the_command_line_keeps_the_values_of_the_file(tmp_pat
 
 def test_loading_does_not_change_the_presets_or_the_defaults(tmp_path: Path) -> None:
     before = dump_yaml(PRESETS)
-    load_config(None, ["rewards.0.weight=3", "sampler.steps=9", "model.lora.rank=1"])
+    load_config(None, ["rewards.0.weight=3", "sampler.steps=9", "model.lora={rank: 1}", "model.finetune=lora"])
     assert dump_yaml(PRESETS) == before
     assert load_config(None).rewards[0].weight == 1.0
 
@@ -82,14 +82,17 @@ def test_loading_does_not_change_the_presets_or_the_defaults(tmp_path: Path) -> 
         ("1e-4", 1e-4),
         ("1E+3", 1e3),
         ("-2e-1", -0.2),
-        ("1_000e1", 1e4),
         (".5", 0.5),
         ("-.5", -0.5),
         ("5", 5),
+        ("-0", 0),
+        ("0x1F", 31),
         ("1e", "1e"),
+        # octal, sexagesimal, binary and underscores of YAML 1.1: 83, 90, 90.5, 7, 100.5, 3 there
+        *((text, text) for text in ("0123", "-0123", "08", "1:30", "1:30.5", "0_7", "1_00.5", "1_0e1", "0b11")),
     ],
 )
-def test_scientific_notation_is_a_number(text: str, value: Any) -> None:
+def test_numbers_are_written_in_plain_digits_or_with_an_exponent(text: str, value: Any) -> None:
     assert parse_value(text) == value
     assert type(parse_value(text)) is type(value)
 
@@ -131,6 +134,32 @@ def test_an_override_may_hold_equals_signs_and_be_quoted() -> None:
     assert load_config(None, ['output_dir="2024"']).output_dir == "2024"
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["bad hands #ugly", "#ugly", "low quality: bad", "photo, 50% off: now #1", "&a b", "! x", "- x", "a:", "don't #x"],
+)
+def test_a_text_on_the_command_line_stays_as_it_is(text: str) -> None:
+    config = load_config(None, [f"model.negative_prompt={text}", "model.cfg_scale=2"])
+    assert config.model.negative_prompt == text
+
+
+@pytest.mark.parametrize("value", ["'a' # b", "[1, 2] # c", "{a: 1} # c"])
+def test_nothing_follows_a_bracket_or_a_quote(value: str) -> None:
+    with pytest.raises(UserError, match=r"nothing may follow it, got '# .'"):
+        load_config(None, [f"rewards.0.options.a={value}"])
+
+
+def test_the_home_folder_wherever_a_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "output_dir: ~/run\nmodel: {path: ~/model, finetune: lora, lora: {init: ~/style}}\n")
+    settings = ("prompts.train=~/p", "prompts.heldout=~/h", "deepspeed=~/ds.json", "model.embedding_cache=~/cache")
+    config = load_config("~/run.yaml", settings)
+    found = (config.output_dir, config.model.path, config.model.lora.init, config.model.embedding_cache)
+    found += (config.prompts.train, config.prompts.heldout, config.deepspeed)
+    assert found == tuple(str(tmp_path / name) for name in ("run", "model", "style", "cache", "p", "h", "ds.json"))
+    assert load_config(None, ["prompts.train=a~b"]).prompts.train == "a~b"
+
+
 # Writing and reading back
 
 
@@ -141,6 +170,7 @@ def test_what_is_written_reads_back_equal(algorithm: str, tmp_path: Path) -> Non
         [
             f"algorithm={algorithm}",
             "optimizer.lr=1.2345678901234567e-7",
+            "model.path=owner/name",
             'model.revision="1e10"',  # a text that looks like a number: a commit may be called so
             'output_dir="runs/ünïcode: #1"',
             "rewards=[{name: 'm:f', options: {a: [1, 2.5, null, true, '3', {b: c}]}}]",
@@ -181,6 +211,14 @@ def test_every_value_is_written_out() -> None:
         # wrong types
         ("train: {epochs: ten}\n", "run.yaml line 1: train.epochs: must be a whole number, got 'ten'"),
         ("train: {epochs: 2.5}\n", "train.epochs: must be a whole number, got 2.5"),
+        (
+            "seed: 0123\n",
+            "run.yaml line 1: seed: must be a whole number, got '0123'; digits alone, without a leading zero, colons "
+            "or underscores",
+        ),
+        ("train: {epochs: 1:30}\n", "train.epochs: must be a whole number, got '1:30'; digits alone"),
+        ("optimizer: {lr: 1_0.5}\n", "optimizer.lr: must be a number, got '1_0.5'; digits alone"),
+        ("credit: {steps: [0_1]}\n", "credit.steps.0: must be a whole number, got '0_1'; digits alone"),
         ("train: {epochs: true}\n", "train.epochs: must be a whole number, got true"),
         ("train: {epochs:}\n", "train.epochs: must be a whole number, got null"),
         ("optimizer:\n  lr: fast\n", "run.yaml line 2: optimizer.lr: must be a number, got 'fast'"),

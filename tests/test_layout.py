@@ -42,6 +42,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.watch",
         "pcpo_fast.scenes",
         "pcpo_fast.statistics",
+        "pcpo_fast.unused_settings",
         "pcpo_fast.atomic",
         "pcpo_fast.errors",
         "pcpo_fast.preemption",

@@ -154,6 +154,8 @@ def tiny_config(pipeline: Path, *overrides: str) -> "Config":
     """A run of two updates of four images on the pipeline, in float32; ``overrides`` are ``key=value``."""
     from pcpo_fast.config_loading import load_config
 
+    heldout = () if "prompts.heldout=null" in overrides else ("evaluation.prompts=2",)
+    tokens = () if "sampler.name=ddim" in overrides else ("model.max_sequence_length=12",)  # T5's
     return load_config(
         None,
         [
@@ -162,7 +164,7 @@ def tiny_config(pipeline: Path, *overrides: str) -> "Config":
             f"output_dir={pipeline.parent / 'run'}",
             f"model.height={HEIGHT}",
             f"model.width={WIDTH}",
-            "model.max_sequence_length=12",
+            *tokens,
             "sampler.steps=4",
             "sampler.noise=0.7",
             "rollout.prompts_per_epoch=2",
@@ -173,7 +175,7 @@ def tiny_config(pipeline: Path, *overrides: str) -> "Config":
             "train.epochs=2",
             "train.updates_per_epoch=2",
             "train.micro_batch_size=6",
-            "evaluation.prompts=2",
+            *heldout,
             "logging.tensorboard=false",
             *overrides,
         ],

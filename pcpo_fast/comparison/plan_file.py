@@ -10,6 +10,7 @@ from pcpo_fast.atomic import write_atomically
 from pcpo_fast.comparison.analysis import Settings
 from pcpo_fast.comparison.measures import Metric
 from pcpo_fast.comparison.plan import Plan, Variant, settings_from, settings_mapping
+from pcpo_fast.config import HomePath
 from pcpo_fast.config_errors import did_you_mean, place_of
 from pcpo_fast.errors import UserError
 from pcpo_fast.yaml_text import dump_yaml, read_yaml
@@ -22,8 +23,8 @@ class ComparisonFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    output: str | None = None
-    config: str | None = None
+    output: HomePath | None = None
+    config: HomePath | None = None
     seeds: int | list[int] = 3
     settings: dict[str, Any] = {}
     variants: dict[str, dict[str, Any] | None] = {}

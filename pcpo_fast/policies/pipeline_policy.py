@@ -51,6 +51,7 @@ class PipelinePolicy(Policy):
         schedule_kind: what :meth:`schedule` returns, known without loading anything.
         lora_targets: linear layers that get an adapter where the configuration names none.
         about: what the headers of LoRA files say of the run.
+        cuts_prompts: whether ``model.max_sequence_length`` says how many tokens are read.
     """
 
     pipeline_class: ClassVar[Any]
@@ -60,6 +61,7 @@ class PipelinePolicy(Policy):
     cell: ClassVar[int]
     schedule_kind: ClassVar[type[Schedule]]
     lora_targets: ClassVar[tuple[str, ...]]
+    cuts_prompts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -122,6 +124,7 @@ class PipelinePolicy(Policy):
             UserError: the folder cannot be loaded; LoRA, attention or image size refused.
         """
         _check_size(folder, settings, cls.cell)
+        cls._refuse_unused(folder, settings)
         others = dict.fromkeys((*cls.encoder_parts, *cls.unused_parts))
         pipeline = cls.load_pipeline(folder, dtype=DTYPES[settings.dtype], **others)
         fingerprint = encoding_fingerprint(
@@ -153,6 +156,18 @@ class PipelinePolicy(Policy):
         policy.vae.requires_grad_(False).to(device)
         network.to(device if network_device is None else network_device)
         return policy
+
+    @classmethod
+    def _refuse_unused(cls, folder: Path, settings: ModelConfig) -> None:
+        """Refuse settings of the user's that this model has no use for (:mod:`pcpo_fast.unused_settings`)."""
+        vain = {}
+        if not cls.cuts_prompts:
+            vain["max_sequence_length"] = "T5 (FLUX, SD3); CLIP reads as many tokens as it was made for"
+        if not _config_of(folder, cls.trained_part).get("guidance_embeds"):
+            vain["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
+        for name, what in vain.items():
+            if name in settings.model_fields_set and getattr(settings, name) != ModelConfig.model_fields[name].default:
+                raise UserError(f"model.{name}: has an effect only with {what}: drop it")
 
     @classmethod
     def prepare_network(cls, network: Any, settings: ModelConfig, device: torch.device) -> None:
@@ -330,12 +345,18 @@ class PipelinePolicy(Policy):
 
 def _check_size(folder: Path, settings: ModelConfig, cell: int) -> None:
     """Refuse an impossible image size before gigabytes of weights are read."""
+    config = _config_of(folder, "vae")
+    if isinstance(config.get("block_out_channels"), list):
+        cell_grid(config, settings.height, settings.width, cell)
+
+
+def _config_of(folder: Path, part: str) -> dict[str, Any]:
+    """``config.json`` of a part; empty where it cannot be read, since loading the part says what is wrong with it."""
     try:
-        config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        blocks = config["block_out_channels"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # loading the pipeline says what is wrong with it
-    cell_grid({"block_out_channels": blocks}, settings.height, settings.width, cell)
+        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def vae_factor(vae_config: Mapping[str, Any]) -> int:

@@ -28,6 +28,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     cell: ClassVar[int] = 1
     schedule_kind: ClassVar[type[Schedule]] = DiffusionSchedule
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    cuts_prompts: ClassVar[bool] = False
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -25,13 +25,13 @@ def shrunk(config: Config, folder: Path, ranks: int) -> Config:
         "train.inner_epochs=1",
         "rollout.prompts_per_epoch=1",
         f"rollout.images_per_prompt={images}",
-        "evaluation.prompts=1",
-        "evaluation.images_per_prompt=1",
         "checkpoint.every=0",
         "checkpoint.keep_best=0",
         "logging.tensorboard=false",
         "logging.wandb=null",
     ]
+    if config.prompts.heldout is not None:
+        changes += ["evaluation.prompts=1", "evaluation.images_per_prompt=1"]
     if config.model.embedding_cache is None:
         changes.append(f"model.embedding_cache={Path(config.output_dir).parent / 'embeddings'}")
     full = folder / "full.yaml"
