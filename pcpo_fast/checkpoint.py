@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed's state, the trained weights in diffusers' format, and where the loop stood.
+"""Checkpoints: DeepSpeed's state, the trained weights as diffusers loads them, and where the loop stood.
 
 A checkpoint is written under a hidden name, gets a manifest of its files' checksums, and is renamed when it is whole,
 so a folder ``epoch_000010`` is complete or not there. Everything random in a run is keyed by its seed and the epoch, so

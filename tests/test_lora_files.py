@@ -13,6 +13,8 @@ from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import TRANSFORMER
@@ -396,6 +398,21 @@ def test_the_strength_is_that_of_the_adapters_settings(tmp_path: Path, peft: boo
     }
 
 
+def test_a_folder_that_peft_wrote(network: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"use_rslora": True, "alpha_pattern": {"to_q": 9}, "rank_pattern": {"to_k": 2}}
+    model = tiny(kind_of(network))
+    theirs = get_peft_model(model, PeftConfig(r=5, lora_alpha=11, target_modules=["to_q", "to_k", "to_v"], **settings))
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_()
+    theirs.save_pretrained(tmp_path)
+    expected = {name: child for name, child in model.named_modules() if hasattr(child, "get_delta_weight")}
+    found = read_lora(network, tmp_path, KEY)
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        torch.testing.assert_close(delta(found[name]), layer.get_delta_weight("default"), msg=name)
+
+
 def test_peft_weights_without_their_settings_are_told_of(tmp_path: Path) -> None:
     flux = tiny(FLUX)
     file = saved(tmp_path, peft_names(random_updates(attention(flux)), "base_model.model."))
@@ -462,10 +479,10 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
         (f"{LAYER}.lora_magnitude_vector", "is a DoRA adapter"),
         (f"{LAYER}.lokr_w1", "is a LoKr adapter"),
         (f"{LAYER}.hada_w1_a", "is a LoHa adapter"),
-        (f"{LAYER}.lora_mid.weight", "is a LoCon with a Tucker core"),
+        (f"{LAYER}.lora_mid.weight", "is a LoCon adapter with a Tucker core"),
         (f"{LAYER}.oft_blocks", "is an OFT adapter"),
-        (f"{LAYER}.diff_b", "is one with whole weights (diff) adapter"),
-        (f"{LAYER}.lora_B.bias", "is one with biases adapter"),
+        (f"{LAYER}.diff_b", "is an adapter with changes of whole weights"),
+        (f"{LAYER}.lora_B.bias", "is an adapter with biases"),
         (f"{LAYER}.weight", "is no LoRA weight"),
         (f"{LAYER}.lora_A.other.weight", "holds several adapters of"),
         (f"{LAYER}.lora_A.weight", "lacks its lora_B (lora_up) weight"),
@@ -535,10 +552,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"")
     assert "is not a .safetensors file" in refused(tmp_path / "x.bin", flux)
     assert "is a folder without pytorch_lora_weights.safetensors" in refused(tmp_path, flux)
-    pointer = tmp_path / "sub" / "x.safetensors"
+    pointer = tmp_path / "sub" / "adapter_model.safetensors"
     pointer.parent.mkdir()
     pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert "there is sub/x.safetensors in it" in refused(tmp_path, flux)
+    assert "there is sub/adapter_model.safetensors in it" in refused(tmp_path, flux)
     assert "git-lfs pointer" in refused(pointer, flux)
     whole = saved(tmp_path / "two", peft_names(random_updates(attention(flux)), "transformer."))
     pointer.write_bytes(whole.read_bytes()[:-100])

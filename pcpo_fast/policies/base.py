@@ -113,7 +113,7 @@ class Policy(ABC):
 
     @abstractmethod
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write trained weights, by parameter name, in diffusers' format: LoRA safetensors, or a whole model folder."""
+        """Write trained weights, by parameter name, as diffusers loads them: a LoRA file, or a whole model folder."""
 
     @contextmanager
     def sampling(self, settings: RolloutConfig) -> Iterator[None]:

@@ -46,15 +46,15 @@ _WEIGHT = re.compile(
     r"|\.(lora_)?(?P<alpha>alpha))"
 )
 _OTHER_KINDS = {
-    r"dora_scale|lora_magnitude_vector": "a DoRA",
-    r"lokr_": "a LoKr",
-    r"hada_": "a LoHa",
-    r"lora_mid\.": "a LoCon with a Tucker core (lora_mid)",
-    r"oft_|boft_": "an OFT",
-    r"\.[ab][12]\.weight$": "a GLoRA",
-    r"vera_": "a VeRA",
-    r"\.diff(_b)?$|\.[wb]_norm$|set_weight$": "one with whole weights (diff)",
-    r"lora_(A|B|up|down)(\.[^.]+)?\.bias$": "one with biases",
+    r"dora_scale|lora_magnitude_vector": "a DoRA adapter",
+    r"lokr_": "a LoKr adapter",
+    r"hada_": "a LoHa adapter",
+    r"lora_mid\.": "a LoCon adapter with a Tucker core",
+    r"oft_|boft_": "an OFT adapter",
+    r"\.[ab][12]\.weight$": "a GLoRA adapter",
+    r"vera_": "a VeRA adapter",
+    r"\.diff(_b)?$|\.[wb]_norm$|set_weight$": "an adapter with changes of whole weights",
+    r"lora_(A|B|up|down)(\.[^.]+)?\.bias$": "an adapter with biases",
 }
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
 
@@ -97,7 +97,8 @@ def find_lora_file(path: str | Path, key: str) -> Path:
             )
         if found:
             return found[0]
-        below = next(iter(sorted(file.glob("*/*.safetensors"))), None)
+        names = (LORA_FILE, PEFT_FILE)
+        below = next((entry for entry in sorted(file.glob("*/*.safetensors")) if entry.name in names), None)
         hint = "" if below is None else f"; there is {below.relative_to(file)} in it"
         raise UserError(
             f"{key}: {path} is a folder without {LORA_FILE}, {PEFT_FILE} or another .safetensors file{hint}"
@@ -178,7 +179,7 @@ def _parse(file: Path, key: str) -> dict[str, LowRank]:
         for pattern, kind in _OTHER_KINDS.items():
             if re.search(pattern, name):
                 raise UserError(
-                    f"{key}: {file} is {kind} adapter ({name}), and only plain LoRA can be taken: "
+                    f"{key}: {file} is {kind} ({name}), and only plain LoRA can be taken: "
                     "two matrices for each linear layer"
                 )
         match = _WEIGHT.fullmatch(name)
