@@ -18,7 +18,7 @@ from pcpo_fast.policies import Policy
 from pcpo_fast.policies.fine_tunes import FineTune
 from pcpo_fast.policies.loading import load_policy
 from pcpo_fast.presets import DEFAULT_CONFIG
-from pcpo_fast.prompts import Prompt, load_prompts
+from pcpo_fast.prompts import load_prompts, prompt_of
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.reporting.step_progress import StepProgress
 from pcpo_fast.rewards import RewardSet
@@ -45,7 +45,10 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     settings = _checked(arguments)
     config, runs = _model_of(arguments)
-    prompts = load_prompts(arguments.prompts) if arguments.prompts else [Prompt(text) for text in arguments.prompt]
+    if arguments.prompts:
+        prompts = load_prompts(arguments.prompts)
+    else:
+        prompts = [prompt_of({"prompt": text}, "--prompt") for text in arguments.prompt]
     rewards = RewardSet([RewardConfig(name=name) for name in arguments.reward])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [prompt.text for prompt in prompts]

@@ -48,7 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.preemption",
         "pcpo_fast.ranges",
     ),
-    2: ("pcpo_fast.policies.*", "pcpo_fast.rewards.*", "pcpo_fast.prompts", "pcpo_fast.samplers"),
+    2: ("pcpo_fast.policies.*", "pcpo_fast.rewards.*", "pcpo_fast.prompts.*", "pcpo_fast.samplers"),
     3: (
         "pcpo_fast.epoch_plan",
         "pcpo_fast.step_tables",

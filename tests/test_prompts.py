@@ -1,5 +1,6 @@
 """Reading prompt files and choosing an epoch's prompts."""
 
+import codecs
 import json
 import re
 import subprocess
@@ -89,9 +90,49 @@ def test_not_utf8_names_line_and_byte(tmp_path: Path, name: str) -> None:
         load_prompts(path)
 
 
-def test_utf16_is_not_utf8(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 1 is not UTF-8 text \(byte 0 of the file\)"):
-        load_prompts(write(tmp_path, "p.txt", "a cat".encode("utf-16")))
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", "a cat\r\nein Käfer 🐞\r\n"), ("p.csv", "text\na cat\nein Käfer 🐞")]
+)
+def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    path = write(tmp_path, name, mark + text.encode(encoding))
+    assert load_prompts(path) == [Prompt("a cat"), Prompt("ein Käfer 🐞")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a cat\n".encode("utf-16-le"), "line 1 holds a NUL character, as UTF-16 without a byte order mark does"),
+        ("a cat\n".encode("utf-16-be"), "line 1 holds a NUL character"),
+        (b"a cat\na \0 dog\n", "line 2 holds a NUL character"),
+        ("a cat\n".encode("utf-16") + b"x", "is not UTF-16 text, as its first bytes say"),
+    ],
+)
+def test_what_only_looks_like_text(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts(write(tmp_path, "p.txt", content))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a cat\ra dog\r"),
+        ("p.jsonl", '{"prompt": "a cat"}\r{"prompt": "a dog"}\r'),
+        ("p.csv", "text\ra cat\ra dog"),
+    ],
+)
+def test_carriage_returns_end_lines(tmp_path: Path, name: str, text: str) -> None:
+    assert load_prompts(write(tmp_path, name, text)) == [Prompt("a cat"), Prompt("a dog")]
+
+
+@pytest.mark.parametrize("name", ["p.yaml", "p.xlsx", "p.jsonl.gz", "p.md"])
+def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"files ending in \.\w+ are not read; allowed are \.txt, \.jsonl, .*\.parquet$"
+    ):
+        load_prompts(write(tmp_path, name, "a cat"))
+    assert load_prompts(write(tmp_path, "prompts", "a cat")) == [Prompt("a cat")]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +142,8 @@ def test_utf16_is_not_utf8(tmp_path: Path) -> None:
         ("a cat", "not valid JSON: .* (column 1)"),
         ('["a cat"]', 'must be a JSON object with the key "prompt", got a list'),
         ('"a cat"', 'must be a JSON object with the key "prompt", got a text'),
-        ("{}", 'the key "prompt" is missing'),
-        ('{"metadata": {}}', 'the key "prompt" is missing'),
+        ("{}", 'the key "prompt" (or "text", or "caption") is missing'),
+        ('{"metadata": {}}', 'the key "prompt" (or "text", or "caption") is missing'),
         ('{"prompt": ""}', '"prompt" must be a text that is not empty, got an empty text'),
         ('{"prompt": "  "}', '"prompt" must be a text that is not empty, got an empty text'),
         ('{"prompt": null}', '"prompt" must be a text that is not empty, got null'),
@@ -112,7 +153,11 @@ def test_utf16_is_not_utf8(tmp_path: Path) -> None:
         ('{"prompt": "a cat", "metadata": [1]}', '"metadata" must be a JSON object, got a list'),
         ('{"prompt": "a cat", "metadata": false}', '"metadata" must be a JSON object, got true or false'),
         ('{"prompt": "a cat", "meta": {}}', 'unknown key "meta"; allowed: "prompt" and "metadata", .*'),
-        ('{"prompt": "a \\ud83d cat"}', '"prompt" holds half a character (a lone surrogate escape)'),
+        ('{"prompt": "a \\ud83d cat"}', '"prompt" holds half a character (a lone surrogate)'),
+        ('{"prompt": "a cat", "x": ["\\udc00"]}', '"x" holds half a character (a lone surrogate)'),
+        ('{"prompt": "a \\u0000 cat"}', '"prompt" holds a NUL character'),
+        ('{"prompt": "a cat", "Prompt": "a dog"}', 'both "prompt" and "Prompt" may be the prompt; keep one of them'),
+        ('{"prompt": "a cat", "prompt": "a dog"}', 'not valid JSON: the key "prompt" is given twice'),
         ('{"prompt": "a cat", "metadata": {"n": ' + "9" * 5000 + "}}", "not valid JSON: .*"),
         ('{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}", "not valid JSON: .*"),
     ],
@@ -125,10 +170,18 @@ def test_malformed_jsonl_names_file_and_line(tmp_path: Path, line: str, message:
     assert "\n" not in str(caught.value)
 
 
-def test_jsonl_under_the_name_of_a_text_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "p.txt", '{"prompt": "a cat"}\n')
-    with pytest.raises(UserError, match=r"p\.txt line 1: a JSON object .*\.jsonl$"):
-        load_prompts(path)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a cat"}\n', r"a JSON object .*\.jsonl$"),
+        ('{"caption": "a cat"}\n', r"a JSON object .*\.jsonl$"),
+        ('["a cat",\n "a dog"]\n', r"a JSON list .*\.json$"),
+        ("Prompt\tCategory\na cat\tAnimals\n", r"a table .*\.tsv$"),
+    ],
+)
+def test_other_forms_under_the_name_of_a_text_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"p\.txt line 1: {message}"):
+        load_prompts(write(tmp_path, "p.txt", text))
 
 
 # The prompts of an epoch.
@@ -208,6 +261,25 @@ PUBLISHED = {
     "objects.json": ('[{"prompt": "a", "metadata": {"n": 1}}]', [Prompt("a", {"n": 1})]),
     "lines.json": ('{"prompt": "a"}\n{"prompt": "b"}\n', [Prompt("a"), Prompt("b")]),
     "one.json": ('{"prompt": "a"}', [Prompt("a")]),
+    "indented.json": ('{\n "prompt": "a",\n "n": 1\n}\n', [Prompt("a", {"n": 1})]),
+    "list.jsonl": ('[{"prompt": "a"},\n {"Caption": "b"}]\n', [Prompt("a"), Prompt("b")]),
+    "semicolons.csv": ('Prompt;Category\n"one; two, three";x\n', [Prompt("one; two, three", {"Category": "x"})]),
+    "tabs.csv": ("prompt\tn\na, b\t1\n", [Prompt("a, b", {"n": "1"})]),
+    "commas.tsv": ('prompt,n\n"a, b",1\n', [Prompt("a, b", {"n": "1"})]),
+    "index.csv": (",prompt\n0,a\n1,b\n", [Prompt("a", {"": "0"}), Prompt("b", {"": "1"})]),
+    # Quotation marks of a list without quoting; all that begin a cell and end one may lie lines apart.
+    "unquoted.tsv": (
+        'Prompt\tCategory\n"G O" on a wall\tText\na 5" screw\tThings\n',
+        [Prompt('"G O" on a wall', {"Category": "Text"}), Prompt('a 5" screw', {"Category": "Things"})],
+    ),
+    "far_apart.tsv": (
+        'Prompt\tCategory\n"A is a letter\tText\na sign: "B"\tText\nthe end"\tText\n',
+        [Prompt(text, {"Category": "Text"}) for text in ('"A is a letter', 'a sign: "B"', 'the end"')],
+    ),
+    "quoted.tsv": (
+        'prompt\tn\n"a ""b"" c"\t1\n"two\nlines"\t2\n',
+        [Prompt('a "b" c', {"n": "1"}), Prompt("two\nlines", {"n": "2"})],
+    ),
 }
 
 
@@ -220,11 +292,15 @@ def test_published_lists_are_read_as_they_are(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "a,b\n1,2\n", "line 1: the header needs a column prompt, prompts, caption or text$"),
+        ("a.csv", "a,b\n1,2\n", "line 1: the header needs a column prompt, prompts, text or caption$"),
         ("a.tsv", "prompt\tb\nx\ty\tz\n", "line 2: 3 cells, but the header has 2$"),
         ("a.csv", 'prompt\n"abc\n', "line 2: not a valid table: unexpected end of data$"),
         ("a.csv", "prompt,b\n,2\n", 'line 2: "prompt" must be a text that is not empty, got an empty text$'),
         ("a.csv", "prompt\n", "is empty; it needs at least one prompt$"),
+        ("a.csv", "\nprompt,b,b\nx,1,2\n", 'line 2: the header has the column "b" twice$'),
+        ("a.csv", "prompt,Prompt\nx,y\n", 'line 1: both "prompt" and "Prompt" may be the prompt'),
+        ("a.tsv", "caption\tb\n \tx\n", 'line 2: "caption" must be a text that is not empty, got an empty text$'),
+        ("a.jsonl", '["x",\n "y"\n "z"]', "a.jsonl line 3: not valid JSON: .* \\(column 2\\)$"),
         ("a.json", "[]", "is empty; it needs at least one prompt$"),
         ("a.json", '["x", 1]', 'entry 2: must be a JSON object with the key "prompt", got a number$'),
         ("a.json", '{"annotations": [{"caption": "x"}]}', r'annotations\[0\]: must be an object with "caption"'),
@@ -235,3 +311,55 @@ def test_published_lists_are_read_as_they_are(name: str, tmp_path: Path) -> None
 def test_malformed_lists_name_the_place(name: str, text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_prompts(write(tmp_path, name, text))
+
+
+@pytest.mark.parametrize(
+    ("keys", "chosen"),
+    [
+        (["caption", "TEXT"], "TEXT"),
+        (["text", "Prompt", "caption"], "Prompt"),
+        (["Caption", "id"], "Caption"),
+        (["text", "Prompts"], "Prompts"),
+    ],
+)
+def test_every_kind_of_file_has_the_same_names_for_the_prompt(keys: list[str], chosen: str, tmp_path: Path) -> None:
+    row = {key: f"the {key}" for key in keys}
+    rest = {key: value for key, value in row.items() if key != chosen}
+    forms = {"p.json": json.dumps([row]), "p.jsonl": json.dumps(row)}
+    forms |= {name: f"{s.join(row)}\n{s.join(row.values())}\n" for name, s in (("p.csv", ","), ("p.tsv", "\t"))}
+    for name, text in forms.items():
+        assert load_prompts(write(tmp_path, name, text)) == [Prompt(f"the {chosen}", rest)], name
+
+
+# Through the library datasets.
+
+
+def test_without_datasets_parquet_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        UserError, match=r"p\.parquet needs datasets, which is not installed: run `pip install datasets`"
+    ):
+        load_prompts(write(tmp_path, "p.parquet", b"PAR1"))
+    with pytest.raises(UserError, match=r"p2\.parquet does not exist$"):
+        load_prompts(tmp_path / "p2.parquet")
+    write(tmp_path, "dataset_dict.json", '{"splits": ["train", "test"]}')
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write(tmp_path / split, "state.json", "{}")
+    with pytest.raises(UserError, match=r"is a dataset with splits; name one of them: test, train$"):
+        load_prompts(tmp_path)
+
+
+def test_parquet_files_and_saved_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"Caption": ["a cat", "a dog"], "n": [1, 2], "raw": [b"x", b"y"]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    parquet.write_table(table.select(["n"]), tmp_path / "numbers.parquet")
+    datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="0").save_to_disk(str(tmp_path / "saved"))
+    for path in (tmp_path / "p.parquet", tmp_path / "saved"):
+        assert load_prompts(path) == [Prompt("a cat", {"n": 1}), Prompt("a dog", {"n": 2})]
+    with pytest.raises(UserError, match=r"damaged\.parquet cannot be read by datasets: "):
+        load_prompts(write(tmp_path, "damaged.parquet", b"PAR1abc"))
+    with pytest.raises(UserError, match=r"the table needs a column prompt, prompts, text or caption$"):
+        load_prompts(tmp_path / "numbers.parquet")

@@ -1,0 +1,7 @@
+"""Prompts: reading them from a file, and choosing those of an epoch."""
+
+from pcpo_fast.prompts.entries import Prompt, prompt_of
+from pcpo_fast.prompts.epochs import epoch_prompts
+from pcpo_fast.prompts.files import load_prompts
+
+__all__ = ["Prompt", "epoch_prompts", "load_prompts", "prompt_of"]

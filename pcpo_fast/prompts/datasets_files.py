@@ -1,0 +1,71 @@
+"""Prompts in Parquet files, and in folders that the library ``datasets`` saved."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
+
+
+def read_dataset(path: Path) -> list[Prompt]:
+    """The rows of a Parquet file or of a folder written by ``Dataset.save_to_disk``, in their order.
+
+    The other columns are the metadata, but for what JSON cannot hold (images, dates).
+
+    Raises:
+        UserError: there is no such file; the folder is no such dataset, or has several splits; ``datasets`` is not
+            installed; there is no column for the prompt.
+    """
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
+        splits = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
+        raise UserError(f"prompt file {path} is a dataset with splits; name one of them: {', '.join(splits)}")
+    if path.is_dir() and not (path / "state.json").is_file():
+        raise UserError(
+            f"prompt file {path} is a folder; name a text, JSONL, CSV or Parquet file in it (a folder is read where "
+            "datasets' save_to_disk wrote it)"
+        )
+    if not path.exists():
+        raise UserError(f"prompt file {path} does not exist")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"prompt file {path} needs {error.name or 'datasets'}, which is not installed: run `pip install datasets`, "
+            "or save the prompts as JSONL"
+        ) from None
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            if path.is_dir():
+                table = datasets.load_from_disk(str(path), keep_in_memory=True)
+            else:
+                table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+            rows = _rows(table)
+    except Exception as error:  # Arrow and datasets raise many kinds of errors for damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"prompt file {path} cannot be read by datasets: {reason}") from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+    if column_of(table.column_names, str(path)) is None:
+        raise UserError(f"{path}: the table needs a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
+    return [prompt_of(row, f"{path} row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """Without the columns that are decoded from files (images, sound) and what is no JSON."""
+    kept = [name for name, feature in table.features.items() if not hasattr(feature, "decode")]
+    return [{name: cell for name, cell in row.items() if _is_json(cell)} for row in table.select_columns(kept)]
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""One prompt, from whatever a file has of it: an object of a JSON file, a row of a table."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pcpo_fast.errors import UserError
+
+COLUMNS = ("prompt", "prompts", "text", "caption")
+"""Keys and columns that hold the prompt, in any case; where there are several, the first of these is meant."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to draw, and what a reward may want to know besides.
+
+    Attributes:
+        text: the prompt, not empty.
+        metadata: passed to rewards as it stands in the file; empty for a plain text file.
+    """
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def column_of(names: Iterable[str], where: str) -> str | None:
+    """That of the names which holds the prompt (:data:`COLUMNS`), None if none does.
+
+    Raises:
+        UserError: two differ in case only.
+    """
+    names = list(names)
+    for wanted in COLUMNS:
+        found = [name for name in names if name.lower() == wanted]
+        if len(found) > 1:
+            raise UserError(f'{where}: both "{found[0]}" and "{found[1]}" may be the prompt; keep one of them')
+        if found:
+            return found[0]
+    return None
+
+
+def prompt_of(entry: Any, where: str) -> Prompt:
+    """The prompt of ``{"prompt": "...", "metadata": {...}}``; without ``metadata`` the other keys are the metadata.
+
+    Args:
+        entry: as JSON has it.
+        where: begins the message of an error.
+
+    Raises:
+        UserError: it is something else, has no prompt, or holds what is no text.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f'{where}: must be a JSON object with the key "prompt", got {_kind(entry)}')
+    key = column_of(entry, where)
+    others = {name: value for name, value in entry.items() if name not in (key, "metadata")}
+    # Beside "metadata" there is nothing else, and what is nearly that name is meant to be it.
+    unknown = next((name for name in others if "metadata" in entry or _like_metadata(name)), None)
+    if unknown is not None:
+        raise UserError(f'{where}: unknown key "{unknown}"; allowed: "prompt" and "metadata", which may hold any keys')
+    if key is None:
+        raise UserError(f'{where}: the key "prompt" (or "text", or "caption") is missing')
+    text, metadata = entry[key], entry.get("metadata", others)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{where}: "{key}" must be a text that is not empty, got {_kind(text)}')
+    if metadata is not None and not isinstance(metadata, dict):
+        raise UserError(f'{where}: "metadata" must be a JSON object, got {_kind(metadata)}')
+    for name, value in entry.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {json.dumps(name)} holds half a character (a lone surrogate)") from None
+    if "\0" in text:
+        raise UserError(f'{where}: "{key}" holds a NUL character')
+    return Prompt(text.strip(), metadata or {})
+
+
+def _like_metadata(name: str) -> bool:
+    return bool(difflib.get_close_matches(name, ["metadata"]))
+
+
+def _kind(value: object) -> str:
+    """A JSON value's type in words."""
+    if isinstance(value, str) and not value.strip():
+        return "an empty text"
+    names = {str: "a text", bool: "true or false", dict: "an object", list: "a list", type(None): "null"}
+    return names.get(type(value), "a number")

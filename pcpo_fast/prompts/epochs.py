@@ -1,0 +1,33 @@
+"""Which prompts an epoch samples."""
+
+import numpy as np
+
+
+def epoch_prompts(count: int, per_epoch: int, epoch: int, seed: int) -> list[int]:
+    """The prompts of an epoch: indices into a list of ``count`` prompts.
+
+    The epochs read one endless sequence, ``per_epoch`` entries each: a shuffle of all prompts, then another shuffle,
+    and so on. So every prompt is used once before any is used again, also where ``per_epoch`` does not divide
+    ``count`` or is larger, and an epoch's prompts follow from its number alone, whatever ran before it.
+
+    Args:
+        count: prompts to choose from, at least 1.
+        per_epoch: prompts in an epoch, at least 1.
+        epoch: counted from 0.
+        seed: not negative.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if count < 1 or per_epoch < 1 or epoch < 0 or seed < 0:
+        raise ValueError(
+            "count and per_epoch must be at least 1, epoch and seed at least 0, "
+            f"got count={count}, per_epoch={per_epoch}, epoch={epoch}, seed={seed}"
+        )
+    chosen: list[int] = []
+    position = epoch * per_epoch
+    while len(chosen) < per_epoch:
+        shuffle, start = divmod(position + len(chosen), count)
+        order = np.random.default_rng([seed, shuffle]).permutation(count)
+        chosen += order[start : start + per_epoch - len(chosen)].tolist()
+    return chosen

@@ -1,0 +1,83 @@
+"""Prompt files that are tables: separated by commas, semicolons or tabs, with or without quoting."""
+
+import csv
+import io
+from pathlib import Path
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+"""What separates the columns, by the ending of the file's name."""
+
+
+def parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
+    """The prompts of a table with a header; the other columns are the metadata.
+
+    Args:
+        text: the whole file.
+        separator: what its name promises. Where the header has no column for the prompt so, a comma, a semicolon
+            (spreadsheets in much of Europe write it) or a tab is taken if it has one then.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: the header has no such column or has one twice; a row does not fit.
+    """
+    rows = _rows_of(text, _separator(text, separator, path), path)
+    if not rows:
+        return []
+    (where, header), *rows = rows
+    header = [name.strip() for name in header]
+    column = column_of(header, where)
+    if column is None:
+        raise UserError(f"{where}: the header needs a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f'{where}: the header has the column "{twice}" twice')
+    prompts = []
+    for where, row in rows:
+        if len(row) > len(header):
+            raise UserError(f"{where}: {len(row)} cells, but the header has {len(header)}")
+        cells = dict(zip(header, row, strict=False))
+        metadata = {name: cell for name, cell in cells.items() if name != column and cell.strip()}
+        prompts.append(prompt_of({column: cells.get(column), "metadata": metadata}, where))
+    return prompts
+
+
+def _separator(text: str, promised: str, path: Path) -> str:
+    lines = enumerate(io.StringIO(text, newline=""), start=1)
+    number, first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    for separator in (promised, ",", ";", "\t"):
+        header = next(csv.reader([first], delimiter=separator), [])
+        if column_of([name.strip() for name in header], f"{path} line {number}") is not None:
+            return separator
+    return promised
+
+
+def _rows_of(text: str, separator: str, path: Path) -> list[tuple[str, list[str]]]:
+    """(place, cells) of the rows that are not blank.
+
+    Tab-separated lists such as PartiPrompts are mostly written without quoting, and a quotation mark that begins a
+    cell belongs to the prompt. Where such a file is no valid quoted table it is read so; and also where its quoted
+    cells would run over tabs and lines although without quoting every row is whole.
+    """
+    if separator != "\t":
+        return _read(text, separator, path, quoted=True)
+    try:
+        rows = _read(text, separator, path, quoted=True)
+    except UserError:
+        return _read(text, separator, path, quoted=False)
+    if any(mark in cell for _, row in rows for cell in row for mark in "\t\r\n"):
+        plain = _read(text, separator, path, quoted=False)
+        if len({len(row) for _, row in plain}) == 1:
+            return plain
+    return rows
+
+
+def _read(text: str, separator: str, path: Path, *, quoted: bool) -> list[tuple[str, list[str]]]:
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, quoting=quoting)
+    try:
+        return [(f"{path} line {rows.line_num}", row) for row in rows if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num}: not a valid table: {error}") from None
