@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from pcpo_fast.collapse import base_distance
 from pcpo_fast.config import Config, EvaluationConfig
 from pcpo_fast.distributed import gather_rows, rank, shared_errors, world_size
+from pcpo_fast.image_files import read_image
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_grid, to_image
@@ -122,10 +122,7 @@ class HeldOut:
     def first(self) -> Tensor | None:
         """Shown images from before the training [n, 3, H, W], or None where none were kept."""
         files = sorted(self.folder.glob("*.png"))
-        if not files:
-            return None
-        arrays = [np.asarray(Image.open(file).convert("RGB"), dtype=np.float32) / 255 for file in files]
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        return torch.stack([read_image(file) for file in files]) if files else None
 
     def _shown(self) -> list[int]:
         count, total = self.settings.images_per_prompt, len(self.prompts) * self.settings.images_per_prompt

@@ -21,7 +21,7 @@ from tiny_pipeline import PROMPTS, redness
 import pcpo_fast.evaluation.generating as generating
 from pcpo_fast.evaluation import frechet_distance, kernel_distance
 from pcpo_fast.evaluation.features import ClipImages, DinoV2
-from pcpo_fast.evaluation.image_sets import read_image
+from pcpo_fast.image_files import read_image
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")

@@ -33,6 +33,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.collapse",
         "pcpo_fast.dotted_keys",
         "pcpo_fast.fingerprints",
+        "pcpo_fast.image_files",
         "pcpo_fast.content",
         "pcpo_fast.yaml_text",
         "pcpo_fast.noise_keys",

@@ -10,7 +10,9 @@ from pcpo_fast.checkpoint import STATE_FILE, WEIGHTS
 from pcpo_fast.config import Config
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.errors import UserError
+from pcpo_fast.evaluation.image_sets import MANIFEST_FILE
 from pcpo_fast.guided_runs import base_difference, read_run
+from pcpo_fast.image_files import is_image
 from pcpo_fast.policies.fine_tunes import FineTune
 from pcpo_fast.presets import DEFAULT_CONFIG
 from pcpo_fast.run_directory import CONFIG_FILE
@@ -18,7 +20,6 @@ from pcpo_fast.sweeping import sweep_scales
 
 Kind = Literal["base", "run", "pipeline", "images"]
 BASE = "base"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 
@@ -164,7 +165,7 @@ def _contestant(name: str | None, what: str, shared: Config, overrides: Sequence
         lora = shared.model.lora.model_copy(update={"init": None})
         model = shared.model.model_copy(update={"finetune": kind, "lora": lora})
         return Contestant(label, label, "run", what, 1.0, shared.model_copy(update={"model": model}), path)
-    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir()):
+    if path.is_dir() and ((path / MANIFEST_FILE).is_file() or any(map(is_image, path.iterdir()))):
         return Contestant(label, label, "images", what, 1.0, None, None)
     raise UserError(
         f"--checkpoint {text!r}: {what} is neither base, nor a run directory, a checkpoint or export of one, a "

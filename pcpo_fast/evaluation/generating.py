@@ -55,6 +55,11 @@ class Request:
         """(prompt, image) of all images, prompt-major."""
         return [(prompt, image) for prompt in range(len(self.prompts)) for image in range(self.count)]
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompts of all images, prompt-major."""
+        return [prompt.text for prompt in self.prompts for _ in range(self.count)]
+
 
 def make_images(
     contestants: Sequence[Contestant], request: Request, folder: Path, device: torch.device
@@ -75,7 +80,9 @@ def make_images(
         if group[0].kind == "images":
             for one in group:
                 option = f"--checkpoint {one.path!r}"
-                sets[one.name] = folder_of_images(Path(one.path), one.name, option, len(request.names))
+                sets[one.name] = folder_of_images(
+                    Path(one.path).expanduser(), one.name, option, len(request.names), request.texts
+                )
             continue
         with shared_errors():
             recipes = [recipe(one, request) for one in group]

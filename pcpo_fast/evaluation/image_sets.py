@@ -1,17 +1,20 @@
 """Finished images on the disk: those of a contestant, and those of a reference folder."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pcpo_fast.distributed import rank
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.contestants import IMAGE_SUFFIXES
 from pcpo_fast.fingerprints import files_digest
+from pcpo_fast.image_files import IMAGE_SUFFIXES, UNREAD_SUFFIXES, find_images, read_image
+from pcpo_fast.prompts import load_prompts
+
+MANIFEST_FILE = "prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ImageSet:
         """One image, float32 [3, H, W] in 0..1.
 
         Raises:
-            UserError: the file is damaged or no image.
+            UserError: the file is damaged or no image; see :func:`pcpo_fast.image_files.read_image`.
         """
         return read_image(self.files[index])
 
@@ -42,36 +45,100 @@ class ImageSet:
             yield [read_image(file) for file in self.files[start : start + size]]
 
 
-def read_image(file: Path) -> Tensor:
-    """float32 [3, H, W] in 0..1; see :meth:`ImageSet.read`."""
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as an image: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+def folder_of_images(
+    folder: Path, name: str, option: str, expected: int | None = None, texts: Sequence[str] | None = None
+) -> ImageSet:
+    """All images in a folder and below it.
 
-
-def folder_of_images(folder: Path, name: str, option: str, expected: int | None = None) -> ImageSet:
-    """All images in a folder and below it, in the order of their names.
+    Where their order matters it is that of their names, with numbers as numbers, or that of a manifest in the folder:
+    ``prompts.jsonl``, whose lines have a ``file_name`` each, says which image was made of which prompt.
 
     Args:
         folder: where they are.
         name: of the set.
         option: begins the message of an error.
-        expected: how many there must be; None: any number from two on.
+        expected: how many there must be; None: any number from two on, in any order.
+        texts: the prompts of those expected, one for each.
 
     Raises:
-        UserError: there is no such folder, or it holds another number of images.
+        UserError: there is no such folder, it holds another number of images, or its manifest does not fit.
     """
     if not folder.is_dir():
         raise UserError(f"{option}: {folder} is not a folder")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if expected is not None and len(files) != expected:
+    listed = None if expected is None else _manifest(folder)
+    if listed is not None and texts is not None:
+        files = _of_prompts(listed, texts, f"{option}: {folder / MANIFEST_FILE}")
+    else:
+        files = find_images(folder) if listed is None else [file for file, _ in listed]
+        unread = len(find_images(folder, UNREAD_SUFFIXES)) if listed is None else 0
+        without = f" (besides {unread} that are not read: {', '.join(UNREAD_SUFFIXES)})" if unread else ""
+        if expected is not None and len(files) != expected:
+            raise UserError(
+                f"{option}: {folder} holds {len(files)} images{without}, but the prompts ask for {expected}: in the "
+                "order of their names, all images of the first prompt, then those of the second, and so on"
+            )
+        if len(files) < 2:
+            raise UserError(
+                f"{option}: {folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}){without}; two are needed"
+            )
+        if rank() == 0 and unread:
+            warnings.warn(f"{folder} holds {len(files)} images{without}", stacklevel=2)
+        if rank() == 0 and expected is not None and listed is None:
+            _say_order(folder, files)
+    try:
+        return ImageSet(name, files, files_digest(files, folder))
+    except OSError as error:
+        raise UserError(f"{option}: {error.filename} cannot be read: {error.strerror}") from None
+
+
+def _say_order(folder: Path, files: Sequence[Path]) -> None:
+    for file, after in pairwise(files):
+        if file > after:
+            warnings.warn(
+                f"numbers in the names of {folder} are sorted as numbers: {file.relative_to(folder)} comes before "
+                f"{after.relative_to(folder)}, which letter by letter it would not",
+                stacklevel=3,
+            )
+            return
+
+
+def _manifest(folder: Path) -> list[tuple[Path, str]] | None:
+    """(image, prompt) of every line; None where there is no manifest, or only a list of prompts."""
+    manifest = folder / MANIFEST_FILE
+    if not manifest.is_file():
+        return None
+    prompts = load_prompts(manifest)
+    if not any("file_name" in prompt.metadata for prompt in prompts):
+        return None
+    listed: dict[Path, str] = {}
+    for number, prompt in enumerate(prompts, start=1):
+        name = prompt.metadata.get("file_name")
+        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f'{manifest} entry {number}: "file_name" must be the path of an image below {folder}')
+        if not (folder / name).is_file():
+            raise UserError(f"{manifest} entry {number}: there is no {name}")
+        if folder / name in listed:
+            raise UserError(f"{manifest} entry {number}: {name} is listed twice")
+        listed[folder / name] = prompt.text
+    return list(listed.items())
+
+
+def _of_prompts(listed: Sequence[tuple[Path, str]], texts: Sequence[str], where: str) -> list[Path]:
+    """The images in the order of the prompts that they were made of; those of one prompt in the manifest's."""
+    waiting: dict[str, list[Path]] = {}
+    for file, text in listed:
+        waiting.setdefault(text, []).append(file)
+    files = []
+    for text in texts:
+        if not waiting.get(text):
+            raise UserError(
+                f"{where} has {sum(text == other for _, other in listed)} images of the prompt {text!r}, but the "
+                f"evaluation asks for {sum(text == other for other in texts)}"
+            )
+        files.append(waiting[text].pop(0))
+    left = next((found for found in waiting.items() if found[1]), None)
+    if left is not None:
         raise UserError(
-            f"{option}: {folder} holds {len(files)} images, but the prompts ask for {expected}: in the order of their "
-            "names, all images of the first prompt, then those of the second, and so on"
+            f"{where} has more images of the prompt {left[0]!r} than the evaluation asks for: {left[1][0].name} is left"
         )
-    if len(files) < 2:
-        raise UserError(f"{option}: {folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}); two are needed")
-    return ImageSet(name, files, files_digest(files, folder))
+    return files

@@ -10,6 +10,7 @@ from pcpo_fast.comparison.tables import Grid
 from pcpo_fast.evaluation.figures import trade_figure
 from pcpo_fast.evaluation.result import Evaluation
 from pcpo_fast.evaluation.tables import difference_table, images_text, main_table, matched_table, number
+from pcpo_fast.reporting.grids import to_image
 from pcpo_fast.reporting.page import page, section, text
 from pcpo_fast.reporting.svg import inline_svg
 
@@ -125,8 +126,7 @@ def _prompt(result: Evaluation, index: int) -> str:
     for one in result.sets:
         figures = ""
         for row in rows:
-            with Image.open(one.files[row]) as opened:
-                source, small = embedded(opened.convert("RGB"))
+            source, small = embedded(to_image(one.read(row)))
             scores = ", ".join(f"{r.name} {number(r.scores[one.name][row])}" for r in result.rewards)
             kind = ' class="small"' if small else ""
             alt = text(f"{one.name}: {result.prompts[index].text}, image {row - rows[0] + 1}")

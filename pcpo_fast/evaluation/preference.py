@@ -5,13 +5,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from pcpo_fast.atomic import write_atomically
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.page import embedded
 from pcpo_fast.evaluation.result import Evaluation
 from pcpo_fast.fingerprints import digest
+from pcpo_fast.image_files import read_image
+from pcpo_fast.reporting.grids import to_image
 from pcpo_fast.reporting.page import page, text
 
 PAGE_FILE, KEY_FILE = "preference.html", "preference_key.json"
@@ -149,7 +149,6 @@ def write_preference(result: Evaluation, pair: tuple[str, str], folder: Path) ->
 
 
 def _side(file: Path, side: str) -> str:
-    with Image.open(file) as opened:
-        source, small = embedded(opened.convert("RGB"))
+    source, small = embedded(to_image(read_image(file)))
     kind = ' class="small"' if small else ""
     return f'<button type="button" data-vote="{side}"><img{kind} alt="the image on the {side}" src="{source}"></button>'

@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from typing import Literal
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
@@ -75,7 +76,7 @@ def _rows_of(text: str, separator: str, path: Path) -> list[tuple[str, list[str]
 
 
 def _read(text: str, separator: str, path: Path, *, quoted: bool) -> list[tuple[str, list[str]]]:
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, quoting=quoting)
     try:
         return [(f"{path} line {rows.line_num}", row) for row in rows if any(cell.strip() for cell in row)]
