@@ -516,6 +516,12 @@ def test_convolutions_and_other_models_are_refused(tmp_path: Path) -> None:
     message = refused(saved(tmp_path, tensors), unet)  # all at once
     assert f"1 that are convolutions, or not linear for another reason ({name})" in message
     assert "1 of text encoders (lora_te_x" in message
+    for name, size in (("lora_unet_down_blocks_0_resnets_0_conv1", 3), ("lora_unet_input_blocks_1_1_proj_in", 1)):
+        tensors = {
+            f"{name}.lora_down.weight": torch.ones(2, 8, size, size),
+            f"{name}.lora_up.weight": torch.ones(8, 2, 1, 1),
+        }
+        assert f"convolutions, or not linear for another reason ({name})" in refused(saved(tmp_path, tensors), unet)
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     wide = random_updates({layer: nn.Linear(320, 320)})
     message = refused(saved(tmp_path, peft_names(wide, "unet.")), unet)
@@ -532,6 +538,8 @@ def test_convolutions_and_other_models_are_refused(tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, "of the kind LOHA"),
         ({"peft_type": "LORA", "use_dora": True}, "of the kind DoRA"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "base weights that pissa_niter_4 had changed"),
+        ({"lora_alpha": "many"}, "lora_alpha or alpha_pattern in the settings of"),
+        ({"alpha_pattern": [1]}, "lora_alpha or alpha_pattern in the settings of"),
         ([], "is not an adapter's settings but a list"),
         ("{", "adapter_config.json cannot be read"),
     ],

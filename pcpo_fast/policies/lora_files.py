@@ -1,6 +1,6 @@
 """LoRA weights as people have them, read for a network; and ours, written for diffusers, ComfyUI and the WebUIs.
 
-A layer's update is ``scale * up @ down``. A file may say the scale in four ways, the first that is there counts:
+A layer's update is ``scale * up @ down``. A file may say the scale in three ways, the first that is there counts:
 ``.alpha`` beside the layer (kohya), peft's ``adapter_config.json`` next to the file, diffusers' metadata in its header;
 where there is none, every reader takes alpha for the rank, and the scale is 1.
 """
@@ -77,6 +77,14 @@ class LowRank(NamedTuple):
         """``up`` in float32 with the scale in it, so that alpha is the rank."""
         return self.up.float() * self.scale
 
+    @property
+    def trimmed(self) -> "LowRank":
+        """The same as two matrices, without the ranks that ours were padded with to be equal."""
+        down, up = self.down.flatten(1), self.up.flatten(1)  # some write linear layers as convolutions of one pixel
+        used = (down.float() != 0).any(dim=1) | (up.float() != 0).any(dim=0)
+        used[0] = True
+        return LowRank(down[used], up[:, used], self.scale)
+
 
 def find_lora_file(path: str | Path, key: str) -> Path:
     """The safetensors file that a path means: itself, or the folder's LoRA weights, or the only file in it.
@@ -134,7 +142,7 @@ def read_lora(module: nn.Module, path: str | Path, key: str) -> dict[str, LowRan
     if strangers:
         raise UserError(f"{key}: {file} {_strangers(strangers, named, network)}")
     for name, update in updates.items():
-        for layer, part in _split(update, *known[flat(name)]).items():
+        for layer, part in _split(update.trimmed, *known[flat(name)]).items():
             if layer in found:
                 raise UserError(f"{key}: {file} has the layer {layer} twice, under different names ({name})")
             weight = linear[layer]
@@ -165,10 +173,10 @@ def _strangers(updates: Mapping[str, LowRank], named: Collection[str], network: 
 
 def _parse(file: Path, key: str) -> dict[str, LowRank]:
     """Every layer's update by the name that the file gives it."""
-    with file.open("rb") as opened:
-        if opened.read(24).startswith(b"version https://git-lfs"):
-            raise UserError(f"{key}: {file} is a git-lfs pointer, not the weights; fetch them with: git lfs pull")
     try:
+        with file.open("rb") as opened:
+            if opened.read(24).startswith(b"version https://git-lfs"):
+                raise UserError(f"{key}: {file} is a git-lfs pointer, not the weights; fetch them with: git lfs pull")
         with safe_open(file, framework="pt") as opened_weights:
             metadata = opened_weights.metadata() or {}
             tensors = {name: opened_weights.get_tensor(name) for name in opened_weights.keys()}  # noqa: SIM118
@@ -199,30 +207,24 @@ def _update(name: str, part: Mapping[str, Tensor], settings: Mapping[str, Any], 
     for which in ("down", "up"):
         if which not in part:
             raise UserError(f"{where}: {name} lacks its lora_{'A' if which == 'down' else 'B'} (lora_{which}) weight")
-        if not part[which].is_floating_point() or part[which].dim() < 2 or not part[which].float().isfinite().all():
+        value = part[which]
+        matrix = value.is_floating_point() and value.dim() >= 2 and value.numel() > 0
+        if not matrix or not value.float().isfinite().all():
             raise UserError(f"{where}: lora_{which} of {name} is no matrix of finite numbers")
-    down, up = part["down"], part["up"]
-    if down.dim() == 4 and down.shape[2:] == (1, 1):  # some writers save linear layers as convolutions of one pixel
-        flattened = LowRank(down.flatten(1), up.flatten(1))
-    else:
-        flattened = LowRank(down, up)
-    size = down.shape[0]
-    if flattened.up.shape[1] != size:
-        raise UserError(f"{where}: lora_down of {name} has rank {size}, but its lora_up has {flattened.up.shape[1]}")
-    # Ranks that were padded to be equal, as ours are, are what they were.
-    used = (flattened.down != 0).any(dim=1) | (flattened.up != 0).any(dim=0)
-    used[0] = True
-    flattened = LowRank(flattened.down[used], flattened.up[:, used])
+    update = LowRank(part["down"], part["up"])
+    size = update.down.shape[0]
+    if update.up.shape[1] != size:
+        raise UserError(f"{where}: lora_down of {name} has rank {size}, but its lora_up has {update.up.shape[1]}")
     if "alpha" in part:
         if part["alpha"].numel() != 1 or not math.isfinite(float(part["alpha"])):
             raise UserError(f"{where}: alpha of {name} is no number")
-        return flattened._replace(scale=float(part["alpha"]) / size)
+        return update._replace(scale=float(part["alpha"]) / size)
     pattern = settings.get("alpha_pattern") or {}
     layer = re.sub(r"^(base_model\.model|transformer|unet)\.", "", name)
     alpha = pattern.get(get_pattern_key(list(pattern), layer), settings.get("lora_alpha"))
     if alpha is None:
-        return flattened
-    return flattened._replace(scale=float(alpha) / (math.sqrt(size) if settings.get("use_rslora") else size))
+        return update
+    return update._replace(scale=float(alpha) / (math.sqrt(size) if settings.get("use_rslora") else size))
 
 
 def _adapter_settings(file: Path, key: str, metadata: Mapping[str, str], peft: bool) -> dict[str, Any]:
@@ -245,6 +247,10 @@ def _adapter_settings(file: Path, key: str, metadata: Mapping[str, str], peft: b
     if kind != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else kind
         raise UserError(f"{key}: {file} is an adapter of the kind {kind}, and only plain LoRA can be taken")
+    pattern = settings.get("alpha_pattern") or {}
+    alphas = [settings.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else ["?"])]
+    if not all(alpha is None or (isinstance(alpha, int | float) and math.isfinite(alpha)) for alpha in alphas):
+        raise UserError(f"{key}: lora_alpha or alpha_pattern in the settings of {file} is no number")
     if changed.startswith(_CHANGED_BASES):
         raise UserError(
             f"{key}: {file} was trained on base weights that {changed} had changed; save it as a plain LoRA with "
@@ -378,7 +384,7 @@ def read_own_lora(file: Path, key: str) -> tuple[str | None, dict[str, LowRank]]
         network = (opened.metadata() or {}).get("network")
     first = next(iter(parsed))
     if first.startswith("lora_unet_"):
-        return network, {unet_layer(flat(name)): update for name, update in parsed.items()}
+        return network, {unet_layer(flat(name)): update.trimmed for name, update in parsed.items()}
     if network is None and first.startswith("unet."):
         network = "UNet2DConditionModel"
-    return network, {re.sub(r"^(transformer|unet)\.", "", name): update for name, update in parsed.items()}
+    return network, {re.sub(r"^(transformer|unet)\.", "", name): update.trimmed for name, update in parsed.items()}
