@@ -1,7 +1,6 @@
 """DeepSpeed, and nothing but DeepSpeed: one process or a thousand go through the same engine."""
 
 import io
-import json
 import logging
 import math
 import os
@@ -15,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pcpo_fast import ranges
 from pcpo_fast.config import Config, DistributedConfig
+from pcpo_fast.deepspeed_file import check_machine, read_deepspeed_file
 from pcpo_fast.distributed import launcher_rank, local_rank, rank, world_size
 from pcpo_fast.eight_bit_adamw import EightBitAdamW
 from pcpo_fast.ema import Ema
@@ -35,18 +36,6 @@ MARGIN = timedelta(seconds=60)
 
 STATE_FOLDER = "engine"
 """Where a checkpoint's engine state lies within it."""
-
-OWNED_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-    "gradient_clipping",
-)
-"""DeepSpeed settings that the configuration decides; naming them in the JSON would say the same thing twice."""
 
 
 def start_distributed(settings: DistributedConfig | None = None) -> torch.device:
@@ -317,20 +306,13 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     ZeRO starts from stage 1, and from stage 2 for stochastic rounding.
 
     Raises:
-        UserError: the JSON is missing, malformed, sets one of :data:`OWNED_KEYS`, or has a stage that the configuration
-            does not allow.
+        UserError: as :func:`pcpo_fast.deepspeed_file.read_deepspeed_file`; or the stage is not allowed here.
     """
-    settings = {} if config.deepspeed is None else _read_json(Path(config.deepspeed))
-    for key in OWNED_KEYS:
-        if key in settings:
-            raise UserError(
-                f"{config.deepspeed}: {key} is set by the configuration, so remove it from the DeepSpeed file"
-            )
-    _check_writer(settings, config.deepspeed)
+    settings: dict[str, Any] = {}
+    if config.deepspeed is not None:
+        settings = read_deepspeed_file(Path(config.deepspeed), _section_models())
     zero = settings.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.setdefault("stage", 1) not in (1, 2, 3):
-        # Stage 0 reports no gradient norm and keeps bf16 gradients; stage 1 costs nothing more, on one GPU too.
-        raise UserError(f"{config.deepspeed}: zero_optimization.stage must be 1, 2 or 3")
+    zero.setdefault("stage", 1)
     if zero["stage"] == 3:
         # Weights are there for the time of their layer's call, which neither compiled blocks nor a merge live by.
         for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
@@ -386,22 +368,6 @@ def read_average(folder: Path, of_rank: int) -> dict[str, Any] | None:
         raise ValueError(f"{file.name}: {error}") from None
 
 
-def _check_writer(settings: dict[str, Any], file: str | None) -> None:
-    """Refuse what writes shards after the call that saves them, or without the checksums that they are read back by."""
-    found = settings.get("checkpoint")
-    checkpoint = found if isinstance(found, dict) else {}
-    for key, asked in {
-        "checkpoint.writer": checkpoint.get("writer"),
-        "checkpoint.checkpoint_serialization": not checkpoint.get("checkpoint_serialization", True),
-        "datastates_ckpt": settings.get("datastates_ckpt"),
-    }.items():
-        if asked:
-            raise UserError(
-                f"{file}: {key} is not allowed, since a checkpoint is read back when it has been written, and takes "
-                "its name only then (docs/resuming.md); remove it"
-            )
-
-
 def _divide(module: nn.Module, ds_config: dict[str, Any]) -> None:
     """Divide a module's weights among the ranks, one at a time, so that no device ever holds the whole of them."""
     import deepspeed
@@ -429,18 +395,40 @@ def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> No
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"deepspeed: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"deepspeed: {path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed: {path} line {error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {path} must hold a JSON object")
-    return settings
+def _section_models() -> dict[str, type[BaseModel]]:
+    """DeepSpeed's own models of the sections of its JSON."""
+    _import_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    return {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "comms_logger": CommsLoggerConfig,
+        "tensorboard": TensorBoardConfig,
+        "wandb": WandbConfig,
+        "csv_monitor": CSVConfig,
+        "comet": CometConfig,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
+    }
+
+
+def check_deepspeed(config: Config) -> None:
+    """Refuse a DeepSpeed JSON that cannot be used, here or anywhere, before anything is loaded.
+
+    Raises:
+        UserError: as :func:`deepspeed_config`; or this machine lacks a package, a folder or a library that it needs.
+    """
+    settings = deepspeed_config(config, accumulation=1)
+
+    def asynchronous_io() -> bool:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        with redirect_stdout(io.StringIO()):
+            return bool(AsyncIOBuilder().is_compatible())
+
+    check_machine(settings, config.deepspeed, asynchronous_io)
 
 
 def _import_deepspeed() -> Any:

@@ -18,7 +18,7 @@ from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import launcher_rank, local_world_size, naming_lost_ranks, rank, shared_errors, world_size
-from pcpo_fast.engine import MARGIN, Engine, deepspeed_config, start_distributed, stop_distributed
+from pcpo_fast.engine import MARGIN, Engine, check_deepspeed, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
 from pcpo_fast.heldout import HeldOut
@@ -67,7 +67,7 @@ def train(
     if start.finished:
         _announce(start, config, console)
         return read_summary(Path(config.output_dir))
-    deepspeed_config(config, 1)  # refuses what can be refused without the model
+    check_deepspeed(config)  # refuses what can be refused without the model
     inputs = RunInputs.load(config)
     device = start_distributed(config.distributed)
     try:

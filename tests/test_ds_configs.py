@@ -9,7 +9,8 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from test_engine import batches, config_of, module_of, train_step
 
-from pcpo_fast.engine import OWNED_KEYS, Engine
+from pcpo_fast.deepspeed_file import OWNED_KEYS
+from pcpo_fast.engine import Engine
 from pcpo_fast.errors import UserError
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tiny_runs import CPU, LORA, Bench, trained_parameters
 from torch import Tensor, nn
 
 from pcpo_fast.config import Config
-from pcpo_fast.engine import OWNED_KEYS, Engine, deepspeed_config, start_distributed, stop_distributed
+from pcpo_fast.deepspeed_file import OWNED_KEYS
+from pcpo_fast.engine import Engine, check_deepspeed, deepspeed_config, start_distributed, stop_distributed
 from pcpo_fast.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -266,10 +268,45 @@ def write(folder: Path, content: str | bytes | None) -> Path:
         ('{\n "a": 1,\n}', "line 3: not valid JSON"),
         ("[1]", "must hold a JSON object"),
         (b"\xff\xfe", "cannot be read"),
-        ('{"zero_optimization": {"stage": 0}}', "zero_optimization.stage must be 1, 2 or 3"),
-        ('{"zero_optimization": {"stage": "2"}}', "zero_optimization.stage must be 1, 2 or 3"),
-        ('{"zero_optimization": true}', "zero_optimization.stage must be 1, 2 or 3"),
-        ('{"zero_optimization": {"stage": 2, "overlap_com": true}}', "DeepSpeed refuses these settings: .*overlap_com"),
+        ("[" * 100_000, "not valid JSON"),
+        # the stage
+        *(
+            (json.dumps({"zero_optimization": {"stage": stage}}), "zero_optimization.stage must be 1, 2 or 3, got")
+            for stage in (0, 4, "2", True, None, 1.5, "auto")
+        ),
+        ('{"zero_optimization": true}', "zero_optimization: must be an object, got true"),
+        # unknown keys, and those given twice
+        ('{"zero_optimisation": {"stage": 3}}', "unknown key zero_optimisation, did you mean zero_optimization"),
+        ('{"gradient_clip": 0.5}', "unknown key gradient_clip, did you mean gradient_clipping"),
+        (
+            '{"zero_optimization": {"stage": 2, "overlap_com": true}}',
+            "unknown key zero_optimization.overlap_com, did .*comm",
+        ),
+        ('{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 1}}', "zero_optimization is given twice"),
+        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "zero_optimization.stage is given twice"),
+        ('{"data_efficiency": {}}', "data_efficiency has no effect here"),
+        # types that DeepSpeed takes for one another, and numbers that are none
+        ('{"zero_optimization": {"zero_hpz_partition_size": "8"}}', 'partition_size: must be a number, got "8"'),
+        ('{"zero_optimization": {"overlap_comm": 1}}', "overlap_comm: must be true or false, got 1"),
+        ('{"zero_optimization": {"offload_optimizer": {"pin_memory": "true"}}}', "pin_memory: must be true or false"),
+        ('{"zero_optimization": {"reduce_bucket_size": NaN}}', "reduce_bucket_size must be a finite number, got nan$"),
+        ('{"steps_per_print": 1e999}', "steps_per_print must be a finite number, got inf$"),
+        ('{"wall_clock_breakdown": 1}', "wall_clock_breakdown: must be true or false, got 1"),
+        ('{"aio": {"block_size": "1"}}', "aio.block_size: must be a whole number"),
+        ('{"data_types": null}', "data_types: must be an object, got null"),
+        # what changes the precision
+        ('{"torch_autocast": {"enabled": true}}', "torch_autocast is set by the configuration .model.dtype"),
+        ('{"communication_data_type": "bf16"}', 'communication_data_type must be "fp32"'),
+        ('{"data_types": {"grad_accum_dtype": "bf16"}}', "grad_accum_dtype must be"),
+        ('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "quantized_weights is not allowed"),
+        # what needs another stage, or a folder
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}',
+            "nvme has an effect at stage 3 only, and the stage is 2",
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "nvme_path is missing"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "stage 3 only"),
+        ('{"zero_optimization": {"stage": 1, "legacy_stage1": true}}', "legacy_stage1 is not allowed"),
         *(
             (json.dumps(settings), f"{key} is not allowed, since a checkpoint is read back")
             for key, settings in {
@@ -278,7 +315,7 @@ def write(folder: Path, content: str | bytes | None) -> Path:
                 "datastates_ckpt": {"datastates_ckpt": {"host_cache_size": 16}},
             }.items()
         ),
-        *((json.dumps({key: 1}), f"{key} is set by the configuration, so remove it") for key in OWNED_KEYS),
+        *((json.dumps({key: 1}), f"{key} is set by the configuration .*, so remove it") for key in OWNED_KEYS),
     ],
 )
 def test_a_deepspeed_file_that_cannot_be_used_is_refused(
@@ -295,11 +332,50 @@ def test_a_folder_instead_of_a_deepspeed_file_is_refused(tmp_path: Path) -> None
         deepspeed_config(config_of(f"deepspeed={tmp_path}"), 1)
 
 
-def test_another_data_type_does_not_switch_fp32_sums_off(tmp_path: Path) -> None:
-    file = tmp_path / "deepspeed.json"
-    file.write_text(json.dumps({"data_types": {"other": 1}}))
-    settings = deepspeed_config(config_of("model.dtype=bfloat16", f"deepspeed={file}"), accumulation=1)
-    assert settings["data_types"] == {"other": 1, "grad_accum_dtype": "fp32"}
+def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    zero = {"stage": 2, "overlap_comm": "auto", "overlap_com": True, "contiguous_gradients": 1, "sub_group_size": -1}
+    file = write(tmp_path, json.dumps({"zero_optimization": zero, "bf16": {"enabled": True}, "steps": 3}))
+    with pytest.raises(UserError) as caught:
+        deepspeed_config(config_of(f"deepspeed={file}"), 1)
+    said = str(caught.value)
+    for key in ("overlap_comm", "overlap_com", "contiguous_gradients", "sub_group_size", "bf16", "steps"):
+        assert re.search(rf"[ .]{key}\b", said), key
+    assert said.count("\n") == 0 and said.count(str(file)) == 1
+
+
+def test_auto_is_our_value_for_a_size(tmp_path: Path) -> None:
+    sizes = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto")
+    owned = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    file = write(tmp_path, json.dumps({"zero_optimization": {"stage": 3, **sizes}, **owned}))
+    settings = deepspeed_config(config_of(f"deepspeed={file}"), accumulation=5)
+    assert settings["zero_optimization"] == {"stage": 3}
+    assert settings["gradient_accumulation_steps"] == 5 and "train_batch_size" not in settings
+
+
+def test_what_this_machine_lacks_is_said_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepspeed.ops.op_builder
+
+    loggers = {name: {"enabled": True} for name in ("tensorboard", "wandb", "comet", "flops_profiler")}
+    offload = {"device": "nvme", "nvme_path": str(tmp_path / "none")}
+    zero = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}
+    file = write(tmp_path, json.dumps(loggers | zero))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed.ops.op_builder.AsyncIOBuilder, "is_compatible", lambda self: False)
+    config = config_of(f"deepspeed={file}")
+    assert deepspeed_config(config, 1)["wandb"] == {"enabled": True}  # a plan for another machine
+    with pytest.raises(UserError) as caught:
+        check_deepspeed(config)
+    for words in (
+        "tensorboard is not",
+        "wandb is not",
+        "comet_ml is not",
+        "einops is not",
+        "none is not a folder",
+        "libaio",
+    ):
+        assert words in str(caught.value)
 
 
 def test_an_offloaded_optimiser_is_ours_and_trains(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "pcpo_fast.schedules",
         "pcpo_fast.windows",
         "pcpo_fast.collapse",
+        "pcpo_fast.deepspeed_file",
         "pcpo_fast.dotted_keys",
         "pcpo_fast.fingerprints",
         "pcpo_fast.image_files",
