@@ -1,6 +1,10 @@
-"""Watching for collapse: does the policy still draw different images for one prompt, and how far has it moved?"""
+"""Watching for collapse: does the policy still draw different images for one prompt, how far has it moved, and do the
+rewards tell its images apart?
+"""
 
 import math
+from collections import Counter
+from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
@@ -50,3 +54,34 @@ class CollapseMonitor:
                 "(evaluation.min_diversity); an earlier checkpoint is more diverse, and a lower optimizer.lr or a "
                 "credit.kl_coefficient keeps more of it"
             )
+
+
+class SpreadMonitor:
+    """Says, once for each reward, that it has not told the images it compares apart for some epochs in a row.
+
+    Their advantages are 0, or made of rounding errors alone, and the run goes on as if it learned something.
+
+    Args:
+        epochs: after how many.
+    """
+
+    def __init__(self, epochs: int = 3) -> None:
+        self.epochs = epochs
+        self._in_a_row: Counter[str] = Counter()
+        self._said: set[str] = set()
+
+    def look(self, equal: Collection[str]) -> Iterator[str]:
+        """Take an epoch into account; yields a sentence for each reward that there is something to say of.
+
+        Args:
+            equal: rewards whose scores were the same, in float32, wherever they are compared.
+        """
+        self._in_a_row = Counter({name: self._in_a_row[name] + 1 for name in equal})
+        for name, count in self._in_a_row.items():
+            if count >= self.epochs and name not in self._said:
+                self._said.add(name)
+                yield (
+                    f"the reward {name} has given all images of a prompt the same score for {count} epochs, so nothing "
+                    "can be learned from it: look at its scores and at the images (a clip range, a prompt or an image "
+                    "size that it was not made for)"
+                )

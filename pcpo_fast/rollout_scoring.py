@@ -1,6 +1,6 @@
 """From an epoch's images to its advantages: rewards of all ranks, failures, composition, metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from pcpo_fast.epoch_plan import EpochPlan
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet, Scores
-from pcpo_fast.rewards.composition import compose_advantages, composition_metrics
+from pcpo_fast.rewards.composition import clipped, compose_advantages, composition_metrics
 from pcpo_fast.rewards.overlapping import BackgroundScoring
 
 
@@ -24,12 +24,14 @@ class Judgement:
     Attributes:
         advantages: float64 [n], of this rank's images in the order of the rollout; 0 in groups that were left out.
         metrics: the same on every rank.
+        equal: rewards trained on whose scores, in float32, are the same wherever they are compared.
         warning: one sentence about groups that were left out, the same on every rank; empty where there are none.
     """
 
     advantages: Tensor
     metrics: dict[str, float]
     warning: str
+    equal: tuple[str, ...] = ()
 
 
 class RolloutScoring:
@@ -93,7 +95,7 @@ class RolloutScoring:
             metrics |= {f"scoring/{name}": float(count) for name, count in counts.items()}
         if self.background is not None:
             metrics["time/reward_overlapped"] = self.background.seconds
-        return Judgement(advantages[self.numbers], metrics, warning)
+        return Judgement(advantages[self.numbers], metrics, warning, tuple(self._equal(trained, specs)))
 
     def _scores(self, images: Tensor) -> Scores:
         if self.background is not None:
@@ -127,6 +129,14 @@ class RolloutScoring:
             texts = [self.group_prompts[group].text for group in groups.tolist()]
             return self.running.compute(total, texts, settings.clip)
         return compose_advantages(total, trained, specs, groups, settings, self.config.scoring.normalize)
+
+    def _equal(self, trained: Tensor, specs: Sequence[RewardConfig]) -> Iterator[str]:
+        """Rewards without spread: within groups where these are compared, else within the epoch."""
+        by_group = self.config.advantage.normalization in ("group", "flow_grpo")
+        for spec, scores in zip(specs, trained.T, strict=True):
+            compared = clipped(scores, spec).float().reshape(-1, self.per_group if by_group else len(scores))
+            if bool((compared == compared[:, :1]).all()):
+                yield spec.column
 
     def _metrics(self, total: Tensor, components: dict[str, Tensor]) -> dict[str, float]:
         spread = total.reshape(-1, self.per_group).std(dim=1, unbiased=False).mean()

@@ -15,7 +15,7 @@ from torch import Tensor
 from pcpo_fast import ranges
 from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
-from pcpo_fast.collapse import CollapseMonitor
+from pcpo_fast.collapse import CollapseMonitor, SpreadMonitor
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import launcher_rank, local_world_size, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine import MARGIN, Engine, check_deepspeed, start_distributed, stop_distributed
@@ -164,6 +164,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
+        self.spread = SpreadMonitor()
         self.heldout_reward: float | None = None  # of the weights as they are
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
         if start.checkpoint is not None:
@@ -249,6 +250,8 @@ class Trainer:
         metrics = judgement.metrics
         if judgement.warning:
             self.progress.message(f"warning: {judgement.warning}")
+        for text in self.spread.look(judgement.equal):
+            self.progress.message(f"warning: {text}")
         clock.append(self._now())
         self.progress.phase("update")
         metrics |= self._update(rollout, judgement.advantages, tables, epoch)

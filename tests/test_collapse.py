@@ -8,12 +8,20 @@ import torch
 from cli_runs import call, records, write_config
 
 import pcpo_fast.heldout
-from pcpo_fast.collapse import CollapseMonitor, base_distance
+from pcpo_fast.collapse import CollapseMonitor, SpreadMonitor, base_distance
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.diversity import diversity_figure
 
 Capture = pytest.CaptureFixture[str]
+
+
+def test_a_reward_without_spread_is_announced_once_after_some_epochs_in_a_row() -> None:
+    monitor = SpreadMonitor(3)
+    seen = [["a"], ["a", "b"], ["b"], ["a", "b"], ["a"], ["a"], ["a"], ["a", "b"]]
+    said = [list(monitor.look(equal)) for equal in seen]
+    assert [len(texts) for texts in said] == [0, 0, 0, 1, 0, 1, 0, 0]
+    assert said[3][0].startswith("the reward b has given") and said[5][0].startswith("the reward a has given")
 
 
 def test_distance_is_the_mean_over_images_of_the_rms_over_pixels() -> None:

@@ -122,6 +122,24 @@ def test_a_sum_is_weighted_and_each_score_kept_within_its_limits() -> None:
     assert metrics[f"reward_spread/{HERE}:second"] == pytest.approx(0.5 * float(spread), rel=1e-6)
 
 
+def nearly(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """Scores that differ by less than float32 can say."""
+    return 5 + 1e-9 * images[:, 0, 0, 0].double()
+
+
+def of_the_prompt(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def test_a_reward_that_tells_no_images_apart_is_found() -> None:
+    names = ", ".join(f"{{name: '{HERE}:{name}'}}" for name in ("level", "nearly", "of_the_prompt"))
+    clipped = f"{{name: '{HERE}:second', clip: [1000, 2000]}}"
+    config = config_of(rewards=f"[{names}, {clipped}]")
+    assert judge(config)[0].equal == (f"{HERE}:nearly", f"{HERE}:of_the_prompt", f"{HERE}:second")
+    config = config_of("advantage.normalization=global", rewards=f"[{names}]")  # compares the prompts, too
+    assert judge(config)[0].equal == (f"{HERE}:nearly",)
+
+
 @pytest.mark.parametrize("normalization", ["group", "flow_grpo", "global", "running"])
 def test_default_settings_are_the_plain_computation_bit_for_bit(normalization: str) -> None:
     """A run that was begun before there was a choice goes on with the same numbers."""
