@@ -224,7 +224,7 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     rewards.write_text("from tiny_pipeline import redness\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = write_config(tmp_path, own_pipeline, rewards=[{"name": "rewards_of_this_test:redness"}], train__epochs=1)
-    run, arguments = tmp_path / "run", ("train", "--config", config, "train.epochs=2")
+    run, arguments = tmp_path / "run", ("train", "--config", config, "train.epochs=2", "model.revision=main")
     assert call(capsys, "train", "--config", config).code == 0
     record = json.loads((run / "inputs.json").read_text())
     weights = own_pipeline / "text_encoder" / "model.safetensors"
@@ -265,6 +265,7 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     answer = call(capsys, *arguments, "train.epochs=3")
     assert answer.code == 2 and f"{run / 'inputs.json'} is damaged, so nothing says whether" in answer.err
     (run / "inputs.json").unlink()  # a run from before there was a record
+    assert "model.revision: the run in" in call(capsys, *arguments[:-1]).err  # nothing says that it is the same model
     answer = call(capsys, *arguments, "train.epochs=3")
     assert answer.code == 0 and "warning" not in answer.out, answer.err
 
