@@ -27,6 +27,7 @@ from pcpo_fast.commands import (
     votes,
 )
 from pcpo_fast.errors import UserError
+from pcpo_fast.launching import adopt_launch
 
 COMMANDS = (train, plan, preflight, reproduce, sample, evaluate, votes, compare, credit, report, export, serve_reward)
 NEEDED = ("deepspeed", "diffusers", "numpy", "peft", "pydantic", "rich", "safetensors", "torch", "transformers", "yaml")
@@ -109,18 +110,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     # transformers reports at import what it does without; none of it concerns this program.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    ranks = 1
     try:
         with _short_messages():
+            if getattr(arguments, "local_rank", None) is not None:  # of a command that a launcher may start
+                ranks = adopt_launch()
             code = int(arguments.run(arguments))
             sys.stdout.flush()
             return code
     except UserError as error:
-        # Every process of a machine meets the same mistake, and one of them says so. A mistake with a cause (a reward
-        # that raised, a full GPU) may be this process's own: then it speaks for itself.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if ranks > 1:
+            from pcpo_fast.rendezvous import heard
+
+            with heard(error) as sentence:
+                if sentence is not None:
+                    print(f"error: {sentence}", file=sys.stderr, flush=True)
+        else:
             print(f"error: {error}", file=sys.stderr)
-        elif error.__cause__ is not None:
-            print(f"error: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.errors import UserError, reason_of, shared
 
 T = TypeVar("T")
 LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited|Socket closed", re.IGNORECASE)
@@ -39,6 +39,22 @@ def world_size() -> int:
 def local_rank() -> int:
     """Rank within this machine, from the launcher's environment."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def own_gpu() -> int:
+    """The number of this rank's GPU among those that PyTorch sees.
+
+    Raises:
+        UserError: this machine has fewer GPUs than ranks.
+    """
+    count = torch.cuda.device_count()
+    if local_rank() >= count:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank()}, counted from 0, and PyTorch sees {count} GPU{'s' if count > 1 else ''} on "
+            "this machine: start one process per GPU, and let each see all of them (with Slurm --gpus-per-node, not "
+            "--gpus-per-task)"
+        )
+    return local_rank()
 
 
 def ranks_per_machine(environment: Mapping[str, str] = os.environ) -> int | None:
@@ -98,7 +114,7 @@ def shared_errors() -> Iterator[None]:
         message = str(error)
     first = next((text for text in gather_objects(message) if text is not None), None)
     if first is not None:
-        raise UserError(first)
+        raise shared(first)
 
 
 def once_per_machine(compute: Callable[[], T]) -> T:

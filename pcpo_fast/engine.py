@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from pcpo_fast import ranges
 from pcpo_fast.config import Config, DistributedConfig
 from pcpo_fast.deepspeed_file import check_machine, read_deepspeed_file
-from pcpo_fast.distributed import launcher_rank, local_rank, rank, world_size
+from pcpo_fast.distributed import launcher_rank, own_gpu, rank, world_size
 from pcpo_fast.eight_bit_adamw import EightBitAdamW
 from pcpo_fast.ema import Ema
 from pcpo_fast.errors import UserError
+from pcpo_fast.launching import adopt_launch
 from pcpo_fast.optimizers import GuardedAdamW, StochasticAdamW
 from pcpo_fast.parking import Park
 from pcpo_fast.rendezvous import meet, own_connection
@@ -45,16 +46,18 @@ def start_distributed(settings: DistributedConfig | None = None) -> torch.device
         settings: how long ranks wait for each other; None for the defaults.
 
     Raises:
-        UserError: some of the launcher's ranks have not come, or rank 0 cannot be reached.
+        UserError: some of the launcher's ranks have not come, or rank 0 cannot be reached; a rank has given up before;
+            the environment does not say which rank this is.
     """
     settings = DistributedConfig() if settings is None else settings
+    adopt_launch()
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = _import_deepspeed()
     if on_gpu:
-        torch.cuda.set_device(local_rank())
-    device = torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
+        torch.cuda.set_device(own_gpu())
+    device = torch.device("cuda", own_gpu()) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         if "MASTER_ADDR" in os.environ:

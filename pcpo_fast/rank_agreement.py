@@ -14,7 +14,7 @@ import pcpo_fast
 from pcpo_fast.config import Config
 from pcpo_fast.distributed import gather_objects, is_distributed
 from pcpo_fast.dotted_keys import flattened
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import shared
 from pcpo_fast.rendezvous import by_host
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
@@ -43,7 +43,7 @@ def check_alike(found: Mapping[str, str]) -> None:
     """
     message = disagreement(gather_objects((socket.gethostname(), found)))
     if message is not None:
-        raise UserError(message)
+        raise shared(message)
 
 
 def facts(config: Config) -> dict[str, str]:

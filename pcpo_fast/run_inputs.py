@@ -10,7 +10,7 @@ import torch
 
 from pcpo_fast.config import Config, LoggingConfig
 from pcpo_fast.content import RECORD_FOLDER, Contents, part_files
-from pcpo_fast.distributed import local_rank, once_per_machine
+from pcpo_fast.distributed import once_per_machine, own_gpu
 from pcpo_fast.eight_bit_adamw import check_eight_bit
 from pcpo_fast.engine import deepspeed_config
 from pcpo_fast.epoch_plan import accumulation_steps
@@ -52,7 +52,7 @@ class RunInputs:
                 a reward cannot be had.
         """
         if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank())  # a reward that loads a model puts it on this rank's GPU
+            torch.cuda.set_device(own_gpu())  # a reward that loads a model puts it on this rank's GPU
         prompts = load_prompts(config.prompts.train)
         path = config.prompts.heldout
         heldout = [] if path is None else load_prompts(path)[: config.evaluation.prompts]

@@ -4,6 +4,7 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from pcpo_fast.advantages import RunningAdvantages
 from pcpo_fast.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.collapse import CollapseMonitor, SpreadMonitor
 from pcpo_fast.config import Config
-from pcpo_fast.distributed import launcher_rank, local_world_size, naming_lost_ranks, rank, shared_errors, world_size
+from pcpo_fast.distributed import (
+    gather_objects,
+    launcher_rank,
+    local_world_size,
+    naming_lost_ranks,
+    rank,
+    shared_errors,
+    world_size,
+)
 from pcpo_fast.engine import MARGIN, Engine, check_deepspeed, start_distributed, stop_distributed
 from pcpo_fast.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.errors import UserError
@@ -36,6 +45,7 @@ from pcpo_fast.rollout import Rollout, collect_rollout
 from pcpo_fast.rollout_scoring import RolloutScoring
 from pcpo_fast.run_directory import Start, claim, open_run, read_summary, verified
 from pcpo_fast.run_inputs import RunInputs, read_contents
+from pcpo_fast.run_lock import only_run
 from pcpo_fast.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.step_tables import EpochTables, RunTables
 from pcpo_fast.update import Update
@@ -64,9 +74,18 @@ def train(
     """
     console = Console() if console is None else console
     start = claim(config, resume)
-    if start.finished:
-        _announce(start, config, console)
-        return read_summary(Path(config.output_dir))
+    if not start.finished:
+        with only_run(Path(config.output_dir)) if launcher_rank() == 0 else nullcontext():
+            start = claim(config, resume)  # a run that has left meanwhile may have gone further
+            if not start.finished:
+                return _train(config, resume, start, console, profile, verify)
+    _announce(start, config, console)
+    return read_summary(Path(config.output_dir))
+
+
+def _train(
+    config: Config, resume: str, start: Start, console: Console, profile: ProfileRequest | None, verify: bool
+) -> dict[str, Any]:
     check_deepspeed(config)  # refuses what can be refused without the model
     inputs = RunInputs.load(config)
     device = start_distributed(config.distributed)
@@ -75,7 +94,7 @@ def train(
             check_agreement(config)
             contents = read_contents(config, inputs, anew=verify)
             check_alike(hashes(contents))
-            start = verified(start)
+            start = verified(gather_objects(start)[0])  # all from where the first, which holds the lock, has seen it
             accepted = _accepted_changes(start, config, contents, resume)
             _announce(start, config, console, accepted)
             with recorded(profile, config, start.epoch, console):

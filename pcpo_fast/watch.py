@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # what shows progress says how far it is, and need not load t
     import torch.distributed as dist
 
 EXIT_STALLED = 4
-"""Exit code of a process that gives up because the run stands still."""
+"""Exit code of a process that gives up because the run stands still, or another rank has given up."""
+
+GAVE_UP = "gave up"
+"""Key in the store: the rank that has given up, and what it says."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,9 @@ class Watch:
             try:
                 self.beat()
                 message = self.message() if stalled else ""
+                if self.store.check([GAVE_UP]):
+                    rank, said = json.loads(self.store.get(GAVE_UP))
+                    stalled, message = rank != self.rank, f"another rank has given up: {said}"
             except RuntimeError as error:  # the store's process is gone, and with it, as a rule, the run
                 reason = str(error).splitlines()[0]
                 message = f"rank {self.rank} on {self.host} cannot reach the process of rank 0: {reason}"

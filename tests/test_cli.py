@@ -1,6 +1,5 @@
 """The command line: help, mistakes in the command itself, and ``credit``."""
 
-import argparse
 import errno
 import json
 import os
@@ -23,10 +22,9 @@ from cli_runs import (
 from PIL import Image
 
 from pcpo_fast import __version__
-from pcpo_fast.cli import COMMANDS, build_parser, main, parse
-from pcpo_fast.commands import credit, report
+from pcpo_fast.cli import COMMANDS, build_parser, parse
+from pcpo_fast.commands import report
 from pcpo_fast.config_loading import load_config
-from pcpo_fast.errors import UserError
 from pcpo_fast.prompts import epoch_prompts
 from pcpo_fast.run_inputs import RunInputs
 
@@ -250,20 +248,6 @@ def test_credit_refuses(
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
     assert words in answer.err
-
-
-@pytest.mark.parametrize(("own", "expected"), [(True, "error: rank 5: the GPU is full\n"), (False, "")])
-def test_a_rank_says_its_own_mistake_and_leaves_the_shared_ones_to_the_first(
-    own: bool, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(_: argparse.Namespace) -> int:
-        raise UserError("the GPU is full") from (MemoryError() if own else None)
-
-    monkeypatch.setattr(credit, "run", run)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("RANK", "5")
-    assert main(["credit"]) == 2
-    assert capsys.readouterr().err == expected
 
 
 def test_only_the_prompts_that_some_epoch_samples_are_needed(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_two_ranks_train_as_one_resume_and_fail_in_one_line(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     train(load_config(folder / "one.yaml"), console=Console(quiet=True))
     compare(metrics_of(folder / "one"), metrics_of(folder / "two"))
 

@@ -128,9 +128,13 @@ def run_all(
 def environment_of(how: HowToRun, slot: int, outside: Mapping[str, str]) -> dict[str, str]:
     """The environment of a run: its threads, and one of this machine's GPUs where there are several runs for them.
 
-    A launcher chooses the GPUs itself.
+    A launcher chooses the GPUs itself. Without one a run is a single process, whatever job this command is a part of.
     """
     environment = dict(outside) | {"PYTHONUNBUFFERED": "1"}
+    if how.launcher is None:
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+            environment.pop(name, None)
     if how.threads is not None:
         environment["OMP_NUM_THREADS"] = str(how.threads)
     elif "OMP_NUM_THREADS" not in outside and how.launcher is None:

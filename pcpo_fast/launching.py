@@ -1,0 +1,155 @@
+"""Which process of the run this is: what launchers and job schedulers say of it in the environment, held together."""
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+
+from pcpo_fast.errors import UserError
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+"""What torchrun and DeepSpeed's launcher set for every process."""
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
+SLURM_NAMES = (
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+)
+"""What srun sets for every task of a step."""
+OTHER_SIZES = ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Number of processes as MPICH, Intel MPI and MVAPICH say it, which tell too little of the rest."""
+HOW = "start the run with torchrun, deepspeed or srun (examples/launching)"
+
+
+def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
+    """The number of processes of the run; afterwards the environment holds either all of :data:`NAMES`, or tells of a
+    single process.
+
+    Without a launcher's RANK, that of srun's or of Open MPI's processes is taken, with the other values.
+
+    Raises:
+        UserError: the variables are empty, malformed, incomplete or contradict each other; or several processes were
+            started, and nothing says which one this is.
+    """
+    for name in (name for name in dict.fromkeys((*NAMES, *NUMBERS)) if name in environment):
+        if not environment[name].strip():
+            raise UserError(f"the environment variable {name} is set and empty: {HOW}, or unset it")
+        if name in NUMBERS and not re.fullmatch(r"\s*[0-9]{1,9}\s*", environment[name]):
+            raise UserError(
+                f"the environment variable {name} must be a whole number of at least 0, got {environment[name]!r}"
+            )
+    if "RANK" not in environment:
+        found = _of_slurm(environment) or _of_open_mpi(environment)
+        for name, value in found.items():
+            if name in NUMBERS and name != "MASTER_PORT" and int(environment.get(name, value)) != int(value):
+                raise UserError(
+                    f"the environment variable {name} is {environment[name]}, and the job says {value}: unset {name}"
+                )
+            environment.setdefault(name, value)
+    if not any(name in environment for name in NAMES):
+        _refuse_other_launchers(environment)
+        return 1
+    missing = [name for name in ("RANK", "WORLD_SIZE") if name not in environment]
+    if not missing and int(environment["WORLD_SIZE"]) > 1:
+        missing = [name for name in NAMES if name not in environment]
+    if missing:
+        there = [name for name in NAMES if name in environment]
+        raise UserError(
+            f"{', '.join(there)} set in the environment and {', '.join(missing)} not, so nothing says which process of "
+            f"the run this is: {HOW}; for a single process unset {', '.join(there)}"
+        )
+    _check(environment)
+    return int(environment["WORLD_SIZE"])
+
+
+def _check(environment: Mapping[str, str]) -> None:
+    values = {name: int(environment[name]) for name in NUMBERS if name in environment}
+    rank, size, local = values["RANK"], values["WORLD_SIZE"], values.get("LOCAL_RANK", 0)
+    here = values.get("LOCAL_WORLD_SIZE", values.get("LOCAL_SIZE", size))  # DeepSpeed's launcher says LOCAL_SIZE
+    if not (rank < size and local < here <= size):
+        said = ", ".join(f"{name}={value}" for name, value in values.items() if name != "MASTER_PORT")
+        raise UserError(
+            f"the environment variables contradict each other ({said}), since a rank is below the number of ranks in "
+            f"the run and on its machine: {HOW}"
+        )
+    if not 0 < values.get("MASTER_PORT", 1) < 65536:
+        raise UserError(f"the environment variable MASTER_PORT must be 1 to 65535, got {values['MASTER_PORT']}")
+
+
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """The values of a task of srun's; nothing outside of one, as in the shell of salloc."""
+    size = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or "1"
+    if "SLURM_PROCID" not in environment:
+        return {}
+    if size == "1":
+        return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    missing = [name for name in SLURM_NAMES if not environment.get(name, "").strip()]
+    if missing:
+        raise UserError(
+            f"Slurm was asked for {size} tasks, and nothing says which of them this process is ({', '.join(missing)} "
+            f"not set, as within srun): {HOW}; for a single process ask for --ntasks=1, with --cpus-per-task for its "
+            "cores"
+        )
+    job, step = (int("0" + re.sub("[^0-9]", "", environment[name])) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    first = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])[0]
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_of_node(environment)),
+        "MASTER_ADDR": re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first),
+        # Two steps on one machine must not meet each other.
+        "MASTER_PORT": str(20000 + (job + 1009 * step) % 20000),
+    }
+
+
+def _tasks_of_node(environment: Mapping[str, str]) -> int:
+    """How many tasks this node has, out of Slurm's "2(x3),1"."""
+    counts: list[int] = []
+    for entry in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", entry.strip())
+        counts += [int(match[1])] * int(match[2] or 1) if match else []
+    number = environment["SLURM_NODEID"]
+    if not number.isdecimal() or int(number) >= len(counts):
+        raise UserError(
+            f"Slurm's variables contradict each other: SLURM_NODEID is {number}, and SLURM_STEP_TASKS_PER_NODE "
+            f"{environment['SLURM_STEP_TASKS_PER_NODE']} names {len(counts)} nodes: {HOW}"
+        )
+    return counts[int(number)]
+
+
+def _of_open_mpi(environment: Mapping[str, str]) -> dict[str, str]:
+    """The values of a process of Open MPI's mpirun; the address only where all processes are on this machine."""
+    size = environment.get("OMPI_COMM_WORLD_SIZE")
+    if size is None:
+        return {}
+    parts = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
+    found = {name: environment.get(f"OMPI_COMM_WORLD_{part}", "") for name, part in parts.items()}
+    for name, value in found.items():
+        if not value.isdecimal():
+            raise UserError(
+                f"mpirun started {size} processes, and OMPI_COMM_WORLD_{parts[name]} does not say which of them this "
+                f"is: {HOW}"
+            )
+    if size == found["LOCAL_WORLD_SIZE"]:
+        found["MASTER_ADDR"] = "127.0.0.1"
+    elif "MASTER_ADDR" not in environment:
+        raise UserError(
+            f"mpirun started {size} processes on several machines, and nothing says where rank 0 is: give its machine "
+            "with mpirun -x MASTER_ADDR=HOST"
+        )
+    return found | {"WORLD_SIZE": size}
+
+
+def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
+    for name in OTHER_SIZES:
+        size = environment.get(name, "1")
+        if size.isdecimal() and int(size) > 1:
+            raise UserError(
+                f"{size} processes were started ({name}), and RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR do not say "
+                f"which of them this is: {HOW}"
+            )
