@@ -64,7 +64,10 @@ class RunInputs:
         per_epoch, seed = config.rollout.prompts_per_epoch, config.seed
         epochs = (epoch_prompts(len(prompts), per_epoch, epoch, seed) for epoch in range(config.train.epochs))
         trained = sorted({index for epoch in epochs for index in epoch})
-        return cls(prompts, heldout, RewardSet(config.rewards, config.scoring), trained)
+        rewards = RewardSet(config.rewards, config.scoring)
+        rewards.check_prompts(prompts, f"prompts.train={config.prompts.train}", evaluation=False)
+        rewards.check_prompts(heldout, f"prompts.heldout={path}")
+        return cls(prompts, heldout, rewards, trained)
 
     @property
     def texts(self) -> list[str]:

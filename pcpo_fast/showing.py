@@ -50,6 +50,7 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         prompts = [prompt_of({"prompt": text}, "--prompt") for text in arguments.prompt]
     rewards = RewardSet([RewardConfig(name=name) for name in arguments.reward])
+    rewards.check_prompts(prompts, f"--prompts {arguments.prompts}" if arguments.prompts else "--prompt")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [prompt.text for prompt in prompts]
     policies: Sequence[Policy]

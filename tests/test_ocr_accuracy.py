@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
+from pcpo_fast.config import RewardConfig, ScoringConfig
 from pcpo_fast.errors import UserError
-from pcpo_fast.rewards import load_reward
+from pcpo_fast.prompts import Prompt
+from pcpo_fast.rewards import RewardSet, load_reward
 from pcpo_fast.rewards.ocr_accuracy import edit_distance, legible
+from pcpo_fast.rewards.quotations import quotations
 
 LETTERS = st.text(alphabet="abc", max_size=6)
 
@@ -46,6 +49,76 @@ def test_score_of_a_reading(found: str, wanted: str, score: float) -> None:
     assert legible(found, wanted) == pytest.approx(score, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ('a sign reading "OPEN"', ["OPEN"]),
+        ('A 5" tall sign reading "OPEN"', ["OPEN"]),
+        ('a 12"x16" poster that says "HI"', ["HI"]),
+        ('a 5 " tall sign reading "OPEN"', ["OPEN"]),
+        ('two 5" screws and a 7 " nail', []),
+        ('a sign "ROUTE 66" at 5" from "B"', ["ROUTE 66", "B"]),
+        ("A 5” tall sign reading “OPEN”", ["OPEN"]),
+        ("a sign “OPEN” beside ”STÄNGT” and „ZU“ and „ZU”", ["OPEN", "STÄNGT", "ZU", "ZU"]),
+        ('“OPEN" beside "SHUT"', ["OPEN", "SHUT"]),
+        ("une affiche «\u00a0OUVERT\u202f» et »ZU«", ["OUVERT", "ZU"]),
+        ("「開店」と『閉店』", ["開店", "閉店"]),
+        ('写着"你好"的牌子', ["你好"]),
+        ("a board ＂OPEN＂", ["OPEN"]),
+        ('He said "" then "HI"', ["HI"]),
+        ('a sign " OPEN "', ["OPEN"]),
+        (r"a sign reading \"OPEN\"", ["OPEN"]),
+        ('a ""quoted"" word', ["quoted"]),
+        ("\"DON'T PANIC\" on the dog's bowl", ["DON'T PANIC"]),
+        ("the dogs' bowls say 'HI'", []),
+        ('an unclosed "quote', []),
+    ],
+)
+def test_quotations_of_every_kind(prompt: str, texts: list[str]) -> None:
+    assert quotations(prompt) == texts
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "score"),
+    [
+        ("CAFE\u0301", "CAF\u00c9", 1.0),  # the accent as a letter of its own
+        ("GRAND\u00a0OPENING", "GRAND\u2009OPENING", 1.0),
+        ("STRASSE", "Stra\u00dfe", 1.0),
+        ("ＯＰＥＮ ２４", "Open 24", 1.0),
+        ("ﬁre", "FIRE", 1.0),
+        ("DON'T", "don’t", 1.0),
+        ("9-5", "9–5", 1.0),
+        ("OP\u200bEN", "OPEN\ufeff", 1.0),
+        ("CAFE", "CAFÉ", 0.75),
+        # Several texts: all count, in any order, and what is nearly read counts as for one.
+        ("pen ink", "pen\nink", 1.0),
+        ("inkpen", "pen\nink", 1.0),
+        ("pen", "pen\nink", 0.5),
+        ("pin ink", "pen\nink", 1 - 1 / 6),
+        ("", "pen\nink", 0.0),
+    ],
+)
+def test_letters_that_look_alike_and_several_texts(found: str, wanted: str, score: float) -> None:
+    assert legible(found, wanted) == pytest.approx(score, abs=1e-12)
+
+
+def test_prompts_that_cannot_be_judged_are_found_before_the_first_image() -> None:
+    prompts = [Prompt('a "cat"'), Prompt("a red circle on a blue background", {"text": "x"}), Prompt('a 5" dog')]
+    options = {"recognizer": "builtins:len"}
+    ocr = RewardConfig(name="ocr_accuracy", options=options)
+    with pytest.raises(
+        UserError, match=r"^p\.txt: prompt 3 of 3 cannot be scored: the reward ocr_accuracy finds no text"
+    ):
+        RewardSet([ocr]).check_prompts(prompts, "p.txt")
+    RewardSet([ocr]).check_prompts(prompts[:2], "p.txt")
+    with pytest.raises(UserError, match=r"prompt 1 of 3 cannot be scored: the reward caption_match cannot judge"):
+        RewardSet([RewardConfig(name="caption_match")]).check_prompts(prompts, "p.txt")
+    shown = RewardSet([RewardConfig(name="ocr_accuracy", options=options, evaluation_only=True)])
+    shown.check_prompts(prompts, "p.txt", evaluation=False)
+    dropping = ScoringConfig(on_failure="drop_group")  # type: ignore[call-arg]
+    RewardSet([ocr], dropping).check_prompts(prompts, "p.txt")
+
+
 def test_the_recogniser_sees_bytes_and_the_prompt_or_metadata_say_the_text() -> None:
     shown: list[np.ndarray] = []
 
@@ -57,7 +130,7 @@ def test_the_recogniser_sees_bytes_and_the_prompt_or_metadata_say_the_text() -> 
     batch[0, 0, 0, 0], batch[0, 0, 0, 1] = 1.2, -0.2
     reward = load_reward("ocr_accuracy", {"recognizer": read})
     scores = reward(batch, ['a door with "OPEN" on it', 'a "pen" and "ink"', "a sign"], [{}, {}, {"text": "opera"}])
-    torch.testing.assert_close(torch.as_tensor(scores), torch.tensor([1.0, 1.0, 1 - 2 / 5]))
+    torch.testing.assert_close(torch.as_tensor(scores), torch.tensor([1.0, 0.5, 1 - 2 / 5]))
     assert [(pixels.shape, pixels.dtype) for pixels in shown] == [((4, 6, 3), np.uint8)] * 3
     assert shown[0][0, 0, 0] == 255 and shown[0][0, 1, 0] == 0
     assert shown[1][2, 3, 1] == round(float(batch[1, 1, 2, 3]) * 255)

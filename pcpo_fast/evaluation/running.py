@@ -112,6 +112,7 @@ def _evaluate(
     with shared_errors():
         scoring = ScoringConfig(timeout=settings.timeout)  # type: ignore[call-arg]
         rewards = RewardSet(settings.rewards if first else (), scoring)
+        rewards.check_prompts(request.prompts, "--prompts")
         if settings.reference not in (None, BASE):
             reference = folder_of_images(Path(str(settings.reference)), str(settings.reference), "--reference")
     sets = make_images(contestants, request, settings.output / "images", device)

@@ -62,6 +62,11 @@ def _scenes(prompts: Sequence[str]) -> list[Scene]:
     return scenes
 
 
+def check_prompt(prompt: str, metadata: dict[str, Any]) -> None:
+    """Raises UserError for a prompt that is not a scene caption; ``metadata`` is unused."""
+    _scenes([prompt])
+
+
 def _resize(images: Tensor) -> Tensor:
     images = images.detach().float().clamp(0, 1)
     if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):

@@ -1,9 +1,11 @@
 """Text rendering: how much of the text asked for can be read in the image (Flow-GRPO, arXiv:2505.05470).
 
 The text is what the prompt has in double quotes. 1 - min(d, n) / n, with n its length without spaces and d the edit
-distance to what was read, lower case; d is 0 where the text appears within it. 0..1.
+distance to what was read, lower case; d is 0 where the text appears within it. 0..1. Flow-GRPO takes the first
+quotation only; here a prompt with several asks for all of them.
 """
 
+import unicodedata
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,7 +14,10 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.quotations import quotations
 from pcpo_fast.rewards.user import import_target
+
+_LOOK_ALIKE = str.maketrans("‘’ʼ′“”„‐–—−", "'" * 4 + '"' * 3 + "-" * 4)
 
 Recognizer = Callable[[np.ndarray], str]
 """uint8 RGB [H, W, 3] -> the text in it."""
@@ -64,16 +69,16 @@ class OcrAccuracy:
 
 
 def requested_text(prompt: str, metadata: dict[str, Any]) -> str:
-    """The text that an image should show: ``text`` of the metadata, else what the prompt has in double quotes.
+    """The text that an image should show: ``text`` of the metadata, else what the prompt has in double quotes, with a
+    line for each quotation.
 
     Raises:
         UserError: there is none.
     """
     text = metadata.get("text")
     if text is None:
-        parts = prompt.split('"')
-        text = parts[1] if len(parts) > 2 else ""
-    if not isinstance(text, str) or not text.replace(" ", ""):
+        text = "\n".join(quotations(prompt))
+    if not isinstance(text, str) or not _letters(text):
         raise UserError(
             f"the reward ocr_accuracy finds no text in the prompt {prompt!r}: allowed are prompts with a text in "
             "double quotes, or with a text in their metadata"
@@ -82,11 +87,23 @@ def requested_text(prompt: str, metadata: dict[str, Any]) -> str:
 
 
 def legible(found: str, wanted: str) -> float:
-    """1 where ``wanted`` was read, less by 1 / n for each of its n letters that is wrong; upper case and spaces are
-    overlooked, and so is what surrounds the text."""
-    found, wanted = found.replace(" ", "").lower(), wanted.replace(" ", "").lower()
-    distance = 0 if wanted in found else edit_distance(found, wanted)
-    return 1 - min(distance, len(wanted)) / len(wanted)
+    """1 where ``wanted`` was read, less by 1 / n for each of its n letters that is wrong. Upper case, spaces and other
+    forms of the same letter in Unicode are overlooked, and so is what surrounds the text; the lines of ``wanted`` may
+    be read in any order."""
+    read, texts = _letters(found), [_letters(line) for line in wanted.splitlines()]
+    whole = "".join(texts)
+    apart = sum(_missing(read, text) for text in texts)
+    return 1 - min(apart, _missing(read, whole)) / len(whole)
+
+
+def _missing(read: str, wanted: str) -> int:
+    return 0 if wanted in read else min(edit_distance(read, wanted), len(wanted))
+
+
+def _letters(text: str) -> str:
+    """What can be seen of a text, without spaces: letters that look alike are equal."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_LOOK_ALIKE)
+    return "".join(letter for letter in folded if not letter.isspace() and unicodedata.category(letter) != "Cf")
 
 
 def edit_distance(a: str, b: str) -> int:

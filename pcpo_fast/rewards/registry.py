@@ -38,6 +38,11 @@ _REMOTE = {
     "vision_judge": "pcpo_fast.rewards.vision_judge:VisionJudge",
 }
 _BUILT_IN |= _LEARNED | _REMOTE
+# Those that cannot judge every prompt: what raises UserError for the others.
+_PROMPT_CHECKS = {
+    "caption_match": "pcpo_fast.rewards.caption_match:check_prompt",
+    "ocr_accuracy": "pcpo_fast.rewards.ocr_accuracy:requested_text",
+}
 
 available_rewards: tuple[str, ...] = tuple(_BUILT_IN)
 """Names of the built-in rewards."""
@@ -77,6 +82,11 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     reward = _make(name, target, options)
     _check_call(name, reward, {})
     return reward
+
+
+def prompt_check(name: str) -> Callable[[str, dict[str, Any]], object] | None:
+    """What raises `UserError` for a prompt and its metadata that the reward cannot judge; None if it judges all."""
+    return import_target(_PROMPT_CHECKS[name]) if name in _PROMPT_CHECKS else None
 
 
 def _make(name: str, target: type, options: Mapping[str, Any]) -> Reward:

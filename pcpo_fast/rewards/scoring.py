@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config import RewardConfig, ScoringConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards.calling import call_reward
 from pcpo_fast.rewards.failures import RewardFailure, scores_of_what_works
-from pcpo_fast.rewards.registry import Reward, load_reward
+from pcpo_fast.rewards.registry import Reward, load_reward, prompt_check
 from pcpo_fast.rewards.sources import Sources, noted_sources
 from pcpo_fast.rewards.time_limit import TimeLimit
 
@@ -66,6 +68,28 @@ class RewardSet:
     def names(self) -> tuple[str, ...]:
         """Names of all rewards, evaluation-only ones too, in the order of the config."""
         return tuple(spec.column for spec in self._specs)
+
+    def check_prompts(self, prompts: Sequence[Prompt], where: str, *, evaluation: bool = True) -> None:
+        """Refuse prompts that a reward cannot judge, before any image is made of them. With ``on_failure: drop_group``
+        they are not refused: their groups are left out when they are scored.
+
+        Args:
+            prompts: all that may be drawn.
+            where: they come from, for the message.
+            evaluation: also ask the rewards that are ``evaluation_only``.
+
+        Raises:
+            UserError: there is one.
+        """
+        for spec in self._specs if self._stop else ():
+            check = prompt_check(spec.name)
+            if check is None or (spec.evaluation_only and not evaluation):
+                continue
+            for number, prompt in enumerate(prompts, start=1):
+                try:
+                    check(prompt.text, prompt.metadata)
+                except UserError as error:
+                    raise UserError(f"{where}: prompt {number} of {len(prompts)} cannot be scored: {error}") from None
 
     @torch.no_grad()
     def score(
