@@ -14,6 +14,9 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.prompts import epoch_prompts
 
+MOST_NAMED = 1024
+"""Micro-batches up to this size are named to somebody who chose one that does not divide."""
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -80,9 +83,10 @@ def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
         )
     pairs = per_update // world_size * steps_per_image(config, trainable)
     if pairs % config.train.micro_batch_size:
-        allowed = [str(size) for size in range(1, pairs + 1) if pairs % size == 0]
+        allowed = [str(size) for size in range(1, min(pairs, MOST_NAMED) + 1) if pairs % size == 0]
+        more = ", ..." if pairs > MOST_NAMED else ""
         raise UserError(
             f"train.micro_batch_size: {config.train.micro_batch_size} does not divide the {pairs} (image, step) pairs "
-            f"that each rank trains in an update; allowed: {', '.join(allowed)}"
+            f"that each rank trains in an update; allowed: {', '.join(allowed)}{more}"
         )
     return pairs // config.train.micro_batch_size

@@ -9,8 +9,6 @@ from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.states import SHIPPED, Zero
 
-LARGEST_MICRO_BATCH = 8
-"""Above it a batch gains little: a few per cent at 1024 x 1024 from one to two."""
 RESERVE, RESERVE_SHARE = 1.5e9, 0.04
 """Kept free: CUDA's context, NCCL's buffers and what fragmentation costs; an assumption."""
 
@@ -65,8 +63,7 @@ def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Itera
     come from host memory, large batches are preferred to not recomputing.
     """
     own = config.train.micro_batch_size
-    sizes = [size for size in range(max(own, LARGEST_MICRO_BATCH), 0, -1) if pairs % size == 0]
-    sizes = [size for size in sizes if size in (1, 2, 3, 4, 6, 8, own)]
+    sizes = [size for size in sorted({1, 2, 3, 4, 6, 8, own}, reverse=True) if pairs % size == 0]
     for zero, again, size in sorted(product(SHIPPED.values(), (False, True), sizes), key=_preference):
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
             continue  # the engine takes stage 2 for it

@@ -99,6 +99,8 @@ def _check(gpus: int, memory_gb: float, peak_tflops: float) -> None:
     for option, value in (("--gpu-memory", memory_gb), ("--peak-tflops", peak_tflops)):
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{option}: must be a number above 0, got {value:g}")
+        if not 1e-3 <= value <= 1e6:
+            raise UserError(f"{option}: must lie within 0.001 and 1000000, got {value:g}")
 
 
 def _memory_record(memory: MemoryPlan, memory_gb: float) -> dict[str, Any]:
