@@ -254,7 +254,12 @@ def test_only_the_prompts_that_some_epoch_samples_are_needed(tmp_path: Path) -> 
     (tmp_path / "many.txt").write_text("".join(f"a red circle {index}\n" for index in range(1000)))
     config = load_config(
         None,
-        [f"prompts.train={tmp_path / 'many.txt'}", "prompts.heldout=null", "train.epochs=3"],
+        [
+            f"prompts.train={tmp_path / 'many.txt'}",
+            "prompts.heldout=null",
+            "train.epochs=3",
+            "rewards=[{name: jpeg_compressibility}]",
+        ],
     )
     inputs = RunInputs.load(config)
     sampled = {inputs.prompts[i].text for epoch in range(3) for i in epoch_prompts(1000, 4, epoch, config.seed)}
