@@ -54,6 +54,23 @@ class ModelConfig(Section):
 
     path: HomePath = Field("assets/tiny-flux", min_length=1, description="folder or hub id of a diffusers pipeline")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    variant: str | None = Field(
+        None,
+        min_length=1,
+        description="variant of the weight files where a part has it, such as fp16 for model.fp16.safetensors; null: "
+        "the plain files, or the only variant where there are none",
+    )
+    transformer: str | None = Field(
+        None,
+        min_length=1,
+        description="single .safetensors file of the transformer (FLUX, SD3) that takes the place of that in `path`",
+    )
+    unet: str | None = Field(
+        None,
+        min_length=1,
+        description="single .safetensors file of the UNet (SD 1.x), or of a whole checkpoint with one, that takes the "
+        "place of that in `path`",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the model's weights and activations")
     finetune: Literal["full", "lora"] = Field(
         "full", description="train every weight of the transformer or UNet, or LoRA adapters"

@@ -17,6 +17,9 @@ from pcpo_fast.run_directory import CONFIG_FILE
 SHARED = (
     "path",
     "revision",
+    "variant",
+    "transformer",
+    "unet",
     "dtype",
     "height",
     "width",

@@ -18,7 +18,7 @@ from pcpo_fast.errors import shared
 from pcpo_fast.rendezvous import by_host
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
-OF_A_MACHINE = ("model.path", "model.embedding_cache")
+OF_A_MACHINE = ("model.path", "model.transformer", "model.unet", "model.embedding_cache")
 """Settings that may differ from machine to machine: not where the model lies is compared, but what it holds
 (:mod:`pcpo_fast.input_record`)."""
 SHOWN = 4

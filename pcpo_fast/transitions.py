@@ -208,7 +208,8 @@ def ddim(
         weight: credit asked of every step by the last two variances, 4.5 (the published value for 50 steps) where None.
         prediction: what the model predicts. ``"v_prediction"`` (Salimans and Ho 2022, arXiv:2202.00512) is the same
             sampler in other coordinates, ``epsilon = sqrt(1 - alpha) x + sqrt(alpha) v``, so its ``a`` and ``b``
-            differ; a credit is then counted in the model's own output, ``sqrt(alpha)`` times that of epsilon.
+            differ; a credit is then counted in the model's own output, ``sqrt(alpha)`` times that of epsilon. The first
+            alpha may be 0 for v only (zero terminal SNR, Lin et al. 2024, arXiv:2305.08891).
 
     Returns:
         The table; its times are ``timesteps / T`` with a final 0.
@@ -224,8 +225,12 @@ def ddim(
     steps = _check_timesteps(timesteps, len(alphas))
     previous = (steps - len(alphas) // len(steps)).clamp(min=0)
     alpha, alpha_next = alphas[steps], alphas[previous]
-    if not bool(((alpha > 0) & (alpha < alpha_next) & (alpha_next <= 1)).all()):
-        raise ValueError("alphas_cumprod must lie within 0..1, exclude 0, and fall from each timestep to the next")
+    if not bool(((alpha >= 0) & (alpha < alpha_next) & (alpha_next <= 1)).all()):
+        raise ValueError("alphas_cumprod must lie within 0..1, and fall from each timestep to the next")
+    if prediction == "epsilon" and not float(alpha[0]) > 0:
+        raise ValueError(
+            "alphas_cumprod must exclude 0 for a prediction of epsilon, which then says nothing of the image"
+        )
     if variance not in get_args(Variance):
         raise ValueError(f"variance must be one of {', '.join(get_args(Variance))}, got {variance!r}")
     beta_next = 1 - alpha_next
@@ -253,7 +258,9 @@ def ddim(
     last = float(alpha[-1])
     clean = (1 / math.sqrt(last), -math.sqrt((1 - last) / last))
     if prediction == "v_prediction":
-        a, b = a + b * (1 - alpha).sqrt(), b * alpha.sqrt()
+        nothing_left = alpha == 0  # zero terminal SNR: epsilon is the latents themselves, and the image is -v
+        a = torch.where(nothing_left, direction, a + b * (1 - alpha).sqrt())
+        b = torch.where(nothing_left, -alpha_next.sqrt(), b * alpha.sqrt())
         clean = (math.sqrt(last), -math.sqrt(1 - last))
     return Transitions(
         torch.cat([steps.double() / len(alphas), torch.zeros(1, dtype=torch.float64)]),

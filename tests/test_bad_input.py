@@ -197,7 +197,7 @@ def spoil_index(folder: Path, **changes: Any) -> None:
         ),
         (
             lambda folder: spoil_index(folder, _class_name="StableDiffusion3Pipeline"),
-            "cannot be loaded as a StableDiffusion3Pipeline: ",
+            "says that transformer is a FluxTransformer2DModel; it must be a SD3Transformer2DModel",
         ),
         (lambda folder: shutil.rmtree(folder / "transformer"), "model.path: "),
         (lambda folder: (folder / "vae" / "config.json").write_text("{"), "model.path: "),

@@ -542,9 +542,9 @@ def spoiled(folder: Path, kind: str) -> Path:
             "is a PixArtAlphaPipeline; allowed are FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline",
         ),
         ("no JSON", "is not valid JSON"),
-        ("a list", "is not valid JSON"),
-        ("no transformer", "cannot be loaded as a FluxPipeline"),
-        ("cut weights", "cannot be loaded as a FluxPipeline"),
+        ("a list", "must hold a JSON object"),
+        ("no transformer", "transformer holds no diffusion_pytorch_model.safetensors"),
+        ("cut weights", "transformer/diffusion_pytorch_model.safetensors is cut off"),
         ("no second tokenizer", "is not complete: model_index.json names tokenizer_2, but there is no tokenizer_2/"),
     ],
 )

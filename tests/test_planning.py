@@ -394,6 +394,6 @@ def test_a_damaged_model_folder_is_one_sentence(
         file.write_text("{" if damage == "malformed" else '{"_class_name": "OtherPipeline"}', encoding="utf-8")
     output = call(capsys, "plan", "--config", ROOT / "configs/tiny_flux.yaml", "--model-config", own_pipeline)
     assert output.code == 2 and output.err.count("\n") == 1
-    assert {"missing": "does not exist", "malformed": "cannot be read", "unknown": "OtherPipeline; allowed are"}[
+    assert {"missing": "does not exist", "malformed": "is not valid JSON", "unknown": "OtherPipeline; allowed are"}[
         damage
     ] in output.err

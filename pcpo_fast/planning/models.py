@@ -1,6 +1,5 @@
 """The model of a configuration without its weights: the real classes on PyTorch's meta device."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,10 +12,14 @@ from torch import nn
 from pcpo_fast.config import ModelConfig
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.published import PUBLISHED
+from pcpo_fast.policies.folder_checks import used_parts
 from pcpo_fast.policies.loading import FAMILIES, family_of
+from pcpo_fast.policies.locating import check_hub_id, pipeline_class_of
 from pcpo_fast.policies.lora import add_lora
+from pcpo_fast.policies.part_checks import about, check_config
 from pcpo_fast.policies.pipeline_policy import DTYPES, PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.policies.weight_files import read_json
 
 META = torch.device("meta")
 
@@ -122,7 +125,7 @@ def build_on_meta(
     vae_name, vae_config = architecture.parts["vae"]
     vae = _network(vae_name, vae_config, DTYPES[settings.dtype]).requires_grad_(False)
     scheduler_name, scheduler_config = architecture.parts["scheduler"]
-    with quiet_libraries():
+    with about(f"{architecture.source}: scheduler_config.json makes no {scheduler_name}"):
         scheduler = getattr(diffusers, scheduler_name).from_config(dict(scheduler_config))
     policy = family(
         network,
@@ -149,12 +152,8 @@ def build_on_meta(
 def _network(name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     import diffusers
 
-    try:
-        with quiet_libraries(), META:
-            return getattr(diffusers, name).from_config(dict(config)).to(dtype)
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        reason = reason_of(error)
-        raise UserError(f"model.path: diffusers makes no {name} of this configuration: {reason}") from None
+    with about(f"diffusers makes no {name} of its configuration"), META:
+        return getattr(diffusers, name).from_config(dict(config)).to(dtype)
 
 
 def _encoder_parameters(architecture: Architecture, family: type[PipelinePolicy]) -> dict[str, int]:
@@ -166,50 +165,34 @@ def _encoder_parameters(architecture: Architecture, family: type[PipelinePolicy]
             continue
         name, config = architecture.parts[part]
         kind = getattr(transformers, name)
-        with quiet_libraries(), META:
+        with about(f"{part}/config.json makes no {name}"), META:
             encoder: nn.Module = kind(kind.config_class.from_dict(dict(config)))
         counts[part] = sum(p.numel() for p in encoder.parameters())
     return counts
 
 
 def _read_folder(folder: Path, key: str) -> Architecture:
-    index = _json(folder / "model_index.json", key)
-    pipeline = index.get("_class_name")
-    if pipeline not in FAMILIES:
-        raise UserError(f"{key}: {folder} is a {pipeline}; allowed are {', '.join(FAMILIES)}")
-    parts = {}
-    for name, kind in index.items():
-        if not (isinstance(kind, list) and all(kind)):
+    pipeline = pipeline_class_of(folder, FAMILIES, key)
+    family, parts = family_of(pipeline), {}
+    for name, kind in used_parts(folder, family, key).items():
+        if name.startswith("tokenizer"):
             continue
-        if name.startswith("tokenizer") or name in ("safety_checker", "feature_extractor", "image_encoder"):
-            continue
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        parts[name] = (str(kind[1]), _json(folder / name / file, key))
+        if name == "scheduler":
+            parts[name] = (str(kind), read_json(folder / name / "scheduler_config.json", key))
+        else:
+            parts[name] = (kind.__name__, check_config(folder / name, kind, key))
     tokenizer = folder / "tokenizer" / "tokenizer_config.json"
-    tokens = _json(tokenizer, key).get("model_max_length", 77) if tokenizer.is_file() else 77
-    return Architecture(pipeline, parts, int(tokens), str(folder))
-
-
-def _json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{key}: {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{key}: {path} must hold a JSON object")
-    return values
+    tokens = read_json(tokenizer, key).get("model_max_length", 77) if tokenizer.is_file() else 77
+    if not isinstance(tokens, int):
+        raise UserError(f"{key}: {tokenizer}: model_max_length must be a whole number, got {tokens!r}")
+    return Architecture(pipeline, parts, tokens, str(folder))
 
 
 def _download_configs(settings: ModelConfig) -> Path:
     """Configuration files of a hub model, without its weights."""
-    import re
-
     from huggingface_hub import snapshot_download
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.path) or settings.path.startswith("."):
-        raise UserError(f"model.path: {settings.path} is not a folder, and not a hub id of the form owner/name")
+    check_hub_id(settings.path)
     patterns = ["model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json"]
     try:
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pcpo_fast.config import Config, ModelConfig
 from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.policies.folder_checks import check_folder
 from pcpo_fast.policies.loading import find_family
 from pcpo_fast.policies.lora_files import LORA_FILE, Format, describe_run, read_own_lora, write_lora
 from pcpo_fast.policies.pipeline_policy import DTYPES
@@ -69,8 +70,9 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path, dtype: tor
     """
     folder, family = find_family(settings)
     part, own = family.trained_part, DTYPES[settings.dtype]
+    check_folder(folder, family, settings)
     with quiet_libraries():
-        pipeline = family.load_pipeline(folder, dtype=own)
+        pipeline = family.load_pipeline(folder, settings)
         try:
             _put_in(pipeline, weights, None if settings.finetune == "lora" else part, own)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:

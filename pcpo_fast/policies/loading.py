@@ -10,10 +10,12 @@ from torch import nn
 
 from pcpo_fast.config import Config, ModelConfig
 from pcpo_fast.content import INDEX, pipeline_files
+from pcpo_fast.distributed import local_rank, shared_errors
 from pcpo_fast.errors import UserError
 from pcpo_fast.noise_keys import Purpose, random_key
 from pcpo_fast.policies.attention import check_attention
 from pcpo_fast.policies.base import Policy
+from pcpo_fast.policies.folder_checks import check_folder, single_file
 from pcpo_fast.policies.locating import pipeline_folder
 from pcpo_fast.policies.lora import add_lora, fill_lora
 from pcpo_fast.policies.lora_files import describe_run, read_lora
@@ -35,7 +37,7 @@ def find_family(settings: ModelConfig) -> tuple[Path, type[PipelinePolicy]]:
     Raises:
         UserError: as in :func:`pcpo_fast.policies.locating.pipeline_folder`.
     """
-    folder, name = pipeline_folder(settings.path, settings.revision, FAMILIES)
+    folder, name = pipeline_folder(settings.path, settings.revision, FAMILIES, settings.variant)
     return folder, family_of(name)
 
 
@@ -54,7 +56,9 @@ def model_files(settings: ModelConfig) -> dict[str, Path]:
     """
     folder, family = find_family(settings)
     parts = (family.trained_part, "vae", "scheduler", *family.encoder_parts)
-    return {INDEX: folder / INDEX} | pipeline_files(folder, parts, settings.model_dump().get("variant"))
+    file, key = single_file(settings, family.trained_part)
+    single = {} if file is None else {key: file}
+    return {INDEX: folder / INDEX} | pipeline_files(folder, parts, settings.variant) | single
 
 
 def load_policy(
@@ -69,11 +73,15 @@ def load_policy(
         network_device: where the network is left if not on ``device``: in host memory, for ZeRO-3 to divide.
 
     Raises:
-        UserError: as :func:`find_family`, :func:`~pcpo_fast.policies.attention.check_attention` and the family's
-            ``load``, or the sampler serves another kind of model.
+        UserError: as :func:`find_family`, :func:`~pcpo_fast.policies.folder_checks.check_folder`,
+            :func:`~pcpo_fast.policies.attention.check_attention` and the family's ``load``, or the sampler serves
+            another kind of model.
     """
     folder, family = find_family(config.model)
     check_sampler(config.sampler, family.schedule_kind)
+    with shared_errors():
+        if local_rank() == 0:
+            check_folder(folder, family, config.model)
     check_attention(config, folder, family.trained_part, device)
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
     policy = family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)

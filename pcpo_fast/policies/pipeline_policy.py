@@ -4,16 +4,16 @@ import gc
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from pcpo_fast.config import ModelConfig, RolloutConfig
 from pcpo_fast.content import INDEX, RECORD_FOLDER, Contents, pipeline_files
@@ -22,12 +22,15 @@ from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, Prediction
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, encoding_fingerprint
-from pcpo_fast.policies.locating import pipeline_parts
+from pcpo_fast.policies.folder_checks import single_file, used_parts
+from pcpo_fast.policies.locating import part_classes
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
+from pcpo_fast.policies.part_checks import check_finite
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, use_block_kernels
 from pcpo_fast.policies.truncation import warn_of_long_prompts
+from pcpo_fast.policies.weight_files import find_weights
 from pcpo_fast.schedules import Schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,7 +49,8 @@ class PipelinePolicy(Policy):
         pipeline_class: diffusers' pipeline.
         trained_part: the pipeline's part that is trained: "transformer" or "unet".
         encoder_parts: text encoders and tokenizers, which load for encoding only.
-        unused_parts: parts that a policy never needs, such as a safety checker.
+        optional_parts: those of them that a pipeline may do without.
+        unused_parts: parts that a policy never needs, such as a safety checker; they need not be in the folder.
         cell: latent pixels across that the network takes as one; the image size is a multiple of it.
         schedule_kind: what :meth:`schedule` returns, known without loading anything.
         lora_targets: linear layers that get an adapter where the configuration names none.
@@ -57,6 +61,7 @@ class PipelinePolicy(Policy):
     pipeline_class: ClassVar[Any]
     trained_part: ClassVar[str]
     encoder_parts: ClassVar[tuple[str, ...]]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
     unused_parts: ClassVar[tuple[str, ...]] = ()
     cell: ClassVar[int]
     schedule_kind: ClassVar[type[Schedule]]
@@ -75,6 +80,7 @@ class PipelinePolicy(Policy):
         cfg_scale: float = 1.0,
         negative_prompt: str = "",
         folder: Path | None = None,
+        settings: ModelConfig | None = None,
         cache: EmbeddingCache | None = None,
         max_sequence_length: int = 512,
     ) -> None:
@@ -91,6 +97,7 @@ class PipelinePolicy(Policy):
         self.cfg_scale = cfg_scale
         self.negative_prompt = negative_prompt
         self.folder = folder
+        self.settings = settings
         self.cache = cache
         self.max_sequence_length = max_sequence_length
         self.encoding_device: torch.device | None = None
@@ -125,14 +132,14 @@ class PipelinePolicy(Policy):
         """
         _check_size(folder, settings, cls.cell)
         cls._refuse_unused(folder, settings)
-        others = dict.fromkeys((*cls.encoder_parts, *cls.unused_parts))
-        pipeline = cls.load_pipeline(folder, dtype=DTYPES[settings.dtype], **others)
+        pipeline = cls.load_pipeline(folder, settings, (cls.trained_part, "vae"))
         fingerprint = encoding_fingerprint(
             Contents(cache_folder / RECORD_FOLDER),
-            {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts),
+            {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts, settings.variant),
             settings.max_sequence_length,
             settings.dtype,
             cls.pipeline_class.__name__,
+            *([] if settings.variant is None else [settings.variant]),
         )
         network = getattr(pipeline, cls.trained_part)
         policy = cls(
@@ -145,6 +152,7 @@ class PipelinePolicy(Policy):
             cfg_scale=settings.cfg_scale,
             negative_prompt=settings.negative_prompt,
             folder=folder,
+            settings=settings,
             cache=EmbeddingCache(cache_folder, fingerprint),
             max_sequence_length=settings.max_sequence_length,
         )
@@ -155,6 +163,8 @@ class PipelinePolicy(Policy):
         policy.prepare_prompts(prompts)
         policy.vae.requires_grad_(False).to(device)
         network.to(device if network_device is None else network_device)
+        check_finite(policy.vae, folder / "vae")
+        check_finite(network, folder / cls.trained_part)
         return policy
 
     @classmethod
@@ -255,7 +265,10 @@ class PipelinePolicy(Policy):
 
         def encode_now(chunk: list[str]) -> Conditioning:
             if not encoders:
-                encoders.append(self._load_parts(*self.encoder_parts, dtype=self.dtype).to(device))
+                encoders.append(self._load_parts(*self.encoder_parts).to(device))
+                for name in self.encoder_parts:
+                    if isinstance(part := getattr(encoders[0], name), nn.Module):
+                        check_finite(part, cast(Path, self.folder) / name)
             with torch.no_grad(), quiet_libraries():  # diffusers reports every cut prompt at length
                 return self.encode_with(encoders[0], chunk, device)
 
@@ -319,28 +332,49 @@ class PipelinePolicy(Policy):
                 file.chmod(0o644)  # the library lets nobody else read it
 
     @classmethod
-    def load_pipeline(cls, folder: Path, **options: Any) -> Any:
-        """diffusers' pipeline of a folder; ``options`` go to ``from_pretrained``.
+    def load_pipeline(cls, folder: Path, settings: ModelConfig, parts: Collection[str] | None = None) -> Any:
+        """diffusers' pipeline of a folder that :func:`pcpo_fast.policies.folder_checks.check_folder` has passed.
+
+        Args:
+            folder: the pipeline's.
+            settings: the configuration's ``model`` section: dtype, variant, and a single file of the network.
+            parts: what to load besides the scheduler; None: all that are used.
 
         Raises:
             UserError: diffusers cannot load it.
         """
         # diffusers wants to be told what model_index.json says already: which parts there are not.
-        absent = dict.fromkeys(name for name, there in pipeline_parts(folder).items() if not there)
+        given: dict[str, Any] = dict.fromkeys(part_classes(folder))
         try:
             with quiet_libraries():
-                return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **(absent | options))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, UnpicklingError) as error:
+                for name, kind in used_parts(folder, cls).items():
+                    if name == "scheduler":
+                        del given[name]
+                    elif parts is None or name in parts:
+                        given[name] = cls._load_part(folder, name, kind, settings)
+                return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **given)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UnpicklingError) as error:
             reason = reason_of(error)
             name = cls.pipeline_class.__name__
             raise UserError(f"model.path: {folder} cannot be loaded as a {name}: {reason}") from None
 
-    def _load_parts(self, *parts: str, **options: Any) -> Any:
+    @classmethod
+    def _load_part(cls, folder: Path, name: str, kind: Any, settings: ModelConfig) -> Any:
+        part = folder / name
+        if name.startswith("tokenizer"):
+            return kind.from_pretrained(part, local_files_only=True)
+        dtype = DTYPES[settings.dtype]
+        file, _ = single_file(settings, cls.trained_part)
+        if name == cls.trained_part and file is not None:
+            return kind.from_single_file(str(file), config=str(part), dtype=dtype, local_files_only=True)
+        variant = find_weights(part, kind.__module__.partition(".")[0], settings.variant).variant
+        return kind.from_pretrained(part, local_files_only=True, use_safetensors=True, variant=variant, dtype=dtype)
+
+    def _load_parts(self, *parts: str) -> Any:
         """A pipeline of nothing but a scheduler and some of the encoders and tokenizers."""
-        others = {self.trained_part, "vae", *self.encoder_parts, *self.unused_parts} - set(parts)
-        if self.folder is None:
+        if self.folder is None or self.settings is None:
             raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
-        return self.load_pipeline(self.folder, **dict.fromkeys(others), **options)
+        return self.load_pipeline(self.folder, self.settings, parts)
 
 
 def _check_size(folder: Path, settings: ModelConfig, cell: int) -> None:

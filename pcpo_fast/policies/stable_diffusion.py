@@ -65,7 +65,8 @@ class StableDiffusionPolicy(PipelinePolicy):
         offset is 1, as the pipeline has it. Clipping and ``set_alpha_to_one`` play no part: see ``transitions.ddim``.
 
         Raises:
-            UserError: the model predicts something else than epsilon or v, or has no room for so many steps.
+            UserError: the model predicts something else than epsilon or v, or epsilon at a timestep that leaves nothing
+                of the image (zero terminal SNR); or it has no room for so many steps.
         """
         with quiet_libraries():  # settings of the other scheduler that DDIM does not know
             scheduler = DDIMScheduler.from_config(self.scheduler.config, steps_offset=1)
@@ -80,6 +81,11 @@ class StableDiffusionPolicy(PipelinePolicy):
         if steps >= count:
             raise UserError(f"sampler.steps: {steps} do not fit the {count} steps that the model was trained on")
         scheduler.set_timesteps(steps)
-        return DiffusionSchedule(
-            scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu(), cast(Prediction, prediction)
-        )
+        alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu()
+        if prediction == "epsilon" and float(alphas[timesteps[0]]) == 0:
+            raise UserError(
+                "model.path: scheduler/scheduler_config.json says rescale_betas_zero_snr, which leaves nothing of the "
+                f"image at timestep {int(timesteps[0])}, and prediction_type epsilon, which says nothing of it there: "
+                "set prediction_type to v_prediction if the model was trained so, else rescale_betas_zero_snr to false"
+            )
+        return DiffusionSchedule(alphas, timesteps, cast(Prediction, prediction))

@@ -31,6 +31,7 @@ class StableDiffusion3Policy(PipelinePolicy):
         "tokenizer_2",
         "tokenizer_3",
     )
+    optional_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule

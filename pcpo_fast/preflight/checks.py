@@ -12,11 +12,12 @@ import torch
 
 from pcpo_fast.config import Config
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.plan import GB, make_plan
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.planning.states import WEIGHT_BYTES, optimizer_bytes
+from pcpo_fast.policies.folder_checks import check_folder
+from pcpo_fast.policies.loading import find_family
 from pcpo_fast.run_inputs import RunInputs
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -91,11 +92,9 @@ def check_model(config: Config) -> tuple[Status, str]:
     path = config.model.path
     folder = Path(path).expanduser()
     if folder.is_dir():
-        architecture = find_architecture(config.model)
-        missing = [name for name in architecture.parts if name != "scheduler" and not _has_weights(folder / name)]
-        if missing:
-            return "failed", f"model.path: {path} has no weights (*.safetensors) in {', '.join(missing)}"
-        return "ok", f"{path}: a {architecture.pipeline} with all its weights"
+        _, family = find_family(config.model)
+        check_folder(folder, family, config.model)
+        return "ok", f"{path}: a {family.pipeline_class.__name__} with all its weights"
     if _in_cache(path, config.model.revision):
         return "ok", f"{path} is in the hub's cache on this machine"
     from huggingface_hub import auth_check
@@ -169,10 +168,6 @@ def check_memory(plan: dict[str, object]) -> tuple[Status, str]:
 def plan_for(config: Config, gpus: int, memory_gb: float | None) -> dict[str, object]:
     """The plan that the checks of disk and memory read; without a GPU, for one of 80 GB."""
     return make_plan(config, gpus, memory_gb or gpu_memory_gb() or 80.0)
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
 
 
 def _in_cache(path: str, revision: str | None) -> bool:

@@ -1,0 +1,104 @@
+"""Whether a pipeline's folder can be loaded, said in one sentence before anything large is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcpo_fast.config import ModelConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.policies.locating import part_classes
+from pcpo_fast.policies.part_checks import check_model, check_scheduler, check_single_file, check_tokenizer
+from pcpo_fast.policies.weight_files import STEMS, variants
+from pcpo_fast.schedules import FlowSchedule
+
+if TYPE_CHECKING:
+    from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+
+SINGLE_FILES = ("transformer", "unet")
+"""Keys of ``model`` that name a file of the network."""
+_passed: set[tuple[object, ...]] = set()
+
+
+def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelConfig) -> None:
+    """Refuse a pipeline's folder whose parts are not whole, or not those of its family.
+
+    Parts that the family never uses need not be there. A folder that has passed is not looked at again by this
+    process, unless a file has changed.
+
+    Raises:
+        UserError: naming part, file and, of weights, the key.
+    """
+    seen = (family, settings.variant, settings.transformer, settings.unet, *_files(folder, settings))
+    if seen in _passed:
+        return
+    parts = used_parts(folder, family)
+    file, key = single_file(settings, family.trained_part)
+    _check_variant(folder, [name for name in parts if not name.startswith(("tokenizer", "scheduler"))], settings)
+    for name, kind in parts.items():
+        part = folder / name
+        if not part.is_dir():
+            raise UserError(
+                f"model.path: {folder} is not complete: model_index.json names {name}, but there is no {name}/"
+            )
+        if name == "scheduler":
+            check_scheduler(part, kind, flow=issubclass(family.schedule_kind, FlowSchedule))
+        elif name.startswith("tokenizer"):
+            check_tokenizer(part, kind, folder / name.replace("tokenizer", "text_encoder"))
+        elif name == family.trained_part and file is not None:
+            check_single_file(file, part, kind, key)
+        else:
+            check_model(part, kind, settings.variant)
+    _passed.add(seen)
+
+
+def used_parts(folder: Path, family: "type[PipelinePolicy]", key: str = "model.path") -> dict[str, Any]:
+    """The class of each part that a family uses of a folder; of the scheduler, of which there are many, its name.
+
+    Raises:
+        UserError: ``model_index.json`` names another class, or none where one is needed; ``key`` names the
+            setting.
+    """
+    named, pipeline = part_classes(folder, key), family.pipeline_class
+    kinds: Mapping[str, Any] = {name: kind[0] for name, kind in pipeline._get_signature_types().items()}
+    index, parts = folder / "model_index.json", {}
+    for name in (family.trained_part, "vae", *family.encoder_parts, "scheduler"):
+        found, wanted = named.get(name), kinds[name]
+        if found is None:
+            if name in family.optional_parts and not any(map(named.get, family.optional_parts)):
+                continue
+            raise UserError(f"{key}: {index} names no {name}, which a {pipeline.__name__} needs")
+        if name != "scheduler" and found.removesuffix("Fast") != wanted.__name__.removesuffix("Fast"):
+            raise UserError(f"{key}: {index} says that {name} is a {found}; it must be a {wanted.__name__}")
+        parts[name] = found if name == "scheduler" else wanted
+    return parts
+
+
+def single_file(settings: ModelConfig, trained_part: str) -> tuple[Path | None, str]:
+    """The single file of the network that the configuration names, if it does, and the key that names it.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    for name in SINGLE_FILES:
+        if getattr(settings, name) is not None and name != trained_part:
+            raise UserError(f"model.{name}: the model of model.path has no {name}; its network is model.{trained_part}")
+    file, key = getattr(settings, trained_part), f"model.{trained_part}"
+    return (None if file is None else Path(file).expanduser()), key
+
+
+def _check_variant(folder: Path, parts: list[str], settings: ModelConfig) -> None:
+    if settings.variant is None:
+        return
+    there = {one for name in parts for library in STEMS for one in variants(folder / name, library)}
+    if settings.variant not in there:
+        raise UserError(
+            f"model.variant: {folder} has no weights of the variant {settings.variant}; "
+            f"there are {', '.join(sorted(there)) or 'none but the plain ones'}"
+        )
+
+
+def _files(folder: Path, settings: ModelConfig) -> list[tuple[object, ...]]:
+    others = [Path(one).expanduser() for one in (settings.transformer, settings.unet) if one is not None]
+    files = [*sorted(folder.glob("*")), *sorted(folder.glob("*/*")), *others]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]

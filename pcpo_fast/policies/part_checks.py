@@ -1,0 +1,311 @@
+"""Whether the parts of a pipeline's folder are whole, before any of them is loaded.
+
+diffusers and transformers go on with random weights where a file lacks them or names them otherwise, and with an empty
+tokenizer where there is no vocabulary. The libraries' own rules of which names belong together are asked here, with the
+files' headers in the place of the weights.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from torch import Tensor, nn
+
+from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.policies.weight_files import (
+    Stored,
+    and_more,
+    find_weights,
+    read_headers,
+    read_json,
+    refuse_quantised,
+)
+
+META = torch.device("meta")
+HARMLESS = ("lm_head.weight", "position_ids")
+"""Ends of names that published files hold beyond what is loaded: T5's decoder's, and what old versions saved."""
+
+
+class Difference(NamedTuple):
+    """How the tensors of files differ from those that a configuration makes.
+
+    Attributes:
+        missing: names that only the configuration has.
+        unexpected: names that only the files have.
+        mismatched: names with the shape in the file, and by the configuration.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, list[int], list[int]]]
+
+
+@contextmanager
+def about(where: object) -> Iterator[None]:
+    """Turn whatever a library raises within the block into a sentence about ``where``.
+
+    A file that a user gives can make the libraries raise anything; what is tried in the block is to say so of one file.
+    """
+    try:
+        with quiet_libraries():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.path: {where}: {type(error).__name__}: {reason_of(error)}") from error
+
+
+def check_model(part: Path, kind: Any, variant: str | None) -> None:
+    """Whether a network, VAE or text encoder has every weight that its configuration asks for, and no other.
+
+    Args:
+        part: its folder.
+        kind: its class, of diffusers or transformers.
+        variant: of the files, as in :func:`pcpo_fast.policies.weight_files.find_weights`.
+
+    Raises:
+        UserError: naming part, file and weight.
+    """
+    config = check_config(part, kind)
+    library = kind.__module__.partition(".")[0]
+    weights = find_weights(part, library, variant)
+    stored = read_headers(weights.files)
+    refuse_quantised(stored)
+    if library == "transformers":
+        difference = _of_transformers(kind, part, stored)
+    else:
+        model, given = _on_meta(kind, part, config), _tensors(stored)
+        if weights.index is None:
+            model._fix_state_dict_keys_on_load(given)  # names of a time before there were several files
+        difference = _compare(model.state_dict(), given)
+    where = weights.files[0] if weights.index is None else weights.index
+    _refuse(difference, stored, where, kind.__name__, "model.path")
+
+
+def check_single_file(file: Path, part: Path, kind: Any, key: str) -> None:
+    """Whether a file holds a network, by the names of its authors or by diffusers'.
+
+    Args:
+        file: of weights.
+        part: folder whose ``config.json`` says what the network is.
+        kind: its class.
+        key: the setting that names the file.
+
+    Raises:
+        UserError: naming file and weight.
+    """
+    if not file.exists():
+        raise UserError(f"{key}: {file} does not exist")
+    if file.is_dir():
+        raise UserError(
+            f"{key}: {file} is a folder; give one .safetensors file, or the pipeline's folder in model.path"
+        )
+    if file.suffix not in (".safetensors", ".sft", ".gguf"):
+        raise UserError(f"{key}: {file} is no .safetensors file, and pickled weights are not read: convert it first")
+    config = check_config(part, kind)
+    stored = read_headers([file], key)
+    refuse_quantised(stored, key)
+    model, given = _on_meta(kind, part, config), _tensors(stored)
+    own = model.state_dict()
+    if len(own.keys() & given.keys()) <= len(own) / 2:
+        convert = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"]
+        try:
+            with quiet_libraries():
+                given = convert(config=config, checkpoint=given)
+        except KeyError as error:
+            raise UserError(f"{key}: {file} lacks {error.args[0]}, so it holds no {kind.__name__}") from None
+        except Exception as error:  # the file's names lead the conversion anywhere
+            raise UserError(f"{key}: {file} holds no {kind.__name__}: {reason_of(error)}") from None
+    _refuse(_compare(own, given), stored, file, kind.__name__, key)
+
+
+def check_config(part: Path, kind: Any, key: str = "model.path") -> dict[str, Any]:
+    """The configuration of a part, which must be of the class; ``key`` names the setting of the pipeline's folder.
+
+    Raises:
+        UserError: it is missing, malformed, another part's, or says that the weights are quantised.
+    """
+    file = part / "config.json"
+    config = read_json(file, key)
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised:
+        raise UserError(
+            f"{key}: {part.name} is quantised ({_method(quantised)}; quantization_config in {file}): "
+            "quantised parts cannot be loaded or trained, so take the model as it was before that"
+        )
+    found = config.get("_class_name")
+    if found is None and "model_type" in config and hasattr(kind, "config_class"):
+        # CLIP's text model has been saved as "clip" and as "clip_text_model".
+        fits = str(kind.config_class.model_type).startswith(str(config["model_type"]))
+        found = kind.__name__ if fits else f"model of the type {config['model_type']}"
+    if found not in (None, kind.__name__):
+        raise UserError(f"{key}: {file} is of a {found}; {part.name} must be a {kind.__name__}")
+    return config
+
+
+def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
+    """Whether a tokenizer has its vocabulary, and only tokens that its text encoder has embeddings for.
+
+    Raises:
+        UserError: naming part and file.
+    """
+    names: dict[str, str] = kind.vocab_files_names
+    whole, pieces = names["tokenizer_file"], [name for key, name in names.items() if key != "tokenizer_file"]
+    if not (part / whole).is_file() and not all((part / name).is_file() for name in pieces):
+        lacking = [name for name in pieces if not (part / name).is_file()]
+        raise UserError(
+            f"model.path: {part} has no vocabulary: neither {whole} nor {', '.join(lacking)} is there, so every prompt "
+            "would mean the same"
+        )
+    files = [part / name for name in ([whole] if (part / whole).is_file() else pieces)]
+    for file in (*files, part / "tokenizer_config.json"):
+        if file.suffix == ".json" and file.exists():
+            read_json(file)
+    where = " and ".join(map(str, files))
+    with about(f"{where} cannot be read as a {kind.__name__}"):
+        tokenizer = kind.from_pretrained(part, local_files_only=True)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        known = model["vocab"]  # by name, or in a list of pairs
+        vocabulary = set(known if isinstance(known, Mapping) else (piece for piece, _ in known))
+        ids = tokenizer("a red circle", padding="max_length", max_length=16, truncation=True)["input_ids"]
+    special = set(tokenizer.all_special_tokens)
+    if len(vocabulary - special) < 2:
+        raise UserError(f"model.path: {where} has no vocabulary, so every prompt would mean the same")
+    unmade = _without_merge(model, vocabulary - special)
+    if len(unmade) > len(vocabulary) // 100:
+        raise UserError(
+            f"model.path: {files[-1]} lacks merges: no merge makes {unmade[0]!r}{and_more(unmade)}, so words would be "
+            "taken apart into letters"
+        )
+    config = read_json(encoder / "config.json")
+    config = config.get("text_config", config)
+    room, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    largest = max(*ids, *tokenizer.get_vocab().values())
+    if isinstance(room, int) and largest >= room:
+        raise UserError(
+            f"model.path: {where} has tokens up to number {largest}, and {encoder.name}/config.json has embeddings for "
+            f"{room} (vocab_size): the two are of different models"
+        )
+    if isinstance(positions, int) and tokenizer.model_max_length > positions:
+        raise UserError(
+            f"model.path: {part / 'tokenizer_config.json'} must say a model_max_length of at most {positions}, the "
+            f"positions that {encoder.name} has (max_position_embeddings)"
+        )
+
+
+def check_scheduler(part: Path, name: str, *, flow: bool) -> None:
+    """Whether a scheduler can be made of its configuration.
+
+    Args:
+        part: its folder.
+        name: its class, of diffusers.
+        flow: whether the model is a flow model.
+
+    Raises:
+        UserError: naming the file.
+    """
+    file = part / "scheduler_config.json"
+    config = read_json(file)
+    if name.startswith("FlowMatch") != flow:
+        kinds = ("diffusion", "flow") if flow else ("flow", "diffusion")
+        raise UserError(f"model.path: {file}: a {name} is for {kinds[0]} models, and this is a {kinds[1]} model")
+    with about(f"{file} makes no {name}"):
+        getattr(diffusers, name).from_config(config)
+
+
+def check_finite(module: nn.Module, part: Path) -> None:
+    """Refuse weights that are not numbers; one pass over the weights where they are.
+
+    Raises:
+        UserError: naming part and weight.
+    """
+    weights = {name: weight.detach() for name, weight in module.named_parameters() if "lora_" not in name}
+    if weights and not bool(torch.nn.utils.get_total_norm(weights.values(), float("inf")).isfinite()):
+        bad = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+        name = bad[0].replace(".base_layer.", ".")
+        raise UserError(f"model.path: {part}: {name}{and_more(bad)} holds values that are infinite or not a number")
+
+
+def _on_meta(kind: Any, part: Path, config: Mapping[str, Any]) -> Any:
+    with about(f"{part / 'config.json'} makes no {kind.__name__}"), META:
+        return kind.from_config(dict(config))
+
+
+def _tensors(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    return {name: one.tensor for name, one in stored.items()}
+
+
+def _compare(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Difference:
+    return Difference(
+        [name for name in own if name not in given],
+        [name for name in given if name not in own],
+        [
+            (name, list(given[name].shape), list(own[name].shape))
+            for name in own
+            if name in given and given[name].shape != own[name].shape
+        ],
+    )
+
+
+def _of_transformers(kind: Any, part: Path, stored: Mapping[str, Stored]) -> Difference:
+    """What transformers says of loading the files: names that it changes, ties or ignores are its business."""
+    with about(f"{part / 'config.json'} makes no {kind.__name__}"):
+        config = kind.config_class.from_pretrained(part, local_files_only=True)
+        _, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=_tensors(stored),
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    unexpected = [name for name in sorted(report["unexpected_keys"]) if not name.endswith(HARMLESS)]
+    mismatched = [(name, list(file), list(model)) for name, file, model in sorted(report["mismatched_keys"])]
+    return Difference(sorted(report["missing_keys"]), unexpected, mismatched)
+
+
+def _refuse(difference: Difference, stored: Mapping[str, Stored], where: Path, kind: str, key: str) -> None:
+    missing, unexpected, mismatched = difference
+    if missing and unexpected:
+        raise UserError(
+            f"{key}: {where} is not the {kind} of config.json: it lacks {missing[0]}{and_more(missing)} and "
+            f"has {unexpected[0]}{and_more(unexpected)} instead"
+        )
+    if missing:
+        raise UserError(f"{key}: {where} lacks {missing[0]}{and_more(missing)}, which config.json asks for")
+    if unexpected:
+        file = stored[unexpected[0]].file if unexpected[0] in stored else where
+        raise UserError(
+            f"{key}: {file} has {unexpected[0]}{and_more(unexpected)}, for which config.json makes no place"
+        )
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        file = stored[name].file if name in stored else where
+        raise UserError(
+            f"{key}: {file}: {name}{and_more([each[0] for each in mismatched])} has the shape {found}, and "
+            f"config.json makes it {wanted}"
+        )
+
+
+def _without_merge(model: Mapping[str, Any], vocabulary: Collection[str]) -> list[str]:
+    """Pieces of more than one letter that no merge of a byte-pair encoding makes, longest first."""
+    if model.get("type") != "BPE":
+        return []
+    end = model.get("end_of_word_suffix") or ""
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    made = {"".join(pair) for pair in pairs}
+    long = (piece for piece in vocabulary if len(piece.removesuffix(end)) > 1)
+    return sorted((piece for piece in long if piece not in made), key=lambda piece: (-len(piece), piece))
+
+
+def _method(quantised: Any) -> str:
+    if not isinstance(quantised, Mapping):
+        return str(quantised)
+    bits = next((f", {bits} bits" for bits in (4, 8) if quantised.get(f"load_in_{bits}bit")), "")
+    return f"{quantised.get('quant_method', 'by an unnamed method')}{bits}"

@@ -1,0 +1,202 @@
+"""The weight files of a pipeline's part, and what their headers say; no weight is read for that."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pcpo_fast.errors import UserError, reason_of
+
+QUANTISED = re.compile(r"[IU]8|F[468]_.*")
+"""What the headers call types of fewer than 16 bits."""
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""How a library's weight files begin."""
+POINTER = b"version https://git-lfs"
+
+
+class Stored(NamedTuple):
+    """A tensor of a file.
+
+    Attributes:
+        file: that holds it.
+        dtype: by the header's name, such as "BF16".
+        tensor: of its shape, on PyTorch's meta device.
+    """
+
+    file: Path
+    dtype: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a part.
+
+    Attributes:
+        files: that hold them.
+        variant: of the files, such as "fp16"; None: the plain ones.
+        index: that lists the files, where there is one.
+    """
+
+    files: tuple[Path, ...]
+    variant: str | None = None
+    index: Path | None = None
+
+
+def read_json(path: Path, key: str = "model.path") -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: it is not there, cannot be read, or holds something else; ``key`` names the setting.
+    """
+    try:
+        text = path.read_bytes()
+        values = json.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{key}: {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be read: {reason_of(error)}") from None
+    except (ValueError, RecursionError) as error:
+        if text.startswith(POINTER):
+            raise UserError(f"{key}: {path} is {_pointer(path)}") from None
+        raise UserError(f"{key}: {path} is not valid JSON: {reason_of(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{key}: {path} must hold a JSON object")
+    return values
+
+
+def find_weights(folder: Path, library: str, wanted: str | None) -> Weights:
+    """The files that the library reads a part from.
+
+    Args:
+        folder: of the part.
+        library: "diffusers" or "transformers".
+        wanted: the variant that is preferred. Without one the plain files are, and where there are none the only
+            variant is.
+
+    Raises:
+        UserError: there are none, their index is broken, or it is not clear which are meant.
+    """
+    stem = STEMS[library]
+    candidates = [wanted, None] if wanted is not None else [None]
+    found = next(filter(None, (_weights(folder, library, one) for one in candidates)), None)
+    if found is not None:
+        return found
+    others = variants(folder, library)
+    if len(others) == 1 and (only := _weights(folder, library, others[0])) is not None:
+        return only
+    if others:
+        raise UserError(
+            f"model.path: {folder} holds no {stem}.safetensors, but the variants {', '.join(others)}: choose one with "
+            "model.variant"
+        )
+    raise UserError(f"model.path: {folder} holds no {stem}.safetensors{_instead(folder)}")
+
+
+def variants(folder: Path, library: str) -> list[str]:
+    """The variants that a part has files of."""
+    stem = re.escape(STEMS[library])
+    name = re.compile(
+        rf"{stem}\.([\w-]+?)(-\d{{5}}-of-\d{{5}})?\.safetensors"
+        rf"|{stem}\.safetensors\.index\.([\w-]+)\.json|{stem}\.safetensors\.([\w-]+)\.index\.json"
+    )
+    matches = (name.fullmatch(path.name) for path in folder.glob("*"))
+    return sorted({found[1] or found[3] or found[4] for found in matches if found})
+
+
+def read_headers(files: Iterable[Path], key: str = "model.path") -> dict[str, Stored]:
+    """Every tensor of some files.
+
+    Raises:
+        UserError: a file is cut off, a git-lfs pointer, or something else than safetensors; ``key`` names the setting.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    part = opened.get_slice(name)
+                    found[name] = Stored(file, part.get_dtype(), torch.empty(part.get_shape(), device="meta"))
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise UserError(f"{key}: {file} {_broken(file, error)}") from None
+    return found
+
+
+def refuse_quantised(stored: dict[str, Stored], key: str = "model.path") -> None:
+    """Refuse quantised weights.
+
+    Raises:
+        UserError: naming the first; ``key`` names the setting.
+    """
+    quantised = [name for name, one in stored.items() if QUANTISED.fullmatch(one.dtype)]
+    if quantised:
+        one = stored[quantised[0]]
+        raise UserError(
+            f"{key}: {one.file} is quantised: {quantised[0]}{and_more(quantised)} is stored as {one.dtype}. Quantised "
+            "weights cannot be trained: take the model that was quantised"
+        )
+
+
+def and_more(names: Sequence[str]) -> str:
+    """How many names besides the first there are, for the middle of a sentence."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _weights(folder: Path, library: str, variant: str | None) -> Weights | None:
+    stem, infix = STEMS[library], "" if variant is None else f".{variant}"
+    single = folder / f"{stem}{infix}.safetensors"
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    old = folder / f"{stem}.safetensors{infix}.index.json"  # how diffusers used to call it
+    if library == "diffusers" and variant is not None and not index.is_file() and old.is_file():
+        index = old
+    # Each library prefers another one where there are both.
+    if (single.is_file() or single.is_symlink()) and not (library == "diffusers" and index.is_file()):
+        return Weights((single,), variant)
+    if not index.is_file():
+        return None
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise UserError(f"model.path: {index} has no weight_map that names a file for each weight")
+    for weight, name in listed.items():
+        if not (folder / name).is_file():
+            raise UserError(f"model.path: {index} says that {weight} is in {name}, but there is no such file")
+    return Weights(tuple(folder / name for name in sorted(set(listed.values()))), variant, index)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights has instead, as the end of a sentence."""
+    names = sorted(path.name for path in folder.glob("*"))
+    for suffix, problem in (
+        (".gguf", "quantised weights cannot be trained"),
+        (".safetensors", "name a single file of the network in model.transformer or model.unet"),
+        (".bin", "pickled weights are not read: save the model anew with safe_serialization=True"),
+    ):
+        of_kind = [name for name in names if name.endswith(suffix)]
+        if of_kind:
+            return f", but {of_kind[0]}{and_more(of_kind)}; {problem}"
+    return ""
+
+
+def _broken(file: Path, error: Exception) -> str:
+    try:
+        with file.open("rb") as opened:
+            start, size = opened.read(len(POINTER)), file.stat().st_size
+    except OSError as problem:
+        return f"cannot be read: {reason_of(problem)}"
+    if start == POINTER:
+        return f"is {_pointer(file)}"
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file: quantised weights cannot be trained, so take the model that was quantised"
+    if size == 0:
+        return "is empty: copy or download it again"
+    return f"is cut off or no safetensors file ({reason_of(error)}): copy or download it again"
+
+
+def _pointer(file: Path) -> str:
+    return f"a git-lfs pointer and not the file itself: run `git lfs pull` in {file.parent}"
