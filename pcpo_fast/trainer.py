@@ -34,7 +34,7 @@ from pcpo_fast.heldout import HeldOut
 from pcpo_fast.input_record import ACCEPT, Input, check_unchanged, hashes, write_record
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.states import Zero
-from pcpo_fast.policies.loading import keep_reference, load_policy
+from pcpo_fast.policies.loading import check_base_model, keep_reference, load_policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.preemption import Polled, Stopped, StopRequest
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
@@ -92,6 +92,7 @@ def _train(
     try:
         with naming_lost_ranks():
             check_agreement(config)
+            check_base_model(config)  # before gigabytes of it are read
             contents = read_contents(config, inputs, anew=verify)
             check_alike(hashes(contents))
             start = verified(gather_objects(start)[0])  # all from where the first, which holds the lock, has seen it

@@ -19,6 +19,7 @@ from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
 from pcpo_fast.fingerprints import changed, digest, weights_digest, weights_file_digest
 from pcpo_fast.guided_runs import SHARED, guided_policies
 from pcpo_fast.policies import Policy
+from pcpo_fast.policies.folder_checks import single_file
 from pcpo_fast.policies.loading import find_family, load_policy, model_files
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import to_image

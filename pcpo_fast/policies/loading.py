@@ -61,6 +61,23 @@ def model_files(settings: ModelConfig) -> dict[str, Path]:
     return {INDEX: folder / INDEX} | pipeline_files(folder, parts, settings.variant) | single
 
 
+def check_base_model(config: Config) -> tuple[Path, type[PipelinePolicy]]:
+    """The pipeline's folder and its policy class, as :func:`find_family`, once they are known to serve a run.
+
+    All ranks must call it; the first of each machine looks at the folder.
+
+    Raises:
+        UserError: on every rank, as :func:`find_family` and :func:`~pcpo_fast.policies.folder_checks.check_folder`, or
+            the sampler serves another kind of model.
+    """
+    folder, family = find_family(config.model)
+    check_sampler(config.sampler, family.schedule_kind)
+    with shared_errors():
+        if local_rank() == 0:
+            check_folder(folder, family, config.model)
+    return folder, family
+
+
 def load_policy(
     config: Config, device: torch.device, prompts: Sequence[str] = (), network_device: torch.device | None = None
 ) -> Policy:
@@ -73,15 +90,10 @@ def load_policy(
         network_device: where the network is left if not on ``device``: in host memory, for ZeRO-3 to divide.
 
     Raises:
-        UserError: as :func:`find_family`, :func:`~pcpo_fast.policies.folder_checks.check_folder`,
-            :func:`~pcpo_fast.policies.attention.check_attention` and the family's ``load``, or the sampler serves
-            another kind of model.
+        UserError: as :func:`check_base_model`, :func:`~pcpo_fast.policies.attention.check_attention` and the family's
+            ``load``.
     """
-    folder, family = find_family(config.model)
-    check_sampler(config.sampler, family.schedule_kind)
-    with shared_errors():
-        if local_rank() == 0:
-            check_folder(folder, family, config.model)
+    folder, family = check_base_model(config)
     check_attention(config, folder, family.trained_part, device)
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
     policy = family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)
