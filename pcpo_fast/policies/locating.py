@@ -64,7 +64,7 @@ def check_hub_id(path: str) -> None:
     if single or Path(path).expanduser().is_file():
         raise UserError(
             f"model.path: {path} is a single file; text encoders, VAE and scheduler come from a pipeline folder: name "
-            "that (or its hub id) in model.path, and the file in model.transformer (FLUX, SD3) or model.unet (SD 1.x)"
+            "that in model.path, and the file in model.transformer (FLUX, SD3) or model.unet (SD 1.x)"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise UserError(f"model.path: {path} is not a folder, and not a hub id of the form owner/name")

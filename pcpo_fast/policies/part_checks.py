@@ -120,8 +120,11 @@ def check_single_file(file: Path, part: Path, kind: Any, key: str) -> None:
                 given = convert(config=config, checkpoint=given)
         except KeyError as error:
             raise UserError(f"{key}: {file} lacks {error.args[0]}, so it holds no {kind.__name__}") from None
-        except Exception as error:  # the file's names lead the conversion anywhere
-            raise UserError(f"{key}: {file} holds no {kind.__name__}: {reason_of(error)}") from None
+        except Exception:  # other names lead the conversion anywhere
+            raise UserError(
+                f"{key}: {file} holds no {kind.__name__}: its names, such as {min(stored, default='none')}, are "
+                "neither diffusers' nor those of its authors"
+            ) from None
     _refuse(_compare(own, given), stored, file, kind.__name__, key)
 
 
