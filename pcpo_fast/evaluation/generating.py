@@ -16,10 +16,9 @@ from pcpo_fast.distributed import barrier, gather_objects, once_per_machine, ran
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.contestants import Contestant
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
-from pcpo_fast.fingerprints import changed, digest, weights_digest, weights_file_digest
+from pcpo_fast.fingerprints import changed, digest, weights_digest
 from pcpo_fast.guided_runs import SHARED, guided_policies
 from pcpo_fast.policies import Policy
-from pcpo_fast.policies.folder_checks import single_file
 from pcpo_fast.policies.loading import find_family, load_policy, model_files
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import to_image
@@ -111,12 +110,10 @@ def recipe(one: Contestant, request: Request) -> dict[str, Any]:
     """Everything that an image of a contestant depends on besides its own number."""
     assert one.config is not None
     model = one.config.model
-    base, family = find_family(model)
+    base, _ = find_family(model)
     settings = {key: getattr(model, key) for key in SHARED if key not in BASE_KEYS}
-    file, _ = single_file(model, family.trained_part)
-    other_weights = {"variant": model.variant, "network": None if file is None else weights_file_digest(file)}
     return {
-        **{key: value for key, value in other_weights.items() if value is not None},
+        **({} if model.variant is None else {"variant": model.variant}),
         "base model": weights_digest(base),
         "model settings": settings,
         "weights": None if one.weights is None else weights_digest(one.weights),
