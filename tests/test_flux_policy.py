@@ -565,13 +565,13 @@ def test_a_hub_model_offline_is_one_sentence() -> None:
 def test_a_hub_model_is_used_from_its_snapshot(monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:
     asked: list[Any] = []
 
-    def download(path: str, revision: str | None = None) -> str:
-        asked.append((path, revision))
+    def download(path: str, revision: str | None = None, variant: str | None = None) -> str:
+        asked.append((path, revision, variant))
         return str(pipeline_folder)
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
-    assert locate("owner/name", "v2", ["FluxPipeline"]) == (pipeline_folder, "FluxPipeline")
-    assert set(asked) == {("owner/name", "v2")}
+    assert locate("owner/name", "v2", ["FluxPipeline"], "fp16") == (pipeline_folder, "FluxPipeline")
+    assert set(asked) == {("owner/name", "v2", "fp16")}
 
 
 def test_images_of_the_policy_are_not_flat(policy: Policy) -> None:
