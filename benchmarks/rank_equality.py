@@ -245,7 +245,7 @@ def _exported(folder: Path) -> dict[str, np.ndarray]:
 
 def terms_of(output: Tensor, old_output: Tensor, noise: Any, linear: Tensor, quadratic: Tensor) -> Tensor:
     """Size of what log-ratios are the differences of (:data:`LIMITS`): [M], of outputs [M, ...], coefficients [M]."""
-    from pcpo_kernels.ops.policy_loss.reference import resolve_noise
+    from pcpo_kernels.ops.noise.reference import resolve_noise
 
     def rms(values: Tensor) -> Tensor:
         return values.flatten(1).double().square().mean(dim=1).sqrt()

@@ -67,7 +67,7 @@ def test_a_difference_is_seen(equality: ModuleType) -> None:
 
 def test_rounding_of_the_terms_is_within_their_limit(equality: ModuleType) -> None:
     """Advantages and log-ratios in float32 against float64: the limits are neither too tight nor without meaning."""
-    from pcpo_kernels.ops.policy_loss.reference import policy_loss
+    from pcpo_kernels import policy_loss
 
     generator = torch.Generator().manual_seed(5)
     old, noise = (torch.randn(64, 500, dtype=torch.float64, generator=generator) for _ in range(2))

@@ -11,12 +11,12 @@ Backend = Literal["triton", "reference"]
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def backend_for(tensor: Tensor) -> Backend:
-    """The backend for an op on ``tensor``.
+def backend_for(tensor: Tensor, *others: Tensor | None) -> Backend:
+    """The backend for an op on tensors of one device.
 
-    Triton for tensors on a GPU where Triton is installed, the reference for everything else and for float64, which the
-    kernels do not know. The environment variable ``PCPO_KERNELS`` (``triton`` or ``reference``) overrides the choice;
-    ``triton`` for tensors on the CPU needs Triton's interpreter.
+    Triton for tensors on a GPU where Triton is installed, the reference for everything else and where one of them is
+    float64, which the kernels do not know. The environment variable ``PCPO_KERNELS`` (``triton`` or ``reference``)
+    overrides the choice; ``triton`` for tensors on the CPU needs Triton's interpreter.
 
     Raises:
         ValueError: ``PCPO_KERNELS`` is neither ``triton`` nor ``reference``, or asks for Triton where it cannot run.
@@ -24,7 +24,7 @@ def backend_for(tensor: Tensor) -> Backend:
     choice = os.environ.get("PCPO_KERNELS", "")
     if choice not in ("", "triton", "reference"):
         raise ValueError(f"PCPO_KERNELS must be triton or reference, got {choice!r}")
-    if choice == "reference" or tensor.dtype == torch.float64:
+    if choice == "reference" or any(t is not None and t.dtype == torch.float64 for t in (tensor, *others)):
         return "reference"
     if not choice:
         return "triton" if tensor.is_cuda and triton_installed() else "reference"

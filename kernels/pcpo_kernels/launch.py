@@ -1,13 +1,15 @@
-"""What every Triton op shares on the host: how rows are cut into blocks, scratch memory, and launch options."""
+"""What the Triton ops share on the host: how rows and tokens are cut, scratch memory, launch options, registration."""
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import triton
 from torch import Tensor
 
+SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool"}
+SCHEMA_TYPES |= {torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?"}
 _counters: dict[int, Tensor] = {}
 
 
@@ -43,6 +45,25 @@ def plan_for(elements: int) -> Plan:
     """Blocks of 2048 (16 elements a thread: two 16-byte loads of bf16), smaller for rows that do not fill one."""
     block = min(2048, max(128, triton.next_power_of_2(elements)))
     return Plan(block, 1 if elements <= 1 << 20 else 2)
+
+
+def tokens_per_program(tokens: int) -> int:
+    """How many consecutive tokens of one image a backward program takes.
+
+    It depends on the length of the sequence alone, so an image's sums have the same bits in a batch of any size. Few
+    for short sequences, so that there are programs enough; many for long ones, so that partial sums cost little.
+    """
+    return min(16, max(4, triton.next_power_of_2(tokens) // 256))
+
+
+def block_options(elements: int, *, sums: int = 0) -> dict[str, Any]:
+    """Block and warps for rows of so many elements: 16 of them per thread of a large row, 8 where three sums are kept.
+
+    So a thread needs at most 128 registers, and still loads 16 bytes of bf16 at once.
+    """
+    block = triton.next_power_of_2(elements)
+    warps = min(16 if sums == 3 else 8, max(1, block // 256))
+    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -81,11 +102,21 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def channels_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last axis is contiguous, whatever the other strides; otherwise a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def row_values(values: Tensor) -> Tensor:
     """[B] as the kernels read it: contiguous, and float32 where it was float64."""
     if values.dtype == torch.float64:
         values = values.to(torch.float32)
     return values.contiguous()
+
+
+def parameters(fields: type[NamedTuple]) -> str:
+    """The fields of a named tuple, as an operator's schema lists its parameters."""
+    return ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(fields).items())
 
 
 def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -128,7 +128,7 @@ def pairs(targets: Iterable[str], thin: bool) -> list[tuple[Any, str]]:
     Thin, the variants that are not bf16's are left out for sm_80 and sm_100: they differ from bf16's in the width of
     the outputs alone, and are compiled for one target of each vendor.
     """
-    from pcpo_kernels.ops.policy_loss.variants import all_variants
+    from pcpo_kernels.variant import all_variants
 
     return [
         (variant, target)

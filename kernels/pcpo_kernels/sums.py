@@ -1,9 +1,7 @@
-"""What the kernels of transformer blocks share: how tokens are cut, and sums of stored partial sums over tokens."""
+"""Sums of stored partial sums, in a fixed order."""
 
 # Kernels are compiled from their source; Triton's types are not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
-from typing import Any
 
 import torch
 import triton
@@ -15,28 +13,14 @@ from pcpo_kernels.launch import on_device
 SUM_ROWS, SUM_COLUMNS = 32, 64
 
 
-def tokens_per_program(tokens: int) -> int:
-    """How many consecutive tokens of one image a backward program takes.
-
-    It depends on the length of the sequence alone, so an image's sums have the same bits in a batch of any size. Few
-    for short sequences, so that there are programs enough; many for long ones, so that partial sums cost little.
-    """
-    return min(16, max(4, triton.next_power_of_2(tokens) // 256))
-
-
-def launch_options(elements: int, *, sums: int = 0) -> dict[str, Any]:
-    """Block and warps for rows of so many elements: 16 of them per thread of a large row, 8 where three sums are kept.
-
-    So a thread needs at most 128 registers, and still loads 16 bytes of bf16 at once.
-    """
-    block = triton.next_power_of_2(elements)
-    warps = min(16 if sums == 3 else 8, max(1, block // 256))
-    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
-
-
-def channels_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last axis is contiguous, whatever the other strides; otherwise a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+@triton.jit
+def ordered_sum(values, count, BLOCK: tl.constexpr):
+    """Sum of ``count`` stored floats in an order that depends on ``count`` alone, read past the first-level cache."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(values + index, mask=index < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
 
 
 @triton.jit(do_not_specialize=["count"])

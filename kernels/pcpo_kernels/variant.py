@@ -2,22 +2,19 @@
 
 # mypy: disallow-any-generics=False
 
-import inspect
+import importlib
 import math
+import pkgutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from pcpo_kernels import ops
 from pcpo_kernels.launch import plan_for
 
+LATENTS = 128 * 128 * 16  # elements of a row of FLUX latents at 1024 x 1024
 TILE = ("ROWS", "COLUMNS", "HEADS", "SIZE")  # sides of a block with two axes
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-NUMBERS = (
-    *("rows", "elements", "chunks", "hinge", "mean"),
-    *("tokens", "channels", "groups", "count", "heads", "size", "first"),
-)
-UNALIGNED = (
-    *("rows", "chunks", "hinge", "mean", "a_stride", "b_stride", "std_stride"),
-    *("tokens", "groups", "count", "heads", "first"),
-)
+LENGTHS = ("elements", "channels", "size")  # of a row, and divisible by 16
 
 
 class Variant(NamedTuple):
@@ -72,20 +69,20 @@ def build(
     pointers = loaded | stored | row_pointers
     signature: dict[str, str] = {}
     aligned = []
-    for position, parameter in enumerate(inspect.signature(function.fn).parameters):
-        if parameter in constants:
-            signature[parameter] = "constexpr"
-        elif parameter in pointers:
-            signature[parameter] = f"*{pointers[parameter]}"
-            if parameter in loaded or parameter in stored:
-                aligned.append(position)
-        elif parameter in NUMBERS or parameter.endswith("_stride"):
-            signature[parameter] = "i32"
-            if parameter not in UNALIGNED:
-                aligned.append(position)
+    for position, parameter in enumerate(function.params):
+        own = parameter.name
+        if own in pointers:
+            kind, divisible = f"*{pointers[own]}", own not in row_pointers
+        elif parameter.do_not_specialize or parameter.annotation_type:
+            kind, divisible = parameter.annotation_type or "i32", False
+        elif own in LENGTHS or own.endswith("_stride"):
+            kind, divisible = "i32", True
         else:
-            signature[parameter] = "constexpr"
-            constants[parameter] = None
+            kind, divisible = "constexpr", False
+            constants.setdefault(own, None)
+        signature[own] = kind
+        if divisible:
+            aligned.append(position)
     missing = set(pointers) - set(signature)
     if missing:
         raise ValueError(f"{function.fn.__name__} has no parameter {', '.join(sorted(missing))}")
@@ -100,3 +97,9 @@ def build(
         constants["BLOCK"] * sum(SIZES[kind] for kind in loaded.values()),
         constants["BLOCK"] * sum(SIZES[kind] for kind in stored.values()),
     )
+
+
+def all_variants() -> Iterator[Variant]:
+    """Every variant that a trainer launches (bf16 or fp32 models), and some of other callers, of every operation."""
+    for op in pkgutil.iter_modules(ops.__path__):
+        yield from importlib.import_module(f"{ops.__name__}.{op.name}.variants").variants()

@@ -9,6 +9,17 @@ from pcpo_kernels import Endpoints, NoiseKey, PolicyLoss, policy_loss
 from torch import Tensor
 
 NOISES = ("tensor", "key", "endpoints")
+# Random123's known answers for philox4x32 with 10 rounds: counter (4 words), key (2), result (4).
+PHILOX_VECTORS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def signed(value: int) -> int:
+    """A 64-bit word as the int64 that has its bits."""
+    return value - 2**64 if value >= 2**63 else value
 
 
 @dataclass

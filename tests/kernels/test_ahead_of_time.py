@@ -1,12 +1,18 @@
 """Every kernel variant compiled for every target on this machine, GPU or not, and held against the committed table."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from cases import make_case
 from pcpo_kernels.dispatch import interpreting, triton_installed
 
 if not triton_installed():
@@ -16,9 +22,13 @@ if interpreting():
 
 import triton
 from pcpo_kernels import report
-from pcpo_kernels.ops.policy_loss.variants import all_variants, policy_loss_variants
+from pcpo_kernels.ops.policy_loss import triton as loss_op
+from pcpo_kernels.ops.policy_loss.inputs import LossInputs
+from pcpo_kernels.ops.policy_loss.variants import policy_loss_variants
+from pcpo_kernels.ops.sample_step import triton as step_op
 from pcpo_kernels.report import TARGETS, bulk_accesses, compile_all, compile_variant
-from pcpo_kernels.variant import build
+from pcpo_kernels.variant import all_variants, build
+from triton.runtime import driver
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels" / f"triton-{triton.__version__}.json"
 DOCUMENTED = TABLE.parent / "triton-3.7.1.json"  # the version that docs/kernels.md shows
@@ -50,13 +60,60 @@ def test_committed_table_is_complete() -> None:
     assert not any(record["spill_bytes"] or record["uses_f64"] for record in committed)
 
 
-def test_objective_and_reduction_make_no_variant() -> None:
-    """Both are arguments at run time, which are not specialised either: four settings, one compiled kernel."""
-    forward = policy_loss_variants("bf16", "key")[0]
-    parameters = {parameter.name: parameter for parameter in forward.function.params}
-    for name in ("hinge", "mean"):
-        assert forward.signature[name] == "i32"
-        assert parameters[name].do_not_specialize
+class Sm90:
+    """As much of a Triton driver as it takes to find out what a launch would compile."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return report.gpu_target("sm_90")
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """For a kernel, the keys of what its launches from here on would compile; nothing is compiled or launched."""
+
+    def record(kernel: Any) -> list[str]:
+        keys: list[str] = []
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        monkeypatch.setattr(kernel, "_do_compile", lambda key, *_: keys.append(key))
+        return keys
+
+    monkeypatch.setattr(driver, "_active", Sm90())
+    return record
+
+
+def test_settings_make_no_variant(compilations) -> None:
+    """Clip range, objective, reduction and batch size are arguments at run time: one compiled kernel for all."""
+    keys = compilations(loss_op.policy_loss_forward_kernel)
+
+    def call(noise: str, *settings: Any, rows: int = 3) -> None:
+        case = make_case(rows, (512,), noise=noise).cast(torch.float32)
+        (output, old, z, *columns), _ = case.arguments()
+        loss_op.policy_loss(LossInputs(output, old, z, *columns, *settings, None, None, None, None))
+
+    for clip_range in (1e-4, 0.2, 0, 1, 16, math.inf):
+        call("key", clip_range, "hinge", "mean")
+    call("key", 0.2, "clip", "mean")
+    call("key", 0.2, "clip", "sum", rows=16)
+    assert len(keys) == 8
+    assert len(set(keys)) == 1
+    call("endpoints", 0.2, "clip", "mean")
+    assert len(set(keys)) == 2
+
+
+def test_reduction_of_a_step_makes_no_variant(compilations) -> None:
+    keys = compilations(step_op.sample_step_kernel)
+    case = make_case(3, (512,)).cast(torch.float32)
+    x, _, a, b, std = case.ends
+    for reduction in ("mean", "sum"):
+        step_op.sample_step(x, case.output, a, b, std, case.key, reduction)
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
 
 
 def test_no_spills(compiled) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 if not triton_installed():
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from pcpo_kernels.ops.policy_loss.variants import all_variants
-from pcpo_kernels.variant import SIZES
+from pcpo_kernels.variant import SIZES, all_variants
 from tiny_pipeline import tiny_config
 from tiny_pipelines import SD3_RUN, SD_RUN
 from tiny_runs import Bench

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import PHILOX_VECTORS, signed
 from pcpo_kernels import philox_normal
 from pcpo_kernels.ops.noise.reference import normal_pairs, philox_rounds, philox_uint32
 from scipy import stats
@@ -13,19 +14,7 @@ def words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
 
-# Random123's known answers for philox4x32 with 10 rounds: counter (4 words), key (2), result (4).
-KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]
-
-
-def signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "pi"])
+@pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_VECTORS, ids=["zeros", "ones", "pi"])
 def test_known_answers(counter: str, key: str, expected: str) -> None:
     low, high = words(key)
     state = [torch.tensor([word]) for word in words(counter)]
@@ -41,7 +30,7 @@ def test_block_counter_is_64_bit() -> None:
     expected = philox_rounds(state, torch.tensor([seed]))  # type: ignore[arg-type]
     assert got.tolist() == [int(word) for word in expected]
     zero = philox_uint32(torch.tensor([0]), torch.tensor([0]))[0]
-    assert zero.tolist() == words(KNOWN[0][2])
+    assert zero.tolist() == words(PHILOX_VECTORS[0][2])
 
 
 def test_element_is_a_lane_of_its_block() -> None:

@@ -1,4 +1,4 @@
-"""The reference path against the formulas, torch.distributions and autograd."""
+"""The reference path of policy_loss against the formulas, torch.distributions and autograd."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import NOISES, LossCase, autograd_loss, make_case
-from pcpo_kernels import Endpoints, NoiseKey, guidance, philox_normal, policy_loss, sample_step
+from pcpo_kernels import Endpoints, NoiseKey, guidance, policy_loss, sample_step
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -269,46 +269,6 @@ def test_taylor_error() -> None:
     torch.testing.assert_close(got, expected, rtol=3e-6, atol=0)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("noise", ["tensor", "key"])
-def test_sample_step(reduction, noise) -> None:
-    case = make_case(5, (6, 7))
-    x, _, a, b, std = case.ends
-    given = case.z if noise == "tensor" else case.key
-    step = sample_step(x, case.output, a, b, std, given, reduction=reduction)
-    a, b, std = (value[:, None, None] for value in (a, b, std))
-    mean = a * x + b * case.output
-    torch.testing.assert_close(step.next_latents, mean + std * case.z)
-    log_prob = Normal(mean, std).log_prob(mean + std * case.z).flatten(1)
-    torch.testing.assert_close(step.log_prob, log_prob.mean(1) if reduction == "mean" else log_prob.sum(1))
-
-
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
-def test_sample_step_precision(dtype) -> None:
-    case = make_case(5, (300,)).cast(torch.float32).cast(dtype, "output")
-    x, _, a, b, std = case.ends
-    step = sample_step(x, case.output, a, b, std, case.z)
-    judge = sample_step(x.double(), case.output.double(), a.double(), b.double(), std.double(), case.z.double())
-    assert step.next_latents.dtype == step.log_prob.dtype == torch.float32
-    torch.testing.assert_close(step.next_latents.double(), judge.next_latents, rtol=3e-7, atol=1e-6)
-    torch.testing.assert_close(step.log_prob.double(), judge.log_prob, rtol=3e-7, atol=1e-6)
-    low = sample_step(x.to(dtype), case.output, a, b, std, case.z).next_latents
-    assert low.dtype == dtype
-
-
-def test_sample_step_without_noise() -> None:
-    case = make_case(3, (4,))
-    x, _, a, b, std = case.ends
-    step = sample_step(x, case.output, a, b, std, None)
-    torch.testing.assert_close(step.next_latents, a[:, None] * x + b[:, None] * case.output)
-    assert step.log_prob.tolist() == [0.0, 0.0, 0.0]
-    std = torch.tensor([0.1, 0.0, 0.2], dtype=torch.float64)
-    step = sample_step(x, case.output, a, b, std, case.z)
-    assert step.log_prob[1].item() == 0.0
-    assert step.log_prob[0].item() != 0.0
-    torch.testing.assert_close(step.next_latents[1], a[1] * x[1] + b[1] * case.output[1])
-
-
 def test_sampled_noise_is_recovered_by_the_loss() -> None:
     """What sample_step does with a key, policy_loss takes back from the key or from the endpoints, in float32."""
     case = make_case(4, (50,), detached=False).cast(torch.float32)
@@ -318,37 +278,6 @@ def test_sampled_noise_is_recovered_by_the_loss() -> None:
     case.ends = Endpoints(x, step.next_latents, a, b, std)
     from_key, from_ends = (replace(case, noise=noise).run().log_ratio for noise in ("key", "endpoints"))
     torch.testing.assert_close(from_key, from_ends, rtol=0, atol=2e-6)
-
-
-def test_noise_of_a_key_is_philox_normal() -> None:
-    case = make_case(3, (10,))
-    x = torch.zeros(3, 10)
-    step = sample_step(x, x, torch.ones(3), torch.ones(3), torch.ones(3), case.key)
-    assert torch.equal(step.next_latents, philox_normal(*case.key, 10))
-
-
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32, torch.float64])
-def test_guidance(dtype) -> None:
-    g = torch.Generator().manual_seed(1)
-    reference, output = (torch.randn(5, 3, 4, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
-    scale = torch.tensor([0.0, 1.0, 0.4, 4.5, -0.5])
-    got = guidance(reference, output, scale)
-    assert got.dtype == dtype
-    assert torch.equal(got[0], reference[0])
-    assert torch.equal(got[1], output[1])
-    exact = reference.double() + scale.double()[:, None, None] * (output.double() - reference.double())
-    torch.testing.assert_close(
-        got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 if dtype != torch.float64 else 1e-7
-    )
-    assert torch.equal(guidance(reference, output, 4.5)[3], got[3])
-    assert guidance(reference, output, 4.5, dtype=torch.float32).dtype == torch.float32
-
-
-def test_guidance_gradcheck() -> None:
-    g = torch.Generator().manual_seed(2)
-    pair = [torch.randn(3, 4, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    scale = torch.tensor([0.3, 4.5, 1.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda r, f: guidance(r, f, scale), pair)
 
 
 def broken(case: LossCase, **fields: object) -> LossCase:
@@ -404,26 +333,6 @@ def test_errors_of_policy_loss() -> None:
     for kind, message, fields in bad:
         with pytest.raises(kind, match=message):
             broken(case, **fields).run()
-
-
-def test_errors_of_sample_step_and_guidance() -> None:
-    x, rows = torch.ones(3, 4), torch.ones(3)
-    with pytest.raises(ValueError, match="output must have"):
-        sample_step(x, torch.ones(3, 5), rows, rows, rows, None)
-    with pytest.raises(ValueError, match="std must hold one value per row"):
-        sample_step(x, x, rows, rows, rows[:1], None)
-    with pytest.raises(TypeError, match="latents must be"):
-        sample_step(x.long(), x, rows, rows, rows, None)
-    with pytest.raises(ValueError, match="b is on meta"):
-        sample_step(x, x, rows, rows.to("meta"), rows, None)
-    with pytest.raises(ValueError, match="reduction"):
-        sample_step(x, x, rows, rows, rows, None, reduction="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="reference must have"):
-        guidance(torch.ones(3, 5), x, 1.0)
-    with pytest.raises(ValueError, match="scale must hold one value per row"):
-        guidance(x, x, rows[:2])
-    with pytest.raises(TypeError, match="dtype must be"):
-        guidance(x, x, 1.0, dtype=torch.int32)
 
 
 def test_double_backward_is_refused() -> None:

@@ -1,12 +1,14 @@
 """Kernel results against the float64 reference, with a tolerance that plain PyTorch sets."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from cases import LossCase
 from pcpo_kernels import PolicyLoss, guidance
-from pcpo_kernels.ops.policy_loss.reference import guided
+from pcpo_kernels.ops.guidance.reference import guided
 from torch import Tensor
 
 
@@ -31,9 +33,15 @@ def run(case: LossCase) -> tuple[PolicyLoss, list[Tensor]]:
 
 def on_reference(case: LossCase) -> tuple[PolicyLoss, list[Tensor]]:
     """The same on the reference path, on the CPU, in the case's dtypes."""
+    result: tuple[PolicyLoss, list[Tensor]] = by_reference(run, case.to("cpu"))
+    return result
+
+
+def by_reference(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What a function gives on the reference path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PCPO_KERNELS", "reference")
-        return run(case.to("cpu"))
+        return function(*arguments, **keywords)
 
 
 def edge_distance(case: LossCase, exact: PolicyLoss) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pcpo_kernels.checks import check_device, check_float, check_like, check_tensor
 from pcpo_kernels.dispatch import backend_for
+from pcpo_kernels.ops.adaptive_norm.inputs import Tokens
 
 MOST_CHANNELS = 8192
 
@@ -27,9 +28,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
         ValueError: shapes or devices disagree, or there are more than 8192 channels.
     """
     check_modulation(x, shift=shift, scale=scale)
-    normed = _run(x, None, None, shift, scale, eps)[1]
-    assert normed is not None
-    return normed
+    return _run(Tokens(x, shift=shift, scale=scale, eps=float(eps)))[1]
 
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """
     check_modulation(residual, gate=gate)
     check_like("branch", branch, residual)
-    return _run(residual, branch, gate, None, None, 0.0)[0]
+    return _run(Tokens(residual, branch, gate))[0]
 
 
 def gated_residual_norm(
@@ -71,9 +70,7 @@ def gated_residual_norm(
     """
     check_modulation(residual, gate=gate, shift=shift, scale=scale)
     check_like("branch", branch, residual)
-    hidden, normed = _run(residual, branch, gate, shift, scale, eps)
-    assert normed is not None
-    return hidden, normed
+    return _run(Tokens(residual, branch, gate, shift, scale, float(eps)))
 
 
 def check_modulation(x: Tensor, **modulation: Tensor) -> None:
@@ -92,18 +89,10 @@ def check_modulation(x: Tensor, **modulation: Tensor) -> None:
         check_device(name, tensor, x)
 
 
-def _run(
-    source: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor | None]:
-    """The backend of the tensors; float64 anywhere goes to the reference."""
-    given = [tensor for tensor in (source, branch, gate, shift, scale) if tensor is not None]
-    if all(backend_for(tensor) == "triton" for tensor in given):
-        from pcpo_kernels.ops.adaptive_norm import triton as backend
+def _run(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The gated sum and its norm; what is not asked for (no branch, no shift) means nothing."""
+    if backend_for(tokens.source, tokens.branch, tokens.gate, tokens.shift, tokens.scale) == "triton":
+        from pcpo_kernels.ops.adaptive_norm.triton import adaptive_norm as backend
     else:
-        from pcpo_kernels.ops.adaptive_norm import reference as backend  # type: ignore[no-redef]
-    return backend.adaptive_norm(source, branch, gate, shift, scale, float(eps))
+        from pcpo_kernels.ops.adaptive_norm.reference import adaptive_norm as backend
+    return backend(tokens)

@@ -3,15 +3,23 @@
 # Kernels are compiled from their source; Triton's types are not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import on_device, register
-from pcpo_kernels.sums import channels_contiguous, launch_options, token_sums, tokens_per_program
+from pcpo_kernels.launch import (
+    block_options,
+    channels_contiguous,
+    on_device,
+    parameters,
+    register,
+    tokens_per_program,
+)
+from pcpo_kernels.ops.adaptive_norm.inputs import Tokens
+from pcpo_kernels.sums import token_sums
 
 FORWARD_TOKENS = 4
 
@@ -185,84 +193,91 @@ def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else channels_contiguous(tensor) for tensor in tensors]
 
 
-def _forward(
-    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, normed, mean, rstd = results = _forward_fake(source, branch, gate, shift, scale, eps)
-    if source.numel() == 0:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Tokens(*arguments)
+    hidden, normed, mean, rstd = results = _forward_fake(*given)
+    if given.source.numel() == 0:
         return results
-    images, tokens, channels = source.shape
+    images, tokens, channels = given.source.shape
     chunks = triton.cdiv(tokens, FORWARD_TOKENS)
-    bulk = _ready(source, branch, gate, shift, scale)
-    with on_device(source):
+    bulk = _ready(given.source, given.branch, given.gate, given.shift, given.scale)
+    with on_device(given.source):
         adaptive_norm_forward_kernel[(images * chunks,)](
             *bulk,
-            None if branch is None else hidden,
-            *((None,) * 3 if shift is None else (normed, mean, rstd)),
+            None if given.branch is None else hidden,
+            *((None,) * 3 if given.shift is None else (normed, mean, rstd)),
             *_strides(bulk[0]),
             *_strides(bulk[1]),
             *(_image_stride(row) for row in bulk[2:]),
             tokens,
             channels,
             chunks,
-            EPS=eps,
+            EPS=given.eps,
             TOKENS=FORWARD_TOKENS,
-            **launch_options(channels),
+            **block_options(channels),
         )
     return results
 
 
-def _forward_fake(
-    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Tokens(*arguments)
+    source = given.source
+
     def fresh(wanted: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=dtype, device=source.device)
 
-    hidden = fresh(branch is not None, source.shape, source.dtype)
-    normed = fresh(shift is not None, source.shape, source.dtype)
-    mean, rstd = (fresh(shift is not None, source.shape[:2], torch.float32) for _ in range(2))
+    hidden = fresh(given.branch is not None, source.shape, source.dtype)
+    normed = fresh(given.shift is not None, source.shape, source.dtype)
+    mean, rstd = (fresh(given.shift is not None, source.shape[:2], torch.float32) for _ in range(2))
     return hidden, normed, mean, rstd
 
 
-def _backward(
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor | None,
-    hidden: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    source_dtype: torch.dtype | None,
-    branch_dtype: torch.dtype | None,
-    row_dtype: torch.dtype,
-    for_shift: bool,
-    for_scale: bool,
-    for_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = grad_hidden if grad_hidden is not None else grad_normed
-    assert given is not None
-    images, tokens, channels = given.shape
-    grad_source, grad_branch, sums = results = _backward_fake(
-        grad_hidden, grad_normed, hidden, branch, gate, scale, mean, rstd,
-        source_dtype, branch_dtype, row_dtype, for_shift, for_scale, for_gate,
-    )  # fmt: skip
-    if given.numel() == 0:
+class Incoming(NamedTuple):
+    """What the backward reads: gradients, what the forward kept, and of which dtype which gradients are wanted."""
+
+    grad_hidden: Tensor | None
+    grad_normed: Tensor | None
+    hidden: Tensor | None
+    branch: Tensor | None
+    gate: Tensor | None
+    scale: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    source_dtype: torch.dtype | None
+    branch_dtype: torch.dtype | None
+    row_dtype: torch.dtype
+    for_shift: bool
+    for_scale: bool
+    for_gate: bool
+
+    @property
+    def some(self) -> Tensor:
+        """One of the two gradients: both are of the tokens' shape."""
+        given = self.grad_hidden if self.grad_hidden is not None else self.grad_normed
+        assert given is not None
+        return given
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = Incoming(*arguments)
+    images, tokens, channels = given.some.shape
+    grad_source, grad_branch, sums = results = _backward_fake(*given)
+    if given.some.numel() == 0:
         return grad_source, grad_branch, torch.zeros_like(sums)
     taken = tokens_per_program(tokens)
     chunks = triton.cdiv(tokens, taken)
-    wanted = (for_shift, for_scale, for_gate)
+    wanted = (given.for_shift, given.for_scale, given.for_gate)
     slots = [sum(wanted[:i]) if wanted[i] else -1 for i in range(3)]
     partials = None
     if any(wanted):
-        partials = torch.empty((sum(wanted), images, chunks, channels), dtype=torch.float32, device=given.device)
-    bulk = _ready(grad_hidden, grad_normed, hidden, branch, gate, scale)
-    with on_device(given):
+        partials = torch.empty((sum(wanted), images, chunks, channels), dtype=torch.float32, device=sums.device)
+    bulk = _ready(given.grad_hidden, given.grad_normed, given.hidden, given.branch, given.gate, given.scale)
+    with on_device(sums):
         adaptive_norm_backward_kernel[(images * chunks,)](
             *bulk,
-            *((None, None) if grad_normed is None else (mean, rstd)),
-            grad_source if source_dtype is not None else None,
-            grad_branch if branch_dtype is not None else None,
+            *((None, None) if given.grad_normed is None else (given.mean, given.rstd)),
+            grad_source if given.source_dtype is not None else None,
+            grad_branch if given.branch_dtype is not None else None,
             partials,
             *(stride for tensor in bulk[:4] for stride in _strides(tensor)),
             *(_image_stride(row) for row in bulk[4:]),
@@ -274,50 +289,35 @@ def _backward(
             SCALE=slots[1],
             GATE=slots[2],
             TOKENS=taken,
-            **launch_options(channels, sums=sum(wanted)),
+            **block_options(channels, sums=sum(wanted)),
         )
-    return results if partials is None else (grad_source, grad_branch, token_sums(partials, row_dtype))
+    return results if partials is None else (grad_source, grad_branch, token_sums(partials, given.row_dtype))
 
 
-def _backward_fake(
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor | None,
-    hidden: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    source_dtype: torch.dtype | None,
-    branch_dtype: torch.dtype | None,
-    row_dtype: torch.dtype,
-    for_shift: bool,
-    for_scale: bool,
-    for_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = grad_hidden if grad_hidden is not None else grad_normed
-    assert given is not None
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = Incoming(*arguments)
+    some = given.some
 
     def gradient(dtype: torch.dtype | None) -> Tensor:
-        if dtype is None:
-            return given.new_empty((0,))
-        return torch.empty(given.shape, dtype=dtype, device=given.device)
+        return some.new_empty((0,)) if dtype is None else torch.empty(some.shape, dtype=dtype, device=some.device)
 
-    sums = (for_shift + for_scale + for_gate, given.shape[0], given.shape[2])
-    return gradient(source_dtype), gradient(branch_dtype), torch.empty(sums, dtype=row_dtype, device=given.device)
+    sums = (given.for_shift + given.for_scale + given.for_gate, some.shape[0], some.shape[2])
+    rows = torch.empty(sums, dtype=given.row_dtype, device=some.device)
+    return gradient(given.source_dtype), gradient(given.branch_dtype), rows
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    source, branch, gate, shift, scale, _ = inputs
+    source, branch, gate, shift, scale, _ = Tokens(*inputs)
     hidden, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.has_branch, ctx.has_norm = branch is not None, shift is not None
     ctx.dtypes = source.dtype, None if branch is None else branch.dtype
     ctx.row_dtypes = [None if row is None else row.dtype for row in (gate, shift, scale)]
-    gated = ctx.needs_input_grad[2]  # the branch is kept for the gradient of the gate alone
+    if not ctx.needs_input_grad[Tokens._fields.index("gate")]:  # for whose gradient alone the branch is kept
+        branch = None
     normed = (hidden if ctx.has_branch else source) if ctx.has_norm else None
-    ctx.save_for_backward(normed, branch if gated else None, gate, scale, mean, rstd)
+    ctx.save_for_backward(normed, branch, gate, scale, mean, rstd)
 
 
 def _autograd_backward(
@@ -331,7 +331,7 @@ def _autograd_backward(
         grad_normed = None
     if grad_normed is None:
         if grad_hidden is None:
-            return (None,) * 6
+            return (None,) * len(ctx.needs_input_grad)
         hidden = scale = None
         for_shift = for_scale = False
     wanted = (for_shift, for_scale, for_gate)
@@ -340,7 +340,7 @@ def _autograd_backward(
     source_dtype = ctx.dtypes[0] if for_source and passed is None else None
     branch_dtype = ctx.dtypes[1] if for_branch else None
     if source_dtype is None and branch_dtype is None and not any(wanted):
-        return passed, *(None,) * 5
+        return passed, None, None, None, None, None
     kinds = {dtype for dtype in ctx.row_dtypes if dtype is not None}
     grad_source, grad_branch, sums = torch.ops.pcpo_kernels.adaptive_norm_backward(
         grad_hidden, grad_normed, hidden, branch, gate if for_branch else None, scale, mean, rstd,
@@ -359,25 +359,15 @@ def _autograd_backward(
 
 register(
     "adaptive_norm",
-    "(Tensor source, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps) "
-    "-> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
+    f"({parameters(Tokens)}) -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
     _forward,
     _forward_fake,
 )
-register(
-    "adaptive_norm_backward",
-    "(Tensor? grad_hidden, Tensor? grad_normed, Tensor? hidden, Tensor? branch, Tensor? gate, Tensor? scale, "
-    "Tensor mean, Tensor rstd, ScalarType? source_dtype, ScalarType? branch_dtype, ScalarType row_dtype, "
-    "bool for_shift, bool for_scale, bool for_gate) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+register("adaptive_norm_backward", f"({parameters(Incoming)}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake)
 torch.library.register_autograd("pcpo_kernels::adaptive_norm", _autograd_backward, setup_context=_setup_context)
 
 
-def adaptive_norm(
-    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
+def adaptive_norm(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Triton version of :func:`pcpo_kernels.ops.adaptive_norm.reference.adaptive_norm`."""
-    hidden, normed, _, _ = torch.ops.pcpo_kernels.adaptive_norm(source, branch, gate, shift, scale, eps)
-    return source if branch is None else hidden, None if shift is None else normed
+    hidden, normed, _, _ = torch.ops.pcpo_kernels.adaptive_norm(*tokens)
+    return tokens.source if tokens.branch is None else hidden, normed

@@ -1,18 +1,17 @@
-"""The variants of the transformer-block kernels, at the widths of FLUX (3072) and of Stable Diffusion 3 (1536)."""
+"""The kernels' variants for ahead-of-time compilation, at the widths of FLUX and of Stable Diffusion 3."""
 
 from collections.abc import Iterator
 
+from pcpo_kernels.launch import block_options
 from pcpo_kernels.ops.adaptive_norm.triton import (
     FORWARD_TOKENS,
     adaptive_norm_backward_kernel,
     adaptive_norm_forward_kernel,
 )
-from pcpo_kernels.ops.rotary.triton import norm_rope_backward_kernel, norm_rope_forward_kernel, tile_options
-from pcpo_kernels.sums import SUM_COLUMNS, SUM_ROWS, launch_options, token_sums_kernel
+from pcpo_kernels.sums import SUM_COLUMNS, SUM_ROWS, token_sums_kernel
 from pcpo_kernels.variant import Variant, build
 
 FLUX, SD3 = 3072, 1536  # channels
-HEADS, HEAD, SD3_HEAD = 24, 128, 64  # heads of both, and elements of a head
 BACKWARD_TOKENS = 16  # of a program, at 1024 x 1024
 NORM, RESIDUAL, BOTH = "norm", "residual", "residual-norm"  # kinds of calls
 
@@ -71,41 +70,10 @@ def _build(
     channels: int,
     **constants: float,
 ) -> Variant:
-    options = launch_options(channels, sums=sum(constants.get(slot, -1) >= 0 for slot in ("SHIFT", "SCALE", "GATE")))
+    options = block_options(channels, sums=sum(constants.get(slot, -1) >= 0 for slot in ("SHIFT", "SCALE", "GATE")))
     return build(
         function, name, loaded, stored, rows, channels, warps=options["num_warps"], BLOCK=options["BLOCK"], **constants
     )
-
-
-def norm_rope_forward(dtype: str, *, rope: bool = True) -> Variant:
-    """Queries or keys of FLUX, or without rotation those of Stable Diffusion 3."""
-    rows = {"weight": dtype} | ({"cos": "fp32", "sin": "fp32"} if rope else {})
-    return _build_heads(norm_rope_forward_kernel, dtype, {"x": dtype}, {"result": dtype}, rows, rope)
-
-
-def norm_rope_backward(dtype: str, *, frozen: bool, rope: bool = True) -> Variant:
-    """Its backward; frozen: the weight wants no gradient."""
-    rows = {"weight": dtype} | ({"cos": "fp32", "sin": "fp32"} if rope else {})
-    name = dtype + ("-frozen" if frozen else "")
-    rows |= {} if frozen else {"partials": "fp32"}
-    bulk = {"incoming": dtype, "x": dtype}
-    return _build_heads(norm_rope_backward_kernel, name, bulk, {"gradient": dtype}, rows, rope, TOKENS=BACKWARD_TOKENS)
-
-
-def _build_heads(
-    function: object,
-    name: str,
-    loaded: dict[str, str],
-    stored: dict[str, str],
-    rows: dict[str, str],
-    rope: bool,
-    **constants: float,
-) -> Variant:
-    options = tile_options(HEADS, HEAD if rope else SD3_HEAD)
-    tile = {"HEADS": options["HEADS"], "SIZE": options["SIZE"]}
-    tile["BLOCK"] = tile["HEADS"] * tile["SIZE"]
-    name += "" if rope else "-norope"
-    return build(function, name, loaded, stored, rows, FLUX, warps=options["num_warps"], EPS=1e-6, **tile, **constants)
 
 
 def token_sums(dtype: str) -> Variant:
@@ -115,8 +83,8 @@ def token_sums(dtype: str) -> Variant:
     return variant._replace(stored_bytes=0)
 
 
-def block_variants() -> Iterator[Variant]:
-    """Every variant that training FLUX or Stable Diffusion 3 with these ops launches, in bf16 and fp32."""
+def variants() -> Iterator[Variant]:
+    """What training FLUX or Stable Diffusion 3 with these ops launches, in bf16 and fp32."""
     for kind in (NORM, RESIDUAL, BOTH):
         yield adaptive_norm_forward("bf16", kind)
         for frozen in (True, False):
@@ -125,11 +93,5 @@ def block_variants() -> Iterator[Variant]:
     yield adaptive_norm_backward("bf16", BOTH, frozen=False, channels=SD3)
     yield adaptive_norm_forward("fp32", BOTH)
     yield adaptive_norm_backward("fp32", BOTH, frozen=False)
-    for rope in (True, False):
-        yield norm_rope_forward("bf16", rope=rope)
-        yield norm_rope_backward("bf16", frozen=True, rope=rope)
-    yield norm_rope_backward("bf16", frozen=False)
-    yield norm_rope_forward("fp32")
-    yield norm_rope_backward("fp32", frozen=False)
     for dtype in ("bf16", "fp32"):
         yield token_sums(dtype)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pcpo_kernels.checks import check_batched, check_float, check_like, check_rows
+from pcpo_kernels.checks import FLOATS, check_batched, check_float, check_like, check_rows
 from pcpo_kernels.dispatch import backend_for
 
 
@@ -40,11 +40,10 @@ def guidance(reference: Tensor, output: Tensor, scale: Tensor | float, *, dtype:
         )
     check_rows("scale", scale, output)
     dtype = output.dtype if dtype is None else dtype
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if dtype not in FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    # float64 anywhere goes to the reference, which computes in the wider of the two.
-    if dtype != torch.float64 and backend_for(output) == backend_for(reference) == "triton":
-        from pcpo_kernels.ops.guidance import triton as backend
+    if dtype != torch.float64 and backend_for(output, reference) == "triton":
+        from pcpo_kernels.ops.guidance.triton import guidance as backend
     else:
-        from pcpo_kernels.ops.policy_loss import reference as backend  # type: ignore[no-redef]
-    return backend.guidance(reference, output, scale, dtype)
+        from pcpo_kernels.ops.guidance.reference import guidance as backend
+    return backend(reference, output, scale, dtype)

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from pcpo_kernels.launch import on_device, plan_for, register, row_values, rows_contiguous
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+@triton.jit
+def lerp(start, end, weight):
+    """``start + weight (end - start)`` from the nearer end, with the arithmetic of the reference."""
+    gap = end - start
+    return tl.where(weight < 0.5, start + weight * gap, end - (1.0 - weight) * gap)
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["scale"])
@@ -40,9 +45,7 @@ def guidance_forward_kernel(
         mask = index < elements
         r = tl.load(reference + index, mask=mask, other=0.0).to(tl.float32)
         f = tl.load(output + index, mask=mask, other=0.0).to(tl.float32)
-        gap = f - r
-        combined = tl.where(weight < 0.5, r + weight * gap, f - (1.0 - weight) * gap)
-        tl.store(result + index, combined.to(result.dtype.element_ty), mask=mask)
+        tl.store(result + index, lerp(r, f, weight).to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["scale"])

@@ -30,7 +30,7 @@ def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     if backend_for(seed) == "triton":
-        from pcpo_kernels.ops.noise import triton as backend
+        from pcpo_kernels.ops.noise.triton import philox_normal as backend
     else:
-        from pcpo_kernels.ops.noise import reference as backend  # type: ignore[no-redef]
-    return backend.philox_normal(seed, offset, count)
+        from pcpo_kernels.ops.noise.reference import philox_normal as backend
+    return backend(seed, offset, count)

@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from pcpo_kernels.arithmetic import per_row
+from pcpo_kernels.types import Endpoints, NoiseKey
+
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -75,3 +78,17 @@ def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     normals = normal_pairs(words).flatten(1)
     lanes = (offset % 4)[:, None] + torch.arange(count, device=seed.device)
     return normals.gather(1, lanes)
+
+
+def resolve_noise(noise: Tensor | NoiseKey | Endpoints, old_output: Tensor) -> Tensor:
+    """The step's noise as a tensor like ``old_output`` (in the dtype to compute in), from any of its three forms."""
+    if isinstance(noise, NoiseKey):
+        count = math.prod(old_output.shape[1:])
+        return philox_normal(noise.seed, noise.offset, count).reshape(old_output.shape).to(old_output.dtype)
+    if isinstance(noise, Endpoints):
+        mean = (
+            per_row(noise.a, old_output) * noise.latents.to(old_output.dtype)
+            + per_row(noise.b, old_output) * old_output
+        )
+        return (noise.next_latents.to(old_output.dtype) - mean) / per_row(noise.std, old_output)
+    return noise.to(old_output.dtype)

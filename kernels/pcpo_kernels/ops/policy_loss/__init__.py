@@ -4,6 +4,7 @@ from torch import Tensor
 
 from pcpo_kernels.checks import check_batched, check_choice, check_float, check_integer_rows, check_like, check_rows
 from pcpo_kernels.dispatch import backend_for
+from pcpo_kernels.ops.policy_loss.inputs import LossInputs
 from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
 
 
@@ -60,53 +61,45 @@ def policy_loss(
         TypeError: a tensor is not floating point, or a key not int64.
         ValueError: shapes or devices disagree, or a value is not allowed.
     """
+    inputs = LossInputs(
+        output, old_output, noise, linear, quadratic, scale, advantage,
+        clip_range, objective, reduction, reference, kl, unconditional, guidance_scale,
+    )  # fmt: skip
+    _check(inputs)
+    if backend_for(output) == "triton":
+        from pcpo_kernels.ops.policy_loss.triton import policy_loss as backend
+    else:
+        from pcpo_kernels.ops.policy_loss.reference import policy_loss as backend
+    return backend(inputs)
+
+
+def _check(inputs: LossInputs) -> None:
+    output, noise = inputs.output, inputs.noise
     check_batched("output", output)
     check_float("output", output)
-    if old_output is not None:
-        check_like("old_output", old_output, output)
-    rows = {"linear": linear, "quadratic": quadratic, "scale": scale, "advantage": advantage}
-    if (reference is None) != (kl is None):
+    if (inputs.reference is None) != (inputs.kl is None):
         raise ValueError("reference and kl go together: give both or neither")
-    if reference is not None and kl is not None:
-        check_like("reference", reference, output)
-        rows["kl"] = kl
-    if (unconditional is None) != (guidance_scale is None):
+    if (inputs.unconditional is None) != (inputs.guidance_scale is None):
         raise ValueError("unconditional and guidance_scale go together: give both or neither")
-    if unconditional is not None and guidance_scale is not None:
-        check_like("unconditional", unconditional, output)
-        rows["guidance_scale"] = guidance_scale
+    for name in ("old_output", "reference", "unconditional"):
+        if getattr(inputs, name) is not None:
+            check_like(name, getattr(inputs, name), output)
+    for name in ("linear", "quadratic", "scale", "advantage"):
+        check_rows(name, getattr(inputs, name), output)
+    for name in ("kl", "guidance_scale"):
+        if getattr(inputs, name) is not None:
+            check_rows(name, getattr(inputs, name), output)
     if isinstance(noise, Endpoints):
         check_like("noise.latents", noise.latents, output)
         check_like("noise.next_latents", noise.next_latents, output)
-        rows |= {"noise.a": noise.a, "noise.b": noise.b, "noise.std": noise.std}
+        for name in ("a", "b", "std"):
+            check_rows(f"noise.{name}", getattr(noise, name), output)
     elif isinstance(noise, NoiseKey):
         check_integer_rows("noise.seed", noise.seed, output)
         check_integer_rows("noise.offset", noise.offset, output)
     else:
         check_like("noise", noise, output)
-    for name, value in rows.items():
-        check_rows(name, value, output)
-    check_choice("objective", objective, ("hinge", "clip"))
-    check_choice("reduction", reduction, ("mean", "sum"))
-    if not clip_range >= 0:
-        raise ValueError(f"clip_range must not be negative, got {clip_range}")
-    if backend_for(output) == "triton":
-        from pcpo_kernels.ops.policy_loss import triton as backend
-    else:
-        from pcpo_kernels.ops.policy_loss import reference as backend  # type: ignore[no-redef]
-    return backend.policy_loss(
-        output,
-        old_output,
-        noise,
-        linear,
-        quadratic,
-        scale,
-        advantage,
-        clip_range=clip_range,
-        objective=objective,
-        reduction=reduction,
-        reference=reference,
-        kl=kl,
-        unconditional=unconditional,
-        guidance_scale=guidance_scale,
-    )
+    check_choice("objective", inputs.objective, ("hinge", "clip"))
+    check_choice("reduction", inputs.reduction, ("mean", "sum"))
+    if not inputs.clip_range >= 0:
+        raise ValueError(f"clip_range must not be negative, got {inputs.clip_range}")

@@ -11,7 +11,8 @@ gradient, which is read from device memory.
 # Kernels are compiled from their source; Triton's types are not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,14 +22,17 @@ from torch import Tensor
 from pcpo_kernels.launch import (
     arrival_counters,
     on_device,
+    parameters,
     plan_for,
     register,
     row_values,
     rows_contiguous,
 )
+from pcpo_kernels.ops.guidance.triton import lerp
 from pcpo_kernels.ops.noise.triton import stream_normals
-from pcpo_kernels.triton_reduce import ordered_sum
-from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
+from pcpo_kernels.ops.policy_loss.inputs import LossInputs
+from pcpo_kernels.sums import ordered_sum
+from pcpo_kernels.types import Endpoints, NoiseKey, PolicyLoss
 
 
 @triton.jit
@@ -39,12 +43,11 @@ def load_block(pointer, row, stride, index, mask):
 
 @triton.jit
 def guided_block(output, unconditional, row, output_stride, unconditional_stride, weight, index, mask):
-    """The new output after guidance, with the arithmetic of the reference's ``lerp``."""
+    """The new output after guidance."""
     f = load_block(output, row, output_stride, index, mask)
     if unconditional is not None:
         u = load_block(unconditional, row, unconditional_stride, index, mask)
-        gap = f - u
-        f = tl.where(weight < 0.5, u + weight * gap, f - (1.0 - weight) * gap)
+        f = lerp(u, f, weight)
     return f
 
 
@@ -110,18 +113,16 @@ def ratio_of(log_ratio):
     return ratio, surplus, tl.where(surplus == float("inf"), 1.0, error)
 
 
-NOISE_AND_GUIDANCE = ["seed", "offset", "a", "b", "std", "guidance_scale"]
-FORWARD_POINTERS = [
-    *NOISE_AND_GUIDANCE,
-    *("linear", "quadratic", "scale", "advantage", "kl"),
-    *("scratch", "counters", "loss", "clipped_out", "statistics"),
-]
-BACKWARD_POINTERS = [*NOISE_AND_GUIDANCE, "statistics", "grad_loss"]
+# Pointers to a value per row; the others are to images.
+SHARED_ROWS = ["seed", "offset", "a", "b", "std", "guidance_scale"]
+FORWARD_ROWS = ["linear", "quadratic", "scale", "advantage", "kl"]
+FORWARD_ROWS += ["scratch", "counters", "loss", "clipped_out", "statistics"]
+BACKWARD_ROWS = ["statistics", "grad_loss"]
 
 
 @triton.jit(
     do_not_specialize=["rows", "chunks", "hinge", "mean"],
-    do_not_specialize_on_alignment=FORWARD_POINTERS,
+    do_not_specialize_on_alignment=[*SHARED_ROWS, *FORWARD_ROWS],
 )
 def policy_loss_forward_kernel(
     output,
@@ -155,9 +156,9 @@ def policy_loss_forward_kernel(
     rows,
     elements,
     chunks,
+    clip_range: tl.float32,
     hinge,
     mean,
-    CLIP_RANGE: tl.constexpr,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
     FINISH: tl.constexpr,
@@ -168,8 +169,8 @@ def policy_loss_forward_kernel(
     [6, rows]: log-ratio, Taylor error, KL term, and the weights of noise, difference and gap in the gradient.
 
     ``noise`` is z, or x where ``next_latents`` is given; missing pointers are None and leave their code out. Without an
-    old output there is no difference from it, and without a reference nothing to read at all. ``hinge`` and ``mean``
-    are 0 or 1; they matter to a row's mathematics alone, so one compiled kernel serves both objectives.
+    old output there is no difference from it, and without a reference nothing to read at all. ``clip_range``, ``hinge``
+    and ``mean`` (0 or 1) matter to a row's mathematics alone, so one compiled kernel serves every setting.
     """
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -224,7 +225,7 @@ def policy_loss_forward_kernel(
         # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
         idle = row_advantage == 0.0
         gain = tl.where(idle, 0.0, row_advantage * change)
-        bound = CLIP_RANGE * tl.abs(row_advantage)
+        bound = clip_range * tl.abs(row_advantage)
         margin = bound - gain
         clipped = margin < 0.0
         slope = tl.where(clipped | idle, 0.0, slope)
@@ -254,7 +255,7 @@ def policy_loss_forward_kernel(
             tl.store(loss, ordered_sum(scratch + 3 * pieces, rows, FINISH) / count)
 
 
-@triton.jit(do_not_specialize=["rows", "chunks"], do_not_specialize_on_alignment=BACKWARD_POINTERS)
+@triton.jit(do_not_specialize=["rows", "chunks"], do_not_specialize_on_alignment=[*SHARED_ROWS, *BACKWARD_ROWS])
 def policy_loss_backward_kernel(
     output,
     old_output,
@@ -327,37 +328,63 @@ def policy_loss_backward_kernel(
         tl.store(gradient + index, total.to(gradient.dtype.element_ty), mask=mask)
 
 
-class _Inputs:
-    """The arguments that forward and backward share, as the kernels take them."""
+class Operands(NamedTuple):
+    """What both kernels read, in the order of their parameters: images, then values per row.
 
-    def __init__(self, big: tuple[Tensor | None, ...], per_row: tuple[Tensor | None, ...]) -> None:
-        self.big = [None if tensor is None else rows_contiguous(tensor) for tensor in big]
-        self.per_row = [None if tensor is None else row_values(tensor) for tensor in per_row]
-        self.strides = [0 if tensor is None else tensor.stride(0) for tensor in self.big]
+    ``noise`` is z, or x where ``next_latents`` is given. The code of what is None is left out.
+    """
+
+    output: Tensor
+    old_output: Tensor | None = None
+    noise: Tensor | None = None
+    next_latents: Tensor | None = None
+    reference: Tensor | None = None
+    unconditional: Tensor | None = None
+    seed: Tensor | None = None
+    offset: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    std: Tensor | None = None
+    guidance_scale: Tensor | None = None
+
+    def row_strides(self) -> list[int]:
+        """From one row of an image tensor to the next; 0 where there is none."""
+        images = self.output, self.old_output, self.noise, self.next_latents, self.reference, self.unconditional
+        return [0 if image is None else image.stride(0) for image in images]
 
 
-def _forward(
-    output: Tensor,
-    old_output: Tensor | None,
-    noise: Tensor | None,
-    next_latents: Tensor | None,
-    reference: Tensor | None,
-    unconditional: Tensor | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    std: Tensor | None,
-    guidance_scale: Tensor | None,
-    linear: Tensor,
-    quadratic: Tensor,
-    scale: Tensor,
-    advantage: Tensor,
-    kl: Tensor | None,
-    clip_range: float,
-    hinge: bool,
-    mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Columns(NamedTuple):
+    """Values per row that a row's mathematics needs, which the forward alone does."""
+
+    linear: Tensor
+    quadratic: Tensor
+    scale: Tensor
+    advantage: Tensor
+    kl: Tensor | None
+
+
+class Settings(NamedTuple):
+    """What holds for every row, as the forward kernel takes it."""
+
+    clip_range: float
+    hinge: bool
+    mean: bool
+
+
+def _split(arguments: Sequence[Any]) -> tuple[Operands, Columns, Settings]:
+    """The flat arguments of the forward operator."""
+    shared, settings = len(Operands._fields), -len(Settings._fields)
+    return Operands(*arguments[:shared]), Columns(*arguments[shared:settings]), Settings(*arguments[settings:])
+
+
+def _as_read(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Values per row and images as the kernels read them; without a copy where possible."""
+    return [t if t is None else row_values(t) if t.dim() == 1 else rows_contiguous(t) for t in tensors]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    operands, columns, settings = _split(arguments)
+    output = operands.output
     loss, clipped, statistics = results = _forward_fake(output)
     rows = output.shape[0]
     if rows == 0:
@@ -366,29 +393,25 @@ def _forward(
     elements = output[0].numel()
     plan = plan_for(elements)
     # On-policy without a reference nothing is summed: one program per row does the row's mathematics.
-    chunks = 1 if old_output is None and reference is None else plan.chunks(elements)
-    shared = _Inputs(
-        (output, old_output, noise, next_latents, reference, unconditional), (seed, offset, a, b, std, guidance_scale)
-    )
-    columns = [None if column is None else row_values(column) for column in (linear, quadratic, scale, advantage, kl)]
+    chunks = 1 if operands.old_output is None and operands.reference is None else plan.chunks(elements)
+    operands = Operands._make(_as_read(operands))
     scratch = torch.empty(3 * rows * chunks + rows, dtype=torch.float32, device=output.device)
     with on_device(output):
         policy_loss_forward_kernel[(rows * chunks,)](
-            *shared.big,
-            *shared.per_row,
-            *columns,
+            *operands,
+            *_as_read(columns),
             scratch,
             arrival_counters(output, rows),
             loss,
             clipped,
             statistics,
-            *shared.strides,
+            *operands.row_strides(),
             rows,
             elements,
             chunks,
-            int(hinge),
-            int(mean),
-            CLIP_RANGE=clip_range,
+            settings.clip_range,
+            int(settings.hinge),
+            int(settings.mean),
             FINISH=128,
             **plan.options,
         )
@@ -403,42 +426,22 @@ def _forward_fake(output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, clipped, torch.empty((6, rows), dtype=torch.float32, device=device)
 
 
-def _backward(
-    grad_loss: Tensor,
-    statistics: Tensor,
-    output: Tensor,
-    old_output: Tensor | None,
-    noise: Tensor | None,
-    next_latents: Tensor | None,
-    reference: Tensor | None,
-    unconditional: Tensor | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    std: Tensor | None,
-    guidance_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    gradient, unconditional_gradient = results = _backward_fake(
-        grad_loss, statistics, output, old_output, noise, next_latents, reference, unconditional
-    )
-    if output.numel() == 0:
+def _backward(grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    gradient, unconditional_gradient = results = _backward_fake(grad_loss, statistics, *arguments)
+    if gradient.numel() == 0:
         return results
-    rows, elements = output.shape[0], output[0].numel()
+    rows, elements = gradient.shape[0], gradient[0].numel()
     plan = plan_for(elements)
     chunks = plan.chunks(elements)
-    shared = _Inputs(
-        (output, old_output, noise, next_latents, reference, unconditional), (seed, offset, a, b, std, guidance_scale)
-    )
-    with on_device(output):
+    operands = Operands._make(_as_read(arguments))
+    with on_device(gradient):
         policy_loss_backward_kernel[(rows * chunks,)](
-            *shared.big,
-            *shared.per_row,
+            *operands,
             statistics,
             grad_loss,
             gradient,
-            None if unconditional is None else unconditional_gradient,
-            *shared.strides,
+            None if operands.unconditional is None else unconditional_gradient,
+            *operands.row_strides(),
             rows,
             elements,
             chunks,
@@ -447,8 +450,9 @@ def _backward(
     return results
 
 
-def _backward_fake(grad_loss: Tensor, statistics: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    unconditional = arguments[4]
+def _backward_fake(grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    operands = Operands(*arguments)
+    output, unconditional = operands.output, operands.unconditional
     gradient = torch.empty(output.shape, dtype=output.dtype, device=output.device)
     if unconditional is None:
         return gradient, gradient.new_empty((0,))
@@ -456,67 +460,54 @@ def _backward_fake(grad_loss: Tensor, statistics: Tensor, output: Tensor, *argum
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, clipped, statistics = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2], *inputs[:12])
+    ctx.mark_non_differentiable(clipped, statistics)
+    operands, *_ = _split(inputs)
+    ctx.save_for_backward(statistics, *operands)
 
 
 def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    wanted, columns, settings = _split(ctx.needs_input_grad)
+    nothing = (None,) * (len(columns) + len(settings))
     if grad_loss is None:
-        return (None,) * 20
-    gradient, unconditional_gradient = torch.ops.pcpo_kernels.policy_loss_backward(grad_loss, *ctx.saved_tensors)
-    guided = ctx.needs_input_grad[5]
-    return gradient, *(None,) * 4, unconditional_gradient if guided else None, *(None,) * 14
+        return *(None for _ in wanted), *nothing
+    gradient, half = torch.ops.pcpo_kernels.policy_loss_backward(grad_loss, *ctx.saved_tensors)
+    return *Operands(gradient, unconditional=half if wanted.unconditional else None), *nothing
 
 
-_SHARED = (
-    "Tensor output, Tensor? old_output, Tensor? noise, Tensor? next_latents, Tensor? reference, Tensor? unconditional, "
-    "Tensor? seed, Tensor? offset, Tensor? a, Tensor? b, Tensor? std, Tensor? guidance_scale"
-)
 register(
     "policy_loss",
-    f"({_SHARED}, Tensor linear, Tensor quadratic, Tensor scale, Tensor advantage, Tensor? kl, "
-    "float clip_range, bool hinge, bool mean) -> (Tensor loss, Tensor clipped, Tensor statistics)",
+    f"({parameters(Operands)}, {parameters(Columns)}, {parameters(Settings)}) "
+    "-> (Tensor loss, Tensor clipped, Tensor statistics)",
     _forward,
     _forward_fake,
 )
 register(
     "policy_loss_backward",
-    f"(Tensor grad_loss, Tensor statistics, {_SHARED}) -> (Tensor, Tensor)",
+    f"(Tensor grad_loss, Tensor statistics, {parameters(Operands)}) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 torch.library.register_autograd("pcpo_kernels::policy_loss", _autograd_backward, setup_context=_setup_context)
 
 
-def policy_loss(
-    output: Tensor,
-    old_output: Tensor | None,
-    noise: Tensor | NoiseKey | Endpoints,
-    linear: Tensor,
-    quadratic: Tensor,
-    scale: Tensor,
-    advantage: Tensor,
-    *,
-    clip_range: float,
-    objective: Objective,
-    reduction: Reduction,
-    reference: Tensor | None,
-    kl: Tensor | None,
-    unconditional: Tensor | None,
-    guidance_scale: Tensor | None,
-) -> PolicyLoss:
+def policy_loss(inputs: LossInputs) -> PolicyLoss:
     """Triton version of :func:`pcpo_kernels.policy_loss`."""
-    z = following = seed = offset = a = b = std = None
+    noise = inputs.noise
     if isinstance(noise, NoiseKey):
-        seed, offset = noise
+        given: dict[str, Any] = {"seed": noise.seed, "offset": noise.offset}
     elif isinstance(noise, Endpoints):
-        z, following, a, b, std = noise
+        given = {"noise": noise.latents, "next_latents": noise.next_latents}
+        given |= {"a": noise.a, "b": noise.b, "std": noise.std}
     else:
-        z = noise
+        given = {"noise": noise}
+    for name in ("reference", "unconditional", "guidance_scale"):
+        given[name] = getattr(inputs, name)
     loss, clipped, statistics = torch.ops.pcpo_kernels.policy_loss(
-        output, old_output, z, following, reference, unconditional, seed, offset, a, b, std, guidance_scale,
-        linear, quadratic, scale, advantage, kl, float(clip_range), objective == "hinge", reduction == "mean",
-    )  # fmt: skip
+        *Operands(inputs.output, inputs.old_output, **given),
+        *Columns(inputs.linear, inputs.quadratic, inputs.scale, inputs.advantage, inputs.kl),
+        *Settings(float(inputs.clip_range), inputs.objective == "hinge", inputs.reduction == "mean"),
+    )
     log_ratio, taylor_error, divergence = statistics.unbind(0)[:3]
-    return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if reference is None else divergence)
+    return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if inputs.reference is None else divergence)

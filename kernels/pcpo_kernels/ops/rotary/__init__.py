@@ -4,6 +4,7 @@ from torch import Tensor
 
 from pcpo_kernels.checks import check_device, check_float, check_tensor
 from pcpo_kernels.dispatch import backend_for
+from pcpo_kernels.ops.rotary.inputs import Heads
 
 LARGEST_HEADS = 1 << 14
 
@@ -75,10 +76,8 @@ def norm_rope(
             check_device(name, tensor, x)
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    given = [tensor for tensor in (x, weight, cos, sin, second_weight) if tensor is not None]
-    if all(backend_for(tensor) == "triton" for tensor in given):
-        from pcpo_kernels.ops.rotary import triton as backend
+    if backend_for(x, weight, cos, sin, second_weight) == "triton":
+        from pcpo_kernels.ops.rotary.triton import norm_rope as backend
     else:
-        from pcpo_kernels.ops.adaptive_norm import reference as backend  # type: ignore[no-redef]
-    result: Tensor = backend.norm_rope(x, weight, cos, sin, second, second_weight, float(eps))
-    return result
+        from pcpo_kernels.ops.rotary.reference import norm_rope as backend
+    return backend(Heads(x, weight, cos, sin, second, second_weight, float(eps)))

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import on_device, register
-from pcpo_kernels.sums import channels_contiguous, token_sums, tokens_per_program
+from pcpo_kernels.launch import channels_contiguous, on_device, parameters, register, tokens_per_program
+from pcpo_kernels.ops.rotary.inputs import Heads
+from pcpo_kernels.sums import token_sums
 
 
 @triton.jit
@@ -135,29 +136,20 @@ def _row(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _parts(
-    x: Tensor, weight: Tensor | None, second: Tensor | None, second_weight: Tensor | None
-) -> list[tuple[Tensor, Tensor | None, int]]:
-    """Each sequence that has elements, its weight and its first place in the result."""
-    parts = [(channels_contiguous(x), _row(weight), 0)]
-    if second is not None:
-        parts.append((channels_contiguous(second), _row(second_weight), x.shape[1]))
+def _parts(heads: Heads) -> list[tuple[Tensor, Tensor | None, int]]:
+    """Each sequence, its weight and its first place in the result."""
+    parts = [(channels_contiguous(heads.x), _row(heads.weight), 0)]
+    if heads.second is not None:
+        parts.append((channels_contiguous(heads.second), _row(heads.second_weight), heads.x.shape[1]))
     return parts
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    second: Tensor | None,
-    second_weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    result = _forward_fake(x, weight, cos, sin, second, second_weight, eps)
-    cos, sin = _row(cos), _row(sin)
-    with on_device(x):
-        for part, factor, first in _parts(x, weight, second, second_weight):
+def _forward(*arguments: Any) -> Tensor:
+    given = Heads(*arguments)
+    result = _forward_fake(*given)
+    cos, sin = _row(given.cos), _row(given.sin)
+    with on_device(result):
+        for part, factor, first in _parts(given):
             images, tokens, heads, size = part.shape
             if part.numel() > 0:
                 norm_rope_forward_kernel[(images * tokens,)](
@@ -172,38 +164,29 @@ def _forward(
                     size,
                     first,
                     result.stride(0),
-                    EPS=eps,
+                    EPS=given.eps,
                     **tile_options(heads, size),
                 )
     return result
 
 
-def _forward_fake(x: Tensor, weight: Any, cos: Any, sin: Any, second: Tensor | None, *_: Any) -> Tensor:
-    tokens = x.shape[1] + (0 if second is None else second.shape[1])
-    return torch.empty((x.shape[0], tokens, *x.shape[2:]), dtype=x.dtype, device=x.device)
+def _forward_fake(*arguments: Any) -> Tensor:
+    given = Heads(*arguments)
+    images, tokens, *head = given.x.shape
+    tokens += 0 if given.second is None else given.second.shape[1]
+    return torch.empty((images, tokens, *head), dtype=given.x.dtype, device=given.x.device)
 
 
 def _backward(
-    incoming: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    second: Tensor | None,
-    second_weight: Tensor | None,
-    eps: float,
-    for_x: bool,
-    for_weight: bool,
-    for_second: bool,
-    for_second_weight: bool,
+    incoming: Tensor, for_x: bool, for_weight: bool, for_second: bool, for_second_weight: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = (for_x, for_weight, for_second, for_second_weight)
-    results = list(_backward_fake(incoming, x, weight, cos, sin, second, second_weight, eps, *wanted))
-    incoming, cos, sin = channels_contiguous(incoming), _row(cos), _row(sin)
-    with on_device(x):
-        for i, (part, factor, first) in enumerate(_parts(x, weight, second, second_weight)):
+    given, wanted = Heads(*arguments), ((for_x, for_weight), (for_second, for_second_weight))
+    results = list(_backward_fake(incoming, for_x, for_weight, for_second, for_second_weight, *arguments))
+    incoming, cos, sin = channels_contiguous(incoming), _row(given.cos), _row(given.sin)
+    with on_device(incoming):
+        for i, (part, factor, first) in enumerate(_parts(given)):
             images, tokens, heads, size = part.shape
-            for_part, for_factor = wanted[2 * i : 2 * i + 2]
+            for_part, for_factor = wanted[i]
             if not (for_part or for_factor):
                 continue
             if part.numel() == 0:
@@ -214,7 +197,7 @@ def _backward(
             chunks = triton.cdiv(tokens, taken)
             partials = None
             if for_factor:
-                partials = torch.empty((images * chunks, size), dtype=torch.float32, device=x.device)
+                partials = torch.empty((images * chunks, size), dtype=torch.float32, device=part.device)
             norm_rope_backward_kernel[(images * chunks,)](
                 incoming,
                 part,
@@ -230,7 +213,7 @@ def _backward(
                 size,
                 first,
                 chunks,
-                EPS=eps,
+                EPS=given.eps,
                 TOKENS=taken,
                 **tile_options(heads, size),
             )
@@ -240,25 +223,21 @@ def _backward(
 
 
 def _backward_fake(
-    incoming: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    second: Tensor | None,
-    second_weight: Tensor | None,
-    eps: float,
-    *wanted: bool,
+    incoming: Tensor, for_x: bool, for_weight: bool, for_second: bool, for_second_weight: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Heads(*arguments)
+
     def gradient(tensor: Tensor | None, want: bool) -> Tensor:
         if tensor is None or not want:
-            return x.new_empty((0,))
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device)
+            return given.x.new_empty((0,))
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=given.x.device)
 
-    first, factor, other, other_factor = (
-        gradient(tensor, want) for tensor, want in zip((x, weight, second, second_weight), wanted, strict=True)
+    return (
+        gradient(given.x, for_x),
+        gradient(given.weight, for_weight),
+        gradient(given.second, for_second),
+        gradient(given.second_weight, for_second_weight),
     )
-    return first, factor, other, other_factor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -267,36 +246,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd_backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    for_x, for_weight, _, _, for_second, for_second_weight, _ = ctx.needs_input_grad
-    wanted = (for_x, for_weight, for_second, for_second_weight)
-    gradients = torch.ops.pcpo_kernels.norm_rope_backward(incoming, *ctx.saved_tensors, ctx.eps, *wanted)
+    wanted = Heads(*ctx.needs_input_grad)
+    flags = wanted.x, wanted.weight, wanted.second, wanted.second_weight
+    gradients = torch.ops.pcpo_kernels.norm_rope_backward(incoming, *flags, *ctx.saved_tensors, ctx.eps)
     x, weight, second, second_weight = (
-        gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
+        gradient if flag else None for gradient, flag in zip(gradients, flags, strict=True)
     )
     return x, weight, None, None, second, second_weight, None
 
 
-_INPUTS = "Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor? second, Tensor? second_weight, float eps"
-register("norm_rope", f"({_INPUTS}) -> Tensor", _forward, _forward_fake)
+register("norm_rope", f"({parameters(Heads)}) -> Tensor", _forward, _forward_fake)
 register(
     "norm_rope_backward",
-    f"(Tensor incoming, {_INPUTS}, bool for_x, bool for_weight, bool for_second, bool for_second_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor incoming, bool for_x, bool for_weight, bool for_second, bool for_second_weight, "
+    f"{parameters(Heads)}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 torch.library.register_autograd("pcpo_kernels::norm_rope", _autograd_backward, setup_context=_setup_context)
 
 
-def norm_rope(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    second: Tensor | None,
-    second_weight: Tensor | None,
-    eps: float,
-) -> Tensor:
+def norm_rope(heads: Heads) -> Tensor:
     """Triton version of :func:`pcpo_kernels.norm_rope`."""
-    result: Tensor = torch.ops.pcpo_kernels.norm_rope(x, weight, cos, sin, second, second_weight, eps)
+    result: Tensor = torch.ops.pcpo_kernels.norm_rope(*heads)
     return result

@@ -44,9 +44,8 @@ def sample_step(
     elif noise is not None:
         check_like("noise", noise, latents)
     check_choice("reduction", reduction, ("mean", "sum"))
-    # float64 in either tensor goes to the reference, which computes in the wider of the two.
-    if backend_for(latents) == backend_for(output) == "triton":
-        from pcpo_kernels.ops.sample_step import triton as backend
+    if backend_for(latents, output) == "triton":
+        from pcpo_kernels.ops.sample_step.triton import sample_step as backend
     else:
-        from pcpo_kernels.ops.policy_loss import reference as backend  # type: ignore[no-redef]
-    return backend.sample_step(latents, output, a, b, std, noise, reduction=reduction)
+        from pcpo_kernels.ops.sample_step.reference import sample_step as backend
+    return backend(latents, output, a, b, std, noise, reduction)

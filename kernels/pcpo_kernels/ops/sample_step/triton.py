@@ -10,25 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import (
-    arrival_counters,
-    on_device,
-    plan_for,
-    register,
-    rows_contiguous,
-)
+from pcpo_kernels.launch import arrival_counters, on_device, plan_for, register, rows_contiguous
 from pcpo_kernels.ops.noise.triton import stream_normals
-from pcpo_kernels.triton_reduce import ordered_sum
+from pcpo_kernels.sums import ordered_sum
 from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
 
 HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2 * math.pi))
-
-
 ROW_POINTERS = ["seed", "offset", "a", "b", "std", "log_prob", "partial_sums", "counters"]
 
 
 @triton.jit(
-    do_not_specialize=["rows", "chunks", "a_stride", "b_stride", "std_stride"],
+    do_not_specialize=["a_stride", "b_stride", "std_stride", "rows", "chunks", "mean"],
     do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def sample_step_kernel(
@@ -53,7 +45,7 @@ def sample_step_kernel(
     rows,
     elements,
     chunks,
-    MEAN: tl.constexpr,
+    mean,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
     FINISH: tl.constexpr,
@@ -61,6 +53,7 @@ def sample_step_kernel(
     """Write a piece of a row; whoever of the row comes last adds the squares of its noise in a fixed order.
 
     Without ``noise`` and ``seed`` the step is taken without noise. Row vectors may have stride 0 (one step for all).
+    ``mean`` is 0 or 1.
     """
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -98,9 +91,8 @@ def sample_step_kernel(
             tl.store(counters + row, 0)
             total = ordered_sum(partial_sums + row * chunks, chunks, FINISH)
             count = tl.cast(elements, tl.float32)
-            if MEAN:
-                total = total / tl.maximum(count, 1.0)
-                count = 1.0
+            total = tl.where(mean != 0, total / tl.maximum(count, 1.0), total)
+            count = tl.where(mean != 0, 1.0, count)
             density = -0.5 * total - count * (tl.log(tl.where(row_std > 0.0, row_std, 1.0)) + HALF_LOG_2PI)
             tl.store(log_prob + row, tl.where(row_std > 0.0, density, 0.0))
 
@@ -145,7 +137,7 @@ def _step(
             rows,
             elements,
             chunks,
-            MEAN=mean,
+            int(mean),
             FINISH=128,
             **plan.options,
         )
@@ -174,7 +166,6 @@ def sample_step(
     b: Tensor,
     std: Tensor,
     noise: Tensor | NoiseKey | None,
-    *,
     reduction: Reduction,
 ) -> SampledStep:
     """Triton version of :func:`pcpo_kernels.sample_step`."""

@@ -1,0 +1,16 @@
+"""The arguments of the three public functions as one tuple, as both backends take them."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """Tokens [B, S, C] and modulation [B, C]: a gated residual where there is a branch, a norm where a shift."""
+
+    source: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    eps: float = 0.0
