@@ -158,8 +158,29 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     end = _End()
     # What is registered first runs last: after what libraries have to finish.
     atexit.register(end.leave_threads)
-    end.code = main(argv)
+    try:
+        end.code = main(argv)
+    except Exception as error:
+        print(f"error: {_last_resort(error)}", file=sys.stderr)
     sys.exit(end.code)
+
+
+def _last_resort(error: Exception) -> str:
+    """One sentence on a fault of the program's own, whose traceback goes into a file."""
+    import tempfile
+    import traceback
+
+    summary = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if "RANK" in os.environ:
+        summary = f"rank {os.environ['RANK']}: {summary}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="pcpo-fast-", suffix=".txt", delete=False) as file:
+            file.write(f"pcpo-fast {__version__}, Python {sys.version}\n{sys.argv}\n\n")
+            traceback.print_exception(error, file=file)
+    except OSError:
+        traceback.print_exception(error)
+        return summary
+    return f"{summary} (a fault of pcpo-fast, not of yours: the traceback is in {file.name}; please report it)"
 
 
 class _End:

@@ -33,7 +33,8 @@ def export_run(
         epoch: which checkpoint, the newest if None.
         pipeline: write a whole pipeline folder with the weights in place (LoRA is merged).
         names: of LoRA's layers; see :func:`pcpo_fast.policies.lora_files.write_lora`.
-        dtype: PyTorch's name; None is bfloat16 for LoRA, and otherwise what the run has.
+        dtype: PyTorch's name; None is bfloat16 for LoRA, but what the run has for its own ``export``, which sampling
+            reads, and for a full fine-tune.
 
     Returns:
         ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA", "transformer" or "unet".
@@ -60,6 +61,8 @@ def export_run(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
+        if dtype is None and output is not None and config.model.finetune == "lora" and not pipeline:
+            dtype = "bfloat16"
         _write(config, checkpoint / WEIGHTS, temporary, pipeline, names, dtype)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -86,7 +89,7 @@ def _write(
     if pipeline:
         save_pipeline(config.model, weights, target, given)
     elif config.model.finetune == "lora":
-        save_lora(config, weights, target, names, given or torch.bfloat16)
+        save_lora(config, weights, target, names, given)
     else:
         save_network(weights, target, given)
     for file in target.rglob("*"):

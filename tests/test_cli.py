@@ -1,5 +1,6 @@
 """The command line: help, mistakes in the command itself, and ``credit``."""
 
+import atexit
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -22,7 +24,7 @@ from cli_runs import (
 from PIL import Image
 
 from pcpo_fast import __version__
-from pcpo_fast.cli import COMMANDS, build_parser, parse
+from pcpo_fast.cli import COMMANDS, build_parser, parse, program
 from pcpo_fast.commands import report
 from pcpo_fast.config_loading import load_config
 from pcpo_fast.prompts import epoch_prompts
@@ -158,6 +160,30 @@ def test_a_thread_that_cannot_write_is_one_line_and_a_fault_has_its_traceback(
     assert call(capsys, "report", "x").err == "warning: [Errno 28] No space left on device: 'events'\n"
     error = call(capsys, "report", "x").err
     assert "Traceback" in error and error.endswith("KeyError: 'fault'\n")
+
+
+def test_a_fault_of_the_program_is_a_sentence_that_names_its_traceback(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(arguments: Any) -> int:
+        return int({}["no\nsuch"])
+
+    monkeypatch.setattr(report, "run", run)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    with pytest.raises(SystemExit) as left:
+        program(["report", "x"])
+    error = capsys.readouterr().err
+    [file] = tmp_path.iterdir()
+    assert left.value.code == 1 and error.count("\n") == 1
+    assert error.startswith("error: KeyError: 'no\\nsuch' ") and str(file) in error
+    assert "Traceback" in file.read_text() and __version__ in file.read_text()
+
+    file.unlink()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # nowhere to write: better told than lost
+    with pytest.raises(SystemExit):
+        program(["report", "x"])
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_error() -> None:

@@ -19,6 +19,7 @@ from tiny_pipeline import PROMPTS
 
 from pcpo_fast import __version__
 from pcpo_fast.config_loading import load_config
+from pcpo_fast.manifest import write_manifest
 from pcpo_fast.policies.loading import load_policy
 from pcpo_fast.sampling import generate
 
@@ -188,6 +189,17 @@ def test_an_exported_lora_starts_the_same_images(
     torch.testing.assert_close(made, lora.images, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
+def test_a_runs_own_export_keeps_the_precision_that_sampling_reads(lora: Run, tmp_path: Path, capsys: Capture) -> None:
+    from safetensors.torch import load_file
+
+    run = tmp_path / "run"
+    shutil.copytree(lora.folder, run)
+    [before] = map(load_file, (run / "export").glob("*.safetensors"))
+    assert call(capsys, "export", run).code == 0
+    [after] = map(load_file, (run / "export").glob("*.safetensors"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_a_lora_that_an_older_version_wrote_keeps_its_strength(lora: Run, tmp_path: Path, capsys: Capture) -> None:
     """There the scale stood in diffusers' metadata alone."""
     from safetensors.torch import load_file, save_file
@@ -199,7 +211,7 @@ def test_a_lora_that_an_older_version_wrote_keeps_its_strength(lora: Run, tmp_pa
     old = {key: value / 3 if "lora_B" in key else value for key, value in load_file(weights).items()}
     packed = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 6.0})
     save_file(old, weights, {"format": "pt", "lora_adapter_metadata": packed})
-    (run / "checkpoints" / "epoch_000002" / "manifest.json").unlink()
+    write_manifest(run / "checkpoints" / "epoch_000002")
     for names in ("diffusers", "kohya"):
         target = tmp_path / names
         answer = call(capsys, "export", run, "--output", target, "--format", names, "--dtype", "float32")

@@ -36,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of the weights (default: bfloat16 for LoRA, else the run's own)",
+        help="of the weights (default: bfloat16 for LoRA with --output, else the run's own)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)

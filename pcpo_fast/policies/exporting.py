@@ -19,7 +19,9 @@ from pcpo_fast.policies.pipeline_policy import DTYPES
 from pcpo_fast.policies.quiet import quiet_libraries
 
 
-def save_lora(config: Config, weights: Path, target: Path, names: Format | None, dtype: torch.dtype) -> None:
+def save_lora(
+    config: Config, weights: Path, target: Path, names: Format | None, dtype: torch.dtype | None = None
+) -> None:
     """Write a LoRA file for other programs into a folder.
 
     Args:
@@ -27,7 +29,7 @@ def save_lora(config: Config, weights: Path, target: Path, names: Format | None,
         weights: what the policy's ``save_weights`` wrote, in this version or an older one.
         target: the folder, which is made.
         names: as :func:`pcpo_fast.policies.lora_files.write_lora`.
-        dtype: of the weights.
+        dtype: of the weights; None: float32.
 
     Raises:
         UserError: the weights cannot be read or do not fit ``dtype``, or, where an older version wrote them and
