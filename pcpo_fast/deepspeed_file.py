@@ -157,7 +157,9 @@ def read_deepspeed_file(path: Path, models: Mapping[str, type[BaseModel]]) -> di
         found = settings.get("zero_optimization", {}).get(section) or {}
         if name in found:
             found[name] = os.path.expanduser(found[name])
-    return settings
+    # DeepSpeed pickles its configuration into every checkpoint, and those are read without classes of ours.
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
 
 
 def check_machine(settings: Mapping[str, Any], file: str | None, asynchronous_io: Callable[[], bool]) -> None:

@@ -243,6 +243,8 @@ def test_settings_of_the_file_reach_deepspeed(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "steps_per_print": 7}))
     settings = deepspeed_config(config_of(f"deepspeed={file}", "optimizer.max_grad_norm=0.3"), 5)
+    types = {type(value) for section in (settings, settings["zero_optimization"]) for value in section.values()}
+    assert type(settings) is dict and types <= {dict, str, bool, int, float}  # they are pickled into checkpoints
     assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert settings["steps_per_print"] == 7 and settings["gradient_clipping"] == 0.3
     assert settings["gradient_accumulation_steps"] == 5 and settings["train_micro_batch_size_per_gpu"] == 3
