@@ -38,10 +38,8 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
     for name in (name for name in dict.fromkeys((*NAMES, *NUMBERS)) if name in environment):
         if not environment[name].strip():
             raise UserError(f"the environment variable {name} is set and empty: {HOW}, or unset it")
-        if name in NUMBERS and not re.fullmatch(r"\s*[0-9]{1,9}\s*", environment[name]):
-            raise UserError(
-                f"the environment variable {name} must be a whole number of at least 0, got {environment[name]!r}"
-            )
+        if name in NUMBERS:
+            _check_number(name, environment[name])
     if "RANK" not in environment:
         found = _of_slurm(environment) or _of_open_mpi(environment)
         for name, value in found.items():
@@ -66,6 +64,11 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
     return int(environment["WORLD_SIZE"])
 
 
+def _check_number(name: str, text: str) -> None:
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
+        raise UserError(f"the environment variable {name} must be a whole number of at least 0, got {text!r}")
+
+
 def _check(environment: Mapping[str, str]) -> None:
     values = {name: int(environment[name]) for name in NUMBERS if name in environment}
     rank, size, local = values["RANK"], values["WORLD_SIZE"], values.get("LOCAL_RANK", 0)
@@ -86,6 +89,11 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     if "SLURM_PROCID" not in environment:
         return {}
     if size == "1":
+        if environment["SLURM_PROCID"].strip() not in ("", "0"):
+            raise UserError(
+                f"Slurm's variables contradict each other: SLURM_PROCID is {environment['SLURM_PROCID']}, and there is "
+                f"one task: {HOW}"
+            )
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     missing = [name for name in SLURM_NAMES if not environment.get(name, "").strip()]
     if missing:
@@ -94,6 +102,9 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
             f"not set, as within srun): {HOW}; for a single process ask for --ntasks=1, with --cpus-per-task for its "
             "cores"
         )
+    for name in ("SLURM_PROCID", "SLURM_LOCALID"):
+        _check_number(name, environment[name])
+    _check_number("SLURM_STEP_NUM_TASKS", size)
     job, step = (int("0" + re.sub("[^0-9]", "", environment[name])) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     first = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])[0]
     return {
@@ -127,6 +138,7 @@ def _of_open_mpi(environment: Mapping[str, str]) -> dict[str, str]:
     size = environment.get("OMPI_COMM_WORLD_SIZE")
     if size is None:
         return {}
+    _check_number("OMPI_COMM_WORLD_SIZE", size)
     parts = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
     found = {name: environment.get(f"OMPI_COMM_WORLD_{part}", "") for name, part in parts.items()}
     for name, value in found.items():

@@ -153,6 +153,13 @@ def test_the_environment_says_which_process_this_is(environment: dict[str, str],
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT must be 1 to 65535, got 70000"),
         (SRUN | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and the job says 5: unset WORLD_SIZE"),
         (ONE_TASK | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and the job says 1"),
+        *(
+            (SRUN | {name: text}, f"{name} must be a whole number of at least 0, got '{text}'")
+            for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+            for text in ("x", "-1")
+        ),
+        (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE must be a whole number"),
+        (ONE_TASK | {"SLURM_PROCID": "1"}, "contradict each other: SLURM_PROCID is 1, and there is one task"),
         (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID is 3, and SLURM_STEP_TASKS_PER_NODE .* names 3 nodes"),
         (SRUN | {"SLURM_LOCALID": "2"}, "contradict each other"),
         (SRUN | {"SLURM_LOCALID": ""}, "Slurm was asked for 5 tasks, .* .SLURM_LOCALID not set, as within srun"),

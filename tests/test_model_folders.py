@@ -1,6 +1,7 @@
 """Folders of pipelines that are not whole: one sentence with part, file and weight, before anything is loaded."""
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable
@@ -186,6 +187,17 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "own code": (
         settings_of("", "model_index.json", _class_name=["pipeline", "Mine"]),
         ("code of its own (pipeline.Mi",),
+    ),
+    **{
+        f"a scale that is {value!r}": (
+            settings_of("vae", scaling_factor=value),
+            ("vae/config.json: scaling_factor must be a number above 0, got",),
+        )
+        for value in (None, "0.18", 0, math.nan)
+    },
+    "a shift that is no number": (
+        settings_of("vae", shift_factor="0.1"),
+        ("vae/config.json: shift_factor must be a number, got '0.1'",),
     ),
     "four bits": (
         settings_of("transformer", quantization_config=QUANTISED),

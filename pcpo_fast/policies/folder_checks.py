@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 from pcpo_fast.config import ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.locating import part_classes
-from pcpo_fast.policies.part_checks import check_model, check_scheduler, check_single_file, check_tokenizer
+from pcpo_fast.policies.part_checks import (
+    check_latent_scale,
+    check_model,
+    check_scheduler,
+    check_single_file,
+    check_tokenizer,
+)
 from pcpo_fast.policies.weight_files import STEMS, variants
 from pcpo_fast.schedules import FlowSchedule
 
@@ -48,6 +54,8 @@ def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelCo
             check_single_file(file, part, kind, key)
         else:
             check_model(part, kind, settings.variant)
+            if name == "vae":
+                check_latent_scale(part)
     _passed.add(seen)
 
 

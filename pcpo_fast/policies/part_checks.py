@@ -6,6 +6,7 @@ files' headers in the place of the weights.
 """
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,24 @@ def check_config(part: Path, kind: Any, key: str = "model.path") -> dict[str, An
     if found not in (None, kind.__name__):
         raise UserError(f"{key}: {file} is of a {found}; {part.name} must be a {kind.__name__}")
     return config
+
+
+def check_latent_scale(part: Path) -> None:
+    """Whether the VAE's configuration says by numbers how its latents are scaled and shifted, where it says so.
+
+    Raises:
+        UserError: naming file and key.
+    """
+    file = part / "config.json"
+    config = read_json(file)
+    for name, default in (("scaling_factor", 1.0), ("shift_factor", None)):
+        value = config.get(name, default)
+        if value is None and default is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (name == "scaling_factor" and not value > 0):
+            positive = " above 0" if name == "scaling_factor" else ""
+            raise UserError(f"model.path: {file}: {name} must be a number{positive}, got {value!r}")
 
 
 def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
