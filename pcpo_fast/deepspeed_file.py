@@ -59,6 +59,11 @@ _PLAIN: dict[str, type | tuple[type, ...]] = {
     "disable_python_gc": bool,
     "log_level": str,
 }
+_CHOICES = {
+    "log_level": ("debug", "info", "warning", "error", "critical"),
+    "checkpoint.tag_validation": ("ignore", "warn", "fail"),
+}
+"""Texts, in any case, of which DeepSpeed takes these alone."""
 _SECTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "aio": {
         "block_size": int,
@@ -255,6 +260,12 @@ def _problems(settings: dict[str, Any], models: Mapping[str, type[BaseModel]]) -
     zero = settings.get("zero_optimization")
     if isinstance(zero, dict):
         yield from _zero_problems(zero)
+    if settings.get("gradient_predivide_factor", 1) == 0:
+        yield "gradient_predivide_factor must not be 0, since gradients are divided by it"
+    for key, allowed in _CHOICES.items():
+        value = _at(settings, key)
+        if isinstance(value, str) and value.lower() not in allowed:
+            yield f"{key} must be one of {', '.join(allowed)}, got {_shown(value)}"
     for key, reason in _REFUSED.items():
         value = _at(settings, key)
         if value is not None and value is not (key == "checkpoint.checkpoint_serialization"):

@@ -279,6 +279,9 @@ def write(folder: Path, content: str | bytes | None) -> Path:
         ('{"zero_optimization": true}', "zero_optimization: must be an object, got true"),
         # unknown keys, and those given twice
         ('{"zero_optimisation": {"stage": 3}}', "unknown key zero_optimisation, did you mean zero_optimization"),
+        ('{"log_level": "loud"}', "log_level must be one of debug, info, .*, got .loud"),
+        ('{"checkpoint": {"tag_validation": "x"}}', "checkpoint.tag_validation must be one of ignore, warn, fail"),
+        ('{"gradient_predivide_factor": 0}', "gradient_predivide_factor must not be 0"),
         ('{"gradient_clip": 0.5}', "unknown key gradient_clip, did you mean gradient_clipping"),
         (
             '{"zero_optimization": {"stage": 2, "overlap_com": true}}',

@@ -207,6 +207,10 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         edited(lambda state: {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}, "transformer"),
         (f"{NETWORK} is quantised: ", "is stored as F8_E4M3"),
     ),
+    "whole numbers": (
+        edited(lambda state: {name: value.to(torch.int64) for name, value in state.items()}),
+        (f"{ENCODER}: ", "is stored as I64, and weights are floating-point numbers"),
+    ),
     "GGUF": (renamed("transformer", "flux.gguf"), ("transformer holds no", "but flux.gguf; quantised weights cannot")),
     "no vocabulary": (
         lambda folder: (folder / "tokenizer_2/tokenizer.json").unlink(),
@@ -224,6 +228,14 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no length": (
         settings_of("tokenizer", "tokenizer_config.json", model_max_length=1000),
         ("tokenizer_config.json must say a model_max_length of at most 40",),
+    ),
+    "a length that is no number": (
+        settings_of("tokenizer", "tokenizer_config.json", model_max_length="40"),
+        ("tokenizer_config.json must say a model_max_length of at most 40",),
+    ),
+    "a class that is no name": (
+        settings_of("", "model_index.json", _class_name={"a": 1}),
+        ("is a {'a': 1}; allowed are FluxPipeline",),
     ),
     "no scheduler": (
         lambda folder: (folder / "scheduler/scheduler_config.json").unlink(),

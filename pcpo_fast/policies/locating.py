@@ -49,9 +49,9 @@ def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.pa
             f"{key}: {folder} is a pipeline with code of its own ({'.'.join(map(str, found))} in model_index.json), "
             f"which is not run; allowed are {', '.join(known)}"
         )
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise UserError(f"{key}: {folder} is a {found}; allowed are {', '.join(known)}")
-    return str(found)
+    return found
 
 
 def check_hub_id(path: str) -> None:

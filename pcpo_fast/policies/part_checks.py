@@ -25,6 +25,7 @@ from pcpo_fast.policies.weight_files import (
     find_weights,
     read_headers,
     read_json,
+    refuse_integers,
     refuse_quantised,
 )
 
@@ -78,6 +79,7 @@ def check_model(part: Path, kind: Any, variant: str | None) -> None:
     weights = find_weights(part, library, variant)
     stored = read_headers(weights.files)
     refuse_quantised(stored)
+    refuse_integers(stored)
     if library == "transformers":
         difference = _of_transformers(kind, part, stored)
     else:
@@ -214,7 +216,8 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
             f"model.path: {where} has tokens up to number {largest}, and {encoder.name}/config.json has embeddings for "
             f"{room} (vocab_size): the two are of different models"
         )
-    if isinstance(positions, int) and tokenizer.model_max_length > positions:
+    length = tokenizer.model_max_length
+    if isinstance(positions, int) and not (isinstance(length, int | float) and length <= positions):
         raise UserError(
             f"model.path: {part / 'tokenizer_config.json'} must say a model_max_length of at most {positions}, the "
             f"positions that {encoder.name} has (max_position_embeddings)"

@@ -143,6 +143,25 @@ def refuse_quantised(stored: dict[str, Stored], key: str = "model.path") -> None
         )
 
 
+def refuse_integers(stored: dict[str, Stored]) -> None:
+    """Refuse weights that are no floating-point numbers, which the libraries would turn into some.
+
+    Raises:
+        UserError: naming the first.
+    """
+    others = [
+        name
+        for name, one in stored.items()
+        if not re.fullmatch(r"B?F\d+", one.dtype) and not name.endswith("position_ids")  # old text encoders have these
+    ]
+    if others:
+        one = stored[others[0]]
+        raise UserError(
+            f"model.path: {one.file}: {others[0]}{and_more(others)} is stored as {one.dtype}, and weights are "
+            "floating-point numbers"
+        )
+
+
 def and_more(names: Sequence[str]) -> str:
     """How many names besides the first there are, for the middle of a sentence."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
