@@ -537,3 +537,6 @@ def test_zero_terminal_snr_is_the_schedulers_own_step_for_v(sd_v_folder: Path, t
     settings_of("scheduler", "scheduler_config.json", prediction_type="epsilon")(folder)
     with pytest.raises(UserError, match=r"rescale_betas_zero_snr, .*prediction_type epsilon.* set prediction_type"):
         load_policy(config, CPU).schedule(4)
+    settings_of("scheduler", "scheduler_config.json", timestep_spacing="wide")(folder)
+    with pytest.raises(UserError, match="scheduler/scheduler_config.json: ValueError: wide is not supported"):
+        load_policy(config, CPU).schedule(4)

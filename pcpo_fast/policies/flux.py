@@ -9,6 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from pcpo_fast.policies.base import Conditioning
+from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.schedules import FlowSchedule, Schedule
 
@@ -112,12 +113,13 @@ class FluxPolicy(PipelinePolicy):
         """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         get = scheduler.config.get
-        mu = calculate_shift(
-            self.rows * self.columns,
-            get("base_image_seq_len", 256),
-            get("max_image_seq_len", 4096),
-            get("base_shift", 0.5),
-            get("max_shift", 1.15),
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        with about("scheduler/scheduler_config.json"):
+            mu = calculate_shift(
+                self.rows * self.columns,
+                get("base_image_seq_len", 256),
+                get("max_image_seq_len", 4096),
+                get("base_shift", 0.5),
+                get("max_shift", 1.15),
+            )
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         return FlowSchedule(scheduler.sigmas.double())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.base import Conditioning
+from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.schedules import DiffusionSchedule, Schedule
@@ -80,7 +81,8 @@ class StableDiffusionPolicy(PipelinePolicy):
         count = scheduler.config["num_train_timesteps"]
         if steps >= count:
             raise UserError(f"sampler.steps: {steps} do not fit the {count} steps that the model was trained on")
-        scheduler.set_timesteps(steps)
+        with about("scheduler/scheduler_config.json"):
+            scheduler.set_timesteps(steps)
         alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu()
         if prediction == "epsilon" and float(alphas[timesteps[0]]) == 0:
             raise UserError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.locating import pipeline_parts
+from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.schedules import FlowSchedule, Schedule
 
@@ -110,13 +111,14 @@ class StableDiffusion3Policy(PipelinePolicy):
         """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         get, mu = scheduler.config.get, None
-        if get("use_dynamic_shifting"):
-            mu = calculate_shift(
-                self.rows * self.columns,
-                get("base_image_seq_len", 256),
-                get("max_image_seq_len", 4096),
-                get("base_shift", 0.5),
-                get("max_shift", 1.16),
-            )
-        scheduler.set_timesteps(steps, mu=mu)
+        with about("scheduler/scheduler_config.json"):
+            if get("use_dynamic_shifting"):
+                mu = calculate_shift(
+                    self.rows * self.columns,
+                    get("base_image_seq_len", 256),
+                    get("max_image_seq_len", 4096),
+                    get("base_shift", 0.5),
+                    get("max_shift", 1.16),
+                )
+            scheduler.set_timesteps(steps, mu=mu)
         return FlowSchedule(scheduler.sigmas.double())
