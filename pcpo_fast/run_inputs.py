@@ -91,7 +91,8 @@ def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> d
         UserError: the model is not there, or a file cannot be read.
     """
     model = config.model.model_dump()
-    files = {"model.path": model_files(config.model)}
+    single = {f"model.{name}" for name in SINGLE_FILES}  # these stand on their own below
+    files = {"model.path": {name: file for name, file in model_files(config.model).items() if name not in single}}
     paths = {"model.path": config.model.path}
     for key, path in (("lora.init", config.model.lora.init), *((name, model.get(name)) for name in SINGLE_FILES)):
         if path is not None and (place := Path(path).expanduser()).exists():

@@ -6,7 +6,8 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.policies import part_checks
 from pcpo_fast.policies.folder_checks import check_folder
 from pcpo_fast.policies.loading import check_base_model, find_family, load_policy
+from pcpo_fast.policies.lora_files import describe_run
 from pcpo_fast.policies.weight_files import variants
+from pcpo_fast.run_inputs import read_contents
 
 CPU = torch.device("cpu")
 Q = "encoder.block.0.layer.0.SelfAttention.q.weight"
@@ -425,6 +428,11 @@ def test_a_published_checkpoint_takes_the_place_of_the_unet(sd_folder: Path, tmp
     config = tiny_config(folder, *SD_RUN, f"model.unet={tmp_path / 'model.safetensors'}")
     loaded = load_policy(config, CPU).module.state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], value) for name, value in state.items())
+    inputs = SimpleNamespace(prompts=[], heldout=[], rewards=SimpleNamespace(sources={}))
+    read = read_contents(config, cast(Any, inputs))
+    assert read["model.unet"]["files"].keys() == {"model.safetensors"}
+    assert "model.unet" not in read["model.path"]["files"]  # a change is named where it is, and once
+    assert describe_run(config)["base_model"] == "sd with model.safetensors"
     save_file({name: value for name, value in single.items() if "output_blocks.3.0" not in name}, tmp_path / "cut.sft")
     message = refusal(folder, f"model.unet={tmp_path / 'cut.sft'}")
     assert message.startswith(f"model.unet: {tmp_path / 'cut.sft'} ") and "up_blocks.1.resnets.1" in message
@@ -538,5 +546,5 @@ def test_zero_terminal_snr_is_the_schedulers_own_step_for_v(sd_v_folder: Path, t
     with pytest.raises(UserError, match=r"rescale_betas_zero_snr, .*prediction_type epsilon.* set prediction_type"):
         load_policy(config, CPU).schedule(4)
     settings_of("scheduler", "scheduler_config.json", timestep_spacing="wide")(folder)
-    with pytest.raises(UserError, match="scheduler/scheduler_config.json: ValueError: wide is not supported"):
+    with pytest.raises(UserError, match=r"scheduler/scheduler_config\.json: ValueError: wide is not supported"):
         load_policy(config, CPU).schedule(4)

@@ -290,8 +290,10 @@ def describe_run(config: Config) -> dict[str, str]:
     path = Path(config.model.path)
     model = path.name if path.is_absolute() or path.exists() else config.model.path  # nobody's folders are published
     revision = "" if config.model.revision is None else f"@{config.model.revision}"
+    file = config.model.transformer or config.model.unet
+    single = "" if file is None else f" with {Path(file).name}"
     rewards = [f"{reward.weight:g} * {reward.column}" for reward in config.rewards if reward.trained_on]
-    return {"base_model": model + revision, "reward": " + ".join(rewards), "pcpo_fast_version": __version__}
+    return {"base_model": model + revision + single, "reward": " + ".join(rewards), "pcpo_fast_version": __version__}
 
 
 def write_lora(

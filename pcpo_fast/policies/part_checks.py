@@ -164,7 +164,7 @@ def check_latent_scale(part: Path) -> None:
     file = part / "config.json"
     config = read_json(file)
     for name, default in (("scaling_factor", 1.0), ("shift_factor", None)):
-        value = config.get(name, default)
+        value: Any = config.get(name, default)
         if value is None and default is None:
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
