@@ -171,8 +171,8 @@ def _last_resort(error: Exception) -> str:
     import traceback
 
     summary = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if "RANK" in os.environ:
-        summary = f"rank {os.environ['RANK']}: {summary}"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        summary = f"rank {os.environ.get('RANK', '?')}: {summary}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="pcpo-fast-", suffix=".txt", delete=False) as file:
             file.write(f"pcpo-fast {__version__}, Python {sys.version}\n{sys.argv}\n\n")

@@ -21,7 +21,8 @@ def base_distance(first: Tensor, now: Tensor) -> float:
 
 
 def _levels(images: Tensor) -> Tensor:
-    return (images.double().clamp(0, 1) * 255).round()
+    # In the float32 that the files are written with: in float64 a value on the edge falls to the other level.
+    return (images.float().clamp(0, 1) * 255).round().double()
 
 
 class CollapseMonitor:

@@ -180,6 +180,7 @@ def images_of(transformer: Any, pipeline: Any, run: Run) -> torch.Tensor:
         width=config.model.width,
         guidance=config.model.guidance,
         folder=Path(config.model.path),
+        settings=config.model,
         cache=EmbeddingCache(run.folder.parent / "cache", "test"),
         max_sequence_length=config.model.max_sequence_length,
     )

@@ -170,6 +170,7 @@ def test_a_fault_of_the_program_is_a_sentence_that_names_its_traceback(
 
     monkeypatch.setattr(report, "run", run)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(atexit, "register", lambda function: None)
     with pytest.raises(SystemExit) as left:
         program(["report", "x"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cli_runs import (
     ROOT,
     Output,
@@ -22,6 +23,8 @@ from cli_runs import (
 
 import pcpo_fast.trainer
 from pcpo_fast.config_loading import load_config
+from pcpo_fast.errors import UserError
+from pcpo_fast.run_directory import _check_same_run
 
 pytest_plugins = ["cli_fixtures"]
 Capture = pytest.CaptureFixture[str]
@@ -224,7 +227,7 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     rewards.write_text("from tiny_pipeline import redness\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = write_config(tmp_path, own_pipeline, rewards=[{"name": "rewards_of_this_test:redness"}], train__epochs=1)
-    run, arguments = tmp_path / "run", ("train", "--config", config, "train.epochs=2", "model.revision=main")
+    run, arguments = tmp_path / "run", ("train", "--config", config, "train.epochs=2")
     assert call(capsys, "train", "--config", config).code == 0
     record = json.loads((run / "inputs.json").read_text())
     weights = own_pipeline / "text_encoder" / "model.safetensors"
@@ -243,7 +246,7 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     for file, text in changed.items():
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if text is None else text.encode())
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     answer = call(capsys, *arguments)
     assert answer.code == 2
     assert answer.err == (
@@ -254,7 +257,7 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
         f"reward rewards_of_this_test:redness, module rewards_of_this_test (rewards_of_this_test.py in {tmp_path}); "
         "restore it, choose another output_dir, or accept the change with --resume accept-changes\n"
     )
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
     answer = call(capsys, *arguments, "--resume", "accept-changes", "--verify")
     assert answer.code == 0, answer.err
@@ -265,9 +268,19 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     answer = call(capsys, *arguments, "train.epochs=3")
     assert answer.code == 2 and f"{run / 'inputs.json'} is damaged, so nothing says whether" in answer.err
     (run / "inputs.json").unlink()  # a run from before there was a record
-    assert "model.revision: the run in" in call(capsys, *arguments[:-1]).err  # nothing says that it is the same model
     answer = call(capsys, *arguments, "train.epochs=3")
     assert answer.code == 0 and "warning" not in answer.out, answer.err
+
+
+def test_a_revision_may_be_pinned_where_the_models_content_is_compared(tmp_path: Path) -> None:
+    """Then it is only a name, and the way back to the model where a branch has moved on."""
+    config = load_config(None, ["model.path=someone/model", f"output_dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    pinned = load_config(None, ["model.path=someone/model", f"output_dir={tmp_path}", "model.revision=abc"])
+    with pytest.raises(UserError, match=r"^model\.revision: the run in .* has None, this configuration 'abc'"):
+        _check_same_run(tmp_path, pinned)
+    (tmp_path / "inputs.json").write_text("{}")
+    _check_same_run(tmp_path, pinned)
 
 
 # train: stopped

@@ -151,11 +151,19 @@ def process_group() -> Iterator[torch.device]:
 
 
 def tiny_config(pipeline: Path, *overrides: str) -> "Config":
-    """A run of two updates of four images on the pipeline, in float32; ``overrides`` are ``key=value``."""
+    """A run of two updates of four images on the pipeline, in float32; ``overrides`` are ``key=value``.
+
+    A later override wins, and those that have no effect under it are left out, since the configuration refuses them.
+    """
     from pcpo_fast.config_loading import load_config
 
+    last = dict(override.split("=", 1) for override in overrides)
+    unused = ("model.lora.",) if last.get("model.finetune") == "full" else ()
+    unused += ("model.negative_prompt",) if float(last.get("model.cfg_scale", 1)) == 1 else ()
+    unused += ("sampler.grid", "sampler.shift") if last.get("sampler.name") == "ddim" else ()
+    overrides = tuple(override for override in overrides if not override.startswith(unused or ("\n",)))
     heldout = () if "prompts.heldout=null" in overrides else ("evaluation.prompts=2",)
-    tokens = () if "sampler.name=ddim" in overrides else ("model.max_sequence_length=12",)  # T5's
+    tokens = () if (pipeline / "unet").is_dir() else ("model.max_sequence_length=12",)  # T5's
     return load_config(
         None,
         [

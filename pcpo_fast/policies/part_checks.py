@@ -250,7 +250,11 @@ def check_finite(module: nn.Module, part: Path) -> None:
     Raises:
         UserError: naming part and weight.
     """
-    weights = {name: weight.detach() for name, weight in module.named_parameters() if "lora_" not in name}
+    weights = {
+        name: weight.detach()
+        for name, weight in module.named_parameters()
+        if "lora_" not in name and not weight.is_meta
+    }
     if weights and not bool(torch.nn.utils.get_total_norm(weights.values(), float("inf")).isfinite()):
         bad = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
         name = bad[0].replace(".base_layer.", ".")

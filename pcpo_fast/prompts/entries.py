@@ -60,7 +60,8 @@ def prompt_of(entry: Any, where: str) -> Prompt:
     if unknown is not None:
         raise UserError(f'{where}: unknown key "{unknown}"; allowed: "prompt" and "metadata", which may hold any keys')
     if key is None:
-        raise UserError(f'{where}: the key "prompt" (or "text", or "caption") is missing')
+        there = ", ".join(f'"{name}"' for name in list(entry)[:5]) or "none"
+        raise UserError(f'{where}: the key "prompt" (or "text", or "caption") is missing; the keys are {there}')
     text, metadata = entry[key], entry.get("metadata", others)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{where}: "{key}" must be a text that is not empty, got {_kind(text)}')
