@@ -548,3 +548,15 @@ def test_zero_terminal_snr_is_the_schedulers_own_step_for_v(sd_v_folder: Path, t
     settings_of("scheduler", "scheduler_config.json", timestep_spacing="wide")(folder)
     with pytest.raises(UserError, match=r"scheduler/scheduler_config\.json: ValueError: wide is not supported"):
         load_policy(config, CPU).schedule(4)
+
+
+def test_parts_of_different_models(sd_folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = Path(shutil.copytree(sd_folder, tmp_path / "sd"))
+    config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    wide = 2 * config.hidden_size
+    config.hidden_size = wide
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    message = refusal(folder, *SD_RUN)
+    assert f"text_encoder/config.json hidden_size {wide}" in message and "cross_attention_dim" in message

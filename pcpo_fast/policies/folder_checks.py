@@ -1,6 +1,6 @@
 """Whether a pipeline's folder can be loaded, said in one sentence before anything large is read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,28 @@ from pcpo_fast.policies.part_checks import (
     check_single_file,
     check_tokenizer,
 )
-from pcpo_fast.policies.weight_files import STEMS, variants
+from pcpo_fast.policies.weight_files import STEMS, read_json, variants
 from pcpo_fast.schedules import FlowSchedule
 
 if TYPE_CHECKING:
     from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 
+FITTING = {
+    "FluxPipeline": (
+        ("transformer", "joint_attention_dim", 1, "text_encoder_2", "d_model"),
+        ("transformer", "pooled_projection_dim", 1, "text_encoder", "hidden_size"),
+        ("transformer", "in_channels", 4, "vae", "latent_channels"),
+    ),
+    "StableDiffusion3Pipeline": (
+        ("transformer", "joint_attention_dim", 1, "text_encoder_3", "d_model"),
+        ("transformer", "in_channels", 1, "vae", "latent_channels"),
+    ),
+    "StableDiffusionPipeline": (
+        ("unet", "cross_attention_dim", 1, "text_encoder", "hidden_size"),
+        ("unet", "in_channels", 1, "vae", "latent_channels"),
+    ),
+}
+"""Widths by which the parts of a pipeline fit together: that of the network is so many times the other's."""
 SINGLE_FILES = ("transformer", "unet")
 """Keys of ``model`` that name a file of the network."""
 _passed: set[tuple[object, ...]] = set()
@@ -56,6 +72,7 @@ def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelCo
             check_model(part, kind, settings.variant)
             if name == "vae":
                 check_latent_scale(part)
+    _check_fit(folder, parts, family.pipeline_class.__name__)
     _passed.add(seen)
 
 
@@ -92,6 +109,20 @@ def single_file(settings: ModelConfig, trained_part: str) -> tuple[Path | None, 
             raise UserError(f"model.{name}: the model of model.path has no {name}; its network is model.{trained_part}")
     file, key = getattr(settings, trained_part), f"model.{trained_part}"
     return (None if file is None else Path(file).expanduser()), key
+
+
+def _check_fit(folder: Path, parts: Collection[str], pipeline: str) -> None:
+    """Refuse parts that are whole, and of different models."""
+    for part, key, times, other, its_key in FITTING[pipeline]:
+        if other not in parts:
+            continue
+        ours, theirs = (read_json(folder / name / "config.json") for name in (part, other))
+        width, its_width = ours.get(key), theirs.get("text_config", theirs).get(its_key)
+        if isinstance(width, int) and isinstance(its_width, int) and width != times * its_width:
+            raise UserError(
+                f"model.path: {folder / part}/config.json says {key} {width}, and {other}/config.json {its_key} "
+                f"{its_width}, which makes {times * its_width}: the two are of different models"
+            )
 
 
 def _check_variant(folder: Path, parts: list[str], settings: ModelConfig) -> None:
