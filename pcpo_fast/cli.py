@@ -87,14 +87,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
     if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}{_as_setting(rest[0]) if takes_settings else ''}")
+        words = list(sys.argv[1:] if argv is None else argv)
+        following = words[words.index(rest[0]) + 1 :][:1]
+        hint = _as_setting(rest[0], following) if takes_settings else ""
+        parser.error(f"unknown arguments: {' '.join(rest)}{hint}")
     for name, value in vars(arguments).items():
         if isinstance(value, str) and value.startswith("~/"):  # as in --config=~/run.yaml, which shells leave alone
             setattr(arguments, name, os.path.expanduser(value))
     return arguments
 
 
-def _as_setting(option: str) -> str:
+def _as_setting(option: str, following: list[str]) -> str:
     """A hint for a setting that is written as an option; other trainers take ``--deepspeed FILE``."""
     from pcpo_fast.config import Config
     from pcpo_fast.config_errors import dotted_keys
@@ -102,7 +105,8 @@ def _as_setting(option: str) -> str:
     name, _, value = option.lstrip("-").partition("=")
     name = name.replace("-", "_").replace("deepspeed_config", "deepspeed")
     found = [key for key in dotted_keys(Config) if name in (key, key.rpartition(".")[2])]
-    return f"; a setting is written {found[0]}={value or 'VALUE'}" if found else ""
+    value = value or "".join(word for word in following if not word.startswith("-") and "=" not in word) or "VALUE"
+    return f"; a setting is written {found[0]}={value}" if found else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

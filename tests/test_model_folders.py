@@ -545,6 +545,9 @@ def test_zero_terminal_snr_is_the_schedulers_own_step_for_v(sd_v_folder: Path, t
     settings_of("scheduler", "scheduler_config.json", prediction_type="epsilon")(folder)
     with pytest.raises(UserError, match=r"rescale_betas_zero_snr, .*prediction_type epsilon.* set prediction_type"):
         load_policy(config, CPU).schedule(4)
+    settings_of("scheduler", "scheduler_config.json", rescale_betas_zero_snr=False, beta_end=5.0)(folder)
+    with pytest.raises(UserError, match=r"has betas that leave nothing .* else beta_start and beta_end to what"):
+        load_policy(config, CPU).schedule(4)
     settings_of("scheduler", "scheduler_config.json", timestep_spacing="wide")(folder)
     with pytest.raises(UserError, match=r"scheduler/scheduler_config\.json: ValueError: wide is not supported"):
         load_policy(config, CPU).schedule(4)
@@ -560,3 +563,10 @@ def test_parts_of_different_models(sd_folder: Path, tmp_path: Path) -> None:
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     message = refusal(folder, *SD_RUN)
     assert f"text_encoder/config.json hidden_size {wide}" in message and "cross_attention_dim" in message
+
+
+def test_a_rotary_embedding_of_another_width_than_the_heads(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "flux"))
+    settings_of("transformer", axes_dims_rope=[2, 2, 2])(folder)
+    message = refusal(folder)
+    assert "transformer/config.json says axes_dims_rope [2, 2, 2], which must add up to attention_head_dim" in message

@@ -123,6 +123,14 @@ def _check_fit(folder: Path, parts: Collection[str], pipeline: str) -> None:
                 f"model.path: {folder / part}/config.json says {key} {width}, and {other}/config.json {its_key} "
                 f"{its_width}, which makes {times * its_width}: the two are of different models"
             )
+    if pipeline == "FluxPipeline":
+        network = read_json(folder / "transformer" / "config.json")
+        axes, width = network.get("axes_dims_rope", (16, 56, 56)), network.get("attention_head_dim", 128)
+        if not isinstance(axes, list | tuple) or sum(axes) != width:
+            raise UserError(
+                f"model.path: {folder / 'transformer' / 'config.json'} says axes_dims_rope {axes}, which must "
+                f"add up to attention_head_dim {width}"
+            )
 
 
 def _check_variant(folder: Path, parts: list[str], settings: ModelConfig) -> None:

@@ -85,9 +85,14 @@ class StableDiffusionPolicy(PipelinePolicy):
             scheduler.set_timesteps(steps)
         alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu()
         if prediction == "epsilon" and float(alphas[timesteps[0]]) == 0:
+            rescaled = scheduler.config["rescale_betas_zero_snr"]
+            cause = "says rescale_betas_zero_snr, which leaves" if rescaled else "has betas that leave"
+            remedy = (
+                "rescale_betas_zero_snr to false" if rescaled else "beta_start and beta_end to what it was trained on"
+            )
             raise UserError(
-                "model.path: scheduler/scheduler_config.json says rescale_betas_zero_snr, which leaves nothing of the "
-                f"image at timestep {int(timesteps[0])}, and prediction_type epsilon, which says nothing of it there: "
-                "set prediction_type to v_prediction if the model was trained so, else rescale_betas_zero_snr to false"
+                f"model.path: scheduler/scheduler_config.json {cause} nothing of the image at timestep "
+                f"{int(timesteps[0])}, and says prediction_type epsilon, which says nothing of it there: set "
+                f"prediction_type to v_prediction if the model was trained so, else {remedy}"
             )
         return DiffusionSchedule(alphas, timesteps, cast(Prediction, prediction))
