@@ -5,7 +5,7 @@
 Three stages: the VAE, the latents of rendered scenes, and the transformer with both text encoders. Each leaves its
 result in the work folder and is skipped when that result is there; training also saves its state every minute, so an
 interrupted run goes on where it stopped. The same seed and thread count give the same weights on the same machine.
-Only the training captions of `pcpo_fast.scenes` are ever rendered here.
+Only the training captions of `pcpo_fast.rewards.scenes` are ever rendered here.
 """
 
 import math
@@ -36,7 +36,7 @@ from tiny_training import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5TokenizerFast
 
-from pcpo_fast.scenes import IMAGE_SIZE
+from pcpo_fast.rewards.scenes import IMAGE_SIZE
 
 T5_LENGTH = 512
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pcpo_fast.rewards.caption_match import caption_match, measure_scenes
-from pcpo_fast.scenes import IMAGE_SIZE, all_scenes, heldout_captions, render, train_captions
+from pcpo_fast.rewards.scenes import IMAGE_SIZE, all_scenes, heldout_captions, render, train_captions
 
 # (which captions, steps, guidance, T5 tokens) per class; the first is drawn as the grid.
 RUNS: dict[str, list[tuple[str, int, float, int | None]]] = {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from pcpo_fast.scenes import parse_caption, render, train_captions
+from pcpo_fast.rewards.scenes import parse_caption, render, train_captions
 
 CLIP_LENGTH = 16
 IMAGES = 24576

@@ -30,12 +30,12 @@ from step_measuring import Bare, Timed, launches, seconds
 from step_model import SIZES, Size, model_costs
 from step_paths import Ours, Public, StepPath, Strong
 
-from pcpo_fast.config import Config
-from pcpo_fast.engine import start_distributed, stop_distributed
-from pcpo_fast.epoch_plan import steps_per_image
+from pcpo_fast.config.schema import Config
+from pcpo_fast.engine.engine import start_distributed, stop_distributed
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.work import work_of_epoch
 from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.rollout.epoch_plan import steps_per_image
 
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 """Dense bf16 TFLOP/s of the datasheet, by a part of the GPU's name."""

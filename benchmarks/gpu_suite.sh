@@ -38,7 +38,7 @@ tail -n 15 "$OUT/kernel_tests.log"
 # Attention backends that are installed here, against PyTorch's own, and waits for the GPU within a phase; the
 # measurements below need neither.
 trainer=0
-timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/test_attention_gpu.py tests/test_waiting.py -m gpu -q \
+timeout "${TEST_SECONDS:-240}" "$PYTHON" -m pytest tests/policies/test_attention_gpu.py tests/training/test_waiting.py -m gpu -q \
   -p no:cacheprovider >"$OUT/trainer_tests.log" 2>&1 || trainer=$?
 tail -n 40 "$OUT/trainer_tests.log"
 if [[ $trainer != 0 && $trainer != 5 ]]; then # 5: no test was collected, since diffusers is not installed

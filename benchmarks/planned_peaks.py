@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from allocations import allocations, trained_once
 
-from pcpo_fast.config_loading import load_config
+from pcpo_fast.config.loading import load_config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.models import find_architecture
-from pcpo_fast.policies.loading import load_policy
+from pcpo_fast.policies.families import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("tiny_flux", "tiny_sd3", "tiny_sd")

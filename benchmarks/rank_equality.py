@@ -93,9 +93,9 @@ def record(case: str, folder: Path, pipeline: Path, *overrides: str) -> Record:
         pipeline: a FLUX pipeline that the settings suit.
         overrides: settings that win over :data:`SETTINGS`.
     """
-    import pcpo_fast.trainer
-    from pcpo_fast.config_loading import load_config
-    from pcpo_fast.distributed import gather_objects, rank
+    import pcpo_fast.training.trainer
+    from pcpo_fast.config.loading import load_config
+    from pcpo_fast.distributed.collectives import gather_objects, rank
 
     name, mode, dtype = case.split("-")
     stage = int(name.removeprefix("zero"))
@@ -125,7 +125,7 @@ def record(case: str, folder: Path, pipeline: Path, *overrides: str) -> Record:
             *overrides,
         ],
     )
-    mine, start = _trained(pcpo_fast.trainer, config, getattr(torch, dtype))
+    mine, start = _trained(pcpo_fast.training.trainer, config, getattr(torch, dtype))
     everyone = gather_objects(mine)
     if rank() != 0:
         return {}
@@ -149,7 +149,7 @@ def _trained(trainer: Any, config: Any, dtype: torch.dtype) -> tuple[dict[str, A
     """What this rank saw of a run, and the weights that it started from (on rank 0)."""
     from deepspeed.utils import safe_get_full_grad
 
-    from pcpo_fast import rollout
+    from pcpo_fast.rollout import rollout
 
     mine: dict[str, Any] = {"gradients": [], "log_ratio_terms": {}}
     mine |= {kind: {} for kind in KINDS if kind not in ("gradients", "weights")}
@@ -200,7 +200,7 @@ def _trained(trainer: Any, config: Any, dtype: torch.dtype) -> tuple[dict[str, A
             if "lora_" in name:  # the adapters start as the identity, through which half of them have no gradient
                 parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         state = {name: p.detach().clone() for name, p in policy.module.named_parameters() if p.requires_grad}
-        from pcpo_fast.distributed import rank
+        from pcpo_fast.distributed.collectives import rank
 
         if rank() == 0:
             policy.save_weights(Path(config.output_dir).parent / f"{Path(config.output_dir).name}-start", state)
@@ -208,7 +208,7 @@ def _trained(trainer: Any, config: Any, dtype: torch.dtype) -> tuple[dict[str, A
         return policy
 
     def finish(folder: Path, policy: Any, engine: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        from pcpo_fast.distributed import barrier, rank
+        from pcpo_fast.distributed.collectives import barrier, rank
 
         weights = engine.full_state()
         if rank() == 0:
@@ -331,7 +331,7 @@ def launch(ranks: int, cases: tuple[str, ...], folder: Path, pipeline: Path) -> 
 def work(folder: Path, cases: tuple[str, ...], pipeline: Path) -> None:
     """What each process of a launch does."""
     torch.set_num_threads(1)
-    from pcpo_fast.engine import start_distributed, stop_distributed
+    from pcpo_fast.engine.engine import start_distributed, stop_distributed
 
     start_distributed()
     for case in cases:

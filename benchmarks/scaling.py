@@ -108,9 +108,9 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    import pcpo_fast.trainer
-    from pcpo_fast.config_loading import load_config
-    from pcpo_fast.distributed import barrier, gather_objects, rank, world_size
+    import pcpo_fast.training.trainer
+    from pcpo_fast.config.loading import load_config
+    from pcpo_fast.distributed.collectives import barrier, gather_objects, rank, world_size
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def work(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         settings += [f"output_dir={arguments.folder or temporary}/run", f"train.epochs={arguments.epochs + 2}"]
         config = load_config(arguments.config or PROJECT / "configs" / "tiny_flux.yaml", settings)
-        trained, seconds, communication = pcpo_fast.trainer.Trainer._epoch, [], Communication()
+        trained, seconds, communication = pcpo_fast.training.trainer.Trainer._epoch, [], Communication()
         found: dict[str, Any] = {}
 
         def timed(trainer: Any, epoch: int) -> dict[str, float]:
@@ -141,11 +141,11 @@ def work(arguments: argparse.Namespace) -> None:
             return {}
 
         with (
-            mock.patch.object(pcpo_fast.trainer.Trainer, "_epoch", timed),
-            mock.patch.object(pcpo_fast.trainer, "finish_run", finish),
-            mock.patch.object(pcpo_fast.trainer, "save_checkpoint", lambda *_, **__: None),
+            mock.patch.object(pcpo_fast.training.trainer.Trainer, "_epoch", timed),
+            mock.patch.object(pcpo_fast.training.trainer, "finish_run", finish),
+            mock.patch.object(pcpo_fast.training.trainer, "save_checkpoint", lambda *_, **__: None),
         ):
-            pcpo_fast.trainer.train(config, "never", Console(quiet=True))
+            pcpo_fast.training.trainer.train(config, "never", Console(quiet=True))
         if found["rank"] == 0:
             per_epoch = median(seconds[1:])
             point = {
@@ -221,7 +221,7 @@ def main() -> None:
         work(arguments)
         return
     sys.path[:0] = [str(PROJECT), str(PROJECT / "kernels")]
-    from pcpo_fast.config_loading import load_config
+    from pcpo_fast.config.loading import load_config
 
     settings = [*([] if arguments.config else TINY), *arguments.settings]
     prompts = load_config(

@@ -12,7 +12,7 @@ from step_model import Size
 from step_paths import Parts
 from torch import Tensor
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.policies.pipeline_policy import DTYPES
 
 ROWS = 4

@@ -13,7 +13,7 @@ from step_paths import Parts, StepPath
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.policies.pipeline_policy import DTYPES
 
 

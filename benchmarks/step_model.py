@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 
-from pcpo_fast.config import Config
-from pcpo_fast.config_loading import load_config
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.models import Architecture
 from pcpo_fast.planning.published import PUBLISHED

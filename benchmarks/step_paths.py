@@ -17,16 +17,16 @@ from PIL import Image
 from step_model import Size, random_embeddings, random_network, random_policy
 from torch import Tensor
 
-from pcpo_fast.config import Config
-from pcpo_fast.eight_bit_adamw import EightBitAdamW
-from pcpo_fast.engine import Engine
-from pcpo_fast.epoch_plan import EpochPlan, accumulation_steps, plan_epoch
-from pcpo_fast.optimizers import GuardedAdamW
+from pcpo_fast.config.schema import Config
+from pcpo_fast.engine.eight_bit_adamw import EightBitAdamW
+from pcpo_fast.engine.engine import Engine
+from pcpo_fast.engine.optimizers import GuardedAdamW
+from pcpo_fast.method.step_tables import EpochTables, RunTables
 from pcpo_fast.policies.flux import FluxPolicy
 from pcpo_fast.policies.pipeline_policy import DTYPES
-from pcpo_fast.rollout import Rollout, collect_rollout
-from pcpo_fast.step_tables import EpochTables, RunTables
-from pcpo_fast.update import Update
+from pcpo_fast.rollout.epoch_plan import EpochPlan, accumulation_steps, plan_epoch
+from pcpo_fast.rollout.rollout import Rollout, collect_rollout
+from pcpo_fast.training.update import Update
 
 
 class StepPath(Protocol):

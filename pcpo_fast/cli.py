@@ -26,8 +26,8 @@ from pcpo_fast.commands import (
     train,
     votes,
 )
+from pcpo_fast.distributed.launching import adopt_launch
 from pcpo_fast.errors import UserError
-from pcpo_fast.launching import adopt_launch
 
 COMMANDS = (train, plan, preflight, reproduce, sample, evaluate, votes, compare, credit, report, export, serve_reward)
 NEEDED = ("deepspeed", "diffusers", "numpy", "peft", "pydantic", "rich", "safetensors", "torch", "transformers", "yaml")
@@ -99,8 +99,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _as_setting(option: str, following: list[str]) -> str:
     """A hint for a setting that is written as an option; other trainers take ``--deepspeed FILE``."""
-    from pcpo_fast.config import Config
-    from pcpo_fast.config_errors import dotted_keys
+    from pcpo_fast.config.messages import dotted_keys
+    from pcpo_fast.config.schema import Config
 
     name, _, value = option.lstrip("-").partition("=")
     name = name.replace("-", "_").replace("deepspeed_config", "deepspeed")
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except UserError as error:
         if ranks > 1:
-            from pcpo_fast.rendezvous import heard
+            from pcpo_fast.distributed.rendezvous import heard
 
             with heard(error) as sentence:
                 if sentence is not None:

@@ -51,8 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed the global generators from the test's name: a test sees the same numbers alone and in the suite."""
-    seed = (BASE_SEED + zlib.crc32(item.nodeid.encode())) % 2**32
+    """Seed the global generators from the test's name: it sees the same numbers alone, in the suite, in any folder."""
+    test = item.nodeid.partition("::")[2]
+    seed = (BASE_SEED + zlib.crc32(f"tests/{item.path.name}::{test}".encode())) % 2**32
     item.stash[_seed_of_item] = seed
     random.seed(seed)
     np.random.seed(seed)

@@ -8,30 +8,30 @@ import pytest
 
 LONGEST = (
     "kernels/test_interpreter.py",  # 110
-    "test_resuming.py",  # 55
-    "test_compare_command.py",
-    "test_planning.py",  # 50
-    "test_two_ranks.py",  # 49
-    "test_flux_step.py",
-    "test_speed.py",
+    "runs/test_resuming.py",  # 55
+    "comparison/test_compare_command.py",
+    "planning/test_planning.py",  # 50
+    "training/test_two_ranks.py",  # 49
+    "benchmarks/test_flux_step.py",
+    "policies/test_speed.py",
     "kernels/test_ahead_of_time.py",
     "test_tiny_pipelines.py",
     "test_packaging.py",
-    "test_guided_policies.py",
-    "test_waiting.py",
-    "test_ds_configs.py",  # 35
-    "test_preflight.py",
-    "test_checkpoint.py",
-    "test_evaluate_ranks.py",
-    "test_profiling.py",  # 24
-    "test_killing.py",
-    "test_relayout.py",
-    "test_reward_guidance.py",
-    "test_flux_policy.py",
-    "test_update.py",
-    "test_engine.py",
-    "test_guided_update.py",
-    "test_guided_runs.py",
+    "policies/test_guided_policies.py",
+    "training/test_waiting.py",
+    "engine/test_ds_configs.py",  # 35
+    "preflight/test_preflight.py",
+    "runs/test_checkpoint.py",
+    "evaluation/test_evaluate_ranks.py",
+    "profiling/test_profiling.py",  # 24
+    "runs/test_killing.py",
+    "engine/test_resharding.py",
+    "guidance/test_reward_guidance.py",
+    "policies/test_flux_policy.py",
+    "training/test_update.py",
+    "engine/test_engine.py",
+    "training/test_guided_update.py",
+    "training/test_stable_diffusion_runs.py",
     "kernels/test_launched_variants.py",  # 17
 )
 

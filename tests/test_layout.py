@@ -1,6 +1,6 @@
 """The house as the sources draw it: which file may import which, and what must not stand in any of them.
 
-docs/architecture.md says why; the table below is what holds.
+docs/architecture.md says why; the list below is what holds.
 """
 
 import ast
@@ -15,84 +15,36 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A file imports only from its own floor or from those below. A name ending in ".*" stands for a package.
-FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("pcpo_kernels.*",),
-    1: (
-        "pcpo_fast",
-        "pcpo_fast.transitions",
-        "pcpo_fast.credit",
-        "pcpo_fast.advantages",
-        "pcpo_fast.config",
-        "pcpo_fast.config_docs",
-        "pcpo_fast.config_errors",
-        "pcpo_fast.config_loading",
-        "pcpo_fast.presets",
-        "pcpo_fast.schedules",
-        "pcpo_fast.windows",
-        "pcpo_fast.collapse",
-        "pcpo_fast.deepspeed_file",
-        "pcpo_fast.dotted_keys",
-        "pcpo_fast.fingerprints",
-        "pcpo_fast.image_files",
-        "pcpo_fast.content",
-        "pcpo_fast.yaml_text",
-        "pcpo_fast.noise_keys",
-        "pcpo_fast.distributed",
-        "pcpo_fast.launching",
-        "pcpo_fast.rendezvous",
-        "pcpo_fast.rank_agreement",
-        "pcpo_fast.watch",
-        "pcpo_fast.scenes",
-        "pcpo_fast.statistics",
-        "pcpo_fast.unused_settings",
-        "pcpo_fast.atomic",
-        "pcpo_fast.errors",
-        "pcpo_fast.preemption",
-        "pcpo_fast.ranges",
-    ),
-    2: ("pcpo_fast.policies.*", "pcpo_fast.rewards.*", "pcpo_fast.prompts.*", "pcpo_fast.samplers"),
-    3: (
-        "pcpo_fast.epoch_plan",
-        "pcpo_fast.step_tables",
-        "pcpo_fast.rollout",
-        "pcpo_fast.rollout_scoring",
-        "pcpo_fast.update",
-        "pcpo_fast.step_statistics",
-        "pcpo_fast.sampling",
-        "pcpo_fast.reward_guidance",
-        "pcpo_fast.engine",
-        "pcpo_fast.optimizers",
-        "pcpo_fast.eight_bit_adamw",
-        "pcpo_fast.ema",
-        "pcpo_fast.parking",
-        "pcpo_fast.checkpoint",
-        "pcpo_fast.manifest",
-        "pcpo_fast.relayout",
-        "pcpo_fast.retention",
-    ),
-    4: (
-        "pcpo_fast.trainer",
-        "pcpo_fast.heldout",
-        "pcpo_fast.run_directory",
-        "pcpo_fast.run_inputs",
-        "pcpo_fast.input_record",
-        "pcpo_fast.run_lock",
-        "pcpo_fast.run_results",
-        "pcpo_fast.showing",
-        "pcpo_fast.sweeping",
-        "pcpo_fast.guided_runs",
-        "pcpo_fast.exporting",
-        "pcpo_fast.reporting.*",
-        "pcpo_fast.comparison.*",
-        "pcpo_fast.planning.*",
-        "pcpo_fast.preflight.*",
-        "pcpo_fast.profiling.*",
-        "pcpo_fast.reproduction.*",
-        "pcpo_fast.evaluation.*",
-    ),
-    5: ("pcpo_fast.cli", "pcpo_fast.commands.*", "pcpo_fast.__main__"),
-}
+# The rooms from the ground up: a file imports only from its own room and from those above it in this list. So there is
+# no circle between rooms. A room is a folder, or a file at the root of pcpo_fast that belongs to none.
+ROOMS = (
+    "pcpo_kernels",
+    "pcpo_fast",  # the version
+    "errors",
+    "config",
+    "distributed",
+    "files",
+    "profiling",
+    "method",
+    "prompts",
+    "policies",
+    "rewards",
+    "engine",
+    "runs",
+    "reporting",
+    "rollout",
+    "planning",
+    "training",
+    "guidance",
+    "preflight",
+    "comparison",
+    "evaluation",
+    "reproduction",
+    "commands",
+    "cli",
+    "__main__",
+)
+TESTS_OF_NO_ROOM = {"kernels", "benchmarks", "support", "golden"}
 
 
 def sources() -> dict[str, Path]:
@@ -127,13 +79,9 @@ def owner(name: str) -> str | None:
     return None
 
 
-def floor(module: str) -> int | None:
-    for number, entries in FLOORS.items():
-        for entry in entries:
-            package = entry.removesuffix(".*")
-            if module == package or (entry != package and module.startswith(f"{package}.")):
-                return number
-    return None
+def room(module: str) -> str:
+    package, _, rest = module.partition(".")
+    return rest.partition(".")[0] if package == "pcpo_fast" and rest else package
 
 
 def importers_of(pattern: str) -> set[str]:
@@ -146,43 +94,52 @@ def importers_of(pattern: str) -> set[str]:
     }
 
 
-def test_every_module_has_a_floor() -> None:
-    assert {module for module in MODULES if floor(module) is None} == set(), "add these to FLOORS"
-
-
-def test_every_floor_entry_exists() -> None:
-    entries = {entry.removesuffix(".*") for names in FLOORS.values() for entry in names}
-    assert {entry for entry in entries if entry not in MODULES} == set(), "remove these from FLOORS"
+def test_the_rooms_are_those_of_the_list() -> None:
+    assert {room(module) for module in MODULES} == set(ROOMS)
+    assert len(set(ROOMS)) == len(ROOMS)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_come_from_the_same_floor_or_below(module: str) -> None:
-    own = floor(module)
-    assert own is not None, f"{module} is missing from FLOORS"
+def test_imports_come_from_the_same_room_or_one_below(module: str) -> None:
     for line, name in imports(MODULES[module].read_text(encoding="utf-8"), module):
         target = owner(name)
-        other = None if target is None else floor(target)
-        assert other is None or other <= own, f"{module} (floor {own}) line {line} imports {target} (floor {other})"
+        assert target is None or ROOMS.index(room(target)) <= ROOMS.index(room(module)), (
+            f"{module} line {line} imports {target}, and the room {room(target)} is above {room(module)}"
+        )
+
+
+def test_the_tests_follow_the_rooms() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/*.py")}
+    assert folders - TESTS_OF_NO_ROOM - set(ROOMS) == set()
+
+
+def test_the_document_shows_the_rooms_in_order() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
+    shown = [row.removeprefix("kernels/").removesuffix("/").removesuffix(".py") for row in table]
+    assert tuple(reversed(shown)) == tuple(name for name in ROOMS if name not in ("pcpo_fast", "__main__"))
 
 
 def test_import_finder_sees_every_form() -> None:
     source = "import a.b\nfrom c import d as e, f\ndef g():\n    from h.i import j\nif True:\n    import k\n"
     assert {name for _, name in imports(source)} == {"a.b", "c.d", "c.f", "h.i.j", "k"}
-    assert owner("pcpo_fast.config.Config") == "pcpo_fast.config"
+    assert owner("pcpo_fast.config.schema.Config") == "pcpo_fast.config.schema"
     assert owner("pcpo_fast.__version__") == "pcpo_fast"
     assert owner("torch.nn") is None
+    found = [room(module) for module in ("pcpo_fast", "pcpo_fast.cli", "pcpo_fast.rewards.serving.app")]
+    assert found == ["pcpo_fast", "cli", "rewards"]
 
 
 def test_kernels_know_tensors_only() -> None:
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "numpy", "pcpo_kernels"}
     for module, path in MODULES.items():
-        if floor(module) == 0 and module.startswith("pcpo_kernels"):
+        if room(module) == "pcpo_kernels":
             imported = {name.split(".")[0] for _, name in imports(path.read_text(encoding="utf-8"), module)}
             assert imported <= allowed, f"{module} imports {imported - allowed}"
 
 
 def test_deepspeed_lives_in_one_place() -> None:
-    assert importers_of(r"deepspeed(\..*)?") <= {"pcpo_fast.engine", "pcpo_fast.checkpoint"}
+    assert importers_of(r"deepspeed(\..*)?") <= {"pcpo_fast.engine.engine", "pcpo_fast.runs.checkpoint"}
 
 
 def test_pipelines_are_the_policies_business() -> None:

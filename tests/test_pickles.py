@@ -9,8 +9,8 @@ from tiny_pipeline import tiny_config
 from tiny_runs import LORA
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies.exporting import save_pipeline
-from pcpo_fast.policies.loading import load_policy, load_trained_weights
+from pcpo_fast.policies.families import load_policy, load_trained_weights
+from pcpo_fast.policies.saving import save_pipeline
 
 CPU = torch.device("cpu")
 

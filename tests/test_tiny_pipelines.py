@@ -21,7 +21,7 @@ from diffusers import (
 from torch import Tensor
 
 from pcpo_fast.rewards.caption_match import caption_match, measure_scenes
-from pcpo_fast.scenes import all_scenes, heldout_captions, parse_caption, render, train_captions
+from pcpo_fast.rewards.scenes import all_scenes, heldout_captions, parse_caption, render, train_captions
 
 ASSETS = Path(__file__).parent.parent / "assets"
 

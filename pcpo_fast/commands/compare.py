@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pcpo_fast.comparison.analysis import Comparison, Settings
-    from pcpo_fast.comparison.plan import Plan, PlannedRun
-    from pcpo_fast.comparison.plan_file import ComparisonFile
+    from pcpo_fast.comparison.comparison_file import ComparisonFile
+    from pcpo_fast.comparison.variants import Plan, PlannedRun
 
 EXAMPLES = """examples:
   pcpo-fast compare --variant "native: algorithm=dancegrpo" --variant "pcpo:" --seeds 5 --output runs/compare
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _compare_existing(arguments, console)
     file = _file(arguments)
     plan, settings = _plan(arguments, file), _settings(arguments, file)
-    from pcpo_fast.comparison.plan import planned_runs
+    from pcpo_fast.comparison.variants import planned_runs
 
     runs = planned_runs(plan)
     names = [variant.name for variant in plan.variants]
@@ -115,8 +115,8 @@ EXIT_INTERRUPTED = 130
 def _train(
     arguments: argparse.Namespace, plan: "Plan", settings: "Settings", runs: "Sequence[PlannedRun]", console: "Console"
 ) -> int:
-    from pcpo_fast.comparison.plan_file import write_plan_file
-    from pcpo_fast.comparison.running import HowToRun, Interrupted, check_folders, run_all
+    from pcpo_fast.comparison.comparison_file import write_plan_file
+    from pcpo_fast.comparison.scheduling import HowToRun, Interrupted, check_folders, run_all
 
     left = check_folders(runs)
     write_plan_file(plan, settings)
@@ -148,7 +148,7 @@ def _read(runs: "Sequence[PlannedRun]", settings: "Settings") -> "Comparison":
 
 def _compare_existing(arguments: argparse.Namespace, console: "Console") -> int:
     from pcpo_fast.comparison import compare_runs
-    from pcpo_fast.comparison.plan import check_name
+    from pcpo_fast.comparison.variants import check_name
     from pcpo_fast.errors import UserError
 
     for name in ("config", "variant", "seeds", "file", "launcher", "overrides"):
@@ -204,14 +204,14 @@ def _report(arguments: argparse.Namespace, result: "Comparison", folder: Path, c
 
 
 def _empty() -> "ComparisonFile":
-    from pcpo_fast.comparison.plan_file import ComparisonFile
+    from pcpo_fast.comparison.comparison_file import ComparisonFile
 
     return ComparisonFile()
 
 
 def _file(arguments: argparse.Namespace) -> "ComparisonFile":
     """The file that was named, or the one that an earlier call left in the output folder, or nothing."""
-    from pcpo_fast.comparison.plan_file import FILE, read_plan_file
+    from pcpo_fast.comparison.comparison_file import FILE, read_plan_file
 
     if arguments.file is not None:
         return read_plan_file(Path(arguments.file))
@@ -222,10 +222,10 @@ def _file(arguments: argparse.Namespace) -> "ComparisonFile":
 
 def _plan(arguments: argparse.Namespace, file: "ComparisonFile") -> "Plan":
     """The comparison as file and command line say; the command line wins."""
-    from pcpo_fast.comparison.plan import Plan, parse_seeds, parse_variant, settings_from
-    from pcpo_fast.comparison.plan_file import seeds_of, variants_of
+    from pcpo_fast.comparison.comparison_file import seeds_of, variants_of
+    from pcpo_fast.comparison.variants import Plan, parse_seeds, parse_variant, settings_from
+    from pcpo_fast.config.presets import DEFAULT_CONFIG
     from pcpo_fast.errors import UserError
-    from pcpo_fast.presets import DEFAULT_CONFIG
 
     output = arguments.output or file.output
     if output is None:

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pcpo_fast.transitions import Transitions
+    from pcpo_fast.method.transitions import Transitions
 
 EXAMPLES = """examples:
   pcpo-fast credit --sampler dance --steps 16 --noise 0.3 --shift 3
@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from pcpo_fast.credit import credit_record, credit_table
     from pcpo_fast.errors import UserError
+    from pcpo_fast.method.credit import credit_record, credit_table
 
     try:
         transitions = _transitions(arguments)
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _transitions(arguments: argparse.Namespace) -> "Transitions":
     from pcpo_fast.errors import UserError
-    from pcpo_fast.transitions import (
+    from pcpo_fast.method.transitions import (
         coefficients_preserving,
         dance_sde,
         ddim,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pcpo_fast.config import Config, RewardConfig
+    from pcpo_fast.config.schema import Config, RewardConfig
     from pcpo_fast.evaluation.result import Evaluation
 
 EXAMPLES = """examples:
@@ -106,8 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from pcpo_fast.evaluation.generating import Request
-    from pcpo_fast.evaluation.running import Settings, evaluate, with_reference
+    from pcpo_fast.evaluation.candidate_images import Request
+    from pcpo_fast.evaluation.evaluator import Settings, evaluate, with_reference
     from pcpo_fast.prompts import load_prompts
 
     cache = None if arguments.cache is None else Path(arguments.cache)
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompts, arguments.count, arguments.seed, arguments.stochastic, arguments.batch_size, arguments.remake
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from pcpo_fast.engine import start_distributed
+        from pcpo_fast.engine.engine import start_distributed
 
         device = start_distributed(config.distributed)
     else:
@@ -172,8 +172,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _shared(arguments: argparse.Namespace) -> "Config":
     """The configuration whose held-out prompts and rewards are the default."""
-    from pcpo_fast.config_loading import load_config
-    from pcpo_fast.evaluation.contestants import shared_config_file
+    from pcpo_fast.config.loading import load_config
+    from pcpo_fast.evaluation.candidates import shared_config_file
 
     file = shared_config_file(arguments.checkpoints) if arguments.config is None else arguments.config
     return load_config(file, arguments.overrides)
@@ -181,7 +181,7 @@ def _shared(arguments: argparse.Namespace) -> "Config":
 
 def _rewards(arguments: argparse.Namespace, config: "Config") -> "list[RewardConfig]":
     """Those of the configuration, with their options, or those that are named."""
-    from pcpo_fast.config import RewardConfig
+    from pcpo_fast.config.schema import RewardConfig
 
     if not arguments.reward:
         return list(config.rewards)
@@ -193,8 +193,8 @@ def _rewards(arguments: argparse.Namespace, config: "Config") -> "list[RewardCon
 
 
 def _say(result: "Evaluation", folder: Path, console: "Console") -> None:
-    from pcpo_fast.evaluation.running import JSON_FILE, MARKDOWN_FILE, PAGE_FILE
-    from pcpo_fast.evaluation.tables import difference_table, main_table, matched_table
+    from pcpo_fast.evaluation.evaluator import JSON_FILE, MARKDOWN_FILE, PAGE_FILE
+    from pcpo_fast.evaluation.result_tables import difference_table, main_table, matched_table
 
     if not console.is_terminal:
         console.width = 240  # a table in a file or pipe is not cut into narrow columns

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the weights of a checkpoint."""
     import json
 
-    from pcpo_fast.exporting import export_run
+    from pcpo_fast.runs.exporting import export_run
 
     result = export_run(
         arguments.run_directory,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pcpo_fast.presets import DEFAULT_CONFIG
+from pcpo_fast.config.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
   pcpo-fast plan --config configs/flux_dev_pcpo.yaml --gpus 8 --gpu-memory 80
@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from pcpo_fast.config_loading import load_config
-    from pcpo_fast.planning.plan import make_plan
-    from pcpo_fast.planning.showing import show_plan
+    from pcpo_fast.config.loading import load_config
+    from pcpo_fast.planning.plan_table import show_plan
+    from pcpo_fast.planning.run_plan import make_plan
 
     config = load_config(arguments.config or DEFAULT_CONFIG, arguments.overrides)
     plan = make_plan(config, arguments.gpus, arguments.gpu_memory, arguments.peak_tflops, arguments.model_config)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pcpo_fast.presets import DEFAULT_CONFIG
+from pcpo_fast.config.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
   pcpo-fast preflight                                       the demo, on a CPU
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print each check; 1 where one failed."""
     import json
 
-    from pcpo_fast.config_loading import load_config
+    from pcpo_fast.config.loading import load_config
     from pcpo_fast.preflight.run import check_arguments, run_checks
 
     ranks_here = check_arguments(arguments.gpus, arguments.nodes, arguments.timeout)

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Make the images and say where they are."""
     import json
 
-    from pcpo_fast.showing import make_samples
+    from pcpo_fast.guidance.samples import make_samples
 
     result = make_samples(arguments)
     if arguments.json:

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pcpo_fast.rewards import load_reward
     from pcpo_fast.rewards.serving.app import Limits
-    from pcpo_fast.rewards.serving.running import listen, serve, token_for
+    from pcpo_fast.rewards.serving.server import listen, serve, token_for
 
     token = token_for(arguments.host, arguments.token_env)
     device = _device(arguments.device)
@@ -109,8 +109,8 @@ def _device(name: str) -> "torch.device":
 
 
 def _options(texts: list[str]) -> dict[str, object]:
+    from pcpo_fast.config.yaml_text import parse_value
     from pcpo_fast.errors import UserError
-    from pcpo_fast.yaml_text import parse_value
 
     options: dict[str, object] = {}
     for text in texts:

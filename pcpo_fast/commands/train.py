@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.presets import DEFAULT_CONFIG
+from pcpo_fast.config.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
   python train.py                                            the demo: tiny FLUX on a CPU
@@ -69,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from pcpo_fast.config_loading import load_config
-    from pcpo_fast.distributed import launcher_rank
+    from pcpo_fast.config.loading import load_config
+    from pcpo_fast.distributed.collectives import launcher_rank
+    from pcpo_fast.distributed.preemption import Stopped
     from pcpo_fast.errors import UserError
-    from pcpo_fast.preemption import Stopped
 
     path = arguments.config or DEFAULT_CONFIG
     if arguments.config is None and not Path(path).is_file():
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     try:
         from pcpo_fast.profiling.recording import ProfileRequest
-        from pcpo_fast.trainer import train
+        from pcpo_fast.training.trainer import train
 
         epoch, updates = arguments.profile_epoch, arguments.profile_updates
         wanted = arguments.profile or epoch is not None or updates is not None
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _how_to_go_on(stopped: str, folder: Path) -> str:
-    from pcpo_fast.checkpoint import checkpoints, read_state
+    from pcpo_fast.runs.checkpoint import checkpoints, read_state
 
     found = checkpoints(folder / "checkpoints")
     if not found:

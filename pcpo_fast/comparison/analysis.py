@@ -11,7 +11,7 @@ from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, MEASURES, Measure, M
 from pcpo_fast.comparison.reading import RunCurves
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.series import Series
-from pcpo_fast.statistics import Estimate, mean, mean_difference, ratio_of_means
+from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference, ratio_of_means
 
 WAY_TO_THE_END = 0.9
 """Where the target lies if none is given: this share of the baseline's way from the start to its final reward."""

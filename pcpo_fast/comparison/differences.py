@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pcpo_fast.config import Config
-from pcpo_fast.dotted_keys import flattened
+from pcpo_fast.config.dotted_keys import flattened
+from pcpo_fast.config.schema import Config
 
 PER_RUN = ("output_dir", "seed", "model.embedding_cache")
 """Settings that name a run, not what it does."""

@@ -16,6 +16,7 @@ from pcpo_fast.comparison.measures import (
 from pcpo_fast.comparison.reading import RunCurves
 from pcpo_fast.comparison.tables import epochs_text
 from pcpo_fast.reporting.series import Series
+from pcpo_fast.reporting.statistics import mean_curve
 from pcpo_fast.reporting.style import (
     BLUE,
     GREEN,
@@ -29,7 +30,6 @@ from pcpo_fast.reporting.style import (
     new_figure,
     styled,
 )
-from pcpo_fast.statistics import mean_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

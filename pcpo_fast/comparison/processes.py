@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pcpo_fast
-from pcpo_fast.comparison.plan import PlannedRun
-from pcpo_fast.comparison.progress import RunProgress
+from pcpo_fast.comparison.run_progress import RunProgress
+from pcpo_fast.comparison.variants import PlannedRun
 from pcpo_fast.errors import UserError
 
 PATIENCE = 20.0

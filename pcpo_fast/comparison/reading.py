@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pcpo_fast.config import Config
-from pcpo_fast.config_loading import load_config
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
 from pcpo_fast.reporting.series import Series, epochs_trained, series, skipped_updates, step_series

@@ -11,10 +11,10 @@ import pcpo_fast
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.differences import PER_RUN, consequences, differences
 from pcpo_fast.comparison.measures import timed
-from pcpo_fast.config import Config
-from pcpo_fast.input_record import read_differently
+from pcpo_fast.config.schema import Config
 from pcpo_fast.reporting.series import Series
-from pcpo_fast.statistics import LEVEL, RESAMPLES, attainable
+from pcpo_fast.reporting.statistics import LEVEL, RESAMPLES, attainable
+from pcpo_fast.runs.input_record import read_differently
 
 FORMAT = 1
 _LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "deepspeed", "peft", "triton")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, Measure, timed
 from pcpo_fast.comparison.record import notes, variant_differences
-from pcpo_fast.statistics import RESAMPLES, Estimate
+from pcpo_fast.reporting.statistics import RESAMPLES, Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from pcpo_fast.atomic import write_atomically
 from pcpo_fast.comparison.analysis import Comparison
 from pcpo_fast.comparison.record import comparison_record
 from pcpo_fast.comparison.tables import comparison_markdown
+from pcpo_fast.files.atomic import write_atomically
 
 JSON_FILE, MARKDOWN_FILE, FIGURES = "comparison.json", "comparison.md", "figures"
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcpo_fast.content import Contents, part_files
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.evaluation.weight_files import read_weights, weights_file
-from pcpo_fast.fingerprints import digest
+from pcpo_fast.evaluation.metric_weights import read_weights, weights_file
+from pcpo_fast.files.content import Contents, part_files
+from pcpo_fast.files.fingerprints import digest
 from pcpo_fast.policies.quiet import quiet_libraries
-from pcpo_fast.rewards.locating import pretrained_folder
+from pcpo_fast.rewards.model_files import pretrained_folder
 from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

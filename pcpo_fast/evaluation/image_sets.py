@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pcpo_fast.distributed import rank
+from pcpo_fast.distributed.collectives import rank
 from pcpo_fast.errors import UserError
-from pcpo_fast.fingerprints import files_digest
-from pcpo_fast.image_files import IMAGE_SUFFIXES, UNREAD_SUFFIXES, find_images, read_image
+from pcpo_fast.files.fingerprints import files_digest
+from pcpo_fast.files.image_files import IMAGE_SUFFIXES, UNREAD_SUFFIXES, find_images, read_image
 from pcpo_fast.prompts import load_prompts
 
 MANIFEST_FILE = "prompts.jsonl"
@@ -35,7 +35,7 @@ class ImageSet:
         """One image, float32 [3, H, W] in 0..1.
 
         Raises:
-            UserError: the file is damaged or no image; see :func:`pcpo_fast.image_files.read_image`.
+            UserError: the file is damaged or no image; see :func:`pcpo_fast.files.image_files.read_image`.
         """
         return read_image(self.files[index])
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pcpo_fast.statistics import Estimate, tails
+from pcpo_fast.reporting.statistics import Estimate, tails
 
 _SEED = 20_250  # the same intervals every time
 

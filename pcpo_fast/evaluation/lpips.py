@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.weight_files import read_weights
+from pcpo_fast.evaluation.metric_weights import read_weights
 
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)

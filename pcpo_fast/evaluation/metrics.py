@@ -20,7 +20,7 @@ from pcpo_fast.evaluation.inception_score import inception_score
 from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.kernel_distance import kernel_distance
 from pcpo_fast.evaluation.lpips import Lpips
-from pcpo_fast.statistics import Estimate, mean
+from pcpo_fast.reporting.statistics import Estimate, mean
 
 T = TypeVar("T")
 METRICS = ("fd-dinov2", "cmmd", "fid", "is", "lpips")

@@ -5,14 +5,14 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.atomic import write_atomically
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.page import embedded
+from pcpo_fast.evaluation.evaluation_page import embedded
 from pcpo_fast.evaluation.result import Evaluation
-from pcpo_fast.fingerprints import digest
-from pcpo_fast.image_files import read_image
+from pcpo_fast.files.atomic import write_atomically
+from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.files.image_files import read_image
 from pcpo_fast.reporting.grids import to_image
-from pcpo_fast.reporting.page import page, text
+from pcpo_fast.reporting.html_page import page, text
 
 PAGE_FILE, KEY_FILE = "preference.html", "preference_key.json"
 

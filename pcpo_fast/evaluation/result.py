@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pcpo_fast.evaluation.contestants import Contestant
+from pcpo_fast.evaluation.candidates import Contestant
 from pcpo_fast.evaluation.image_sets import ImageSet
 from pcpo_fast.evaluation.matching import Matched
 from pcpo_fast.evaluation.metrics import Column
 from pcpo_fast.prompts import Prompt
-from pcpo_fast.statistics import Estimate, mean, mean_difference
+from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference
 
 
 @dataclass(frozen=True)

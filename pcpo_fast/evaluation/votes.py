@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.statistics import LEVEL, RESAMPLES, tails
+from pcpo_fast.reporting.statistics import LEVEL, RESAMPLES, tails
 
 CHOICES = ("left", "right", "tie")
 _SEED = 20_250

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.states import SHIPPED, Zero

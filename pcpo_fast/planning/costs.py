@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pcpo_fast.config import ModelConfig
+from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.planning.depth import depth_of, from_shallow
 from pcpo_fast.planning.models import META, Architecture, ModelOnMeta, build_on_meta
 from pcpo_fast.planning.tracing import Cost, checkpointing, trace_forward, trace_training

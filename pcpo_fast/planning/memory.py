@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.states import WEIGHT_BYTES, States, Zero, optimizer_bytes, states_of
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pcpo_fast.config import ModelConfig
+from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.published import PUBLISHED
+from pcpo_fast.policies.families import FAMILIES, family_of
 from pcpo_fast.policies.folder_checks import used_parts
-from pcpo_fast.policies.loading import FAMILIES, family_of
-from pcpo_fast.policies.locating import check_hub_id, pipeline_class_of
 from pcpo_fast.policies.lora import add_lora
 from pcpo_fast.policies.part_checks import about, check_config
+from pcpo_fast.policies.pipeline_files import check_hub_id, pipeline_class_of
 from pcpo_fast.policies.pipeline_policy import DTYPES, PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.weight_files import read_json

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.advice import usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import plan_memory

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pcpo_fast.config import Config
-from pcpo_fast.engine import deepspeed_config
+from pcpo_fast.config.schema import Config
+from pcpo_fast.engine.engine import deepspeed_config
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 CHUNK_BYTES = (1 << 24) * 24
@@ -73,7 +73,7 @@ class Zero:
         """The stage and offloading that a configuration asks for, with DeepSpeed's defaults.
 
         Raises:
-            UserError: as :func:`pcpo_fast.engine.deepspeed_config`.
+            UserError: as :func:`pcpo_fast.engine.engine.deepspeed_config`.
         """
         zero = deepspeed_config(config, accumulation=1)["zero_optimization"]
         stage = int(zero["stage"])

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from pcpo_fast.config import Config
-from pcpo_fast.epoch_plan import steps_per_image
+from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.rollout.epoch_plan import steps_per_image
 
 
 class Work(NamedTuple):

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import attention_backend as library_bac
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention_needs import lacking
 from pcpo_fast.policies.quiet import quiet_libraries

@@ -10,9 +10,9 @@ import torch
 from pcpo_kernels import guidance
 from torch import Tensor, nn
 
-from pcpo_fast.config import RolloutConfig
+from pcpo_fast.config.schema import RolloutConfig
+from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.lora import adapters_off
-from pcpo_fast.schedules import Schedule
 
 Conditioning = dict[str, Tensor]
 """Named tensors with one row per image; rows are chosen with :func:`select_rows`."""

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcpo_fast.content import Contents
-from pcpo_fast.distributed import barrier, local_rank, local_world_size, once_per_machine, shared_errors
+from pcpo_fast.distributed.collectives import barrier, local_rank, local_world_size, once_per_machine, shared_errors
 from pcpo_fast.errors import UserError
-from pcpo_fast.fingerprints import digest
+from pcpo_fast.files.content import Contents
+from pcpo_fast.files.fingerprints import digest
 
 
 class EmbeddingCache:

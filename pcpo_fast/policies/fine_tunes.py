@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.policies.base import Conditioning, Policy
-from pcpo_fast.policies.loading import load_policy, load_trained_weights
+from pcpo_fast.policies.families import load_policy, load_trained_weights
 from pcpo_fast.policies.lora import only_adapter, switch_adapters_off
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -94,7 +94,7 @@ def load_fine_tunes(
         keep_base: whether the base model itself will be asked.
 
     Raises:
-        UserError: as :func:`pcpo_fast.policies.loading.load_policy`, or weights do not fit.
+        UserError: as :func:`pcpo_fast.policies.families.load_policy`, or weights do not fit.
     """
     config = fine_tunes[0].config
     model = config.model.model_copy(update={"finetune": "full"})  # the network without adapters

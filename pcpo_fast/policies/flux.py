@@ -8,10 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
-from pcpo_fast.schedules import FlowSchedule, Schedule
 
 
 class FluxPolicy(PipelinePolicy):

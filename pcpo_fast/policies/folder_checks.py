@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcpo_fast.config import ModelConfig
+from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies.locating import part_classes
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.part_checks import (
     check_latent_scale,
     check_model,
@@ -14,8 +14,8 @@ from pcpo_fast.policies.part_checks import (
     check_single_file,
     check_tokenizer,
 )
+from pcpo_fast.policies.pipeline_files import part_classes
 from pcpo_fast.policies.weight_files import STEMS, read_json, variants
-from pcpo_fast.schedules import FlowSchedule
 
 if TYPE_CHECKING:
     from pcpo_fast.policies.pipeline_policy import PipelinePolicy

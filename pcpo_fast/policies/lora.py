@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from pcpo_fast.config import LoraConfig
+from pcpo_fast.config.schema import LoraConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.lora_files import LowRank
 

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pcpo_fast import __version__
-from pcpo_fast.config import Config
-from pcpo_fast.distributed import rank
+from pcpo_fast.config.schema import Config
+from pcpo_fast.distributed.collectives import rank
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.lora_names import (
     TEXT_ENCODER,

@@ -15,23 +15,23 @@ from diffusers import AutoencoderKL
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from pcpo_fast.config import ModelConfig, RolloutConfig
-from pcpo_fast.content import INDEX, RECORD_FOLDER, Contents, pipeline_files
-from pcpo_fast.distributed import rank
+from pcpo_fast.config.schema import ModelConfig, RolloutConfig
+from pcpo_fast.distributed.collectives import rank
 from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, pipeline_files
+from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, Prediction
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, encoding_fingerprint
 from pcpo_fast.policies.folder_checks import single_file, used_parts
-from pcpo_fast.policies.locating import part_classes
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.part_checks import check_finite
+from pcpo_fast.policies.pipeline_files import part_classes
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, use_block_kernels
 from pcpo_fast.policies.truncation import warn_of_long_prompts
 from pcpo_fast.policies.weight_files import find_weights
-from pcpo_fast.schedules import Schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -169,7 +169,7 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def _refuse_unused(cls, folder: Path, settings: ModelConfig) -> None:
-        """Refuse settings of the user's that this model has no use for (:mod:`pcpo_fast.unused_settings`)."""
+        """Refuse settings of the user's that this model has no use for (:mod:`pcpo_fast.config.unused_settings`)."""
         vain = {}
         if not cls.cuts_prompts:
             vain["max_sequence_length"] = "T5 (FLUX, SD3); CLIP reads as many tokens as it was made for"

@@ -7,12 +7,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.method.schedules import DiffusionSchedule, Schedule
+from pcpo_fast.method.transitions import Prediction
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
-from pcpo_fast.schedules import DiffusionSchedule, Schedule
-from pcpo_fast.transitions import Prediction
 
 
 class StableDiffusionPolicy(PipelinePolicy):

@@ -8,11 +8,11 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
-from pcpo_fast.policies.locating import pipeline_parts
 from pcpo_fast.policies.part_checks import about
+from pcpo_fast.policies.pipeline_files import pipeline_parts
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
-from pcpo_fast.schedules import FlowSchedule, Schedule
 
 
 class StableDiffusion3Policy(PipelinePolicy):

@@ -10,15 +10,15 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.planning.plan import GB, make_plan
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.planning.recomputing import device_memory
+from pcpo_fast.planning.run_plan import GB, make_plan
 from pcpo_fast.planning.states import WEIGHT_BYTES, optimizer_bytes
+from pcpo_fast.policies.families import find_family
 from pcpo_fast.policies.folder_checks import check_folder
-from pcpo_fast.policies.loading import find_family
-from pcpo_fast.run_inputs import RunInputs
+from pcpo_fast.training.run_inputs import RunInputs
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors")

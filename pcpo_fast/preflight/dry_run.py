@@ -5,8 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pcpo_fast.config import Config
-from pcpo_fast.config_loading import dump_config, load_config
+from pcpo_fast.config.loading import dump_config, load_config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.preflight.checks import Status
 
 OUTCOME_LINES = 3

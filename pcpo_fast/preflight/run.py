@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pcpo_fast.config import Config
+from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.preflight.checks import (
     Check,

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, record_function
 
-from pcpo_fast import ranges
-from pcpo_fast.config import Config
-from pcpo_fast.distributed import rank, shared_errors
+from pcpo_fast.config.schema import Config
+from pcpo_fast.distributed.collectives import rank, shared_errors
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.profiling.showing import show_summary
-from pcpo_fast.profiling.summary import summarize, write_summary
+from pcpo_fast.profiling import profiler_ranges
+from pcpo_fast.profiling.profile_table import show_summary
+from pcpo_fast.profiling.trace_summary import summarize, write_summary
 
 TRACE_FILE = "trace.json.gz"
 LIMITS: dict[str, int] = {"batch": 1, "sampler step": 8, "update": 1, "micro-step": 4}
@@ -90,7 +90,7 @@ class Recorder:
         self._activities = [ProfilerActivity.CPU, *cuda]
         _check_writable(self.folder)
 
-    def begin(self, name: ranges.Name) -> None:
+    def begin(self, name: profiler_ranges.Name) -> None:
         """A range begins."""
         if name == "epoch":
             self._epochs += 1
@@ -109,7 +109,7 @@ class Recorder:
             self._pause(True)
         self._open.append(_Open(path, record))
 
-    def end(self, name: ranges.Name) -> None:
+    def end(self, name: profiler_ranges.Name) -> None:
         """A range ends, and those within it that an exception left open: a loop's ends when its generator is freed."""
         while any(entry.path[-1] == name for entry in self._open):
             entry = self._open.pop()
@@ -146,7 +146,7 @@ class Recorder:
             self._profiler.prepare_trace()
             self._profiler.start_trace()
 
-    def _is_wanted(self, name: ranges.Name) -> bool:
+    def _is_wanted(self, name: profiler_ranges.Name) -> bool:
         """Whether a range that begins is within a recorded one, and not one too many there."""
         around = self._open[-1:]
         if name == "optimizer":  # it is in the last micro-step, which may be one too many, of an update that is not
@@ -186,7 +186,7 @@ def recorded(request: ProfileRequest | None, config: Config, start: int, console
         yield
         return
     try:
-        with ranges.listening(recorder):
+        with profiler_ranges.listening(recorder):
             yield
     finally:
         recorder.stop()

@@ -9,7 +9,7 @@ from typing import Any
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts.datasets_files import read_dataset
 from pcpo_fast.prompts.entries import Prompt, column_of, prompt_of
-from pcpo_fast.prompts.tables import SEPARATORS, parse_table
+from pcpo_fast.prompts.table_files import SEPARATORS, parse_table
 
 _TEXT = ("", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")

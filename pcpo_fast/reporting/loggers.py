@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pcpo_fast.atomic import write_atomically
 from pcpo_fast.errors import UserError
+from pcpo_fast.files.atomic import write_atomically
 
 _LOG = logging.getLogger(__name__)
 

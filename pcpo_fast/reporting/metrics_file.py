@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.atomic import write_atomically
 from pcpo_fast.errors import UserError
+from pcpo_fast.files.atomic import write_atomically
 
 Record = dict[str, Any]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pcpo_fast.atomic import write_atomically
+from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.series import Record, Series, reward_names, series, skipped_updates, step_series, update_values
 from pcpo_fast.reporting.style import (
     BLUE,

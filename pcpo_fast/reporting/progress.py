@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from pcpo_fast.watch import note
+from pcpo_fast.distributed.watchdog import note
 
 _RECENT = 10  # epochs that the time left is estimated from
 _HISTORY = 40  # epochs in the little curve

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pcpo_fast.atomic import write_atomically
+from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.grids import ImageLike, to_image
 from pcpo_fast.reporting.loggers import GuardedLogger, TensorBoardLogger, WandbLogger
 from pcpo_fast.reporting.metrics_file import MetricsFile, read_metrics

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.atomic import write_atomically
-from pcpo_fast.reporting import page, plots
-from pcpo_fast.reporting.diversity import diversity_figure
+from pcpo_fast.files.atomic import write_atomically
+from pcpo_fast.reporting import html_page, plots
+from pcpo_fast.reporting.diversity_figure import diversity_figure
 from pcpo_fast.reporting.progress import duration
 from pcpo_fast.reporting.reward_spread import reward_spread_figure
 from pcpo_fast.reporting.run_files import RunFiles, embeddable, number_at, read_run
@@ -36,54 +36,56 @@ def render(run: RunFiles) -> str:
     """The report as HTML."""
     numbers = summarize(run.records) | {key: value for key, value in run.summary.items() if value is not None}
     sections = [
-        page.section("At a glance", "", _headline(run, numbers)),
-        page.section(
+        html_page.section("At a glance", "", _headline(run, numbers)),
+        html_page.section(
             "Before and after",
             "The same captions and the same initial noise, before the first update and after the last.",
             _before_after(run),
             "There is no before/after sheet (images/before_after.png).",
         ),
-        page.section(
+        html_page.section(
             "Reward",
             "What the rollouts of each epoch scored, and what the policy scored on captions and seeds that are never "
             "trained on.",
             _figures(run, [("reward", plots.reward_figure, "Reward over epochs"), *_REWARD_PARTS]),
             "No epoch was finished and nothing was evaluated.",
         ),
-        page.section(
+        html_page.section(
             "Clip fraction per step",
             "Share of (image, step) pairs whose update was clipped, by sampling step. One clip range serves all, so a "
             "step clips more the larger its log-ratio grows: with its credit, and with the change of its output.",
             _figures(run, [("clip", plots.clip_fraction_figure, "Clip fraction per step and epoch")]),
         ),
-        page.section("Credit per step", _credit_text(run), _credit(run), "There is no credit.json that can be read."),
-        page.section(
+        html_page.section(
+            "Credit per step", _credit_text(run), _credit(run), "There is no credit.json that can be read."
+        ),
+        html_page.section(
             "Samples over time",
             "The same captions and seeds at every evaluation.",
             _samples(run),
             "There are no sample grids (images/epoch_*.png).",
         ),
-        page.section(
+        html_page.section(
             "Diversity",
             "Images of one held-out prompt that become alike are collapse, whatever the reward says. The distance to "
             "the base model's images (same prompts, same noise) says how far the policy has moved for its reward.",
             _figures(run, [("diversity", diversity_figure, "Diversity and distance to the base model over epochs")]),
             "Nothing was evaluated (prompts.heldout).",
         ),
-        page.section(
+        html_page.section(
             "Health of the optimization",
             "Rollout and update should compute the same outputs: a mismatch shifts the log-ratio. Skipped updates had "
             "a loss or gradient that was not finite.",
             _health(run, numbers),
         ),
-        page.section(
+        html_page.section(
             "Time",
             "Where an epoch's time goes, and how many images per second come out of it.",
             _figures(run, [("time", plots.time_figure, "Seconds per phase and images per second, over epochs")]),
         ),
-        page.section("Details", "", _details(run)),
+        html_page.section("Details", "", _details(run)),
     ]
-    return page.page(run.folder.resolve().name, _subtitle(run, numbers), sections, _footer(run))
+    return html_page.page(run.folder.resolve().name, _subtitle(run, numbers), sections, _footer(run))
 
 
 Drawing = tuple[str, Callable[[list[dict[str, Any]]], Any], str]
@@ -120,24 +122,24 @@ def _headline(run: RunFiles, numbers: dict[str, Any]) -> str:
         items.append(
             (_change(numbers["reward_before"], numbers["reward_after"]), "rollout reward, first and last epoch")
         )
-    items.append((page.text(numbers["epochs"]), "epochs"))
+    items.append((html_page.text(numbers["epochs"]), "epochs"))
     if _is_number(numbers.get("images_per_second")):
-        items.append((page.text(f"{numbers['images_per_second']:.3g}"), "images/s (median)"))
+        items.append((html_page.text(f"{numbers['images_per_second']:.3g}"), "images/s (median)"))
     if _is_number(numbers.get("seconds")):
-        items.append((page.text(duration(numbers["seconds"])), "training time"))
+        items.append((html_page.text(duration(numbers["seconds"])), "training time"))
     clipped = series(run.records, "policy/clip_fraction")
     if clipped:
         mean = sum(clipped.values) / len(clipped.values)
-        items.append((page.text(f"{mean:.1%}"), "clip fraction (mean)"))
+        items.append((html_page.text(f"{mean:.1%}"), "clip fraction (mean)"))
     memory = series(run.records, "memory/peak_gib")
     if memory:
-        items.append((page.text(f"{max(memory.values):.3g} GiB"), "peak memory"))
-    return page.headline(items)
+        items.append((html_page.text(f"{max(memory.values):.3g} GiB"), "peak memory"))
+    return html_page.headline(items)
 
 
 def _change(before: Any, after: Any) -> str:
     if not _is_number(after):
-        return page.text(f"{before:.3f} → –")
+        return html_page.text(f"{before:.3f} → –")
     change = after - before
     css = "up" if change > 0 else "down" if change < 0 else ""
     return f'{before:.3f} → {after:.3f} <span class="{css}">{change:+.3f}</span>'
@@ -148,7 +150,7 @@ def _before_after(run: RunFiles) -> str:
     if found is None:
         return ""
     data, kind = found
-    return page.picture(data, kind, _alt("Samples before and after training", run))
+    return html_page.picture(data, kind, _alt("Samples before and after training", run))
 
 
 def _samples(run: RunFiles) -> str:
@@ -164,8 +166,8 @@ def _samples(run: RunFiles) -> str:
             continue
         label = f"after {epoch} epoch{'' if epoch == 1 else 's'}" if epoch else "before training"
         caption = label + (f", held-out reward {rewards[epoch]:.3f}" if epoch in rewards else "")
-        figures.append(page.picture(*found, _alt(f"Samples {label}", run), caption, label))
-    return page.slideshow(figures, "Epochs trained")
+        figures.append(html_page.picture(*found, _alt(f"Samples {label}", run), caption, label))
+    return html_page.slideshow(figures, "Epochs trained")
 
 
 def _alt(what: str, run: RunFiles) -> str:
@@ -219,10 +221,10 @@ def _health(run: RunFiles, numbers: dict[str, Any]) -> str:
     if numbers["updates"]:
         skipped = numbers["skipped_updates"]
         said = "No update was skipped." if not skipped else f"Skipped updates: {skipped} of {numbers['updates']}."
-        counts = f"<p>{page.text(said)}</p>"
+        counts = f"<p>{html_page.text(said)}</p>"
     dropped = sum(series(run.records, "scoring/dropped_groups").values)
     if dropped:
-        counts += f"<p>{page.text(f'Groups left out because a reward failed: {dropped:.0f}.')}</p>"
+        counts += f"<p>{html_page.text(f'Groups left out because a reward failed: {dropped:.0f}.')}</p>"
     return figures + counts
 
 
@@ -231,14 +233,16 @@ def _details(run: RunFiles) -> str:
     epochs = [record for record in run.records if record.get("kind") == "epoch"]
     if epochs:
         rows = [(name, _shown(value)) for name, value in epochs[-1].items() if name not in ("kind", "epoch")]
-        parts.append(page.folded(f"All numbers of epoch {epochs[-1].get('epoch')}", page.table(rows)))
+        parts.append(html_page.folded(f"All numbers of epoch {epochs[-1].get('epoch')}", html_page.table(rows)))
     if run.captions:
-        items = "".join(f"<li>{page.text(caption)}</li>" for caption in run.captions)
-        parts.append(page.folded("Held-out captions", f"<ol>{items}</ol>"))
+        items = "".join(f"<li>{html_page.text(caption)}</li>" for caption in run.captions)
+        parts.append(html_page.folded("Held-out captions", f"<ol>{items}</ol>"))
     if run.config_text:
-        parts.append(page.folded("The whole configuration (config.yaml)", f"<pre>{page.text(run.config_text)}</pre>"))
+        parts.append(
+            html_page.folded("The whole configuration (config.yaml)", f"<pre>{html_page.text(run.config_text)}</pre>")
+        )
     if run.notes:
-        items = "".join(f"<li>{page.text(note)}</li>" for note in dict.fromkeys(run.notes))
+        items = "".join(f"<li>{html_page.text(note)}</li>" for note in dict.fromkeys(run.notes))
         parts.append(f"<h3>Notes</h3><ul>{items}</ul>")
     return "".join(parts)
 

@@ -7,8 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pcpo_fast.distributed.watchdog import note
 from pcpo_fast.reporting.progress import duration
-from pcpo_fast.watch import note
 
 
 class StepProgress:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.atomic import write_atomically
+from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
 from pcpo_fast.reporting.series import epochs_trained, reward_names, seconds_trained, series, skipped_updates
 

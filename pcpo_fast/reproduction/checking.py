@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pcpo_fast.config.yaml_text import read_yaml
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
 from pcpo_fast.reporting.series import Series, epochs_trained, series
 from pcpo_fast.reproduction.bands import Band, Reaches, Within, read_band, shipped_bands
-from pcpo_fast.yaml_text import read_yaml
 
 Verdict = Literal["inside", "outside", "undecided"]
 RECIPES = Path("examples")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pcpo_fast.rewards.checkpoints import Source, check_names, fill, read_weights
 from pcpo_fast.rewards.clip_scoring import image_features, load_clip
 from pcpo_fast.rewards.learned import LearnedReward
-from pcpo_fast.rewards.locating import model_file
+from pcpo_fast.rewards.model_files import model_file
 
 _WIDTHS = (1024, 128, 64, 16, 1)
 _PLACES = (0, 2, 4, 6, 7)  # among the published head's layers; between them are dropouts, which do nothing here

@@ -16,7 +16,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.bertscore import load_encoder, recall
 from pcpo_fast.rewards.clip_scoring import load_pretrained, load_tokenizer
 from pcpo_fast.rewards.learned import LearnedReward, text
-from pcpo_fast.rewards.locating import model_folder
+from pcpo_fast.rewards.model_files import model_folder
 from pcpo_fast.rewards.preprocessing import read_preprocessing
 
 _IMAGE = "<image>"

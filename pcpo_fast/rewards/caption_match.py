@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, parse_caption, shape_coverage, unit_areas
+from pcpo_fast.rewards.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, parse_caption, shape_coverage, unit_areas
 
 __all__ = ["SceneMeasurement", "caption_match", "measure_scenes"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.rewards.locating import model_folder
+from pcpo_fast.rewards.model_files import model_folder
 from pcpo_fast.rewards.preprocessing import Preprocessing, read_preprocessing
 
 # Parts of a CLIP checkpoint that an image tower does without; older files also hold the numbers of the positions.

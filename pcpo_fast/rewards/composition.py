@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pcpo_fast.advantages import compute_advantages
-from pcpo_fast.config import AdvantageConfig, RewardConfig
+from pcpo_fast.config.schema import AdvantageConfig, RewardConfig
+from pcpo_fast.method.advantages import compute_advantages
 
 
 def compose_advantages(

@@ -13,7 +13,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.checkpoints import read_weights
 from pcpo_fast.rewards.clip_scoring import ClipFeatures, load_tokenizer
 from pcpo_fast.rewards.learned import LearnedReward
-from pcpo_fast.rewards.locating import model_file
+from pcpo_fast.rewards.model_files import model_file
 from pcpo_fast.rewards.open_clip import clip_from_open_clip
 from pcpo_fast.rewards.preprocessing import Preprocessing
 

@@ -16,7 +16,7 @@ from pcpo_fast.rewards.aesthetic import linear_layers
 from pcpo_fast.rewards.checkpoints import Source, check_names, fill, read_weights
 from pcpo_fast.rewards.clip_scoring import load_tokenizer
 from pcpo_fast.rewards.learned import LearnedReward
-from pcpo_fast.rewards.locating import model_file
+from pcpo_fast.rewards.model_files import model_file
 from pcpo_fast.rewards.preprocessing import Preprocessing
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the published model

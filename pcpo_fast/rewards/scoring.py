@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcpo_fast.config import RewardConfig, ScoringConfig
+from pcpo_fast.config.schema import RewardConfig, ScoringConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards.calling import call_reward

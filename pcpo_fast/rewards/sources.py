@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.content import is_weights, part_files
+from pcpo_fast.files.content import is_weights, part_files
 
 Sources = dict[str, dict[str, Path]]
 """What they are to the reward, such as an option's name -> name of a file -> file."""

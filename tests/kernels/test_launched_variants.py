@@ -21,8 +21,9 @@ from tiny_pipeline import tiny_config
 from tiny_pipelines import SD3_RUN, SD_RUN
 from tiny_runs import Bench
 
-from pcpo_fast import rollout, update
 from pcpo_fast.policies import base
+from pcpo_fast.rollout import rollout
+from pcpo_fast.training import update
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

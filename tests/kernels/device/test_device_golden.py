@@ -8,7 +8,7 @@ import pytest
 import torch
 from pcpo_kernels import Endpoints, policy_loss, sample_step
 
-from pcpo_fast.transitions import dance_sde, ddim, flow_sde, shifted_times, stable_diffusion_alphas
+from pcpo_fast.method.transitions import dance_sde, ddim, flow_sde, shifted_times, stable_diffusion_alphas
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SETTINGS = json.loads((GOLDEN / "steps.json").read_text())
@@ -45,7 +45,7 @@ def test_steps_of_public_trainers(device, name) -> None:
     torch.testing.assert_close(step.next_latents.cpu(), following, rtol=4 * EPS, atol=16 * EPS)
 
     public = logp.transpose(1, 2).flatten(0, 1)[noisy]  # [rows, (old, new)]
-    # The published log-probabilities are float32 and of size 1 to 4; see tests/test_transitions.py.
+    # The published log-probabilities are float32 and of size 1 to 4; see tests/method/test_transitions.py.
     torch.testing.assert_close(step.log_prob.cpu(), public[:, 0], rtol=26 * EPS, atol=26 * EPS)
     kappa = (b / std).float().to(device)
     result = policy_loss(

@@ -12,8 +12,8 @@ from pcpo_kernels import Endpoints
 from pcpo_kernels.launch import Plan
 from pcpo_kernels.ops.policy_loss import triton as triton_policy_loss
 
-from pcpo_fast.credit import RULES, credit_table
-from pcpo_fast.transitions import dance_sde, shifted_times
+from pcpo_fast.method.credit import RULES, credit_table
+from pcpo_fast.method.transitions import dance_sde, shifted_times
 
 LOW = [torch.float16, torch.bfloat16]
 

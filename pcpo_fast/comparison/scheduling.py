@@ -1,0 +1,200 @@
+"""All runs of a comparison, some at a time; what is finished is left alone, what was interrupted goes on."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from pcpo_fast.comparison.lock import note_processes, only_one
+from pcpo_fast.comparison.processes import RunningRun, end_runs, last_words, start_run
+from pcpo_fast.comparison.run_progress import ComparisonProgress, RunProgress
+from pcpo_fast.comparison.variants import PlannedRun
+from pcpo_fast.errors import UserError
+
+POLL = 0.2
+"""Seconds between looks at the processes."""
+
+_USER_ERROR = 2
+_RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended with an error.
+
+    Attributes:
+        run: which.
+        code: exit code of its process; 2 is a mistake that the user can mend.
+        sentence: what it said last.
+    """
+
+    run: PlannedRun
+    code: int
+    sentence: str
+
+
+class Interrupted(Exception):
+    """The runs were stopped from outside; they go on with the next call."""
+
+
+@dataclass(frozen=True)
+class HowToRun:
+    """How runs are started.
+
+    Attributes:
+        jobs: runs at work at the same time.
+        threads: CPU threads of each; None: the machine's, divided among the jobs, unless OMP_NUM_THREADS is set.
+        launcher: command that starts a run on several GPUs; None: a plain process.
+    """
+
+    jobs: int = 1
+    threads: int | None = None
+    launcher: str | None = None
+
+
+def check_folders(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Which of the runs are not finished; nothing is changed.
+
+    Raises:
+        UserError: a folder holds another run, with another configuration.
+    """
+    left = []
+    for run in runs:
+        # Only a folder that holds something needs the trainer's own check, which takes seconds to load.
+        if any((run.folder / name).exists() for name in _RUN_FILES):
+            from pcpo_fast.runs.run_directory import claim
+
+            try:
+                if claim(run.config, "auto").finished:
+                    continue
+            except UserError as error:
+                raise UserError(f"{run.name}: {error}") from None
+        left.append(run)
+    return left
+
+
+def run_all(
+    runs: Sequence[PlannedRun], done: int, folder: Path, how: HowToRun, console: Console, poll: float = POLL
+) -> list[Failure]:
+    """Run what is left of a comparison; returns the runs that failed.
+
+    Args:
+        runs: those left to do, in this order.
+        done: how many are finished already.
+        folder: the comparison's, which is locked meanwhile.
+        how: how many at a time, and how they are started.
+        console: where the progress is shown.
+        poll: seconds between looks.
+
+    Raises:
+        UserError: another comparison is at work in the folder, or the launcher cannot be started.
+        Interrupted: Ctrl-C, or the system asked this process to end; the children have ended.
+    """
+    queue, running, failures = list(runs), list[RunningRun](), list[Failure]()
+    with only_one(folder) as lock, _ending_is_an_interrupt():
+        progress = ComparisonProgress(console, done + len(runs), sum(map(_epochs_left, runs)))
+        progress.done = done
+        try:
+            with progress:
+                while queue or running:
+                    while queue and len(running) < how.jobs:
+                        running.append(_start(queue.pop(0), running, how, lock))
+                        progress.began(running[-1])
+                    for job in [job for job in running if job.process.poll() is not None]:
+                        running.remove(job)
+                        failure = _failure(job)
+                        progress.ended(job, None if failure is None else failure.sentence)
+                        failures += [] if failure is None else [failure]
+                    if lock is not None:
+                        note_processes(lock, [job.process.pid for job in running])
+                    progress.tick(running)
+                    if running:
+                        time.sleep(poll)
+        except KeyboardInterrupt:
+            finished = progress.done
+            raise Interrupted(f"interrupted with {finished} of {progress.total} runs done") from None
+        finally:
+            end_runs(running)
+    return failures
+
+
+def environment_of(how: HowToRun, slot: int, outside: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a run: its threads, and one of this machine's GPUs where there are several runs for them.
+
+    A launcher chooses the GPUs itself. Without one a run is a single process, whatever job this command is a part of.
+    """
+    environment = dict(outside) | {"PYTHONUNBUFFERED": "1"}
+    if how.launcher is None:
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+            environment.pop(name, None)
+    if how.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(how.threads)
+    elif "OMP_NUM_THREADS" not in outside and how.launcher is None:
+        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // how.jobs))
+    if how.launcher is None and how.jobs > 1:
+        gpus = _gpus(outside)
+        if len(gpus) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return environment
+
+
+def _start(run: PlannedRun, running: Sequence[RunningRun], how: HowToRun, lock: int | None) -> RunningRun:
+    taken = {job.slot for job in running}
+    slot = next(number for number in range(how.jobs) if number not in taken)
+    environment = environment_of(how, slot, os.environ)
+    return start_run(run, slot, launcher=how.launcher, environment=environment, keep_open=lock)
+
+
+def _failure(job: RunningRun) -> Failure | None:
+    """A run is done when its process says so and its summary is there."""
+    code = job.process.returncode
+    if code == 0 and (job.run.folder / "summary.json").is_file():
+        return None
+    if code < 0:
+        return Failure(job.run, code, f"ended by signal {-code} ({signal.Signals(-code).name})")
+    return Failure(job.run, code, last_words(job.run.log) or f"exit code {code}")
+
+
+def _epochs_left(run: PlannedRun) -> int:
+    progress = RunProgress(run.folder)
+    progress.update()
+    return max(0, run.config.train.epochs - progress.epochs)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus(outside: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    named = outside.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def _ending_is_an_interrupt() -> Iterator[None]:
+    """A request to end (SIGTERM, of a job scheduler) is treated as Ctrl-C, so that the children are not left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

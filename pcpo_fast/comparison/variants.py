@@ -1,0 +1,203 @@
+"""What a comparison runs: variants of a configuration, their seeds, and every run's configuration, checked."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcpo_fast.comparison.differences import decisive, differences
+from pcpo_fast.config.dotted_keys import flattened
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import Config
+from pcpo_fast.config.yaml_text import parse_value
+from pcpo_fast.errors import UserError
+
+EMBEDDINGS = "embeddings"
+"""Folder of encoded prompts that all runs of a comparison share."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RESERVED = (EMBEDDINGS, "figures")
+_OWNED = {"seed": "--seeds says which", "output_dir": "--output says where"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the configurations that are compared.
+
+    Attributes:
+        name: what it and its folder are called.
+        config: its own YAML file; None: the comparison's.
+        settings: ``key.subkey=value``, over the file and over the settings of the whole comparison.
+    """
+
+    name: str
+    config: str | None = None
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison to be run.
+
+    Attributes:
+        output: its folder.
+        config: the YAML file of the variants that have none of their own; None: the defaults.
+        settings: ``key.subkey=value`` of all variants.
+        variants: at least one, with distinct names.
+        seeds: of each variant.
+    """
+
+    output: Path
+    config: str | None
+    settings: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run.
+
+    Attributes:
+        variant, seed: which.
+        folder: its run directory.
+        log: the file that takes what it prints.
+        config_file, overrides: what the trainer is given.
+        config: what that comes to.
+    """
+
+    variant: str
+    seed: int
+    folder: Path
+    log: Path
+    config_file: str | None
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        return f"{self.variant}, seed {self.seed}"
+
+
+def parse_variant(text: str) -> Variant:
+    """``NAME: [FILE.yaml] key=value ...`` from the command line; quotes as in a shell.
+
+    Raises:
+        UserError: it is not written so.
+    """
+    name, colon, rest = text.partition(":")
+    where = f"--variant {text!r}"
+    if not colon or "=" in name:
+        raise UserError(f"{where}: is written 'NAME: key=value key=value', for example 'native: credit.rule=native'")
+    try:
+        words = shlex.split(rest)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; close the quotes") from None
+    config = words.pop(0) if words and "=" not in words[0] else None
+    stray = [word for word in words if "=" not in word]
+    if stray:
+        raise UserError(f"{where}: {stray[0]} is no setting; one is written key.subkey=value, without spaces")
+    return Variant(name.strip(), config, tuple(words))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``5``: the seeds 0 to 4; ``3,7,11``: these (``3,`` is the seed 3 alone).
+
+    Raises:
+        UserError: it is neither.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    listed = parts[:-1] if len(parts) > 1 and not parts[-1] else parts
+    if not all(part.isdecimal() for part in listed) or (len(parts) == 1 and int(text) == 0):
+        raise UserError(f"--seeds: must be a number of seeds (5), or a list of them (3,7,11), got {text!r}")
+    seeds = tuple(map(int, listed)) if len(parts) > 1 else tuple(range(int(text)))
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds: the same seed twice is the same run twice, got {text}")
+    return seeds
+
+
+def settings_from(values: Mapping[str, object]) -> tuple[str, ...]:
+    """Nested or dotted settings of a YAML file as ``key.subkey=value``."""
+    return tuple(f"{key}={json.dumps(value)}" for key, value in flattened(values, lists=True) if key)
+
+
+def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
+    """``key.subkey=value`` as dotted keys with values, the last of each key: the opposite of :func:`settings_from`."""
+    found: dict[str, object] = {}
+    for text in settings:
+        key, _, value = text.partition("=")
+        for below, leaf in flattened(parse_value(value), key, lists=True):
+            found[below] = leaf
+    return found
+
+
+def check_name(name: str) -> None:
+    """Refuse a variant's name that cannot be a folder's.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise UserError(
+            f"variant {name!r}: a name is also a folder's name: it must be made of letters, digits, '.', '_' and '-', "
+            f"and not be {' or '.join(_RESERVED)}"
+        )
+
+
+def planned_runs(plan: Plan) -> list[PlannedRun]:
+    """Every run, with its configuration read and checked; seed by seed, so that a comparison grows evenly.
+
+    Raises:
+        UserError: a name, a setting or a configuration is wrong, or two variants are the same; names the variant.
+    """
+    names = [variant.name for variant in plan.variants]
+    for name in names:
+        check_name(name)
+        if names.count(name) > 1:
+            raise UserError(f"variant {name}: there are two of this name")
+    runs = [_planned(plan, variant, seed) for seed in plan.seeds for variant in plan.variants]
+    _refuse_twins(runs[: len(names)])
+    return runs
+
+
+def _planned(plan: Plan, variant: Variant, seed: int) -> PlannedRun:
+    settings = (*plan.settings, *variant.settings)
+    for text in settings:
+        key = text.partition("=")[0]
+        if key in _OWNED:
+            raise UserError(f"variant {variant.name}: {key} is not set here ({text}): {_OWNED[key]}")
+    folder = plan.output / variant.name / f"seed_{seed}"
+    overrides = (*settings, f"seed={seed}", f"output_dir={json.dumps(str(folder))}")
+    file = variant.config or plan.config
+    config = _loaded(variant, file, overrides)
+    if config.model.embedding_cache is None:
+        overrides += (f"model.embedding_cache={json.dumps(str(plan.output / EMBEDDINGS))}",)
+        config = _loaded(variant, file, overrides)
+    return PlannedRun(variant.name, seed, folder, folder.with_suffix(".log"), file, overrides, config)
+
+
+def _loaded(variant: Variant, file: str | None, overrides: tuple[str, ...]) -> Config:
+    try:
+        return load_config(file, overrides)
+    except UserError as error:
+        message = str(error).replace("command line (", "setting (")  # it may come from a file of the comparison
+        raise UserError(f"variant {variant.name}: {message}") from None
+
+
+def _refuse_twins(runs: Sequence[PlannedRun]) -> None:
+    """Variants that train the same thing under two names: a setting of the file wins over what a preset fills in."""
+    for index, run in enumerate(runs):
+        for other in runs[:index]:
+            found = differences({"one": run.config, "other": other.config})
+            if not decisive(found):
+                only = f" (they differ in {', '.join(found)} alone)" if found else ""
+                hint = (
+                    "; the file sets what the preset of an algorithm would fill in: name the settings themselves, for "
+                    "example credit.rule=native"
+                    if "algorithm" in found
+                    else ""
+                )
+                raise UserError(f"variants {other.variant} and {run.variant} train the same thing{only}{hint}")

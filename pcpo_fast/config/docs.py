@@ -1,0 +1,147 @@
+"""``docs/configuration.md``, made from the configuration's own fields: ``python -m pcpo_fast.config.docs``.
+
+Run it from the project's folder after changing :mod:`pcpo_fast.config.schema`; a test compares the two.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pcpo_fast.config.presets import PRESETS
+from pcpo_fast.config.schema import LARGEST, Config
+from pcpo_fast.config.unused_settings import REWARD_RULES, RULES
+from pcpo_fast.config.yaml_text import dump_yaml
+
+COMMAND = "python -m pcpo_fast.config.docs"
+DOCUMENT = Path("docs/configuration.md")
+
+_HEAD = f"""<!-- Made by `{COMMAND}` from pcpo_fast/config/schema.py; change the descriptions there. -->
+# Configuration
+
+A run is described by a YAML file and by settings on the command line:
+
+    python train.py --config configs/tiny_flux.yaml train.epochs=20 optimizer.lr=3e-4
+
+A value comes from the first of these that has one: the command line (`key.subkey=value`, the value as in YAML; the last
+one wins), the YAML file, the preset named by `algorithm`, the default below. Lists are given whole
+(`credit.steps=[0,1,2]`) or by position (`rewards.0.weight=2`). An unknown key, a wrong type or a value out of range
+stops the program before anything is loaded. The run directory's `config.yaml` holds every value that was used.
+
+Paths are relative to the folder that the program is called in; `~` is the home folder. Numbers are written in plain
+digits: `0123`, `1:30` and `0_7`, which YAML 1.1 takes for 83, 90 and 7, are none. On the command line a text needs no
+quotes for a `#` or a colon in it. Counts are below 2^31.
+"""
+
+_RULES_HEAD = """
+## Settings that need others
+
+A setting that the file or the command line sets to something else than its default, and that has no effect, is
+refused: nobody should wait for what was never switched on. A run's own `config.yaml` always loads. What is turned off
+on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coefficient=0`,
+`model.gradient_checkpointing=false`) takes what the file says of it along.
+
+| setting | has an effect only with |
+|---|---|
+| `model.guidance` | a model with an embedded guidance scale (FLUX.1-dev) |
+| `model.max_sequence_length` | a model that reads prompts with T5 (FLUX, SD3) |
+"""
+
+_NAMES: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def render() -> str:
+    """The document as Markdown."""
+    parts = [_HEAD, "\n## Top level\n\n", _table(Config, "")]
+    for name, section, text in _sections(Config):
+        parts.append(f"\n## {name}\n\n{text}\n\n{_table(section, name)}")
+    parts.append(_RULES_HEAD)
+    for rule in RULES:
+        parts.append(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {rule.condition} |\n")
+    for name, condition, _ in REWARD_RULES:
+        parts.append(f"| `rewards.<position>.{name}` | {condition} |\n")
+    parts.append("\n## Presets\n\nWhat `algorithm` fills in where nothing else is given.\n")
+    for preset, values in PRESETS.items():
+        parts.append(f"\n### {preset}\n\n```yaml\n{dump_yaml(values)}```\n")
+    return "".join(parts)
+
+
+def _sections(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
+    for name, field in model.model_fields.items():
+        for option in (field.annotation, *get_args(field.annotation)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                position = ".<position>" if option is not field.annotation else ""
+                yield above + name + position, option, (option.__doc__ or "").strip()
+                yield from _sections(option, f"{above}{name}.")
+
+
+def _table(model: type[BaseModel], section: str) -> str:
+    rows = ["| key | value | default | |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        cells = (f"`{section}{'.' if section else ''}{name}`", _kind(field), _default(field), field.description or "")
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _kind(field: FieldInfo) -> str:
+    limits = _limits(field.metadata)
+    return _type_name(field.annotation) + (f", {limits}" if limits else "")
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        limits = _limits(item for extra in arguments[1:] for item in getattr(extra, "metadata", [extra]))
+        return _type_name(arguments[0]) + (f", {limits}" if limits else "")
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is tuple:
+        distinct = dict.fromkeys(_type_name(argument) for argument in arguments if argument is not Ellipsis)
+        count = "" if Ellipsis in arguments else f"{len(arguments)} x "
+        return f"list of {count}({', '.join(distinct)})"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return _NAMES[annotation]
+
+
+def _limits(metadata: Any) -> str:
+    words = []
+    for item in metadata:
+        for name, text in (("ge", "at least {}"), ("gt", "above {}"), ("le", "at most {}"), ("lt", "below {}")):
+            if getattr(item, name, None) is not None:
+                if (name, getattr(item, name)) == ("le", LARGEST):
+                    continue  # said once, in the head
+                words.append(text.format("2^63" if (value := getattr(item, name)) == 2**63 else value))
+        if getattr(item, "min_length", None):
+            words.append("not empty")
+    return ", ".join(words)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "(required)"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, tuple):
+        if any(isinstance(item, BaseModel) for item in value):
+            return ", ".join(f"`{{name: {item.name}}}`" for item in value)
+        return ", ".join(f"`{item}`" for item in value)
+    return "`" + dump_yaml(value).strip().removesuffix("...").strip() + "`"
+
+
+def main() -> None:
+    """Write the document."""
+    DOCUMENT.write_text(render(), encoding="utf-8")
+    print(f"wrote {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""From YAML and command line to a checked :class:`pcpo_fast.config.schema.Config`, with errors that say where."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pcpo_fast.config.dotted_keys import flattened
+from pcpo_fast.config.messages import did_you_mean, explain, place_of
+from pcpo_fast.config.presets import PRESETS
+from pcpo_fast.config.schema import Config
+from pcpo_fast.config.unused_settings import unused
+from pcpo_fast.config.yaml_text import TextPath, dump_yaml, parse_value, read_yaml
+from pcpo_fast.errors import UserError
+
+_WRITTEN_OUT = {"deepspeed", "model.revision", "model.lora.targets", "model.lora.init", "credit.steps", "seed"}
+"""Nobody sets all of these by hand: a file that does is what a run of any version has written of itself."""
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key.subkey=value`` overrides, fill in the algorithm preset, and validate.
+
+    A later override wins over an earlier one. A mapping given for a section is laid over what is there, key by key;
+    a section without any key is left at its defaults; one value of a list is named by its position
+    (``rewards.0.weight=2``).
+
+    Args:
+        path: the YAML file, or None for defaults alone.
+        overrides: settings from the command line; values are YAML.
+
+    Raises:
+        UserError: one sentence for the first problem, naming file, line and key, with what is allowed.
+    """
+    values, places = ({}, {}) if path is None else read_yaml(Path(path).expanduser())
+    given = {".".join(key) for key in places}
+    if given >= _WRITTEN_OUT:
+        given.clear()  # a run's own file: what it holds was checked when the run began, or is what it has trained with
+    commands: list[tuple[str, Any]] = []
+    for text in overrides:
+        key, value = _parse_override(text)
+        commands.append((".".join(key), value))
+        _assign(values, key, value, text)
+        places = {at: place for at, place in places.items() if at[: len(key)] != key}
+        places[key] = f"command line ({text})"
+    values = _without_empty_sections(values, Config)
+    fallback = "defaults" if path is None else str(path)
+    algorithm = values.get("algorithm", Config.model_fields["algorithm"].default)
+    if not isinstance(algorithm, str) or algorithm not in PRESETS:
+        raise UserError(
+            f"{place_of(('algorithm',), places, fallback)}: algorithm: must be one of {', '.join(PRESETS)}, "
+            f"got {algorithm!r}{did_you_mean(str(algorithm), PRESETS)}"
+        )
+    try:
+        config = Config.model_validate(merged(PRESETS[algorithm], values))
+    except ValidationError as error:
+        raise UserError(explain(error, places, fallback)) from None
+    commanded = {name for key, value in commands for name, _ in flattened(value, key, lists=True)}
+    given |= commanded
+    _refuse_unused(config, given, commanded, places, fallback)
+    # What only the model can say of its settings (policies/) concerns those alone that the user has set.
+    config.model.model_fields_set.intersection_update(key.split(".")[1] for key in given if key.startswith("model."))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every value written out; :func:`load_config` reads it back equal."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over`` laid on top, mapping by mapping."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _refuse_unused(
+    config: Config, given: Collection[str], commanded: Collection[str], places: Mapping[TextPath, str], fallback: str
+) -> None:
+    """Refuse settings without an effect, all of them in one sentence."""
+    found = list(unused(config, Config.model_validate(PRESETS[config.algorithm]), given, commanded))
+    if not found:
+        return
+    first = place_of(tuple(found[0][0][0].split(".")), places, fallback)
+    clauses = []
+    for keys, condition in found:
+        named = []
+        for key in keys:
+            place = place_of(tuple(key.split(".")), places, fallback)
+            said = place == first or place.startswith("command line")
+            named.append(key if said else f"{key} ({place.removeprefix(fallback).strip()})")
+        clauses.append(f"{_listed(named)} {'has' if len(keys) == 1 else 'have'} an effect only with {condition}")
+    them = "it" if sum(len(keys) for keys, _ in found) == 1 else "them"
+    raise UserError(f"{first}: {'; '.join(clauses)}: drop {them}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def _parse_override(text: str) -> tuple[TextPath, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise UserError(f"command line ({text}): an override is written key.subkey=value")
+    try:
+        return tuple(key.split(".")), parse_value(value)
+    except ValueError as error:
+        raise UserError(f"command line ({text}): {value!r} is not a valid YAML value ({error}); quote it") from None
+
+
+def _assign(values: dict[str, Any], key: TextPath, value: Any, text: str) -> None:
+    target: Any = values
+    defaults: Any = Config().model_dump(mode="json")
+    for depth, part in enumerate(key):
+        last = depth == len(key) - 1
+        if isinstance(target, list):
+            if not (part.isdecimal() and int(part) < len(target)):
+                name = ".".join(key[:depth])
+                raise UserError(f"command line ({text}): {name} is a list of {len(target)}; positions count from 0")
+            position: Any = int(part)
+        elif isinstance(target, dict):
+            position = part
+        else:
+            raise UserError(f"command line ({text}): {'.'.join(key[:depth])} is a value, not a section")
+        defaults = defaults.get(part) if isinstance(defaults, dict) else None
+        below = target.get(position) if isinstance(target, dict) else target[position]
+        if last:
+            target[position] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        elif below is None:
+            # Not in the file: positions of a list are those of its default.
+            target[position] = below = defaults if isinstance(defaults, list) else {}
+        target = below
+
+
+def _without_empty_sections(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Leave out sections that are null: in YAML, one whose keys are all commented out."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name) if isinstance(name, str) else None
+        section = field.annotation if field is not None else None
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            if value is None:
+                continue
+            if isinstance(value, Mapping):
+                value = _without_empty_sections(value, section)
+        kept[name] = value
+    return kept

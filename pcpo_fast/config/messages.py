@@ -1,0 +1,131 @@
+"""What is wrong with a configuration, in one sentence."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pcpo_fast.config.schema import Config
+from pcpo_fast.config.yaml_text import TextPath
+
+_ALLOWED = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list",
+    "model_type": "must be a section (keys with values)",
+    "dict_type": "must be a mapping (keys with values)",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "finite_number": "must be a finite number",
+    "string_too_short": "must not be empty",
+    "too_short": "must have at least {min_length} values",
+    "too_long": "must have at most {max_length} values",
+    "invalid_key": "a key must be a text",
+    "invalid-json-value": "must be made of texts, numbers, true, false, null, lists and mappings",
+}
+
+
+def explain(error: ValidationError, places: Mapping[TextPath, str], fallback: str) -> str:
+    """The first problem as "PLACE: KEY: what is allowed, got what".
+
+    Args:
+        error: of :class:`pcpo_fast.config.schema.Config`.
+        places: where each value was set.
+        fallback: the place of everything else.
+    """
+    problems = error.errors()
+    first = problems[0]
+    inner = [tuple(problem["loc"]) for problem in problems]
+    # A list whose value is refused counts as too short, too, which is no second problem.
+    distinct = [
+        key for key in dict.fromkeys(inner) if not any(len(o) > len(key) and o[: len(key)] == key for o in inner)
+    ]
+    more = f" ({len(distinct) - 1} more after this one)" if len(distinct) > 1 else ""
+    key = tuple(str(part) for part in first["loc"])
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        key = tuple(message.partition(":")[0].split("."))
+    else:
+        message = _message(first, ".".join(key))
+    return f"{place_of(key, places, fallback)}: {message}{more}"
+
+
+def place_of(key: TextPath, places: Mapping[TextPath, str], fallback: str) -> str:
+    """Where a key was set, or something below it, or the innermost section around it that was given at all."""
+    below = [place for at, place in places.items() if at[: len(key)] == key]
+    around = [places[key[:length]] for length in range(len(key), 0, -1) if key[:length] in places]
+    return next(iter([*(below if key not in places else []), *around]), fallback)
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """ ", did you mean X?" for a word close to an allowed one, or nothing."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def dotted_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """The keys of all settings and sections, from the outside in."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        if _is_section(field.annotation):
+            yield from dotted_keys(field.annotation, f"{above}{name}.")  # type: ignore[arg-type]
+
+
+def _message(problem: ErrorDetails, dotted: str) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(problem["loc"])
+    if kind == "missing":
+        return f"{dotted} is missing"
+    got = f"got {_shown(problem['input'])}"
+    if kind == "string_type":
+        scalar = isinstance(problem["input"], int | float)
+        return f"{dotted}: must be a text, {got}" + ("; put it in quotes" if scalar else "")
+    if kind == "literal_error":
+        allowed = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
+        hint = did_you_mean(str(problem["input"]), allowed)
+        return f"{dotted}: must be one of {', '.join(allowed)}, {got}{hint}"
+    if kind in ("int_type", "float_type") and re.fullmatch(r"[-+]?[\d_:.]*\d[\d_:.]*", str(problem["input"])):
+        got += "; digits alone, without a leading zero, colons or underscores"
+    sentence = _ALLOWED[kind].format(**context) if kind in _ALLOWED else problem["msg"]
+    return f"{dotted}: {sentence}, {got}"
+
+
+def _unknown_key(key: Sequence[str | int]) -> str:
+    model = _section(key[:-1])
+    allowed, word = list(model.model_fields), str(key[-1])
+    hint = did_you_mean(word, allowed)
+    if not hint:  # the right key in the wrong place: lr for optimizer.lr
+        elsewhere = [name for name in dotted_keys(Config) if name.rpartition(".")[2] == word]
+        hint = f", did you mean {elsewhere[0]}?" if elsewhere else ""
+    section = ".".join(map(str, key[:-1])) or "the top level"
+    return f"unknown key {'.'.join(map(str, key))}{hint or f'; {section} takes ' + ', '.join(allowed)}"
+
+
+def _section(key: Sequence[str | int]) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for part in key:
+        if not isinstance(part, int):
+            model = _models_in(model.model_fields[part].annotation)[0]
+    return model
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections among an annotation and its arguments."""
+    return [option for option in (annotation, *get_args(annotation)) if _is_section(option)]
+
+
+def _is_section(option: Any) -> bool:
+    return isinstance(option, type) and issubclass(option, BaseModel)
+
+
+def _shown(value: Any) -> str:
+    """A value as the user may have written it, cut to a readable length."""
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,540 @@
+"""The typed configuration of a training run.
+
+A value comes from, in rising order of authority: the defaults here, the algorithm preset
+(:mod:`pcpo_fast.config.presets`), the YAML file, and the ``key.subkey=value`` overrides of the command line
+(:mod:`pcpo_fast.config.loading`). Every field's description is what ``docs/configuration.md`` prints.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+LARGEST = 2**31 - 1
+"""Beyond any count that means something, and small enough that no product of two overflows 64 bits."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
+ImageSide = Annotated[int, Field(ge=1, le=2**16, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which ``~`` is the home folder: shells expand it neither within ``key=value`` nor in a file."""
+
+TOTALS = ("mean", "std", "group_std")
+"""Metrics ``reward/...`` of the weighted sum, which no reward can be called."""
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors, a value has its own type, and it never changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, used where ``model.finetune`` is ``lora``."""
+
+    rank: Positive = Field(32, description="rank of the adapters")
+    alpha: PositiveFloat = Field(64.0, description="scale numerator; the update is multiplied by alpha / rank")
+    targets: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        strict=False,
+        description="linear layers that get an adapter, by the end of their name; null: the model family's usual ones",
+    )
+    init: HomePath | None = Field(
+        None, description="folder or file of LoRA weights to start from, of any trainer (docs/lora.md)"
+    )
+
+
+class ModelConfig(Section):
+    """Which model is trained and how its weights are held."""
+
+    path: HomePath = Field("assets/tiny-flux", min_length=1, description="folder or hub id of a diffusers pipeline")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    variant: str | None = Field(
+        None,
+        min_length=1,
+        description="variant of the weight files where a part has it, such as fp16 for model.fp16.safetensors; null: "
+        "the plain files, or the only variant where there are none",
+    )
+    transformer: str | None = Field(
+        None,
+        min_length=1,
+        description="single .safetensors file of the transformer (FLUX, SD3) that takes the place of that in `path`",
+    )
+    unet: str | None = Field(
+        None,
+        min_length=1,
+        description="single .safetensors file of the UNet (SD 1.x), or of a whole checkpoint with one, that takes the "
+        "place of that in `path`",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the model's weights and activations")
+    finetune: Literal["full", "lora"] = Field(
+        "full", description="train every weight of the transformer or UNet, or LoRA adapters"
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
+    height: ImageSide = Field(32, description="image height in pixels")
+    width: ImageSide = Field(32, description="image width in pixels")
+    guidance: NotNegativeFloat = Field(
+        3.5, description="embedded guidance scale (FLUX.1-dev); unused by every other model"
+    )
+    cfg_scale: NotNegativeFloat = Field(
+        1.0, description="classifier-free guidance scale, trained through both halves; 1: off (one forward, not two)"
+    )
+    negative_prompt: str = Field("", description="prompt of the unconditional half")
+    max_sequence_length: int = Field(
+        512, ge=1, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
+    checkpointed_share: float | None = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the blocks that gradient_checkpointing recomputes; null: as few as the memory plan says "
+        "the GPU has no room for",
+    )
+    compile: bool = Field(
+        False, description="compile the repeated blocks (torch.compile), once for each batch size; not with ZeRO-3"
+    )
+    block_kernels: bool = Field(
+        False, description="this package's fused norms, gates and rotary embeddings in the blocks (FLUX, SD3)"
+    )
+    attention: str = Field(
+        "native",
+        description="attention backend by diffusers' name (docs/attention.md): native, flash, xformers, ...",
+    )
+    embedding_cache: HomePath | None = Field(
+        None, description="folder of encoded prompts; default: embeddings/ next to the run directories"
+    )
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the blocks that are recomputed in the backward; all of them until the run has chosen how many."""
+        return (self.checkpointed_share or 1.0) if self.gradient_checkpointing else 0.0
+
+
+class PromptConfig(Section):
+    """Where prompts come from: one per line, or JSONL with ``prompt`` and ``metadata``."""
+
+    train: HomePath = Field("assets/prompts/scenes_train.txt", min_length=1, description="prompts to train on")
+    heldout: HomePath | None = Field(
+        "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained; null: no evaluation"
+    )
+
+
+class SamplerConfig(Section):
+    """The stochastic sampler of the rollouts (docs/method.md)."""
+
+    name: Literal["dance", "flow", "cps", "ddim"] = Field(
+        "dance",
+        description="flow models: dance (DanceGRPO), flow (Flow-GRPO) or cps; diffusion models: ddim (DDPO, DanceGRPO)",
+    )
+    steps: int = Field(16, ge=2, le=1000, description="denoising steps")
+    noise: PositiveFloat = Field(0.3, description="noise level eta")
+    shift: PositiveFloat = Field(3.0, description="time shift of the grid; unused by ddim")
+    grid: Literal["shifted", "scheduler"] = Field(
+        "shifted",
+        description="shifted: t = s u / (1 + (s - 1) u) on a linear u; scheduler: the pipeline's own; unused by ddim",
+    )
+    variance: Literal["native", "reshaped", "exact"] = Field(
+        "native", description="ddim: the noise of eta, or PCPO's that give every step the same credit"
+    )
+    weight: PositiveFloat | None = Field(
+        None, description="ddim: credit asked of every step by a reshaped or exact variance; null: 4.5, as published"
+    )
+    final_step: Literal["default", "clean", "noisy"] = Field(
+        "default", description="decode the clean prediction or the noisy sample of the last step; default: as published"
+    )
+
+
+class WindowConfig(Section):
+    """A window of steps that moves over the sampler: only its steps have noise and are trained (MixGRPO)."""
+
+    size: NotNegative = Field(0, description="steps in the window; 0: no window, every step has noise")
+    schedule: Literal["progressive", "random", "fixed"] = Field(
+        "progressive", description="progressive: from the first step to the last; random: drawn anew; fixed: stays"
+    )
+    start: NotNegative = Field(0, description="first step of the window at the beginning")
+    stride: Positive = Field(1, description="steps that a progressive window moves at a time")
+    interval: Positive = Field(25, description="epochs before the window moves")
+    decay: NotNegativeFloat = Field(
+        0.0, description="shortens the interval at position p by exp(-decay max(p - decay_after, 0))"
+    )
+    decay_after: NotNegative = Field(0, description="position from which the interval shortens")
+    wrap: bool = Field(True, description="a progressive window starts again after the last position, or stays there")
+
+
+class RolloutConfig(Section):
+    """How many images an epoch samples, over all ranks together."""
+
+    prompts_per_epoch: Positive = Field(4, description="prompts sampled in an epoch")
+    images_per_prompt: Positive = Field(24, description="group size: images of each prompt")
+    same_initial_noise: bool = Field(True, description="all images of a group start from the same noise")
+    batch_size: Positive = Field(96, description="images sampled at once on each rank; limits memory only")
+    share_first_steps: bool = Field(
+        False,
+        description="predict once for a prompt while all its images are still equal: up to the first step with noise",
+    )
+    attention: str | None = Field(
+        None, description="attention backend of rollouts, which need no backward; null: that of model.attention"
+    )
+    merge_lora: bool = Field(
+        False, description="add the adapters to the weights during rollouts: faster, but in bf16 not the same policy"
+    )
+    offload_optimizer: bool = Field(
+        False, description="keep the optimizer's state in host memory during rollouts and rewards"
+    )
+
+
+class CreditConfig(Section):
+    """What each step counts for in the loss (docs/method.md)."""
+
+    rule: Literal[
+        "native", "proportionate", "uniform", "pcpo_ratio", "tempflow", "grpo_guard", "fair_clip", "cps_published"
+    ] = Field("proportionate", description="credit rule")
+    objective: Literal["hinge", "clip"] = Field("hinge", description="log-hinge (PCPO) or PPO clip")
+    clip_range: NotNegativeFloat = Field(1e-4, description="clip range of the log-ratio (hinge) or ratio (clip)")
+    reduction: Literal["mean", "sum"] = Field("mean", description="inner products over latent elements")
+    steps: tuple[NotNegative, ...] | None = Field(
+        None,
+        strict=False,
+        description="steps that may be trained, counted from 0; null: every step with noise but the last",
+    )
+    train_last_step: bool = Field(False, description="also train the last step where its noisy sample is decoded")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of these steps trained per image, drawn at random")
+    kl_coefficient: NotNegativeFloat = Field(0.0, description="beta of the KL to the frozen start; 0: no reference")
+    kl: Literal["exact", "published"] = Field(
+        "exact", description="KL of the Gaussians, or Flow-GRPO's without the step"
+    )
+    normalize_scale: bool = Field(
+        False, description="divide the rule's outer scale by its mean over the steps (grpo_guard, fair_clip)"
+    )
+    normalize_over: Literal["all", "trained"] = Field(
+        "all", description="steps that zeta and means run over: all with noise, or credit.steps and what is left of it"
+    )
+
+
+class AdvantageConfig(Section):
+    """How rewards become advantages."""
+
+    normalization: Literal["group", "flow_grpo", "global", "running"] = Field(
+        "group", description="per group; per-group mean with global std; whole epoch; or a running buffer per prompt"
+    )
+    clip: PositiveFloat = Field(5.0, description="advantages are clipped to plus or minus this")
+    epsilon: PositiveFloat = Field(1e-8, description="added to the standard deviation")
+    unbiased: bool = Field(False, description="sample standard deviation (n - 1); not for running")
+    buffer_size: Positive = Field(16, description="running: rewards remembered of each prompt")
+    min_count: Positive = Field(16, description="running: rewards that a prompt needs before its own statistics count")
+
+
+class RewardConfig(Section):
+    """One reward; several are summed with their weights."""
+
+    name: str = Field(min_length=1, description="a built-in reward, or module:function")
+    label: str | None = Field(
+        None, min_length=1, description="its name in metrics, needed where a reward is listed twice; null: `name`"
+    )
+    weight: float = Field(1.0, allow_inf_nan=False, description="factor in the sum")
+    clip: tuple[Finite, Finite] | None = Field(
+        None, strict=False, description="lowest and highest score that counts in the sum; null: no limits"
+    )
+    evaluation_only: bool = Field(False, description="measured and logged, not trained on")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the reward")
+
+    @property
+    def column(self) -> str:
+        """What metrics and messages call this reward."""
+        return self.label or self.name
+
+    @property
+    def trained_on(self) -> bool:
+        """Whether the reward counts in the sum."""
+        return not self.evaluation_only and self.weight != 0
+
+
+class ScoringConfig(Section):
+    """How the rewards of a set become one, when they run, and what happens where one fails (docs/rewards.md)."""
+
+    normalize: Literal["sum", "each"] = Field(
+        "sum", description="advantages of the weighted sum, or weighted sum of each reward's own advantages (GDPO)"
+    )
+    overlap: bool = Field(
+        False, description="score a finished batch of the rollout while the next is sampled (rollout.batch_size)"
+    )
+    on_failure: Literal["stop", "drop_group"] = Field(
+        "stop", description="a reward that fails ends the run, or its prompt's images are left out of the epoch"
+    )
+    timeout: PositiveFloat | None = Field(
+        None, description="seconds that one call of a reward may take; null: any time"
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and what guards it."""
+
+    lr: PositiveFloat = Field(1e-5, description="learning rate")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="decay of the first and second moment")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NotNegativeFloat = Field(1e-4, description="decoupled weight decay")
+    warmup_updates: NotNegative = Field(0, description="updates over which the learning rate rises from 0")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this norm")
+    weights: Literal["fp32_master", "stochastic_rounding"] = Field(
+        "fp32_master", description="bf16 models: keep an fp32 copy of the weights, or round bf16 updates stochastically"
+    )
+    moments: Literal["full", "8bit"] = Field(
+        "full", description="full: both moments in the dtype of the weights stepped; 8bit: a byte each (bitsandbytes)"
+    )
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: NotNegative = Field(300, description="rollout phases, each with its updates")
+    updates_per_epoch: Positive = Field(2, description="optimiser steps on disjoint parts of one rollout")
+    inner_epochs: Positive = Field(1, description="passes over the same rollout")
+    max_rollout_age: Positive = Field(
+        32,
+        description="optimiser steps that a rollout may be trained on; inner_epochs x updates_per_epoch beyond it "
+        "is refused",
+    )
+    max_log_ratio: PositiveFloat | None = Field(
+        None,
+        description="a rollout is stale, and no further pass is made over it, once the mean absolute log-ratio of a "
+        "pass is above this; null: never",
+    )
+    micro_batch_size: Positive = Field(1, description="(image, step) pairs in one forward and backward on each rank")
+    old_output: Literal["detach", "rollout", "recompute"] = Field(
+        "detach", description="what the new output is compared with (docs/method.md, Which old output)"
+    )
+    ema_decay: Decay | None = Field(
+        None,
+        description="decay of a moving average of the weights, which evaluations and exports then use; null: none",
+    )
+    max_skipped_updates: Positive = Field(
+        5, description="end the run after this many updates in a row without a finite gradient"
+    )
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts with fixed seeds."""
+
+    every: NotNegative = Field(10, description="epochs between evaluations; 0: only before and after")
+    prompts: Positive = Field(8, description="held-out prompts used")
+    images_per_prompt: Positive = Field(1, description="images of each")
+    seed: int = Field(1_000_003, ge=0, lt=2**63, description="seed of the images, apart from the training seed")
+    deterministic: bool = Field(True, description="sample without noise (Euler), or with the rollout's sampler")
+    batch_size: Positive = Field(64, description="images sampled at once on each rank")
+    min_diversity: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="ends the run when the diversity of held-out images falls below this share of that before the "
+        "training; null: never",
+    )
+
+
+class CheckpointConfig(Section):
+    """What survives a crash."""
+
+    every: NotNegative = Field(10, description="epochs between checkpoints; 0: only at the end")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+    keep_best: NotNegative = Field(
+        0,
+        description="checkpoints kept, besides the newest, for the highest held-out reward, of those written after an "
+        "epoch that was evaluated (evaluation.every)",
+    )
+    grace: NotNegativeFloat = Field(
+        30.0,
+        description="seconds that SIGTERM or SIGINT leaves the run to finish an epoch and write a checkpoint; then it "
+        "ends come what may",
+    )
+
+
+class DistributedConfig(Section):
+    """Several processes: how long they wait for each other (docs/scaling.md)."""
+
+    start_timeout: PositiveFloat = Field(
+        600.0, description="seconds after which a run does not start, naming the ranks that have not come"
+    )
+    timeout: PositiveFloat = Field(
+        7200.0,
+        description="seconds without any progress after which a run ends, naming the rank that the others wait for; "
+        "a download or a slow reward on one rank takes them, too",
+    )
+
+
+class LoggingConfig(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: dict[str, JsonValue] | None = Field(
+        None,
+        description="Weights & Biases: a mapping of project, entity, name, group, job_type, tags, notes, mode and id, "
+        "any of them, {} for the defaults; null: off",
+    )
+
+
+class Config(Section):
+    """A whole training run."""
+
+    output_dir: HomePath = Field("runs/demo", min_length=1, description="the run directory")
+    seed: int = Field(0, ge=0, lt=2**63, description="fixes every random number of the run")
+    algorithm: str = Field("pcpo", description="preset that fills in what is not set (docs/algorithms.md)")
+    deepspeed: HomePath | None = Field(
+        None,
+        description="DeepSpeed JSON file (ZeRO stage, offload, ...); batch sizes, optimizer and precision are not set "
+        "there but here",
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
+    prompts: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)  # type: ignore[arg-type]
+    window: WindowConfig = Field(default_factory=WindowConfig)  # type: ignore[arg-type]
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # type: ignore[arg-type]
+    rewards: tuple[RewardConfig, ...] = Field(
+        (RewardConfig(name="caption_match"),), strict=False, description="what the policy is trained towards"
+    )
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)  # type: ignore[arg-type]
+    credit: CreditConfig = Field(default_factory=CreditConfig)  # type: ignore[arg-type]
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
+    train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)  # type: ignore[arg-type]
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)  # type: ignore[arg-type]
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def check_group(self) -> "Config":
+        """A group needs two images for its mean and spread to say anything."""
+        if self.advantage.normalization in ("group", "flow_grpo") and self.rollout.images_per_prompt < 2:
+            raise ValueError(
+                f"rollout.images_per_prompt: {self.advantage.normalization} advantages compare the images of a prompt, "
+                f"so it must be at least 2, got {self.rollout.images_per_prompt} (advantage.normalization=global or "
+                "running allows 1)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_rewards(self) -> "Config":
+        """Something must be trained on, and every reward have its own column in the metrics."""
+        names = [reward.column for reward in self.rewards]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(
+                f"rewards: {repeated} is listed twice; give it once with the sum of its weights, or each a label of "
+                "its own"
+            )
+        reserved = next((name for name in names if name in TOTALS), None)
+        if reserved is not None:
+            raise ValueError(f"rewards: {reserved} is the name of a metric of the sum ({', '.join(TOTALS)})")
+        if not any(reward.trained_on for reward in self.rewards):
+            raise ValueError("rewards: at least one must have a weight other than 0 and not be evaluation_only")
+        wrong = next((reward for reward in self.rewards if reward.clip and reward.clip[0] >= reward.clip[1]), None)
+        if wrong is not None:
+            raise ValueError(f"rewards: clip of {wrong.column} must be [lowest, highest], got {list(wrong.clip or ())}")
+        return self
+
+    @model_validator(mode="after")
+    def check_diversity(self) -> "Config":
+        """Diversity is the distance between held-out images of one prompt, looked at between epochs."""
+        settings = self.evaluation
+        if settings.min_diversity is not None and (
+            self.prompts.heldout is None or settings.images_per_prompt < 2 or settings.every == 0
+        ):
+            raise ValueError(
+                "evaluation.min_diversity: needs held-out images to compare: set prompts.heldout, "
+                "evaluation.images_per_prompt of 2 or more, and evaluation.every of 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_composition(self) -> "Config":
+        """The buffers of running advantages remember one number of an image."""
+        if self.scoring.normalize == "each" and self.advantage.normalization == "running":
+            raise ValueError(
+                "scoring.normalize: each makes advantages of every reward, which advantage.normalization=running "
+                "cannot; allowed with it: sum"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_weights(self) -> "Config":
+        """Stochastic rounding is a property of bf16 weights."""
+        if self.optimizer.weights == "stochastic_rounding" and self.model.dtype != "bfloat16":
+            raise ValueError("optimizer.weights: stochastic_rounding needs model.dtype=bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def check_levers(self) -> "Config":
+        """What makes rollouts faster has its conditions."""
+        if self.rollout.share_first_steps and not self.rollout.same_initial_noise:
+            raise ValueError(
+                "rollout.share_first_steps: images of a prompt begin equal only with rollout.same_initial_noise=true"
+            )
+        if self.rollout.merge_lora and self.model.finetune != "lora":
+            raise ValueError("rollout.merge_lora: there are adapters to merge only with model.finetune=lora")
+        return self
+
+    @model_validator(mode="after")
+    def check_variance(self) -> "Config":
+        """PCPO's variances are solutions for DDIM, and replace its eta."""
+        sampler = self.sampler
+        if sampler.name != "ddim" and (sampler.variance != "native" or sampler.weight is not None):
+            raise ValueError(f"sampler.variance: only the sampler ddim has a choice of variance, not {sampler.name}")
+        return self
+
+    @model_validator(mode="after")
+    def check_age(self) -> "Config":
+        """A rollout that many updates have left behind no longer says what the policy does."""
+        age, limit = self.train.inner_epochs * self.train.updates_per_epoch, self.train.max_rollout_age
+        if age > limit:
+            raise ValueError(
+                f"train.inner_epochs: {self.train.inner_epochs} passes of {self.train.updates_per_epoch} updates train "
+                f"{age} times on one rollout, more than train.max_rollout_age allows ({limit})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_buffers(self) -> "Config":
+        """A buffer must be able to hold as many rewards as are asked of it."""
+        if self.advantage.min_count > self.advantage.buffer_size:
+            raise ValueError(
+                f"advantage.min_count: {self.advantage.min_count} rewards never fit into buffers of "
+                f"advantage.buffer_size={self.advantage.buffer_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_best(self) -> "Config":
+        """The best checkpoints are found by a reward that somebody measures."""
+        if self.checkpoint.keep_best and self.prompts.heldout is None:
+            raise ValueError(
+                "checkpoint.keep_best: needs the reward of held-out prompts, but prompts.heldout is null; name a file "
+                "there, or keep 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_division(self) -> "Config":
+        """Every update of an epoch sees the same number of images."""
+        images = self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
+        if images % self.train.updates_per_epoch:
+            raise ValueError(
+                f"train.updates_per_epoch: {images} images per epoch (rollout.prompts_per_epoch x images_per_prompt) "
+                f"cannot be divided into {self.train.updates_per_epoch} equal updates"
+            )
+        return self
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images sampled in an epoch over all ranks."""
+        return self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
+
+    @property
+    def embedding_folder(self) -> Path:
+        """Where encoded prompts are kept, and what is known of the content of the model's files."""
+        cache = self.model.embedding_cache
+        return Path(self.output_dir).parent / "embeddings" if cache is None else Path(cache)

@@ -1,0 +1,149 @@
+"""Settings that have an effect only under others, each rule stated once; one that is set in vain is refused.
+
+Concerned are values that a user's file or command line sets to something else than they would be without it. What only
+the loaded model can say (``model.guidance``) is said by its family in :mod:`pcpo_fast.policies`.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pcpo_fast.config.dotted_keys import flattened
+from pcpo_fast.config.schema import Config, RewardConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Some settings have an effect under a condition only.
+
+    Attributes:
+        keys: the settings, or sections of them.
+        condition: what they need, as it stands after "has an effect only with".
+        holds: whether a configuration meets it.
+        switch: a setting that turns this part of a run off. On the command line it turns off what a file says of the
+            part, too: nobody who writes ``prompts.heldout=null`` expects an evaluation.
+    """
+
+    keys: tuple[str, ...]
+    condition: str
+    holds: Callable[[Config], bool]
+    switch: str | None = None
+
+    def concerns(self, key: str) -> bool:
+        """Whether a dotted key is one of the settings, or lies in one of the sections."""
+        return any(key == name or key.startswith(f"{name}.") for name in self.keys)
+
+
+RULES = (
+    Rule(("model.lora",), "model.finetune=lora", lambda c: c.model.finetune == "lora"),
+    Rule(("model.negative_prompt",), "a model.cfg_scale other than 1", lambda c: c.model.cfg_scale != 1),
+    Rule(
+        ("model.checkpointed_share",),
+        "model.gradient_checkpointing=true",
+        lambda c: c.model.gradient_checkpointing,
+        switch="model.gradient_checkpointing",
+    ),
+    Rule(("model.revision",), "a hub id as model.path, not a folder", lambda c: not Path(c.model.path).is_dir()),
+    Rule(
+        ("sampler.shift", "sampler.grid"),
+        "sampler.name dance, flow or cps",
+        lambda c: c.sampler.name != "ddim",
+    ),
+    Rule(("sampler.shift",), "sampler.grid=shifted", lambda c: c.sampler.grid == "shifted"),
+    Rule(("window",), "window.size above 0", lambda c: c.window.size > 0, switch="window.size"),
+    Rule(
+        ("window.stride", "window.decay", "window.decay_after", "window.wrap"),
+        "window.schedule=progressive",
+        lambda c: c.window.schedule == "progressive",
+    ),
+    Rule(
+        ("window.interval",),
+        "window.schedule progressive or random",
+        lambda c: c.window.schedule in ("progressive", "random"),
+    ),
+    Rule(("window.decay_after",), "window.decay above 0", lambda c: c.window.decay > 0, switch="window.decay"),
+    Rule(("credit.train_last_step",), "credit.steps=null", lambda c: c.credit.steps is None),
+    Rule(
+        ("credit.kl",),
+        "credit.kl_coefficient above 0",
+        lambda c: c.credit.kl_coefficient > 0,
+        switch="credit.kl_coefficient",
+    ),
+    Rule(
+        ("credit.normalize_scale",),
+        "credit.rule grpo_guard or fair_clip",
+        lambda c: c.credit.rule in ("grpo_guard", "fair_clip"),
+    ),
+    Rule(
+        ("credit.normalize_over",),
+        "credit.rule proportionate, pcpo_ratio, uniform or tempflow, or credit.normalize_scale=true",
+        lambda c: c.credit.rule in ("proportionate", "pcpo_ratio", "uniform", "tempflow") or c.credit.normalize_scale,
+    ),
+    Rule(
+        ("advantage.unbiased",),
+        "advantage.normalization group, flow_grpo or global",
+        lambda c: c.advantage.normalization != "running",
+    ),
+    Rule(
+        ("advantage.buffer_size", "advantage.min_count"),
+        "advantage.normalization=running",
+        lambda c: c.advantage.normalization == "running",
+    ),
+    Rule(
+        ("train.max_log_ratio",),
+        "train.inner_epochs above 1",
+        lambda c: c.train.inner_epochs > 1,
+        switch="train.inner_epochs",
+    ),
+    Rule(
+        ("evaluation",),
+        "held-out prompts (prompts.heldout)",
+        lambda c: c.prompts.heldout is not None,
+        switch="prompts.heldout",
+    ),
+    Rule(
+        ("checkpoint.keep_best",),
+        "evaluation.every and checkpoint.every above 0",
+        lambda c: c.evaluation.every > 0 and c.checkpoint.every > 0,
+    ),
+)
+"""What has an effect under what. Among several rules for a setting the first that does not hold speaks."""
+
+REWARD_RULES: tuple[tuple[str, str, Callable[[RewardConfig], bool]], ...] = (
+    ("weight", "evaluation_only=false", lambda reward: not reward.evaluation_only or reward.weight == 0),
+    ("clip", "evaluation_only=false and a weight other than 0", lambda reward: reward.trained_on),
+)
+"""The same for each of ``rewards``: setting, condition, and whether a reward meets it."""
+
+
+def unused(
+    config: Config, unset: Config, given: Collection[str], commanded: Collection[str]
+) -> Iterator[tuple[list[str], str]]:
+    """Settings that are set in vain, with the condition under which they would have an effect.
+
+    Args:
+        config: the run.
+        unset: the run if nothing but the algorithm were set.
+        given: dotted keys that the user sets.
+        commanded: those among them that the command line sets.
+    """
+    before: dict[str, Any] = dict(flattened(unset.model_dump(mode="json"), lists=True))
+    now: dict[str, Any] = dict(flattened(config.model_dump(mode="json"), lists=True))
+    left = [key for key in now if key in given and not (key in before and before[key] == now[key])]
+    for rule in (*RULES, *_rules_of_rewards(config)):
+        if rule.holds(config):
+            continue
+        meant = commanded if rule.switch in commanded else given
+        found = [key for key in left if rule.concerns(key) and key in meant and key != rule.switch]
+        left = [key for key in left if not rule.concerns(key)]
+        if found:
+            yield found, rule.condition
+
+
+def _rules_of_rewards(config: Config) -> Iterator[Rule]:
+    for position, reward in enumerate(config.rewards):
+        for name, condition, holds in REWARD_RULES:
+            if getattr(reward, name) != RewardConfig.model_fields[name].default:
+                met = holds(reward)
+                yield Rule((f"rewards.{position}.{name}",), condition, lambda _, met=met: met)  # type: ignore[misc]

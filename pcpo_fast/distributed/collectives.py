@@ -1,0 +1,156 @@
+"""The few collectives that the loop needs; with one process they do nothing.
+
+Uses torch.distributed only: whoever starts the process group (:mod:`pcpo_fast.engine.engine`) is none of this file's
+business.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pcpo_fast.errors import UserError, reason_of, shared
+
+T = TypeVar("T")
+LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited|Socket closed", re.IGNORECASE)
+"""What gloo and NCCL say where the process at the other end has died."""
+
+
+def is_distributed() -> bool:
+    """Whether a process group with more than one rank is running."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Rank within this machine, from the launcher's environment."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def own_gpu() -> int:
+    """The number of this rank's GPU among those that PyTorch sees.
+
+    Raises:
+        UserError: this machine has fewer GPUs than ranks.
+    """
+    count = torch.cuda.device_count()
+    if local_rank() >= count:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank()}, counted from 0, and PyTorch sees {count} GPU{'s' if count > 1 else ''} on "
+            "this machine: start one process per GPU, and let each see all of them (with Slurm --gpus-per-node, not "
+            "--gpus-per-task)"
+        )
+    return local_rank()
+
+
+def ranks_per_machine(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Ranks on each machine as the launcher set it (torchrun, DeepSpeed); None where it says nothing."""
+    text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
+    return int(text) or None if text.isdecimal() else None
+
+
+def local_world_size() -> int:
+    """Processes on this machine; the whole world if the launcher does not say."""
+    return ranks_per_machine() or world_size()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if is_distributed():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise sum of a tensor over ranks, the same on every rank; a new tensor."""
+    total = values.clone()
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate [n, ...] tensors, of equal shape on every rank, in rank order."""
+    if not is_distributed():
+        return rows
+    rows = rows.contiguous()
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's (small, picklable) object, in rank order."""
+    if not is_distributed():
+        return [value]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """Make a :class:`UserError` of any rank within the block the same error on every rank.
+
+    Without it the other ranks would wait for one that has given up. All ranks must enter and leave the block.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    first = next((text for text in gather_objects(message) if text is not None), None)
+    if first is not None:
+        raise shared(first)
+
+
+def once_per_machine(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns, of which the first rank of each machine tells the others; all ranks must call it.
+
+    Raises:
+        UserError: that of any of them, on every rank.
+    """
+    if not is_distributed():
+        return compute()
+    mine: tuple[T, ...] = ()
+    with shared_errors():
+        if local_rank() == 0:
+            mine = (compute(),)
+    host = socket.gethostname()
+    told: list[T] = [value for other, values in gather_objects((host, mine)) if other == host for value in values]
+    return mine[0] if mine else told[0]
+
+
+def lost_rank(error: RuntimeError) -> UserError:
+    """What to say of a collective's error where the process at the other end is gone."""
+    return UserError(f"another rank is gone; what it said last says why ({reason_of(error)})")
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Say of a collective within the block that fails since a process has died what :func:`lost_rank` says of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_distributed() and LOST_RANK.search(str(error)):
+            raise lost_rank(error) from error
+        raise
+
+
+def launcher_rank() -> int:
+    """This process's rank as the launcher set it, valid before and after the process group exists."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,398 @@
+"""A user's DeepSpeed JSON: read strictly, and everything that is wrong with it said at once.
+
+DeepSpeed itself passes over keys that it does not know at the top level, takes ``true`` for stage 1 and ``"8"`` for 8.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pcpo_fast.config.messages import did_you_mean
+from pcpo_fast.errors import UserError
+
+OWNED_KEYS = {
+    "train_batch_size": "rollout and train.updates_per_epoch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "managed_gradient_accumulation": "train.micro_batch_size",
+    "optimizer": "the section optimizer",
+    "scheduler": "optimizer.warmup_updates",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "gradient_allreduce_op": "the method, which takes means over ranks",
+    "fp16": "model.dtype",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "weight_quantization": "model.dtype",
+    "seq_parallel_communication_data_type": "model.dtype",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "compile": "model.compile",
+}
+"""DeepSpeed settings that the configuration decides; naming them in the JSON would say the same thing twice."""
+
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""Owned keys that may be ``"auto"``, which asks for just that: the configuration's value."""
+
+_FIXED: dict[str, Any] = {
+    "communication_data_type": "fp32",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""Keys of which one value alone is right."""
+
+_PLAIN: dict[str, type | tuple[type, ...]] = {
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": (int, float),
+    "disable_allgather": bool,
+    "disable_python_gc": bool,
+    "log_level": str,
+}
+_CHOICES = {
+    "log_level": ("debug", "info", "warning", "error", "critical"),
+    "checkpoint.tag_validation": ("ignore", "warn", "fail"),
+}
+"""Texts, in any case, of which DeepSpeed takes these alone."""
+_SECTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "aio": {
+        "block_size": int,
+        "queue_depth": int,
+        "intra_op_parallelism": int,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
+    "flops_profiler": {
+        "enabled": bool,
+        "recompute_fwd_factor": (int, float),
+        "profile_step": int,
+        "module_depth": int,
+        "top_modules": int,
+        "detailed": bool,
+        "output_file": (str, type(None)),
+    },
+    "checkpoint": {
+        "tag_validation": str,
+        "load_universal": bool,
+        "use_node_local_storage": bool,
+        "parallel_write": dict,
+    },
+    "data_types": {"grad_accum_dtype": str},
+}
+"""Sections that DeepSpeed has no pydantic model for."""
+
+_REFUSED = {
+    "checkpoint.writer": "a checkpoint is read back when written, and takes its name only then",
+    "checkpoint.checkpoint_serialization": "a checkpoint is read back when written, and needs its checksums",
+    "datastates_ckpt": "a checkpoint is read back when written, and takes its name only then",
+    "zero_optimization.legacy_stage1": "DeepSpeed has no such stage any more",
+    "zero_optimization.cpu_offload": "it is called offload_optimizer",
+    "zero_optimization.cpu_offload_param": "it is called offload_param",
+    "zero_optimization.cpu_offload_use_pin_memory": "it is pin_memory of offload_optimizer and offload_param",
+    "zero_optimization.zenflow": "it needs an optimizer of DeepSpeed's",
+    "zero_optimization.offload_optimizer.super_offload": "it needs an optimizer of DeepSpeed's",
+    "zero_optimization.zero_quantized_weights": "it changes the precision, which model.dtype decides",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it changes the precision, which model.dtype decides",
+    "zero_optimization.zero_quantized_gradients": "it changes the precision, which model.dtype decides",
+}
+"""Keys that are not allowed, unless they are off."""
+
+_WITHOUT_EFFECT = (
+    "autotuning",
+    "compression_training",
+    "curriculum_learning",
+    "data_efficiency",
+    "dataloader_drop_last",
+    "eigenvalue",
+    "elasticity",
+    "expert_parallel",
+    "graph_harvesting",
+    "hybrid_engine",
+    "nebula",
+    "pipeline",
+    "progressive_layer_drop",
+    "quantize_training",
+    "sequence_parallel_size",
+    "sparse_attention",
+    "sparse_gradients",
+    "tensor_parallel",
+    "use_data_before_expert_parallelism",
+    "vocabulary_size",
+)
+"""Keys that DeepSpeed knows, or has known, and this trainer makes no use of."""
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "flops_profiler": "einops"}
+"""What loggers and profilers import once they are enabled."""
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which keys it was given twice."""
+
+    twice: tuple[str, ...] = ()
+
+
+def read_deepspeed_file(path: Path, models: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    """The settings of a DeepSpeed JSON, without those that are ``"auto"``.
+
+    Args:
+        path: the file.
+        models: DeepSpeed's own models of sections, by their key ("timers.throughput" for one within another).
+
+    Raises:
+        UserError: the file cannot be read; or one sentence with all keys that are wrong.
+    """
+    settings = _read(path)
+    broken = list(_broken(settings, ""))
+    infinite = tuple(f"{text.split()[0]}:" for text in broken)  # of those, the types need not be spoken of
+    problems = [*broken, *(text for text in _problems(settings, models) if not text.startswith(infinite or ("\n",)))]
+    if problems:
+        raise UserError(f"{path}: {'; '.join(dict.fromkeys(problems))}")
+    for section, name in (("offload_optimizer", "nvme_path"), ("offload_param", "nvme_path")):
+        found = settings.get("zero_optimization", {}).get(section) or {}
+        if name in found:
+            found[name] = os.path.expanduser(found[name])
+    # DeepSpeed pickles its configuration into every checkpoint, and those are read without classes of ours.
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def check_machine(settings: Mapping[str, Any], file: str | None, asynchronous_io: Callable[[], bool]) -> None:
+    """Refuse what this machine lacks: folders and libraries for NVMe, packages of loggers and profilers.
+
+    Args:
+        settings: of :func:`read_deepspeed_file`.
+        file: where they are from.
+        asynchronous_io: says whether DeepSpeed can read and write files in the background here.
+
+    Raises:
+        UserError: one sentence with everything that is missing.
+    """
+    problems = [
+        f"{section} is enabled, but {package} is not installed (pip install {package})"
+        for section, package in _PACKAGES.items()
+        if settings.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None
+    ]
+    for name in _on_nvme(settings["zero_optimization"]):
+        folder = Path(settings["zero_optimization"][name]["nvme_path"])
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            problems.append(f"zero_optimization.{name}.nvme_path: {folder} is not a folder that can be written")
+        if not asynchronous_io():
+            problems.append(
+                f"zero_optimization.{name}.device: nvme needs libaio and its headers, from which DeepSpeed builds "
+                "async_io (apt install libaio-dev; `ds_report` says what is missing), or take cpu"
+            )
+    if problems:
+        raise UserError(f"{file}: {'; '.join(problems)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    def remembering(pairs: list[tuple[str, Any]]) -> _Object:
+        found = _Object(pairs)
+        names = [name for name, _ in pairs]
+        found.twice = tuple(name for name in found if names.count(name) > 1)
+        return found
+
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=remembering)
+    except FileNotFoundError:
+        raise UserError(f"deepspeed: {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed: {path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed: {path} line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path} must hold a JSON object")
+    return settings
+
+
+def _broken(value: Any, key: str) -> Iterator[str]:
+    """What is wrong with the text of any JSON file."""
+    if isinstance(value, _Object):
+        yield from (f"{_below(key, name)} is given twice" for name in value.twice)
+        for name, below in value.items():
+            yield from _broken(below, _below(key, name))
+    elif isinstance(value, list):
+        for position, below in enumerate(value):
+            yield from _broken(below, _below(key, str(position)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} must be a finite number, got {value}"
+
+
+def _problems(settings: dict[str, Any], models: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+    known = {*OWNED_KEYS, *_FIXED, *_PLAIN, *_SECTIONS, *(key.partition(".")[0] for key in models), "datastates_ckpt"}
+    for key, value in list(settings.items()):
+        if key in OWNED_KEYS:
+            if key in _SIZES and value == "auto":
+                del settings[key]
+            else:
+                yield f"{key} is set by the configuration ({OWNED_KEYS[key]}), so remove it from the DeepSpeed file"
+        elif key in _FIXED:
+            if value is not _FIXED[key] and value != _FIXED[key]:
+                yield f"{key} must be {json.dumps(_FIXED[key])} or left out, got {_shown(value)}"
+        elif key in _PLAIN:
+            yield from _wrong_type(key, value, _PLAIN[key])
+        elif key in _SECTIONS:
+            yield from _plain_section(key, value)
+        elif key == "timers":
+            if not isinstance(value, dict) or value.keys() - {"throughput"}:
+                yield f"timers: must be an object with throughput alone, got {_shown(value)}"
+            elif "throughput" in value:
+                yield from _modelled("timers.throughput", value["throughput"], models["timers.throughput"])
+        elif key in models:
+            yield from _modelled(key, value, models[key])
+        elif key in _WITHOUT_EFFECT:
+            yield f"{key} has no effect here, so remove it"
+        elif key not in known:
+            yield f"unknown key {key}{did_you_mean(key, known)}"
+    zero = settings.get("zero_optimization")
+    if isinstance(zero, dict):
+        yield from _zero_problems(zero)
+    if settings.get("gradient_predivide_factor", 1) == 0:
+        yield "gradient_predivide_factor must not be 0, since gradients are divided by it"
+    for key, allowed in _CHOICES.items():
+        value = _at(settings, key)
+        if isinstance(value, str) and value.lower() not in allowed:
+            yield f"{key} must be one of {', '.join(allowed)}, got {_shown(value)}"
+    for key, reason in _REFUSED.items():
+        value = _at(settings, key)
+        if value is not None and value is not (key == "checkpoint.checkpoint_serialization"):
+            yield f"{key} is not allowed, since {reason}; remove it"
+
+
+def _zero_problems(zero: dict[str, Any]) -> Iterator[str]:
+    """What DeepSpeed's own model of ZeRO does not know of."""
+    stage = zero.get("stage", 1)
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        # Stage 0 reports no gradient norm and keeps bf16 gradients; stage 1 costs nothing more, on one GPU too.
+        yield f"zero_optimization.stage must be 1, 2 or 3, got {_shown(stage)}"
+        return
+    if zero.get("compute_grad_norm") is False:
+        yield "zero_optimization.compute_grad_norm must be true: the norm is what gradients are clipped by"
+    for name in _on_nvme(zero):
+        if stage != 3:
+            yield f"zero_optimization.{name}.device: nvme has an effect at stage 3 only, and the stage is {stage}"
+        if not zero[name].get("nvme_path"):
+            yield f"zero_optimization.{name}.nvme_path is missing: the folder that nvme writes to"
+    if stage != 3:
+        offload, hpz = zero.get("offload_param"), zero.get("zero_hpz_partition_size")
+        if isinstance(offload, dict) and offload.get("device", "none") == "cpu":
+            yield f"zero_optimization.offload_param has an effect at stage 3 only, and the stage is {stage}"
+        if isinstance(hpz, int) and hpz > 1:
+            yield f"zero_optimization.zero_hpz_partition_size has an effect at stage 3 only, and the stage is {stage}"
+
+
+def _on_nvme(zero: Mapping[str, Any]) -> list[str]:
+    names = ("offload_optimizer", "offload_param")
+    return [name for name in names if isinstance(zero.get(name), dict) and zero[name].get("device") == "nvme"]
+
+
+def _modelled(key: str, value: Any, model: type[BaseModel]) -> Iterator[str]:
+    """What one of DeepSpeed's models, and the types that it takes for one another, say of a section."""
+    if not isinstance(value, dict):
+        stage = "; zero_optimization.stage must be 1, 2 or 3" if key == "zero_optimization" else ""
+        yield f"{key}: must be an object, got {_shown(value)}{stage}"
+        return
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    fields |= model.model_fields
+    for name in [name for name, given in value.items() if given == "auto"]:
+        if name == "stage":
+            continue  # said in words of its own
+        if name in fields and fields[name].annotation is int:
+            del value[name]  # a size: DeepSpeed's own, as where it is left out
+        else:
+            yield f'{_below(key, name)} must not be "auto", which is for sizes alone'
+    given = copy.deepcopy({name: below for name, below in value.items() if below != "auto"})
+    if key == "zero_optimization" and given.get("stage") in ("1", "2", "3", True, False):
+        del given["stage"]  # said in words of its own
+    read, refused = _validated(model, given)
+    if isinstance(refused, ValidationError):
+        for problem in refused.errors():
+            place = ".".join(map(str, (key, *problem["loc"])))
+            if problem["type"] == "extra_forbidden":
+                yield f"unknown key {place}{did_you_mean(str(problem['loc'][-1]), fields)}"
+            elif place != "zero_optimization.stage":
+                reason = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+                yield f"{place}: {reason[0].lower()}{reason[1:]}, got {_shown(problem['input'])}"
+            _leave_out(given, problem["loc"])
+        read, _ = _validated(model, given)  # what else is wrong with the values that it takes
+    elif refused is not None:
+        yield f"{key}: {' '.join(str(refused).split())}"
+    if read is not None:
+        yield from _mistaken(key, given, read)
+
+
+def _validated(model: type[BaseModel], given: Mapping[str, Any]) -> tuple[BaseModel | None, Exception | None]:
+    try:
+        return model(**copy.deepcopy(dict(given))), None
+    except (ValidationError, AssertionError, ValueError, TypeError) as error:
+        return None, error
+
+
+def _leave_out(values: Any, key: tuple[str | int, ...]) -> None:
+    for part in key[:-1]:
+        values = values.get(part) if isinstance(values, dict) else None
+    if key and isinstance(values, dict):
+        values.pop(key[-1], None)
+
+
+def _mistaken(key: str, given: Mapping[str, Any], read: BaseModel) -> Iterator[str]:
+    """Values that became ones of another type: ``true`` a 1, ``"8"`` an 8."""
+    names = {field.alias: name for name, field in type(read).model_fields.items() if field.alias}
+    for name, value in given.items():
+        taken = getattr(read, names.get(name, name), value)
+        if isinstance(taken, BaseModel) and isinstance(value, dict):
+            yield from _mistaken(_below(key, name), value, taken)
+        elif isinstance(value, bool) != isinstance(taken, bool) or (
+            isinstance(value, str) and isinstance(taken, int | float)
+        ):
+            wanted = "true or false" if isinstance(taken, bool) else "a number"
+            yield f"{_below(key, name)}: must be {wanted}, got {_shown(value)}"
+
+
+def _plain_section(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield f"{key}: must be an object, got {_shown(value)}"
+        return
+    allowed = _SECTIONS[key]
+    for name, below in value.items():
+        if name in allowed:
+            yield from _wrong_type(f"{key}.{name}", below, allowed[name])
+        elif f"{key}.{name}" not in _REFUSED:
+            yield f"unknown key {key}.{name}{did_you_mean(name, allowed) or '; it takes ' + ', '.join(allowed)}"
+    if key == "data_types" and value.get("grad_accum_dtype", "fp32") != "fp32":
+        yield 'data_types.grad_accum_dtype must be "fp32": in bf16 a sum of a thousand micro-batches loses half of them'
+
+
+def _wrong_type(key: str, value: Any, kind: type | tuple[type, ...]) -> Iterator[str]:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+        yield f"{key}: must be {names.get(kinds[-1], 'a text')}, got {_shown(value)}"
+
+
+def _at(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
+def _below(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,449 @@
+"""DeepSpeed, and nothing but DeepSpeed: one process or a thousand go through the same engine."""
+
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pcpo_fast.config.schema import Config, DistributedConfig
+from pcpo_fast.distributed.collectives import launcher_rank, own_gpu, rank, world_size
+from pcpo_fast.distributed.launching import adopt_launch
+from pcpo_fast.distributed.rendezvous import meet, own_connection
+from pcpo_fast.distributed.watchdog import Watch, note, set_watch
+from pcpo_fast.engine.deepspeed_file import check_machine, read_deepspeed_file
+from pcpo_fast.engine.eight_bit_adamw import EightBitAdamW
+from pcpo_fast.engine.ema import Ema
+from pcpo_fast.engine.offload import Park
+from pcpo_fast.engine.optimizers import GuardedAdamW, StochasticAdamW
+from pcpo_fast.errors import UserError
+from pcpo_fast.profiling import profiler_ranges
+
+MARGIN = timedelta(seconds=60)
+"""By how much a collective outwaits the watch, which has more to say about a rank that does not come."""
+
+STATE_FOLDER = "engine"
+"""Where a checkpoint's engine state lies within it."""
+
+
+def start_distributed(settings: DistributedConfig | None = None) -> torch.device:
+    """Join the process group of the launcher, or make one of a single process; returns this rank's device.
+
+    Args:
+        settings: how long ranks wait for each other; None for the defaults.
+
+    Raises:
+        UserError: some of the launcher's ranks have not come, or rank 0 cannot be reached; a rank has given up before;
+            the environment does not say which rank this is.
+    """
+    settings = DistributedConfig() if settings is None else settings
+    adopt_launch()
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _import_deepspeed()
+    if on_gpu:
+        torch.cuda.set_device(own_gpu())
+    device = torch.device("cuda", own_gpu()) if on_gpu else torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            patience, timeout = (timedelta(seconds=s) for s in (settings.start_timeout, settings.timeout))
+            dist.init_process_group(
+                backend,
+                store=meet(patience),
+                rank=launcher_rank(),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timeout + MARGIN,
+                device_id=device if on_gpu else None,
+            )
+            if world_size() > 1:
+                set_watch(Watch(own_connection(patience), rank(), world_size(), timeout))
+        else:
+            # No launcher: a store in memory needs neither a port nor a host name. DeepSpeed asks the environment.
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def stop_distributed() -> None:
+    """Leave the process group, if there is one; a later :func:`start_distributed` makes a new one."""
+    set_watch(None)
+    if dist.is_available() and dist.is_initialized():
+        _import_deepspeed().comm.destroy_process_group()  # drops DeepSpeed's own references, too
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of an optimiser step.
+
+    Attributes:
+        applied: False where a gradient was not finite and the step was left out.
+        grad_norm: global norm before clipping; infinite or NaN where the step was left out.
+        lr: learning rate of the step.
+    """
+
+    applied: bool
+    grad_norm: float
+    lr: float
+
+
+class Engine:
+    """Gradient accumulation, clipping, mixed precision and the optimiser around a module.
+
+    Args:
+        module: the model; its trainable parameters are optimised. With ZeRO-3 it may lie in host memory.
+        config: sections ``optimizer``, ``model``, ``train`` and ``deepspeed`` are used.
+        accumulation: micro-batches per optimiser step.
+
+    Attributes:
+        ema: the moving average of the trained weights, None where the configuration asks for none.
+
+    Raises:
+        UserError: the DeepSpeed JSON is missing, malformed, refused by DeepSpeed, or sets what the configuration owns.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, accumulation: int) -> None:
+        deepspeed = _import_deepspeed()
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+        settings = config.optimizer
+        self.warmup, self.lr = settings.warmup_updates, settings.lr
+        self.updates = 0
+        self.last_step = StepOutcome(True, 0.0, 0.0)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        common: dict[str, Any] = {
+            "lr": settings.lr,
+            "betas": settings.betas,
+            "eps": settings.eps,
+            "weight_decay": settings.weight_decay,
+        }
+        if settings.moments == "8bit":
+            self.optimizer: Any = EightBitAdamW(parameters, **common, seed=config.seed)
+        elif settings.weights == "stochastic_rounding":
+            self.optimizer = StochasticAdamW(parameters, **common, seed=config.seed)
+        else:
+            self.optimizer = GuardedAdamW(parameters, **common)
+        ds_config = deepspeed_config(config, accumulation)
+        _check_secondary_partition(ds_config, config.deepspeed)
+        _fit_buckets(ds_config["zero_optimization"], sum(p.numel() for p in parameters))
+        if config.train.ema_decay is not None:
+            _check_shards_in_memory(ds_config, config.deepspeed)
+        try:
+            # DeepSpeed's bf16 optimiser prints its memory, which no log level keeps off the progress display.
+            with redirect_stdout(io.StringIO()):
+                if ds_config["zero_optimization"]["stage"] == 3:
+                    _divide(module, ds_config)
+                self.deepspeed, *_ = deepspeed.initialize(
+                    model=module,
+                    optimizer=self.optimizer,
+                    model_parameters=parameters,
+                    config=ds_config,
+                    dist_init_required=False,
+                )
+        except (ValueError, AssertionError, KeyError, deepspeed.DeepSpeedConfigError, ZeRORuntimeException) as error:
+            if config.deepspeed is None:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{config.deepspeed}: DeepSpeed refuses these settings: {reason}") from None
+        self.park = Park()
+        decay = config.train.ema_decay
+        self.ema = None if decay is None else Ema(self._shards(), decay)
+
+    @property
+    def module(self) -> nn.Module:
+        """The engine as a module: calling it runs the model with DeepSpeed's hooks."""
+        return self.deepspeed  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient; the engine divides by the number of micro-batches."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """End a micro-batch; on the last of an update, step the optimiser and set :attr:`last_step`."""
+        note("update")
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        lr = self.lr * min(1.0, (self.updates + 1) / (self.warmup + 1))
+        if boundary:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        with profiler_ranges.named("optimizer") if boundary else nullcontext():
+            self.deepspeed.step()
+        if boundary:
+            norm = self.deepspeed.get_global_grad_norm()
+            applied = not self.optimizer.skipped and self.deepspeed.was_step_applied()
+            self.last_step = StepOutcome(applied, math.nan if norm is None else float(norm), lr)
+            self.updates += int(applied)
+            if self.ema is not None and applied:
+                self.ema.update()
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage that is used: 1, 2 or 3."""
+        return int(self.deepspeed.zero_optimization_stage())
+
+    def save(self, folder: Path) -> None:
+        """Write weights (those trained) and optimiser state to ``folder/engine``; all ranks must call it."""
+        self.deepspeed.save_checkpoint(str(folder), tag=STATE_FOLDER, exclude_frozen_parameters=True)
+        if self.ema is not None:
+            state = self.ema.state_dict()
+            tensors = {str(index): average for index, average in enumerate(state["average"])}
+            save_file(tensors, average_file(folder, rank()), {"updates": str(state["updates"])})
+
+    def load(self, folder: Path) -> bool:
+        """Take up what :meth:`save` wrote with the same weights, ranks and ZeRO stage; False where nothing is there.
+
+        Unpickles nothing but tensors and DeepSpeed's own three records, since a checkpoint may be somebody else's.
+        """
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        def load_safely(path: str, map_location: Any = None) -> Any:
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+        self.deepspeed.checkpoint_engine.load = load_safely
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            # Frozen weights are not in it, so the load cannot be strict.
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE_FOLDER, load_module_strict=False)
+        if self.ema is not None and loaded is not None:
+            stored = read_average(folder, rank())
+            if stored is None:
+                self.begin_average()
+            else:
+                self.ema.load_state_dict(stored)
+        return loaded is not None
+
+    def begin_average(self) -> None:
+        """Let the moving average, where there is one, begin at the weights as they are: none was loaded."""
+        self.ema = None if self.ema is None else Ema(self._shards(), self.ema.decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the model has the moving average's weights; without one, its own. All ranks must enter it.
+
+        No optimiser step may be made within.
+        """
+        if self.ema is None:
+            yield
+            return
+        self.ema.put_in()
+        self._refresh_weights()
+        try:
+            yield
+        finally:
+            self.ema.take_out()
+            self._refresh_weights()
+
+    @contextmanager
+    def parked(self, enabled: bool = True) -> Iterator[None]:
+        """Within the block the optimiser's state, its weights among it, lies in host memory; no step may be made.
+
+        What DeepSpeed has in host memory already stays where it is, and so does everything on a machine without a GPU.
+        """
+        if not enabled:
+            yield
+            return
+        shards = [*self._shards(), *(self.ema.average if self.ema is not None else ())]
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [value for value in (*shards, *moments) if isinstance(value, Tensor) and value.dim() > 0]
+        parameters = list(self.deepspeed.module.parameters())
+        needed = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
+        with self.park.without(tensors, needed):
+            yield
+
+    def _shards(self) -> list[Tensor]:
+        """What this rank's optimiser steps: the flat shards of the trained weights."""
+        names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
+        return next(list(found) for name in names if (found := getattr(self.deepspeed.optimizer, name, None)))
+
+    @torch.no_grad()
+    def _refresh_weights(self) -> None:
+        """Make the model's weights from the shards, as DeepSpeed does after a step."""
+        optimizer = self.deepspeed.optimizer
+        if self.zero_stage < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        persistent = optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+        optimizer.invalidate_secondary_tensor()
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The trained parameters, each whole, on the CPU; empty on ranks other than 0. All ranks must call it.
+
+        Those of the moving average, where there is one: this is what is exported.
+        """
+        import deepspeed
+
+        state: dict[str, Tensor] = {}
+        with self.averaged():
+            for name, parameter in self.deepspeed.module.named_parameters():
+                if parameter.requires_grad:
+                    with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                        if rank() == 0:
+                            state[name] = parameter.detach().to("cpu", copy=True)
+        return state
+
+
+def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed settings of a run: the user's JSON, and what the configuration decides.
+
+    ZeRO starts from stage 1, and from stage 2 for stochastic rounding.
+
+    Raises:
+        UserError: as :func:`pcpo_fast.engine.deepspeed_file.read_deepspeed_file`; or the stage is not allowed here.
+    """
+    settings: dict[str, Any] = {}
+    if config.deepspeed is not None:
+        settings = read_deepspeed_file(Path(config.deepspeed), _section_models())
+    zero = settings.setdefault("zero_optimization", {})
+    zero.setdefault("stage", 1)
+    if zero["stage"] == 3:
+        # Weights are there for the time of their layer's call, which neither compiled blocks nor a merge live by.
+        for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
+            if asked:
+                raise UserError(f"{key}: needs whole weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
+    if config.model.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True}
+        # In bf16 a sum of a thousand micro-batches loses half of them.
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        if config.optimizer.weights == "stochastic_rounding":
+            settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+            # With stage 1 and fp32 sums DeepSpeed takes an optimiser that keeps fp32 weights after all.
+            zero["stage"] = max(zero["stage"], 2)
+    return settings | {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _check_shards_in_memory(settings: dict[str, Any], file: str | None) -> None:
+    offload = settings["zero_optimization"].get("offload_optimizer") or {}
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise UserError(
+            "train.ema_decay: a moving average needs the weights in memory, not on NVMe; set null, or "
+            f"offload_optimizer.device to cpu in {file}"
+        )
+
+
+def average_file(folder: Path, of_rank: int) -> Path:
+    """Where a rank's part of the moving average lies in a checkpoint."""
+    return folder / STATE_FOLDER / f"moving_average_rank_{of_rank:05d}.safetensors"
+
+
+def read_average(folder: Path, of_rank: int) -> dict[str, Any] | None:
+    """A rank's part of a checkpoint's moving average, as :meth:`Ema.load_state_dict` takes it; None: it has none.
+
+    The tensors are mapped into memory, not read.
+
+    Raises:
+        ValueError: the file is not what was written.
+    """
+    file = average_file(folder, of_rank)
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as stored:
+            average = [stored.get_tensor(str(index)) for index in range(len(stored.keys()))]
+            return {"updates": int(stored.metadata()["updates"]), "average": average}
+    except SafetensorError as error:
+        raise ValueError(f"{file.name}: {error}") from None
+
+
+def _divide(module: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Divide a module's weights among the ranks, one at a time, so that no device ever holds the whole of them."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
+    device = next(module.parameters()).device  # an empty rest of the weight, where it is put together again
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _fit_buckets(zero: dict[str, Any], trained: int) -> None:
+    """DeepSpeed makes its reduction buffers as large as a bucket may be, two gigabytes by default, for any model."""
+    bucket = zero.get("reduce_bucket_size", 500_000_000)
+    if zero["stage"] < 3 and isinstance(bucket, int | float):
+        zero["reduce_bucket_size"] = int(min(bucket, trained))
+
+
+def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> None:
+    """ZeRO++'s hpZ keeps a second copy of the weights on every machine: with one machine that is memory for nothing."""
+    size, ranks = settings["zero_optimization"].get("zero_hpz_partition_size", 1), world_size()
+    if isinstance(size, int) and size > 1 and (size >= ranks or ranks % size):
+        raise UserError(
+            f"{file}: zero_optimization.zero_hpz_partition_size is {size}, which must be the ranks of one machine of "
+            f"several, but the run has {ranks} ranks in all; use ds_configs/zero3.json on one machine"
+        )
+
+
+def _section_models() -> dict[str, type[BaseModel]]:
+    """DeepSpeed's own models of the sections of its JSON."""
+    _import_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    return {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "comms_logger": CommsLoggerConfig,
+        "tensorboard": TensorBoardConfig,
+        "wandb": WandbConfig,
+        "csv_monitor": CSVConfig,
+        "comet": CometConfig,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
+    }
+
+
+def check_deepspeed(config: Config) -> None:
+    """Refuse a DeepSpeed JSON that cannot be used, here or anywhere, before anything is loaded.
+
+    Raises:
+        UserError: as :func:`deepspeed_config`; or this machine lacks a package, a folder or a library that it needs.
+    """
+    settings = deepspeed_config(config, accumulation=1)
+
+    def asynchronous_io() -> bool:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        with redirect_stdout(io.StringIO()):
+            return bool(AsyncIOBuilder().is_compatible())
+
+    check_machine(settings, config.deepspeed, asynchronous_io)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed quietly and keep it from compiling an op at the start of every CPU run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING if os.environ.get("PCPO_DEEPSPEED_LOG") else logging.ERROR)
+    if not torch.cuda.is_available():
+        # Plain gloo does what the loop needs; the shared-memory op takes half a minute and a compiler. Newer DeepSpeeds
+        # make this table when it is first read, by running compilers, which takes seconds and prints their errors.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,214 @@
+"""Images of a prompt set with fixed noise, for each contestant; what is there already is not made again."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcpo_fast.distributed.collectives import barrier, gather_objects, once_per_machine, rank, shared_errors, world_size
+from pcpo_fast.errors import UserError
+from pcpo_fast.evaluation.candidates import Contestant
+from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
+from pcpo_fast.files.atomic import write_atomically
+from pcpo_fast.files.content import RECORD_FOLDER, Contents, is_weights
+from pcpo_fast.files.fingerprints import changed, digest, weights_digest
+from pcpo_fast.guidance.guided_runs import SHARED, guided_policies
+from pcpo_fast.method.samplers import build_transitions, deterministic_transitions
+from pcpo_fast.method.step_tables import StepTable
+from pcpo_fast.policies import Policy
+from pcpo_fast.policies.families import find_family, load_policy, model_files
+from pcpo_fast.prompts import Prompt
+from pcpo_fast.reporting.grids import to_image
+from pcpo_fast.reporting.step_progress import StepProgress
+from pcpo_fast.rollout.generation import sample_rows
+
+RECIPE_FILE = "recipe.json"
+BASE_KEYS = ("path", "revision", "variant", "transformer", "unet")
+"""Settings that say where the base model's weights are: not these are compared, but what is there."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be sampled.
+
+    Attributes:
+        prompts: P of them.
+        count: images of each.
+        seed: fixes all noise.
+        stochastic: sample with the rollout's noise instead of without.
+        batch_size: images at once on each rank.
+        remake: throw away images that were made otherwise, instead of refusing to mix them.
+    """
+
+    prompts: Sequence[Prompt]
+    count: int
+    seed: int
+    stochastic: bool
+    batch_size: int
+    remake: bool = False
+
+    @property
+    def names(self) -> list[tuple[int, int]]:
+        """(prompt, image) of all images, prompt-major."""
+        return [(prompt, image) for prompt in range(len(self.prompts)) for image in range(self.count)]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts of all images, prompt-major."""
+        return [prompt.text for prompt in self.prompts for _ in range(self.count)]
+
+
+def make_images(
+    contestants: Sequence[Contestant], request: Request, folder: Path, device: torch.device
+) -> list[ImageSet]:
+    """Make what is missing and return every contestant's images. All ranks must call it, and share the work.
+
+    Args:
+        contestants: whose images.
+        request: what of.
+        folder: ``folder/NAME/`` gets the images, ``PROMPT_IMAGE.png`` counted from 0, and ``recipe.json``.
+        device: this rank's.
+
+    Raises:
+        UserError: a model cannot be loaded, or a folder holds images that were made otherwise.
+    """
+    sets: dict[str, ImageSet] = {}
+    for group in _groups(contestants):
+        if group[0].kind == "images":
+            for one in group:
+                option = f"--checkpoint {one.path!r}"
+                sets[one.name] = folder_of_images(
+                    Path(one.path).expanduser(), one.name, option, len(request.names), request.texts
+                )
+            continue
+        with shared_errors():
+            recipes = [recipe(one, request) for one in group]
+        contents = once_per_machine(partial(contents_of, group))
+        recipes = [made | {"content": content} for made, content in zip(recipes, contents, strict=True)]
+        with shared_errors():
+            for one, made in zip(group, recipes, strict=True):
+                if rank() == 0:
+                    _open_folder(folder / one.name, made, request.remake)
+        barrier()
+        missing = [[name for name in request.names if not _file(folder / one.name, name).is_file()] for one in group]
+        missing = gather_objects(missing)[0]  # as the first rank sees them: all must divide the same list
+        if any(missing):
+            _make(group, missing, request, folder, device)
+        barrier()
+        for one, made in zip(group, recipes, strict=True):
+            files = [_file(folder / one.name, name) for name in request.names]
+            sets[one.name] = ImageSet(one.name, files, digest([made, request.count]))
+    return [sets[one.name] for one in contestants]
+
+
+def recipe(one: Contestant, request: Request) -> dict[str, Any]:
+    """Everything that an image of a contestant depends on besides its own number."""
+    assert one.config is not None
+    model = one.config.model
+    base, _ = find_family(model)
+    settings = {key: getattr(model, key) for key in SHARED if key not in BASE_KEYS}
+    return {
+        **({} if model.variant is None else {"variant": model.variant}),
+        "base model": weights_digest(base),
+        "model settings": settings,
+        "weights": None if one.weights is None else weights_digest(one.weights),
+        "scale": one.scale,
+        "sampler": one.config.sampler.model_dump(mode="json"),
+        "stochastic": request.stochastic,
+        "prompts": [digest(prompt.text) for prompt in request.prompts],
+        "seed": request.seed,
+    }
+
+
+def contents_of(contestants: Sequence[Contestant]) -> list[str]:
+    """A hash for each of every byte that it is made from."""
+    found = []
+    for one in contestants:
+        assert one.config is not None
+        contents = Contents(one.config.embedding_folder / RECORD_FOLDER)
+        files = [] if one.weights is None else sorted(file for file in one.weights.rglob("*") if is_weights(file))
+        own = contents.of_files({str(file): file for file in files})
+        found.append(digest([contents.of_files(model_files(one.config.model)), list(own.values())]))
+    return found
+
+
+def _groups(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
+    """Those that need the same weights in memory, together."""
+    groups: dict[tuple[str, str, str], list[Contestant]] = {}
+    for one in contestants:
+        groups.setdefault((one.kind, one.path, str(one.weights)), []).append(one)
+    return list(groups.values())
+
+
+def _open_folder(folder: Path, made: dict[str, Any], remake: bool) -> None:
+    file = folder / RECIPE_FILE
+    kept = dict(made)
+    if any(folder.glob("*.png")):
+        try:
+            before = {"content": made["content"]} | json.loads(file.read_text(encoding="utf-8"))  # old ones lack it
+            # More or fewer prompts of the same list change no image.
+            shared = min(len(before["prompts"]), len(made["prompts"]))
+            different = changed(
+                before | {"prompts": before["prompts"][:shared]}, made | {"prompts": made["prompts"][:shared]}
+            )
+            kept["prompts"] = max(before["prompts"], made["prompts"], key=len)
+        except (OSError, ValueError, TypeError, KeyError):
+            different = [RECIPE_FILE]
+        if different and not remake:
+            raise UserError(
+                f"{folder} holds images that were made otherwise ({', '.join(different)} changed); choose another "
+                "--output, or make them again with --remake"
+            )
+        if different:
+            kept = made
+            for image in folder.glob("*.png"):
+                image.unlink()
+    write_atomically(file, json.dumps(kept, indent=1))
+
+
+def _file(folder: Path, name: tuple[int, int]) -> Path:
+    return folder / f"{name[0]:05d}_{name[1]:03d}.png"
+
+
+def _make(
+    group: Sequence[Contestant],
+    missing: Sequence[list[tuple[int, int]]],
+    request: Request,
+    folder: Path,
+    device: torch.device,
+) -> None:
+    with shared_errors():
+        policies = _policies(group, request, device)
+        config = group[0].config
+        assert config is not None
+        build = build_transitions if request.stochastic else deterministic_transitions
+        table = StepTable.of(build(config.sampler, policies[0].schedule(config.sampler.steps)), device)
+    mine = [names[rank() :: world_size()] for names in missing]
+    size = request.batch_size
+    batches = sum(-(-len(names) // size) for names in mine)
+    with StepProgress(max(1, batches * table.steps), "sampling") as progress, torch.no_grad():
+        for one, policy, names in zip(group, policies, mine, strict=True):
+            progress.describe(f"sampling {one.name}")
+            for start in range(0, len(names), size):
+                chosen = names[start : start + size]
+                conditioning = policy.encode([request.prompts[prompt].text for prompt, _ in chosen])
+                images = sample_rows(policy, conditioning, chosen, table, request.seed, progress.advance)
+                for name, image in zip(chosen, images, strict=True):
+                    buffer = io.BytesIO()
+                    to_image(image).save(buffer, "PNG")
+                    write_atomically(_file(folder / one.name, name), buffer.getvalue())
+
+
+def _policies(group: Sequence[Contestant], request: Request, device: torch.device) -> Sequence[Policy]:
+    texts = list(dict.fromkeys(prompt.text for prompt in request.prompts))
+    first = group[0]
+    assert first.config is not None
+    if first.fine_tune is not None:
+        return guided_policies([first.fine_tune], [(one.scale,) for one in group], device, texts)
+    model = first.config.model.model_copy(update={"finetune": "full"})
+    return [load_policy(first.config.model_copy(update={"model": model}), device, texts)] * len(group)

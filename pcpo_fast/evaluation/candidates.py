@@ -1,0 +1,185 @@
+"""What an evaluation compares: base model, runs at scales of reward guidance, exports, pipelines, finished images."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.presets import DEFAULT_CONFIG
+from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.evaluation.image_sets import MANIFEST_FILE
+from pcpo_fast.files.image_files import is_image
+from pcpo_fast.guidance.guided_runs import base_difference, read_run
+from pcpo_fast.guidance.scale_sweep import sweep_scales
+from pcpo_fast.policies.fine_tunes import FineTune
+from pcpo_fast.runs.checkpoint import STATE_FILE, WEIGHTS
+from pcpo_fast.runs.run_directory import CONFIG_FILE
+
+Kind = Literal["base", "run", "pipeline", "images"]
+BASE = "base"
+_LORA_FILE = "pytorch_lora_weights.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One column of the result.
+
+    Attributes:
+        name: in tables and file names.
+        family: the name without a scale: scales of one run are a curve.
+        kind: where its images come from.
+        path: of the run, pipeline or images; "" for the base model.
+        scale: of reward guidance, of a run; 1 otherwise.
+        config: model and sampler; None for finished images.
+        weights: of a run.
+    """
+
+    name: str
+    family: str
+    kind: Kind
+    path: str
+    scale: float
+    config: Config | None
+    weights: Path | None
+
+    @property
+    def fine_tune(self) -> FineTune | None:
+        """What a run made of its model."""
+        return None if self.weights is None or self.config is None else FineTune(self.config, self.weights)
+
+
+def read_contestants(texts: Sequence[str], config: str | None, overrides: Sequence[str]) -> list[Contestant]:
+    """The contestants of ``[NAME=]WHAT[@SCALES]``, in their order.
+
+    All sample with the sampler and the image size of ``config``, or of the first run's configuration where none is
+    named: they differ in their weights alone.
+
+    Args:
+        texts: WHAT is ``base``, a run directory, a checkpoint or export of one, a pipeline (folder or hub id) or a
+            folder of finished images; SCALES are those of reward guidance, such as ``0.5,1`` or ``0,0.25,...,1.5``.
+        config: configuration file.
+        overrides: ``key=value`` settings that win over all configurations.
+
+    Raises:
+        UserError: something is not there, is named twice, or has another base model.
+    """
+    parsed = [_parse(text) for text in texts]
+    shared = load_config(shared_config_file(texts) if config is None else config, overrides)
+    found = []
+    for (name, what, scales), text in zip(parsed, texts, strict=True):
+        one = _contestant(name, what, shared, overrides, text)
+        if scales is not None and one.kind != "run":
+            raise UserError(f"--checkpoint {text!r}: a scale (@) is that of a run; {what} is none")
+        for scale in scales or [1.0]:
+            label = one.family if scales is None else f"{one.family}@{scale:g}"
+            found.append(replace(one, name=label, scale=scale))
+    names = [one.name for one in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--checkpoint: two are called {twice}; name them, for example NAME={texts[-1]}")
+    return found
+
+
+def _parse(text: str) -> tuple[str | None, str, list[float] | None]:
+    name, separator, what = text.partition("=")
+    if not separator or "/" in name:
+        name, what = "", text
+    elif not _NAME.fullmatch(name):
+        raise UserError(
+            f"--checkpoint {text!r}: a name has letters, digits, dots, dashes and underscores, at most 60, and begins "
+            f"with a letter or digit; got {name!r}"
+        )
+    scales = None
+    before, at, behind = what.rpartition("@")
+    if at and not Path(what).exists():
+        what = before
+        try:
+            scales = sweep_scales(behind)
+        except UserError as error:
+            raise UserError(str(error).replace("--sweep:", f"--checkpoint {text!r}:", 1)) from None
+    if not what:
+        raise UserError(f"--checkpoint {text!r}: is written [NAME=]WHAT[@SCALES], for example pcpo=runs/pcpo@0.5,1")
+    return name or None, what, scales
+
+
+def shared_config_file(texts: Sequence[str]) -> str:
+    """The configuration file of the first run that is named, or the project's.
+
+    Raises:
+        UserError: there is neither.
+    """
+    for text in texts:
+        _, what, _ = _parse(text)
+        folder = _run_of(Path(what).expanduser())
+        if what != BASE and folder is not None:
+            return str(folder / CONFIG_FILE)
+    if not Path(DEFAULT_CONFIG).is_file():
+        raise UserError(f"there is no {DEFAULT_CONFIG} here; name a --checkpoint RUN or a --config FILE")
+    return DEFAULT_CONFIG
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run directory that a folder is or belongs to."""
+    if (path / CONFIG_FILE).is_file():
+        return path
+    if (path / STATE_FILE).is_file():
+        run = path.absolute().parent.parent
+    else:
+        run = path.absolute().parent
+    return run if path.is_dir() and (run / CONFIG_FILE).is_file() and _holds_weights(path) else None
+
+
+def _holds_weights(path: Path) -> bool:
+    if (path / "model_index.json").is_file():
+        return False
+    weights = path / WEIGHTS if (path / STATE_FILE).is_file() else path
+    return _finetune_kind(weights) is not None
+
+
+def _finetune_kind(weights: Path) -> Literal["full", "lora"] | None:
+    if (weights / _LORA_FILE).is_file():
+        return "lora"
+    parts = (weights / part for part in ("transformer", "unet"))
+    return "full" if any(any(part.glob("*.safetensors")) for part in parts) else None
+
+
+def _contestant(name: str | None, what: str, shared: Config, overrides: Sequence[str], text: str) -> Contestant:
+    path = Path(what).expanduser()
+    label = name or (what if what == BASE else re.sub(r"[^\w.-]+", "_", path.absolute().name).lstrip("._-") or BASE)
+    if what == BASE:
+        return Contestant(label, label, "base", "", 1.0, shared, None)
+    run = _run_of(path)
+    if run is not None:
+        weights = None if run == path else path / WEIGHTS if (path / STATE_FILE).is_file() else path
+        tune = read_run(run, overrides, weights=weights, option=f"--checkpoint {text!r}")
+        return Contestant(label, label, "run", what, 1.0, _same_base(tune.config, shared, text), tune.weights)
+    if (path / "model_index.json").is_file() or (not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", what)):
+        model = shared.model.model_copy(update={"path": what, "revision": None, "finetune": "full"})
+        return Contestant(label, label, "pipeline", what, 1.0, shared.model_copy(update={"model": model}), None)
+    kind = _finetune_kind(path)
+    if kind is not None:
+        lora = shared.model.lora.model_copy(update={"init": None})
+        model = shared.model.model_copy(update={"finetune": kind, "lora": lora})
+        return Contestant(label, label, "run", what, 1.0, shared.model_copy(update={"model": model}), path)
+    if path.is_dir() and ((path / MANIFEST_FILE).is_file() or any(map(is_image, path.iterdir()))):
+        return Contestant(label, label, "images", what, 1.0, None, None)
+    raise UserError(
+        f"--checkpoint {text!r}: {what} is neither base, nor a run directory, a checkpoint or export of one, a "
+        "pipeline, or a folder of images"
+    )
+
+
+def _same_base(own: Config, shared: Config, text: str) -> Config:
+    """A run's configuration with the sampler of all; its base model must be theirs."""
+    different = base_difference(shared, own)
+    if different is not None:
+        key, first, other = different
+        raise UserError(
+            f"--checkpoint {text!r}: all sample from one base model, but model.{key} is {other!r} here and {first!r} "
+            f"in the configuration (a setting on the command line, model.{key}=..., holds for all)"
+        )
+    return own.model_copy(update={"sampler": shared.sampler})

@@ -1,0 +1,219 @@
+"""An evaluation from the beginning to the end: images, scores, metrics, and what is written about them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pcpo_fast.config.schema import RewardConfig, ScoringConfig
+from pcpo_fast.distributed.collectives import barrier, naming_lost_ranks, rank, shared_errors, world_size
+from pcpo_fast.engine.engine import stop_distributed
+from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.evaluation.candidate_images import Request, make_images
+from pcpo_fast.evaluation.candidates import BASE, Contestant, read_contestants, shared_config_file
+from pcpo_fast.evaluation.evaluation_page import evaluation_page
+from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
+from pcpo_fast.evaluation.matching import Matched, match
+from pcpo_fast.evaluation.metrics import OF_REFERENCE, Column, Measuring
+from pcpo_fast.evaluation.result import Evaluation, RewardColumn
+from pcpo_fast.evaluation.result_tables import evaluation_markdown
+from pcpo_fast.evaluation.trade_off_figures import curves, points, trade_figure
+from pcpo_fast.files.atomic import write_atomically
+from pcpo_fast.prompts import Prompt
+from pcpo_fast.reporting.plots import save_figure
+from pcpo_fast.rewards import RewardSet
+
+JSON_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURE_FILE = (
+    "evaluation.json",
+    "evaluation.md",
+    "evaluation.html",
+    "reward_distance.png",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, besides the images of a :class:`pcpo_fast.evaluation.candidate_images.Request`.
+
+    Attributes:
+        output: folder of everything.
+        metrics: of :func:`pcpo_fast.evaluation.metrics.parse_metrics`.
+        reference: ``base``, or a folder of images; None: the base model where it is among the contestants.
+        rewards: what the images are scored with.
+        cache: folder of features; None: ``features/`` in the output.
+        batch_size: images at once through rewards and metrics.
+        resamples: of the bootstrap of distances.
+        shown: prompts in the page.
+        timeout: seconds that one call of a reward may take; None: any time.
+    """
+
+    output: Path
+    metrics: dict[str, str | None]
+    reference: str | None
+    rewards: Sequence[RewardConfig] = field(default_factory=tuple)
+    cache: Path | None = None
+    batch_size: int = 32
+    resamples: int = 200
+    shown: int = 48
+    timeout: float | None = None
+
+
+def with_reference(
+    texts: Sequence[str], config: str | None, overrides: Sequence[str], settings: Settings
+) -> list[Contestant]:
+    """The contestants, with the base model added where distances to it are asked for.
+
+    Raises:
+        UserError: as :func:`pcpo_fast.evaluation.candidates.read_contestants`, or distances have nothing to be to.
+    """
+    found = read_contestants(texts, config, overrides)
+    base = any(one.kind == "base" for one in found)
+    if settings.reference == BASE and not base:
+        shared = shared_config_file(texts) if config is None else config
+        found = [*read_contestants([BASE], shared, overrides), *found]
+    elif settings.reference is None and not base:
+        asked = [name for name in settings.metrics if name in OF_REFERENCE]
+        if asked:
+            raise UserError(
+                f"--metric {asked[0]}: say what the distance is to: --reference FOLDER of images, --reference base, or "
+                "--checkpoint base among the others"
+            )
+    return found
+
+
+def evaluate(
+    contestants: Sequence[Contestant], request: Request, settings: Settings, device: torch.device
+) -> Evaluation | None:
+    """Make the images, measure them and write everything; all ranks must call it.
+
+    Returns:
+        The result on the first rank, None on the others, whose work is over when the images are made.
+
+    Raises:
+        UserError: a model, reward or folder of images is not as it should be, the GPU's memory is too small, or another
+            rank has died.
+    """
+    try:
+        with naming_lost_ranks():
+            return _evaluate(contestants, request, settings, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is too small: lower --batch-size, which is {settings.batch_size} ({reason_of(error)})"
+        ) from error
+
+
+def _evaluate(
+    contestants: Sequence[Contestant], request: Request, settings: Settings, device: torch.device
+) -> Evaluation | None:
+    first = rank() == 0
+    reference = None
+    with shared_errors():
+        scoring = ScoringConfig(timeout=settings.timeout)  # type: ignore[call-arg]
+        rewards = RewardSet(settings.rewards if first else (), scoring)
+        rewards.check_prompts(request.prompts, "--prompts")
+        if settings.reference not in (None, BASE):
+            reference = folder_of_images(Path(str(settings.reference)), str(settings.reference), "--reference")
+    sets = make_images(contestants, request, settings.output / "images", device)
+    barrier()
+    if world_size() > 1:
+        stop_distributed()  # nobody waits for the scores, which take longer than ranks wait for each other
+    if not first:
+        return None
+    base = next((images for one, images in zip(contestants, sets, strict=True) if one.kind == "base"), None)
+    if reference is None and base is not None and any(name in OF_REFERENCE for name in settings.metrics):
+        reference = base
+    columns = _rewards(rewards, settings, sets, request.prompts, request.count, device)
+    cache = settings.output / "features" if settings.cache is None else settings.cache
+    measuring = Measuring(
+        settings.metrics,
+        len(request.prompts),
+        request.count,
+        reference,
+        cache,
+        device,
+        settings.batch_size,
+        settings.resamples,
+    )
+    metrics = measuring.columns(sets)
+    result = Evaluation(
+        request.prompts,
+        request.count,
+        request.seed,
+        contestants,
+        sets,
+        None if reference is None else reference.name,
+        columns,
+        metrics,
+        matched(contestants, columns, metrics),
+        _notes(measuring.notes, request, reference, base),
+    )
+    write_evaluation(result, settings.output, settings.shown)
+    return result
+
+
+def matched(
+    contestants: Sequence[Contestant], rewards: Sequence[RewardColumn], columns: Sequence[Column]
+) -> list[Matched]:
+    """The distances of all runs at equal reward, for every reward and distance."""
+    found = []
+    members = curves(contestants)
+    for reward in rewards:
+        for column in columns:
+            if column.kind == "distance":
+                lines = {family: points(ordered, reward, column) for family, ordered in members.items()}
+                one = match(reward.name, column.key, lines)
+                found += [] if one is None else [one]
+    return found
+
+
+def write_evaluation(result: Evaluation, folder: Path, shown: int) -> None:
+    """Write evaluation.json, evaluation.md, evaluation.html and the figure, each in one step."""
+    write_atomically(folder / JSON_FILE, json.dumps(result.record(), indent=1, allow_nan=False, ensure_ascii=False))
+    figure = trade_figure(result)
+    if figure is not None:
+        save_figure(figure, folder / FIGURE_FILE)
+    else:
+        (folder / FIGURE_FILE).unlink(missing_ok=True)
+    write_atomically(folder / MARKDOWN_FILE, evaluation_markdown(result, [FIGURE_FILE] if figure is not None else []))
+    write_atomically(folder / PAGE_FILE, evaluation_page(result, shown))
+
+
+def _rewards(
+    rewards: RewardSet,
+    settings: Settings,
+    sets: Sequence[ImageSet],
+    prompts: Sequence[Prompt],
+    count: int,
+    device: torch.device,
+) -> list[RewardColumn]:
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in rewards.names}
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    for one in sets:
+        scores: dict[str, list[float]] = {name: [] for name in rewards.names}
+        done = 0
+        for batch in one.batches(settings.batch_size):
+            alike = len({image.shape for image in batch}) == 1
+            for images in [batch] if alike else [[image] for image in batch]:
+                rows = repeated[done : done + len(images)]
+                done += len(images)
+                texts, metadata = [row.text for row in rows], [row.metadata for row in rows]
+                components = rewards.score(torch.stack(images).to(device), texts, metadata).components
+                for name in rewards.names:
+                    scores[name] += components[name].tolist()
+        for name in rewards.names:
+            found[name][one.name] = scores[name]
+    return [RewardColumn(name, scores, count) for name, scores in found.items()]
+
+
+def _notes(measured: Sequence[str], request: Request, reference: ImageSet | None, base: ImageSet | None) -> list[str]:
+    notes = list(dict.fromkeys(measured))
+    if reference is not None and reference is base:
+        notes.append(
+            "Distances are to the base model's images of the same prompts and noise: 0 is the base model itself, and "
+            "less does not mean better than it."
+        )
+    if len(request.prompts) < 5:
+        notes.append(f"{len(request.prompts)} prompts: intervals over so few hold the truth less often than they say.")
+    return notes

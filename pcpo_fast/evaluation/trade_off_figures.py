@@ -1,0 +1,93 @@
+"""Rewards against distances: how much a checkpoint gained, and what it paid for it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pcpo_fast.evaluation.candidates import Contestant
+from pcpo_fast.evaluation.matching import Point
+from pcpo_fast.evaluation.metrics import Column
+from pcpo_fast.evaluation.result import Evaluation, RewardColumn
+from pcpo_fast.reporting.statistics import Estimate
+from pcpo_fast.reporting.style import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, legend, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, INK)
+_MARKERS = ("o", "s", "^", "D", "v")
+
+
+def curves(contestants: Sequence[Contestant]) -> dict[str, list[Contestant]]:
+    """Runs with their scales in order, each beginning at the base model where that was evaluated, too."""
+    base = [one for one in contestants if one.kind == "base"]
+    found: dict[str, list[Contestant]] = {}
+    for one in contestants:
+        if one.kind != "base":
+            found.setdefault(one.family, []).append(one)
+    for family, members in found.items():
+        ordered = sorted(members, key=lambda one: one.scale)
+        runs = all(one.kind == "run" for one in members)
+        found[family] = [*base[:1], *ordered] if runs and min(one.scale for one in members) > 0 else ordered
+    return found
+
+
+def points(members: Sequence[Contestant], reward: RewardColumn, column: Column) -> list[Point]:
+    """(reward, distance) of each."""
+    return [(reward.estimate(one.name).value, column.estimates[one.name].value) for one in members]
+
+
+def trade_figure(result: Evaluation) -> "Figure | None":
+    """Reward over distance, a panel for each pair of them; None without a distance or a reward."""
+    distances = [column for column in result.columns if column.kind == "distance"]
+    if not distances or not result.rewards:
+        return None
+    rows, columns = len(result.rewards), len(distances)
+    figure = new_figure(0.3 + 3.6 * rows, 5.6 * columns if columns > 1 else 7.4)
+    for row, reward in enumerate(result.rewards):
+        for place, column in enumerate(distances):
+            axes = styled(
+                figure.add_subplot(rows, columns, row * columns + place + 1),
+                f"{reward.name} against {column.label}",
+                f"{column.label} to {result.reference} (less is closer)",
+                reward.name,
+                with_legend=True,
+            )
+            axes.grid(True, axis="x", alpha=0.5)
+            _panel(axes, result, reward, column)
+            legend(axes)
+    return figure
+
+
+def _panel(axes: "Axes", result: Evaluation, reward: RewardColumn, column: Column) -> None:
+    base = next((one for one in result.contestants if one.kind == "base"), None)
+    if base is not None:
+        _dot(axes, reward.estimate(base.name), column.estimates[base.name], SOFT, "*", base.name)
+    for number, (family, members) in enumerate(curves(result.contestants).items()):
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        if len(members) > 1:
+            ys, xs = zip(*points(members, reward, column), strict=True)
+            axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.6)
+        own = [one for one in members if one is not base]
+        for index, one in enumerate(own):
+            x = column.estimates[one.name]
+            y = reward.estimate(one.name)
+            _dot(axes, y, x, colour, marker, family if index == 0 else None)
+            if len(own) > 1:
+                axes.annotate(
+                    f"{one.scale:g}",
+                    (x.value, y.value),
+                    xytext=(6, -10),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=SOFT,
+                )
+
+
+def _dot(axes: "Axes", y: Estimate, x: Estimate, colour: str, marker: str, label: str | None) -> None:
+    if y.low is not None and y.high is not None:
+        axes.vlines(x.value, y.low, y.high, color=colour, linewidth=1, alpha=0.7)
+    if x.low is not None and x.high is not None:
+        axes.hlines(y.value, x.low, x.high, color=colour, linewidth=1, alpha=0.7)
+    size = 10 if marker == "*" else 6
+    axes.plot([x.value], [y.value], color=colour, marker=marker, markersize=size, linestyle="", label=label)

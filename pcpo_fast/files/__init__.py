@@ -1,0 +1,1 @@
+"""Files: atomic writes, hashes of what files hold, images read from files."""

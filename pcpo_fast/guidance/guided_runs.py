@@ -1,0 +1,143 @@
+"""Trained runs as policies to sample from: one run, or several composed by implicit reward guidance."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.guidance.reward_guidance import RewardGuided
+from pcpo_fast.policies.fine_tunes import FineTune, load_fine_tunes
+from pcpo_fast.runs.input_record import read_differently
+from pcpo_fast.runs.run_directory import CONFIG_FILE
+
+SHARED = (
+    "path",
+    "revision",
+    "variant",
+    "transformer",
+    "unet",
+    "dtype",
+    "height",
+    "width",
+    "guidance",
+    "cfg_scale",
+    "negative_prompt",
+    "max_sequence_length",
+)
+"""Settings of the model that composed runs must share: whatever the base model's output depends on."""
+
+
+def read_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[FineTune]:
+    """Configuration and exported weights of run directories; reads no weights.
+
+    Args:
+        folders: run directories. The first one's sampler is the one to sample with.
+        overrides: ``key=value`` settings that win over each run's own.
+
+    Raises:
+        UserError: a folder is no run or holds no export, or the runs have different base models.
+    """
+    runs = [read_run(Path(folder), overrides) for folder in folders]
+    for run, folder in zip(runs[1:], folders[1:], strict=True):
+        different = base_difference(runs[0].config, run.config)
+        if different is not None:
+            key, first, other = different
+            raise UserError(
+                f"--run: runs are composed over one base model, but model.{key} is {first!r} in {folders[0]} and "
+                f"{other!r} in {folder} (a setting on the command line, model.{key}=..., holds for all of them)"
+            )
+        changed = read_differently([Path(folders[0]), Path(folder)])
+        base = next((text for text in changed if text.startswith("model.path ")), None)
+        if base is not None and not any(text.startswith("model.path=") for text in overrides):
+            raise UserError(
+                f"--run: runs are composed over one base model, but the content of {base} changed between {folders[0]} "
+                f"and {folder} (a setting on the command line, model.path=..., holds for both)"
+            )
+    return runs
+
+
+def base_difference(first: Config, second: Config) -> tuple[str, object, object] | None:
+    """The first setting of ``model`` in which two base models differ, and its values; None: the base is the same."""
+    for key in SHARED:
+        one, other = (getattr(config.model, key) for config in (first, second))
+        if key == "path":
+            one, other = _same_folder(one), _same_folder(other)
+        if one != other:
+            return key, one, other
+    return None
+
+
+def guided_policies(
+    runs: Sequence[FineTune],
+    settings: Sequence[Sequence[float]],
+    device: torch.device,
+    prompts: Sequence[str] = (),
+) -> list[RewardGuided]:
+    """A policy for each setting of the scales; all share one base model in memory.
+
+    What no setting needs is not loaded: the base model's weights where every setting is one full fine-tune at scale 1,
+    a fine-tune whose scale is always 0.
+
+    Args:
+        runs: of :func:`read_runs`.
+        settings: scales, one for each run; see :class:`pcpo_fast.guidance.reward_guidance.RewardGuided`.
+        device: where the models go.
+        prompts: encoded before the models are loaded.
+
+    Raises:
+        UserError: a model or its weights cannot be loaded.
+        ValueError: a setting has not one finite scale for each run.
+    """
+    for scales in settings:
+        if len(scales) != len(runs) or not all(map(math.isfinite, scales)):
+            raise ValueError(f"{len(runs)} runs need as many finite scales, got {list(scales)}")
+    wanted = [any(column) for column in zip(*settings, strict=True)]
+    keep_base = any(math.fsum(scales) != 1 for scales in settings)
+    policy, predictions = load_fine_tunes(runs, wanted, device, prompts, keep_base=keep_base)
+    return [
+        RewardGuided(
+            policy,
+            [(predict, scale) for predict, scale in zip(predictions, scales, strict=True) if predict is not None],
+        )
+        for scales in settings
+    ]
+
+
+def read_run(
+    folder: Path, overrides: Sequence[str] = (), *, weights: Path | None = None, option: str = "--run"
+) -> FineTune:
+    """A run's configuration and weights; reads no weights.
+
+    Args:
+        folder: run directory.
+        overrides: ``key=value`` settings that win over the run's own.
+        weights: folder of the weights; None: the run's export.
+        option: begins the message of an error.
+
+    Raises:
+        UserError: the folder is no run or holds no export.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{option}: {folder} is not a run directory (no {CONFIG_FILE} in it)")
+    weights = folder / "export" if weights is None else weights
+    if not weights.is_dir():
+        raise UserError(f"{option}: {folder} holds no exported weights yet; write them with: pcpo-fast export {folder}")
+    config = load_config(folder / CONFIG_FILE, overrides)
+    return FineTune(_moved(config, folder), weights)
+
+
+def _moved(config: Config, folder: Path) -> Config:
+    """The run may have been moved, and weights that it started from are in its own by now."""
+    lora = config.model.lora.model_copy(update={"init": None})
+    model = config.model.model_copy(update={"lora": lora})
+    return config.model_copy(update={"output_dir": str(folder), "model": model})
+
+
+def _same_folder(path: str) -> str:
+    """One spelling for a folder; a hub id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path

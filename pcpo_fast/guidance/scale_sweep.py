@@ -1,0 +1,160 @@
+"""One set of prompts and noise at many scales of reward guidance: the numbers, the picture and the plot."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.reporting.image_table import image_table
+from pcpo_fast.reporting.plots import save_figure
+from pcpo_fast.reporting.scale_figure import ScalePoint, scale_figure
+from pcpo_fast.reporting.statistics import mean
+from pcpo_fast.training.heldout import diversity
+
+SHOWN_ROWS = 24
+"""Rows of the picture; with more images, the first image of each prompt comes first."""
+MOST_SCALES = 64
+
+
+@dataclass(frozen=True)
+class Column:
+    """What came of one scale.
+
+    Attributes:
+        scale: of every run.
+        images: [prompts x count, 3, H, W], prompt-major.
+        scores: [prompts x count] of each reward.
+    """
+
+    scale: float
+    images: Tensor
+    scores: Mapping[str, Tensor]
+
+
+def sweep_scales(text: str) -> list[float]:
+    """The scales of ``--sweep``: numbers with commas, ``...`` for those that go on with the same distance.
+
+    Raises:
+        UserError: what is written is not that, or names a scale twice, or more than 64 of them.
+    """
+    words = [word.strip() for word in text.split(",")]
+    found: list[Decimal] = []
+    for place, word in enumerate(words):
+        if word != "...":
+            found.append(_number(word, text))
+            continue
+        if place < 2 or place != len(words) - 2:
+            raise UserError(f"--sweep: in {text!r} the dots need two numbers or more before them and one behind")
+        step, rest = found[-1] - found[-2], _number(words[-1], text) - found[-1]
+        if step == 0 or rest % step or rest / step < 1:
+            raise UserError(f"--sweep: in {text!r} steps of {step} do not lead from {found[-1]} to {words[-1]}")
+        if rest / step > MOST_SCALES:
+            raise UserError(f"--sweep: {text!r} names more than {MOST_SCALES} scales")
+        found += [found[-1] + step * number for number in range(1, int(rest / step))]
+    scales = [float(number) for number in found]
+    if len(set(scales)) < len(scales):
+        raise UserError(f"--sweep: {text!r} names a scale twice")
+    if len(scales) > MOST_SCALES:
+        raise UserError(f"--sweep: {text!r} names more than {MOST_SCALES} scales")
+    return scales
+
+
+def _number(word: str, text: str) -> Decimal:
+    try:
+        number = Decimal(word)
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not (number.is_finite() and math.isfinite(float(number))):
+        raise UserError(f"--sweep: {word!r} in {text!r} is not a finite number; write for example 0,0.25,...,1.5")
+    return number
+
+
+def plot_path(output: Path) -> Path:
+    """Where the plot of the rewards goes: next to the picture."""
+    return output.with_name(f"{output.stem}_reward.png")
+
+
+def sweep_numbers(columns: Sequence[Column], count: int) -> list[dict[str, Any]]:
+    """For each scale its rewards: mean, its 95 % bootstrap interval, standard deviation over images, and all scores.
+
+    Args:
+        columns: one for each scale.
+        count: images of a prompt; from two on, their diversity is measured, too.
+    """
+    return [
+        {
+            "guidance_scale_reward": column.scale,
+            "diversity": diversity(column.images, count) if count > 1 else None,
+            "rewards": {name: _summary(scores) for name, scores in column.scores.items()},
+        }
+        for column in columns
+    ]
+
+
+def _summary(scores: Tensor) -> dict[str, Any]:
+    values = scores.double()
+    estimate = mean(values.tolist())
+    return {
+        "mean": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "std": float(values.std()) if len(values) > 1 else None,
+        "scores": scores.tolist(),
+    }
+
+
+def shown_rows(prompts: int, count: int) -> list[int]:
+    """The images that the picture shows: all of them, or the first of each prompt, then the next of each."""
+    if prompts * count <= SHOWN_ROWS:
+        return list(range(prompts * count))
+    return [prompt * count + image for image in range(count) for prompt in range(prompts)][:SHOWN_ROWS]
+
+
+def write_sweep(
+    columns: Sequence[Column], numbers: Sequence[Mapping[str, Any]], captions: Sequence[str], count: int, output: Path
+) -> Path | None:
+    """Write the picture, a row for each image and a column for each scale, and the plot if there are rewards.
+
+    Args:
+        columns: one for each scale.
+        numbers: of :func:`sweep_numbers`.
+        captions: of each image.
+        count: images of a prompt.
+        output: the picture; its folder exists.
+
+    Returns:
+        Path of the plot.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    rows = shown_rows(len(captions) // count, count)
+    reward = next(iter(columns[0].scores), None)
+    picture = image_table(
+        [column.images[rows] for column in columns],
+        columns=[_heading(column.scale) for column in columns],
+        rows=[captions[row] for row in rows],
+        scores=None if reward is None else [column.scores[reward][rows].tolist() for column in columns],
+        title=None if len(rows) == len(captions) else f"{len(rows)} of {len(captions)} images",
+    )
+    picture.save(output)
+    if reward is None:
+        return None
+    points = {name: [_point(entry, name) for entry in numbers] for name in columns[0].scores}
+    save_figure(scale_figure(points, len(captions)), plot_path(output))
+    return plot_path(output)
+
+
+def _heading(scale: float) -> str:
+    meaning = {0.0: " (base)", 1.0: " (tuned)"}.get(scale, "")
+    return f"\u03bb = {scale:g}{meaning}"
+
+
+def _point(entry: Mapping[str, Any], reward: str) -> ScalePoint:
+    summary = entry["rewards"][reward]
+    return ScalePoint(entry["guidance_scale_reward"], *(summary[key] for key in ("mean", "low", "high", "std")))

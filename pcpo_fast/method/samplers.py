@@ -1,0 +1,148 @@
+"""From the configuration to the tables that drive sampling and training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from pcpo_fast.config.schema import Config, SamplerConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.method.credit import CreditTable, credit_table
+from pcpo_fast.method.schedules import DiffusionSchedule, FlowSchedule, Schedule
+from pcpo_fast.method.transitions import (
+    Transitions,
+    coefficients_preserving,
+    dance_sde,
+    ddim,
+    euler_ode,
+    flow_sde,
+    shifted_times,
+    trainable_steps,
+)
+
+FLOW_SAMPLERS = {"dance": dance_sde, "flow": flow_sde, "cps": coefficients_preserving}
+SAMPLERS = (*FLOW_SAMPLERS, "ddim")
+
+
+def build_transitions(settings: SamplerConfig, schedule: Schedule | None = None) -> Transitions:
+    """The sampler's table.
+
+    Args:
+        settings: the configuration's ``sampler`` section.
+        schedule: what the model says of its times; needed by ``ddim`` and by ``sampler.grid`` ``scheduler``.
+
+    Raises:
+        UserError: the settings make no valid sampler, or the model is of the other kind.
+    """
+    check_sampler(settings, _kind(schedule))
+    try:
+        if isinstance(schedule, DiffusionSchedule):
+            transitions = ddim(
+                schedule.alphas_cumprod,
+                schedule.timesteps,
+                settings.noise,
+                settings.variance,
+                settings.weight,
+                prediction=schedule.prediction,
+            )
+        else:
+            transitions = FLOW_SAMPLERS[settings.name](_grid(settings, schedule), settings.noise)
+        if settings.final_step != "default":
+            transitions = replace(transitions, final_step=settings.final_step)
+    except ValueError as error:
+        raise UserError(f"sampler: {error}") from None
+    return transitions
+
+
+def deterministic_transitions(settings: SamplerConfig, schedule: Schedule | None = None) -> Transitions:
+    """The same steps without noise: Euler's for a flow model, DDIM with eta 0 for a diffusion model.
+
+    Raises:
+        UserError: as in :func:`build_transitions`.
+    """
+    check_sampler(settings, _kind(schedule))
+    try:
+        if isinstance(schedule, DiffusionSchedule):
+            return ddim(schedule.alphas_cumprod, schedule.timesteps, 0.0, prediction=schedule.prediction)
+        return euler_ode(_grid(settings, schedule))
+    except ValueError as error:
+        raise UserError(f"sampler: {error}") from None
+
+
+def check_sampler(settings: SamplerConfig, kind: type[Schedule]) -> None:
+    """Refuse a sampler that does not serve a kind of model; the model itself need not be loaded for that.
+
+    Raises:
+        UserError: says which samplers do.
+    """
+    if settings.name == "ddim" and not issubclass(kind, DiffusionSchedule):
+        raise UserError(
+            "sampler.name: ddim samples diffusion models (Stable Diffusion 1.x), and this model is a flow model: "
+            f"allowed are {', '.join(FLOW_SAMPLERS)}"
+        )
+    if settings.name != "ddim" and not issubclass(kind, FlowSchedule):
+        raise UserError(
+            f"sampler.name: {settings.name} samples flow models (FLUX, SD3), and this model is a diffusion model: "
+            "allowed is ddim"
+        )
+
+
+def _kind(schedule: Schedule | None) -> type[Schedule]:
+    """A model that says nothing of its times is a flow model: their grids can do without."""
+    return FlowSchedule if schedule is None else type(schedule)
+
+
+def _grid(settings: SamplerConfig, schedule: Schedule | None) -> Tensor:
+    if settings.grid == "shifted":
+        return shifted_times(settings.steps, settings.shift)
+    if not isinstance(schedule, FlowSchedule):
+        raise UserError("sampler.grid: scheduler needs a model whose scheduler gives the grid")
+    return schedule.times
+
+
+def steps_to_train(config: Config, transitions: Transitions) -> list[int]:
+    """The steps that may be trained, ascending.
+
+    Raises:
+        UserError: ``credit.steps`` names a step that does not exist or has no credit, or nothing is left.
+    """
+    allowed = trainable_steps(transitions)
+    chosen: Sequence[int] = sorted(set(config.credit.steps)) if config.credit.steps is not None else allowed
+    last = transitions.steps - 1
+    for step in chosen:
+        if step > last:
+            raise UserError(f"credit.steps: there is no step {step}; sampler.steps={last + 1} makes steps 0 to {last}")
+        if step not in allowed:
+            raise UserError(
+                f"credit.steps: step {step} cannot be trained (it has no noise, or its noise never reaches the image); "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
+    if config.credit.steps is None and not config.credit.train_last_step:
+        chosen = [step for step in chosen if step != last]
+    if config.credit.train_last_step and last not in allowed:
+        raise UserError(
+            f"credit.train_last_step: the last step of sampler {config.sampler.name} has no noise, or its noise never "
+            "reaches the image (sampler.final_step=noisy decodes the noisy sample of dance and flow)"
+        )
+    if not chosen:
+        raise UserError("credit.steps: no step is left to train")
+    return list(chosen)
+
+
+def build_credit(config: Config, transitions: Transitions) -> CreditTable:
+    """The credit table of a run.
+
+    Raises:
+        UserError: the rule cannot be had with this sampler, for the reason it gives.
+    """
+    try:
+        return credit_table(
+            transitions,
+            config.credit.rule,
+            trained_steps=steps_to_train(config, transitions),
+            kl=config.credit.kl,
+            normalize_over=config.credit.normalize_over,
+            normalize_scale=config.credit.normalize_scale,
+        )
+    except ValueError as error:
+        raise UserError(f"credit: {error}") from None

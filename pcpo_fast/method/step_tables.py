@@ -1,0 +1,120 @@
+"""The tables of an epoch on the policy's device: how each step samples, and what it counts for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pcpo_fast.config.schema import Config
+from pcpo_fast.method.credit import CreditTable
+from pcpo_fast.method.samplers import build_credit, build_transitions, deterministic_transitions
+from pcpo_fast.method.schedules import Schedule
+from pcpo_fast.method.transitions import Transitions
+from pcpo_fast.method.windows import window_steps
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """A sampler's columns in float32 on the policy's device, ready to be indexed by step.
+
+    Attributes:
+        times: [N + 1].
+        a, b, std: [N], as sampled.
+        noisy: N flags, whether the step has noise; known on the host so that a rollout never waits for the device.
+    """
+
+    times: Tensor
+    a: Tensor
+    b: Tensor
+    std: Tensor
+    noisy: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, transitions: Transitions, device: torch.device) -> "StepTable":
+        """Move a float64 table to a device, its last row as it is decoded (without noise for a clean final step)."""
+        a, b, std = transitions.a.clone(), transitions.b.clone(), transitions.std.clone()
+        a[-1], b[-1], std[-1] = transitions.final_row
+        times, a_row, b_row, std_row = (column.to(device, torch.float32) for column in (transitions.times, a, b, std))
+        return cls(times, a_row, b_row, std_row, tuple((std > 0).tolist()))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps N."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class CreditRows:
+    """A credit table in float32 on the policy's device; ``kl`` is already times beta. All [N]."""
+
+    linear: Tensor
+    quadratic: Tensor
+    scale: Tensor
+    kl: Tensor
+
+    @classmethod
+    def of(cls, table: CreditTable, kl_coefficient: float, device: torch.device) -> "CreditRows":
+        """Move a float64 credit table to a device."""
+        columns = (table.linear, table.quadratic, table.scale, table.kl * kl_coefficient)
+        return cls(*(column.to(device, torch.float32) for column in columns))
+
+
+@dataclass(frozen=True)
+class EpochTables:
+    """One epoch's sampler, credit and trained steps."""
+
+    sampler: StepTable
+    credit: CreditRows
+    steps: list[int]
+
+
+class RunTables:
+    """A run's sampler and credit, and their tables for each epoch.
+
+    Attributes:
+        transitions: the stochastic sampler.
+        deterministic: the same steps without noise.
+        credit: credit of every step that is ever trained. A window changes neither zeta nor any mean.
+
+    Raises:
+        UserError: the configuration makes no sampler, credit or window.
+    """
+
+    def __init__(self, config: Config, schedule: Schedule | None, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.transitions = build_transitions(config.sampler, schedule)
+        self.deterministic = deterministic_transitions(config.sampler, schedule)
+        self.credit = build_credit(config, self.transitions)
+        self._made: dict[tuple[int, ...], EpochTables] = {}
+        self.at(0)
+
+    @property
+    def trained_count(self) -> int:
+        """Steps that may be trained in an epoch; the same in every one."""
+        return self.config.window.size or len(self.credit.trained_steps)
+
+    def at(self, epoch: int) -> EpochTables:
+        """The tables of an epoch."""
+        steps = window_steps(self.config.window, list(self.credit.trained_steps), epoch, self.config.seed)
+        if tuple(steps) not in self._made:
+            sampler = self.transitions
+            if self.config.window.size:
+                sampler = noisy_only(self.transitions, self.deterministic, steps)
+            self._made[tuple(steps)] = EpochTables(
+                StepTable.of(sampler, self.device),
+                CreditRows.of(self.credit.restricted(steps), self.config.credit.kl_coefficient, self.device),
+                steps,
+            )
+        return self._made[tuple(steps)]
+
+
+def noisy_only(stochastic: Transitions, deterministic: Transitions, steps: Sequence[int]) -> Transitions:
+    """The stochastic sampler at some steps, the deterministic one at the others."""
+    chosen = torch.zeros(stochastic.steps, dtype=torch.bool)
+    chosen[list(steps)] = True
+    a, b, std = (
+        torch.where(chosen, getattr(stochastic, name), getattr(deterministic, name)) for name in ("a", "b", "std")
+    )
+    final = stochastic.final_step if chosen[-1] else deterministic.final_step
+    return replace(stochastic, a=a, b=b, std=std, final_step=final, reference_credit=None)

@@ -1,0 +1,118 @@
+"""A plan in tables for a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SHOWN_PARTS = (
+    "weights",
+    "reference",
+    "vae",
+    "gradients",
+    "master weights",
+    "moments",
+    "moving average",
+    "optimizer step",
+    "activations",
+    "rollout forward",
+    "vae decode",
+    "trajectories",
+    "images",
+    "embeddings",
+    "communication",
+    "gathered weights",
+)
+
+
+def show_plan(plan: dict[str, Any], console: Console) -> None:
+    """Print what :func:`pcpo_fast.planning.run_plan.make_plan` returns."""
+    console.print(_parameters(plan))
+    console.print(_work(plan))
+    console.print(_memory(plan))
+    _say(console, _configured(plan))
+    advice = plan["recommendation"]
+    _say(console, ("Recommended: " if advice["fits"] else "Does not fit: ") + advice["reason"])
+    if advice["fits"]:
+        _say(console, "  " + " ".join(advice["settings"]))
+    for way in advice.get("ways_out", ()):
+        _say(console, f"  - {way}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _parameters(plan: dict[str, Any]) -> Table:
+    model, counts = plan["model"], plan["parameters"]
+    table = Table(title=f"{model['path']} ({model['source']}), {model['finetune']}, {model['dtype']}")
+    for name in ("parameters", "count"):
+        table.add_column(name, justify="left" if name == "parameters" else "right")
+    rows = {key: counts[key] for key in ("network", "trained", "frozen", "vae")} | counts["text_encoders"]
+    for name, count in rows.items():
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def _work(plan: dict[str, Any]) -> Table:
+    flops = plan["flops"]
+    table = Table(title=f"An epoch's work, and its ideal time on {plan['gpus']} x {plan['peak_tflops']:g} TFLOP/s")
+    table.add_column("phase")
+    for name in ("model TFLOP", "recomputed TFLOP", "ideal time"):
+        table.add_column(name, justify="right")
+    for name, work in flops["phases"].items():
+        recomputed = _number(work["recomputed_tflops"])
+        table.add_row(name, _number(work["tflops"]), recomputed, _seconds(work["ideal_seconds"]))
+    table.add_section()
+    table.add_row("epoch", _number(flops["epoch_tflops"]), "", _seconds(flops["epoch_ideal_seconds"]))
+    table.caption = (
+        f"one image and step: forward {_number(flops['forward_tflops'])} TFLOP, forward and backward "
+        f"{_number(flops['forward_backward_tflops'])}, checkpointing {_number(flops['checkpointing_tflops'])} more; "
+        "an evaluation is not part of the epoch"
+    )
+    return table
+
+
+def _memory(plan: dict[str, Any]) -> Table:
+    stages, own = plan["memory_gb"], plan["configured"]
+    table = Table(title="Memory of one GPU in GB, with the configuration's batches and checkpointing")
+    table.add_column("part")
+    columns = {**stages, f"this config ({own['zero']})": own}
+    for name in columns:
+        table.add_column(name, justify="right")
+    for part in SHOWN_PARTS:
+        if any(column["parts"][part] for column in columns.values()):
+            table.add_row(part, *(_number(column["parts"][part]) for column in columns.values()))
+    for heading in ("phases",):
+        table.add_section()
+        for phase in own[heading]:
+            table.add_row(f"peak: {phase}", *(_number(column[heading][phase]) for column in columns.values()))
+    table.add_section()
+    fits = ("[green]yes[/]", "[red]no[/]")
+    table.add_row("fits", *(fits[not column["fits"]] for column in columns.values()))
+    table.caption = "a phase holds some of the parts at a time; models of rewards are not counted"
+    return table
+
+
+def _configured(plan: dict[str, Any]) -> str:
+    own = plan["configured"]
+    verdict = "fits" if own["fits"] else "does not fit"
+    return (
+        f"This configuration ({own['zero']}) needs {own['peak']:.1f} GB at its peak ({own['worst_phase']}): it "
+        f"{verdict} {plan['gpus']} x {plan['gpu_memory_gb']:g} GB"
+    )
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "-"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _seconds(value: float) -> str:
+    for limit, unit, name in ((1e-3, 1e-6, "µs"), (1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min")):
+        if value < limit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value / 3600:.3g} h"

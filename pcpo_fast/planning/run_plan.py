@@ -1,0 +1,178 @@
+"""``pcpo-fast plan``: memory, operations and a recommendation for a configuration, before anything is loaded."""
+
+import math
+from typing import Any
+
+import torch
+
+from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.method.samplers import check_sampler
+from pcpo_fast.method.step_tables import RunTables
+from pcpo_fast.planning.advice import Choice, choose, least_memory, usable
+from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.memory import MemoryPlan, plan_memory
+from pcpo_fast.planning.models import find_architecture
+from pcpo_fast.planning.states import SHIPPED, Zero
+from pcpo_fast.planning.work import work_of_epoch
+from pcpo_fast.rollout.epoch_plan import accumulation_steps
+
+GB = 1e9
+"""Decimal, as GPUs are sold; CUDA's tools report GiB of 1.074e9 bytes."""
+MANY_GPUS = 64
+PLAN_KEYS = ("model", "gpus", "parameters", "flops", "memory_gb", "configured", "recommendation")
+
+
+def make_plan(
+    config: Config, gpus: int, memory_gb: float, peak_tflops: float = 989.0, model_config: str | None = None
+) -> dict[str, Any]:
+    """The plan as JSON takes it.
+
+    Args:
+        config: the run.
+        gpus: number of GPUs, each a rank.
+        memory_gb: memory of one, in 1e9 bytes.
+        peak_tflops: rate of one for the ideal times, in 1e12 operations per second.
+        model_config: a pipeline's folder to read the architecture from, instead of ``model.path``.
+
+    Raises:
+        UserError: a number is out of range, the model is unknown, or images and batches do not divide over the GPUs.
+    """
+    _check(gpus, memory_gb, peak_tflops)
+    architecture = find_architecture(config.model, model_config)
+    costs = ModelCosts(architecture, config.model)
+    policy = costs.model.policy
+    check_sampler(config.sampler, policy.schedule_kind)
+    trainable = RunTables(config, policy.schedule(config.sampler.steps), torch.device("cpu")).trained_count
+    pairs = accumulation_steps(config, trainable, gpus) * config.train.micro_batch_size
+    rate = gpus * peak_tflops * 1e12
+    model = costs.model
+    own = plan_memory(config, costs, Zero.of(config), gpus)
+    plain, again = costs.training(1, False), costs.training(1, True)
+    phases = work_of_epoch(config, costs, trainable, checkpointed=config.model.recomputed_share)
+    epoch = [phases[name] for name in ("rollout", "decode", "update")]
+    return {
+        "model": {
+            "path": config.model.path,
+            "source": architecture.source,
+            "family": policy.family,
+            "dtype": config.model.dtype,
+            "finetune": config.model.finetune,
+        },
+        "gpus": gpus,
+        "gpu_memory_gb": memory_gb,
+        "peak_tflops": peak_tflops,
+        "parameters": {
+            "network": model.network_parameters,
+            "trained": model.trained_parameters,
+            "frozen": model.all_parameters - model.trained_parameters,
+            "vae": model.vae_parameters,
+            "text_encoders": dict(model.encoders),
+        },
+        "flops": {
+            "forward_tflops": costs.forward(1).flops / 1e12,
+            "forward_backward_tflops": plain.flops / 1e12,
+            "checkpointing_tflops": (again.recomputed - plain.recomputed) / 1e12,
+            "phases": {
+                name: {
+                    "tflops": work.flops / 1e12,
+                    "recomputed_tflops": work.recomputed / 1e12,
+                    "ideal_seconds": work.seconds(rate),
+                }
+                for name, work in phases.items()
+            },
+            "epoch_tflops": sum(work.flops for work in epoch) / 1e12,
+            "epoch_ideal_seconds": sum(work.seconds(rate) for work in epoch),
+        },
+        "saved_activations_gb": {"plain": plain.saved / GB, "checkpointed": again.saved / GB},
+        "memory_gb": {
+            name: _memory_record(plan_memory(config, costs, zero, gpus), memory_gb) for name, zero in SHIPPED.items()
+        },
+        "configured": {"zero": Zero.of(config).name, "deepspeed": config.deepspeed} | _memory_record(own, memory_gb),
+        "recommendation": _recommend(config, costs, gpus, memory_gb, pairs),
+    }
+
+
+def _check(gpus: int, memory_gb: float, peak_tflops: float) -> None:
+    if gpus < 1:
+        raise UserError(f"--gpus: must be at least 1, got {gpus}")
+    for option, value in (("--gpu-memory", memory_gb), ("--peak-tflops", peak_tflops)):
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{option}: must be a number above 0, got {value:g}")
+        if not 1e-3 <= value <= 1e6:
+            raise UserError(f"{option}: must lie within 0.001 and 1000000, got {value:g}")
+
+
+def _memory_record(memory: MemoryPlan, memory_gb: float) -> dict[str, Any]:
+    return {
+        "parts": {name: size / GB for name, size in memory.parts.items()},
+        "phases": {name: size / GB for name, size in memory.phases.items()},
+        "peak": memory.peak / GB,
+        "worst_phase": memory.worst,
+        "fits": memory.peak <= usable(memory_gb * GB),
+    }
+
+
+def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, pairs: int) -> dict[str, Any]:
+    choice = choose(config, costs, gpus, memory_gb * GB, pairs)
+    if choice is not None:
+        return {"fits": True, **_choice_record(choice), "reason": _reason(choice, memory_gb)}
+    least = least_memory(config, costs, gpus, pairs)
+    ways = []
+    if config.model.finetune == "full":
+        lora = config.model_copy(update={"model": config.model.model_copy(update={"finetune": "lora"})})
+        adapted = ModelCosts(costs.architecture, lora.model)
+        small = choose(lora, adapted, gpus, memory_gb * GB, pairs)
+        if small is not None:
+            ways.append(f"train adapters: model.finetune=lora fits with {' '.join(small.settings())}")
+    enough = _gpus_needed(config, costs, gpus, memory_gb, pairs)
+    if enough is not None:
+        ways.append(f"use {enough} such GPUs")
+    ways.append(f"use GPUs of {_gpu_that_holds(least.memory.peak / GB):.0f} GB")
+    if least.memory.worst in ("rollout", "update"):
+        ways.append("make smaller images (model.height, model.width)")
+    reason = (
+        f"nothing fits {gpus} x {memory_gb:g} GB: the smallest plan ({' '.join(least.settings())}) needs "
+        f"{least.memory.peak / GB:.1f} GB in the phase {least.memory.worst!r}, and "
+        f"{usable(memory_gb * GB) / GB:.1f} GB can be used"
+    )
+    return {"fits": False, **_choice_record(least), "reason": reason, "ways_out": ways}
+
+
+def _choice_record(choice: Choice) -> dict[str, Any]:
+    return {
+        "zero_stage": choice.zero.stage,
+        "offload_optimizer": choice.zero.offload_optimizer,
+        "offload_parameters": choice.zero.offload_parameters,
+        "gradient_checkpointing": choice.checkpointed,
+        "micro_batch_size": choice.micro_batch,
+        "rollout_batch_size": choice.rollout_batch,
+        "peak_gb": choice.memory.peak / GB,
+        "settings": choice.settings(),
+    }
+
+
+def _reason(choice: Choice, memory_gb: float) -> str:
+    return (
+        f"{choice.zero.name} {'with' if choice.checkpointed else 'without'} gradient checkpointing, micro-batches of "
+        f"{choice.micro_batch}: {choice.memory.peak / GB:.1f} of {memory_gb:g} GB at the peak, in the phase "
+        f"{choice.memory.worst!r}"
+    )
+
+
+def _gpus_needed(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, pairs: int) -> int | None:
+    """The next power of two of GPUs with which something fits; how the images divide is left open."""
+    count = 2 ** math.ceil(math.log2(gpus + 1))
+    while count <= MANY_GPUS:
+        if choose(config, costs, count, memory_gb * GB, 1) is not None:
+            return count
+        count *= 2
+    return None
+
+
+def _gpu_that_holds(needed_gb: float) -> float:
+    """The smallest usual GPU that can use so much, or the number itself."""
+    for size in (16.0, 24.0, 32.0, 40.0, 48.0, 80.0, 96.0, 141.0, 180.0, 192.0, 288.0):
+        if usable(size * GB) >= needed_gb * GB:
+            return size
+    return math.ceil(needed_gb * 1.05)

@@ -1,0 +1,144 @@
+"""From the configuration to a policy, without importing the families that are not used."""
+
+import copy
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pcpo_fast.config.schema import Config, ModelConfig
+from pcpo_fast.distributed.collectives import local_rank, shared_errors
+from pcpo_fast.errors import UserError
+from pcpo_fast.files.content import INDEX, pipeline_files
+from pcpo_fast.method.noise_keys import Purpose, random_key
+from pcpo_fast.method.samplers import check_sampler
+from pcpo_fast.policies.attention import check_attention
+from pcpo_fast.policies.base import Policy
+from pcpo_fast.policies.folder_checks import check_folder, single_file
+from pcpo_fast.policies.lora import add_lora, fill_lora
+from pcpo_fast.policies.lora_files import describe_run, read_lora
+from pcpo_fast.policies.pipeline_files import pipeline_folder
+from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.policies.speed import compile_blocks
+
+FAMILIES = {
+    "FluxPipeline": "pcpo_fast.policies.flux:FluxPolicy",
+    "StableDiffusion3Pipeline": "pcpo_fast.policies.stable_diffusion_3:StableDiffusion3Policy",
+    "StableDiffusionPipeline": "pcpo_fast.policies.stable_diffusion:StableDiffusionPolicy",
+}
+"""The class of the policy for each diffusers pipeline."""
+
+
+def find_family(settings: ModelConfig) -> tuple[Path, type[PipelinePolicy]]:
+    """The pipeline's folder, and the policy class for it.
+
+    Raises:
+        UserError: as in :func:`pcpo_fast.policies.pipeline_files.pipeline_folder`.
+    """
+    folder, name = pipeline_folder(settings.path, settings.revision, FAMILIES, settings.variant)
+    return folder, family_of(name)
+
+
+def family_of(pipeline: str) -> type[PipelinePolicy]:
+    """The policy class for a diffusers pipeline, one of :data:`FAMILIES`."""
+    module, _, family = FAMILIES[pipeline].partition(":")
+    found: type[PipelinePolicy] = getattr(importlib.import_module(module), family)
+    return found
+
+
+def model_files(settings: ModelConfig) -> dict[str, Path]:
+    """The files of a pipeline that a policy loads, by their names in its folder.
+
+    Raises:
+        UserError: as :func:`find_family`.
+    """
+    folder, family = find_family(settings)
+    parts = (family.trained_part, "vae", "scheduler", *family.encoder_parts)
+    file, key = single_file(settings, family.trained_part)
+    single = {} if file is None else {key: file}
+    return {INDEX: folder / INDEX} | pipeline_files(folder, parts, settings.variant) | single
+
+
+def check_base_model(config: Config) -> tuple[Path, type[PipelinePolicy]]:
+    """The pipeline's folder and its policy class, as :func:`find_family`, once they are known to serve a run.
+
+    All ranks must call it; the first of each machine looks at the folder.
+
+    Raises:
+        UserError: on every rank, as :func:`find_family` and :func:`~pcpo_fast.policies.folder_checks.check_folder`, or
+            the sampler serves another kind of model.
+    """
+    folder, family = find_family(config.model)
+    check_sampler(config.sampler, family.schedule_kind)
+    with shared_errors():
+        if local_rank() == 0:
+            check_folder(folder, family, config.model)
+    return folder, family
+
+
+def load_policy(
+    config: Config, device: torch.device, prompts: Sequence[str] = (), network_device: torch.device | None = None
+) -> Policy:
+    """Load the model of a run onto a device, after encoding the prompts that it will need.
+
+    Args:
+        config: the run.
+        device: where it works.
+        prompts: encoded first, so that text encoders and network are never on the device together.
+        network_device: where the network is left if not on ``device``: in host memory, for ZeRO-3 to divide.
+
+    Raises:
+        UserError: as :func:`check_base_model`, :func:`~pcpo_fast.policies.attention.check_attention` and the family's
+            ``load``.
+    """
+    folder, family = check_base_model(config)
+    check_attention(config, folder, family.trained_part, device)
+    torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
+    policy = family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)
+    policy.about = describe_run(config)
+    return policy
+
+
+def keep_reference(policy: Policy, config: Config, device: torch.device) -> None:
+    """Where a KL is asked for, keep the frozen start: adapters can be switched off, full weights need a copy there."""
+    if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
+        policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False).to(device)
+        if config.model.compile:
+            compile_blocks(policy.reference_module)  # the copy is of the blocks, not of their code
+
+
+def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapter: str = "default") -> None:
+    """Put weights that a run exported into the network of a policy loaded with the run's configuration.
+
+    Args:
+        module: the network.
+        config: of the run.
+        folder: what the policy's ``save_weights`` wrote.
+        adapter: which adapters are filled where ``model.finetune`` is ``lora``; added if there are none of this name.
+
+    Raises:
+        UserError: the folder does not hold the weights that ``model.finetune`` promises, or they do not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _, family = find_family(config.model)
+    part = family.trained_part
+    if config.model.finetune == "lora":
+        start, lora = read_lora(module, folder, "weights"), config.model.lora
+        if adapter in getattr(module, "peft_config", ()):
+            fill_lora(module, start, adapter)
+        else:
+            add_lora(module, lora, lora.targets or family.lora_targets, adapter, start)
+        return
+    files = sorted((folder / part).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no {part}/*.safetensors")
+    try:
+        module.load_state_dict({name: value for file in files for name, value in load_file(file).items()})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/{part} cannot be read: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"{folder}/{part} does not fit the model: {str(error).splitlines()[-1].strip()}") from None

@@ -1,0 +1,147 @@
+"""From ``model.path`` to a folder on this machine, with an error that says what to do."""
+
+import re
+from collections.abc import Collection, Iterable
+from functools import cache
+from pathlib import Path
+
+from pcpo_fast.distributed.collectives import local_rank, shared_errors
+from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.policies.weight_files import read_json
+
+
+def pipeline_folder(
+    path: str, revision: str | None, known: Collection[str], variant: str | None = None
+) -> tuple[Path, str]:
+    """The folder of a diffusers pipeline (``path`` itself, or the downloaded snapshot of a hub id), and its class.
+
+    Args:
+        path: folder or hub id ("owner/name").
+        revision: hub revision; ignored for a folder.
+        known: pipeline classes, one of which ``model_index.json`` must name, for example "FluxPipeline".
+        variant: of the files that are downloaded, such as "fp16".
+
+    Raises:
+        UserError: not found, gated, no network, a single file, or a pipeline of none of these classes.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        check_hub_id(path)
+        with shared_errors():
+            if local_rank() == 0:
+                _download(path, revision, variant)
+        folder = _download(path, revision, variant)
+    return folder, pipeline_class_of(folder, known)
+
+
+def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.path") -> str:
+    """The class that ``model_index.json`` names, which must be one of the known ones.
+
+    Raises:
+        UserError: it names another, or there is no such file; ``key`` names the setting.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{key}: {folder} holds no model_index.json, so it is not the folder of a diffusers pipeline")
+    found = read_json(index, key).get("_class_name")
+    if isinstance(found, list):  # [module, class] of code that is in the folder
+        raise UserError(
+            f"{key}: {folder} is a pipeline with code of its own ({'.'.join(map(str, found))} in model_index.json), "
+            f"which is not run; allowed are {', '.join(known)}"
+        )
+    if not isinstance(found, str) or found not in known:
+        raise UserError(f"{key}: {folder} is a {found}; allowed are {', '.join(known)}")
+    return found
+
+
+def check_hub_id(path: str) -> None:
+    """Refuse a ``model.path`` that is no folder and can be no model of the hub.
+
+    Raises:
+        UserError: it is a file, or nothing.
+    """
+    single = path.endswith((".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin"))
+    if single or Path(path).expanduser().is_file():
+        raise UserError(
+            f"model.path: {path} is a single file; text encoders, VAE and scheduler come from a pipeline folder: name "
+            "that in model.path, and the file in model.transformer (FLUX, SD3) or model.unet (SD 1.x)"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise UserError(f"model.path: {path} is not a folder, and not a hub id of the form owner/name")
+
+
+def pipeline_parts(folder: Path) -> dict[str, bool]:
+    """The parts that ``model_index.json`` names, and whether the pipeline has them: SD3 may do without T5."""
+    return {name: kind is not None for name, kind in part_classes(folder).items()}
+
+
+def part_classes(folder: Path, key: str = "model.path") -> dict[str, str | None]:
+    """The class that ``model_index.json`` names for each part; None for a part that the pipeline does without."""
+    parts = {}
+    for name, kind in read_json(folder / "model_index.json", key).items():
+        if isinstance(kind, list) and len(kind) == 2:
+            parts[name] = str(kind[1]) if all(kind) else None
+        elif kind is None:
+            parts[name] = None
+    return parts
+
+
+@cache  # what is hashed, what is loaded and what loads later is one snapshot, though a branch may move on
+def _download(path: str, revision: str | None, variant: str | None) -> Path:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn at length of what is said below in a sentence
+    try:
+        return Path(DiffusionPipeline.download(path, revision=revision, variant=variant))
+    except Exception as error:
+        # diffusers wraps what the hub said when it finds no local copy to fall back on.
+        causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+
+        def met(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+
+        here = f"model.path: {path} is not a folder under {Path.cwd()}"
+        reason = reason_of(causes[-1])
+        if met(GatedRepoError):
+            problem = (
+                f"{here}, and the hub model {path} is gated: accept its license on its model page, then run "
+                "`hf auth login` (or set HF_TOKEN)"
+            )
+        elif met(RevisionNotFoundError):
+            problem = f"model.revision: the hub model {path} has no revision {revision!r}"
+        elif met(RepositoryNotFoundError):
+            problem = (
+                f"{here}, and the hub has no model {path} that you may read: check the spelling, and for a private or "
+                "gated model run `hf auth login` (or set HF_TOKEN)"
+            )
+        elif met(EntryNotFoundError) and not met(LocalEntryNotFoundError):
+            problem = f"{here}, and the hub model {path} is not a diffusers pipeline: {reason}"
+        elif met(HfHubHTTPError):
+            problem = f"{here}, and the hub refused {path}: {reason}"
+        elif met(ConnectionError, TimeoutError, LocalEntryNotFoundError) or _from_network(causes):
+            problem = (
+                f"{here}, and the hub model {path} is neither in the local cache nor can the hub be reached; download "
+                f"it once with a network, or give the path of a folder ({reason})"
+            )
+        elif met(OSError, ValueError):
+            problem = f"{here}, and {path} could not be had from the hub: {reason}"
+        else:
+            raise
+        raise UserError(problem) from None
+    finally:
+        logging.set_verbosity(level)
+
+
+def _from_network(causes: Iterable[BaseException]) -> bool:
+    """Whether an HTTP library gave up before it had an answer."""
+    return any(type(cause).__module__.startswith(("httpx", "httpcore", "requests")) for cause in causes)

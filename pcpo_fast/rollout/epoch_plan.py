@@ -1,0 +1,92 @@
+"""Who samples and trains what in an epoch: the same for the same seed, whatever the number of ranks.
+
+Images are dealt to optimiser steps first and to ranks second, so that an optimiser step sees the same images on one
+GPU and on a hundred, and every rank trains exactly the images that it sampled.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.method.noise_keys import Purpose, random_key
+from pcpo_fast.prompts import epoch_prompts
+
+MOST_NAMED = 1024
+"""Micro-batches up to this size are named to somebody who chose one that does not divide."""
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One rank's share of an epoch. All tensors are int64 on the CPU.
+
+    Attributes:
+        epoch: which epoch.
+        prompts: [P], index into the prompt list of each group of the epoch, the same on every rank.
+        images: [updates, n], this rank's images of each optimiser step, numbered ``group * images_per_prompt + image``.
+        steps: [updates, n, k], the steps trained of each of them, ascending.
+    """
+
+    epoch: int
+    prompts: Tensor
+    images: Tensor
+    steps: Tensor
+
+
+def plan_epoch(
+    config: Config, prompt_count: int, trainable_steps: list[int], epoch: int, rank: int, world_size: int
+) -> EpochPlan:
+    """Draw an epoch's prompts, deal its images to updates and ranks, and choose each image's trained steps.
+
+    Args:
+        config: a configuration that :func:`accumulation_steps` accepts for ``world_size``.
+        prompt_count: prompts to choose from.
+        trainable_steps: steps that may be trained.
+        epoch: counted from 0.
+        rank, world_size: which share.
+    """
+    prompts = torch.tensor(
+        epoch_prompts(prompt_count, config.rollout.prompts_per_epoch, epoch, config.seed), dtype=torch.int64
+    )
+    generator = torch.Generator().manual_seed(random_key(Purpose.EPOCH_PLAN, config.seed, epoch))
+    dealt = torch.randperm(config.images_per_epoch, generator=generator)
+    images = dealt.reshape(config.train.updates_per_epoch, world_size, -1)[:, rank]
+    count = steps_per_image(config, len(trainable_steps))
+    choices = torch.tensor(sorted(trainable_steps))
+    chosen = []
+    for image in images.flatten().tolist():
+        generator.manual_seed(random_key(Purpose.TRAINED_STEPS, config.seed, epoch, image))
+        chosen.append(choices[torch.randperm(len(choices), generator=generator)[:count].sort().values])
+    return EpochPlan(epoch, prompts, images, torch.stack(chosen).reshape(*images.shape, count))
+
+
+def steps_per_image(config: Config, trainable: int) -> int:
+    """Trained steps of each image: the fraction of the trainable ones, cut to a whole number, at least one."""
+    # The small term keeps 0.6 * 15 at 9 where floating point says 8.99...
+    return max(1, int(config.credit.fraction * trainable + 1e-9))
+
+
+def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
+    """Micro-batches per optimiser step on each rank.
+
+    Raises:
+        UserError: the images of an update do not divide over the ranks, or its (image, step) pairs into micro-batches.
+    """
+    per_update = config.images_per_epoch // config.train.updates_per_epoch
+    if per_update % world_size:
+        raise UserError(
+            f"train.updates_per_epoch: an update has {per_update} images ({config.rollout.prompts_per_epoch} prompts x "
+            f"{config.rollout.images_per_prompt} images / {config.train.updates_per_epoch} updates), which cannot be "
+            f"divided equally over {world_size} ranks"
+        )
+    pairs = per_update // world_size * steps_per_image(config, trainable)
+    if pairs % config.train.micro_batch_size:
+        allowed = [str(size) for size in range(1, min(pairs, MOST_NAMED) + 1) if pairs % size == 0]
+        more = ", ..." if pairs > MOST_NAMED else ""
+        raise UserError(
+            f"train.micro_batch_size: {config.train.micro_batch_size} does not divide the {pairs} (image, step) pairs "
+            f"that each rank trains in an update; allowed: {', '.join(allowed)}{more}"
+        )
+    return pairs // config.train.micro_batch_size

@@ -1,0 +1,163 @@
+"""Rollouts: images sampled with a stochastic sampler, and the trajectories that the update needs."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from pcpo_kernels import NoiseKey, philox_normal, sample_step
+from torch import Tensor
+
+from pcpo_fast.config.schema import RolloutConfig
+from pcpo_fast.method.noise_keys import Purpose, random_key
+from pcpo_fast.method.step_tables import StepTable
+from pcpo_fast.policies import Conditioning, Policy, select_rows
+from pcpo_fast.profiling import profiler_ranges
+from pcpo_fast.rollout.epoch_plan import EpochPlan
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What happened to a batch of images.
+
+    Attributes:
+        latents: float32 [B, N + 1, ...], from noise to image; the last is what was decoded.
+        outputs: [B, N, ...], the model's outputs in its own dtype.
+    """
+
+    latents: Tensor
+    outputs: Tensor
+
+    @classmethod
+    def of(cls, initial: Tensor, steps: Iterable[tuple[Tensor, Tensor]]) -> "Trajectories":
+        """All that :func:`sampler_steps` yields from initial latents [B, ...]."""
+        outputs, latents = zip(*steps, strict=True)
+        return cls(torch.stack((initial, *latents), dim=1), torch.stack(outputs, dim=1))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A rank's images of an epoch, in the order of ``plan.images.flatten()``.
+
+    Attributes:
+        plan: what was asked for.
+        conditioning: one row for each group of the epoch.
+        groups: int64 [n], the group of each image.
+        seeds: int64 [n], key of each image's step noise; its offset at step i is ``i * D``.
+        trajectories: n rows.
+        images: float32 [n, 3, H, W] in 0..1.
+    """
+
+    plan: EpochPlan
+    conditioning: Conditioning
+    groups: Tensor
+    seeds: Tensor
+    trajectories: Trajectories
+    images: Tensor
+
+    def conditioning_of(self, rows: Tensor) -> Conditioning:
+        """Conditioning of some of the images, by their position."""
+        return select_rows(self.conditioning, self.groups[rows])
+
+
+def initial_latents(policy: Policy, keys: Tensor) -> Tensor:
+    """Standard normal latents [B, *latent_shape], float32, one int64 key per image."""
+    count = torch.Size(policy.latent_shape).numel()
+    noise = philox_normal(keys, torch.zeros_like(keys), count)
+    return noise.reshape(-1, *policy.latent_shape)
+
+
+@torch.no_grad()
+def sampler_steps(
+    policy: Policy,
+    conditioning: Conditioning,
+    initial: Tensor,
+    seeds: Tensor,
+    table: StepTable,
+    alike: tuple[Tensor, Tensor] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the sampler from given initial latents; yields each step's model output and the latents after it.
+
+    Args:
+        policy: predicts; evaluated without gradients.
+        conditioning: B rows.
+        initial: float32 [B, ...].
+        seeds: int64 [B], keys of the step noise.
+        table: the sampler.
+        alike: from :func:`first_rows`, of rows with equal initial latents and conditioning: their predictions are made
+            once, up to the first step with noise. None: every row is predicted.
+    """
+    x = initial
+    count = x[0].numel()
+    for step, noisy in enumerate(table.noisy):
+        time, a, b, std = (column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std))
+        with profiler_ranges.named("sampler step"):
+            if alike is None:
+                output = policy.predict(x, time, conditioning)
+            else:
+                first, copies = alike
+                output = policy.predict(x[first], time[first], select_rows(conditioning, first))[copies]
+            if noisy:
+                alike = None  # from here on the images go their own ways
+            noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if noisy else None
+            x = sample_step(x, output, a, b, std, noise).next_latents
+        yield output, x
+
+
+def first_rows(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each distinct label stands first, and for every row which of these it equals.
+
+    Args:
+        labels: int64 [B] on the CPU, so that the number of distinct ones costs no wait for a GPU.
+        device: of the result.
+    """
+    values, copies = labels.unique(return_inverse=True)
+    first = torch.full_like(values, len(labels)).scatter_reduce(0, copies, torch.arange(len(labels)), "amin")
+    return first.to(device), copies.to(device)
+
+
+def collect_rollout(
+    policy: Policy,
+    encode: Callable[[list[int]], Conditioning],
+    plan: EpochPlan,
+    settings: RolloutConfig,
+    table: StepTable,
+    seed: int,
+    finished: Callable[[list[int], Tensor], None] | None = None,
+) -> Rollout:
+    """Sample this rank's images of an epoch.
+
+    Args:
+        policy: the current policy.
+        encode: conditioning of prompts, by their index in the prompt list.
+        plan: which images.
+        settings: the configuration's ``rollout`` section.
+        table: the sampler.
+        seed: the run's seed; with epoch, group and image it fixes every noise.
+        finished: gets the position and the images of each batch as soon as they are decoded.
+    """
+    device, size = policy.device, settings.batch_size
+    numbers = plan.images.flatten()
+    groups, members = numbers // settings.images_per_prompt, numbers % settings.images_per_prompt
+    names = list(zip(groups.tolist(), members.tolist(), strict=True))
+    starts = [(group, 0 if settings.same_initial_noise else member) for group, member in names]
+    initial_keys, seeds = (
+        torch.tensor([random_key(purpose, seed, plan.epoch, *pair) for pair in pairs], device=device)
+        for purpose, pairs in ((Purpose.INITIAL_NOISE, starts), (Purpose.STEP_NOISE, names))
+    )
+    conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
+    # All that is copied to the device is copied before the first batch: a copy waits for what the device is at.
+    sharing = [first_rows(part, device) if settings.share_first_steps else None for part in groups.split(size)]
+    groups = groups.to(device)
+    parts, images = [], []
+    for number, alike in enumerate(profiler_ranges.each("batch", sharing)):
+        rows = slice(number * size, (number + 1) * size)
+        initial = initial_latents(policy, initial_keys[rows])
+        given = select_rows(conditioning, groups[rows])
+        part = Trajectories.of(initial, sampler_steps(policy, given, initial, seeds[rows], table, alike))
+        parts.append(part)
+        with profiler_ranges.named("decode"):
+            images.append(policy.decode(part.latents[:, -1]))
+        if finished is not None:
+            finished(list(range(*rows.indices(len(names)))), images[-1])
+    trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))
+    return Rollout(plan, conditioning, groups, seeds, trajectories, torch.cat(images))

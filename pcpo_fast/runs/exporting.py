@@ -1,0 +1,121 @@
+"""Trained weights out of a run's checkpoint, in the formats that other programs load."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.runs.checkpoint import STATE_FILE, WEIGHTS, checkpoints, read_state
+from pcpo_fast.runs.manifest import changed_file
+from pcpo_fast.runs.run_directory import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from pcpo_fast.policies.lora_files import Format
+
+
+def export_run(
+    run: str,
+    output: str | None,
+    epoch: int | None,
+    pipeline: bool,
+    names: "Format | None" = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint's weights to ``output``.
+
+    Args:
+        run: run directory or checkpoint folder.
+        output: target folder; None is ``export`` in the run directory, or ``pipeline`` for a whole pipeline, and there
+            what an earlier export left is replaced.
+        epoch: which checkpoint, the newest if None.
+        pipeline: write a whole pipeline folder with the weights in place (LoRA is merged).
+        names: of LoRA's layers; see :func:`pcpo_fast.policies.lora_files.write_lora`.
+        dtype: PyTorch's name; None is bfloat16 for LoRA, but what the run has for its own ``export``, which sampling
+            reads, and for a full fine-tune.
+
+    Returns:
+        ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA", "transformer" or "unet".
+
+    Raises:
+        UserError: no such run or checkpoint, its weights are damaged, names for weights that are no LoRA, or the output
+            folder holds something else or cannot be written.
+    """
+    checkpoint = find_checkpoint(Path(run), epoch)
+    problem = changed_file(checkpoint, WEIGHTS)
+    if problem is not None:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {problem}; choose another one with --epoch")
+    folder = Path(run) if (Path(run) / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{checkpoint} does not lie in a run directory: there is no {folder / CONFIG_FILE}")
+    config = load_config(folder / CONFIG_FILE)
+    if names is not None and (pipeline or config.model.finetune != "lora"):
+        what = "a whole pipeline" if pipeline else "a full fine-tune"
+        raise UserError(f"--format {names}: only LoRA files differ in their layers' names, and this is {what}")
+    default = folder / ("pipeline" if pipeline else "export")
+    target = default if output is None else Path(output)
+    if target != default and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output: {target} is not an empty folder; choose another one or remove it")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        if dtype is None and output is not None and config.model.finetune == "lora" and not pipeline:
+            dtype = "bfloat16"
+        _write(config, checkpoint / WEIGHTS, temporary, pipeline, names, dtype)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"--output: {target} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    part = next((path.name for path in (checkpoint / WEIGHTS).iterdir() if path.is_dir()), "LoRA")
+    return {
+        "output": str(target),
+        "kind": "pipeline" if pipeline else part,
+        "epoch": int(read_state(checkpoint)["epoch"]),
+    }
+
+
+def _write(
+    config: Config, weights: Path, target: Path, pipeline: bool, names: "Format | None", dtype: str | None
+) -> None:
+    import torch
+
+    from pcpo_fast.policies.saving import save_lora, save_network, save_pipeline
+
+    given = None if dtype is None else getattr(torch, dtype)
+    if pipeline:
+        save_pipeline(config.model, weights, target, given)
+    elif config.model.finetune == "lora":
+        save_lora(config, weights, target, names, given)
+    else:
+        save_network(weights, target, given)
+    for file in target.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # libraries let nobody else read what they write
+
+
+def find_checkpoint(path: Path, epoch: int | None) -> Path:
+    """A run's checkpoint: the one after ``epoch`` epochs, or the newest.
+
+    Raises:
+        UserError: there is none; says which there are.
+    """
+    if (path / STATE_FILE).is_file():
+        if epoch is not None:
+            raise UserError(f"--epoch: {path} is one checkpoint; name its run directory to choose among them")
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} is not a run directory: there is no such folder")
+    found = checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path} holds no complete checkpoint (checkpoints/epoch_...)")
+    if epoch is None:
+        return found[-1]
+    by_epoch = {int(read_state(checkpoint)["epoch"]): checkpoint for checkpoint in found}
+    if epoch not in by_epoch:
+        raise UserError(
+            f"--epoch: {path} has no checkpoint after {epoch} epochs; it has {', '.join(map(str, by_epoch))}"
+        )
+    return by_epoch[epoch]

@@ -1,0 +1,133 @@
+"""What a run needs besides its model, read and checked before anything large is loaded."""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pcpo_fast.config.schema import Config, LoggingConfig
+from pcpo_fast.distributed.collectives import once_per_machine, own_gpu
+from pcpo_fast.engine.eight_bit_adamw import check_eight_bit
+from pcpo_fast.engine.engine import deepspeed_config
+from pcpo_fast.errors import UserError
+from pcpo_fast.files.content import RECORD_FOLDER, Contents, part_files
+from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.method.step_tables import RunTables
+from pcpo_fast.policies.families import model_files
+from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
+from pcpo_fast.reporting.loggers import check_wandb_options
+from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rollout.epoch_plan import accumulation_steps
+from pcpo_fast.runs.input_record import Input
+
+SINGLE_FILES = ("transformer", "unet")
+"""Keys of ``model`` that may name a file of weights to take instead of the pipeline's own."""
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Prompts and rewards of a run.
+
+    Attributes:
+        prompts: those to train on.
+        heldout: those to evaluate on; empty where there is no held-out file.
+        rewards: ready to score.
+        trained: those of ``prompts`` that some epoch of the run samples, by index.
+    """
+
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    rewards: RewardSet
+    trained: list[int]
+
+    @classmethod
+    def load(cls, config: Config) -> "RunInputs":
+        """Read the files that the configuration names, and refuse what cannot work; the quick checks come first.
+
+        Raises:
+            UserError: a file is missing or malformed; sampler, credit and batch sizes do not go together; a logger or
+                a reward cannot be had.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.set_device(own_gpu())  # a reward that loads a model puts it on this rank's GPU
+        prompts = load_prompts(config.prompts.train)
+        path = config.prompts.heldout
+        heldout = [] if path is None else load_prompts(path)[: config.evaluation.prompts]
+        deepspeed_config(config, accumulation=1)
+        if config.optimizer.moments == "8bit":
+            check_eight_bit()
+        _check_logging(config.logging)
+        _check_tables(config)
+        per_epoch, seed = config.rollout.prompts_per_epoch, config.seed
+        epochs = (epoch_prompts(len(prompts), per_epoch, epoch, seed) for epoch in range(config.train.epochs))
+        trained = sorted({index for epoch in epochs for index in epoch})
+        rewards = RewardSet(config.rewards, config.scoring)
+        rewards.check_prompts(prompts, f"prompts.train={config.prompts.train}", evaluation=False)
+        rewards.check_prompts(heldout, f"prompts.heldout={path}")
+        return cls(prompts, heldout, rewards, trained)
+
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt that the run needs the model's conditioning of, once: of a long list not all are."""
+        trained = (self.prompts[index].text for index in self.trained)
+        return list(dict.fromkeys([*trained, *(prompt.text for prompt in self.heldout)]))
+
+
+def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> dict[str, Input]:
+    """All that the result of a run depends on besides its settings, by name; all ranks must call it.
+
+    The base model's files that a policy loads, prompts with their metadata, and what rewards were made from. Not
+    what a reward asks of another machine, and of a user's own reward not what its module imports.
+
+    Args:
+        config: the run.
+        inputs: read with it.
+        anew: read every file, whatever is known of it.
+
+    Raises:
+        UserError: the model is not there, or a file cannot be read.
+    """
+    model = config.model.model_dump()
+    single = {f"model.{name}" for name in SINGLE_FILES}  # these stand on their own below
+    files = {"model.path": {name: file for name, file in model_files(config.model).items() if name not in single}}
+    paths = {"model.path": config.model.path}
+    for key, path in (("lora.init", config.model.lora.init), *((name, model.get(name)) for name in SINGLE_FILES)):
+        if path is not None and (place := Path(path).expanduser()).exists():
+            files[f"model.{key}"] = part_files(place) if place.is_dir() else {place.name: place}
+            paths[f"model.{key}"] = str(place if place.is_dir() else place.parent)
+    for reward, sources in inputs.rewards.sources.items():
+        for what, given in sources.items():
+            files[f"reward {reward}, {what}"] = given
+            paths[f"reward {reward}, {what}"] = str(next((file.parent for file in given.values()), ""))
+    contents = Contents(config.embedding_folder / RECORD_FOLDER, anew=anew)
+    read = once_per_machine(lambda: {name: contents.of_files(given) for name, given in files.items()})
+    prompts = {"prompts.train": _of_prompts(config.prompts.train, inputs.prompts)}
+    if config.prompts.heldout is not None:
+        prompts["prompts.heldout"] = _of_prompts(config.prompts.heldout, inputs.heldout)
+    return prompts | {name: {"path": paths[name], "files": given} for name, given in read.items()}
+
+
+def _of_prompts(path: str, prompts: list[Prompt]) -> Input:
+    rows = [[row.text, json.dumps(row.metadata, sort_keys=True, default=lambda _: "not JSON")] for row in prompts]
+    return {"path": path, "count": len(prompts), "hash": digest(rows)}
+
+
+def _check_tables(config: Config) -> None:
+    """Refuse a sampler, credit rule or batch size that cannot be; with the pipeline's own grid only it can tell."""
+    if config.sampler.grid == "shifted" and config.sampler.name != "ddim":
+        tables = RunTables(config, None, torch.device("cpu"))
+        accumulation_steps(config, tables.trained_count, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _check_logging(settings: LoggingConfig) -> None:
+    if settings.wandb is not None:
+        check_wandb_options(settings.wandb)
+    for key, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
+        if wanted and importlib.util.find_spec(key) is None:
+            off = "false" if key == "tensorboard" else "null"
+            raise UserError(
+                f"logging.{key}: {key} is not installed: run `pip install {key}`, or set logging.{key}={off}"
+            )

@@ -1,0 +1,388 @@
+"""The training loop: rollout, reward, advantage, update; then the records of it."""
+
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pcpo_fast.config.schema import Config
+from pcpo_fast.distributed.agreement import check_agreement, check_alike
+from pcpo_fast.distributed.collectives import (
+    gather_objects,
+    launcher_rank,
+    local_world_size,
+    naming_lost_ranks,
+    rank,
+    shared_errors,
+    world_size,
+)
+from pcpo_fast.distributed.preemption import Polled, Stopped, StopRequest
+from pcpo_fast.engine.engine import MARGIN, Engine, check_deepspeed, start_distributed, stop_distributed
+from pcpo_fast.errors import UserError
+from pcpo_fast.method.advantages import RunningAdvantages
+from pcpo_fast.method.step_tables import EpochTables, RunTables
+from pcpo_fast.planning.recomputing import device_memory, least_recomputing
+from pcpo_fast.planning.states import Zero
+from pcpo_fast.policies.families import check_base_model, keep_reference, load_policy
+from pcpo_fast.policies.speed import checkpoint_blocks
+from pcpo_fast.profiling import profiler_ranges
+from pcpo_fast.profiling.recording import ProfileRequest, recorded
+from pcpo_fast.reporting.progress import TrainingProgress
+from pcpo_fast.reporting.records import RunRecorder
+from pcpo_fast.rollout.epoch_plan import accumulation_steps, plan_epoch
+from pcpo_fast.rollout.epoch_scoring import RolloutScoring
+from pcpo_fast.rollout.rollout import Rollout, collect_rollout
+from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
+from pcpo_fast.runs.input_record import ACCEPT, Input, check_unchanged, hashes, write_record
+from pcpo_fast.runs.run_directory import Start, claim, open_run, read_summary, verified
+from pcpo_fast.runs.run_lock import only_run
+from pcpo_fast.training.collapse import CollapseMonitor, SpreadMonitor
+from pcpo_fast.training.heldout import HeldOut
+from pcpo_fast.training.run_inputs import RunInputs, read_contents
+from pcpo_fast.training.run_results import finish_run, write_captions, write_credit
+from pcpo_fast.training.update import Update
+
+
+def train(
+    config: Config,
+    resume: str = "auto",
+    console: Console | None = None,
+    profile: ProfileRequest | None = None,
+    verify: bool = False,
+) -> dict[str, Any]:
+    """Train, and return what ``summary.json`` holds.
+
+    Args:
+        config: the run.
+        resume: "auto", "accept-changes", "never", or a checkpoint (docs/resuming.md).
+        console: where the progress is shown, stdout if None.
+        profile: what of the run is recorded, if anything is (docs/profiling.md).
+        verify: read the files of model and rewards anew, whatever is remembered of their content.
+
+    Raises:
+        UserError: something the user can mend, in one sentence; as far as it can be told without the model, before
+            that is loaded.
+        Stopped: a signal ended the run in order (:mod:`pcpo_fast.distributed.preemption`).
+    """
+    console = Console() if console is None else console
+    start = claim(config, resume)
+    if not start.finished:
+        with only_run(Path(config.output_dir)) if launcher_rank() == 0 else nullcontext():
+            start = claim(config, resume)  # a run that has left meanwhile may have gone further
+            if not start.finished:
+                return _train(config, resume, start, console, profile, verify)
+    _announce(start, config, console)
+    return read_summary(Path(config.output_dir))
+
+
+def _train(
+    config: Config, resume: str, start: Start, console: Console, profile: ProfileRequest | None, verify: bool
+) -> dict[str, Any]:
+    check_deepspeed(config)  # refuses what can be refused without the model
+    inputs = RunInputs.load(config)
+    device = start_distributed(config.distributed)
+    try:
+        with naming_lost_ranks():
+            check_agreement(config)
+            check_base_model(config)  # before gigabytes of it are read
+            contents = read_contents(config, inputs, anew=verify)
+            check_alike(hashes(contents))
+            start = verified(gather_objects(start)[0])  # all from where the first, which holds the lock, has seen it
+            accepted = _accepted_changes(start, config, contents, resume)
+            _announce(start, config, console, accepted)
+            with recorded(profile, config, start.epoch, console):
+                return Trainer(config, start, inputs, device, console, contents).run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
+            "set model.gradient_checkpointing=true, or use more GPUs; `pcpo-fast plan --config FILE --gpus N` "
+            f"says what fits ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
+        if world_size() == 1 or sys.exc_info()[0] in (None, Stopped):
+            stop_distributed()
+
+
+def _accepted_changes(start: Start, config: Config, contents: dict[str, Input], resume: str) -> list[str]:
+    """In what a run that goes on reads other inputs than when it began; all ranks must call it.
+
+    Raises:
+        UserError: it does, and the user has not said that it may.
+    """
+    found: list[str] = []
+    with shared_errors():
+        if rank() == 0 and start.checkpoint is not None and not start.fresh:
+            found = check_unchanged(Path(config.output_dir), contents, accept=resume == ACCEPT)
+    return found
+
+
+def _announce(start: Start, config: Config, console: Console, accepted: Sequence[str] = ()) -> None:
+    if launcher_rank() != 0:
+        return
+    folder = config.output_dir
+    if accepted:
+        text = f"warning: the run goes on with inputs whose content has changed: {'; '.join(accepted)}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for path, problem in start.damaged:
+        text = f"warning: checkpoint {path} is damaged ({problem}) and is passed over; the one before it is used"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if start.finished:
+        text = (
+            f"The run in {folder} is complete ({start.epoch} epochs): there is nothing left to train. "
+            "Raise train.epochs to go on with it, or choose another output_dir for a new run."
+        )
+    elif start.checkpoint is not None:
+        text = f"Resuming after epoch {start.epoch} from {start.checkpoint}"
+    elif start.restarted:
+        text = f"{folder} holds a run that was stopped before its first checkpoint: it begins again"
+    else:
+        return
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Trainer:
+    """Everything that a run needs, loaded once."""
+
+    def __init__(
+        self,
+        config: Config,
+        start: Start,
+        inputs: RunInputs,
+        device: torch.device,
+        console: Console,
+        contents: dict[str, Input],
+    ) -> None:
+        self.config, self.start, self.device, self.contents = config, start, device, contents
+        self.rewards, self.prompts = inputs.rewards, inputs.prompts
+        self.folder = Path(config.output_dir)
+        self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
+        self.progress.message(f"Loading {config.model.path}")
+        self.progress.message(f"Encoding {len(inputs.texts)} prompts")
+        in_parts = Zero.of(config).stage == 3
+        self.policy = load_policy(config, device, inputs.texts, torch.device("cpu") if in_parts else None)
+        self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
+        accumulation = accumulation_steps(config, self.tables.trained_count, world_size())
+        keep_reference(self.policy, config, device)
+        if config.model.gradient_checkpointing and config.model.checkpointed_share is None:
+            self._choose_recomputing()
+        self.engine = Engine(self.policy.module, config, accumulation)
+        self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
+        patience = timedelta(seconds=config.distributed.timeout) + MARGIN
+        self.stop = StopRequest(config.checkpoint.grace, patience, self.progress.message)
+        self.policy.forward_module = Polled(self.engine.module, self.stop.poll)
+        advantage = config.advantage
+        self.running = RunningAdvantages(advantage.buffer_size, advantage.min_count, advantage.epsilon)
+        self.skipped_in_a_row = 0
+        self.warned_of_mismatch = False
+        self.collapse = CollapseMonitor(config.evaluation.min_diversity)
+        self.spread = SpreadMonitor()
+        self.heldout_reward: float | None = None  # of the weights as they are
+        self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
+        if start.checkpoint is not None:
+            state = load_checkpoint(start.checkpoint, self.engine)
+            self.running.load_state_dict(state["running_advantages"])
+            self.skipped_in_a_row = state["skipped_in_a_row"]
+            self.collapse.before = state.get("diversity_before")
+        self.loop_state = self._loop_state()
+
+    def _choose_recomputing(self) -> None:
+        """Recompute as few blocks as the device's memory allows."""
+        memory = device_memory(self.device, local_world_size())
+        chosen = least_recomputing(self.config, world_size(), memory)
+        checkpoint_blocks(self.policy.module, chosen.share)
+        self.progress.message(f"model.checkpointed_share: {chosen}")
+
+    def run(self) -> dict[str, Any]:
+        """All epochs that are left, an evaluation before and after, and the results."""
+        config, first, logging = self.config, self.start.epoch, self.config.logging
+        with shared_errors():
+            if rank() == 0:
+                open_run(config, self.start)
+                write_record(self.folder, self.contents, first)
+                write_credit(self.folder, config.sampler.name, self.tables.transitions, self.tables.credit)
+                if self.heldout.prompts:
+                    write_captions(self.folder, self.heldout.captions)
+        self.recorder = RunRecorder(
+            self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
+        )
+        with self.stop, self.recorder, self.progress:
+            self.recorder.truncate_after(first)
+            try:
+                self._evaluate(first)
+                for epoch in range(first, config.train.epochs):
+                    if self.collapse.reason:
+                        break
+                    with profiler_ranges.named("epoch"):
+                        self._epoch_and_what_is_due(epoch)
+                    self.stop.poll()
+            except Stopped:
+                if self.stop.whole and self.done > self.saved:
+                    self._save()
+                raise
+            self.progress.phase("report")
+            return finish_run(self.folder, self.policy, self.engine, self.heldout, self.recorder, self.done)
+
+    def _epoch_and_what_is_due(self, epoch: int) -> None:
+        metrics = self._epoch(epoch)
+        self.recorder.log("epoch", metrics, epoch=epoch)
+        self.progress.epoch(metrics)
+        self.heldout_reward, self.loop_state = None, self._loop_state()
+        self.done, self.stop.whole = epoch + 1, True
+        last, config = self.done == self.config.train.epochs, self.config
+        if last or (config.evaluation.every and self.done % config.evaluation.every == 0):
+            self._evaluate(self.done)
+        if last or self.collapse.reason or (config.checkpoint.every and self.done % config.checkpoint.every == 0):
+            self._save()
+
+    def _loop_state(self) -> dict[str, Any]:
+        """What else the next epoch depends on; an epoch that is left in its middle leaves no trace in it."""
+        return {
+            "running_advantages": copy.deepcopy(self.running.state_dict()),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "diversity_before": self.collapse.before,
+        }
+
+    def _epoch(self, epoch: int) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        clock = [time.perf_counter()]
+        self.progress.phase("rollout")
+        tables = self.tables.at(epoch)
+        plan = plan_epoch(self.config, len(self.prompts), tables.steps, epoch, rank(), world_size())
+        settings, seed = self.config.rollout, self.config.seed
+        scoring = RolloutScoring(self.config, self.rewards, self.prompts, self.running, plan, self.device)
+        with self.engine.parked(settings.offload_optimizer):
+            with self.policy.sampling(settings), profiler_ranges.named("rollout"):
+                rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
+            clock.append(self._now())
+            self.progress.phase("reward")
+            with self.stop.interruptible(), profiler_ranges.named("reward"):
+                judgement = scoring.finish(rollout.images)
+        metrics = judgement.metrics
+        if judgement.warning:
+            self.progress.message(f"warning: {judgement.warning}")
+        for text in self.spread.look(judgement.equal):
+            self.progress.message(f"warning: {text}")
+        clock.append(self._now())
+        self.progress.phase("update")
+        metrics |= self._update(rollout, judgement.advantages, tables, epoch)
+        if self.config.window.size:
+            metrics["sampler/window_start"] = float(tables.steps[0])
+        clock.append(self._now())
+        for name, begin, end in zip(("rollout", "reward", "update"), clock, clock[1:], strict=False):
+            metrics[f"time/{name}"] = end - begin
+        metrics["throughput/images_per_second"] = self.config.images_per_epoch / (clock[-1] - clock[0])
+        if self.device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return metrics
+
+    def _encode(self, prompts: list[int]) -> dict[str, Tensor]:
+        return self.policy.encode([self.prompts[index].text for index in prompts])
+
+    def _update(self, rollout: Rollout, advantages: Tensor, tables: EpochTables, epoch: int) -> dict[str, float]:
+        update = Update(self.policy, self.engine, rollout, advantages, tables.sampler, tables.credit, self.config)
+        records: list[dict[str, float]] = []
+        for index, record in enumerate(update.run()):
+            self.stop.whole = False
+            applied = record.pop("policy/update_applied") == 1.0
+            record["policy/skipped_updates"] = float(not applied)
+            self.recorder.log("update", record, epoch=epoch, update=index)
+            records.append(record)
+            self._count_skipped(applied, record["policy/loss"])
+        # A skipped update has nothing finite to say; it counts as skipped and in no mean.
+        applied_records = [record for record in records if not record["policy/skipped_updates"]]
+        metrics = _mean_over_updates(applied_records or records)
+        metrics |= _by_inner_epoch(applied_records)
+        planned = self.config.train.inner_epochs * self.config.train.updates_per_epoch
+        metrics["policy/stale_updates"] = float(planned - len(records))
+        metrics["policy/skipped_updates"] = sum(record["policy/skipped_updates"] for record in records)
+        self._warn_of_mismatch(metrics, epoch)
+        return metrics
+
+    def _count_skipped(self, applied: bool, loss: float) -> None:
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.config.train.max_skipped_updates:
+            where = "gradient" if torch.isfinite(torch.tensor(loss)) else "loss"
+            raise UserError(
+                f"training stopped: the {where} was not finite in {self.skipped_in_a_row} updates in a row "
+                "(train.max_skipped_updates); the weights are those before the first of them. Look at the rewards, "
+                "lower optimizer.lr, or go on from an earlier checkpoint in another output_dir (--resume CHECKPOINT)"
+            )
+
+    def _warn_of_mismatch(self, metrics: dict[str, float], epoch: int) -> None:
+        """Say so when rollout and update disagree by enough to touch the clipping."""
+        mismatch, limit = metrics.get("rollout/mismatch_log_ratio", 0.0), self.config.credit.clip_range / 10
+        if mismatch > limit and not self.warned_of_mismatch:
+            self.warned_of_mismatch = True
+            self.progress.message(
+                f"warning: in epoch {epoch} rollout and update disagree before the first optimiser step: mean "
+                f"|log-ratio| {mismatch:.1e} is above a tenth of the clip range ({limit:.1e}). Use the same attention "
+                "backend and batch shapes in both, or train.old_output=recompute. Later epochs: "
+                "rollout/mismatch_log_ratio."
+            )
+
+    def _evaluate(self, epoch: int) -> None:
+        if not self.heldout.prompts:
+            return
+        self.progress.phase("evaluation")
+        with profiler_ranges.named("evaluation"), self.engine.averaged():
+            metrics, grid = self.heldout.evaluate()
+        self.heldout_reward = metrics["heldout/reward/mean"]
+        is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
+        self.collapse.look(metrics.get("heldout/diversity"), epoch, is_first=is_first)
+        self.loop_state["diversity_before"] = self.collapse.before
+        if rank() == 0:
+            if is_first:
+                self.heldout.keep_as_first()
+            metrics |= self.heldout.moved()
+        self.recorder.log("evaluation", metrics, epoch=epoch)
+        self.recorder.image(f"epoch_{epoch:04d}", grid, epoch)
+        self.progress.evaluation(metrics)
+        if self.collapse.reason:
+            self.progress.message(self.collapse.reason)
+
+    def _save(self) -> None:
+        self.progress.phase("checkpoint")
+        began, folder, settings = time.monotonic(), self.folder / "checkpoints", self.config.checkpoint
+        state = self.loop_state | {"heldout_reward": self.heldout_reward}
+        with profiler_ranges.named("checkpoint"):
+            save_checkpoint(folder, self.engine, self.policy, self.done, state, settings.keep, settings.keep_best)
+        self.saved = self.done
+        self.stop.reserve = max(self.stop.reserve, 1.5 * (time.monotonic() - began))
+
+    def _now(self) -> float:
+        """A time stamp at which the device's work is done: one wait per phase, none within."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _by_inner_epoch(records: list[dict[str, float]]) -> dict[str, float]:
+    """How far each pass over the rollout had left the policy that sampled; nothing where there is one pass."""
+    passes = sorted({int(record["policy/inner_epoch"]) for record in records})
+    if len(passes) < 2:
+        return {}
+    metrics = {}
+    for inner in passes:
+        means = _mean_over_updates([record for record in records if record["policy/inner_epoch"] == inner])
+        for name in ("clip_fraction", "log_ratio_abs", "log_ratio_std", "taylor_error"):
+            metrics[f"policy/{name}_inner_{inner}"] = means[f"policy/{name}"]
+    return metrics
+
+
+def _mean_over_updates(records: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for record in records for name in record if name != "policy/inner_epoch")
+    return {
+        name: sum(values) / len(values)
+        for name in names
+        if (values := [record[name] for record in records if name in record])
+    }

@@ -1,0 +1,185 @@
+"""The update: from a rollout and its advantages to optimiser steps, in micro-batches of (image, step) pairs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from pcpo_kernels import Endpoints, NoiseKey, PolicyLoss, policy_loss
+from torch import Tensor
+
+from pcpo_fast.config.schema import Config
+from pcpo_fast.engine.engine import Engine
+from pcpo_fast.method.step_tables import CreditRows, StepTable
+from pcpo_fast.policies import Conditioning, Policy, Prediction
+from pcpo_fast.profiling import profiler_ranges
+from pcpo_fast.rollout.rollout import Rollout
+from pcpo_fast.training.step_statistics import StepStatistics
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """M (image, step) pairs, on the policy's device.
+
+    Attributes:
+        rows, steps: int64 [M], position in the rollout and step.
+        latents, times: what the policy saw, [M, ...] and [M].
+        conditioning: M rows.
+    """
+
+    rows: Tensor
+    steps: Tensor
+    latents: Tensor
+    times: Tensor
+    conditioning: Conditioning
+
+
+class Update:
+    """All optimiser steps on one rollout.
+
+    Args:
+        policy, engine: the model and what steps it.
+        rollout: this rank's trajectories.
+        advantages: [n], one per image of the rollout, in its order.
+        table, credit: the sampler and the credit table on the policy's device.
+        config: the whole configuration (sections ``train`` and ``credit`` are used).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: Engine,
+        rollout: Rollout,
+        advantages: Tensor,
+        table: StepTable,
+        credit: CreditRows,
+        config: Config,
+    ) -> None:
+        self.policy, self.engine, self.rollout = policy, engine, rollout
+        self.advantages = advantages.to(policy.device, torch.float32)
+        self.table, self.credit, self.config = table, credit, config
+        self.stored = rollout.trajectories.outputs
+        self.recomputed: Tensor | None = None
+        self.element_count = rollout.trajectories.latents[0, 0].numel()
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Yield the metrics of each optimiser step, equal on every rank."""
+        if self.config.train.old_output == "recompute":
+            self.recomputed = self._recompute_outputs()
+        settings = self.config.train
+        for inner in range(settings.inner_epochs):
+            distances = []
+            for update in range(settings.updates_per_epoch):
+                unchanged = inner == 0 and update == 0
+                statistics = StepStatistics(self.table.steps, self.policy.device)
+                with profiler_ranges.named("update"):
+                    for batch in profiler_ranges.each("micro-step", self._micro_batches(update)):
+                        self._train_on(batch, statistics, unchanged)
+                    outcome, metrics = self.engine.last_step, statistics.metrics()
+                distances.append(metrics["policy/log_ratio_abs"])
+                yield metrics | {
+                    "policy/inner_epoch": float(inner),
+                    "policy/grad_norm": outcome.grad_norm,
+                    "policy/update_applied": float(outcome.applied),
+                    "optimizer/lr": outcome.lr,
+                }
+            if settings.max_log_ratio is not None and not fmean(distances) <= settings.max_log_ratio:
+                return  # stale: the policy has left the one that sampled
+
+    def _micro_batches(self, update: int) -> Iterator[MicroBatch]:
+        device, plan = self.policy.device, self.rollout.plan
+        per_update, count = plan.steps.shape[1:]
+        all_rows = torch.arange(update * per_update, (update + 1) * per_update).repeat_interleave(count).to(device)
+        all_steps = plan.steps[update].flatten().to(device)
+        size = self.config.train.micro_batch_size
+        for rows, steps in zip(all_rows.split(size), all_steps.split(size), strict=True):
+            latents = self.rollout.trajectories.latents[rows, steps]
+            yield MicroBatch(rows, steps, latents, self.table.times[steps], self.rollout.conditioning_of(rows))
+
+    def _predict(self, batch: MicroBatch) -> Tensor:
+        return self.policy.predict(batch.latents, batch.times, batch.conditioning)
+
+    def _predict_halves(self, batch: MicroBatch) -> Prediction:
+        return self.policy.predict_halves(batch.latents, batch.times, batch.conditioning)
+
+    def _train_on(self, batch: MicroBatch, statistics: StepStatistics, unchanged: bool) -> None:
+        """Forward and backward of a micro-batch; ``unchanged``: the policy is still the one that sampled."""
+        beta, reference = self.config.credit.kl_coefficient, None
+        if beta > 0:
+            with torch.no_grad(), self.policy.as_reference(), profiler_ranges.named("forward"):
+                reference = self._predict(batch)
+        with profiler_ranges.named("forward"):
+            halves = self._predict_halves(batch)
+        with profiler_ranges.named("loss"):
+            result = self._loss(batch, halves, *self._old_side(batch, unchanged), reference)
+        statistics.add(batch.steps, result if result.kl is None else result._replace(kl=result.kl / beta))
+        if unchanged:
+            self._measure_mismatch(batch, halves, statistics)
+        with profiler_ranges.named("backward"):
+            self.engine.backward(result.loss)
+        self.engine.step()
+
+    def _old_side(self, batch: MicroBatch, unchanged: bool) -> tuple[Tensor | None, NoiseKey | Endpoints]:
+        """The old output (None: the new one, detached) and the noise that makes ``x'`` from it."""
+        if unchanged and self.config.train.old_output == "detach":
+            return None, self._endpoints(batch)
+        if self.recomputed is not None:
+            return self.recomputed[batch.rows, batch.steps], self._endpoints(batch)
+        return self.stored[batch.rows, batch.steps], self._noise_key(batch)
+
+    def _endpoints(self, batch: MicroBatch) -> Endpoints:
+        """The step's two ends: another old output than the rollout's took another noise to the same ``x'``."""
+        steps, table = batch.steps, self.table
+        next_latents = self.rollout.trajectories.latents[batch.rows, steps + 1]
+        return Endpoints(batch.latents, next_latents, table.a[steps], table.b[steps], table.std[steps])
+
+    def _noise_key(self, batch: MicroBatch) -> NoiseKey:
+        return NoiseKey(self.rollout.seeds[batch.rows], batch.steps * self.element_count)
+
+    def _loss(
+        self,
+        batch: MicroBatch,
+        halves: Prediction,
+        old_output: Tensor | None,
+        noise: NoiseKey | Endpoints,
+        reference: Tensor | None = None,
+    ) -> PolicyLoss:
+        credit, steps, settings = self.credit, batch.steps, self.config.credit
+        unconditional, guidance_scale = halves.unconditional, None
+        if unconditional is not None:
+            guidance_scale = torch.full_like(credit.linear[steps], self.policy.cfg_scale)
+        return policy_loss(
+            halves.conditional,
+            old_output,
+            noise,
+            credit.linear[steps],
+            credit.quadratic[steps],
+            credit.scale[steps],
+            self.advantages[batch.rows],
+            clip_range=settings.clip_range,
+            objective=settings.objective,
+            reduction=settings.reduction,
+            reference=reference,
+            kl=None if reference is None else credit.kl[steps],
+            unconditional=unconditional,
+            guidance_scale=guidance_scale,
+        )
+
+    @torch.no_grad()
+    def _recompute_outputs(self) -> Tensor:
+        """One forward of every pair as the update will batch it, before anything has changed."""
+        outputs = self.stored.clone()
+        for update in range(self.config.train.updates_per_epoch):
+            for batch in self._micro_batches(update):
+                outputs[batch.rows, batch.steps] = self._predict(batch)
+        return outputs
+
+    @torch.no_grad()
+    def _measure_mismatch(self, batch: MicroBatch, halves: Prediction, statistics: StepStatistics) -> None:
+        """How far the update's forward is from the rollout's on unchanged weights."""
+        stored = self.stored[batch.rows, batch.steps]
+        output = self.policy.combine(halves)
+        result = self._loss(batch, halves, stored, self._noise_key(batch))
+        change = (output.float() - stored.float()).flatten(1).norm(dim=1)
+        relative = change / stored.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        statistics.add_mismatch(batch.steps, relative, result.log_ratio)

@@ -1,0 +1,179 @@
+"""``train`` from the beginning to the end of a run: what it records, and where."""
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runs import (
+    Run,
+    call,
+    records,
+    write_config,
+)
+from PIL import Image
+from tiny_pipeline import PROMPTS
+
+from pcpo_fast.config.loading import load_config
+
+pytest_plugins = ["cli_fixtures"]
+Capture = pytest.CaptureFixture[str]
+
+
+# train: what a finished run holds
+
+
+def test_run_directory_is_complete(full: Run) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "credit.json", "report.html", "summary.json", "images/captions.json"):
+        assert (full.folder / name).is_file(), name
+    for name in ("epoch_0000", "epoch_0001", "epoch_0002", "before_after"):
+        with Image.open(full.folder / "images" / f"{name}.png") as image:
+            image.verify()
+    assert (full.folder / "export" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    names = [path.name for path in sorted((full.folder / "checkpoints").iterdir())]
+    assert names == ["epoch_000001", "epoch_000002", "latest"]
+    assert list(full.folder.glob("tensorboard/**/events.out.tfevents.*"))
+    assert json.loads((full.folder / "images" / "captions.json").read_text()) == list(PROMPTS[2:])
+    assert load_config(full.folder / "config.yaml") == load_config(full.config)
+    assert "<html" in (full.folder / "report.html").read_text(encoding="utf-8")
+    left = {path.name for path in full.folder.iterdir()}
+    assert left == {
+        "config.yaml", "metrics.jsonl", "credit.json", "images", "checkpoints", "export", "report.html", "summary.json",
+        "tensorboard", "inputs.json", ".lock",
+    }  # fmt: skip
+
+
+def test_metrics_have_their_fixed_names(full: Run) -> None:
+    lines = records(full.folder)
+    kinds = [(line["kind"], line["epoch"]) for line in lines]
+    epoch = [("update", 0), ("update", 0), ("epoch", 0), ("evaluation", 1)]
+    assert kinds == [("evaluation", 0), *epoch, *[(kind, n + 1) for kind, n in epoch]]
+    update, whole, evaluation = lines[1], lines[3], lines[4]
+    assert set(update) >= {
+        "kind", "epoch", "update", "time", "policy/clip_fraction", "policy/log_ratio_abs", "policy/taylor_error",
+        "policy/grad_norm", "policy/loss", "policy/skipped_updates", "optimizer/lr",
+    }  # fmt: skip
+    assert set(whole) >= {
+        "reward/mean", "reward/std", "reward/tiny_pipeline:redness", "reward/jpeg_compressibility",
+        "policy/clip_fraction", "policy/log_ratio_abs", "policy/taylor_error", "policy/grad_norm",
+        "policy/skipped_updates", "rollout/mismatch_output", "rollout/mismatch_log_ratio", "optimizer/lr",
+        "time/rollout", "time/reward", "time/update", "throughput/images_per_second",
+        *(f"policy/clip_fraction_step_{step}" for step in range(3)),
+    }  # fmt: skip
+    assert "policy/clip_fraction_step_3" not in whole  # the last step is not trained
+    assert "reward/jpeg_incompressibility" not in whole  # for evaluation only
+    assert set(evaluation) == {
+        "kind", "epoch", "time", "heldout/reward/mean", "heldout/reward/std", "heldout/base_distance",
+        "heldout/reward/tiny_pipeline:redness",
+        "heldout/reward/jpeg_compressibility", "heldout/reward/jpeg_incompressibility",
+    }  # fmt: skip
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values() if not isinstance(value, str)), line
+    parts = whole["reward/tiny_pipeline:redness"] + 0.01 * whole["reward/jpeg_compressibility"]
+    assert whole["reward/mean"] == pytest.approx(parts, abs=1e-5)
+
+
+def test_the_kl_to_the_start_is_a_metric(lora: Run, full: Run) -> None:
+    last = [line for line in records(lora.folder) if line["kind"] == "epoch"][-1]
+    assert last["policy/kl"] > 0
+    assert not any("policy/kl" in line for line in records(full.folder))
+
+
+def test_summary_and_credit(full: Run) -> None:
+    summary = json.loads((full.folder / "summary.json").read_text())
+    lines = [line["heldout/reward/mean"] for line in records(full.folder) if line["kind"] == "evaluation"]
+    assert (summary["heldout_reward_before"], summary["heldout_reward_after"]) == (lines[0], lines[-1])
+    assert (summary["epochs"], summary["updates"], summary["skipped_updates"]) == (2, 4, 0)
+    assert summary["seconds"] > 0
+    credit = json.loads((full.folder / "credit.json").read_text())
+    assert (credit["sampler"], credit["rule"], credit["trained_steps"]) == ("dance", "proportionate", [0, 1, 2])
+    assert credit["used"] == pytest.approx([*credit["proportionate"][:3], 0.0])
+    assert len(credit["times"]) == 5
+
+
+def test_tensorboard_shows_the_same_numbers(full: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(full.folder / "tensorboard" / "epochs"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("reward/mean")}
+    written = {line["epoch"]: line["reward/mean"] for line in records(full.folder) if line["kind"] == "epoch"}
+    assert shown == pytest.approx(written)
+
+
+def test_a_user_reward_gets_the_prompts_and_their_metadata(
+    tmp_path: Path,
+    pipeline_folder: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = types.ModuleType("noted_rewards")
+    seen: list[tuple[int, list[str], list[dict[str, Any]], int]] = []
+
+    def reward(
+        images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]], *, level: int = 0
+    ) -> list[float]:
+        seen.append((len(images), prompts, metadata, level))
+        return [float(n) for n in range(len(images))]
+
+    module.reward = reward  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "noted_rewards", module)
+    rewards = [{"name": "noted_rewards:reward", "options": {"level": 3}}]
+    config = write_config(tmp_path, pipeline_folder, rewards=rewards, train__epochs=1)
+    answer = call(capsys, "train", "--config", config)
+    assert answer.code == 0, answer.err
+    assert [entry[0] for entry in seen] == [2, 8, 2]
+    assert seen[0][1:] == (list(PROMPTS[2:]), [{"n": 0}, {"n": 1}], 3)
+    assert len(set(seen[1][1])) == 2 and set(seen[1][1]) <= set(PROMPTS[:3])
+
+
+def test_weights_and_biases_gets_the_metrics(
+    tmp_path: Path,
+    pipeline_folder: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class FakeRun:
+        def __init__(self) -> None:
+            self.logged: list[dict[str, Any]] = []
+            self.finished = False
+
+        def log(self, values: dict[str, Any]) -> None:
+            self.logged.append(values)
+
+        def define_metric(self, *arguments: Any, **options: Any) -> None:
+            pass
+
+        def finish(self) -> None:
+            self.finished = True
+
+    fake, run, started = types.ModuleType("wandb"), FakeRun(), list[dict[str, Any]]()
+
+    def init(**options: Any) -> FakeRun:
+        started.append(options)
+        return run
+
+    fake.init = init  # type: ignore[attr-defined]
+    fake.Settings = lambda **options: options  # type: ignore[attr-defined]
+    fake.Image = lambda image: image  # type: ignore[attr-defined]
+    fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = write_config(tmp_path, pipeline_folder, train__epochs=1)
+    answer = call(capsys, "train", "--config", config, "logging.wandb={project: mine, tags: [a]}")
+    assert answer.code == 0, answer.err
+    assert (started[0]["project"], started[0]["tags"]) == ("mine", ["a"])
+    names = {name for values in run.logged for name in values}
+    assert names >= {
+        "reward/mean",
+        "policy/clip_fraction",
+        "heldout/reward/mean",
+        "update/policy/grad_norm",
+        "images/epoch",
+    }
+    written = next(line for line in records(tmp_path / "run") if line["kind"] == "epoch")
+    assert written["reward/mean"] in [values.get("reward/mean") for values in run.logged]
+    assert run.finished

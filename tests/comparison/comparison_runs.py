@@ -1,0 +1,65 @@
+"""Run directories with known curves, for the tests of comparisons."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcpo_fast.config.loading import dump_config, load_config
+from pcpo_fast.reporting import RunRecorder, write_summary
+
+STEPS = 5
+
+
+def write_run(
+    folder: Path,
+    reward: Callable[[int], float],
+    *,
+    seed: int = 0,
+    epochs: int = 30,
+    planned: int | None = None,
+    every: int = 10,
+    clip: float = 0.1,
+    slope: float = 0.0,
+    norms: Callable[[int], float] = lambda update: 1.0,
+    diversity: bool = False,
+    **settings: Any,
+) -> Path:
+    """Write a run of two updates per epoch.
+
+    `reward` gives the training reward of an epoch, and the held-out reward (0.05 below) of an evaluation; step i is
+    clipped `clip` + `slope` i of the time; `norms` gives the gradient norm of an update by its number. The run is
+    finished unless `planned` epochs are more than `epochs`. `settings` are keys with ``__`` for the dot.
+    """
+    planned = epochs if planned is None else planned
+    overrides = [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in settings.items()]
+    config = load_config(None, [f"output_dir={folder}", f"seed={seed}", f"train.epochs={planned}", *overrides])
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    with RunRecorder(folder, tensorboard=False, wandb=None) as recorder:
+        for epoch in range(epochs + 1):
+            if epoch % every == 0 or epoch == epochs:
+                held = {"heldout/reward/mean": reward(epoch) - 0.05}
+                recorder.log("evaluation", held | ({"heldout/diversity": 0.3} if diversity else {}), epoch=epoch)
+            if epoch == epochs:
+                break
+            clipped = {f"policy/clip_fraction_step_{i}": clip + slope * i for i in range(STEPS)}
+            for update in range(2):
+                numbers = {"policy/grad_norm": float(norms(2 * epoch + update)), "policy/skipped_updates": 0.0}
+                recorder.log("update", numbers | clipped, epoch=epoch, update=update)
+            times = {"time/rollout": 0.4, "time/reward": 0.1, "time/update": 0.5}
+            numbers = {"reward/mean": reward(epoch), "policy/clip_fraction": float(np.mean(list(clipped.values())))}
+            recorder.log("epoch", numbers | clipped | times, epoch=epoch)
+    if planned <= epochs:
+        write_summary(folder)
+    return folder
+
+
+def noisy_rise(speed: float, seed: int, noise: float = 0.01, **saturation: float) -> Callable[[int], float]:
+    """A reward that rises from 0.5 towards 0.9, with the noise of its seed."""
+    generator = np.random.default_rng(seed)
+    values = generator.normal(0, noise, size=2000)
+    own = speed * float(np.exp(generator.normal(0, 0.1)))
+    return lambda epoch: float(0.9 - 0.4 * np.exp(-own * epoch) + values[epoch])

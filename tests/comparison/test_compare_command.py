@@ -1,0 +1,268 @@
+"""``pcpo-fast compare`` from end to end: real runs of the tiny pipeline, stopped, killed and called again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cli_runs import wait_for
+from comparison_runs import noisy_rise, write_run
+
+from pcpo_fast.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest_plugins = ["cli_fixtures"]
+
+# It waits in the second epoch of a run as long as its seed has a gate.
+GATED_REWARD = """
+import os, pathlib, sys, time
+calls = 0
+def redness(images, prompts, metadata):
+    global calls
+    calls += 1
+    here, seed = pathlib.Path(os.environ["PYTHONPATH"]), next(a for a in sys.argv if a.startswith("seed="))
+    while calls == 3 and (here / f"gate.{seed}").exists():  # after the first evaluation and the first rollout
+        (here / f"waiting.{os.getpid()}").touch()
+        time.sleep(0.01)
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+"""
+
+SMALL = (
+    "rewards=[{name: 'gated:redness'}]", "sampler.steps=2", "train.epochs=2", "rollout.prompts_per_epoch=2",
+    "rollout.images_per_prompt=2", "train.updates_per_epoch=1", "train.micro_batch_size=4", "evaluation.prompts=2",
+    "evaluation.images_per_prompt=1", "logging.tensorboard=false", "checkpoint.every=1", "evaluation.every=0",
+)  # fmt: skip
+
+
+class Output(NamedTuple):
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Output:
+    """Run a command in this process."""
+    capsys.readouterr()
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as left:  # argparse
+        code = int(left.code or 0)
+    return Output(code, *capsys.readouterr())
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the gated reward; commands run in the project's folder."""
+    (tmp_path / "gated.py").write_text(GATED_REWARD)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts the command in a process of its own."""
+    started = []
+
+    def begin(*arguments: str | Path) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pcpo_fast", "compare", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def alive(process: int) -> bool:
+    """Whether a process that need not be our child is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def waiting(folder: Path) -> list[Path]:
+    return list(folder.glob("waiting.*"))
+
+
+def test_a_comparison_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
+    project: Path,
+    launcher: str,
+    start: Callable[..., "subprocess.Popen[str]"],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = project / "out"
+    variants = ("--variant", "native: algorithm=dancegrpo", "--variant", "pcpo:")
+    options = ("--output", output, "--jobs", "2", "--launcher", launcher)
+
+    for seed in (0, 1):
+        (project / f"gate.seed={seed}").touch()
+    process = start(*variants, *options, "--seeds", "2", *SMALL)
+    wait_for(lambda: len(waiting(project)) == 2, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err == f"interrupted with 0 of 4 runs done: `pcpo-fast compare --output {output}` goes on\n"
+    assert "the same command resumes the run after epoch 1" in (output / "native" / "seed_0.log").read_text()
+
+    # The command is in comparison.yaml now.
+    (project / "gate.seed=0").unlink()
+    for path in waiting(project):
+        path.unlink()
+    process = start(*options)
+    wait_for(lambda: len(waiting(project)) == 2, process)
+    assert all((output / name / "seed_0" / "summary.json").exists() for name in ("native", "pcpo"))
+    process.kill()
+    process.communicate()
+    at_work = [int(path.suffix[1:]) for path in waiting(project)]
+    wait_for(lambda: not any(map(alive, at_work)))  # the runs end with the command
+
+    (project / "gate.seed=1").unlink()
+    answer = call(capsys, "compare", *options)
+    assert answer.code == 0, answer.out + answer.err
+    assert "seed 0: training" not in answer.out and answer.out.count("training (log:") == 2
+    for name in ("native", "pcpo"):
+        for seed in (0, 1):
+            log = (output / name / f"seed_{seed}.log").read_text()
+            assert log.count("Resuming after epoch 1 from") == 1, log
+            lines = (output / name / f"seed_{seed}" / "metrics.jsonl").read_text().splitlines()
+            kinds = [json.loads(line)["kind"] for line in lines]
+            assert kinds == ["evaluation", "update", "epoch"] * 2 + ["evaluation"]  # it evaluates where it resumes
+    assert (output / "embeddings").is_dir() and not list(output.glob("*/embeddings"))
+    record = json.loads((output / "comparison.json").read_text())
+    assert record["differences"].keys() >= {"algorithm", "credit.rule", "credit.objective"}
+    assert [run["seed"] for run in record["variants"]["pcpo"]["runs"]] == [0, 1]
+    # Before anything is trained the same seed gives the same images, of either variant.
+    first = [
+        [record["variants"][name]["runs"][seed]["curves"]["reward"]["values"][0] for seed in (0, 1)]
+        for name in ("native", "pcpo")
+    ]
+    assert first[0] == first[1] and first[0][0] != first[0][1]
+    assert "With 2 seeds an interval holds the truth at most 50 % of the time" in answer.out
+
+    # A finished comparison has nothing to train, and another one is refused.
+    answer = call(capsys, "compare", *options, "--json")
+    assert answer.code == 0 and json.loads(answer.out) == record and "training (log:" not in answer.err
+    answer = call(capsys, "compare", "--output", output, "optimizer.lr=0.1")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: native, seed 0: optimizer.lr: the run in ")
+    assert "has 0.0001, this configuration 0.1; choose another output_dir" in answer.err
+
+
+def test_a_variant_that_fails_is_named_and_the_rest_reported(
+    project: Path, launcher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = project / "out"
+    options = ("--output", output, "--launcher", launcher, "--seeds", "1", *SMALL)
+    answer = call(capsys, "compare", "--variant", "good:", "--variant", "bad: prompts.train=nowhere.txt", *options)
+    assert answer.code == 2
+    log = output / "bad" / "seed_0.log"
+    assert answer.err == f"error: 1 of 2 runs failed: bad, seed 0 (log: {log})\n"
+    assert "bad, seed 0: failed: " in answer.out and "nowhere.txt" in answer.out
+    assert "nowhere.txt" in log.read_text()
+    record = json.loads((output / "comparison.json").read_text())
+    assert [len(record["variants"][name]["runs"]) for name in ("good", "bad")] == [1, 0]
+    assert record["missing"] == [{"variant": "bad", "seed": 0, "reason": "has not been trained"}]
+    assert "not in these numbers: bad, seed 0: has not been trained" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--variant", "a: credit.rul=1"),
+         "variant a: setting (credit.rul=1): unknown key credit.rul, did you mean rule?"),
+        (("--variant", "a:", "--baseline", "b"), "--baseline: must be one of a, got b"),
+        (("--variant", "a:", "--seeds", "x"),
+         "--seeds: must be a number of seeds (5), or a list of them (3,7,11), got 'x'"),
+        (("--variant", "a:", "--jobs", "0"), "--jobs: must be at least 1, got 0"),
+        (("--variant", "a:", "seed=1"), "variant a: seed is not set here (seed=1): --seeds says which"),
+        ((), "there is nothing to compare: name variants with --variant 'NAME: key=value', or a --file; {} holds no "
+         "comparison to go on with"),
+        (("--variant", "a:", "--report-only", "--seeds", "1"),
+         "there is no finished run to compare (a: has not been trained)"),
+        (("--runs", "a=nowhere"), "nowhere is not a run directory"),
+        (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory is called no*where"),
+        (("--runs", "a"), "--runs 'a': is written NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
+        (("--runs", "$a$=b"), "variant '$a$': a name is also a folder's name: it must be made of letters, digits, '.', "
+         "'_' and '-', and not be embeddings or figures"),
+        (("--runs", "a=b", "--seeds", "3"), "--runs compares runs that are there, so it does not go with --seeds"),
+        (("--runs", "a=b", "x.y=1"), "--runs compares runs that are there, so it does not go with key=value"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence_before_anything_runs(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    output = project / "out"
+    answer = call(capsys, "compare", "--output", output, *arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == f"error: {said.format(output)}\n"
+    assert not output.exists()
+
+
+def test_output_and_the_default_configuration_must_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "compare", "--variant", "a:").err.startswith("error: --output: say where the runs go")
+    assert call(capsys, "compare", "--runs", "a=b").err.startswith("error: --output: say where the comparison is")
+    answer = call(capsys, "compare", "--variant", "a:", "--output", "out")
+    assert answer.err.startswith("error: there is no configs/tiny_flux.yaml here")
+
+
+def test_runs_made_elsewhere_and_a_report_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, speed in (("native", 0.05), ("pcpo", 0.09)):
+        for seed in range(3):
+            write_run(tmp_path / f"{name}{seed}", noisy_rise(speed, seed), seed=seed)
+    runs = ("--runs", f"native={tmp_path}/native*", "--runs", f"pcpo={tmp_path}/pcpo0,{tmp_path}/pcpo1")
+    answer = call(capsys, "compare", *runs, "--output", tmp_path / "out", "--target", "0.7", "--at-epoch", "10")
+    assert (answer.code, answer.err) == (0, "")
+    assert "│ pcpo    │     2 │" in answer.out and "reward, epoch 10" in answer.out
+    assert "target 0.7 (training reward)" in answer.out
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["seed"] for run in record["variants"]["native"]["runs"]] == [0, 1, 2]
+    assert record["settings"]["target"] == 0.7 and record["settings"]["target_source"] == "as given"
+    assert not (tmp_path / "out" / "comparison.yaml").exists()
+
+
+def test_a_file_and_the_command_line_over_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name, speed in (("native", 0.05), ("pcpo", 0.09)):
+        for seed in (0, 1):
+            write_run(tmp_path / "out" / name / f"seed_{seed}", noisy_rise(speed, seed), seed=seed)
+    (tmp_path / "comparison.yaml").write_text(
+        f"output: {tmp_path}/out\nseeds: 2\ntarget: 0.6\nvariants:\n  native: {{algorithm: dancegrpo}}\n  pcpo:\n"
+    )
+    arguments = ("compare", "--file", tmp_path / "comparison.yaml", "--report-only", "--json")
+    answer = call(capsys, *arguments)
+    assert answer.code == 0, answer.err
+    settings = json.loads(answer.out)["settings"]
+    assert (settings["target"], settings["baseline"], settings["smoothing_epochs"]) == (0.6, "native", 5)
+    answer = call(capsys, *arguments, "--target", "0.65", "--baseline", "pcpo", "--smoothing", "2", "--seeds", "3")
+    record = json.loads(answer.out)
+    settings = record["settings"]
+    assert (settings["target"], settings["baseline"], settings["smoothing_epochs"]) == (0.65, "pcpo", 2)
+    assert [run["variant"] for run in record["missing"]] == ["native", "pcpo"]
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = call(capsys, "compare", "--help")
+    assert answer.code == 0 and "pcpo-fast compare --variant" in answer.out

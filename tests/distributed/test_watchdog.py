@@ -1,0 +1,69 @@
+"""A run that stands still: the rank that the others wait for is named, and the processes end."""
+
+import json
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from pcpo_fast.distributed.watchdog import EXIT_STALLED, Beat, Watch, explain, note, set_watch
+
+NOW = 1000.0
+
+
+def beat(rank: int, count: int, what: str, ago: float = 1.0) -> Beat:
+    return Beat(rank, f"node{rank // 2}", count, what, 50.0, NOW - ago)
+
+
+def test_the_late_rank_is_named() -> None:
+    beats = [beat(0, 9, "update"), beat(1, 9, "update"), beat(2, 7, "reward"), beat(3, 8, "update")]
+    text = explain(beats, [], NOW, 30)
+    assert text == "the others wait for rank 2 on node1 (reward, for 50 s); the furthest is rank 0 (update)"
+
+
+def test_a_process_that_has_stopped_is_named() -> None:
+    beats = [beat(0, 9, "update"), beat(3, 9, "update", ago=60)]
+    text = explain(beats, [2], NOW, 30)
+    assert text == "rank 2 has never given a sign; rank 3 on node1 has given no sign for 60 s (last: update)"
+
+
+def test_where_all_are_at_the_same_point_nobody_is_blamed() -> None:
+    assert "none of them is late" in explain([beat(0, 3, "update"), beat(1, 3, "update")], [], NOW, 30)
+
+
+def test_a_watch_gives_up_once_nothing_moves_and_says_who_is_late() -> None:
+    store, told, done = dist.HashStore(), [], threading.Event()
+
+    def give_up(message: str) -> None:
+        told.append(message)
+        done.set()
+
+    late = Watch(store, 1, 2, timedelta(seconds=60))
+    late.what = "reward"
+    late.beat()
+    watch = Watch(store, 0, 2, timedelta(seconds=0.4), give_up)
+    set_watch(watch)
+    try:
+        for _ in range(5):  # while something moves, nothing is said, however long it takes together
+            assert not done.wait(0.2)
+            note("update")
+        assert done.wait(20)
+    finally:
+        set_watch(None)
+    assert told[0].startswith("the run has stood still for 0 s (distributed.timeout) at rank 0 on ")
+    assert "(update): the others wait for rank 1 on " in told[0] and "(reward, for " in told[0]
+    assert json.loads(store.get("beat/0"))["count"] == 5
+    note("without a watch, nothing")
+
+
+def test_a_process_that_waits_for_ever_ends_with_a_code_of_its_own() -> None:
+    code = (
+        "import threading, torch.distributed as dist; from datetime import timedelta;"
+        "from pcpo_fast.distributed.watchdog import Watch, set_watch;"
+        "set_watch(Watch(dist.HashStore(), 0, 2, timedelta(seconds=0.2))); threading.Event().wait()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == EXIT_STALLED
+    assert ended.stderr.startswith("error: the run has stood still") and "rank 1 has never given a sign" in ended.stderr

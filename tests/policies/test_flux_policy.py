@@ -1,0 +1,580 @@
+"""FLUX as a policy, against diffusers' own FluxPipeline."""
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from tiny_pipeline import CHANNELS, HEIGHT, PROMPTS, TOKENS, WIDTH, build_pipeline, rolled_out, tiny_config
+from torch import Tensor
+
+from pcpo_fast.config.schema import LoraConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.method.step_tables import StepTable
+from pcpo_fast.method.transitions import euler_ode
+from pcpo_fast.policies import Policy
+from pcpo_fast.policies.attention import choose_attention
+from pcpo_fast.policies.embedding_cache import EmbeddingCache
+from pcpo_fast.policies.families import load_policy, load_trained_weights
+from pcpo_fast.policies.flux import FluxPolicy
+from pcpo_fast.policies.lora import adapters_off, add_lora
+from pcpo_fast.policies.pipeline_files import pipeline_folder as locate
+from pcpo_fast.policies.saving import save_pipeline
+
+CPU = torch.device("cpu")
+SMALL_LORA = ("model.finetune=lora", "model.lora.rank=4", "model.lora.alpha=8")
+
+
+@pytest.fixture(scope="module")
+def policy(pipeline_folder: Path) -> Policy:
+    return load_policy(tiny_config(pipeline_folder), CPU)
+
+
+@pytest.fixture(scope="module")
+def flux(pipeline_folder: Path) -> Any:
+    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_pipeline(flux: Any, latents: Tensor, prompts: list[str], **options: Any) -> Tensor:
+    settings = {
+        "num_inference_steps": 4,
+        "guidance_scale": 3.5,
+        "max_sequence_length": 12,
+        "output_type": "pt",
+    } | options
+    with torch.no_grad():
+        return flux(prompts, height=HEIGHT, width=WIDTH, latents=latents, **settings).images
+
+
+def random_latents(rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize_adapters(policy: Policy) -> None:
+    """LoRA starts as the identity; make it do something."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.module.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def trained_state(policy: Policy) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in policy.module.named_parameters() if value.requires_grad}
+
+
+def test_pack_and_unpack_are_those_of_the_pipeline(policy: FluxPolicy) -> None:
+    pixels = torch.randn(2, CHANNELS // 4, HEIGHT // 2, WIDTH // 2)
+    packed = FluxPipeline._pack_latents(pixels, *pixels.shape)
+    assert policy.latent_shape == tuple(packed.shape[1:]) == (TOKENS, CHANNELS)
+    assert torch.equal(policy.pack(pixels), packed)
+    assert torch.equal(policy.unpack(packed), pixels)
+    assert torch.equal(FluxPipeline._unpack_latents(packed, HEIGHT, WIDTH, 2), pixels)
+
+
+def test_predict_is_what_the_pipeline_computes_in_every_step(policy: Policy, flux: Any) -> None:
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    hook = flux.transformer.register_forward_hook(
+        lambda _module, _args, kwargs, result: calls.append((kwargs, result[0])), with_kwargs=True
+    )
+    run_pipeline(flux, random_latents(2), list(PROMPTS[:2]))
+    hook.remove()
+    conditioning = policy.encode(PROMPTS[:2])
+    times = policy.schedule(4).times
+    assert len(calls) == 4
+    for step, (kwargs, expected) in enumerate(calls):
+        output = policy.predict(kwargs["hidden_states"], times[step].float().expand(2), conditioning)
+        # The pipeline multiplies the time by 1000 and divides again: a unit in the last place of a sine's argument.
+        assert torch.allclose(output, expected, atol=1e-4), (output - expected).abs().max()
+        assert torch.equal(policy._image_ids(CPU, torch.float32), kwargs["img_ids"])  # type: ignore[attr-defined]
+
+
+def test_a_deterministic_rollout_gives_the_pipelines_images(policy: Policy, flux: Any) -> None:
+    table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
+    latents = random_latents(3)
+    expected = run_pipeline(flux, latents, list(PROMPTS[:3]))
+    end = rolled_out(policy, policy.encode(PROMPTS[:3]), latents, table).latents[:, -1]
+    images = policy.decode(end)
+    assert images.dtype == torch.float32 and images.shape == (3, 3, HEIGHT, WIDTH)
+    assert images.std() > 0.05
+    assert torch.allclose(images, expected, atol=2e-4), (images - expected).abs().max()
+
+
+def test_the_network_may_stay_in_host_memory(pipeline_folder: Path) -> None:
+    meta = torch.device("meta")
+    policy: Any = load_policy(tiny_config(pipeline_folder), meta, network_device=CPU)
+    assert {p.device for p in policy.network.parameters()} == {CPU}
+    assert {p.device for p in policy.vae.parameters()} == {meta}
+
+
+def test_guidance_reaches_the_model(pipeline_folder: Path, flux: Any) -> None:
+    policy = load_policy(tiny_config(pipeline_folder, "model.guidance=1.5"), CPU)
+    table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
+    latents = random_latents(1)
+    end = rolled_out(policy, policy.encode(PROMPTS[:1]), latents, table).latents[:, -1]
+    tuned, other = (run_pipeline(flux, latents, [PROMPTS[0]], guidance_scale=scale) for scale in (1.5, 3.5))
+    assert torch.allclose(policy.decode(end), tuned, atol=2e-4)
+    assert not torch.allclose(tuned, other, atol=2e-3)
+
+
+def test_classifier_free_guidance_is_the_pipelines_true_one(pipeline_folder: Path, flux: Any) -> None:
+    """Next to the embedded guidance, which both halves are told of."""
+    policy = load_policy(
+        tiny_config(pipeline_folder, "model.cfg_scale=2.0", "model.negative_prompt=a blue square"), CPU
+    )
+    table = StepTable.of(euler_ode(policy.schedule(4).times), CPU)
+    latents = random_latents(2)
+    end = rolled_out(policy, policy.encode(PROMPTS[:2]), latents, table).latents[:, -1]
+    negative = ["a blue square"] * 2
+    expected = run_pipeline(flux, latents, list(PROMPTS[:2]), true_cfg_scale=2.0, negative_prompt=negative)
+    plain = run_pipeline(flux, latents, list(PROMPTS[:2]))
+    assert torch.allclose(policy.decode(end), expected, atol=2e-4)
+    assert not torch.allclose(plain, expected, atol=2e-3)
+
+
+def test_rows_at_different_times_equal_single_rows(policy: Policy) -> None:
+    latents, times = random_latents(4), torch.tensor([1.0, 0.83, 0.4, 0.02])
+    conditioning = policy.encode(PROMPTS)
+    together = policy.predict(latents, times, conditioning)
+    for row in range(4):
+        alone = {name: value[row : row + 1] for name, value in conditioning.items()}
+        single = policy.predict(latents[row : row + 1], times[row : row + 1], alone)
+        assert torch.allclose(together[row], single[0], atol=1e-5)
+
+
+def test_the_time_is_not_cut_to_an_integer(policy: Policy) -> None:
+    latents, conditioning = random_latents(1), policy.encode(PROMPTS[:1])
+    near, same = (policy.predict(latents, torch.tensor([t]), conditioning) for t in (0.5004, 0.5001))
+    assert not torch.allclose(near, same, atol=1e-6)
+
+
+def test_decode_is_the_pipelines(policy: Policy, flux: Any) -> None:
+    latents = random_latents(2)
+    pixels = FluxPipeline._unpack_latents(latents, HEIGHT, WIDTH, 2) / 0.7 + 0.1
+    with torch.no_grad():
+        expected = flux.image_processor.postprocess(flux.vae.decode(pixels, return_dict=False)[0], output_type="pt")
+    assert torch.allclose(policy.decode(latents), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_scheduler_times_are_those_the_pipeline_runs(policy: FluxPolicy, dynamic: bool) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=dynamic)
+    other = FluxPolicy(policy.network, policy.vae, scheduler, height=64, width=32)
+    pipeline: Any = FluxPipeline(scheduler, policy.vae, None, None, None, None, policy.network)
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = policy.encode(PROMPTS[:1])
+    with torch.no_grad():
+        pipeline(height=64, width=32, num_inference_steps=5, output_type="latent", **embeds)
+    assert torch.equal(other.schedule(5).times, scheduler.sigmas.double())
+    assert other.schedule(5).times[0] == 1 and other.schedule(5).times[-1] == 0
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts how often the text encoders are loaded."""
+    counted: list[int] = []
+    load = FluxPolicy._load_parts
+
+    def counting(self: FluxPolicy, *parts: str, **options: Any) -> Any:
+        counted.extend([1] * ("text_encoder" in parts))  # not where the tokenizers alone are asked for
+        return load(self, *parts, **options)
+
+    monkeypatch.setattr(FluxPolicy, "_load_parts", counting)
+    return counted
+
+
+def test_prompts_given_to_the_loader_are_encoded_before_the_transformer_moves(
+    pipeline_folder: Path, tmp_path: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fill, to = EmbeddingCache.fill, FluxTransformer2DModel.to
+    monkeypatch.setattr(EmbeddingCache, "fill", lambda *given: order.append("encode") or fill(*given))
+    monkeypatch.setattr(FluxTransformer2DModel, "to", lambda self, *given: order.append("move") or to(self, *given))
+    policy = load_policy(tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}"), CPU, PROMPTS)
+    assert order.index("encode") < order.index("move")
+    policy.encode(PROMPTS)
+    assert loads == [1]
+
+
+def test_prompts_are_encoded_once_and_as_the_pipeline_does(
+    pipeline_folder: Path, flux: Any, tmp_path: Path, loads: list[int]
+) -> None:
+    config = tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}")
+    policy = load_policy(config, CPU)
+    policy.prepare_prompts([*PROMPTS, PROMPTS[0]])
+    assert loads == [1]
+    conditioning = policy.encode([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
+    again = load_policy(config, CPU)
+    again.prepare_prompts(PROMPTS)
+    assert loads == [1]
+    states, pooled, _ = flux.encode_prompt([PROMPTS[1], PROMPTS[0]], prompt_2=None, max_sequence_length=12)
+    assert torch.allclose(conditioning["prompt_embeds"], states[[0, 1, 0]], atol=1e-6)
+    assert torch.allclose(conditioning["pooled_prompt_embeds"], pooled[[0, 1, 0]], atol=1e-6)
+    again.encode(["a green circle"])  # a prompt nobody prepared
+    assert loads == [1, 1]
+
+
+def test_a_damaged_cache_file_is_encoded_again(pipeline_folder: Path, tmp_path: Path, loads: list[int]) -> None:
+    policy = load_policy(tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}"), CPU)
+    before = policy.encode(PROMPTS)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == len(PROMPTS)
+    files[0].write_bytes(files[0].read_bytes()[:-5])
+    files[1].write_bytes(b"")
+    policy.prepare_prompts(PROMPTS)
+    assert loads == [1, 1]
+    after = policy.encode(PROMPTS)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(tmp_path.rglob("*.*")) == files  # nothing half-written stays
+
+
+def test_the_cache_depends_on_sequence_length_dtype_and_encoder_files(own_pipeline: Path, loads: list[int]) -> None:
+    for overrides in ((), ("model.max_sequence_length=9",), ("model.dtype=bfloat16",)):
+        embeds = load_policy(tiny_config(own_pipeline, *overrides), CPU).encode(PROMPTS)["prompt_embeds"]
+        assert embeds.shape[1] == (9 if overrides == ("model.max_sequence_length=9",) else 12)
+    assert len(loads) == 3
+    load_policy(tiny_config(own_pipeline), CPU).encode(PROMPTS)
+    assert len(loads) == 3
+    config = own_pipeline / "text_encoder" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    load_policy(tiny_config(own_pipeline), CPU).encode(PROMPTS)
+    assert len(loads) == 4
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_another_encoder_of_the_same_size_and_date_never_gets_old_embeddings(part: str, own_pipeline: Path) -> None:
+    def embeddings(cache: str) -> dict[str, torch.Tensor]:
+        config = tiny_config(own_pipeline, f"model.embedding_cache={own_pipeline.parent / cache}")
+        return load_policy(config, CPU).encode(PROMPTS[:1])
+
+    old = embeddings("cache")
+    file = own_pipeline / part / "model.safetensors"
+    before = file.stat()
+    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    new = embeddings("cache")
+    truth = embeddings("empty")
+    assert all(torch.equal(new[name], truth[name]) for name in truth)
+    assert not all(torch.equal(new[name], old[name]) for name in old)
+
+
+def test_a_prompt_that_is_too_long_warns_once_and_says_what_is_cut(
+    pipeline_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}", "model.max_sequence_length=5")
+    policy = load_policy(config, CPU)
+    long = "a red circle on a blue background"  # with its end mark 8 tokens for T5, 29 for CLIP
+    with pytest.warns(UserWarning) as caught:
+        policy.prepare_prompts(["a red circle", long, long])
+    messages = [str(warning.message) for warning in caught if "longer than" in str(warning.message)]
+    assert len(messages) == 1
+    assert "1 of 2 prompts are longer than the 5 tokens" in messages[0] and "model.max_sequence_length" in messages[0]
+    assert 'this is cut: "a blue background"' in messages[0]
+    assert "truncated" not in capfd.readouterr().err  # diffusers' own report, once for every batch
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.prepare_prompts([long])
+        policy.encode([long])
+
+
+def test_a_prompt_too_long_for_clip_alone_is_said_too(pipeline_folder: Path, tmp_path: Path) -> None:
+    policy = load_policy(tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}"), CPU)
+    prompt = "red background on background green background"  # 6 + 1 tokens for T5, 40 + 2 for CLIP
+    with pytest.warns(UserWarning, match="longer than the 40 tokens that CLIP reads") as caught:
+        policy.prepare_prompts([prompt])
+    assert len([w for w in caught if "longer than" in str(w.message)]) == 1
+
+
+# ---------------------------------------------------------------------------------- published configurations
+
+
+def published(guidance: bool) -> FluxTransformer2DModel:
+    """The transformer of FLUX.1-dev (with guidance) and of FLUX.1-schnell (without), without memory for weights."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=64,
+            num_layers=19,
+            num_single_layers=38,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            pooled_projection_dim=768,
+            guidance_embeds=guidance,
+            axes_dims_rope=(16, 56, 56),
+        )
+
+
+@pytest.mark.parametrize(("guidance", "parameters"), [(True, 11_901_408_320), (False, 11_891_178_560)])
+def test_published_flux_on_the_meta_device(policy: FluxPolicy, guidance: bool, parameters: int) -> None:
+    transformer = published(guidance)
+    assert sum(p.numel() for p in transformer.parameters()) == parameters
+
+    vae: Any = SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512)})  # nothing else is asked of it here
+    flux = FluxPolicy(transformer, vae, policy.scheduler, height=1024, width=1024)
+    assert flux.latent_shape == (4096, 64)
+    conditioning = {
+        "prompt_embeds": torch.empty(2, 512, 4096, device="meta"),
+        "pooled_prompt_embeds": torch.empty(2, 768, device="meta"),
+    }
+    add_lora(transformer, LoraConfig(rank=8, alpha=8), FluxPolicy.lora_targets)
+    adapted = {name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")}
+    double = {name for name in adapted if name.startswith("transformer_blocks.")}
+    single = {name for name in adapted if name.startswith("single_transformer_blocks.")}
+    assert len(FluxPolicy.lora_targets) == 12
+    assert double == {f"transformer_blocks.{i}.{target}" for i in range(19) for target in FluxPolicy.lora_targets}
+    assert single == {f"single_transformer_blocks.{i}.attn.{t}" for i in range(38) for t in ("to_q", "to_k", "to_v")}
+    assert len(adapted) == 19 * 12 + 38 * 3
+    assert all(("lora_" in name) == p.requires_grad for name, p in transformer.named_parameters())
+    with torch.no_grad():
+        latents = torch.empty(2, 4096, 64, device="meta")
+        output = flux.predict(latents, torch.ones(2, device="meta"), conditioning)
+    assert output.shape == (2, 4096, 64)
+
+
+def test_a_pipeline_without_guidance_refuses_one(tmp_path: Path) -> None:
+    build_pipeline(tmp_path / "schnell", guidance_embeds=False)
+    with pytest.raises(UserError, match=r"^model\.guidance: has an effect only with an embedded guidance scale"):
+        load_policy(tiny_config(tmp_path / "schnell", "model.guidance=5.0"), CPU)
+    policy = load_policy(tiny_config(tmp_path / "schnell"), CPU)
+    output = policy.predict(random_latents(1), torch.tensor([0.5]), policy.encode(PROMPTS[:1]))
+    assert bool(output.isfinite().all())
+
+
+# ------------------------------------------------------------------------- LoRA, attention, checkpointing
+
+
+def test_a_lora_target_without_a_module_is_refused(pipeline_folder: Path) -> None:
+    config = tiny_config(pipeline_folder, *SMALL_LORA, "model.lora.targets=[attn.to_q, attn.to_w]")
+    with pytest.raises(UserError, match=r"model\.lora\.targets: attn\.to_w matches no linear layer"):
+        load_policy(config, CPU)
+
+
+def test_adapters_off_is_the_base_model_and_leaves_gradients_alone(pipeline_folder: Path, policy: Policy) -> None:
+    tuned = load_policy(tiny_config(pipeline_folder, *SMALL_LORA), CPU)
+    inputs = random_latents(2), torch.tensor([0.9, 0.2]), policy.encode(PROMPTS[:2])
+    base = policy.predict(*inputs)
+    assert torch.equal(tuned.predict(*inputs), base)  # a fresh adapter changes nothing
+    randomize_adapters(tuned)
+    trained = [p for p in tuned.module.parameters() if p.requires_grad]
+    changed = tuned.predict(*inputs)
+    with tuned.as_reference():
+        assert torch.equal(tuned.predict(*inputs), base)
+        assert all(p.requires_grad for p in trained)
+    assert torch.equal(tuned.predict(*inputs), changed) and not torch.allclose(changed, base, atol=1e-3)
+    with pytest.raises(RuntimeError, match="inside"), tuned.as_reference():
+        raise RuntimeError("inside")
+    assert torch.equal(tuned.predict(*inputs), changed)
+
+
+def test_without_adapters_or_copy_there_is_no_reference(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="no adapters"), policy.as_reference():
+        pass
+    with pytest.raises(ValueError, match="no adapters"), adapters_off(torch.nn.Linear(2, 2)):
+        pass
+
+
+def test_attention_backends_agree(policy: Policy, pipeline_folder: Path) -> None:
+    other = load_policy(tiny_config(pipeline_folder, "model.attention=_native_math"), CPU)
+    inputs = random_latents(2), torch.tensor([0.9, 0.2]), policy.encode(PROMPTS[:2])
+    used = {str(m.processor._attention_backend) for m in other.module.modules() if hasattr(m, "processor")}
+    assert used == {"AttentionBackendName._NATIVE_MATH"} or used == {"_native_math"}
+    assert torch.allclose(policy.predict(*inputs), other.predict(*inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("flash3000", r"unknown backend 'flash3000'; diffusers offers .*native"),
+        ("xformers", r"xformers cannot be used here: "),
+        ("flash", r"flash cannot be used here: "),
+        ("_native_cudnn", r"_native_cudnn cannot be used here: "),  # installed, but not for a CPU
+    ],
+)
+def test_attention_that_cannot_work_is_refused_before_the_run(policy: Policy, backend: str, reason: str) -> None:
+    module = FluxTransformer2DModel.from_config(policy.module.config)  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=rf"^model\.attention: {reason}") as caught:
+        choose_attention(module, backend)
+    assert "\n" not in str(caught.value)
+
+
+def test_native_attention_is_native_whatever_the_environment_says(policy: FluxPolicy) -> None:
+    module = FluxTransformer2DModel.from_config(policy.network.config)
+    choose_attention(module, "native")
+    processors = [m.processor for m in module.modules() if hasattr(m, "processor")]
+    assert processors and all(p._attention_backend.value == "native" for p in processors)
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_gradient_checkpointing_gives_the_same_gradients(pipeline_folder: Path, finetune: str) -> None:
+    gradients = []
+    for checkpointing in ("false", "true"):
+        overrides = (*SMALL_LORA, f"model.finetune={finetune}", f"model.gradient_checkpointing={checkpointing}")
+        policy = load_policy(tiny_config(pipeline_folder, *overrides), CPU)
+        if finetune == "lora":
+            randomize_adapters(policy)
+        assert policy.module.is_gradient_checkpointing == (checkpointing == "true")
+        output = policy.predict(random_latents(2), torch.tensor([0.9, 0.2]), policy.encode(PROMPTS[:2]))
+        output.square().sum().backward()
+        gradients.append({name: p.grad for name, p in policy.module.named_parameters() if p.requires_grad})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys() and len(plain) > 10
+    for name, gradient in plain.items():
+        assert gradient is not None and recomputed[name] is not None, name
+        assert torch.allclose(gradient, recomputed[name], rtol=1e-4, atol=1e-5), name
+    assert sum(float(gradient.abs().sum()) for gradient in plain.values() if gradient is not None) > 1
+
+
+# --------------------------------------------------------------------------------------- weights in and out
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_saved_weights_make_the_same_policy_and_the_same_pipeline(
+    pipeline_folder: Path, tmp_path: Path, finetune: str
+) -> None:
+    config = tiny_config(pipeline_folder, *SMALL_LORA, f"model.finetune={finetune}")
+    tuned = load_policy(config, CPU)
+    if finetune == "lora":
+        randomize_adapters(tuned)
+    else:
+        with torch.no_grad():
+            for p in tuned.module.parameters():
+                p.mul_(1.1)
+    tuned.save_weights(tmp_path / "weights", trained_state(tuned))
+    again = load_policy(config, CPU)
+    load_trained_weights(again.module, config, tmp_path / "weights")
+    inputs = random_latents(2), torch.tensor([0.9, 0.2]), tuned.encode(PROMPTS[:2])
+    expected = tuned.predict(*inputs)
+    assert torch.equal(again.predict(*inputs), expected)
+    save_pipeline(config.model, tmp_path / "weights", tmp_path / "exported")
+    exported = load_policy(tiny_config(tmp_path / "exported"), CPU)
+    assert torch.allclose(exported.predict(*inputs), expected, atol=1e-4)
+    if finetune == "lora":
+        flux: Any = FluxPipeline.from_pretrained(pipeline_folder)
+        flux.load_lora_weights(tmp_path / "weights")
+        times = torch.tensor([0.9, 0.2])
+        plain = FluxPolicy(flux.transformer, flux.vae, flux.scheduler, height=HEIGHT, width=WIDTH)
+        with torch.no_grad():
+            assert torch.allclose(plain.predict(inputs[0], times, inputs[2]), expected, atol=1e-5)
+
+
+def test_lora_weights_that_do_not_fit_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    policy = load_policy(tiny_config(pipeline_folder, *SMALL_LORA), CPU)
+    policy.save_weights(tmp_path / "lora", trained_state(policy))
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+
+    def refused(match: str, *overrides: str, init: Path = file) -> None:
+        with pytest.raises(UserError, match=match) as caught:
+            load_policy(tiny_config(pipeline_folder, *SMALL_LORA, f"model.lora.init={init}", *overrides), CPU)
+        assert str(caught.value).startswith("model.lora.init: ") and "\n" not in str(caught.value)
+
+    refused("is not a .safetensors file", init=tmp_path / "nowhere")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(file.read_bytes()[:100])
+    refused("cannot be read as LoRA weights", init=damaged)
+    pickled = tmp_path / "weights.bin"
+    torch.save({}, pickled)
+    refused("is not a .safetensors file", init=pickled)
+
+
+def test_weights_of_another_kind_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(pipeline_folder)
+    policy = load_policy(config, CPU)
+    with pytest.raises(UserError, match=r"holds no transformer/\*\.safetensors"):
+        load_trained_weights(policy.module, config, tmp_path)
+    build_pipeline(tmp_path / "other", num_layers=2)
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_trained_weights(policy.module, config, tmp_path / "other")
+
+
+# --------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "sizes"), [("height", 18, "16 and 20"), ("width", 23, "20 and 24"), ("height", 2, "4 and 8")]
+)
+def test_an_image_size_that_cannot_be_packed_is_refused(pipeline_folder: Path, key: str, size: int, sizes: str) -> None:
+    with pytest.raises(UserError, match=rf"^model\.{key}: {size} is not a multiple of 4 .*nearest sizes: {sizes}"):
+        load_policy(tiny_config(pipeline_folder, f"model.{key}={size}"), CPU)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "./nowhere/at-all", "a/b/c"])
+def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match=f"model.path: {path} is not a folder, and not a hub id"):
+        locate(path, None, ["FluxPipeline"])
+
+
+def hub_errors() -> Iterator[Any]:
+    from huggingface_hub import errors
+
+    # The HTTP library that the hub's client uses has changed its name before.
+    httpx = importlib.import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+    response = httpx.Response(403, request=httpx.Request("GET", "https://example.invalid"))
+
+    def answer(kind: type[Exception]) -> Exception:
+        return kind("Client Error.\nA second line", response=response)  # type: ignore[call-arg]
+
+    yield pytest.param(answer(errors.GatedRepoError), r"is gated: accept its license .* `hf auth login`", id="gated")
+    yield pytest.param(
+        answer(errors.RepositoryNotFoundError), "the hub has no model .* check the spelling", id="missing"
+    )
+    yield pytest.param(answer(errors.RevisionNotFoundError), r"model\.revision: .* no revision 'v2'", id="revision")
+    yield pytest.param(answer(errors.RemoteEntryNotFoundError), "is not a diffusers pipeline", id="no pipeline")
+    yield pytest.param(answer(errors.HfHubHTTPError), "the hub refused", id="refused")
+    yield pytest.param(errors.LocalEntryNotFoundError("no"), "nor can the hub be reached", id="not cached")
+    yield pytest.param(errors.OfflineModeIsEnabled("no"), "nor can the hub be reached", id="offline")
+    yield pytest.param(httpx.ConnectTimeout("slow"), "nor can the hub be reached", id="timeout")
+    yield pytest.param(OSError(28, "No space left on device"), "could not be had from the hub: .*No space", id="disk")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("error", "reason"), list(hub_errors()))
+def test_a_hub_model_that_cannot_be_had_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, wrapped: bool
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        if wrapped:  # as diffusers does once it has found no local copy
+            raise OSError("Cannot load model owner/name: the model is not fully cached") from error
+        raise error
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(UserError, match=reason) as caught:
+        locate("owner/name", "v2", ["FluxPipeline"])
+    assert "owner/name" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_hub_model_offline_is_one_sentence() -> None:
+    """No mock: the tests run with the hub switched off."""
+    with pytest.raises(UserError, match="neither in the local cache nor can the hub be reached"):
+        locate("pcpo-fast-tests/no-such-model", None, ["FluxPipeline"])
+
+
+def test_a_hub_model_is_used_from_its_snapshot(monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:
+    asked: list[Any] = []
+
+    def download(path: str, revision: str | None = None, variant: str | None = None) -> str:
+        asked.append((path, revision, variant))
+        return str(pipeline_folder)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert locate("owner/name", "v2", ["FluxPipeline"], "fp16") == (pipeline_folder, "FluxPipeline")
+    assert set(asked) == {("owner/name", "v2", "fp16")}
+
+
+def test_images_of_the_policy_are_not_flat(policy: Policy) -> None:
+    """Guards the tests above: were the tiny pipeline's images constant, they would compare nothing."""
+    images = policy.decode(random_latents(2))
+    assert np.ptp(images.numpy()) > 0.3 and not torch.allclose(images[0], images[1], atol=0.05)

@@ -1,0 +1,216 @@
+"""Each check before a run finds the fault that is put in its way."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cli_runs import call, write_config
+from tiny_pipeline import tiny_config
+
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.preflight import checks
+from pcpo_fast.preflight import dry_run as dry_runs
+from pcpo_fast.preflight.checks import Check, attempt, needed_bytes
+from pcpo_fast.preflight.dry_run import dry_run, shrunk
+from pcpo_fast.preflight.run import run_checks
+
+HUB_MODEL = "somebody/some-model"
+
+
+@pytest.fixture
+def config(pipeline_folder: Path, tmp_path: Path) -> Config:
+    return load_config(write_config(tmp_path, pipeline_folder, output_dir=str(tmp_path / "run")))
+
+
+@pytest.fixture(scope="module")
+def plan(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of the configuration: it does not depend on the run's folder."""
+    folder = tmp_path_factory.mktemp("planned")
+    return checks.plan_for(load_config(write_config(folder, pipeline_folder)), 1, 80)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return call
+
+
+def test_everything_is_in_order(config: Config) -> None:
+    results = list(run_checks(config, 1, 1, 80, dry=False))
+    assert [(check.name, check.status) for check in results if check.status != "ok"] == [
+        ("GPUs", "warning"),
+        ("dry run", "skipped"),
+    ] or torch.cuda.is_available()
+
+
+def test_an_old_library_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = checks.importlib.metadata.version
+    monkeypatch.setattr(
+        checks.importlib.metadata, "version", lambda name: "0.1.0" if name == "diffusers" else true(name)
+    )
+    status, says = checks.check_versions()
+    assert status == "warning" and says.startswith("diffusers 0.1.0 is installed, and ") and "peft" not in says
+
+
+def test_a_missing_library_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = checks.importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "peft":
+            raise checks.importlib.metadata.PackageNotFoundError(name)
+        return true(name)
+
+    monkeypatch.setattr(checks.importlib.metadata, "version", version)
+    assert checks.check_versions() == ("warning", "peft is not installed")
+
+
+@pytest.mark.parametrize(("there", "status"), [(0, "warning"), (4, "failed"), (8, "ok")])
+def test_gpus_are_counted(there: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    found, says = checks.check_gpus(8)
+    assert found == status
+    assert status != "failed" or says == "8 GPUs are asked for, and PyTorch sees 4 (H100)"
+
+
+def test_a_model_without_weights_fails(own_pipeline: Path) -> None:
+    config = tiny_config(own_pipeline)
+    assert checks.check_model(config)[0] == "ok"
+    for file in (own_pipeline / "vae").glob("*.safetensors"):
+        file.unlink()
+    found = attempt("model", lambda: checks.check_model(config))
+    assert found.status == "failed" and found.says.endswith("vae holds no diffusion_pytorch_model.safetensors")
+    shutil.rmtree(own_pipeline / "transformer")
+    assert attempt("model", lambda: checks.check_model(config)).status == "failed"
+
+
+def test_a_model_that_the_hub_refuses_fails(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = config.model_copy(update={"model": config.model.model_copy(update={"path": HUB_MODEL})})
+    monkeypatch.setattr("huggingface_hub.auth_check", raising(OSError("401 Client Error\nRequest ID: x")))
+    status, says = checks.check_model(remote)
+    assert status == "failed" and "401 Client Error" in says and "hf auth login" in says and "\n" not in says
+    monkeypatch.setattr("huggingface_hub.auth_check", lambda path: None)
+    assert checks.check_model(remote) == ("ok", f"{HUB_MODEL} may be downloaded")
+
+
+def test_prompts_and_rewards_are_read(config: Config) -> None:
+    assert checks.check_inputs(config)[0] == "ok"
+    prompts = config.prompts.model_copy(update={"train": "nowhere.txt"})
+    result = attempt("inputs", lambda: checks.check_inputs(config.model_copy(update={"prompts": prompts})))
+    assert result.status == "failed" and "nowhere.txt" in result.says
+
+
+def test_a_full_disk_fails(config: Config, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.check_disk(config, plan)[0] == "ok"
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    status, says = checks.check_disk(config, plan)
+    assert status == "failed" and "0.0 GB free" in says and "checkpoint.keep" in says
+
+
+def test_a_folder_that_cannot_be_written_fails(
+    config: Config, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
+    status, says = checks.check_disk(config, plan)
+    assert status == "failed" and says.endswith("cannot be written")
+
+
+def test_disk_space_covers_the_checkpoints_that_a_run_writes(config: Config) -> None:
+    """fp32: weights in the exported form, master copy, two moments and the module's own, 20 bytes each; kept + 1."""
+    count = 1000
+    assert needed_bytes(config, count, count) == (config.checkpoint.keep + 1) * count * 20 + 4 * count
+
+
+def test_too_little_memory_fails_with_what_to_set(config: Config, plan: dict[str, Any]) -> None:
+    status, says = checks.check_memory(checks.plan_for(config, 1, 1.5002))
+    assert status == "failed" and "are needed at the peak" in says
+    assert checks.check_memory(plan)[0] == "ok"
+
+
+def test_the_dry_run_keeps_what_can_fail(config: Config, tmp_path: Path) -> None:
+    small = shrunk(config, tmp_path, 2)
+    assert small.images_per_epoch == 2 * 2 * config.train.micro_batch_size
+    assert small.train.updates_per_epoch == 2 and small.train.epochs == 1
+    assert Path(small.output_dir).parent == tmp_path
+    assert small.sampler == config.sampler and small.rewards == config.rewards and small.optimizer == config.optimizer
+    assert small.model.model_dump(exclude={"embedding_cache"}) == config.model.model_dump(exclude={"embedding_cache"})
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "says"),
+    [
+        (2, "note\nerror: rewards: nothing fits\nlast words", "error: rewards: nothing fits"),
+        (1, "Traceback\n  File\nKeyError: 'x'", "Traceback /   File / KeyError: 'x'"),
+        (-9, "", "exit code -9"),
+    ],
+)
+def test_a_dry_run_that_fails_says_why(
+    code: int, error: str, says: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SimpleNamespace(returncode=code, stderr=error, stdout="")
+    monkeypatch.setattr(dry_runs.subprocess, "run", lambda *command, **options: done)
+    assert dry_run(config, 1, 60) == ("failed", says)
+
+
+def test_a_dry_run_that_hangs_is_given_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_runs.subprocess, "run", raising(subprocess.TimeoutExpired("train", 60)))
+    assert dry_run(config, 1, 60) == ("failed", "the dry run did not end within 60 seconds (--timeout)")
+
+
+def test_several_gpus_are_launched_by_deepspeed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=0, stderr="", stdout="")
+
+    monkeypatch.setattr(dry_runs.subprocess, "run", run)
+    assert dry_run(config, 2, 60)[0] == "ok"
+    assert commands[0][1:6] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module"]
+
+
+def test_nothing_is_trained_after_a_failure(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcpo_fast.preflight.run.check_inputs", raising(UserError("no prompts")))
+    monkeypatch.setattr("pcpo_fast.preflight.run.dry_run", raising(AssertionError("trained")))
+    results = {check.name: check for check in run_checks(config, 1, 1, 80)}
+    assert results["prompts and rewards"] == Check("prompts and rewards", "failed", "no prompts")
+    assert results["dry run"].status == "skipped"
+
+
+def test_the_command(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything, with a real dry run in a process of its own."""
+    output = call(
+        capsys, "preflight", "--config", tmp_path / "run.yaml", "--json", "rewards.0.name=jpeg_compressibility"
+    )
+    answer = json.loads(output.out)
+    assert answer["checks"][-1] == {
+        "name": "dry run",
+        "status": "ok",
+        "says": "two optimiser steps, an evaluation, a checkpoint and an export",
+    }
+    assert answer["passed"] and output.code == 0 and not (tmp_path / "run").exists()
+    failing = call(capsys, "preflight", "--config", tmp_path / "run.yaml", "prompts.train=nowhere.txt")
+    assert failing.code == 1 and failing.out.splitlines()[-1] == "failed: prompts and rewards"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--gpus", "0"), "--gpus: must be at least 1, got 0"),
+        (("--gpus", "9", "--nodes", "2"), "--gpus: 9 GPUs do not divide over 2 machines"),
+        (("--timeout", "0"), "--timeout: must be above 0 seconds"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = call(capsys, "preflight", *arguments)
+    assert output.code == 2 and output.err.startswith(f"error: {says}")

@@ -1,0 +1,154 @@
+"""Two CPU ranks through DeepSpeed's own launcher: the numbers of one rank, resuming, and one error line.
+
+They are launched once, for all tests of the file.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_pipeline import PROMPTS, tiny_config
+from two_ranks import GROUP, MODES, SMALL
+
+from pcpo_fast.config.loading import dump_config, load_config
+from pcpo_fast.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+
+REWARD = """
+import os
+
+calls = 0
+
+def redness(images, prompts, metadata):
+    global calls
+    calls += len(prompts) == 4  # a rank's share of a rollout; evaluations have other sizes
+    if os.environ["RANK"] == "1" and calls == 3:
+        raise RuntimeError("the second rank has lost its reward model")
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+"""
+
+
+def config_of(pipeline: Path, folder: Path, run: str) -> Path:
+    """A configuration file; three held-out images on two ranks: an uneven share."""
+    config = tiny_config(
+        pipeline,
+        f"output_dir={folder / run}",
+        f"prompts.train={folder / 'train.txt'}",
+        f"prompts.heldout={folder / 'heldout.txt'}",
+        f"deepspeed={folder / 'ds.json'}",
+        "rewards=[{name: 'ranks_reward:redness'}]",
+        "evaluation.prompts=3",
+        "evaluation.every=1",
+        "rollout.same_initial_noise=false",
+        "train.micro_batch_size=3",
+    )
+    file = folder / f"{run}.yaml"
+    file.write_text(dump_config(config))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks_reward.py").write_text(REWARD)
+    (folder / "train.txt").write_text("\n".join(PROMPTS))
+    (folder / "heldout.txt").write_text("\n".join(PROMPTS[:3]))
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    for run in ("one", "two"):
+        config_of(pipeline_folder, folder, run)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path, pipeline_folder: Path) -> "subprocess.CompletedProcess[str]":
+    """The launch of ``two_ranks.py``, which has come to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
+    command += [str(ROOT / "tests" / "training" / "two_ranks.py"), str(folder), str(pipeline_folder)]
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning")  # of what DeepSpeed calls
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_in_zero_3_are_one_rank_in_zero_1(
+    launched: "subprocess.CompletedProcess[str]",
+    folder: Path,
+    pipeline_folder: Path,
+    tmp_path: Path,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups are larger than a rank's batch here, and no weight is whole on a rank."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import rank_equality
+
+    assert (folder / f"{mode}.npz").exists(), launched.stderr
+    together = dict(np.load(folder / f"{mode}.npz"))
+    alone = rank_equality.record(f"zero1-{mode}-float32", tmp_path, pipeline_folder, *SMALL)
+    differences = rank_equality.compare(alone, together, GROUP)
+    assert rank_equality.above(differences) == []
+    assert len(together["rewards"]) == 8 and len(together["log_ratios"]) == 16 and together["log_ratios"].any()
+
+
+def test_two_ranks_train_as_one_resume_and_fail_in_one_line(
+    launched: "subprocess.CompletedProcess[str]", folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first part trains an epoch; a second resumes, trains another one, and loses its second rank in the third."""
+    assert launched.returncode == 2, launched.stderr
+    assert launched.stdout.count("Held-out reward:") == 1  # one rank speaks, at the end of the first part
+    assert sum("Resuming after epoch 1" in line for line in launched.stdout.splitlines()) == 1
+    everything = (launched.stdout + launched.stderr).splitlines()
+    errors = [line for line in everything if line.startswith("error: ")]
+    assert len(errors) == 1 and "the second rank has lost its reward model" in errors[0]
+    assert not any("Traceback" in line for line in everything)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    train(load_config(folder / "one.yaml"), console=Console(quiet=True))
+    compare(metrics_of(folder / "one"), metrics_of(folder / "two"))
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_number_of_the_run(name: str) -> bool:
+    return name not in ("time", "kind") and not name.startswith(("time/", "throughput/", "memory/"))
+
+
+def compare(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    """Every metric of one rank's run is the two ranks', whose updates of an epoch see the same images."""
+    compared = 0
+    assert [line["kind"] for line in one].count("update") == 4
+    for line in one:
+        key = {name: line[name] for name in ("kind", "epoch", "update") if name in line}
+        # The evaluation of the resumed epoch is there from both launches.
+        *_, other = (candidate for candidate in two if candidate.items() >= key.items())
+        assert line.keys() == other.keys()
+        for name in filter(is_number_of_the_run, line):
+            small = 1e-6 if "log_ratio" in name or "mismatch" in name else 1e-7
+            if name == "heldout/base_distance":
+                # Of 8-bit images: a value that lies between two levels falls to either side; 4 of the 3 x 32 x 32 may.
+                small = 4 / 255 / (3 * 32 * 32)
+            assert other[name] == pytest.approx(line[name], rel=1e-5, abs=small), (key, name)
+            compared += line[name] != 0
+    assert compared > 60
+    rewards = [line["reward/mean"] for line in one if line["kind"] == "epoch"]
+    heldout = [line["heldout/reward/mean"] for line in one if line["kind"] == "evaluation"]
+    assert len(set(rewards)) == 2 and len(set(heldout)) == 3, "the policy changes"
