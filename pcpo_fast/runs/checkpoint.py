@@ -14,15 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from pcpo_fast.distributed.collectives import rank, shared_errors, world_size
-from pcpo_fast.engine.engine import STATE_FOLDER, Engine, read_average
-from pcpo_fast.engine.resharding import SavedState, UnknownLayoutError
+from pcpo_fast.engine.engine import Engine
+from pcpo_fast.engine.optimizer_state import load_resharded
+from pcpo_fast.engine.resharding import UnknownLayoutError
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.files.atomic import sync_folder, write_atomically
 from pcpo_fast.runs.manifest import missing_or_resized, write_manifest
@@ -134,7 +133,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
         if written == now:
             loaded = engine.load(path)
         else:
-            loaded = _load_divided_anew(path, engine, int(written["world_size"] or 0))
+            loaded = load_resharded(path, engine, int(written["world_size"] or 0))
     except UnknownLayoutError as error:
         ranks, stage = written["world_size"], written["zero_stage"]
         raise UserError(
@@ -147,108 +146,6 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} holds no engine state")
     engine.updates = int(state["updates"])
     return state
-
-
-def _load_divided_anew(path: Path, engine: Engine, ranks: int) -> bool:
-    """Give every parameter its weights and moments out of the shards of another number of ranks or ZeRO stage.
-
-    The moving average, which is divided as the weights are, comes along.
-    """
-    folder = path / STATE_FOLDER
-    trained = {name: p for name, p in engine.deepspeed.module.named_parameters() if p.requires_grad}
-    files = sorted(folder.glob("*_optim_states.pt"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
-    if len(files) != ranks or not files:
-        return False
-    shards = [_read_tensors(file)["optimizer_state_dict"] for file in files]
-    parts = [] if engine.ema is None else [read_average(path, number) for number in range(ranks)]
-    averages = [part["average"] for part in parts if part is not None]
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trained.items()}
-    saved = SavedState(shards, sizes, averages or None)
-    if saved.step is not None:
-        _make_moments(engine, saved)
-    for name, parameter in trained.items():
-        weights = saved.full(name)
-        moments = {key: saved.full(name, key) for key in saved.moments}
-        average = saved.full(name, "average") if averages else None
-        if hasattr(parameter, "ds_id"):
-            _set_scattered(engine, parameter, weights, moments, average)
-        else:
-            _set_whole(engine, parameter, weights, moments, average)
-    if engine.ema is not None and averages:
-        engine.ema.updates = next(part["updates"] for part in parts if part is not None)
-    else:
-        engine.begin_average()
-    return True
-
-
-def _read_tensors(file: Path) -> Any:
-    """A file of DeepSpeed's; unpickles nothing but tensors and the three records that DeepSpeed puts among them."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _flat_groups(engine: Engine) -> list[Tensor]:
-    """The flat vectors that the optimiser steps."""
-    zero = engine.deepspeed.optimizer
-    scattered = getattr(zero, "fp32_partitioned_groups_flat", None)
-    return list(scattered) if scattered is not None else [p for g in engine.optimizer.param_groups for p in g["params"]]
-
-
-def _make_moments(engine: Engine, saved: SavedState) -> None:
-    """AdamW makes its state in its first step; make it before, to be filled."""
-    for flat in _flat_groups(engine):
-        engine.optimizer.state[flat] = {"step": cast(Tensor, saved.step).clone()} | {
-            key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in saved.moments
-        }
-
-
-@torch.no_grad()
-def _set_scattered(
-    engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor], average: Tensor | None
-) -> None:
-    """A parameter of ZeRO 3: this rank's piece of it, and the weights that the model computes with."""
-    import deepspeed
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-    def piece(whole: Tensor) -> Tensor:
-        count = parameter.ds_tensor.numel()
-        padded = torch.nn.functional.pad(whole, (0, count * world_size() - whole.numel()))
-        return padded.narrow(0, rank() * count, count)
-
-    safe_set_local_fp32_param(parameter, piece(weights))
-    for key, moment in moments.items():
-        safe_set_local_optimizer_state(parameter, piece(moment), key)
-    if engine.ema is not None and average is not None:
-        zero = engine.deepspeed.optimizer
-        group, start, count = zero.grad_position[zero.get_param_id(parameter)]
-        engine.ema.average[group].narrow(0, start, count).copy_(piece(average))
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if rank() == 0:
-            parameter.copy_(weights.view_as(parameter))
-
-
-@torch.no_grad()
-def _set_whole(
-    engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor], average: Tensor | None
-) -> None:
-    """A parameter of ZeRO 1 or 2: the weights, and the part of master weights and moments that lies on this rank."""
-    parameter.copy_(weights.view_as(parameter))
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return
-    source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
-    mapping.hp_fragment.copy_(weights.narrow(0, source.start, source.numel))
-    flat = _flat_groups(engine)[mapping.param_group_index]
-    for key, moment in moments.items():
-        part = moment.narrow(0, source.start, source.numel)
-        engine.optimizer.state[flat][key].narrow(0, target.start, target.numel).copy_(part)
-    if engine.ema is not None and average is not None:
-        held = engine.ema.average[mapping.param_group_index].narrow(0, target.start, target.numel)
-        held.copy_(average.narrow(0, source.start, source.numel))
 
 
 def read_state(path: Path) -> dict[str, Any]:

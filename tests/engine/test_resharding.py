@@ -15,9 +15,10 @@ from tiny_pipeline import tiny_config
 from tiny_runs import LORA, Bench
 from torch import Tensor
 
+from pcpo_fast.engine.optimizer_state import read_shard
 from pcpo_fast.engine.resharding import MOMENTS, SavedState, UnknownLayoutError
 from pcpo_fast.errors import UserError
-from pcpo_fast.runs.checkpoint import _read_tensors, load_checkpoint, save_checkpoint
+from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning")  # of what DeepSpeed calls
 
@@ -44,7 +45,7 @@ def state_of(path: Path, bench: Bench) -> dict[str, Tensor]:
     (file,) = (path / "engine").glob("*_optim_states.pt")
     trained = [(name, p) for name, p in bench.policy.module.named_parameters() if p.requires_grad]
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trained}
-    saved = SavedState([_read_tensors(file)["optimizer_state_dict"]], sizes)
+    saved = SavedState([read_shard(file)["optimizer_state_dict"]], sizes)
     assert saved.step is not None and saved.moments == MOMENTS
     state = {f"{name} {what}": saved.full(name, what) for name in sizes for what in ("weights", *MOMENTS)}
     assert all(bool(state[f"{name} exp_avg_sq"].any()) for name in sizes), "there is nothing in the moments to compare"
@@ -241,6 +242,6 @@ def test_a_state_of_another_kind_names_what_wrote_it(
     def refuse(*_: Any) -> None:
         raise UnknownLayoutError("its optimiser's state is not AdamW's")
 
-    monkeypatch.setattr("pcpo_fast.runs.checkpoint.SavedState", refuse)
+    monkeypatch.setattr("pcpo_fast.engine.optimizer_state.SavedState", refuse)
     with pytest.raises(UserError, match=r"only be resumed on 1 ranks with ZeRO stage 1, which wrote it: its optimiser"):
         load_checkpoint(path, other.engine)
