@@ -4,27 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pcpo_fast.config.dotted_keys import flattened
+from pcpo_fast.config.roles import role_of
 from pcpo_fast.config.schema import Config
-
-PER_RUN = ("output_dir", "seed", "model.embedding_cache")
-"""Settings that name a run, not what it does."""
-
-INCIDENTAL = (
-    "deepspeed",
-    "logging",
-    "checkpoint",
-    "rollout.batch_size",
-    "train.micro_batch_size",
-    "evaluation.batch_size",
-    "model.gradient_checkpointing",
-    "model.checkpointed_share",
-    "model.compile",
-    "model.block_kernels",
-    "rollout.share_first_steps",
-    "rollout.offload_optimizer",
-    "algorithm",
-)
-"""Settings that do not change what is learnt. The name of the preset does not either: what it fills in does."""
 
 _CONSEQUENCES = (
     (("rewards",), "their rewards are not on the same scale"),
@@ -42,7 +23,7 @@ _CONSEQUENCES = (
 
 
 def differences(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
-    """The settings that are not the same in all configurations: {key: {name: value}}, without what names a run.
+    """The settings that are not the same in all configurations: {key: {name: value}}, without a run's own.
 
     A setting that one of them does not have (of a reward that only the other uses) is None there.
     """
@@ -52,14 +33,14 @@ def differences(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
     for key in keys:
         values = {name: each.get(key) for name, each in flat.items()}
         first, *others = values.values()
-        if not _is_one_of(key, PER_RUN) and any(other != first for other in others):
+        if any(other != first for other in others) and role_of(Config, key).in_comparison != "own":
             found[key] = values
     return found
 
 
 def decisive(found: Mapping[str, Any]) -> list[str]:
     """Those of the keys that change what is learnt."""
-    return [key for key in found if not _is_one_of(key, INCIDENTAL)]
+    return [key for key in found if role_of(Config, key).in_comparison == "decisive"]
 
 
 def consequences(found: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pcpo_fast
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
-from pcpo_fast.comparison.differences import PER_RUN, consequences, differences
+from pcpo_fast.comparison.differences import consequences, differences
 from pcpo_fast.comparison.measures import timed
 from pcpo_fast.config.schema import Config
 from pcpo_fast.reporting.series import Series
@@ -141,7 +141,7 @@ def _varying(variant: VariantResult) -> dict[str, dict[str, Any]]:
     configs: dict[str, Config] = {
         str(index): run.config for index, run in enumerate(variant.runs) if run.config is not None
     }
-    return {key: values for key, values in differences(configs).items() if key not in PER_RUN}
+    return differences(configs)
 
 
 def _inner_differences(variant: VariantResult) -> str:

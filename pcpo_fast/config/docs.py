@@ -3,7 +3,7 @@
 Run it from the project's folder after changing :mod:`pcpo_fast.config.schema`; a test compares the two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pcpo_fast.config.presets import PRESETS
+from pcpo_fast.config.roles import Role, roles
 from pcpo_fast.config.schema import LARGEST, Config
 from pcpo_fast.config.unused_settings import REWARD_RULES, RULES
 from pcpo_fast.config.yaml_text import dump_yaml
@@ -50,6 +51,31 @@ on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coeffic
 | `model.max_sequence_length` | a model that reads prompts with T5 (FLUX, SD3) |
 """
 
+_ROLES_HEAD = """
+## What a setting may do
+
+Most settings decide what is learnt: a resumed run must have the value that it began with ([resuming](resuming.md)),
+another value makes another variant ([comparing](comparing.md)), and all hosts of a run have the same. What else holds:
+
+| the setting | |
+|---|---|
+"""
+
+_ROLES: tuple[tuple[str, Callable[[Role], bool]], ...] = (
+    ("may change on resume", lambda role: role.on_resume == "free"),
+    (
+        "may change on resume if the run's `inputs.json` records the content that it names",
+        lambda role: role.on_resume == "by_content",
+    ),
+    ("does not make a different variant in a comparison", lambda role: role.in_comparison == "incidental"),
+    ("differs between the runs of one variant", lambda role: role.in_comparison == "own"),
+    (
+        "is part of the base model, the same in all runs that are composed (`--run` given twice)",
+        lambda role: role.base_model,
+    ),
+    ("may differ between the hosts of a run", lambda role: role.per_host),
+)
+
 _NAMES: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -63,6 +89,9 @@ def render() -> str:
         parts.append(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {rule.condition} |\n")
     for name, condition, _ in REWARD_RULES:
         parts.append(f"| `rewards.<position>.{name}` | {condition} |\n")
+    parts.append(_ROLES_HEAD)
+    for text, holds in _ROLES:
+        parts.append(f"| {text} | {', '.join(f'`{key}`' for key in _settings_where(holds))} |\n")
     parts.append("\n## Presets\n\nWhat `algorithm` fills in where nothing else is given.\n")
     for preset, values in PRESETS.items():
         parts.append(f"\n### {preset}\n\n```yaml\n{dump_yaml(values)}```\n")
@@ -76,6 +105,16 @@ def _sections(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, ty
                 position = ".<position>" if option is not field.annotation else ""
                 yield above + name + position, option, (option.__doc__ or "").strip()
                 yield from _sections(option, f"{above}{name}.")
+
+
+def _settings_where(holds: Callable[[Role], bool]) -> Iterator[str]:
+    """Their dotted keys; ``section.*`` for all of a section."""
+    sections: dict[str, list[tuple[str, bool]]] = {}
+    for key, role in roles(Config):
+        sections.setdefault(key.rpartition(".")[0], []).append((key, role is not None and holds(role)))
+    for section, keys in sections.items():
+        whole = section and all(held for _, held in keys)
+        yield from [f"{section}.*"] if whole else [key for key, held in keys if held]
 
 
 def _table(model: type[BaseModel], section: str) -> str:

@@ -2,14 +2,18 @@
 
 A value comes from, in rising order of authority: the defaults here, the algorithm preset
 (:mod:`pcpo_fast.config.presets`), the YAML file, and the ``key.subkey=value`` overrides of the command line
-(:mod:`pcpo_fast.config.loading`). Every field's description is what ``docs/configuration.md`` prints.
+(:mod:`pcpo_fast.config.loading`). Every field's description is what ``docs/configuration.md`` prints. Every field
+has a role (:mod:`pcpo_fast.config.roles`), its section's or its own: may it change on resume, is it part of the base
+model?
 """
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from pcpo_fast.config.roles import BASE_FILES, BASE_MODEL, CHANGEABLE, EXECUTION, RESULT, Role
 
 LARGEST = 2**31 - 1
 """Beyond any count that means something, and small enough that no product of two overflows 64 bits."""
@@ -31,11 +35,13 @@ class Section(BaseModel):
     """A group of settings: unknown keys are errors, a value has its own type, and it never changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
+    role: ClassVar[Role | None] = None
 
 
 class LoraConfig(Section):
     """Low-rank adapters, used where ``model.finetune`` is ``lora``."""
 
+    role = RESULT
     rank: Positive = Field(32, description="rank of the adapters")
     alpha: PositiveFloat = Field(64.0, description="scale numerator; the update is multiplied by alpha / rank")
     targets: tuple[str, ...] | None = Field(
@@ -52,27 +58,32 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Which model is trained and how its weights are held."""
 
-    path: HomePath = Field("assets/tiny-flux", min_length=1, description="folder or hub id of a diffusers pipeline")
-    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    role = BASE_MODEL
+    path: Annotated[HomePath, BASE_FILES] = Field(
+        "assets/tiny-flux", min_length=1, description="folder or hub id of a diffusers pipeline"
+    )
+    revision: Annotated[str | None, Role(on_resume="by_content", base_model=True)] = Field(
+        None, description="hub revision (branch, tag or commit)"
+    )
     variant: str | None = Field(
         None,
         min_length=1,
         description="variant of the weight files where a part has it, such as fp16 for model.fp16.safetensors; null: "
         "the plain files, or the only variant where there are none",
     )
-    transformer: str | None = Field(
+    transformer: Annotated[str | None, BASE_FILES] = Field(
         None,
         min_length=1,
         description="single .safetensors file of the transformer (FLUX, SD3) that takes the place of that in `path`",
     )
-    unet: str | None = Field(
+    unet: Annotated[str | None, BASE_FILES] = Field(
         None,
         min_length=1,
         description="single .safetensors file of the UNet (SD 1.x), or of a whole checkpoint with one, that takes the "
         "place of that in `path`",
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the model's weights and activations")
-    finetune: Literal["full", "lora"] = Field(
+    finetune: Annotated[Literal["full", "lora"], RESULT] = Field(
         "full", description="train every weight of the transformer or UNet, or LoRA adapters"
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
@@ -88,25 +99,27 @@ class ModelConfig(Section):
     max_sequence_length: int = Field(
         512, ge=1, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
-    checkpointed_share: float | None = Field(
+    gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
+        False, description="recompute activations in the backward to save memory"
+    )
+    checkpointed_share: Annotated[float | None, EXECUTION] = Field(
         1.0,
         gt=0,
         le=1,
         description="share of the blocks that gradient_checkpointing recomputes; null: as few as the memory plan says "
         "the GPU has no room for",
     )
-    compile: bool = Field(
+    compile: Annotated[bool, EXECUTION] = Field(
         False, description="compile the repeated blocks (torch.compile), once for each batch size; not with ZeRO-3"
     )
-    block_kernels: bool = Field(
+    block_kernels: Annotated[bool, EXECUTION] = Field(
         False, description="this package's fused norms, gates and rotary embeddings in the blocks (FLUX, SD3)"
     )
-    attention: str = Field(
+    attention: Annotated[str, EXECUTION] = Field(
         "native",
         description="attention backend by diffusers' name (docs/attention.md): native, flash, xformers, ...",
     )
-    embedding_cache: HomePath | None = Field(
+    embedding_cache: Annotated[HomePath | None, Role(on_resume="free", in_comparison="own", per_host=True)] = Field(
         None, description="folder of encoded prompts; default: embeddings/ next to the run directories"
     )
 
@@ -119,6 +132,7 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """Where prompts come from: one per line, or JSONL with ``prompt`` and ``metadata``."""
 
+    role = RESULT
     train: HomePath = Field("assets/prompts/scenes_train.txt", min_length=1, description="prompts to train on")
     heldout: HomePath | None = Field(
         "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained; null: no evaluation"
@@ -128,6 +142,7 @@ class PromptConfig(Section):
 class SamplerConfig(Section):
     """The stochastic sampler of the rollouts (docs/method.md)."""
 
+    role = RESULT
     name: Literal["dance", "flow", "cps", "ddim"] = Field(
         "dance",
         description="flow models: dance (DanceGRPO), flow (Flow-GRPO) or cps; diffusion models: ddim (DDPO, DanceGRPO)",
@@ -153,6 +168,7 @@ class SamplerConfig(Section):
 class WindowConfig(Section):
     """A window of steps that moves over the sampler: only its steps have noise and are trained (MixGRPO)."""
 
+    role = RESULT
     size: NotNegative = Field(0, description="steps in the window; 0: no window, every step has noise")
     schedule: Literal["progressive", "random", "fixed"] = Field(
         "progressive", description="progressive: from the first step to the last; random: drawn anew; fixed: stays"
@@ -170,21 +186,24 @@ class WindowConfig(Section):
 class RolloutConfig(Section):
     """How many images an epoch samples, over all ranks together."""
 
+    role = RESULT
     prompts_per_epoch: Positive = Field(4, description="prompts sampled in an epoch")
     images_per_prompt: Positive = Field(24, description="group size: images of each prompt")
     same_initial_noise: bool = Field(True, description="all images of a group start from the same noise")
-    batch_size: Positive = Field(96, description="images sampled at once on each rank; limits memory only")
-    share_first_steps: bool = Field(
+    batch_size: Annotated[Positive, EXECUTION] = Field(
+        96, description="images sampled at once on each rank; limits memory only"
+    )
+    share_first_steps: Annotated[bool, EXECUTION] = Field(
         False,
         description="predict once for a prompt while all its images are still equal: up to the first step with noise",
     )
-    attention: str | None = Field(
+    attention: Annotated[str | None, CHANGEABLE] = Field(
         None, description="attention backend of rollouts, which need no backward; null: that of model.attention"
     )
     merge_lora: bool = Field(
         False, description="add the adapters to the weights during rollouts: faster, but in bf16 not the same policy"
     )
-    offload_optimizer: bool = Field(
+    offload_optimizer: Annotated[bool, EXECUTION] = Field(
         False, description="keep the optimizer's state in host memory during rollouts and rewards"
     )
 
@@ -192,6 +211,7 @@ class RolloutConfig(Section):
 class CreditConfig(Section):
     """What each step counts for in the loss (docs/method.md)."""
 
+    role = RESULT
     rule: Literal[
         "native", "proportionate", "uniform", "pcpo_ratio", "tempflow", "grpo_guard", "fair_clip", "cps_published"
     ] = Field("proportionate", description="credit rule")
@@ -220,6 +240,7 @@ class CreditConfig(Section):
 class AdvantageConfig(Section):
     """How rewards become advantages."""
 
+    role = RESULT
     normalization: Literal["group", "flow_grpo", "global", "running"] = Field(
         "group", description="per group; per-group mean with global std; whole epoch; or a running buffer per prompt"
     )
@@ -233,6 +254,7 @@ class AdvantageConfig(Section):
 class RewardConfig(Section):
     """One reward; several are summed with their weights."""
 
+    role = RESULT
     name: str = Field(min_length=1, description="a built-in reward, or module:function")
     label: str | None = Field(
         None, min_length=1, description="its name in metrics, needed where a reward is listed twice; null: `name`"
@@ -258,16 +280,17 @@ class RewardConfig(Section):
 class ScoringConfig(Section):
     """How the rewards of a set become one, when they run, and what happens where one fails (docs/rewards.md)."""
 
+    role = RESULT
     normalize: Literal["sum", "each"] = Field(
         "sum", description="advantages of the weighted sum, or weighted sum of each reward's own advantages (GDPO)"
     )
-    overlap: bool = Field(
+    overlap: Annotated[bool, EXECUTION] = Field(
         False, description="score a finished batch of the rollout while the next is sampled (rollout.batch_size)"
     )
     on_failure: Literal["stop", "drop_group"] = Field(
         "stop", description="a reward that fails ends the run, or its prompt's images are left out of the epoch"
     )
-    timeout: PositiveFloat | None = Field(
+    timeout: Annotated[PositiveFloat | None, EXECUTION] = Field(
         None, description="seconds that one call of a reward may take; null: any time"
     )
 
@@ -275,6 +298,7 @@ class ScoringConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and what guards it."""
 
+    role = RESULT
     lr: PositiveFloat = Field(1e-5, description="learning rate")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="decay of the first and second moment")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
@@ -292,10 +316,11 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    epochs: NotNegative = Field(300, description="rollout phases, each with its updates")
+    role = RESULT
+    epochs: Annotated[NotNegative, CHANGEABLE] = Field(300, description="rollout phases, each with its updates")
     updates_per_epoch: Positive = Field(2, description="optimiser steps on disjoint parts of one rollout")
     inner_epochs: Positive = Field(1, description="passes over the same rollout")
-    max_rollout_age: Positive = Field(
+    max_rollout_age: Annotated[Positive, EXECUTION] = Field(
         32,
         description="optimiser steps that a rollout may be trained on; inner_epochs x updates_per_epoch beyond it "
         "is refused",
@@ -305,7 +330,9 @@ class TrainConfig(Section):
         description="a rollout is stale, and no further pass is made over it, once the mean absolute log-ratio of a "
         "pass is above this; null: never",
     )
-    micro_batch_size: Positive = Field(1, description="(image, step) pairs in one forward and backward on each rank")
+    micro_batch_size: Annotated[Positive, EXECUTION] = Field(
+        1, description="(image, step) pairs in one forward and backward on each rank"
+    )
     old_output: Literal["detach", "rollout", "recompute"] = Field(
         "detach", description="what the new output is compared with (docs/method.md, Which old output)"
     )
@@ -313,7 +340,7 @@ class TrainConfig(Section):
         None,
         description="decay of a moving average of the weights, which evaluations and exports then use; null: none",
     )
-    max_skipped_updates: Positive = Field(
+    max_skipped_updates: Annotated[Positive, CHANGEABLE] = Field(
         5, description="end the run after this many updates in a row without a finite gradient"
     )
 
@@ -321,13 +348,16 @@ class TrainConfig(Section):
 class EvaluationConfig(Section):
     """Held-out prompts with fixed seeds."""
 
-    every: NotNegative = Field(10, description="epochs between evaluations; 0: only before and after")
+    role = RESULT
+    every: Annotated[NotNegative, EXECUTION] = Field(
+        10, description="epochs between evaluations; 0: only before and after"
+    )
     prompts: Positive = Field(8, description="held-out prompts used")
     images_per_prompt: Positive = Field(1, description="images of each")
     seed: int = Field(1_000_003, ge=0, lt=2**63, description="seed of the images, apart from the training seed")
     deterministic: bool = Field(True, description="sample without noise (Euler), or with the rollout's sampler")
-    batch_size: Positive = Field(64, description="images sampled at once on each rank")
-    min_diversity: float | None = Field(
+    batch_size: Annotated[Positive, EXECUTION] = Field(64, description="images sampled at once on each rank")
+    min_diversity: Annotated[float | None, CHANGEABLE] = Field(
         None,
         gt=0,
         lt=1,
@@ -339,6 +369,7 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """What survives a crash."""
 
+    role = EXECUTION
     every: NotNegative = Field(10, description="epochs between checkpoints; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints kept")
     keep_best: NotNegative = Field(
@@ -356,6 +387,7 @@ class CheckpointConfig(Section):
 class DistributedConfig(Section):
     """Several processes: how long they wait for each other (docs/scaling.md)."""
 
+    role = EXECUTION
     start_timeout: PositiveFloat = Field(
         600.0, description="seconds after which a run does not start, naming the ranks that have not come"
     )
@@ -369,6 +401,7 @@ class DistributedConfig(Section):
 class LoggingConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
+    role = EXECUTION
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: dict[str, JsonValue] | None = Field(
         None,
@@ -380,10 +413,16 @@ class LoggingConfig(Section):
 class Config(Section):
     """A whole training run."""
 
-    output_dir: HomePath = Field("runs/demo", min_length=1, description="the run directory")
-    seed: int = Field(0, ge=0, lt=2**63, description="fixes every random number of the run")
-    algorithm: str = Field("pcpo", description="preset that fills in what is not set (docs/algorithms.md)")
-    deepspeed: HomePath | None = Field(
+    output_dir: Annotated[HomePath, Role(on_resume="free", in_comparison="own")] = Field(
+        "runs/demo", min_length=1, description="the run directory"
+    )
+    seed: Annotated[int, Role(in_comparison="own")] = Field(
+        0, ge=0, lt=2**63, description="fixes every random number of the run"
+    )
+    algorithm: Annotated[str, Role(in_comparison="incidental")] = Field(
+        "pcpo", description="preset that fills in what is not set (docs/algorithms.md)"
+    )
+    deepspeed: Annotated[HomePath | None, EXECUTION] = Field(
         None,
         description="DeepSpeed JSON file (ZeRO stage, offload, ...); batch sizes, optimizer and precision are not set "
         "there but here",
@@ -393,7 +432,7 @@ class Config(Section):
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)  # type: ignore[arg-type]
     window: WindowConfig = Field(default_factory=WindowConfig)  # type: ignore[arg-type]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # type: ignore[arg-type]
-    rewards: tuple[RewardConfig, ...] = Field(
+    rewards: Annotated[tuple[RewardConfig, ...], RESULT] = Field(
         (RewardConfig(name="caption_match"),), strict=False, description="what the policy is trained towards"
     )
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]

@@ -12,15 +12,13 @@ import torch
 
 import pcpo_fast
 from pcpo_fast.config.dotted_keys import flattened
+from pcpo_fast.config.roles import role_of
 from pcpo_fast.config.schema import Config
 from pcpo_fast.distributed.collectives import gather_objects, is_distributed
 from pcpo_fast.distributed.rendezvous import by_host
 from pcpo_fast.errors import shared
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
-OF_A_MACHINE = ("model.path", "model.transformer", "model.unet", "model.embedding_cache")
-"""Settings that may differ from machine to machine: not where the model lies is compared, but what it holds
-(:mod:`pcpo_fast.runs.input_record`)."""
 SHOWN = 4
 """Differences that are named one by one."""
 
@@ -55,8 +53,10 @@ def facts(config: Config) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     found["CUDA"] = str(torch.version.cuda)
-    settings = flattened(config.model_dump(mode="json"))
-    return found | {f"setting {key}": json.dumps(value) for key, value in settings if key not in OF_A_MACHINE}
+    for key, value in flattened(config.model_dump(mode="json")):
+        if not role_of(Config, key).per_host:  # where the model lies may differ: what it holds is compared later
+            found[f"setting {key}"] = json.dumps(value)
+    return found
 
 
 def disagreement(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:

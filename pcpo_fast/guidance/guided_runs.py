@@ -7,27 +7,15 @@ from pathlib import Path
 import torch
 
 from pcpo_fast.config.loading import load_config
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.roles import roles
+from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.guidance.reward_guidance import RewardGuided
 from pcpo_fast.policies.fine_tunes import FineTune, load_fine_tunes
 from pcpo_fast.runs.input_record import read_differently
 from pcpo_fast.runs.run_directory import CONFIG_FILE
 
-SHARED = (
-    "path",
-    "revision",
-    "variant",
-    "transformer",
-    "unet",
-    "dtype",
-    "height",
-    "width",
-    "guidance",
-    "cfg_scale",
-    "negative_prompt",
-    "max_sequence_length",
-)
+SHARED = tuple(key for key, role in roles(ModelConfig) if role is not None and role.base_model)
 """Settings of the model that composed runs must share: whatever the base model's output depends on."""
 
 

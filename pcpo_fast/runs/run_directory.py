@@ -8,6 +8,7 @@ from typing import Any
 
 from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.loading import dump_config, load_config
+from pcpo_fast.config.roles import role_of
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
@@ -16,30 +17,6 @@ from pcpo_fast.runs.input_record import ACCEPT, INPUTS_FILE
 from pcpo_fast.runs.manifest import damage_of
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.jsonl", "summary.json", "credit.json"
-
-FREE_TO_CHANGE = (
-    "output_dir",
-    "deepspeed",
-    "train.epochs",
-    "evaluation.every",
-    "evaluation.min_diversity",
-    "evaluation.batch_size",
-    "checkpoint",
-    "logging",
-    "distributed",
-    "rollout.batch_size",
-    "train.micro_batch_size",
-    "model.attention",
-    "model.gradient_checkpointing",
-    "model.checkpointed_share",
-    "model.compile",
-    "model.block_kernels",
-    "rollout.share_first_steps",
-    "rollout.attention",
-    "rollout.offload_optimizer",
-    "model.embedding_cache",
-)
-"""Settings that a resumed run may change: how it runs and for how long, not what it computes."""
 
 
 @dataclass(frozen=True)
@@ -220,10 +197,9 @@ def _check_same_run(folder: Path, config: Config) -> None:
         ) from None
     before, now = (dict(flattened(either.model_dump(mode="json"))) for either in (earlier, config))
     # Where the model's content is compared, a revision is but a name: the way back to it where a branch moved on.
-    free_keys = (*FREE_TO_CHANGE, "model.revision") if (folder / INPUTS_FILE).is_file() else FREE_TO_CHANGE
+    free = ("free", "by_content") if (folder / INPUTS_FILE).is_file() else ("free",)
     for key in sorted(before.keys() | now.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in free_keys)
-        if not free and before.get(key) != now.get(key):
+        if before.get(key) != now.get(key) and role_of(Config, key).on_resume not in free:
             raise UserError(
                 f"{key}: the run in {folder} has {before.get(key)!r}, this configuration {now.get(key)!r}; "
                 "choose another output_dir, or restore the value to resume"

@@ -147,6 +147,7 @@ def test_runs_of_a_plan_go_seed_by_seed_and_share_the_embeddings(tmp_path: Path)
         ((NATIVE, Variant("b", None, ("seed=3",))), "variant b: seed is not set here .seed=3.: --seeds says which"),
         ((NATIVE, Variant("b", None, ("credit.rule=native",))), "variants native and b train the same thing$"),
         ((PCPO, Variant("b", None, ("checkpoint.every=3",))), "same thing .they differ in checkpoint.every alone"),
+        ((PCPO, Variant("b", None, ("model.attention=flash",))), "same thing .they differ in model.attention alone"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_plan_are_found_before_anything_runs(

@@ -112,8 +112,11 @@ def test_settings_that_do_not_change_the_result_may_change(copy_of_full: Run, ca
     others = (
         "checkpoint.keep=1",
         "model.gradient_checkpointing=true",
+        "model.attention=_native_math",
         "model.embedding_cache=null",
         "logging.wandb=null",
+        "scoring.timeout=60",
+        "train.max_skipped_updates=9",
     )
     answer = call(capsys, "train", "--config", copy_of_full.config, "--resume", "auto", *settings, *others)
     assert answer.code == 0, answer.err
