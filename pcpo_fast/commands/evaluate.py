@@ -107,11 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from pcpo_fast.evaluation.candidate_images import Request
-    from pcpo_fast.evaluation.evaluator import Settings, evaluate, with_reference
+    from pcpo_fast.evaluation.evaluator import EvaluationSettings, evaluate, with_reference
     from pcpo_fast.prompts import load_prompts
 
     cache = None if arguments.cache is None else Path(arguments.cache)
-    settings = Settings(
+    settings = EvaluationSettings(
         Path(arguments.output),
         metrics,
         reference,
@@ -120,12 +120,12 @@ def run(arguments: argparse.Namespace) -> int:
         resamples=arguments.resamples,
         shown=arguments.shown,
     )
-    contestants = with_reference(arguments.checkpoints, arguments.config, arguments.overrides, settings)
+    candidates = with_reference(arguments.checkpoints, arguments.config, arguments.overrides, settings)
     pair = None
     if arguments.preference is not None:
         from pcpo_fast.evaluation.preference import parse_pair
 
-        pair = parse_pair(arguments.preference, [one.name for one in contestants])
+        pair = parse_pair(arguments.preference, [one.name for one in candidates])
     config = _shared(arguments)
     file = arguments.prompts or config.prompts.heldout
     if file is None:
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         device = start_distributed(config.distributed)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = evaluate(contestants, request, settings, device)
+    result = evaluate(candidates, request, settings, device)
     if result is None:
         return 0
     console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it

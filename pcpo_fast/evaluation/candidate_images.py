@@ -1,4 +1,4 @@
-"""Images of a prompt set with fixed noise, for each contestant; what is there already is not made again."""
+"""Images of a prompt set with fixed noise, for each candidate; what is there already is not made again."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import torch
 
 from pcpo_fast.distributed.collectives import barrier, gather_objects, once_per_machine, rank, shared_errors, world_size
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.candidates import Contestant
+from pcpo_fast.evaluation.candidates import Candidate
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.files.content import RECORD_FOLDER, Contents, is_weights
@@ -64,12 +64,12 @@ class Request:
 
 
 def make_images(
-    contestants: Sequence[Contestant], request: Request, folder: Path, device: torch.device
+    candidates: Sequence[Candidate], request: Request, folder: Path, device: torch.device
 ) -> list[ImageSet]:
-    """Make what is missing and return every contestant's images. All ranks must call it, and share the work.
+    """Make what is missing and return every candidate's images. All ranks must call it, and share the work.
 
     Args:
-        contestants: whose images.
+        candidates: whose images.
         request: what of.
         folder: ``folder/NAME/`` gets the images, ``PROMPT_IMAGE.png`` counted from 0, and ``recipe.json``.
         device: this rank's.
@@ -78,7 +78,7 @@ def make_images(
         UserError: a model cannot be loaded, or a folder holds images that were made otherwise.
     """
     sets: dict[str, ImageSet] = {}
-    for group in _groups(contestants):
+    for group in _groups(candidates):
         if group[0].kind == "images":
             for one in group:
                 option = f"--checkpoint {one.path!r}"
@@ -103,11 +103,11 @@ def make_images(
         for one, made in zip(group, recipes, strict=True):
             files = [_file(folder / one.name, name) for name in request.names]
             sets[one.name] = ImageSet(one.name, files, digest([made, request.count]))
-    return [sets[one.name] for one in contestants]
+    return [sets[one.name] for one in candidates]
 
 
-def recipe(one: Contestant, request: Request) -> dict[str, Any]:
-    """Everything that an image of a contestant depends on besides its own number."""
+def recipe(one: Candidate, request: Request) -> dict[str, Any]:
+    """Everything that an image of a candidate depends on besides its own number."""
     assert one.config is not None
     model = one.config.model
     base, _ = find_family(model)
@@ -125,10 +125,10 @@ def recipe(one: Contestant, request: Request) -> dict[str, Any]:
     }
 
 
-def contents_of(contestants: Sequence[Contestant]) -> list[str]:
+def contents_of(candidates: Sequence[Candidate]) -> list[str]:
     """A hash for each of every byte that it is made from."""
     found = []
-    for one in contestants:
+    for one in candidates:
         assert one.config is not None
         contents = Contents(one.config.embedding_folder / RECORD_FOLDER)
         files = [] if one.weights is None else sorted(file for file in one.weights.rglob("*") if is_weights(file))
@@ -137,10 +137,10 @@ def contents_of(contestants: Sequence[Contestant]) -> list[str]:
     return found
 
 
-def _groups(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
+def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """Those that need the same weights in memory, together."""
-    groups: dict[tuple[str, str, str], list[Contestant]] = {}
-    for one in contestants:
+    groups: dict[tuple[str, str, str], list[Candidate]] = {}
+    for one in candidates:
         groups.setdefault((one.kind, one.path, str(one.weights)), []).append(one)
     return list(groups.values())
 
@@ -176,7 +176,7 @@ def _file(folder: Path, name: tuple[int, int]) -> Path:
 
 
 def _make(
-    group: Sequence[Contestant],
+    group: Sequence[Candidate],
     missing: Sequence[list[tuple[int, int]]],
     request: Request,
     folder: Path,
@@ -204,7 +204,7 @@ def _make(
                     write_atomically(_file(folder / one.name, name), buffer.getvalue())
 
 
-def _policies(group: Sequence[Contestant], request: Request, device: torch.device) -> Sequence[Policy]:
+def _policies(group: Sequence[Candidate], request: Request, device: torch.device) -> Sequence[Policy]:
     texts = list(dict.fromkeys(prompt.text for prompt in request.prompts))
     first = group[0]
     assert first.config is not None

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """One column of the result.
 
     Attributes:
@@ -52,8 +52,8 @@ class Contestant:
         return None if self.weights is None or self.config is None else FineTune(self.config, self.weights)
 
 
-def read_contestants(texts: Sequence[str], config: str | None, overrides: Sequence[str]) -> list[Contestant]:
-    """The contestants of ``[NAME=]WHAT[@SCALES]``, in their order.
+def read_candidates(texts: Sequence[str], config: str | None, overrides: Sequence[str]) -> list[Candidate]:
+    """The candidates of ``[NAME=]WHAT[@SCALES]``, in their order.
 
     All sample with the sampler and the image size of ``config``, or of the first run's configuration where none is
     named: they differ in their weights alone.
@@ -71,7 +71,7 @@ def read_contestants(texts: Sequence[str], config: str | None, overrides: Sequen
     shared = load_config(shared_config_file(texts) if config is None else config, overrides)
     found = []
     for (name, what, scales), text in zip(parsed, texts, strict=True):
-        one = _contestant(name, what, shared, overrides, text)
+        one = _candidate(name, what, shared, overrides, text)
         if scales is not None and one.kind != "run":
             raise UserError(f"--checkpoint {text!r}: a scale (@) is that of a run; {what} is none")
         for scale in scales or [1.0]:
@@ -147,26 +147,26 @@ def _finetune_kind(weights: Path) -> Literal["full", "lora"] | None:
     return "full" if any(any(part.glob("*.safetensors")) for part in parts) else None
 
 
-def _contestant(name: str | None, what: str, shared: Config, overrides: Sequence[str], text: str) -> Contestant:
+def _candidate(name: str | None, what: str, shared: Config, overrides: Sequence[str], text: str) -> Candidate:
     path = Path(what).expanduser()
     label = name or (what if what == BASE else re.sub(r"[^\w.-]+", "_", path.absolute().name).lstrip("._-") or BASE)
     if what == BASE:
-        return Contestant(label, label, "base", "", 1.0, shared, None)
+        return Candidate(label, label, "base", "", 1.0, shared, None)
     run = _run_of(path)
     if run is not None:
         weights = None if run == path else path / WEIGHTS if (path / STATE_FILE).is_file() else path
         tune = read_run(run, overrides, weights=weights, option=f"--checkpoint {text!r}")
-        return Contestant(label, label, "run", what, 1.0, _same_base(tune.config, shared, text), tune.weights)
+        return Candidate(label, label, "run", what, 1.0, _same_base(tune.config, shared, text), tune.weights)
     if (path / "model_index.json").is_file() or (not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", what)):
         model = shared.model.model_copy(update={"path": what, "revision": None, "finetune": "full"})
-        return Contestant(label, label, "pipeline", what, 1.0, shared.model_copy(update={"model": model}), None)
+        return Candidate(label, label, "pipeline", what, 1.0, shared.model_copy(update={"model": model}), None)
     kind = _finetune_kind(path)
     if kind is not None:
         lora = shared.model.lora.model_copy(update={"init": None})
         model = shared.model.model_copy(update={"finetune": kind, "lora": lora})
-        return Contestant(label, label, "run", what, 1.0, shared.model_copy(update={"model": model}), path)
+        return Candidate(label, label, "run", what, 1.0, shared.model_copy(update={"model": model}), path)
     if path.is_dir() and ((path / MANIFEST_FILE).is_file() or any(map(is_image, path.iterdir()))):
-        return Contestant(label, label, "images", what, 1.0, None, None)
+        return Candidate(label, label, "images", what, 1.0, None, None)
     raise UserError(
         f"--checkpoint {text!r}: {what} is neither base, nor a run directory, a checkpoint or export of one, a "
         "pipeline, or a folder of images"

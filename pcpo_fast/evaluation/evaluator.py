@@ -12,11 +12,11 @@ from pcpo_fast.distributed.collectives import barrier, naming_lost_ranks, rank, 
 from pcpo_fast.engine.engine import stop_distributed
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.evaluation.candidate_images import Request, make_images
-from pcpo_fast.evaluation.candidates import BASE, Contestant, read_contestants, shared_config_file
+from pcpo_fast.evaluation.candidates import BASE, Candidate, read_candidates, shared_config_file
 from pcpo_fast.evaluation.evaluation_page import evaluation_page
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
 from pcpo_fast.evaluation.matching import Matched, match
-from pcpo_fast.evaluation.metrics import OF_REFERENCE, Column, Measuring
+from pcpo_fast.evaluation.metrics import OF_REFERENCE, Measuring, MetricColumn
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.evaluation.result_tables import evaluation_markdown
 from pcpo_fast.evaluation.trade_off_figures import curves, points, trade_figure
@@ -34,13 +34,13 @@ JSON_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURE_FILE = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What is measured, besides the images of a :class:`pcpo_fast.evaluation.candidate_images.Request`.
 
     Attributes:
         output: folder of everything.
         metrics: of :func:`pcpo_fast.evaluation.metrics.parse_metrics`.
-        reference: ``base``, or a folder of images; None: the base model where it is among the contestants.
+        reference: ``base``, or a folder of images; None: the base model where it is among the candidates.
         rewards: what the images are scored with.
         cache: folder of features; None: ``features/`` in the output.
         batch_size: images at once through rewards and metrics.
@@ -61,18 +61,18 @@ class Settings:
 
 
 def with_reference(
-    texts: Sequence[str], config: str | None, overrides: Sequence[str], settings: Settings
-) -> list[Contestant]:
-    """The contestants, with the base model added where distances to it are asked for.
+    texts: Sequence[str], config: str | None, overrides: Sequence[str], settings: EvaluationSettings
+) -> list[Candidate]:
+    """The candidates, with the base model added where distances to it are asked for.
 
     Raises:
-        UserError: as :func:`pcpo_fast.evaluation.candidates.read_contestants`, or distances have nothing to be to.
+        UserError: as :func:`pcpo_fast.evaluation.candidates.read_candidates`, or distances have nothing to be to.
     """
-    found = read_contestants(texts, config, overrides)
+    found = read_candidates(texts, config, overrides)
     base = any(one.kind == "base" for one in found)
     if settings.reference == BASE and not base:
         shared = shared_config_file(texts) if config is None else config
-        found = [*read_contestants([BASE], shared, overrides), *found]
+        found = [*read_candidates([BASE], shared, overrides), *found]
     elif settings.reference is None and not base:
         asked = [name for name in settings.metrics if name in OF_REFERENCE]
         if asked:
@@ -84,7 +84,7 @@ def with_reference(
 
 
 def evaluate(
-    contestants: Sequence[Contestant], request: Request, settings: Settings, device: torch.device
+    candidates: Sequence[Candidate], request: Request, settings: EvaluationSettings, device: torch.device
 ) -> Evaluation | None:
     """Make the images, measure them and write everything; all ranks must call it.
 
@@ -97,7 +97,7 @@ def evaluate(
     """
     try:
         with naming_lost_ranks():
-            return _evaluate(contestants, request, settings, device)
+            return _evaluate(candidates, request, settings, device)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU's memory is too small: lower --batch-size, which is {settings.batch_size} ({reason_of(error)})"
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _evaluate(
-    contestants: Sequence[Contestant], request: Request, settings: Settings, device: torch.device
+    candidates: Sequence[Candidate], request: Request, settings: EvaluationSettings, device: torch.device
 ) -> Evaluation | None:
     first = rank() == 0
     reference = None
@@ -115,13 +115,13 @@ def _evaluate(
         rewards.check_prompts(request.prompts, "--prompts")
         if settings.reference not in (None, BASE):
             reference = folder_of_images(Path(str(settings.reference)), str(settings.reference), "--reference")
-    sets = make_images(contestants, request, settings.output / "images", device)
+    sets = make_images(candidates, request, settings.output / "images", device)
     barrier()
     if world_size() > 1:
         stop_distributed()  # nobody waits for the scores, which take longer than ranks wait for each other
     if not first:
         return None
-    base = next((images for one, images in zip(contestants, sets, strict=True) if one.kind == "base"), None)
+    base = next((images for one, images in zip(candidates, sets, strict=True) if one.kind == "base"), None)
     if reference is None and base is not None and any(name in OF_REFERENCE for name in settings.metrics):
         reference = base
     columns = _rewards(rewards, settings, sets, request.prompts, request.count, device)
@@ -141,12 +141,12 @@ def _evaluate(
         request.prompts,
         request.count,
         request.seed,
-        contestants,
+        candidates,
         sets,
         None if reference is None else reference.name,
         columns,
         metrics,
-        matched(contestants, columns, metrics),
+        matched(candidates, columns, metrics),
         _notes(measuring.notes, request, reference, base),
     )
     write_evaluation(result, settings.output, settings.shown)
@@ -154,11 +154,11 @@ def _evaluate(
 
 
 def matched(
-    contestants: Sequence[Contestant], rewards: Sequence[RewardColumn], columns: Sequence[Column]
+    candidates: Sequence[Candidate], rewards: Sequence[RewardColumn], columns: Sequence[MetricColumn]
 ) -> list[Matched]:
     """The distances of all runs at equal reward, for every reward and distance."""
     found = []
-    members = curves(contestants)
+    members = curves(candidates)
     for reward in rewards:
         for column in columns:
             if column.kind == "distance":
@@ -182,7 +182,7 @@ def write_evaluation(result: Evaluation, folder: Path, shown: int) -> None:
 
 def _rewards(
     rewards: RewardSet,
-    settings: Settings,
+    settings: EvaluationSettings,
     sets: Sequence[ImageSet],
     prompts: Sequence[Prompt],
     count: int,

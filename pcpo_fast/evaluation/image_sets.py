@@ -1,4 +1,4 @@
-"""Finished images on the disk: those of a contestant, and those of a reference folder."""
+"""Finished images on the disk: those of a candidate, and those of a reference folder."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class ImageSet:
 
     Attributes:
         name: for people.
-        files: of a contestant prompt-major, k of each prompt.
+        files: of a candidate prompt-major, k of each prompt.
         identity: hash of what made them.
     """
 

@@ -29,15 +29,15 @@ _LPIPS_TRUNK = "timm/vgg16.tv_in1k"
 
 
 @dataclass(frozen=True)
-class Column:
-    """One number of every contestant.
+class MetricColumn:
+    """One number of every candidate.
 
     Attributes:
         key: its name in the JSON.
         label: in tables.
         better: which direction is better.
         kind: distance, diversity or score.
-        estimates: by contestant.
+        estimates: by candidate.
     """
 
     key: str
@@ -101,9 +101,9 @@ class Measuring:
         self.cache, self.device, self.batch_size, self.resamples = cache, device, batch_size, resamples
         self.notes: list[str] = []
 
-    def columns(self, sets: Sequence[ImageSet]) -> list[Column]:
+    def columns(self, sets: Sequence[ImageSet]) -> list[MetricColumn]:
         """Every metric of every set, one model in memory at a time."""
-        found: list[Column] = []
+        found: list[MetricColumn] = []
         if "fd-dinov2" in self.metrics:
             extractor: Extractor = DinoV2(self.metrics["fd-dinov2"] or DinoV2.PUBLISHED, self.device)
             features = self._features(sets, extractor)
@@ -123,7 +123,7 @@ class Measuring:
                 found.append(self._inception_score(sets, features))
         if self.count > 1:
             pixels = {one.name: self._over_prompts(one, pixel_diversity) for one in sets}
-            found.append(Column("diversity_pixel", "diversity, pixels", "higher", "diversity", pixels))
+            found.append(MetricColumn("diversity_pixel", "diversity, pixels", "higher", "diversity", pixels))
             if "lpips" in self.metrics:
                 found.append(self._lpips(sets))
         return found
@@ -171,31 +171,31 @@ class Measuring:
 
     def _frechet(
         self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]], feature: str, key: str, label: str
-    ) -> Column:
+    ) -> MetricColumn:
         estimates = self._distances(sets, features, feature, Gaussian.of_features, distance)
         reference = features[""][feature]
         fewest = min(len(reference), self.prompts * self.count)
         self.notes += [f"{label}: {note}." for note in sample_notes(fewest, reference.shape[1])]
-        return Column(key, label, "lower", "distance", estimates)
+        return MetricColumn(key, label, "lower", "distance", estimates)
 
-    def _kernel(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> Column:
+    def _kernel(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> MetricColumn:
         estimates = self._distances(sets, features, "clip", lambda own: own, kernel_distance)
-        return Column("cmmd", "CMMD", "lower", "distance", estimates)
+        return MetricColumn("cmmd", "CMMD", "lower", "distance", estimates)
 
-    def _inception_score(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> Column:
+    def _inception_score(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> MetricColumn:
         estimates = {one.name: self._resampled(features[one.name]["logits"], inception_score) for one in sets}
-        return Column("inception_score", "IS", "higher", "score", estimates)
+        return MetricColumn("inception_score", "IS", "higher", "score", estimates)
 
     def _feature_diversity(
         self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]], feature: str, label: str
-    ) -> list[Column]:
+    ) -> list[MetricColumn]:
         if self.count < 2:
             return []
         estimates = {}
         for one in sets:
             groups = features[one.name][feature].split(self.count)
             estimates[one.name] = mean([feature_diversity(group) for group in groups])
-        return [Column(f"diversity_{feature}", f"diversity, {label}", "higher", "diversity", estimates)]
+        return [MetricColumn(f"diversity_{feature}", f"diversity, {label}", "higher", "diversity", estimates)]
 
     def _over_prompts(self, one: ImageSet, measure: Callable[[Tensor], float]) -> Estimate:
         values = []
@@ -207,7 +207,7 @@ class Measuring:
             values.append(measure(torch.stack(images)))
         return mean(values)
 
-    def _lpips(self, sets: Sequence[ImageSet]) -> Column:
+    def _lpips(self, sets: Sequence[ImageSet]) -> MetricColumn:
         backbone, _, linear = (self.metrics["lpips"] or _LPIPS_TRUNK).partition(",")
         model = Lpips(backbone, linear or None).to(self.device)
 
@@ -218,4 +218,4 @@ class Measuring:
             return float(torch.cat(found).double().mean())
 
         estimates = {one.name: self._over_prompts(one, measure) for one in sets}
-        return Column("diversity_lpips", f"diversity, LPIPS {model.trunk.name}", "higher", "diversity", estimates)
+        return MetricColumn("diversity_lpips", f"diversity, LPIPS {model.trunk.name}", "higher", "diversity", estimates)

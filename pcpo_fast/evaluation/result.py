@@ -4,21 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pcpo_fast.evaluation.candidates import Contestant
+from pcpo_fast.evaluation.candidates import Candidate
 from pcpo_fast.evaluation.image_sets import ImageSet
 from pcpo_fast.evaluation.matching import Matched
-from pcpo_fast.evaluation.metrics import Column
+from pcpo_fast.evaluation.metrics import MetricColumn
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference
 
 
 @dataclass(frozen=True)
 class RewardColumn:
-    """One reward of every contestant.
+    """One reward of every candidate.
 
     Attributes:
         name: of the reward.
-        scores: [P k] by contestant, prompt-major.
+        scores: [P k] by candidate, prompt-major.
         count: k.
     """
 
@@ -26,16 +26,16 @@ class RewardColumn:
     scores: Mapping[str, Sequence[float]]
     count: int
 
-    def estimate(self, contestant: str) -> Estimate:
+    def estimate(self, candidate: str) -> Estimate:
         """Mean over images; interval over prompts."""
-        return mean(self._by_prompt(contestant))
+        return mean(self._by_prompt(candidate))
 
-    def difference(self, contestant: str, baseline: str) -> Estimate:
+    def difference(self, candidate: str, baseline: str) -> Estimate:
         """Of the means; prompts are resampled as pairs, so that what makes a prompt easy drops out."""
-        return mean_difference(self._by_prompt(contestant), self._by_prompt(baseline), paired=True)
+        return mean_difference(self._by_prompt(candidate), self._by_prompt(baseline), paired=True)
 
-    def _by_prompt(self, contestant: str) -> list[float]:
-        scores = self.scores[contestant]
+    def _by_prompt(self, candidate: str) -> list[float]:
+        scores = self.scores[candidate]
         return [sum(scores[i : i + self.count]) / self.count for i in range(0, len(scores), self.count)]
 
 
@@ -47,7 +47,7 @@ class Evaluation:
         prompts: P.
         count: images of each.
         seed: of the noise.
-        contestants: in the order of the command line; the first is the baseline.
+        candidates: in the order of the command line; the first is the baseline.
         sets: their images, in the same order.
         reference: name of what distances are to; None without one.
         rewards, columns: the numbers.
@@ -58,18 +58,18 @@ class Evaluation:
     prompts: Sequence[Prompt]
     count: int
     seed: int
-    contestants: Sequence[Contestant]
+    candidates: Sequence[Candidate]
     sets: Sequence[ImageSet]
     reference: str | None
     rewards: Sequence[RewardColumn]
-    columns: Sequence[Column]
+    columns: Sequence[MetricColumn]
     matched: Sequence[Matched]
     notes: Sequence[str]
 
     @property
     def names(self) -> list[str]:
-        """Of the contestants."""
-        return [one.name for one in self.contestants]
+        """Of the candidates."""
+        return [one.name for one in self.candidates]
 
     @property
     def baseline(self) -> str:
@@ -85,13 +85,13 @@ class Evaluation:
             "baseline": self.baseline,
             "reference": self.reference,
             "checkpoints": [
-                self._record_of(one, images) for one, images in zip(self.contestants, self.sets, strict=True)
+                self._record_of(one, images) for one, images in zip(self.candidates, self.sets, strict=True)
             ],
             "matched_reward": [found.record() for found in self.matched],
             "notes": list(self.notes),
         }
 
-    def _record_of(self, one: Contestant, images: ImageSet) -> dict[str, Any]:
+    def _record_of(self, one: Candidate, images: ImageSet) -> dict[str, Any]:
         rewards = {}
         for column in self.rewards:
             rewards[column.name] = _estimate(column.estimate(one.name)) | {

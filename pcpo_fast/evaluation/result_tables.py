@@ -10,7 +10,7 @@ _ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def main_table(result: Evaluation) -> Grid:
-    """A row for each contestant, a column for each reward and metric."""
+    """A row for each candidate, a column for each reward and metric."""
     header = ["checkpoint", *(f"{column.name} ↑" for column in result.rewards)]
     header += [f"{column.label} {_ARROWS[column.better]}" for column in result.columns]
     rows = []

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pcpo_fast.evaluation.candidates import Contestant
+from pcpo_fast.evaluation.candidates import Candidate
 from pcpo_fast.evaluation.matching import Point
-from pcpo_fast.evaluation.metrics import Column
+from pcpo_fast.evaluation.metrics import MetricColumn
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.reporting.statistics import Estimate
 from pcpo_fast.reporting.style import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, legend, new_figure, styled
@@ -18,11 +18,11 @@ _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, INK)
 _MARKERS = ("o", "s", "^", "D", "v")
 
 
-def curves(contestants: Sequence[Contestant]) -> dict[str, list[Contestant]]:
+def curves(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     """Runs with their scales in order, each beginning at the base model where that was evaluated, too."""
-    base = [one for one in contestants if one.kind == "base"]
-    found: dict[str, list[Contestant]] = {}
-    for one in contestants:
+    base = [one for one in candidates if one.kind == "base"]
+    found: dict[str, list[Candidate]] = {}
+    for one in candidates:
         if one.kind != "base":
             found.setdefault(one.family, []).append(one)
     for family, members in found.items():
@@ -32,7 +32,7 @@ def curves(contestants: Sequence[Contestant]) -> dict[str, list[Contestant]]:
     return found
 
 
-def points(members: Sequence[Contestant], reward: RewardColumn, column: Column) -> list[Point]:
+def points(members: Sequence[Candidate], reward: RewardColumn, column: MetricColumn) -> list[Point]:
     """(reward, distance) of each."""
     return [(reward.estimate(one.name).value, column.estimates[one.name].value) for one in members]
 
@@ -59,11 +59,11 @@ def trade_figure(result: Evaluation) -> "Figure | None":
     return figure
 
 
-def _panel(axes: "Axes", result: Evaluation, reward: RewardColumn, column: Column) -> None:
-    base = next((one for one in result.contestants if one.kind == "base"), None)
+def _panel(axes: "Axes", result: Evaluation, reward: RewardColumn, column: MetricColumn) -> None:
+    base = next((one for one in result.candidates if one.kind == "base"), None)
     if base is not None:
         _dot(axes, reward.estimate(base.name), column.estimates[base.name], SOFT, "*", base.name)
-    for number, (family, members) in enumerate(curves(result.contestants).items()):
+    for number, (family, members) in enumerate(curves(result.candidates).items()):
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
         if len(members) > 1:
             ys, xs = zip(*points(members, reward, column), strict=True)

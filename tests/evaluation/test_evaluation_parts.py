@@ -13,7 +13,7 @@ from PIL import Image
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.candidates import read_contestants
+from pcpo_fast.evaluation.candidates import read_candidates
 from pcpo_fast.evaluation.features import IMAGENET, ClipImages, DinoV2, resized_batch
 from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.matching import match
@@ -35,7 +35,7 @@ def test_every_kind_of_checkpoint_is_recognised(
     Image.new("RGB", (4, 4)).save(tmp_path / "images" / "a.png")
     texts = ["base", f"t={evaluated_run}@0,0.5,...,1.5", str(evaluated_run / "export"), str(export)]
     texts += [str(pipeline_folder), f"old={tmp_path / 'images'}", "someone/model"]
-    found = read_contestants(texts, str(evaluated_run / "config.yaml"), ["sampler.steps=3"])
+    found = read_candidates(texts, str(evaluated_run / "config.yaml"), ["sampler.steps=3"])
     assert [one.name for one in found] == [
         *("base", "t@0", "t@0.5", "t@1", "t@1.5", "export", "moved", "pipeline", "old", "model")
     ]
@@ -50,7 +50,7 @@ def test_a_checkpoint_of_a_run_is_its_weights_at_that_time(pipeline_folder: Path
     checkpoint = run / "checkpoints" / "epoch_00001"
     shutil.copytree(run / "export", checkpoint / "weights")
     (checkpoint / "state.json").write_text("{}", encoding="utf-8")
-    (one,) = read_contestants([str(checkpoint)], None, [])
+    (one,) = read_candidates([str(checkpoint)], None, [])
     assert (one.kind, one.name, one.weights) == ("run", "epoch_00001", checkpoint / "weights")
 
 
@@ -61,8 +61,8 @@ def test_runs_of_another_base_model_are_refused(
 ) -> None:
     other = fake_run(tmp_path, pipeline_folder, model__guidance=2.0)
     with pytest.raises(UserError, match=r"model\.guidance is 2\.0 here and 3\.5"):
-        read_contestants([f"a={evaluated_run}", f"b={other}"], None, [])
-    assert len(read_contestants([f"a={evaluated_run}", f"b={other}"], None, ["model.guidance=1.0"])) == 2
+        read_candidates([f"a={evaluated_run}", f"b={other}"], None, [])
+    assert len(read_candidates([f"a={evaluated_run}", f"b={other}"], None, ["model.guidance=1.0"])) == 2
 
 
 def test_a_digest_changes_with_the_content_only(tmp_path: Path) -> None:
