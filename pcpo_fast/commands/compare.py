@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pcpo_fast.comparison.analysis import Comparison, Settings
+    from pcpo_fast.comparison.analysis import Comparison, ComparisonSettings
     from pcpo_fast.comparison.comparison_file import ComparisonFile
-    from pcpo_fast.comparison.variants import Plan, PlannedRun
+    from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun
 
 EXAMPLES = """examples:
   pcpo-fast compare --variant "native: algorithm=dancegrpo" --variant "pcpo:" --seeds 5 --output runs/compare
@@ -113,7 +113,11 @@ EXIT_INTERRUPTED = 130
 
 
 def _train(
-    arguments: argparse.Namespace, plan: "Plan", settings: "Settings", runs: "Sequence[PlannedRun]", console: "Console"
+    arguments: argparse.Namespace,
+    plan: "ComparisonPlan",
+    settings: "ComparisonSettings",
+    runs: "Sequence[PlannedRun]",
+    console: "Console",
 ) -> int:
     from pcpo_fast.comparison.comparison_file import write_plan_file
     from pcpo_fast.comparison.scheduling import HowToRun, Interrupted, check_folders, run_all
@@ -132,7 +136,7 @@ def _train(
     return 0 if not failures else 2 if all(failure.code == 2 for failure in failures) else 1
 
 
-def _read(runs: "Sequence[PlannedRun]", settings: "Settings") -> "Comparison":
+def _read(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> "Comparison":
     from pcpo_fast.comparison.analysis import Missing, compare
     from pcpo_fast.comparison.reading import RunCurves, read_run
 
@@ -220,10 +224,10 @@ def _file(arguments: argparse.Namespace) -> "ComparisonFile":
     return _empty()
 
 
-def _plan(arguments: argparse.Namespace, file: "ComparisonFile") -> "Plan":
+def _plan(arguments: argparse.Namespace, file: "ComparisonFile") -> "ComparisonPlan":
     """The comparison as file and command line say; the command line wins."""
     from pcpo_fast.comparison.comparison_file import seeds_of, variants_of
-    from pcpo_fast.comparison.variants import Plan, parse_seeds, parse_variant, settings_from
+    from pcpo_fast.comparison.variants import ComparisonPlan, parse_seeds, parse_variant, settings_from
     from pcpo_fast.config.presets import DEFAULT_CONFIG
     from pcpo_fast.errors import UserError
 
@@ -242,15 +246,15 @@ def _plan(arguments: argparse.Namespace, file: "ComparisonFile") -> "Plan":
         config = DEFAULT_CONFIG
         if not Path(config).is_file():
             raise UserError(f"there is no {config} here; run from the project's folder, or name a file with --config")
-    return Plan(Path(output), config, (*settings_from(file.settings), *arguments.overrides), variants, seeds)
+    return ComparisonPlan(Path(output), config, (*settings_from(file.settings), *arguments.overrides), variants, seeds)
 
 
-def _settings(arguments: argparse.Namespace, file: "ComparisonFile") -> "Settings":
-    from pcpo_fast.comparison.analysis import Settings
+def _settings(arguments: argparse.Namespace, file: "ComparisonFile") -> "ComparisonSettings":
+    from pcpo_fast.comparison.analysis import ComparisonSettings
 
     def chosen(name: str) -> object:
         given = getattr(arguments, name)
         return getattr(file, name) if given is None else given
 
     names = ("target", "metric", "baseline", "at_epoch", "smoothing")
-    return Settings(**{name: chosen(name) for name in names}, include_unfinished=arguments.include_unfinished)  # type: ignore[arg-type]
+    return ComparisonSettings(**{name: chosen(name) for name in names}, include_unfinished=arguments.include_unfinished)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ Bound = Literal["", "at least", "at most", "restricted"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComparisonSettings:
     """What can be chosen about a comparison.
 
     Attributes:
@@ -109,7 +109,7 @@ class Comparison:
         missing: runs that do not count.
     """
 
-    settings: Settings
+    settings: ComparisonSettings
     reading: Reading
     target_source: str
     baseline: str
@@ -126,7 +126,9 @@ class Comparison:
         return next(variant for variant in self.variants if variant.name == name)
 
 
-def compare(runs: Mapping[str, Sequence[RunCurves]], settings: Settings, missing: Sequence[Missing] = ()) -> Comparison:
+def compare(
+    runs: Mapping[str, Sequence[RunCurves]], settings: ComparisonSettings, missing: Sequence[Missing] = ()
+) -> Comparison:
     """Compare variants, each of one or several runs.
 
     Args:
@@ -184,7 +186,7 @@ def _select(
     return chosen, left_out
 
 
-def _reading(runs: Sequence[RunCurves], settings: Settings) -> Reading:
+def _reading(runs: Sequence[RunCurves], settings: ComparisonSettings) -> Reading:
     horizon = min(run.epochs for run in runs)
     if settings.at_epoch is not None and settings.at_epoch > horizon:
         raise UserError(
@@ -196,7 +198,7 @@ def _reading(runs: Sequence[RunCurves], settings: Settings) -> Reading:
 
 
 def _target(
-    chosen: Mapping[str, Sequence[RunCurves]], baseline: str, reading: Reading, settings: Settings
+    chosen: Mapping[str, Sequence[RunCurves]], baseline: str, reading: Reading, settings: ComparisonSettings
 ) -> tuple[float | None, str]:
     if settings.target is not None:
         return settings.target, "as given"

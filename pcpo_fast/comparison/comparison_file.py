@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pcpo_fast.comparison.analysis import Settings
+from pcpo_fast.comparison.analysis import ComparisonSettings
 from pcpo_fast.comparison.measures import Metric
-from pcpo_fast.comparison.variants import Plan, Variant, settings_from, settings_mapping
+from pcpo_fast.comparison.variants import ComparisonPlan, Variant, settings_from, settings_mapping
 from pcpo_fast.config.messages import did_you_mean, place_of
 from pcpo_fast.config.schema import HomePath
 from pcpo_fast.config.yaml_text import dump_yaml, read_yaml
@@ -88,7 +88,7 @@ def seeds_of(file: ComparisonFile) -> tuple[int, ...]:
     return seeds
 
 
-def write_plan_file(plan: Plan, settings: Settings) -> Path:
+def write_plan_file(plan: ComparisonPlan, settings: ComparisonSettings) -> Path:
     """Write ``OUTPUT/comparison.yaml``, from which ``pcpo-fast compare --output OUTPUT`` goes on; returns its path."""
     variants = {
         variant.name: ({"config": variant.config} if variant.config else {}) | settings_mapping(variant.settings)

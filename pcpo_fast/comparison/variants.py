@@ -38,7 +38,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison to be run.
 
     Attributes:
@@ -147,7 +147,7 @@ def check_name(name: str) -> None:
         )
 
 
-def planned_runs(plan: Plan) -> list[PlannedRun]:
+def planned_runs(plan: ComparisonPlan) -> list[PlannedRun]:
     """Every run, with its configuration read and checked; seed by seed, so that a comparison grows evenly.
 
     Raises:
@@ -163,7 +163,7 @@ def planned_runs(plan: Plan) -> list[PlannedRun]:
     return runs
 
 
-def _planned(plan: Plan, variant: Variant, seed: int) -> PlannedRun:
+def _planned(plan: ComparisonPlan, variant: Variant, seed: int) -> PlannedRun:
     settings = (*plan.settings, *variant.settings)
     for text in settings:
         key = text.partition("=")[0]

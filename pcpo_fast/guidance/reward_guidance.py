@@ -11,7 +11,7 @@ from pcpo_kernels import guidance
 from torch import Tensor
 
 from pcpo_fast.method.schedules import Schedule
-from pcpo_fast.policies import Conditioning, Policy, Prediction
+from pcpo_fast.policies import Conditioning, Policy, PolicyOutput
 from pcpo_fast.policies.fine_tunes import Predict, reference_prediction
 
 
@@ -67,7 +67,7 @@ class RewardGuided(Policy):
         """The policy's."""
         return self.policy.encode(prompts)
 
-    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
         """The composed output as the only half: classifier-free guidance is inside it.
 
         Returns:
@@ -87,7 +87,7 @@ class RewardGuided(Policy):
                 output = guidance(start, tuned, scale, dtype=wide)
             else:
                 output = output.to(wide).add(tuned.to(wide) - start.to(wide), alpha=scale)
-        return Prediction(output, None)
+        return PolicyOutput(output, None)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The policy's."""

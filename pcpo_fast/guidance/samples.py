@@ -15,7 +15,7 @@ from pcpo_fast.config.presets import DEFAULT_CONFIG
 from pcpo_fast.config.schema import Config, RewardConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.guidance.guided_runs import guided_policies, read_runs
-from pcpo_fast.guidance.scale_sweep import Column, sweep_numbers, sweep_scales, write_sweep
+from pcpo_fast.guidance.scale_sweep import ScaleResult, sweep_numbers, sweep_scales, write_sweep
 from pcpo_fast.method.samplers import build_transitions, deterministic_transitions
 from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.policies import Policy
@@ -74,7 +74,7 @@ def make_samples(arguments: argparse.Namespace) -> dict[str, Any]:
             scores = {}
             if arguments.reward:
                 scores = rewards.score(images, captions, [prompt.metadata for prompt in repeated]).components
-            columns.append(Column(settings[place][0] if runs else 0.0, images.cpu(), scores))
+            columns.append(ScaleResult(settings[place][0] if runs else 0.0, images.cpu(), scores))
     common = {"output": arguments.output, "runs": arguments.runs, "prompts": texts, "seed": arguments.seed}
     try:
         if arguments.sweep is not None:
@@ -130,7 +130,7 @@ def _model_of(arguments: argparse.Namespace) -> tuple[Config, list[FineTune]]:
     return load_config(path, overrides), []
 
 
-def _grid(column: Column, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def _grid(column: ScaleResult, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the images of one setting, with the first reward's score of each."""
     labels = list(captions)
     if column.scores:
@@ -148,7 +148,7 @@ def _grid(column: Column, captions: Sequence[str], arguments: argparse.Namespace
     return {"images": files, "rewards": rewards}
 
 
-def _sweep(columns: Sequence[Column], captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def _sweep(columns: Sequence[ScaleResult], captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     numbers = sweep_numbers(columns, arguments.count)

@@ -22,7 +22,7 @@ MOST_SCALES = 64
 
 
 @dataclass(frozen=True)
-class Column:
+class ScaleResult:
     """What came of one scale.
 
     Attributes:
@@ -79,7 +79,7 @@ def plot_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}_reward.png")
 
 
-def sweep_numbers(columns: Sequence[Column], count: int) -> list[dict[str, Any]]:
+def sweep_numbers(columns: Sequence[ScaleResult], count: int) -> list[dict[str, Any]]:
     """For each scale its rewards: mean, its 95 % bootstrap interval, standard deviation over images, and all scores.
 
     Args:
@@ -116,7 +116,11 @@ def shown_rows(prompts: int, count: int) -> list[int]:
 
 
 def write_sweep(
-    columns: Sequence[Column], numbers: Sequence[Mapping[str, Any]], captions: Sequence[str], count: int, output: Path
+    columns: Sequence[ScaleResult],
+    numbers: Sequence[Mapping[str, Any]],
+    captions: Sequence[str],
+    count: int,
+    output: Path,
 ) -> Path | None:
     """Write the picture, a row for each image and a column for each scale, and the plot if there are rewards.
 

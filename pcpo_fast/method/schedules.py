@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pcpo_fast.method.transitions import Prediction
+from pcpo_fast.method.transitions import PredictionType
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class DiffusionSchedule:
 
     alphas_cumprod: Tensor
     timesteps: Tensor
-    prediction: Prediction = "epsilon"
+    prediction: PredictionType = "epsilon"
 
 
 Schedule = FlowSchedule | DiffusionSchedule

@@ -18,7 +18,7 @@ from torch import Tensor
 
 FinalStep = Literal["clean", "noisy"]
 Variance = Literal["native", "reshaped", "exact"]
-Prediction = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction"]
 
 PUBLISHED_WEIGHT = 4.5  # credit that PCPO's public code asks of the reshaped DDIM variance at 50 steps
 
@@ -189,7 +189,7 @@ def ddim(
     variance: Variance = "native",
     weight: float | None = None,
     *,
-    prediction: Prediction = "epsilon",
+    prediction: PredictionType = "epsilon",
 ) -> Transitions:
     """DDIM (Song et al. 2021, arXiv:2010.02502), as DDPO and DanceGRPO run it.
 
@@ -219,8 +219,8 @@ def ddim(
             message names that step and the smallest weight that works); or PCPO's variances, which are derived for
             epsilon, with another prediction.
     """
-    if prediction not in get_args(Prediction):
-        raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
+    if prediction not in get_args(PredictionType):
+        raise ValueError(f"prediction must be one of {', '.join(get_args(PredictionType))}, got {prediction!r}")
     alphas = _vector("alphas_cumprod", alphas_cumprod)
     steps = _check_timesteps(timesteps, len(alphas))
     previous = (steps - len(alphas) // len(steps)).clamp(min=0)

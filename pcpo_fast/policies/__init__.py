@@ -1,5 +1,5 @@
 """Model families as policies: everything about a diffusers pipeline stays in here."""
 
-from pcpo_fast.policies.base import Conditioning, Policy, Prediction, select_rows
+from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput, select_rows
 
-__all__ = ["Conditioning", "Policy", "Prediction", "select_rows"]
+__all__ = ["Conditioning", "Policy", "PolicyOutput", "select_rows"]

@@ -23,7 +23,7 @@ def select_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
     return {name: value.index_select(0, rows.to(value.device)) for name, value in conditioning.items()}
 
 
-class Prediction(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What the network says: one output, or the two halves of classifier-free guidance before they are combined.
 
     Attributes:
@@ -77,7 +77,7 @@ class Policy(ABC):
         """Conditioning of each prompt, on the CPU. All ranks must call it with the same prompts."""
 
     @abstractmethod
-    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
         """What the network says, before guidance.
 
         Args:
@@ -86,7 +86,7 @@ class Policy(ABC):
             conditioning: B rows.
         """
 
-    def combine(self, halves: Prediction) -> Tensor:
+    def combine(self, halves: PolicyOutput) -> Tensor:
         """The output after guidance: the only half as it is, or both in float32 (float64 where the model is), as the
         policy loss combines them.
         """

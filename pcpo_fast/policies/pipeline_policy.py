@@ -21,7 +21,7 @@ from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, pipeline_files
 from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
-from pcpo_fast.policies.base import Conditioning, Policy, Prediction
+from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, encoding_fingerprint
 from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
@@ -227,7 +227,7 @@ class PipelinePolicy(Policy):
         """The sampler's latents as the VAE takes them, [B, C, h, w]; as they are, where the family packs nothing."""
         return latents
 
-    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
         """One forward, or both halves of classifier-free guidance in one forward of twice the batch.
 
         The times go in as they are; diffusers rounds them to the model's dtype.
@@ -236,7 +236,7 @@ class PipelinePolicy(Policy):
         latents, times = latents.to(dtype), times.to(device, torch.float32)
         given = {name: value.to(device, dtype) for name, value in conditioning.items()}
         if self.cfg_scale == 1:
-            return Prediction(self.run_network(latents, times, given), None)
+            return PolicyOutput(self.run_network(latents, times, given), None)
         negative = self._negative_conditioning(device)
         both = {
             name: torch.cat((negative[name].to(dtype).expand(count, *value.shape[1:]), value))
@@ -244,7 +244,7 @@ class PipelinePolicy(Policy):
         }
         output = self.run_network(latents.repeat(2, *[1] * (latents.dim() - 1)), times.repeat(2), both)
         unconditional, conditional = output.chunk(2)
-        return Prediction(conditional, unconditional)
+        return PolicyOutput(conditional, unconditional)
 
     def _negative_conditioning(self, device: torch.device) -> Conditioning:
         if self._negative is None or next(iter(self._negative.values())).device != device:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import DiffusionSchedule, Schedule
-from pcpo_fast.method.transitions import Prediction
+from pcpo_fast.method.transitions import PredictionType
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
@@ -95,4 +95,4 @@ class StableDiffusionPolicy(PipelinePolicy):
                 f"{int(timesteps[0])}, and says prediction_type epsilon, which says nothing of it there: set "
                 f"prediction_type to v_prediction if the model was trained so, else {remedy}"
             )
-        return DiffusionSchedule(alphas, timesteps, cast(Prediction, prediction))
+        return DiffusionSchedule(alphas, timesteps, cast(PredictionType, prediction))

@@ -11,7 +11,7 @@ from torch import Tensor
 from pcpo_fast.config.schema import Config
 from pcpo_fast.engine.engine import Engine
 from pcpo_fast.method.step_tables import CreditRows, StepTable
-from pcpo_fast.policies import Conditioning, Policy, Prediction
+from pcpo_fast.policies import Conditioning, Policy, PolicyOutput
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.rollout.rollout import Rollout
 from pcpo_fast.training.step_statistics import StepStatistics
@@ -99,7 +99,7 @@ class Update:
     def _predict(self, batch: MicroBatch) -> Tensor:
         return self.policy.predict(batch.latents, batch.times, batch.conditioning)
 
-    def _predict_halves(self, batch: MicroBatch) -> Prediction:
+    def _predict_halves(self, batch: MicroBatch) -> PolicyOutput:
         return self.policy.predict_halves(batch.latents, batch.times, batch.conditioning)
 
     def _train_on(self, batch: MicroBatch, statistics: StepStatistics, unchanged: bool) -> None:
@@ -139,7 +139,7 @@ class Update:
     def _loss(
         self,
         batch: MicroBatch,
-        halves: Prediction,
+        halves: PolicyOutput,
         old_output: Tensor | None,
         noise: NoiseKey | Endpoints,
         reference: Tensor | None = None,
@@ -175,7 +175,7 @@ class Update:
         return outputs
 
     @torch.no_grad()
-    def _measure_mismatch(self, batch: MicroBatch, halves: Prediction, statistics: StepStatistics) -> None:
+    def _measure_mismatch(self, batch: MicroBatch, halves: PolicyOutput, statistics: StepStatistics) -> None:
         """How far the update's forward is from the rollout's on unchanged weights."""
         stored = self.stored[batch.rows, batch.steps]
         output = self.policy.combine(halves)

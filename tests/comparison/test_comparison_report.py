@@ -9,7 +9,7 @@ import pytest
 from comparison_runs import noisy_rise, write_run
 from PIL import Image
 
-from pcpo_fast.comparison import Comparison, Settings, compare_runs, write_comparison
+from pcpo_fast.comparison import Comparison, ComparisonSettings, compare_runs, write_comparison
 from pcpo_fast.comparison.figures import comparison_figures
 from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.record import comparison_record, notes
@@ -75,7 +75,7 @@ def test_skipped_updates_are_in_no_gradient_statistic(tmp_path: Path) -> None:
 
 
 def test_a_faster_variant_is_found_to_be_so(tmp_path: Path) -> None:
-    result = compare_runs(groups(tmp_path, native=0.05, pcpo=0.09), Settings(at_epoch=10))
+    result = compare_runs(groups(tmp_path, native=0.05, pcpo=0.09), ComparisonSettings(at_epoch=10))
     pcpo = result.variant("pcpo")
     assert pcpo.reached == 5 and pcpo.against["epochs_to_target"].verdict == "better"
     assert pcpo.against["epochs_to_target"].lower == 5
@@ -102,9 +102,11 @@ def test_default_target_is_nine_tenths_of_the_baselines_way(tmp_path: Path) -> N
         "a": [write_run(tmp_path / "a", line(0.01), epochs=21)],
         "b": [write_run(tmp_path / "b", line(0.02), epochs=21)],
     }
-    result = compare_runs(runs, Settings(smoothing=1))
+    result = compare_runs(runs, ComparisonSettings(smoothing=1))
     assert result.reading.target == pytest.approx(0.5 + 0.9 * 0.2)
-    assert compare_runs(runs, Settings(smoothing=1, baseline="b")).reading.target == pytest.approx(0.5 + 0.9 * 0.4)
+    assert compare_runs(runs, ComparisonSettings(smoothing=1, baseline="b")).reading.target == pytest.approx(
+        0.5 + 0.9 * 0.4
+    )
     # 18.0 is a point of the line up to rounding: the next epoch is as right.
     assert result.variant("a").values["epochs_to_target"][0] in (18.0, 19.0)
     assert result.variant("b").values["epochs_to_target"] == (9.0,)
@@ -113,13 +115,13 @@ def test_default_target_is_nine_tenths_of_the_baselines_way(tmp_path: Path) -> N
 def test_smoothing_delays_and_is_undone_by_one_epoch(tmp_path: Path) -> None:
     runs = {"a": [write_run(tmp_path / "a", line(0.01), epochs=30)]}
     for smoothing, expected in ((1, 11), (5, 13)):  # a trailing mean of 5 lags 2 epochs behind a straight line
-        result = compare_runs(runs, Settings(target=0.605, smoothing=smoothing))
+        result = compare_runs(runs, ComparisonSettings(target=0.605, smoothing=smoothing))
         assert result.variant("a").values["epochs_to_target"] == (expected,)
 
 
 def test_heldout_metric_interpolates_between_evaluations(tmp_path: Path) -> None:
     runs = {"a": [write_run(tmp_path / "a", line(0.01), epochs=30)]}
-    result = compare_runs(runs, Settings(target=0.5, metric="heldout"))
+    result = compare_runs(runs, ComparisonSettings(target=0.5, metric="heldout"))
     assert result.variant("a").values["epochs_to_target"] == (pytest.approx(5.0),)
 
 
@@ -129,7 +131,7 @@ def test_runs_that_do_not_reach_the_target_are_bounds_and_marked(tmp_path: Path)
         "mixed": [write_run(tmp_path / "m" / str(s), line((0.03, 0.03, 0)[s]), seed=s, epochs=20) for s in range(3)],
         "never": [write_run(tmp_path / "n" / str(s), line(0), seed=s, epochs=20) for s in range(3)],
     }
-    result = compare_runs(runs, Settings(target=0.7, smoothing=1))
+    result = compare_runs(runs, ComparisonSettings(target=0.7, smoothing=1))
     assert [variant.reached for variant in result.variants] == [3, 2, 0]
     assert result.variant("mixed").values["epochs_to_target"] == (7.0, 7.0, 20.0)
     assert result.variant("mixed").means["epochs_to_target"].value == pytest.approx(34 / 3)
@@ -141,7 +143,7 @@ def test_runs_that_do_not_reach_the_target_are_bounds_and_marked(tmp_path: Path)
     assert rows["mixed"][2].startswith("≥ 11.3 [") and rows["mixed"][3] == "2 of 3"
     assert rows["never"][2:4] == ("≥ 20.0", "0 of 3") and rows["never"][4].startswith("≤ 0.35×")
     assert [row[3] for row in seed_table(result).rows][3:6] == ["7.0", "7.0", "≥ 20.0"]
-    other = compare_runs(runs, Settings(target=0.7, smoothing=1, baseline="never"))
+    other = compare_runs(runs, ComparisonSettings(target=0.7, smoothing=1, baseline="never"))
     assert other.variant("fast").speed_up_bound == "at least"
     assert other.variant("mixed").speed_up_bound == "restricted"
     record = comparison_record(other)["variants"]["mixed"]
@@ -197,21 +199,21 @@ def test_unfinished_runs_are_named_and_left_out_or_cut_to_the_shortest(tmp_path:
     assert "not finished (12 of 40 epochs)" in result.missing[0].reason
     assert result.variant("pcpo").against["reward_final"].difference.n == 4
     assert result.variant("pcpo").against["epochs_to_target"].verdict == "probably better"
-    cut = compare_runs(runs, Settings(include_unfinished=True))
+    cut = compare_runs(runs, ComparisonSettings(include_unfinished=True))
     assert cut.reading.horizon == 12 and cut.missing == ()
     assert any("only the first 12 epochs count (the longest has 40)" in note for note in notes(cut))
     with pytest.raises(UserError, match="--at-epoch: must be at most 12, the epochs of the shortest run, got 20"):
-        compare_runs(runs, Settings(include_unfinished=True, at_epoch=20))
+        compare_runs(runs, ComparisonSettings(include_unfinished=True, at_epoch=20))
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (Settings(baseline="natve"), "--baseline: must be one of a, got natve"),
-        (Settings(metric="heldout"), "--metric heldout: the runs have no held-out evaluations"),
+        (ComparisonSettings(baseline="natve"), "--baseline: must be one of a, got natve"),
+        (ComparisonSettings(metric="heldout"), "--metric heldout: the runs have no held-out evaluations"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: Settings, said: str) -> None:
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: ComparisonSettings, said: str) -> None:
     folder = write_run(tmp_path / "run", line(0.01))
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(text for text in lines if "evaluation" not in text))
@@ -331,7 +333,7 @@ def test_markdown_and_figures(written: tuple[Comparison, Path]) -> None:
 
 def test_figures_of_one_run_with_little_in_it(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", line(0.01), epochs=1, norms=lambda update: 0.0)
-    result = compare_runs({"a $x$": [folder]}, Settings(target=0.9))
+    result = compare_runs({"a $x$": [folder]}, ComparisonSettings(target=0.9))
     assert set(comparison_figures(result)) == {"reward", "epochs_to_target", "clip_fraction"}
     assert write_comparison(result, tmp_path / "out")
 

@@ -13,14 +13,14 @@ from rich.console import Console
 
 from pcpo_fast.cli import parse
 from pcpo_fast.comparison import processes, scheduling
-from pcpo_fast.comparison.analysis import Settings
+from pcpo_fast.comparison.analysis import ComparisonSettings
 from pcpo_fast.comparison.comparison_file import read_plan_file, seeds_of, variants_of, write_plan_file
 from pcpo_fast.comparison.lock import only_one
 from pcpo_fast.comparison.processes import command_of, last_words
 from pcpo_fast.comparison.run_progress import ComparisonProgress, RunProgress
 from pcpo_fast.comparison.scheduling import HowToRun, Interrupted, check_folders, environment_of, run_all
 from pcpo_fast.comparison.variants import (
-    Plan,
+    ComparisonPlan,
     PlannedRun,
     Variant,
     parse_seeds,
@@ -66,8 +66,10 @@ elif seed >= 8:
 """
 
 
-def plan(folder: Path, *variants: Variant, seeds: tuple[int, ...] = (0,), settings: tuple[str, ...] = ()) -> Plan:
-    return Plan(folder / "out", None, settings, variants or (NATIVE, PCPO), seeds)
+def plan(
+    folder: Path, *variants: Variant, seeds: tuple[int, ...] = (0,), settings: tuple[str, ...] = ()
+) -> ComparisonPlan:
+    return ComparisonPlan(folder / "out", None, settings, variants or (NATIVE, PCPO), seeds)
 
 
 # Variants and seeds
@@ -164,7 +166,7 @@ def test_a_preset_that_the_file_overrules_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"native and pcpo train the same thing \(they differ in algorithm alone\); the"
     ):
-        planned_runs(Plan(tmp_path / "out", str(tmp_path / "base.yaml"), (), variants, (0,)))
+        planned_runs(ComparisonPlan(tmp_path / "out", str(tmp_path / "base.yaml"), (), variants, (0,)))
 
 
 def test_a_plan_is_written_and_read_back(tmp_path: Path) -> None:
@@ -173,11 +175,15 @@ def test_a_plan_is_written_and_read_back(tmp_path: Path) -> None:
         Variant("a", None, ("credit.rule=native", 'rewards=[{name: "jpeg_compressibility", weight: 1e-2}]')),
         Variant("b", str(tmp_path / "base.yaml"), ("sampler.shift=2", "optimizer.lr=1e-4", "optimizer={lr: 2e-4}")),
     )
-    whole = Plan(tmp_path / "out", str(tmp_path / "base.yaml"), ("train.updates_per_epoch=1",), variants, (3, 1))
-    path = write_plan_file(whole, Settings(target=0.7, metric="heldout", baseline="b"))
+    whole = ComparisonPlan(
+        tmp_path / "out", str(tmp_path / "base.yaml"), ("train.updates_per_epoch=1",), variants, (3, 1)
+    )
+    path = write_plan_file(whole, ComparisonSettings(target=0.7, metric="heldout", baseline="b"))
     file = read_plan_file(path)
     assert (file.output, file.target, file.metric, file.baseline) == (str(tmp_path / "out"), 0.7, "heldout", "b")
-    again = Plan(Path(str(file.output)), file.config, settings_from(file.settings), variants_of(file), seeds_of(file))
+    again = ComparisonPlan(
+        Path(str(file.output)), file.config, settings_from(file.settings), variants_of(file), seeds_of(file)
+    )
     assert [run.config for run in planned_runs(again)] == [run.config for run in planned_runs(whole)]
     assert planned_runs(whole)[1].config.optimizer.lr == 2e-4
 
@@ -189,7 +195,9 @@ def test_the_example_of_the_documentation_is_a_plan(tmp_path: Path, monkeypatch:
     (tmp_path / "c.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
     file = read_plan_file(tmp_path / "c.yaml")
     runs = planned_runs(
-        Plan(Path(str(file.output)), file.config, settings_from(file.settings), variants_of(file), seeds_of(file))
+        ComparisonPlan(
+            Path(str(file.output)), file.config, settings_from(file.settings), variants_of(file), seeds_of(file)
+        )
     )
     assert len(runs) == 10 and {run.config.train.epochs for run in runs} == {100}
     assert [run.config.credit.objective for run in runs[:2]] == ["clip", "hinge"]
@@ -234,7 +242,7 @@ def test_the_command_of_a_run_is_the_trainers_and_gives_its_configuration(tmp_pa
     arguments = parse(command[3:])
     assert load_config(arguments.config, arguments.overrides) == run.config
     (tmp_path / "base.yaml").write_text("sampler: {steps: 5}")
-    run = planned_runs(Plan(tmp_path, str(tmp_path / "base.yaml"), (), (NATIVE,), (2,)))[0]
+    run = planned_runs(ComparisonPlan(tmp_path, str(tmp_path / "base.yaml"), (), (NATIVE,), (2,)))[0]
     arguments = parse(command_of(run, None, 0)[3:])
     assert load_config(arguments.config, arguments.overrides) == run.config
     assert run.config.sampler.steps == 5

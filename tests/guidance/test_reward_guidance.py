@@ -25,7 +25,7 @@ from pcpo_fast.guidance.scale_sweep import shown_rows, sweep_scales
 from pcpo_fast.method.samplers import deterministic_transitions
 from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.method.step_tables import StepTable
-from pcpo_fast.policies import Conditioning, Policy, Prediction
+from pcpo_fast.policies import Conditioning, Policy, PolicyOutput
 from pcpo_fast.policies import fine_tunes as fine_tunes_module
 from pcpo_fast.policies.families import load_policy, load_trained_weights
 from pcpo_fast.policies.lora import only_adapter
@@ -60,9 +60,9 @@ class Toy(Policy):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return {"shift": torch.arange(len(prompts), dtype=self.dtype)[:, None]}
 
-    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+    def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
         self.forwards += 1
-        return Prediction(self.forward_module(latents.to(self.dtype)) * times[:, None].to(self.dtype), None)
+        return PolicyOutput(self.forward_module(latents.to(self.dtype)) * times[:, None].to(self.dtype), None)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.reshape(-1, 3, 1, 2).float().sigmoid()
@@ -475,7 +475,7 @@ def test_a_large_sweep_keeps_images_captions_and_scores_together(
     captions = [f"caption {prompt}" for prompt in range(10) for _ in range(3)]
     images = (torch.arange(30.0) / 64)[:, None, None, None].expand(30, 3, 2, 2)
     columns = [
-        scale_sweep.Column(scale, images + scale, {"number": torch.arange(30.0) + scale}) for scale in (0.0, 0.5)
+        scale_sweep.ScaleResult(scale, images + scale, {"number": torch.arange(30.0) + scale}) for scale in (0.0, 0.5)
     ]
     plot = scale_sweep.write_sweep(columns, scale_sweep.sweep_numbers(columns, 3), captions, 3, tmp_path / "sweep.png")
     assert plot == tmp_path / "sweep_reward.png" and plot.is_file()

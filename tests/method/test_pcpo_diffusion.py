@@ -12,18 +12,18 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.method.credit import native_credit
 from pcpo_fast.method.schedules import DiffusionSchedule
 from pcpo_fast.method.step_tables import RunTables
-from pcpo_fast.method.transitions import Prediction, ddim_timesteps, stable_diffusion_alphas
+from pcpo_fast.method.transitions import PredictionType, ddim_timesteps, stable_diffusion_alphas
 
 CPU = torch.device("cpu")
 MEAN_CREDIT = 0.5168997  # of the native variance with 50 steps of Stable Diffusion 1.5
 EPS32 = torch.finfo(torch.float32).eps
 
 
-def schedule(steps: int, prediction: Prediction = "epsilon") -> DiffusionSchedule:
+def schedule(steps: int, prediction: PredictionType = "epsilon") -> DiffusionSchedule:
     return DiffusionSchedule(stable_diffusion_alphas(), ddim_timesteps(steps), prediction)
 
 
-def tables(*overrides: str, steps: int = 50, prediction: Prediction = "epsilon") -> RunTables:
+def tables(*overrides: str, steps: int = 50, prediction: PredictionType = "epsilon") -> RunTables:
     config = load_config(None, ["algorithm=pcpo_ddpo", f"sampler.steps={steps}", *overrides])
     return RunTables(config, schedule(steps, prediction), CPU)
 
