@@ -83,7 +83,7 @@ class Ours(WithEngine):
 
     def rollout(self) -> None:
         settings = self.config.rollout
-        with self.engine.parked(settings.offload_optimizer), self.policy.sampling(settings):
+        with self.engine.offloaded(settings.offload_optimizer), self.policy.sampling(settings):
             self.sampled = collect_rollout(
                 self.policy, lambda prompts: self.embeddings, self.plan, settings, self.at.sampler, self.config.seed
             )

@@ -188,7 +188,7 @@ def _last_resort(error: Exception) -> str:
 
 
 class _End:
-    """The end of the process. A run that is stopped leaves threads behind: a reward at work, the watch over the ranks.
+    """The end of the process. A run that is stopped leaves threads behind: a reward at work, the ranks' watchdog.
 
     One that comes back from C++ while Python is being taken down would abort the process, whatever its exit code was.
     """

@@ -4,7 +4,8 @@ From Python, for run directories that are there already::
 
     from pcpo_fast.comparison import ComparisonSettings, compare_runs, write_comparison
 
-    result = compare_runs({"native": ["runs/n0", "runs/n1"], "pcpo": ["runs/p0", "runs/p1"]}, ComparisonSettings(target=0.8))
+    runs = {"native": ["runs/n0", "runs/n1"], "pcpo": ["runs/p0", "runs/p1"]}
+    result = compare_runs(runs, ComparisonSettings(target=0.8))
     result.variant("pcpo").speed_up
     write_comparison(result, "runs/comparison")
 """

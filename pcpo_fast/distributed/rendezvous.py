@@ -116,7 +116,7 @@ def _leave_together(store: dist.Store, rank: int, size: int) -> None:
 
 
 def _is_first_to_say(sentence: str, rank: int, named: str) -> bool:
-    """Whether no other process of this machine says it already; the watches of all ranks find it from now on."""
+    """Whether no other process of this machine says it already; the watchdogs of all ranks find it from now on."""
     if _store is None:
         return True
     digest = hashlib.sha256(sentence.encode()).hexdigest()

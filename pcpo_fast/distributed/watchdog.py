@@ -71,7 +71,7 @@ def explain(beats: Sequence[Beat], missing: Sequence[int], now: float, silent_af
     return f"the others wait for {', '.join(late)}; the furthest is rank {furthest.rank} ({furthest.what})"
 
 
-class Watch:
+class Watchdog:
     """Writes this rank's beats, and ends the process with a message where nothing has moved for too long.
 
     Args:
@@ -96,7 +96,7 @@ class Watch:
         self.host = socket.gethostname()
         self.count, self.what, self.since = 0, "start", time.monotonic()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -155,20 +155,20 @@ def _leave(message: str) -> None:
     os._exit(EXIT_STALLED)  # the main thread sits in a collective, which nothing but the process's end breaks off
 
 
-_current: Watch | None = None
+_current: Watchdog | None = None
 
 
-def set_watch(watch: Watch | None) -> None:
-    """Make a watch the process's own, in place of an earlier one; None: none."""
+def set_watchdog(watchdog: Watchdog | None) -> None:
+    """Make a watchdog the process's own, in place of an earlier one; None: none."""
     global _current
     if _current is not None:
         _current.stop()
-    _current = watch
-    if watch is not None:
-        watch.start()
+    _current = watchdog
+    if watchdog is not None:
+        watchdog.start()
 
 
 def note(what: str) -> None:
-    """Tell the process's watch, if it has one, that something has been done and what comes next."""
+    """Tell the process's watchdog, if it has one, that something has been done and what comes next."""
     if _current is not None:
         _current.note(what)

@@ -23,17 +23,17 @@ from pcpo_fast.config.schema import Config, DistributedConfig
 from pcpo_fast.distributed.collectives import launcher_rank, own_gpu, rank, world_size
 from pcpo_fast.distributed.launching import adopt_launch
 from pcpo_fast.distributed.rendezvous import meet, own_connection
-from pcpo_fast.distributed.watchdog import Watch, note, set_watch
+from pcpo_fast.distributed.watchdog import Watchdog, note, set_watchdog
 from pcpo_fast.engine.deepspeed_file import check_machine, read_deepspeed_file
 from pcpo_fast.engine.eight_bit_adamw import EightBitAdamW
 from pcpo_fast.engine.ema import Ema
-from pcpo_fast.engine.offload import Park
+from pcpo_fast.engine.offload import Offload
 from pcpo_fast.engine.optimizers import GuardedAdamW, StochasticAdamW
 from pcpo_fast.errors import UserError
 from pcpo_fast.profiling import profiler_ranges
 
 MARGIN = timedelta(seconds=60)
-"""By how much a collective outwaits the watch, which has more to say about a rank that does not come."""
+"""How much longer a collective waits than the watchdog, which can say more about a rank that does not come."""
 
 STATE_FOLDER = "engine"
 """Where a checkpoint's engine state lies within it."""
@@ -71,7 +71,7 @@ def start_distributed(settings: DistributedConfig | None = None) -> torch.device
                 device_id=device if on_gpu else None,
             )
             if world_size() > 1:
-                set_watch(Watch(own_connection(patience), rank(), world_size(), timeout))
+                set_watchdog(Watchdog(own_connection(patience), rank(), world_size(), timeout))
         else:
             # No launcher: a store in memory needs neither a port nor a host name. DeepSpeed asks the environment.
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -82,7 +82,7 @@ def start_distributed(settings: DistributedConfig | None = None) -> torch.device
 
 def stop_distributed() -> None:
     """Leave the process group, if there is one; a later :func:`start_distributed` makes a new one."""
-    set_watch(None)
+    set_watchdog(None)
     if dist.is_available() and dist.is_initialized():
         _import_deepspeed().comm.destroy_process_group()  # drops DeepSpeed's own references, too
 
@@ -160,7 +160,7 @@ class Engine:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{config.deepspeed}: DeepSpeed refuses these settings: {reason}") from None
-        self.park = Park()
+        self.offload = Offload()
         decay = config.train.ema_decay
         self.ema = None if decay is None else Ema(self._shards(), decay)
 
@@ -250,7 +250,7 @@ class Engine:
             self._refresh_weights()
 
     @contextmanager
-    def parked(self, enabled: bool = True) -> Iterator[None]:
+    def offloaded(self, enabled: bool = True) -> Iterator[None]:
         """Within the block the optimiser's state, its weights among it, lies in host memory; no step may be made.
 
         What DeepSpeed has in host memory already stays where it is, and so does everything on a machine without a GPU.
@@ -263,7 +263,7 @@ class Engine:
         tensors = [value for value in (*shards, *moments) if isinstance(value, Tensor) and value.dim() > 0]
         parameters = list(self.deepspeed.module.parameters())
         needed = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
-        with self.park.without(tensors, needed):
+        with self.offload.without(tensors, needed):
             yield
 
     def _shards(self) -> list[Tensor]:

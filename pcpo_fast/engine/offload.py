@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 
-class Park:
+class Offload:
     """Takes tensors off a device for the time of a block.
 
     A tensor and all views of it stay the same objects over the same storage, which loses its memory and gets it back:
     a distributed engine holds many references to its optimiser's state, and none has to be told.
 
     Args:
-        device_type: only tensors on such a device are parked: "cuda", or "cpu" to see it work without one.
+        device_type: only tensors on such a device are offloaded: "cuda", or "cpu" to see it work without one.
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
@@ -26,29 +26,29 @@ class Park:
         """Within the block nothing may read or write ``tensors``; afterwards they have the same bits as before.
 
         Args:
-            tensors: what is parked.
+            tensors: what is offloaded.
             needed: tensors that are used within the block; one of ``tensors`` that shares memory with them stays.
         """
         stay = {tensor.untyped_storage()._cdata for tensor in needed}
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-        parked = {
+        offloaded = {
             name: storage
             for name, storage in storages.items()
             if name not in stay and storage.device.type == self.device_type and storage.nbytes()
         }
-        if not parked:
+        if not offloaded:
             yield
             return
-        sizes = {name: storage.nbytes() for name, storage in parked.items()}
-        hosts = {name: self._copy(name, storage) for name, storage in parked.items()}
-        self._host = hosts  # what is no longer parked is forgotten
+        sizes = {name: storage.nbytes() for name, storage in offloaded.items()}
+        hosts = {name: self._copy(name, storage) for name, storage in offloaded.items()}
+        self._host = hosts  # what is no longer offloaded is forgotten
         self._wait()
-        for storage in parked.values():
+        for storage in offloaded.values():
             storage.resize_(0)
         try:
             yield
         finally:
-            for name, storage in parked.items():
+            for name, storage in offloaded.items():
                 storage.resize_(sizes[name])
                 storage.copy_(hosts[name].untyped_storage(), non_blocking=True)
             self._wait()

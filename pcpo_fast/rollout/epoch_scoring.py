@@ -18,7 +18,7 @@ from pcpo_fast.rollout.epoch_plan import EpochPlan
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ScoredEpoch:
     """What the rewards say of an epoch.
 
     Attributes:
@@ -66,7 +66,7 @@ class RolloutScoring:
             chosen = self._prompts_of(rows)
             self.background.add(images, [p.text for p in chosen], [p.metadata for p in chosen])
 
-    def finish(self, images: Tensor) -> Judgement:
+    def finish(self, images: Tensor) -> ScoredEpoch:
         """Wait for the scores of all images [n, 3, H, W] of the rollout. All ranks must call it.
 
         Raises:
@@ -95,7 +95,7 @@ class RolloutScoring:
             metrics |= {f"scoring/{name}": float(count) for name, count in counts.items()}
         if self.background is not None:
             metrics["time/reward_overlapped"] = self.background.seconds
-        return Judgement(advantages[self.numbers], metrics, warning, tuple(self._equal(trained, specs)))
+        return ScoredEpoch(advantages[self.numbers], metrics, warning, tuple(self._equal(trained, specs)))
 
     def _scores(self, images: Tensor) -> Scores:
         if self.background is not None:

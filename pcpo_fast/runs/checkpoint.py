@@ -25,7 +25,7 @@ from pcpo_fast.engine.resharding import UnknownLayoutError
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.files.atomic import sync_folder, write_atomically
 from pcpo_fast.runs.manifest import missing_or_resized, write_manifest
-from pcpo_fast.runs.retention import Kept, obsolete
+from pcpo_fast.runs.retention import RetainedCheckpoint, obsolete
 
 if TYPE_CHECKING:  # looking at a run directory need not load the models' libraries
     from pcpo_fast.policies import Policy
@@ -83,7 +83,7 @@ def save_checkpoint(
     with _written(final, together=True):
         if rank() == 0:
             _publish(temporary, final)
-            kept = [Kept(path, _heldout_reward(path)) for path in checkpoints(folder)]
+            kept = [RetainedCheckpoint(path, _heldout_reward(path)) for path in checkpoints(folder)]
             for old in obsolete(kept, keep, keep_best):
                 if old != final:
                     _remove(old)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Kept(NamedTuple):
+class RetainedCheckpoint(NamedTuple):
     """A complete checkpoint.
 
     Attributes:
@@ -17,7 +17,7 @@ class Kept(NamedTuple):
     reward: float | None
 
 
-def obsolete(oldest_first: Sequence[Kept], keep: int, keep_best: int) -> list[Path]:
+def obsolete(oldest_first: Sequence[RetainedCheckpoint], keep: int, keep_best: int) -> list[Path]:
     """What may go: all but the newest ``keep`` and, of all, the ``keep_best`` with the highest reward.
 
     Of equal rewards the newer checkpoint counts as better.

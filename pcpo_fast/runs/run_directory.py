@@ -20,7 +20,7 @@ CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.j
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """How a run begins.
 
     Attributes:
@@ -41,7 +41,7 @@ class Start:
     earlier: tuple[Path, ...] = ()
     damaged: tuple[tuple[Path, str], ...] = ()
 
-    def passing_over(self, problem: str) -> "Start":
+    def passing_over(self, problem: str) -> "RunStart":
         """The start from the checkpoint before, since this one's is damaged.
 
         Raises:
@@ -58,7 +58,7 @@ class Start:
         *earlier, checkpoint = self.earlier
         return replace(self, checkpoint=checkpoint, earlier=tuple(earlier), damaged=damaged)._whole_by_sight()
 
-    def _whole_by_sight(self) -> "Start":
+    def _whole_by_sight(self) -> "RunStart":
         """Pass over what is damaged by its files' names and sizes; sets :attr:`epoch`."""
         assert self.checkpoint is not None
         problem = visible_damage(self.checkpoint)
@@ -67,7 +67,7 @@ class Start:
         return replace(self, epoch=int(read_state(self.checkpoint)["epoch"]))
 
 
-def claim(config: Config, resume: str) -> Start:
+def claim(config: Config, resume: str) -> RunStart:
     """Look at ``output_dir`` and decide how the run begins; changes nothing.
 
     Args:
@@ -89,7 +89,7 @@ def claim(config: Config, resume: str) -> Start:
         finished = holds_run and _is_finished(folder, config)
         return _from_newest(candidates, finished=finished, fresh=not holds_run)
     if not holds_run:
-        return Start(None, 0, fresh=True)
+        return RunStart(None, 0, fresh=True)
     if resume == "never":
         raise UserError(
             f"output_dir: {folder} already holds a run; choose another output_dir, remove it, or resume it with "
@@ -98,16 +98,16 @@ def claim(config: Config, resume: str) -> Start:
     _check_same_run(folder, config)
     newest = checkpoints(folder / "checkpoints")
     if not newest:
-        return Start(None, 0, restarted=True)
+        return RunStart(None, 0, restarted=True)
     return _from_newest(newest, finished=_is_finished(folder, config))
 
 
-def _from_newest(candidates: list[Path], *, finished: bool, fresh: bool = False) -> Start:
+def _from_newest(candidates: list[Path], *, finished: bool, fresh: bool = False) -> RunStart:
     *earlier, newest = candidates
-    return Start(newest, 0, finished=finished, fresh=fresh, earlier=tuple(earlier))._whole_by_sight()
+    return RunStart(newest, 0, finished=finished, fresh=fresh, earlier=tuple(earlier))._whole_by_sight()
 
 
-def verified(start: Start) -> Start:
+def verified(start: RunStart) -> RunStart:
     """Read the checkpoint of a start and hold it against its manifest; where it is damaged, go back to one that is not.
 
     All ranks must call it, and share the reading.
@@ -120,7 +120,7 @@ def verified(start: Start) -> Start:
     return start
 
 
-def open_run(config: Config, start: Start) -> None:
+def open_run(config: Config, start: RunStart) -> None:
     """Record the resolved configuration in the run directory, and take away what the run has left behind: the summary
     of an earlier, shorter run, and damaged checkpoints, which get another name.
 

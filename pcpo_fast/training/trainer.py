@@ -42,7 +42,7 @@ from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
 from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.runs.input_record import ACCEPT, Input, check_unchanged, hashes, write_record
-from pcpo_fast.runs.run_directory import Start, claim, open_run, read_summary, verified
+from pcpo_fast.runs.run_directory import RunStart, claim, open_run, read_summary, verified
 from pcpo_fast.runs.run_lock import only_run
 from pcpo_fast.training.collapse import CollapseMonitor, SpreadMonitor
 from pcpo_fast.training.heldout import HeldOut
@@ -84,7 +84,7 @@ def train(
 
 
 def _train(
-    config: Config, resume: str, start: Start, console: Console, profile: ProfileRequest | None, verify: bool
+    config: Config, resume: str, start: RunStart, console: Console, profile: ProfileRequest | None, verify: bool
 ) -> dict[str, Any]:
     check_deepspeed(config)  # refuses what can be refused without the model
     inputs = RunInputs.load(config)
@@ -112,7 +112,7 @@ def _train(
             stop_distributed()
 
 
-def _accepted_changes(start: Start, config: Config, contents: dict[str, Input], resume: str) -> list[str]:
+def _accepted_changes(start: RunStart, config: Config, contents: dict[str, Input], resume: str) -> list[str]:
     """In what a run that goes on reads other inputs than when it began; all ranks must call it.
 
     Raises:
@@ -125,7 +125,7 @@ def _accepted_changes(start: Start, config: Config, contents: dict[str, Input], 
     return found
 
 
-def _announce(start: Start, config: Config, console: Console, accepted: Sequence[str] = ()) -> None:
+def _announce(start: RunStart, config: Config, console: Console, accepted: Sequence[str] = ()) -> None:
     if launcher_rank() != 0:
         return
     folder = config.output_dir
@@ -155,7 +155,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        start: Start,
+        start: RunStart,
         inputs: RunInputs,
         device: torch.device,
         console: Console,
@@ -260,21 +260,21 @@ class Trainer:
         plan = plan_epoch(self.config, len(self.prompts), tables.steps, epoch, rank(), world_size())
         settings, seed = self.config.rollout, self.config.seed
         scoring = RolloutScoring(self.config, self.rewards, self.prompts, self.running, plan, self.device)
-        with self.engine.parked(settings.offload_optimizer):
+        with self.engine.offloaded(settings.offload_optimizer):
             with self.policy.sampling(settings), profiler_ranges.named("rollout"):
                 rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
             clock.append(self._now())
             self.progress.phase("reward")
             with self.stop.interruptible(), profiler_ranges.named("reward"):
-                judgement = scoring.finish(rollout.images)
-        metrics = judgement.metrics
-        if judgement.warning:
-            self.progress.message(f"warning: {judgement.warning}")
-        for text in self.spread.look(judgement.equal):
+                scored = scoring.finish(rollout.images)
+        metrics = scored.metrics
+        if scored.warning:
+            self.progress.message(f"warning: {scored.warning}")
+        for text in self.spread.look(scored.equal):
             self.progress.message(f"warning: {text}")
         clock.append(self._now())
         self.progress.phase("update")
-        metrics |= self._update(rollout, judgement.advantages, tables, epoch)
+        metrics |= self._update(rollout, scored.advantages, tables, epoch)
         if self.config.window.size:
             metrics["sampler/window_start"] = float(tables.steps[0])
         clock.append(self._now())

@@ -20,7 +20,7 @@ import json, os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from pcpo_fast.distributed import rendezvous
-from pcpo_fast.distributed import watchdog as watch
+from pcpo_fast.distributed import watchdog
 from pcpo_fast.cli import main
 from pcpo_fast.commands import train
 from pcpo_fast.errors import UserError
@@ -39,7 +39,7 @@ def work(does, answer, environment):
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group("gloo", store=rendezvous.meet(SOON), rank=rank, world_size=size)
             if when == "waits":
-                looking = watch.Watch(rendezvous.own_connection(SOON), rank, size, timedelta(seconds=900))
+                looking = watchdog.Watchdog(rendezvous.own_connection(SOON), rank, size, timedelta(seconds=900))
                 looking.interval = 0.05
                 looking.start()
                 time.sleep(100)
@@ -113,7 +113,7 @@ def test_a_rank_speaks_for_itself_where_the_others_do_not_come(said: dict[str, l
     assert said["alone"] == [(2, "error: no such key\n")]
 
 
-def test_after_the_meeting_the_watch_of_the_others_finds_it(said: dict[str, list[tuple[int, str]]]) -> None:
+def test_after_the_meeting_the_watchdogs_of_the_others_find_it(said: dict[str, list[tuple[int, str]]]) -> None:
     (code, words), other = said["later"]
     assert other == (2, f"error: rank 1 on {HOST}: the disk is full\n")
     assert (code, words) == (4, f"error: another rank has given up: rank 1 on {HOST}: the disk is full\n")

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pcpo_fast.distributed.watchdog import EXIT_STALLED, Beat, Watch, explain, note, set_watch
+from pcpo_fast.distributed.watchdog import EXIT_STALLED, Beat, Watchdog, explain, note, set_watchdog
 
 NOW = 1000.0
 
@@ -33,36 +33,36 @@ def test_where_all_are_at_the_same_point_nobody_is_blamed() -> None:
     assert "none of them is late" in explain([beat(0, 3, "update"), beat(1, 3, "update")], [], NOW, 30)
 
 
-def test_a_watch_gives_up_once_nothing_moves_and_says_who_is_late() -> None:
+def test_a_watchdog_gives_up_once_nothing_moves_and_says_who_is_late() -> None:
     store, told, done = dist.HashStore(), [], threading.Event()
 
     def give_up(message: str) -> None:
         told.append(message)
         done.set()
 
-    late = Watch(store, 1, 2, timedelta(seconds=60))
+    late = Watchdog(store, 1, 2, timedelta(seconds=60))
     late.what = "reward"
     late.beat()
-    watch = Watch(store, 0, 2, timedelta(seconds=0.4), give_up)
-    set_watch(watch)
+    watchdog = Watchdog(store, 0, 2, timedelta(seconds=0.4), give_up)
+    set_watchdog(watchdog)
     try:
         for _ in range(5):  # while something moves, nothing is said, however long it takes together
             assert not done.wait(0.2)
             note("update")
         assert done.wait(20)
     finally:
-        set_watch(None)
+        set_watchdog(None)
     assert told[0].startswith("the run has stood still for 0 s (distributed.timeout) at rank 0 on ")
     assert "(update): the others wait for rank 1 on " in told[0] and "(reward, for " in told[0]
     assert json.loads(store.get("beat/0"))["count"] == 5
-    note("without a watch, nothing")
+    note("without a watchdog, nothing")
 
 
 def test_a_process_that_waits_for_ever_ends_with_a_code_of_its_own() -> None:
     code = (
         "import threading, torch.distributed as dist; from datetime import timedelta;"
-        "from pcpo_fast.distributed.watchdog import Watch, set_watch;"
-        "set_watch(Watch(dist.HashStore(), 0, 2, timedelta(seconds=0.2))); threading.Event().wait()"
+        "from pcpo_fast.distributed.watchdog import Watchdog, set_watchdog;"
+        "set_watchdog(Watchdog(dist.HashStore(), 0, 2, timedelta(seconds=0.2))); threading.Event().wait()"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert ended.returncode == EXIT_STALLED

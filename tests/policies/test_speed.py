@@ -16,7 +16,7 @@ from tiny_runs import CPU, LORA, Bench, randomize_adapters
 from torch import Tensor, nn
 
 from pcpo_fast.engine.engine import deepspeed_config
-from pcpo_fast.engine.offload import Park
+from pcpo_fast.engine.offload import Offload
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.policies import Policy
@@ -268,27 +268,27 @@ def test_equal_images_are_predicted_once(pipeline_folder: Path, settings: tuple[
 # Memory that is given back
 
 
-def test_a_park_empties_storages_and_fills_them_with_the_same_bits() -> None:
+def test_an_offload_empties_storages_and_fills_them_with_the_same_bits() -> None:
     whole = torch.randn(40)
     view, other, kept = whole[10:20].view(2, 5), torch.randn(3, 4).t(), torch.randn(6)
     copies = [tensor.clone() for tensor in (whole, other, kept)]
-    park = Park("cpu")
+    offload = Offload("cpu")
     for _ in range(2):
-        with park.without([view, other, kept], needed=[kept[:1]]):
+        with offload.without([view, other, kept], needed=[kept[:1]]):
             assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
             assert torch.equal(kept, copies[2]), "shares its memory with what is needed"
         assert all(map(torch.equal, (whole, other, kept), copies))
         whole += 1
         copies[0] += 1
         assert torch.equal(view.flatten(), whole[10:20]), "still a view"
-    with pytest.raises(RuntimeError, match="inside"), park.without([whole]):
+    with pytest.raises(RuntimeError, match="inside"), offload.without([whole]):
         raise RuntimeError("inside")
     assert torch.equal(whole, copies[0])
 
 
 def test_nothing_is_parked_that_is_not_on_the_device() -> None:
     tensor = torch.randn(5)
-    with Park("cuda").without([tensor]):
+    with Offload("cuda").without([tensor]):
         assert tensor.untyped_storage().nbytes() == 20
 
 
@@ -297,21 +297,21 @@ def test_nothing_is_parked_that_is_not_on_the_device() -> None:
     ("stage", "settings"),
     [(1, ("model.dtype=bfloat16",)), (2, ("optimizer.moments=8bit", "train.ema_decay=0.9")), (3, ())],
 )
-def test_an_engine_parks_its_state_and_trains_on(
+def test_an_engine_offloads_its_state_and_trains_on(
     pipeline_folder: Path, tmp_path: Path, stage: int, settings: tuple[str, ...]
 ) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     trained = []
-    for parked in (False, True):
+    for offloaded in (False, True):
         bench = Bench.build(tiny_config(pipeline_folder, f"deepspeed={file}", *settings), record=False)
-        bench.engine.park = Park("cpu")
+        bench.engine.offload = Offload("cpu")
         bench.run()
         state = [value for group in bench.engine.optimizer.state.values() for value in group.values()]
         moments = [value for value in state if isinstance(value, Tensor) and value.dim()]
-        with bench.engine.parked(parked):
+        with bench.engine.offloaded(offloaded):
             sizes = {tensor.untyped_storage().nbytes() for tensor in moments}
-            assert (sizes == {0}) == parked and moments
+            assert (sizes == {0}) == offloaded and moments
             bench.collect(1)
         bench.run()
         trained.append(bench.engine.full_state())

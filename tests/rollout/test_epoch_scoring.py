@@ -20,7 +20,7 @@ from pcpo_fast.method.advantages import RunningAdvantages, compute_advantages
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import plan_epoch
-from pcpo_fast.rollout.epoch_scoring import Judgement, RolloutScoring
+from pcpo_fast.rollout.epoch_scoring import RolloutScoring, ScoredEpoch
 
 CPU = torch.device("cpu")
 PROMPTS = [Prompt(text, {"n": n}) for n, text in enumerate(("a red circle", "a green square", "a blue circle", "red"))]
@@ -88,14 +88,14 @@ def scoring_of(config: Config, rank: int = 0, world_size: int = 1, running: Runn
     return RolloutScoring(config, rewards, PROMPTS, running or RunningAdvantages(16, 2), plan, CPU)
 
 
-def judge(config: Config, running: RunningAdvantages | None = None) -> tuple[Judgement, Tensor]:
-    """The judgement, and its advantages by image number."""
+def scored_epoch(config: Config, running: RunningAdvantages | None = None) -> tuple[ScoredEpoch, Tensor]:
+    """The scored epoch, and its advantages by image number."""
     scoring = scoring_of(config, running=running)
     images = images_of(config)[scoring.numbers]
     for rows in torch.arange(len(images)).split(5):
         scoring.add(rows.tolist(), images[rows])
-    judgement = scoring.finish(images)
-    return judgement, judgement.advantages[scoring.numbers.argsort()]
+    epoch = scoring.finish(images)
+    return epoch, epoch.advantages[scoring.numbers.argsort()]
 
 
 GROUPS = torch.arange(3).repeat_interleave(4)
@@ -107,13 +107,13 @@ GROUPS = torch.arange(3).repeat_interleave(4)
 def test_a_sum_is_weighted_and_each_score_kept_within_its_limits() -> None:
     rewards = f"[{{name: '{HERE}:level', weight: 2, clip: [0.3, 0.6]}}, {{name: '{HERE}:second', weight: -0.5}}]"
     config = config_of(rewards=rewards)
-    judgement, advantages = judge(config)
+    epoch, advantages = scored_epoch(config)
     images = images_of(config)
     one, two = images[:, 0, 0, 0], 100 * images[:, 1, 0, 0]
     limited = one.clamp(0.3, 0.6)
     total = 2 * limited - 0.5 * two
     torch.testing.assert_close(advantages, compute_advantages(total, GROUPS), rtol=1e-5, atol=1e-5)
-    metrics = judgement.metrics
+    metrics = epoch.metrics
     assert metrics["reward/mean"] == pytest.approx(float(total.double().mean()), rel=1e-6)
     assert metrics[f"reward/{HERE}:level"] == pytest.approx(float(one.double().mean()), rel=1e-6)
     outside = ((one < 0.3) | (one > 0.6)).double().mean()
@@ -135,9 +135,9 @@ def test_a_reward_that_tells_no_images_apart_is_found() -> None:
     names = ", ".join(f"{{name: '{HERE}:{name}'}}" for name in ("level", "nearly", "of_the_prompt"))
     clipped = f"{{name: '{HERE}:second', clip: [1000, 2000]}}"
     config = config_of(rewards=f"[{names}, {clipped}]")
-    assert judge(config)[0].equal == (f"{HERE}:nearly", f"{HERE}:of_the_prompt", f"{HERE}:second")
+    assert scored_epoch(config)[0].equal == (f"{HERE}:nearly", f"{HERE}:of_the_prompt", f"{HERE}:second")
     config = config_of("advantage.normalization=global", rewards=f"[{names}]")  # compares the prompts, too
-    assert judge(config)[0].equal == (f"{HERE}:nearly",)
+    assert scored_epoch(config)[0].equal == (f"{HERE}:nearly",)
 
 
 @pytest.mark.parametrize("normalization", ["group", "flow_grpo", "global", "running"])
@@ -145,7 +145,7 @@ def test_default_settings_are_the_plain_computation_bit_for_bit(normalization: s
     """A run that was begun before there was a choice goes on with the same numbers."""
     rewards = f"[{{name: '{HERE}:level', weight: 0.3}}, {{name: '{HERE}:second', weight: -0.7}}]"
     config = config_of(f"advantage.normalization={normalization}", rewards=rewards)
-    judgement, advantages = judge(config)
+    epoch, advantages = scored_epoch(config)
     images = images_of(config)
     total = (torch.zeros(12) + 0.3 * images[:, 0, 0, 0] - 0.7 * (100 * images[:, 1, 0, 0])).double()
     if normalization == "running":
@@ -154,14 +154,14 @@ def test_default_settings_are_the_plain_computation_bit_for_bit(normalization: s
     else:
         expected = compute_advantages(total, GROUPS, normalization, 5.0)  # type: ignore[arg-type]
     assert torch.equal(advantages, expected)
-    assert judgement.metrics["reward/mean"] == float(total.mean())
-    assert judgement.metrics["reward/std"] == float(total.std(unbiased=False))
+    assert epoch.metrics["reward/mean"] == float(total.mean())
+    assert epoch.metrics["reward/std"] == float(total.std(unbiased=False))
 
 
 def test_each_reward_normalised_by_itself_counts_by_its_weight_alone() -> None:
     """GDPO written out; the second reward's scores are a hundred times larger."""
     rewards = f"[{{name: '{HERE}:level', weight: 2}}, {{name: '{HERE}:second'}}]"
-    _, advantages = judge(config_of("scoring.normalize=each", "advantage.clip=1.2", rewards=rewards))
+    _, advantages = scored_epoch(config_of("scoring.normalize=each", "advantage.clip=1.2", rewards=rewards))
     images = images_of(config_of())
     summed = torch.zeros(12, dtype=torch.float64)
     for weight, scores in ((2, images[:, 0, 0, 0]), (1, 100 * images[:, 1, 0, 0])):
@@ -171,7 +171,7 @@ def test_each_reward_normalised_by_itself_counts_by_its_weight_alone() -> None:
         )
     expected = ((summed - summed.mean()) / (summed.std(unbiased=False) + 1e-8)).clamp(-1.2, 1.2)
     torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
-    _, of_the_sum = judge(config_of("advantage.clip=1.2", rewards=rewards))
+    _, of_the_sum = scored_epoch(config_of("advantage.clip=1.2", rewards=rewards))
     assert (advantages - of_the_sum).abs().max() > 0.3
 
 
@@ -208,7 +208,7 @@ def test_settings_that_are_refused(overrides: list[str], message: str) -> None:
 
 def test_a_reward_may_be_listed_twice_under_labels() -> None:
     rewards = f"[{{name: '{HERE}:level', label: one}}, {{name: '{HERE}:level', label: two, clip: [0, 0.5]}}]"
-    metrics = judge(config_of(rewards=rewards))[0].metrics
+    metrics = scored_epoch(config_of(rewards=rewards))[0].metrics
     assert metrics["reward/one"] == metrics["reward/two"] and metrics["reward_clipped/two"] > 0
 
 
@@ -216,9 +216,9 @@ def test_a_reward_may_be_listed_twice_under_labels() -> None:
 
 
 def test_overlapped_scores_are_those_of_scoring_afterwards() -> None:
-    afterwards, expected = judge(config_of())
+    afterwards, expected = scored_epoch(config_of())
     assert len(calls) == 1
-    overlapped, advantages = judge(config_of("scoring.overlap=true"))
+    overlapped, advantages = scored_epoch(config_of("scoring.overlap=true"))
     assert len(calls) == 1 + 3
     assert torch.equal(advantages, expected)
     assert overlapped.metrics.pop("time/reward_overlapped") > 0
@@ -259,7 +259,7 @@ def test_a_failure_in_the_background_is_the_same_sentence() -> None:
     rewards = f"[{{name: '{HERE}:picky'}}]"
     for overlap in ("false", "true"):
         with pytest.raises(UserError, match=rf"^reward {HERE}:picky failed on the prompt .*KeyError: 'no such thing'"):
-            judge(config_of(f"scoring.overlap={overlap}", rewards=rewards))
+            scored_epoch(config_of(f"scoring.overlap={overlap}", rewards=rewards))
 
 
 # Failures
@@ -279,7 +279,7 @@ def test_the_group_of_a_failure_is_left_out_and_the_others_are_as_if_alone(
     settings = [f"scoring.overlap={overlap}", "scoring.on_failure=drop_group", f"scoring.normalize={normalize}"]
     config = config_of(*settings, rewards=f"[{{name: '{HERE}:{reward}'}}, {{name: '{HERE}:second'}}]")
     SPOILT.add(group_of(config, 1))
-    judgement, advantages = judge(config)
+    epoch, advantages = scored_epoch(config)
     rows = GROUPS != 1
     images = images_of(config)[rows]
     total = images[:, 0, 0, 0] + 100 * images[:, 1, 0, 0]
@@ -288,36 +288,36 @@ def test_the_group_of_a_failure_is_left_out_and_the_others_are_as_if_alone(
         expected = compute_advantages(total, GROUPS[rows])
         torch.testing.assert_close(advantages[rows], expected, rtol=1e-4, atol=1e-4)
     assert (advantages[rows] != 0).all()
-    metrics = judgement.metrics
+    metrics = epoch.metrics
     assert (metrics["scoring/dropped_groups"], metrics["scoring/failed_images"]) == (1, 4)
     assert metrics["reward/mean"] == pytest.approx(float(total.double().mean()), rel=1e-6)
     message = rf"epoch 7: 1 of 3 groups left out: reward {HERE}:{reward} .*{group_of(config, 1)}"
-    assert re.match(message, judgement.warning), judgement.warning
+    assert re.match(message, epoch.warning), epoch.warning
 
 
 def test_nothing_is_said_and_counted_zero_where_nothing_fails() -> None:
-    plain, expected = judge(config_of())
-    judgement, advantages = judge(config_of("scoring.on_failure=drop_group"))
-    assert torch.equal(advantages, expected) and judgement.warning == ""
+    plain, expected = scored_epoch(config_of())
+    epoch, advantages = scored_epoch(config_of("scoring.on_failure=drop_group"))
+    assert torch.equal(advantages, expected) and epoch.warning == ""
     counts = {"scoring/dropped_groups": 0.0, "scoring/failed_images": 0.0}
-    assert judgement.metrics == plain.metrics | counts
+    assert epoch.metrics == plain.metrics | counts
 
 
 def test_an_epoch_without_any_group_ends_the_run() -> None:
     config = config_of("scoring.on_failure=drop_group", rewards=f"[{{name: '{HERE}:picky'}}]")
     SPOILT.update(prompt.text for prompt in PROMPTS)
     with pytest.raises(UserError, match=rf"no image of epoch 7 has a reward: reward {HERE}:picky .*2 more failures"):
-        judge(config)
+        scored_epoch(config)
 
 
 def test_a_reward_without_weight_drops_nothing() -> None:
     rewards = f"[{{name: '{HERE}:level'}}, {{name: '{HERE}:picky', weight: 0}}]"
     config = config_of("scoring.on_failure=drop_group", rewards=rewards)
     SPOILT.add(group_of(config, 2))
-    judgement, advantages = judge(config)
-    assert torch.equal(advantages, judge(config_of())[1])
+    epoch, advantages = scored_epoch(config)
+    assert torch.equal(advantages, scored_epoch(config_of())[1])
     expected = float(images_of(config)[GROUPS != 2][:, 0, 0, 0].double().mean())
-    assert judgement.metrics[f"reward/{HERE}:picky"] == pytest.approx(expected, rel=1e-6)
+    assert epoch.metrics[f"reward/{HERE}:picky"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_buffers_remember_nothing_of_a_group_that_is_left_out() -> None:
@@ -326,7 +326,7 @@ def test_buffers_remember_nothing_of_a_group_that_is_left_out() -> None:
     spoilt = group_of(config, 0)
     SPOILT.add(spoilt)
     running = RunningAdvantages(16, 2)
-    judge(config, running)
+    scored_epoch(config, running)
     remembered = running.state_dict()["rewards"]
     assert spoilt not in remembered and len(remembered) == 2
 
@@ -348,7 +348,7 @@ def test_two_ranks_leave_out_the_same_groups(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(pcpo_fast.rollout.epoch_scoring, "gather_objects", gather)
     monkeypatch.setattr(pcpo_fast.rollout.epoch_scoring, "gather_rows", lambda rows: torch.cat(gather(rows)))
-    results: dict[int, tuple[Judgement, Tensor]] = {}
+    results: dict[int, tuple[ScoredEpoch, Tensor]] = {}
 
     def one_rank(rank: int) -> None:
         scoring = scoring_of(config, rank, 2)
@@ -361,8 +361,8 @@ def test_two_ranks_leave_out_the_same_groups(monkeypatch: pytest.MonkeyPatch) ->
         thread.join(120)
     assert results[0][0].metrics == results[1][0].metrics
     assert results[0][0].warning == results[1][0].warning != ""
-    for judgement, numbers in results.values():
-        assert torch.equal(judgement.advantages == 0, numbers // 4 == 1)
+    for epoch, numbers in results.values():
+        assert torch.equal(epoch.advantages == 0, numbers // 4 == 1)
         assert (numbers // 4 == 1).any()
 
 
