@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from pcpo_fast.config.sampler_registry import SAMPLERS, Kind, listed, samplers_of, samplers_taking
+
 if TYPE_CHECKING:
     from pcpo_fast.method.transitions import Transitions
 
@@ -11,6 +13,9 @@ EXAMPLES = """examples:
   pcpo-fast credit --sampler flow --steps 10 --noise 0.7 --plot credit.png
   pcpo-fast credit --sampler ddim --steps 50 --eta 1 --json
   pcpo-fast credit --sampler ddim --steps 50 --variance reshaped --weight 4.5"""
+
+OPTIONS = ("noise", "shift", "eta", "variance", "weight")
+"""Options that some samplers take: the level of noise by the name of their literature, and settings by their own."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,17 +27,25 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sampler", choices=("dance", "flow", "cps", "ddim"), default="dance")
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="dance")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps (default 16)")
-    parser.add_argument("--noise", type=float, help="noise level of dance (default 0.3), flow (0.7) or cps (0.7)")
-    parser.add_argument("--shift", type=float, help="time shift of dance, flow and cps (default 3)")
-    parser.add_argument("--eta", type=float, help="noise level of ddim (default 1)")
-    parser.add_argument("--variance", choices=("native", "reshaped", "exact"), help="ddim's variance (default native)")
+    shifted, varied = listed(samplers_taking("shift"), "and"), listed(samplers_taking("variance"))
+    variances = ("native", "reshaped", "exact")
+    parser.add_argument("--noise", type=float, help=f"noise level of {_usual_noise('flow')}")
+    parser.add_argument("--shift", type=float, help=f"time shift of {shifted} (default 3)")
+    parser.add_argument("--eta", type=float, help=f"noise level of {_usual_noise('diffusion')}")
+    parser.add_argument("--variance", choices=variances, help=f"{varied}'s variance (default native)")
     parser.add_argument("--weight", type=float, help="credit that the reshaped or exact variance is solved for")
     parser.add_argument("--rule", default="proportionate", help="credit rule to show as well, for example grpo_guard")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the table")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
+
+
+def _usual_noise(kind: Kind) -> str:
+    first, *others = samplers_of(kind)
+    names = [f"{first} (default {SAMPLERS[first].noise:g})", *(f"{name} ({SAMPLERS[name].noise:g})" for name in others)]
+    return listed(names)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,35 +81,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _transitions(arguments: argparse.Namespace) -> "Transitions":
     from pcpo_fast.errors import UserError
-    from pcpo_fast.method.transitions import (
-        coefficients_preserving,
-        dance_sde,
-        ddim,
-        ddim_timesteps,
-        flow_sde,
-        shifted_times,
-        stable_diffusion_alphas,
-    )
+    from pcpo_fast.method.transitions import ddim_timesteps, shifted_times, stable_diffusion_alphas
 
     if arguments.steps > 1000:
         raise UserError(f"--steps: must be at most 1000, got {arguments.steps}")
-    flow_only, ddim_only = ("noise", "shift"), ("eta", "variance", "weight")
-    foreign = flow_only if arguments.sampler == "ddim" else ddim_only
-    for name in foreign:
-        if getattr(arguments, name) is not None:
-            takes = ddim_only if arguments.sampler == "ddim" else flow_only
+    sampler = SAMPLERS[arguments.sampler]
+    flow = sampler.kind == "flow"
+    level = "noise" if flow else "eta"
+    takes = (level, *(name for name in sampler.takes if name in OPTIONS))
+    for name in OPTIONS:
+        if getattr(arguments, name) is not None and name not in takes:
             raise UserError(f"--{name} does not apply to {arguments.sampler}, which takes --{', --'.join(takes)}")
-    if arguments.sampler == "ddim":
-        eta = 1.0 if arguments.eta is None else arguments.eta
-        timesteps = ddim_timesteps(arguments.steps)
-        return ddim(
-            stable_diffusion_alphas(), timesteps, eta, variance=arguments.variance or "native", weight=arguments.weight
-        )
-    times = shifted_times(arguments.steps, 3.0 if arguments.shift is None else arguments.shift)
-    sampler, usual = {"dance": (dance_sde, 0.3), "flow": (flow_sde, 0.7), "cps": (coefficients_preserving, 0.7)}[
-        arguments.sampler
-    ]
-    return sampler(times, usual if arguments.noise is None else arguments.noise)
+    given = {name: getattr(arguments, name) for name in takes if getattr(arguments, name) is not None}
+    noise, shift = given.pop(level, sampler.noise), given.pop("shift", 3.0)
+    steps = arguments.steps
+    times = (shifted_times(steps, shift),) if flow else (stable_diffusion_alphas(), ddim_timesteps(steps))
+    table: Transitions = sampler.load()(*times, noise, **given)
+    return table
 
 
 def _print_table(record: dict[str, Any]) -> None:

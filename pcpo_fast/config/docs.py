@@ -1,8 +1,10 @@
 """``docs/configuration.md``, made from the configuration's own fields: ``python -m pcpo_fast.config.docs``.
 
-Run it from the project's folder after changing :mod:`pcpo_fast.config.schema`; a test compares the two.
+It also fills the table of samplers in ``docs/algorithms.md``. Run it from the project's folder after changing
+:mod:`pcpo_fast.config.schema` or :mod:`pcpo_fast.config.sampler_registry`; a test compares them.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,12 +15,14 @@ from pydantic.fields import FieldInfo
 
 from pcpo_fast.config.presets import PRESETS
 from pcpo_fast.config.roles import Role, roles
-from pcpo_fast.config.schema import LARGEST, Config
+from pcpo_fast.config.sampler_registry import SAMPLERS
+from pcpo_fast.config.schema import LARGEST, Config, NameIn
 from pcpo_fast.config.unused_settings import REWARD_RULES, RULES
 from pcpo_fast.config.yaml_text import dump_yaml
 
 COMMAND = "python -m pcpo_fast.config.docs"
 DOCUMENT = Path("docs/configuration.md")
+ALGORITHMS = Path("docs/algorithms.md")
 
 _HEAD = f"""<!-- Made by `{COMMAND}` from pcpo_fast/config/schema.py; change the descriptions there. -->
 # Configuration
@@ -98,6 +102,12 @@ def render() -> str:
     return "".join(parts)
 
 
+def with_samplers(text: str) -> str:
+    """``docs/algorithms.md`` with the rows of the samplers as they are registered."""
+    rows = "".join(f"| `{name}` | {' | '.join(sampler.row)} |\n" for name, sampler in SAMPLERS.items())
+    return re.sub(r"(\| `sampler\.name` \|.*\n\|[-|]+\n)(?:\|.*\n)+", lambda found: found[1] + rows, text)
+
+
 def _sections(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
     for name, field in model.model_fields.items():
         for option in (field.annotation, *get_args(field.annotation)):
@@ -129,6 +139,9 @@ def _table(model: type[BaseModel], section: str) -> str:
 
 def _kind(field: FieldInfo) -> str:
     limits = _limits(field.metadata)
+    for item in field.metadata:
+        if isinstance(item, NameIn):
+            return ", ".join(f"`{name}`" for name in item.registry)
     return _type_name(field.annotation) + (f", {limits}" if limits else "")
 
 
@@ -177,9 +190,11 @@ def _default(field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Write the document."""
-    DOCUMENT.write_text(render(), encoding="utf-8")
-    print(f"wrote {DOCUMENT}")
+    """Write the document and the table."""
+    algorithms = with_samplers(ALGORITHMS.read_text(encoding="utf-8"))
+    for path, text in ((DOCUMENT, render()), (ALGORITHMS, algorithms)):
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

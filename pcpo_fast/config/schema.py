@@ -8,12 +8,16 @@ model?
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from pcpo_fast.config.roles import BASE_FILES, BASE_MODEL, CHANGEABLE, EXECUTION, RESULT, Role
+from pcpo_fast.config.sampler_registry import SAMPLERS, listed, samplers_of, samplers_taking
 
 LARGEST = 2**31 - 1
 """Beyond any count that means something, and small enough that no product of two overflows 64 bits."""
@@ -29,6 +33,21 @@ HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 TOTALS = ("mean", "std", "group_std")
 """Metrics ``reward/...`` of the weighted sum, which no reward can be called."""
+
+
+@dataclass(frozen=True, eq=False)
+class NameIn:
+    """Annotates a name in a registry: one that the registry holds when the value is read."""
+
+    registry: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def _check(self, value: Any) -> str:
+        if isinstance(value, str) and value in self.registry:
+            return value
+        raise PydanticKnownError("literal_error", {"expected": listed(map(repr, self.registry))})
 
 
 class Section(BaseModel):
@@ -139,26 +158,39 @@ class PromptConfig(Section):
     )
 
 
+def _choice(kind: Literal["flow", "diffusion"]) -> str:
+    names = {name: SAMPLERS[name].published_as for name in samplers_of(kind)}
+    return listed(f"{name} ({published})" if published else name for name, published in names.items())
+
+
+def _unused(setting: str) -> str:
+    names = samplers_taking(setting, taken=False)
+    return f"; unused by {listed(names)}" if names else ""
+
+
 class SamplerConfig(Section):
     """The stochastic sampler of the rollouts (docs/method.md)."""
 
     role = RESULT
-    name: Literal["dance", "flow", "cps", "ddim"] = Field(
-        "dance",
-        description="flow models: dance (DanceGRPO), flow (Flow-GRPO) or cps; diffusion models: ddim (DDPO, DanceGRPO)",
+    name: Annotated[str, NameIn(SAMPLERS)] = Field(
+        "dance", description=f"flow models: {_choice('flow')}; diffusion models: {_choice('diffusion')}"
     )
     steps: int = Field(16, ge=2, le=1000, description="denoising steps")
     noise: PositiveFloat = Field(0.3, description="noise level eta")
-    shift: PositiveFloat = Field(3.0, description="time shift of the grid; unused by ddim")
+    shift: PositiveFloat = Field(3.0, description=f"time shift of the grid{_unused('shift')}")
     grid: Literal["shifted", "scheduler"] = Field(
         "shifted",
-        description="shifted: t = s u / (1 + (s - 1) u) on a linear u; scheduler: the pipeline's own; unused by ddim",
+        description="shifted: t = s u / (1 + (s - 1) u) on a linear u; scheduler: the pipeline's own" + _unused("grid"),
     )
     variance: Literal["native", "reshaped", "exact"] = Field(
-        "native", description="ddim: the noise of eta, or PCPO's that give every step the same credit"
+        "native",
+        description=f"{listed(samplers_taking('variance'))}: the noise of eta, or PCPO's that give every step the "
+        "same credit",
     )
     weight: PositiveFloat | None = Field(
-        None, description="ddim: credit asked of every step by a reshaped or exact variance; null: 4.5, as published"
+        None,
+        description=f"{listed(samplers_taking('weight'))}: credit asked of every step by a reshaped or exact variance; "
+        "null: 4.5, as published",
     )
     final_step: Literal["default", "clean", "noisy"] = Field(
         "default", description="decode the clean prediction or the noisy sample of the last step; default: as published"
@@ -521,8 +553,13 @@ class Config(Section):
     def check_variance(self) -> "Config":
         """PCPO's variances are solutions for DDIM, and replace its eta."""
         sampler = self.sampler
-        if sampler.name != "ddim" and (sampler.variance != "native" or sampler.weight is not None):
-            raise ValueError(f"sampler.variance: only the sampler ddim has a choice of variance, not {sampler.name}")
+        if "variance" not in SAMPLERS[sampler.name].takes and (
+            sampler.variance != "native" or sampler.weight is not None
+        ):
+            raise ValueError(
+                f"sampler.variance: only the sampler {listed(samplers_taking('variance'))} has a choice of variance, "
+                f"not {sampler.name}"
+            )
         return self
 
     @model_validator(mode="after")

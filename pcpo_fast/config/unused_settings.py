@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pcpo_fast.config.dotted_keys import flattened
+from pcpo_fast.config.sampler_registry import SAMPLERS, listed, samplers_taking
 from pcpo_fast.config.schema import Config, RewardConfig
 
 
@@ -47,8 +48,8 @@ RULES = (
     Rule(("model.revision",), "a hub id as model.path, not a folder", lambda c: not Path(c.model.path).is_dir()),
     Rule(
         ("sampler.shift", "sampler.grid"),
-        "sampler.name dance, flow or cps",
-        lambda c: c.sampler.name != "ddim",
+        f"sampler.name {listed(samplers_taking('shift'))}",
+        lambda c: "shift" in SAMPLERS[c.sampler.name].takes,
     ),
     Rule(("sampler.shift",), "sampler.grid=shifted", lambda c: c.sampler.grid == "shifted"),
     Rule(("window",), "window.size above 0", lambda c: c.window.size > 0, switch="window.size"),

@@ -5,23 +5,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from pcpo_fast.config.sampler_registry import SAMPLERS, Kind, samplers_of
 from pcpo_fast.config.schema import Config, SamplerConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.credit import CreditTable, credit_table
 from pcpo_fast.method.schedules import DiffusionSchedule, FlowSchedule, Schedule
-from pcpo_fast.method.transitions import (
-    Transitions,
-    coefficients_preserving,
-    dance_sde,
-    ddim,
-    euler_ode,
-    flow_sde,
-    shifted_times,
-    trainable_steps,
-)
-
-FLOW_SAMPLERS = {"dance": dance_sde, "flow": flow_sde, "cps": coefficients_preserving}
-SAMPLERS = (*FLOW_SAMPLERS, "ddim")
+from pcpo_fast.method.transitions import Transitions, ddim, euler_ode, shifted_times, trainable_steps
 
 
 def build_transitions(settings: SamplerConfig, schedule: Schedule | None = None) -> Transitions:
@@ -29,24 +18,21 @@ def build_transitions(settings: SamplerConfig, schedule: Schedule | None = None)
 
     Args:
         settings: the configuration's ``sampler`` section.
-        schedule: what the model says of its times; needed by ``ddim`` and by ``sampler.grid`` ``scheduler``.
+        schedule: what the model says of its times; needed for diffusion models and by ``sampler.grid`` ``scheduler``.
 
     Raises:
         UserError: the settings make no valid sampler, or the model is of the other kind.
     """
     check_sampler(settings, _kind(schedule))
+    sampler = SAMPLERS[settings.name]
+    own = {name: getattr(settings, name) for name in sampler.settings}
     try:
+        transitions: Transitions
         if isinstance(schedule, DiffusionSchedule):
-            transitions = ddim(
-                schedule.alphas_cumprod,
-                schedule.timesteps,
-                settings.noise,
-                settings.variance,
-                settings.weight,
-                prediction=schedule.prediction,
-            )
+            times = (schedule.alphas_cumprod, schedule.timesteps)
+            transitions = sampler.load()(*times, settings.noise, prediction=schedule.prediction, **own)
         else:
-            transitions = FLOW_SAMPLERS[settings.name](_grid(settings, schedule), settings.noise)
+            transitions = sampler.load()(_grid(settings, schedule), settings.noise, **own)
         if settings.final_step != "default":
             transitions = replace(transitions, final_step=settings.final_step)
     except ValueError as error:
@@ -75,15 +61,14 @@ def check_sampler(settings: SamplerConfig, kind: type[Schedule]) -> None:
     Raises:
         UserError: says which samplers do.
     """
-    if settings.name == "ddim" and not issubclass(kind, DiffusionSchedule):
+    models = {"flow": "flow models (FLUX, SD3)", "diffusion": "diffusion models (Stable Diffusion 1.x)"}
+    needed = SAMPLERS[settings.name].kind
+    found: Kind = "diffusion" if issubclass(kind, DiffusionSchedule) else "flow"
+    if needed != found:
+        allowed = samplers_of(found)
         raise UserError(
-            "sampler.name: ddim samples diffusion models (Stable Diffusion 1.x), and this model is a flow model: "
-            f"allowed are {', '.join(FLOW_SAMPLERS)}"
-        )
-    if settings.name != "ddim" and not issubclass(kind, FlowSchedule):
-        raise UserError(
-            f"sampler.name: {settings.name} samples flow models (FLUX, SD3), and this model is a diffusion model: "
-            "allowed is ddim"
+            f"sampler.name: {settings.name} samples {models[needed]}, and this model is a {found} model: "
+            f"allowed {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pcpo_fast.config.sampler_registry import SAMPLERS
 from pcpo_fast.config.schema import Config, LoggingConfig
 from pcpo_fast.distributed.collectives import once_per_machine, own_gpu
 from pcpo_fast.engine.eight_bit_adamw import check_eight_bit
@@ -117,7 +118,7 @@ def _of_prompts(path: str, prompts: list[Prompt]) -> Input:
 
 def _check_tables(config: Config) -> None:
     """Refuse a sampler, credit rule or batch size that cannot be; with the pipeline's own grid only it can tell."""
-    if config.sampler.grid == "shifted" and config.sampler.name != "ddim":
+    if config.sampler.grid == "shifted" and SAMPLERS[config.sampler.name].kind == "flow":
         tables = RunTables(config, None, torch.device("cpu"))
         accumulation_steps(config, tables.trained_count, int(os.environ.get("WORLD_SIZE", "1")))
 

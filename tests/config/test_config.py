@@ -15,7 +15,7 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.config.yaml_text import dump_yaml, parse_value
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.credit import RULES
-from pcpo_fast.method.samplers import SAMPLERS, build_credit, build_transitions
+from pcpo_fast.method.samplers import build_credit, build_transitions
 from pcpo_fast.method.schedules import DiffusionSchedule, FlowSchedule, Schedule
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.method.transitions import ddim_timesteps, shifted_times, stable_diffusion_alphas
@@ -481,7 +481,6 @@ def test_choices_are_those_of_the_code() -> None:
         return Config.model_fields[section].annotation.model_fields[key].annotation.__args__  # type: ignore[union-attr]
 
     assert choices("credit", "rule") == RULES
-    assert choices("sampler", "name") == tuple(SAMPLERS)
     assert choices("model", "dtype") == tuple(DTYPES)
 
 
@@ -516,5 +515,8 @@ def test_the_reference_document_has_every_key_with_a_description() -> None:
 def test_the_document_is_written_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
+    (tmp_path / docs.ALGORITHMS).write_text("before\n\n| `sampler.name` | |\n|---|---|\n| old | |\n\nafter\n")
     docs.main()
     assert (tmp_path / docs.DOCUMENT).read_text(encoding="utf-8") == docs.render()
+    table = (tmp_path / docs.ALGORITHMS).read_text(encoding="utf-8")
+    assert "| `dance` | DanceGRPO [3] |" in table and "| old |" not in table and table.endswith("\n\nafter\n")

@@ -2,20 +2,22 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from published_algorithms import sd3_grid
 
+from pcpo_fast.config.docs import with_samplers
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.presets import PRESETS
+from pcpo_fast.config.sampler_registry import SAMPLERS, Sampler
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
-from pcpo_fast.method import credit, samplers
+from pcpo_fast.method import credit
+from pcpo_fast.method import transitions as functions
 from pcpo_fast.method.credit import RULES, credit_table, native_credit
-from pcpo_fast.method.samplers import SAMPLERS, build_credit, build_transitions, steps_to_train
+from pcpo_fast.method.samplers import build_credit, build_transitions, steps_to_train
 from pcpo_fast.method.schedules import DiffusionSchedule, FlowSchedule, Schedule
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.method.transitions import (
@@ -50,7 +52,8 @@ def schedule_of(config: Config) -> Schedule:
 
 def test_the_tables_are_complete() -> None:
     assert rows("preset").keys() == PRESETS.keys()
-    assert tuple(rows("sampler.name")) == SAMPLERS
+    assert with_samplers(TEXT) == TEXT  # python -m pcpo_fast.config.docs
+    assert tuple(rows("sampler.name")) == tuple(SAMPLERS)
     assert tuple(rows("credit.rule")) == RULES
     assert set(rows("window.schedule")) == {"progressive", "random", "fixed"}
     assert set(rows("sampler.variance")) == {"native", "reshaped", "exact"}
@@ -135,25 +138,16 @@ def example(name: str) -> Any:
 
 
 def test_the_sampler_of_the_page_works_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(samplers.FLOW_SAMPLERS, "linear", example("linear_sde"))
-    settings: Any = SimpleNamespace(
-        name="linear",
-        steps=8,
-        noise=0.6,
-        shift=3.0,
-        grid="shifted",
-        final_step="default",
-        variance="native",
-        weight=None,
-    )
-    table = build_transitions(settings)
+    monkeypatch.setattr(functions, "linear_sde", example("linear_sde"), raising=False)
+    monkeypatch.setitem(SAMPLERS, "linear", Sampler(f"{functions.__name__}:linear_sde", "flow", 0.5, ("",) * 4))
+    config = load_config(None, ["sampler.name=linear", "sampler.steps=8", "sampler.noise=0.6"])
+    table = build_transitions(config.sampler)
     times = shifted_times(8, 3.0)
     assert torch.allclose(table.std, 0.6 * times[:-1] * (times[:-1] - times[1:]).sqrt())
     # A perfect model arrives with the signal of t': x = (1 - t) x0 + t n, f = n - x0.
     assert torch.allclose(table.a * (1 - times[:-1]) - table.b, 1 - times[1:])
     for rule in RULES:
         assert len(credit_table(table, rule).trained_steps) == 8
-    config = load_config(None, ["sampler.steps=8"])
     assert steps_to_train(config, table) == list(range(7))
 
 
