@@ -16,7 +16,7 @@ from pcpo_fast.config.schema import SamplerConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.samplers import build_transitions, check_sampler
 from pcpo_fast.method.schedules import DiffusionSchedule, FlowSchedule
-from pcpo_fast.method.transitions import Prediction, Transitions, ddim, ddim_timesteps, stable_diffusion_alphas
+from pcpo_fast.method.transitions import PredictionType, Transitions, ddim, ddim_timesteps, stable_diffusion_alphas
 
 Capture = pytest.CaptureFixture[str]
 
@@ -28,7 +28,12 @@ def still(times: Tensor, noise: float) -> Transitions:
 
 
 def louder(
-    alphas: Tensor, timesteps: Tensor, noise: float, *, prediction: Prediction = "epsilon", weight: float | None = None
+    alphas: Tensor,
+    timesteps: Tensor,
+    noise: float,
+    *,
+    prediction: PredictionType = "epsilon",
+    weight: float | None = None,
 ) -> Transitions:
     """DDIM with a weight of its own."""
     return ddim(alphas, timesteps, noise * (weight or 1.0), prediction=prediction)
