@@ -9,7 +9,8 @@ from torch import nn
 from pcpo_kernels import block_forwards
 from pcpo_kernels.attention_processors import FluxProcessor, JointProcessor, head_norm
 
-# By the name of the class: diffusers is not imported here.
+# By the name of the class, and here rather than in a model family: each function repeats the forward of just that
+# class, and this package imports neither diffusers nor pcpo_fast.
 BLOCKS: dict[str, Callable[..., Any]] = {
     "FluxTransformerBlock": block_forwards.flux_double_block,
     "FluxSingleTransformerBlock": block_forwards.flux_single_block,

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config.schema import ModelConfig
-from pcpo_fast.planning.depth import depth_of, from_shallow
 from pcpo_fast.planning.models import META, Architecture, ModelOnMeta, build_on_meta
 from pcpo_fast.planning.tracing import Cost, checkpointing, trace_forward, trace_training
+from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.pipeline_policy import DECODED_PIXELS
+
+FEW = 2
+"""Blocks of each kind in the shallowest network: the first may save less than the others, the last differ from them."""
 
 
 class ModelCosts:
@@ -25,8 +28,8 @@ class ModelCosts:
     def __init__(self, architecture: Architecture, settings: ModelConfig, *, on_gpu: bool = True) -> None:
         self.architecture, self.settings, self.on_gpu = architecture, settings, on_gpu
         self.model = build_on_meta(architecture, settings)
-        name, config = architecture.parts[self.model.policy.trained_part]
-        self.depth = depth_of(name, config)
+        policy = self.model.policy
+        self.depth = policy.depth(architecture.parts[policy.trained_part][1])
         self._shallow = cache(self._build)
         self.forward = cache(self._forward)
         self.training = cache(self._training)
@@ -46,7 +49,7 @@ class ModelCosts:
 
         def measure(counts: tuple[int, ...]) -> Cost:
             model = self._shallow(counts)
-            with checkpointing(model.policy.module, checkpointed):
+            with checkpointing(model.policy, checkpointed):
                 return trace_training(
                     model.policy.module,
                     _prediction(model, batch),
@@ -106,6 +109,18 @@ class ModelCosts:
         if counts == self.depth.counts:
             return self.model
         return build_on_meta(self.architecture, self.settings, self.depth.configure(counts))
+
+
+def from_shallow(depth: Depth, measure: Callable[[tuple[int, ...]], Cost]) -> Cost:
+    """The cost at ``depth.counts``, of costs measured with few blocks of each kind and with one more of each."""
+    base = tuple(min(count, FEW) for count in depth.counts)
+    start = total = measure(base)
+    for kind, (count, few) in enumerate(zip(depth.counts, base, strict=True)):
+        if count > few:
+            deeper = measure(tuple(n + (place == kind) for place, n in enumerate(base)))
+            slope = deeper.combine(start, 1, -1)
+            total = total.combine(slope, 1, count - few)
+    return total
 
 
 def _affine(measure: Callable[[int], float], batch: int) -> float:

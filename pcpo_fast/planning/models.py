@@ -19,6 +19,7 @@ from pcpo_fast.policies.part_checks import about, check_config
 from pcpo_fast.policies.pipeline_files import check_hub_id, pipeline_class_of
 from pcpo_fast.policies.pipeline_policy import DTYPES, PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.policies.speed import needed
 from pcpo_fast.policies.weight_files import read_json
 
 META = torch.device("meta")
@@ -115,7 +116,8 @@ def build_on_meta(
         overrides: changes to the trained network's configuration, such as fewer blocks.
 
     Raises:
-        UserError: the image size or a LoRA target does not fit the model.
+        UserError: the image size or a LoRA target does not fit the model, or it has no block to compile or recompute
+            where that is asked for.
     """
     import diffusers
 
@@ -137,6 +139,10 @@ def build_on_meta(
         cfg_scale=settings.cfg_scale,
         max_sequence_length=settings.max_sequence_length,
     )
+    if settings.gradient_checkpointing:
+        needed(network, policy.recomputed_blocks(network), "model.gradient_checkpointing")
+    if settings.compile:
+        needed(network, policy.compiled_blocks(network), "model.compile")
     if settings.finetune == "lora":
         with META:
             add_lora(network, settings.lora, settings.lora.targets or family.lora_targets)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -264,11 +265,13 @@ def _storages(module: nn.Module) -> set[int]:
 
 
 @contextmanager
-def checkpointing(network: Any, enabled: bool) -> Iterator[None]:
-    """Within the block the network recomputes its blocks in the backward, or does not."""
+def checkpointing(policy: Policy, enabled: bool) -> Iterator[None]:
+    """Within the block the network recomputes its blocks in the backward, or does not; without blocks it never does."""
+    network: Any = policy.module
+    blocks = policy.recomputed_blocks(network)
     before = bool(getattr(network, "is_gradient_checkpointing", False))
-    checkpoint_blocks(network, float(enabled))
+    checkpoint_blocks(network, blocks, float(enabled and bool(blocks)))
     try:
         yield
     finally:
-        checkpoint_blocks(network, float(before))
+        checkpoint_blocks(network, blocks, float(before))

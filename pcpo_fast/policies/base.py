@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pcpo_kernels import guidance
@@ -43,15 +43,34 @@ class Policy(ABC):
         forward_module: what :meth:`predict` calls; the engine puts its wrapper of ``module`` here.
         reference_module: frozen copy of the start of the training, where one is needed.
         cfg_scale: scale of classifier-free guidance; 1 is none.
+        repeated_blocks: classes of the network's blocks that repeat; None: those that diffusers names.
+        also_recomputed: classes of further blocks whose activations diffusers can recompute in the backward.
     """
 
     family: ClassVar[str]
+    repeated_blocks: ClassVar[tuple[str, ...] | None] = None
+    also_recomputed: ClassVar[tuple[str, ...]] = ()
     cfg_scale: float = 1.0
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.forward_module: nn.Module = module
         self.reference_module: nn.Module | None = None
+
+    @classmethod
+    def compiled_blocks(cls, network: nn.Module) -> list[nn.Module]:
+        """The blocks of a network of this family that ``model.compile`` compiles, each by itself."""
+        return _modules(network, cls._repeated(network))
+
+    @classmethod
+    def recomputed_blocks(cls, network: nn.Module) -> list[nn.Module]:
+        """The blocks of a network of this family that ``model.gradient_checkpointing`` can recompute."""
+        return _modules(network, (*cls._repeated(network), *cls.also_recomputed))
+
+    @classmethod
+    def _repeated(cls, network: nn.Module) -> tuple[str, ...]:
+        named: Any = getattr(network, "_repeated_blocks", ())  # of diffusers' ModelMixin
+        return tuple(named) if cls.repeated_blocks is None else cls.repeated_blocks
 
     @property
     def device(self) -> torch.device:
@@ -136,3 +155,7 @@ class Policy(ABC):
             yield
         finally:
             self.forward_module = trained
+
+
+def _modules(network: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
+    return [module for module in network.modules() if type(module).__name__ in classes]

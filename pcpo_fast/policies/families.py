@@ -106,7 +106,8 @@ def keep_reference(policy: Policy, config: Config, device: torch.device) -> None
     if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False).to(device)
         if config.model.compile:
-            compile_blocks(policy.reference_module)  # the copy is of the blocks, not of their code
+            # The copy is of the blocks, not of their code.
+            compile_blocks(policy.reference_module, policy.compiled_blocks(policy.reference_module))
 
 
 def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapter: str = "default") -> None:

@@ -1,5 +1,6 @@
 """FLUX as a policy: packed latents, embedded guidance, CLIP and T5 conditioning."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
+from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 
@@ -41,6 +43,18 @@ class FluxPolicy(PipelinePolicy):
         "ff_context.net.0.proj",
         "ff_context.net.2",
     )
+
+    @classmethod
+    def depth(cls, config: Mapping[str, Any]) -> Depth:
+        """Double blocks, then single ones."""
+        return Depth(
+            (config["num_layers"], config["num_single_layers"]),
+            configure=lambda counts: {"num_layers": counts[0], "num_single_layers": counts[1]},
+            blocks=lambda network, counts: {
+                "double": list(network.transformer_blocks),
+                "single": list(network.single_transformer_blocks),
+            },
+        )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

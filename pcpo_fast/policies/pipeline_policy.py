@@ -22,6 +22,7 @@ from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, pipeline_fil
 from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
+from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, encoding_fingerprint
 from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
@@ -184,7 +185,8 @@ class PipelinePolicy(Policy):
         """Give a network just loaded its attention, its trainable weights, and what makes its blocks fast or small.
 
         Raises:
-            UserError: LoRA, attention or block kernels refused.
+            UserError: LoRA or attention refused, or the network has no block that can be accelerated, recomputed or
+                compiled where that is asked for.
         """
         choose_attention(network, settings.attention, device)
         if settings.finetune == "lora":
@@ -198,10 +200,15 @@ class PipelinePolicy(Policy):
             network.requires_grad_(True)
         if settings.block_kernels:
             use_block_kernels(network)
-        checkpoint_blocks(network, settings.recomputed_share)
+        checkpoint_blocks(network, cls.recomputed_blocks(network), settings.recomputed_share)
         if settings.compile:
-            compile_blocks(network)
+            compile_blocks(network, cls.compiled_blocks(network))
         network.train()
+
+    @classmethod
+    def depth(cls, config: Mapping[str, Any]) -> Depth:
+        """The depth of the trained network by its configuration; a family whose blocks all differ has none to tell."""
+        return Depth()
 
     @abstractmethod
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:

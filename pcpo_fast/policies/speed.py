@@ -1,5 +1,6 @@
 """Ways to run the blocks of a diffusers network faster, or in less memory, that leave its weights and names alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pcpo_kernels
@@ -10,15 +11,24 @@ from torch.utils.checkpoint import checkpoint
 
 from pcpo_fast.errors import UserError
 
-COMPILED = ("FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock", "BasicTransformerBlock")
-"""Classes of the blocks that repeat."""
 MOST_VERSIONS = 64
 """How often a block may be compiled, once for each kind of batch that a run has."""
-CHECKPOINTED = (*COMPILED, "ResnetBlock2D")
-"""Classes of the blocks whose activations diffusers can recompute."""
 
 
-def compile_blocks(network: nn.Module, **options: Any) -> int:
+def needed(network: nn.Module, blocks: Sequence[nn.Module], setting: str) -> None:
+    """Refuse a setting that would change nothing.
+
+    Raises:
+        UserError: there are no blocks.
+    """
+    if not blocks:
+        raise UserError(
+            f"{setting}: {type(network).__name__} has no block that this applies to; the model's family names the "
+            f"classes of its blocks: set {setting}=false"
+        )
+
+
+def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module], **options: Any) -> int:
     """Compile each repeated block by itself, which takes a fraction of the time of compiling the network.
 
     Rollouts, updates and evaluations have batches of different sizes. Each size is compiled for itself, since code for
@@ -26,12 +36,16 @@ def compile_blocks(network: nn.Module, **options: Any) -> int:
 
     Args:
         network: a diffusers model; adapters are added before.
+        blocks: those of it that repeat (:meth:`pcpo_fast.policies.base.Policy.compiled_blocks`).
         options: for ``torch.compile``.
 
     Returns:
         How many blocks are compiled.
+
+    Raises:
+        UserError: there are none.
     """
-    blocks = _blocks(network, COMPILED)
+    needed(network, blocks, "model.compile")
     # Sizes of batches, with and without gradients, with and without adapters: PyTorch gives up after eight.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
     for block in blocks:
@@ -57,17 +71,22 @@ def checkpointed_numbers(count: int, share: float) -> list[int]:
     return [number for number in range(count) if (number + 1) * chosen // count > number * chosen // count]
 
 
-def checkpoint_blocks(network: Any, share: float) -> int:
+def checkpoint_blocks(network: Any, blocks: Sequence[nn.Module], share: float) -> int:
     """Recompute the activations of a share of the blocks in the backward, and keep those of the others.
 
     Args:
-        network: a diffusers model that supports gradient checkpointing.
+        network: a diffusers model.
+        blocks: those of it that can be recomputed (:meth:`pcpo_fast.policies.base.Policy.recomputed_blocks`).
         share: 0 (none) to 1 (all of them).
 
     Returns:
         How many blocks are recomputed.
+
+    Raises:
+        UserError: some are asked for, and there are none, or diffusers cannot recompute them.
     """
-    blocks = _blocks(network, CHECKPOINTED)
+    if share:
+        needed(network, blocks, "model.gradient_checkpointing")
     chosen = {blocks[number] for number in checkpointed_numbers(len(blocks), share)}
     if not chosen:
         network.disable_gradient_checkpointing()
@@ -76,9 +95,8 @@ def checkpoint_blocks(network: Any, share: float) -> int:
     def run(block: nn.Module, *inputs: Any) -> Any:
         return checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)
 
-    network.enable_gradient_checkpointing(run)
+    try:
+        network.enable_gradient_checkpointing(run)
+    except ValueError as error:  # diffusers has no gradient checkpointing for this network
+        raise UserError(f"model.gradient_checkpointing: {type(network).__name__}: {error}") from None
     return len(chosen)
-
-
-def _blocks(network: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
-    return [module for module in network.modules() if type(module).__name__ in classes]

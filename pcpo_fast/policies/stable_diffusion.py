@@ -26,6 +26,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     trained_part: ClassVar[str] = "unet"
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    also_recomputed: ClassVar[tuple[str, ...]] = ("ResnetBlock2D",)
     cell: ClassVar[int] = 1
     schedule_kind: ClassVar[type[Schedule]] = DiffusionSchedule
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")

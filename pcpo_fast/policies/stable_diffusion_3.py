@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 as policies: velocity, classifier-free guidance, two CLIPs and T5."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
+from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_files import pipeline_parts
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
@@ -34,6 +36,7 @@ class StableDiffusion3Policy(PipelinePolicy):
     )
     optional_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+    repeated_blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)  # diffusers names none
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -61,6 +64,23 @@ class StableDiffusion3Policy(PipelinePolicy):
                 raise UserError(
                     f"model.{name}: {count * unit} is more than the {limit * unit} pixels that the model has places for"
                 )
+
+    @classmethod
+    def depth(cls, config: Mapping[str, Any]) -> Depth:
+        """Blocks with a second attention (SD3.5-medium), then plain ones."""
+        dual, total = tuple(config.get("dual_attention_layers") or ()), config["num_layers"]
+        if dual != tuple(range(len(dual))) or len(dual) >= total:
+            return Depth()
+
+        def blocks(network: Any, counts: tuple[int, ...]) -> dict[str, list[Any]]:
+            found = list(network.transformer_blocks)
+            return {"dual": found[: counts[0]], "plain": found[counts[0] :]}
+
+        return Depth(
+            (len(dual), total - len(dual)),
+            configure=lambda counts: {"num_layers": sum(counts), "dual_attention_layers": list(range(counts[0]))},
+            blocks=blocks,
+        )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

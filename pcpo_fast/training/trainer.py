@@ -198,7 +198,8 @@ class Trainer:
         """Recompute as few blocks as the device's memory allows."""
         memory = device_memory(self.device, local_world_size())
         chosen = least_recomputing(self.config, world_size(), memory)
-        checkpoint_blocks(self.policy.module, chosen.share)
+        network = self.policy.module
+        checkpoint_blocks(network, self.policy.recomputed_blocks(network), chosen.share)
         self.progress.message(f"model.checkpointed_share: {chosen}")
 
     def run(self) -> dict[str, Any]:

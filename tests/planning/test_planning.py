@@ -196,7 +196,7 @@ def test_measured_peaks_of_a_share_of_the_blocks(tmp_path: Path) -> None:
     trained_once(predict, policy.module)
     measured = {}
     for share in (0.0, 0.25, 0.75, 1.0):
-        checkpoint_blocks(policy.module, share)
+        checkpoint_blocks(policy.module, policy.recomputed_blocks(policy.module), share)
         measured[share] = allocations(lambda: trained_once(predict, policy.module)).peak
         assert costs.partial_peak(3, share) == pytest.approx(measured[share], rel=TEN_PERCENT), f"{share=}"
     assert sorted(measured.values(), reverse=True) == list(measured.values()), (

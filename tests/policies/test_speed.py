@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import ModelMixin
 from guided_policies import Family
 from rich.console import Console
 from tiny_pipeline import PROMPTS, tiny_config
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 from pcpo_fast.engine.engine import deepspeed_config
 from pcpo_fast.engine.offload import Offload
 from pcpo_fast.errors import UserError
+from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.models import build_on_meta, find_architecture
 from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.policies import Policy
-from pcpo_fast.policies.families import keep_reference, load_policy
+from pcpo_fast.policies.families import find_family, keep_reference, load_policy
 from pcpo_fast.policies.lora import merged_adapters
 from pcpo_fast.policies.speed import checkpoint_blocks, checkpointed_numbers, compile_blocks
 from pcpo_fast.rollout.rollout import first_rows
@@ -83,7 +87,7 @@ def test_a_share_of_the_blocks_is_recomputed_and_gradients_stay(pipeline_folder:
         block.register_forward_pre_hook(count)
     expected = gradients_of(policy, inputs)
     for share, again in ((0.5, [1, 2]), (1.0, [2, 2]), (0.0, [1, 1])):
-        assert checkpoint_blocks(policy.module, share) == again.count(2)
+        assert checkpoint_blocks(policy.module, policy.recomputed_blocks(policy.module), share) == again.count(2)
         calls.clear()
         found = gradients_of(policy, inputs)
         assert [calls[block] for block in blocks] == again, share
@@ -96,7 +100,10 @@ def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_p
     for memory, words in ((100e9, "0% of the blocks are recomputed"), (1e9, "100% .* `pcpo-fast plan` says what")):
         monkeypatch.setattr("pcpo_fast.training.trainer.device_memory", lambda *_, memory=memory: memory)
         shown, chosen = io.StringIO(), list[float]()
-        monkeypatch.setattr("pcpo_fast.training.trainer.checkpoint_blocks", lambda network, share: chosen.append(share))  # noqa: B023
+        monkeypatch.setattr(
+            "pcpo_fast.training.trainer.checkpoint_blocks",
+            lambda network, blocks, share, chosen=chosen: chosen.append(share),
+        )
         train(
             tiny_config(pipeline_folder, *settings, f"output_dir={tmp_path / str(memory)}"), console=Console(file=shown)
         )
@@ -125,7 +132,7 @@ def test_compiled_blocks_compute_the_same(pipeline_folder: Path, finetune: str) 
         graphs.append(graph)
         return graph.forward
 
-    assert compile_blocks(policy.module, backend=backend) == 2
+    assert compile_blocks(policy.module, policy.compiled_blocks(policy.module), backend=backend) == 2
     with torch.no_grad():
         assert close(policy.predict(*inputs), output)
     assert graphs, "nothing was compiled"
@@ -140,7 +147,7 @@ def test_compiled_blocks_compute_the_same(pipeline_folder: Path, finetune: str) 
 def test_a_run_may_have_many_batch_sizes(pipeline_folder: Path) -> None:
     """PyTorch's own limit is eight, after which a whole graph is an error."""
     policy = load_policy(tiny_config(pipeline_folder), CPU)
-    compile_blocks(policy.module, backend="eager")
+    compile_blocks(policy.module, policy.compiled_blocks(policy.module), backend="eager")
     with torch.no_grad():
         for rows in range(2, 12):
             latents = torch.randn(rows, *policy.latent_shape)
@@ -158,7 +165,7 @@ def test_compiled_blocks_of_the_other_families(guided: Family) -> None:
             graphs.append(graph)
             return graph.forward
 
-        assert compile_blocks(policy.module, backend=backend) > 0
+        assert compile_blocks(policy.module, policy.compiled_blocks(policy.module), backend=backend) > 0
         assert close(policy.predict(*inputs), expected) and graphs
 
 
@@ -177,6 +184,39 @@ def test_block_kernels_refuse_a_network_without_such_blocks(guided: Family) -> N
     else:
         with pytest.raises(UserError, match=r"model\.block_kernels: UNet2DConditionModel has no block"):
             guided.policy("model.block_kernels=true")
+
+
+@pytest.mark.parametrize("setting", ["compile", "gradient_checkpointing", "block_kernels"])
+def test_a_family_without_blocks_is_told_that_nothing_would_change(
+    guided: Family, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a new family whose network diffusers says nothing of, and whose blocks no kernel knows."""
+    config = guided.config(f"model.{setting}=true")
+    family = find_family(config.model)[1]
+    monkeypatch.setattr(family, "repeated_blocks", ())
+    monkeypatch.setattr(family, "also_recomputed", ())
+    monkeypatch.setattr(sys.modules["pcpo_kernels.accelerate"], "BLOCKS", {})
+    network = "SD3Transformer2DModel" if guided.is_sd3 else "UNet2DConditionModel"
+    with pytest.raises(UserError, match=rf"^model\.{setting}: {network} has no block that "):
+        load_policy(config, CPU)
+    architecture = find_architecture(config.model)
+    if setting != "block_kernels":
+        with pytest.raises(UserError, match=rf"^model\.{setting}: {network} has no block that "):
+            build_on_meta(architecture, config.model)
+    costs = ModelCosts(architecture, guided.config().model)
+    assert costs.training(1, True) == costs.training(1, False), "a plan counts on no recomputation"
+
+
+def test_a_network_that_diffusers_cannot_recompute_is_refused() -> None:
+    class Network(ModelMixin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Linear(2, 2)
+
+    network = Network()
+    assert checkpoint_blocks(network, [network.block], 0.0) == 0
+    with pytest.raises(UserError, match=r"^model\.gradient_checkpointing: Network: "):
+        checkpoint_blocks(network, [network.block], 0.5)
 
 
 @pytest.mark.parametrize("setting", ["model.compile=true", "rollout.merge_lora=true"])

@@ -1,0 +1,22 @@
+"""How deep a network is, for the planner, which measures shallow ones: blocks of one kind cost the same."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How often each kind of block stands in a network, in the order of the forward; no kinds where all blocks differ.
+
+    Attributes:
+        counts: number of blocks of each kind.
+        configure: the changes to the network's configuration that make other numbers of blocks.
+        blocks: the blocks of each kind of a network with given numbers.
+    """
+
+    counts: tuple[int, ...] = ()
+    configure: Callable[[tuple[int, ...]], dict[str, Any]] = lambda counts: {}
+    blocks: Callable[[Any, tuple[int, ...]], dict[str, list[nn.Module]]] = lambda network, counts: {}
