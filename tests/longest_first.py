@@ -27,6 +27,8 @@ LONGEST = (
     "runs/test_killing.py",
     "engine/test_resharding.py",
     "guidance/test_reward_guidance.py",
+    "policies/test_lora_files.py",
+    "policies/test_model_folders.py",
     "policies/test_flux_policy.py",
     "training/test_update.py",
     "engine/test_engine.py",
