@@ -20,7 +20,7 @@ def launched(folder: Path, pipeline: Path, name: str, zero: dict[str, Any], fine
         "output_dir": str(folder / name),
         "deepspeed": str(ds_config),
         "model__finetune": finetune,
-        "model__lora": {"rank": 2, "alpha": 4.0},
+        **({"model__lora": {"rank": 2, "alpha": 4.0}} if finetune == "lora" else {}),
         "rewards": [{"name": "tiny_pipeline:redness"}],
         "train__updates_per_epoch": 1,
         "train__micro_batch_size": 3,
