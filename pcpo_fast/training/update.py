@@ -40,7 +40,7 @@ class Update:
     Args:
         policy, engine: the model and what steps it.
         rollout: this rank's trajectories.
-        advantages: [n], one per image of the rollout, in its order.
+        advantages: [n], one per image of the rollout, in its order; or [n, N], one per image and step.
         table, credit: the sampler and the credit table on the policy's device.
         config: the whole configuration (sections ``train`` and ``credit`` are used).
     """
@@ -56,7 +56,8 @@ class Update:
         config: Config,
     ) -> None:
         self.policy, self.engine, self.rollout = policy, engine, rollout
-        self.advantages = advantages.to(policy.device, torch.float32)
+        by_step = advantages if advantages.ndim == 2 else advantages[:, None].expand(-1, table.steps)
+        self.advantages = by_step.to(policy.device, torch.float32)
         self.table, self.credit, self.config = table, credit, config
         self.stored = rollout.trajectories.outputs
         self.recomputed: Tensor | None = None
@@ -155,7 +156,7 @@ class Update:
             credit.linear[steps],
             credit.quadratic[steps],
             credit.scale[steps],
-            self.advantages[batch.rows],
+            self.advantages[batch.rows, steps],
             clip_range=settings.clip_range,
             objective=settings.objective,
             reduction=settings.reduction,
