@@ -15,8 +15,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.candidates import Candidate
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
 from pcpo_fast.files.atomic import write_atomically
-from pcpo_fast.files.content import RECORD_FOLDER, Contents, is_weights
-from pcpo_fast.files.fingerprints import changed, digest, weights_digest
+from pcpo_fast.files.content import RECORD_FOLDER, Contents, different, digest, is_weights, weights_digest
 from pcpo_fast.guidance.guided_runs import SHARED, guided_policies
 from pcpo_fast.method.samplers import build_transitions, deterministic_transitions
 from pcpo_fast.method.step_tables import StepTable
@@ -153,18 +152,18 @@ def _open_folder(folder: Path, made: dict[str, Any], remake: bool) -> None:
             before = {"content": made["content"]} | json.loads(file.read_text(encoding="utf-8"))  # old ones lack it
             # More or fewer prompts of the same list change no image.
             shared = min(len(before["prompts"]), len(made["prompts"]))
-            different = changed(
+            changed = different(
                 before | {"prompts": before["prompts"][:shared]}, made | {"prompts": made["prompts"][:shared]}
             )
             kept["prompts"] = max(before["prompts"], made["prompts"], key=len)
         except (OSError, ValueError, TypeError, KeyError):
-            different = [RECIPE_FILE]
-        if different and not remake:
+            changed = [RECIPE_FILE]
+        if changed and not remake:
             raise UserError(
-                f"{folder} holds images that were made otherwise ({', '.join(different)} changed); choose another "
+                f"{folder} holds images that were made otherwise ({', '.join(changed)} changed); choose another "
                 "--output, or make them again with --remake"
             )
-        if different:
+        if changed:
             kept = made
             for image in folder.glob("*.png"):
                 image.unlink()

@@ -10,7 +10,7 @@ from torch import Tensor
 from pcpo_fast.evaluation.features import Extractor
 from pcpo_fast.evaluation.image_sets import ImageSet
 from pcpo_fast.files.atomic import write_atomically
-from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.files.content import digest
 from pcpo_fast.reporting.step_progress import StepProgress
 
 

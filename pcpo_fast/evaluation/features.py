@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.evaluation.metric_weights import read_weights, weights_file
-from pcpo_fast.files.content import Contents, part_files
-from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.files.content import Contents, digest, part_files
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.rewards.model_files import pretrained_folder
 from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD

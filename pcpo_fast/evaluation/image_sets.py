@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcpo_fast.distributed.collectives import rank
 from pcpo_fast.errors import UserError
-from pcpo_fast.files.fingerprints import files_digest
+from pcpo_fast.files.content import files_digest
 from pcpo_fast.files.image_files import IMAGE_SUFFIXES, UNREAD_SUFFIXES, find_images, read_image
 from pcpo_fast.prompts import load_prompts
 

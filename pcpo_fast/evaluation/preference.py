@@ -9,7 +9,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.evaluation_page import embedded
 from pcpo_fast.evaluation.result import Evaluation
 from pcpo_fast.files.atomic import write_atomically
-from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.files.content import digest
 from pcpo_fast.files.image_files import read_image
 from pcpo_fast.reporting.grids import to_image
 from pcpo_fast.reporting.html_page import page, text

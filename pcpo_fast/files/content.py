@@ -1,11 +1,12 @@
-"""What a file or a model's folder holds, as a hash of every byte; each file is read once and remembered.
+"""What files, folders and settings hold, as short hashes: so that nothing is made twice and nothing stale is used.
 
-A file is recognised by its path, inode, size, mtime and ctime. A copy that keeps size and date still has an inode or a
-ctime of its own, so it is read, too. What changes bytes behind all of these (a store mounted without real inodes and
-times) is found by reading anew.
+:class:`Contents` reads every byte of a file once and remembers its hash. It recognises the file by path, inode, size,
+mtime and ctime. A copy that keeps size and date still has its own inode or ctime, so it is read, too. Bytes that change
+behind all of these (on a store mounted without real inodes and times) are found only by reading anew.
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from pcpo_fast.distributed.collectives import launcher_rank
 from pcpo_fast.errors import UserError, reason_of
@@ -23,13 +25,15 @@ INDEX = "model_index.json"
 RECORD_FOLDER = "content"
 """Name of the record's folder, next to the encoded prompts."""
 ANNOUNCED = 10**9
-"""Bytes from which on a line says that they are being read."""
+"""Reading at least this many bytes is announced."""
 SETTLED = 2.0
-"""Seconds that a file must have lain unchanged before its hash is remembered: the tick of the coarsest clock that file
-systems have. A second change within one tick would show nowhere."""
+"""Seconds for which a file must have been unchanged before its hash is remembered: the coarsest tick of a file system's
+clock, since a second change within one tick would leave no trace."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NEVER_READ = (".md", ".msgpack", ".h5", ".ot", ".onnx", ".onnx_data", ".xml", ".tflite", ".png", ".jpg", ".lock")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
+_BLOCK, _BLOCKS = 1 << 16, 64
+"""Of a large file, :func:`weights_digest` reads so many blocks of so many bytes."""
 
 
 class Contents:
@@ -140,9 +144,35 @@ def pipeline_files(folder: Path, parts: Iterable[str], variant: str | None = Non
     return {f"{part}/{name}": file for part in parts for name, file in part_files(folder / part, variant).items()}
 
 
-def different(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names whose content differs, or that only one of them has, sorted."""
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names whose content differs, or that only one of the two has, sorted."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def digest(value: Any) -> str:
+    """A hash of anything that is JSON: 16 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def weights_digest(folder: Path) -> str:
+    """A hash of the weights and settings below a folder, by file name and content, wherever the folder is.
+
+    Of a large file only its size and 64 blocks spread over it are read, which is enough to notice training;
+    :class:`Contents` reads everything.
+    """
+    found = {}
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)  # a download's own records
+        if not hidden and file.suffix in (".safetensors", ".json", ".bin", ".pth") and file.is_file():
+            found[name.as_posix()] = _sample(file)
+    return digest(found)
+
+
+def files_digest(files: Iterable[Path], root: Path) -> str:
+    """A hash of files by name, inode, size and times; nothing is read."""
+    return digest([[file.relative_to(root).as_posix(), *_identity(file.stat())] for file in files])
 
 
 def is_weights(file: Path) -> bool:
@@ -150,13 +180,26 @@ def is_weights(file: Path) -> bool:
     return file.suffix in _WEIGHTS or ".index." in file.name
 
 
-def _identity(status: os.stat_result) -> str:
-    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _key(file: Path | str, status: os.stat_result) -> str:
-    return _digest(f"{os.path.realpath(file)}\n{_identity(status)}")
+    return _digest(f"{os.path.realpath(file)}\n{' '.join(map(str, _identity(status)))}")
 
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(os.fsencode(text), digest_size=16).hexdigest()
+
+
+def _sample(file: Path) -> str:
+    size = file.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= _BLOCK * _BLOCKS:
+            found.update(stream.read())
+        else:
+            for block in range(_BLOCKS):
+                stream.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                found.update(stream.read(_BLOCK))
+    return found.hexdigest()[:16]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pcpo_fast.distributed.collectives import barrier, local_rank, local_world_size, once_per_machine, shared_errors
 from pcpo_fast.errors import UserError
-from pcpo_fast.files.content import Contents
-from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.files.content import Contents, digest
 
 
 class EmbeddingCache:

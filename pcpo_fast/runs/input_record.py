@@ -8,8 +8,7 @@ from typing import Any
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
-from pcpo_fast.files.content import different
-from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.files.content import different, digest
 
 INPUTS_FILE = "inputs.json"
 VERSION = 1

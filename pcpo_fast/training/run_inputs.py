@@ -14,8 +14,7 @@ from pcpo_fast.distributed.collectives import once_per_machine, own_gpu
 from pcpo_fast.engine.eight_bit_adamw import check_eight_bit
 from pcpo_fast.engine.engine import deepspeed_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.files.content import RECORD_FOLDER, Contents, part_files
-from pcpo_fast.files.fingerprints import digest
+from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, part_files
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.policies.families import model_files
 from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts

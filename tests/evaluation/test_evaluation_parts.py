@@ -18,7 +18,7 @@ from pcpo_fast.evaluation.features import IMAGENET, ClipImages, DinoV2, resized_
 from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.matching import match
 from pcpo_fast.evaluation.result_tables import number
-from pcpo_fast.files.fingerprints import digest, weights_digest
+from pcpo_fast.files.content import digest, weights_digest
 from pcpo_fast.reporting.statistics import mean
 from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 

@@ -15,9 +15,10 @@ from cli_runs import call, write_config
 import pcpo_fast.training.trainer
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
+from pcpo_fast.files.locks import LOCK_FILE, lock_folder
 from pcpo_fast.runs import run_lock
 from pcpo_fast.runs.run_directory import claim
-from pcpo_fast.runs.run_lock import LOCK_FILE, only_run
+from pcpo_fast.runs.run_lock import only_run
 
 
 @contextmanager
@@ -107,20 +108,21 @@ def in_another_process(folder: Path) -> Iterator[None]:
     yield
 
 
-def test_a_lock_file_that_is_taken_away_meanwhile_is_none(tmp_path: Path) -> None:
-    calls = []
+def test_a_lock_file_that_is_taken_away_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, lockf = [], fcntl.lockf
 
     def lock(descriptor: int, how: int) -> None:
         calls.append(descriptor)
-        fcntl.lockf(descriptor, how)
+        lockf(descriptor, how)
         if len(calls) == 1:  # the run before has just ended, and its folder was empty
             (tmp_path / "run" / LOCK_FILE).unlink()
             (tmp_path / "run").rmdir()
 
-    descriptor, holder, _ = run_lock._acquire(tmp_path / "run", lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert holder is None and len(calls) == 2
-    assert os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / "run" / LOCK_FILE))
-    os.close(descriptor)
+    monkeypatch.setattr(fcntl, "lockf", lock)
+    attempt = lock_folder(tmp_path / "run", inherited=False)
+    assert attempt is not None and attempt.holder is None and len(calls) == 2
+    assert os.path.samestat(os.fstat(attempt.descriptor), os.stat(tmp_path / "run" / LOCK_FILE))
+    os.close(attempt.descriptor)
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
