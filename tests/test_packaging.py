@@ -15,7 +15,9 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import pcpo_kernels
 import pytest
+import torch
 
 import pcpo_fast
 
@@ -158,6 +160,107 @@ def test_credit_command_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     table = json.loads(run(installed / "pcpo-fast", "credit", *arguments, cwd=tmp_path).stdout)
     assert table["zeta"] == pytest.approx(13.343190914766362, rel=1e-12)
     assert [len(table[key]) for key in ("times", "native", "proportionate")] == [17, 16, 16]
+
+
+# The kernels by themselves.
+
+
+def test_both_packages_have_the_same_version() -> None:
+    assert pcpo_kernels.__version__ == pcpo_fast.__version__
+
+
+def test_kernels_ask_for_what_the_root_asks_for() -> None:
+    """The same ranges of PyTorch and Triton, whichever of the two is installed."""
+    own, whole = (
+        tomllib.loads((ROOT / file).read_text(encoding="utf-8"))["project"]
+        for file in ("kernels/pyproject.toml", "pyproject.toml")
+    )
+    assert set(own["dependencies"]) <= {*whole["dependencies"], *whole["optional-dependencies"]["cuda"]}
+    assert own["requires-python"] == whole["requires-python"] and own["license"] == whole["license"]
+
+
+@pytest.mark.parametrize("files", [{"version.py": "__version__ = '0.0.7'"}, {}])
+def test_kernels_of_another_version_are_one_clear_error(tmp_path: Path, files: dict[str, str]) -> None:
+    (tmp_path / "pcpo_kernels").mkdir()
+    for name, text in ({"__init__.py": ""} | files).items():
+        (tmp_path / "pcpo_kernels" / name).write_text(text)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    code = "import pcpo_fast"
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    last = answer.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: pcpo_fast {pcpo_fast.__version__} needs pcpo_kernels {pcpo_fast.__version__}")
+    assert (tmp_path / "pcpo_kernels").as_posix() in last and ("0.0.7" if files else "unknown version") in last
+
+
+def with_dependencies(*names: str) -> set[str]:
+    """These distributions of the environment under test, and whatever they need of it."""
+    from packaging.requirements import Requirement
+
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            needs = map(Requirement, metadata.requires(name) or ())
+            left += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.mark.slow
+def test_kernels_work_with_pytorch_and_triton_alone(tmp_path: Path) -> None:
+    """In an environment that holds the wheel, what it asks for, and what that asks for: nothing else."""
+    source = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", source, ignore=BUILT)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", source, cwd=tmp_path)
+    (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    version = pcpo_kernels.__version__
+    assert (wheel.name, sdist.name) == (f"pcpo_kernels-{version}-py3-none-any.whl", f"pcpo_kernels-{version}.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert inside == python_files(ROOT / "kernels" / "pcpo_kernels") | {"pcpo_kernels/py.typed"}
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False, symlinks=True)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel, cwd=tmp_path)
+    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).stdout.strip())
+
+    def add(*names: str) -> None:
+        for name in names:
+            for file in metadata.files(name) or ():
+                top = Path(file).parts[0]
+                if top not in ("..", "__pycache__") and not (own / top).exists():
+                    (own / top).symlink_to(Path(str(metadata.distribution(name).locate_file(top))))
+
+    add(*with_dependencies("torch", "triton"))
+    run(*pip, "check", cwd=tmp_path)  # what the wheel declares is there
+
+    code = (
+        "import importlib.util as u, json, os, sys, torch\n"
+        "from pcpo_kernels import NoiseKey, sample_step\n"
+        "x, f = torch.linspace(-1, 1, 12).reshape(2, 6), torch.linspace(2, -2, 12).reshape(2, 6)\n"
+        "a, b, std = torch.tensor([1.0, 0.9]), torch.tensor([-0.1, -0.2]), torch.tensor([0.3, 0.5])\n"
+        "key = NoiseKey(torch.tensor([3, 5]), torch.tensor([0, 7]))\n"
+        "step = sample_step(x, f, a, b, std, key)\n"
+        "absent = [n for n in ('deepspeed', 'diffusers', 'pydantic', 'pcpo_fast', 'rich') if not u.find_spec(n)]\n"
+        "print(json.dumps([step[0].tolist(), 'triton' in sys.modules, absent]))"
+    )
+    reference, *_ = json.loads(run(python, "-c", code, cwd=tmp_path, PCPO_KERNELS="reference").stdout)
+    add("numpy")  # of Triton's interpreter; a GPU needs none
+    choice = {"PCPO_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    kernel, triton, absent = json.loads(run(python, "-c", code, cwd=tmp_path, **choice).stdout)
+    assert triton and absent == ["deepspeed", "diffusers", "pydantic", "pcpo_fast", "rich"]
+    assert torch.tensor(kernel).sub(torch.tensor(reference)).abs().max() < 2e-6
 
 
 # The folder kernels/ and the library of that name.

@@ -12,12 +12,14 @@ from pcpo_kernels.ops.policy_loss import policy_loss
 from pcpo_kernels.ops.rotary import norm_rope
 from pcpo_kernels.ops.sample_step import sample_step
 from pcpo_kernels.types import Endpoints, NoiseKey, PolicyLoss, SampledStep
+from pcpo_kernels.version import __version__
 
 __all__ = [
     "Endpoints",
     "NoiseKey",
     "PolicyLoss",
     "SampledStep",
+    "__version__",
     "accelerate",
     "gated_residual",
     "gated_residual_norm",
