@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +36,28 @@ class PolicyOutput(NamedTuple):
     unconditional: Tensor | None
 
 
+@dataclass
+class PolicyWork:
+    """What a policy has been asked for on this rank, in rows; each half of classifier-free guidance is one.
+
+    Attributes:
+        forwards: network passes without a gradient.
+        trained: network passes with one, each of which has a backward pass.
+        decodes: images decoded.
+    """
+
+    forwards: int = 0
+    trained: int = 0
+    decodes: int = 0
+
+    def count_network(self, rows: int) -> None:
+        """Count a pass of `rows` rows, by whether gradients are being recorded."""
+        if torch.is_grad_enabled():
+            self.trained += rows
+        else:
+            self.forwards += rows
+
+
 class Policy(ABC):
     """A generative model seen as a policy: conditioning and noisy latents in, model output out.
 
@@ -42,6 +65,7 @@ class Policy(ABC):
         module: the network that is trained.
         forward_module: what :meth:`predict` calls; the engine puts its wrapper of ``module`` here.
         reference_module: frozen copy of the start of the training, where one is needed.
+        work: how much it has been asked for.
         cfg_scale: scale of classifier-free guidance; 1 is none.
         repeated_blocks: classes of the network's blocks that repeat; None: those that diffusers names.
         also_recomputed: classes of further blocks whose activations diffusers can recompute in the backward.
@@ -56,6 +80,7 @@ class Policy(ABC):
         self.module = module
         self.forward_module: nn.Module = module
         self.reference_module: nn.Module | None = None
+        self.work = PolicyWork()
 
     @classmethod
     def compiled_blocks(cls, network: nn.Module) -> list[nn.Module]:

@@ -242,6 +242,7 @@ class PipelinePolicy(Policy):
         device, dtype, count = latents.device, self.dtype, latents.shape[0]
         latents, times = latents.to(dtype), times.to(device, torch.float32)
         given = {name: value.to(device, dtype) for name, value in conditioning.items()}
+        self.work.count_network(count if self.cfg_scale == 1 else 2 * count)
         if self.cfg_scale == 1:
             return PolicyOutput(self.run_network(latents, times, given), None)
         negative = self._negative_conditioning(device)
@@ -316,6 +317,7 @@ class PipelinePolicy(Policy):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images."""
         config = self.vae.config
+        self.work.decodes += len(latents)
         pixels = self.to_pixels(latents) / config["scaling_factor"] + (config["shift_factor"] or 0.0)
         pixels = pixels.to(next(self.vae.parameters()).dtype)
         # A few images at a time: the decoder's activations, not the network's, would limit the batch.

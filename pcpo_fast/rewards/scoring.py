@@ -48,6 +48,7 @@ class RewardSet:
 
     Attributes:
         sources: the files that each was made from, by :attr:`names`.
+        calls: images that were scored so far, counted once for each reward.
 
     Raises:
         UserError: a reward cannot be found or made (see :func:`pcpo_fast.rewards.registry.load_reward`).
@@ -56,6 +57,7 @@ class RewardSet:
     def __init__(self, specs: Sequence[RewardConfig], settings: ScoringConfig | None = None) -> None:
         settings = ScoringConfig() if settings is None else settings  # type: ignore[call-arg]
         self._specs = tuple(specs)
+        self.calls = 0
         self._rewards: list[Reward] = []
         self.sources: dict[str, Sources] = {}
         for spec in specs:
@@ -128,6 +130,7 @@ class RewardSet:
                 continue
             scores = total.new_zeros(0)
             if count:
+                self.calls += count
                 scores, failed = self._call(index, images.detach(), list(prompts), [dict(row) for row in rows])
                 scores = scores.to(images.device)
                 failures += failed

@@ -22,6 +22,7 @@ from pcpo_fast.distributed.collectives import (
     naming_lost_ranks,
     rank,
     shared_errors,
+    sum_over_ranks,
     world_size,
 )
 from pcpo_fast.distributed.preemption import Polled, Stopped, StopRequest
@@ -49,6 +50,9 @@ from pcpo_fast.training.heldout import HeldOut
 from pcpo_fast.training.run_inputs import RunInputs, read_contents
 from pcpo_fast.training.run_results import finish_run, write_captions, write_credit
 from pcpo_fast.training.update import Update
+
+WORK = ("compute/forwards", "compute/trained", "compute/decodes", "compute/reward_calls")
+"""An epoch's work in all ranks' rows: it depends on neither the machine nor how many are at work on it."""
 
 
 def train(
@@ -255,7 +259,7 @@ class Trainer:
     def _epoch(self, epoch: int) -> dict[str, float]:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        clock = [time.perf_counter()]
+        clock, before = [time.perf_counter()], self._work()
         self.progress.phase("rollout")
         tables = self.tables.at(epoch)
         plan = plan_epoch(self.config, len(self.prompts), tables.steps, epoch, rank(), world_size())
@@ -279,12 +283,19 @@ class Trainer:
         if self.config.window.size:
             metrics["sampler/window_start"] = float(tables.steps[0])
         clock.append(self._now())
+        work = sum_over_ranks((self._work() - before).to(self.device)).tolist()
+        metrics |= dict(zip(WORK, work, strict=True))
         for name, begin, end in zip(("rollout", "reward", "update"), clock, clock[1:], strict=False):
             metrics[f"time/{name}"] = end - begin
         metrics["throughput/images_per_second"] = self.config.images_per_epoch / (clock[-1] - clock[0])
         if self.device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics
+
+    def _work(self) -> Tensor:
+        """float64 [4]: what this rank has done so far, as :data:`WORK` names it."""
+        work = self.policy.work
+        return torch.tensor([work.forwards, work.trained, work.decodes, self.rewards.calls], dtype=torch.float64)
 
     def _encode(self, prompts: list[int]) -> dict[str, Tensor]:
         return self.policy.encode([self.prompts[index].text for index in prompts])

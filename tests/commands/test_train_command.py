@@ -83,6 +83,18 @@ def test_the_kl_to_the_start_is_a_metric(lora: Run, full: Run) -> None:
     assert not any("policy/kl" in line for line in records(full.folder))
 
 
+def test_the_work_of_an_epoch_is_counted(full: Run, lora: Run) -> None:
+    work = [
+        {name.partition("/")[2]: value for name, value in line.items() if name.startswith("compute/")}
+        for run in (full, lora)
+        for line in records(run.folder)
+        if line["kind"] == "epoch"
+    ]
+    # 8 images of 4 steps, 3 of them trained; 2 rewards in training. The second run asks the base model for its KL, too.
+    expected = {"forwards": 32, "trained": 24, "decodes": 8, "reward_calls": 16}
+    assert work == [expected] * 2 + [{**expected, "forwards": 32 + 24, "reward_calls": 8}] * 2
+
+
 def test_summary_and_credit(full: Run) -> None:
     summary = json.loads((full.folder / "summary.json").read_text())
     lines = [line["heldout/reward/mean"] for line in records(full.folder) if line["kind"] == "evaluation"]
