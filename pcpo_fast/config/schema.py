@@ -281,6 +281,34 @@ class AdvantageConfig(Section):
     unbiased: bool = Field(False, description="sample standard deviation (n - 1); not for running")
     buffer_size: Positive = Field(16, description="running: rewards remembered of each prompt")
     min_count: Positive = Field(16, description="running: rewards that a prompt needs before its own statistics count")
+    steps: Literal["final", "baseline", "gain"] = Field(
+        "final",
+        description="what a step is credited with: the image's advantage; that minus what the step's own prediction "
+        "let expect; or what the step changed (docs/stepwise.md)",
+    )
+    gain_lambda: float = Field(
+        0.0, ge=0, le=1, description="gain: share of the later steps' gains that a step is credited with, per step"
+    )
+    calibrated: bool | Literal["branches"] = Field(
+        True,
+        description="count a prediction's reward by its regression on the final reward in earlier epochs, as it is "
+        "(false), or gains by the regression of branches (advantage.audit_every)",
+    )
+    scored_steps: Positive = Field(
+        1, description="score the prediction of every so manieth step with noise; steps between share its gain"
+    )
+    scale: Literal["own", "others", "earlier"] = Field(
+        "own",
+        description="standard deviation that divides: of the images compared, of all but the image itself, or the mean "
+        "of earlier epochs",
+    )
+    min_spread: float = Field(
+        0.1, ge=0, le=1, description="baseline and gain: least standard deviation, as a share of its running mean"
+    )
+    audit_every: NotNegative = Field(
+        0, description="epochs between audits by branches, which measure what a step's gain is worth; 0: none"
+    )
+    audit_images: Positive = Field(8, description="images of each audit, over all ranks")
 
 
 class RewardConfig(Section):
@@ -529,6 +557,33 @@ class Config(Section):
                 "scoring.normalize: each makes advantages of every reward, which advantage.normalization=running "
                 "cannot; allowed with it: sum"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_steps(self) -> "Config":
+        """What per-step credit cannot be had with."""
+        settings, per_prompt = self.advantage, self.rollout.images_per_prompt
+        stepwise = settings.steps != "final"
+        if settings.normalization == "running" and (stepwise or settings.scale != "own"):
+            key = f"steps: {settings.steps}" if stepwise else f"scale: {settings.scale}"
+            raise ValueError(
+                f"advantage.{key} compares images of one epoch, which advantage.normalization=running does not; "
+                "allowed with it: group, flow_grpo, global"
+            )
+        compared = per_prompt if settings.normalization == "group" else self.images_per_epoch
+        if settings.scale == "others" and compared < 3:
+            raise ValueError(
+                "advantage.scale: others needs at least 3 images that are compared with each other "
+                f"(rollout.images_per_prompt), got {compared}"
+            )
+        if stepwise and settings.calibrated == "branches":
+            if settings.steps == "baseline" or settings.gain_lambda == 1:
+                raise ValueError(
+                    "advantage.calibrated: branches weigh gains, and with steps=baseline or gain_lambda=1 a step's "
+                    "credit has no gain in it; allowed: true, false"
+                )
+            if settings.audit_every == 0:
+                raise ValueError("advantage.calibrated: branches needs audits: set advantage.audit_every above 0")
         return self
 
     @model_validator(mode="after")

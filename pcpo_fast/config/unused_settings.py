@@ -92,6 +92,25 @@ RULES = (
         lambda c: c.advantage.normalization == "running",
     ),
     Rule(
+        (
+            "advantage.calibrated",
+            "advantage.scored_steps",
+            "advantage.min_spread",
+            "advantage.audit_every",
+            "advantage.audit_images",
+        ),
+        "advantage.steps baseline or gain",
+        lambda c: c.advantage.steps != "final",
+        switch="advantage.steps",
+    ),
+    Rule(("advantage.gain_lambda",), "advantage.steps=gain", lambda c: c.advantage.steps == "gain"),
+    Rule(
+        ("advantage.audit_images",),
+        "advantage.audit_every above 0",
+        lambda c: c.advantage.audit_every > 0,
+        switch="advantage.audit_every",
+    ),
+    Rule(
         ("train.max_log_ratio",),
         "train.inner_epochs above 1",
         lambda c: c.train.inner_epochs > 1,

@@ -66,12 +66,12 @@ def compute_advantages(
         raise ValueError("advantages compare images, and the batch has a single reward")
     everyone = torch.zeros(len(values), dtype=torch.long)
     members = everyone if normalization == "global" else _check_groups(groups, len(values), normalization)
-    deviation = _centered(values, members)
+    deviation = centered(values, members)
     if normalization == "flow_grpo":
-        spread = _spread(_centered(values, everyone), everyone, unbiased)
+        divisor = spread(centered(values, everyone), everyone, unbiased)
     else:
-        spread = _spread(deviation, members, unbiased)
-    return _clipped(deviation / (spread + epsilon), clip).to(torch.as_tensor(rewards).device)
+        divisor = spread(deviation, members, unbiased)
+    return _clipped(deviation / (divisor + epsilon), clip).to(torch.as_tensor(rewards).device)
 
 
 class RunningAdvantages:
@@ -149,8 +149,8 @@ class RunningAdvantages:
         self._buffers = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in saved.items()}
 
 
-def _centered(values: Tensor, members: Tensor) -> Tensor:
-    """``values`` minus the mean of their group, exactly 0 in a group of equal values."""
+def centered(values: Tensor, members: Tensor) -> Tensor:
+    """``values`` [B] minus the mean of their group, exactly 0 in a group of equal values."""
     count = torch.bincount(members)
     mean = (torch.bincount(members, weights=values) / count)[members]
     highest = torch.full_like(count, -math.inf, dtype=torch.float64).scatter_reduce(0, members, values, "amax")
@@ -158,11 +158,20 @@ def _centered(values: Tensor, members: Tensor) -> Tensor:
     return torch.where((highest == lowest)[members], 0.0, values - mean)
 
 
-def _spread(deviation: Tensor, members: Tensor, unbiased: bool) -> Tensor:
-    """Standard deviation of each value's group, [B]."""
+def spread(deviation: Tensor, members: Tensor, unbiased: bool) -> Tensor:
+    """Standard deviation of each value's group, [B], from values that are centred in it."""
     count = torch.bincount(members)
     variance = torch.bincount(members, weights=deviation**2) / (count - int(unbiased))
     return variance.sqrt()[members]
+
+
+def spread_of_others(deviation: Tensor, members: Tensor, unbiased: bool) -> Tensor:
+    """Standard deviation of each value's group without that value, [B]; groups of three or more, centred."""
+    others = (torch.bincount(members) - 1)[members]
+    squares = torch.bincount(members, weights=deviation**2)[members] - deviation**2
+    # The others' mean is minus the value's deviation over their number.
+    variance = (squares - deviation**2 / others).clamp(min=0) / (others - int(unbiased))
+    return variance.sqrt()
 
 
 def _moments(values: Tensor) -> tuple[float, float]:

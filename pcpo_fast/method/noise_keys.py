@@ -21,6 +21,8 @@ class Purpose(IntEnum):
     OPTIMIZER = 6
     MODEL = 7
     WINDOW = 8
+    AUDIT = 9
+    AUDIT_NOISE = 10
 
 
 def random_key(purpose: Purpose, *parts: int) -> int:

@@ -21,6 +21,7 @@ class StepTable:
     Attributes:
         times: [N + 1].
         a, b, std: [N], as sampled.
+        clean: [N, 2], coefficients ``(p, q)`` of the clean image ``p x + q f`` that a step predicts.
         noisy: N flags, whether the step has noise; known on the host so that a rollout never waits for the device.
     """
 
@@ -28,6 +29,7 @@ class StepTable:
     a: Tensor
     b: Tensor
     std: Tensor
+    clean: Tensor
     noisy: tuple[bool, ...]
 
     @classmethod
@@ -35,8 +37,10 @@ class StepTable:
         """Move a float64 table to a device, its last row as it is decoded (without noise for a clean final step)."""
         a, b, std = transitions.a.clone(), transitions.b.clone(), transitions.std.clone()
         a[-1], b[-1], std[-1] = transitions.final_row
-        times, a_row, b_row, std_row = (column.to(device, torch.float32) for column in (transitions.times, a, b, std))
-        return cls(times, a_row, b_row, std_row, tuple((std > 0).tolist()))
+        assert transitions.clean_predictions is not None
+        columns = (transitions.times, a, b, std, transitions.clean_predictions)
+        times, a_row, b_row, std_row, clean = (column.to(device, torch.float32) for column in columns)
+        return cls(times, a_row, b_row, std_row, clean, tuple((std > 0).tolist()))
 
     @property
     def steps(self) -> int:

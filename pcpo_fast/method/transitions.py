@@ -32,8 +32,8 @@ class Transitions:
         a, b, std: [N]; ``std`` is 0 for a deterministic step.
         final_step: which latents are decoded. ``"clean"``: the clean image that the last step predicts, so the noise of
             the last step is dropped. ``"noisy"``: ``x'`` of the last step.
-        clean_prediction: coefficients ``(p, q)`` of the clean image ``p x + q f`` that the last step predicts. None
-            stands for the velocity model's ``(1, -times[N - 1])``.
+        clean_predictions: [N, 2], coefficients ``(p, q)`` of the clean image ``p x + q f`` that each step predicts.
+            Where None is given they are the velocity model's ``(1, -times[i])``.
         reference_credit: [N], the native credit of the sampler whose variance was reshaped into this one; the
             ``uniform`` credit rule takes its mean as target. None where nothing was reshaped.
 
@@ -48,7 +48,7 @@ class Transitions:
     b: Tensor
     std: Tensor
     final_step: FinalStep = "noisy"
-    clean_prediction: tuple[float, float] | None = None
+    clean_predictions: Tensor | None = None
     reference_credit: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +59,9 @@ class Transitions:
             if len(column) != self.steps:
                 raise ValueError(f"{name} has {len(column)} rows, but {len(self.times)} times make {self.steps} steps")
             object.__setattr__(self, name, column)
+        if self.clean_predictions is None:
+            velocity = torch.stack([torch.ones_like(self.a), -self.times[:-1]], dim=1)
+            object.__setattr__(self, "clean_predictions", velocity)
         if bool((self.std < 0).any()):
             step = int((self.std < 0).nonzero()[0])
             raise ValueError(f"std must not be negative, got {float(self.std[step])} at step {step}")
@@ -80,7 +83,8 @@ class Transitions:
         """The row ``(a, b, std)`` that turns the latents before the last step into the latents to decode."""
         if self.final_step == "noisy":
             return float(self.a[-1]), float(self.b[-1]), float(self.std[-1])
-        scale, slope = self.clean_prediction or (1.0, -float(self.times[-2]))
+        assert self.clean_predictions is not None
+        scale, slope = self.clean_predictions[-1].tolist()
         return scale, slope, 0.0
 
 
@@ -255,20 +259,19 @@ def ddim(
             reference_credit = (gap / beta_next).sqrt()  # native credit at eta 1
     direction = (beta_next - std**2).clamp(min=0).sqrt()
     a, b = (alpha_next / alpha).sqrt(), -(gap + std**2) / (direction + c)  # direction - c without cancellation
-    last = float(alpha[-1])
-    clean = (1 / math.sqrt(last), -math.sqrt((1 - last) / last))
+    clean = torch.stack([1 / alpha.sqrt(), -((1 - alpha) / alpha).sqrt()], dim=1)
     if prediction == "v_prediction":
         nothing_left = alpha == 0  # zero terminal SNR: epsilon is the latents themselves, and the image is -v
         a = torch.where(nothing_left, direction, a + b * (1 - alpha).sqrt())
         b = torch.where(nothing_left, -alpha_next.sqrt(), b * alpha.sqrt())
-        clean = (math.sqrt(last), -math.sqrt(1 - last))
+        clean = torch.stack([alpha.sqrt(), -(1 - alpha).sqrt()], dim=1)
     return Transitions(
         torch.cat([steps.double() / len(alphas), torch.zeros(1, dtype=torch.float64)]),
         a,
         b,
         std,
         final_step="noisy",
-        clean_prediction=clean,
+        clean_predictions=clean,
         reference_credit=reference_credit,
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config.schema import AdvantageConfig, RewardConfig
-from pcpo_fast.method.advantages import compute_advantages
+from pcpo_fast.method.advantages import centered, compute_advantages, spread, spread_of_others
 
 
 def compose_advantages(
@@ -44,6 +44,96 @@ def compose_advantages(
     for spec, scores in zip(specs, components.T, strict=True):
         summed += spec.weight * advantages(clipped(scores, spec), groups, settings.normalization, None)
     return advantages(summed, None, "global", settings.clip)
+
+
+class RewardUnits:
+    """An epoch's rewards in units: centred, and divided by what divides the advantages of its final images.
+
+    Final rewards in units are the advantages of :func:`compose_advantages` before clipping, with ``scale`` "own" and
+    as long as no standard deviation falls below the least one.
+
+    Args:
+        total, components, specs, groups, settings, normalize: as there, of the final images.
+        running: mean standard deviation of each reward in earlier epochs; empty in the first.
+
+    Attributes:
+        final: float64 [B], the final rewards in units.
+        spreads: this epoch's mean standard deviation of each reward that is normalised.
+        equal: bool [B], images that have the same final rewards as all that they are compared with.
+    """
+
+    def __init__(
+        self,
+        total: Tensor,
+        components: Tensor,
+        specs: Sequence[RewardConfig],
+        groups: Tensor,
+        settings: AdvantageConfig,
+        normalize: str,
+        running: Sequence[float] = (),
+    ) -> None:
+        self.specs, self.groups, self.settings, self.normalize = specs, groups, settings, normalize
+        everyone = torch.zeros_like(groups)
+        members = everyone if settings.normalization == "global" else groups
+        compared = groups if settings.normalization == "group" else everyone
+        self.members = members
+        self.spreads, self.divisors = [], []
+        self.equal = torch.ones(len(total), dtype=torch.bool)
+        for index, values in enumerate(self._normalized(total, components)):
+            deviation = centered(values, compared)
+            own = spread(deviation, compared, settings.unbiased)
+            self.spreads.append(float(own.mean()))
+            divisor = spread_of_others(deviation, compared, settings.unbiased) if settings.scale == "others" else own
+            if running and settings.scale == "earlier":
+                divisor = torch.full_like(own, running[index])
+            if running and settings.steps != "final":
+                divisor = divisor.clamp(min=settings.min_spread * running[index])
+            self.divisors.append(divisor + settings.epsilon)
+            self.equal &= spread(centered(values, members), members, unbiased=False) == 0
+        final = self._weighed(total, components, torch.arange(len(total)))
+        self.divisor = 1.0 if normalize == "sum" else float(final.std(correction=int(settings.unbiased)))
+        self.final = self._brought_together(final)
+
+    def of(self, total: Tensor, components: Tensor, rows: Tensor) -> Tensor:
+        """Rewards of predictions of some of the images, centred among these, divided as the final ones are.
+
+        Args:
+            total: [n], the weighted sum.
+            components: [n, R], scores of the rewards trained on.
+            rows: int64 [n], which images; of each group all or none.
+        """
+        return self._brought_together(self._weighed(total, components, rows))
+
+    def changes(self, total: Tensor, components: Tensor) -> Tensor:
+        """Differences of rewards in units, by this epoch's mean standard deviations.
+
+        Args:
+            total: [n], of weighted sums.
+            components: [n, R], of the scores of the rewards trained on.
+        """
+        columns, weights = (
+            ([total], [1.0]) if self.normalize == "sum" else (components.T, [s.weight for s in self.specs])
+        )
+        parts = zip(columns, weights, self.spreads, strict=True)
+        summed = sum(weight * column / (spread + self.settings.epsilon) for column, weight, spread in parts)
+        return torch.as_tensor(summed) / (self.divisor + (0.0 if self.normalize == "sum" else self.settings.epsilon))
+
+    def _normalized(self, total: Tensor, components: Tensor) -> list[Tensor]:
+        if self.normalize == "sum":
+            return [total]
+        return [clipped(scores, spec) for spec, scores in zip(self.specs, components.T, strict=True)]
+
+    def _weighed(self, total: Tensor, components: Tensor, rows: Tensor) -> Tensor:
+        weights = [1.0] if self.normalize == "sum" else [spec.weight for spec in self.specs]
+        summed = torch.zeros(len(rows), dtype=torch.float64)
+        for values, weight, divisor in zip(self._normalized(total, components), weights, self.divisors, strict=True):
+            summed += weight * centered(values, self.members[rows]) / divisor[rows]
+        return summed
+
+    def _brought_together(self, summed: Tensor) -> Tensor:
+        if self.normalize == "sum":
+            return summed
+        return (summed - summed.mean()) / (self.divisor + self.settings.epsilon)
 
 
 def clipped(scores: Tensor, spec: RewardConfig) -> Tensor:

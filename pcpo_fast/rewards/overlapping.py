@@ -1,4 +1,4 @@
-"""Scoring in the background: a batch of images is judged while the next one is sampled.
+"""Scoring batch by batch: in the background, so that a batch is judged while the next one is sampled, or at once.
 
 The policy does not change between the batches of an epoch's rollout, and the update waits for every score, so this is
 the same computation as scoring afterwards, only earlier.
@@ -16,44 +16,55 @@ from torch import Tensor
 
 from pcpo_fast.rewards.scoring import RewardSet, Scores
 
-Job = tuple[Tensor, list[str], list[dict[str, Any]], "torch.cuda.Event | None"]
+Job = tuple[Tensor, list[str], list[dict[str, Any]], bool, "torch.cuda.Event | None"]
 
 
-class BackgroundScoring:
-    """Scores batches in a thread of its own, one after the other; on a GPU, on a stream of its own.
+class BatchScoring:
+    """Scores batches one after the other and keeps errors to itself until the results are asked for.
+
+    Args:
+        rewards: what scores.
+        overlap: in a thread of its own, and on a GPU on a stream of its own; else within :meth:`add`.
 
     Attributes:
         seconds: how long the rewards have been at work.
     """
 
-    def __init__(self, rewards: RewardSet) -> None:
+    def __init__(self, rewards: RewardSet, overlap: bool) -> None:
         self.seconds = 0.0
         self._rewards = rewards
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._scores: list[Scores] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="rewards")
-        self._thread.start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="rewards") if overlap else None
+        if self._thread is not None:
+            self._thread.start()
 
-    def add(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
-        """Score a batch; its arguments are those of :meth:`RewardSet.score`. Does not wait."""
+    def add(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], *, predictions: bool = False
+    ) -> None:
+        """Score a batch; its arguments are those of :meth:`RewardSet.score`. Does not wait for the thread."""
         event = None
+        if self._thread is None:
+            self._score((images, prompts, metadata, predictions, None), None)
+            return
         if images.is_cuda:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(images.device))
-        self._jobs.put((images, prompts, metadata, event))
+        self._jobs.put((images, prompts, metadata, predictions, event))
 
-    def results(self) -> Scores:
+    def results(self) -> list[Scores]:
         """Wait for all batches, and return their scores in the order in which they were added.
 
         Raises:
             UserError: what a reward raised; batches after that one are not scored.
         """
         self.close()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         if self._error is not None:
             raise self._error
-        return Scores.joined(self._scores)
+        return self._scores
 
     def close(self) -> None:
         """No batch comes any more."""
@@ -62,18 +73,25 @@ class BackgroundScoring:
     def _run(self) -> None:
         stream = None
         while (job := self._jobs.get()) is not None:
-            if self._error is not None:
-                continue
-            images, prompts, metadata, event = job
+            images, event = job[0], job[-1]
             if event is not None and stream is None:
                 stream = torch.cuda.Stream(images.device)
-            begin = time.perf_counter()
-            try:
-                with _beside(images, stream, event):
-                    self._scores.append(self._rewards.score(images, prompts, metadata, evaluation=False))
-            except BaseException as error:
-                self._error = error
-            self.seconds += time.perf_counter() - begin
+            self._score(job, stream)
+
+    def _score(self, job: Job, stream: "torch.cuda.Stream | None") -> None:
+        if self._error is not None:
+            return
+        images, prompts, metadata, predictions, event = job
+        begin = time.perf_counter()
+        try:
+            with _beside(images, stream, event):
+                scores = self._rewards.score(images, prompts, metadata, evaluation=False, predictions=predictions)
+            self._scores.append(scores)
+        except BaseException as error:
+            if self._thread is None and not isinstance(error, Exception):
+                raise  # somebody interrupts the run
+            self._error = error
+        self.seconds += time.perf_counter() - begin
 
 
 @contextmanager

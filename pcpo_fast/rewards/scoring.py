@@ -16,6 +16,9 @@ from pcpo_fast.rewards.registry import Reward, load_reward, prompt_check
 from pcpo_fast.rewards.sources import Sources, noted_sources
 from pcpo_fast.rewards.time_limit import TimeLimit
 
+PREDICTED_AT = "predicted_at"
+"""Key of the metadata by which a reward knows that an image is a step's prediction: its time, 1 noise to 0 image."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -93,6 +96,19 @@ class RewardSet:
                 except UserError as error:
                     raise UserError(f"{where}: prompt {number} of {len(prompts)} cannot be scored: {error}") from None
 
+    def check_predictions(self) -> None:
+        """Refuse per-step credit where a reward trained on declines to score what a step predicts.
+
+        Raises:
+            UserError: there is one.
+        """
+        for spec, reward in zip(self._specs, self._rewards, strict=True):
+            if spec.trained_on and not getattr(getattr(reward, "func", reward), "scores_predictions", True):
+                raise UserError(
+                    f"advantage.steps: reward {spec.column} does not score the blurred images that steps predict "
+                    "(scores_predictions is false); allowed with it: final"
+                )
+
     @torch.no_grad()
     def score(
         self,
@@ -101,6 +117,7 @@ class RewardSet:
         metadata: Sequence[dict[str, Any]] | None = None,
         *,
         evaluation: bool = True,
+        predictions: bool = False,
     ) -> Scores:
         """Score images.
 
@@ -109,6 +126,8 @@ class RewardSet:
             prompts: B texts.
             metadata: B dictionaries, or None for empty ones.
             evaluation: also compute the rewards that are ``evaluation_only``; they never count in the total.
+            predictions: the images are what steps predict, and only the rewards trained on are computed. The metadata
+                says so (:data:`PREDICTED_AT`).
 
         Raises:
             RewardFailure: a reward raises, takes too long, or returns anything but B finite numbers; with
@@ -126,7 +145,7 @@ class RewardSet:
         components: dict[str, Tensor] = {}
         failures: list[RewardFailure] = []
         for index, spec in enumerate(self._specs):
-            if spec.evaluation_only and not evaluation:
+            if (spec.evaluation_only and not evaluation) or (predictions and not spec.trained_on):
                 continue
             scores = total.new_zeros(0)
             if count:

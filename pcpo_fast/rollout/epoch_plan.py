@@ -53,13 +53,25 @@ def plan_epoch(
     generator = torch.Generator().manual_seed(random_key(Purpose.EPOCH_PLAN, config.seed, epoch))
     dealt = torch.randperm(config.images_per_epoch, generator=generator)
     images = dealt.reshape(config.train.updates_per_epoch, world_size, -1)[:, rank]
+    steps = chosen_steps(config, trainable_steps, epoch, images.flatten())
+    return EpochPlan(epoch, prompts, images, steps.reshape(*images.shape, -1))
+
+
+def chosen_steps(config: Config, trainable_steps: list[int], epoch: int, images: Tensor) -> Tensor:
+    """The steps trained of each image of an epoch, int64 [n, k], ascending.
+
+    Args:
+        config, trainable_steps, epoch: as of :func:`plan_epoch`.
+        images: int64 [n], their numbers; of any rank.
+    """
+    generator = torch.Generator()
     count = steps_per_image(config, len(trainable_steps))
     choices = torch.tensor(sorted(trainable_steps))
     chosen = []
-    for image in images.flatten().tolist():
+    for image in images.tolist():
         generator.manual_seed(random_key(Purpose.TRAINED_STEPS, config.seed, epoch, image))
         chosen.append(choices[torch.randperm(len(choices), generator=generator)[:count].sort().values])
-    return EpochPlan(epoch, prompts, images, torch.stack(chosen).reshape(*images.shape, count))
+    return torch.stack(chosen)
 
 
 def steps_per_image(config: Config, trainable: int) -> int:

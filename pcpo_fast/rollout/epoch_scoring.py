@@ -1,7 +1,7 @@
 """From an epoch's images to its advantages: rewards of all ranks, failures, composition, metrics."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,11 +10,17 @@ from pcpo_fast.config.schema import Config, RewardConfig
 from pcpo_fast.distributed.collectives import gather_objects, gather_rows, shared_errors
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages
+from pcpo_fast.method.step_advantages import Segments, StepAdvantages
+from pcpo_fast.method.step_tables import EpochTables
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet, Scores
-from pcpo_fast.rewards.composition import clipped, compose_advantages, composition_metrics
-from pcpo_fast.rewards.overlapping import BackgroundScoring
-from pcpo_fast.rollout.epoch_plan import EpochPlan
+from pcpo_fast.rewards.composition import RewardUnits, clipped, compose_advantages, composition_metrics
+from pcpo_fast.rewards.failures import RewardFailure
+from pcpo_fast.rewards.overlapping import BatchScoring
+from pcpo_fast.rewards.scoring import PREDICTED_AT
+from pcpo_fast.rollout.branches import Branches
+from pcpo_fast.rollout.epoch_plan import EpochPlan, chosen_steps
+from pcpo_fast.rollout.rollout import PredictedImages
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class ScoredEpoch:
     """What the rewards say of an epoch.
 
     Attributes:
-        advantages: float64 [n], of this rank's images in the order of the rollout; 0 in groups that were left out.
+        advantages: float64 [n], of this rank's images in the order of the rollout, or [n, N] of their steps; 0 in
+            groups that were left out.
         metrics: the same on every rank.
         equal: rewards trained on whose scores, in float32, are the same wherever they are compared.
         warning: one sentence about groups that were left out, the same on every rank; empty where there are none.
@@ -41,8 +48,13 @@ class RolloutScoring:
         config: the run.
         rewards, prompts: those of the run.
         running: the buffers of running advantages.
+        stepwise: what earlier epochs say of the steps.
+        tables: the epoch's sampler and trained steps.
         plan: this rank's images.
         device: where tensors are gathered.
+
+    Attributes:
+        predicted: the predictions that the rollout is to hand over; None where every step has the image's advantage.
     """
 
     def __init__(
@@ -51,20 +63,56 @@ class RolloutScoring:
         rewards: RewardSet,
         prompts: Sequence[Prompt],
         running: RunningAdvantages,
+        stepwise: StepAdvantages,
+        tables: EpochTables,
         plan: EpochPlan,
         device: torch.device,
     ) -> None:
         self.config, self.rewards, self.running, self.plan, self.device = config, rewards, running, plan, device
+        self.stepwise = stepwise
         self.per_group = config.rollout.images_per_prompt
         self.numbers = plan.images.flatten()
         self.group_prompts = [prompts[index] for index in plan.prompts.tolist()]
-        self.background = BackgroundScoring(rewards) if config.scoring.overlap else None
+        self.overlap = config.scoring.overlap
+        self.jobs = BatchScoring(rewards, self.overlap)
+        self.batches: list[tuple[int | None, list[int]]] = []  # of each job: which prediction, and of which images
+        self.branches: tuple[Branches, Scores] | None = None
+        self.predicted: PredictedImages | None = None
+        self.prediction_seconds = 0.0
+        if config.advantage.steps != "final":
+            everyone = torch.arange(config.images_per_epoch)
+            steps = chosen_steps(config, tables.steps, plan.epoch, everyone)
+            self.trained = torch.zeros(len(everyone), tables.sampler.steps, dtype=torch.bool).scatter(1, steps, True)
+            self.segments = Segments.of(tables.sampler.noisy, config.advantage.scored_steps)
+            by_group = self.trained.reshape(-1, self.per_group, self.trained.shape[1]).any(dim=1)
+            needed = self.segments.needed(by_group, stepwise.gain_lambda)
+            self.times = [float(tables.sampler.times[step]) for step in self.segments.scored]
+            self.predicted = PredictedImages(self.segments.scored, needed, self._add_predictions)
 
     def add(self, rows: Sequence[int], images: Tensor) -> None:
         """Take a finished batch of the rollout: with ``scoring.overlap`` its scoring begins."""
-        if self.background is not None:
+        if self.overlap:
             chosen = self._prompts_of(rows)
-            self.background.add(images, [p.text for p in chosen], [p.metadata for p in chosen])
+            self.batches.append((None, list(rows)))
+            self.jobs.add(images, [p.text for p in chosen], [p.metadata for p in chosen])
+
+    def _add_predictions(self, position: int, rows: list[int], images: Tensor) -> None:
+        chosen = self._prompts_of(rows)
+        self.batches.append((position, rows))
+        metadata = [{**p.metadata, PREDICTED_AT: self.times[position]} for p in chosen]
+        before = self.jobs.seconds
+        self.jobs.add(images, [p.text for p in chosen], metadata, predictions=True)
+        if not self.overlap:
+            self.prediction_seconds += self.jobs.seconds - before
+
+    def add_branches(self, branches: Branches) -> None:
+        """Score an audit's branches, whose rewards :meth:`finish` compares."""
+        with shared_errors():
+            chosen = self._prompts_of(branches.rows * 2)
+            texts, metadata = [p.text for p in chosen] * 2, [p.metadata for p in chosen]
+            metadata += [{**given, PREDICTED_AT: branches.time} for given in metadata]
+            images = torch.cat([branches.images, branches.predictions])
+            self.branches = branches, self.rewards.score(images, texts, metadata, evaluation=False, predictions=True)
 
     def finish(self, images: Tensor) -> ScoredEpoch:
         """Wait for the scores of all images [n, 3, H, W] of the rollout. All ranks must call it.
@@ -72,45 +120,66 @@ class RolloutScoring:
         Raises:
             UserError: a reward failed, on any rank; or no group is left.
         """
+        specs = [spec for spec in self.config.rewards if spec.trained_on]
         with shared_errors():
-            scores = self._scores(images)
+            scores, predictions = self._scores(images, specs)
         table = torch.stack([column.double().cpu() for column in (scores.total, *scores.components.values())], dim=1)
-        table = torch.cat([self.numbers.double()[:, None], table], dim=1)
+        count = 1 + table.shape[1]
+        table = torch.cat([self.numbers.double()[:, None], table, predictions.flatten(1)], dim=1)
         everyone = gather_rows(table.to(self.device)).cpu()
         everyone = everyone[everyone[:, 0].argsort()]  # by image number: the same order for every world size
-        total, components = everyone[:, 1], dict(zip(scores.components, everyone[:, 2:].T, strict=True))
-        specs = [spec for spec in self.config.rewards if spec.trained_on]
+        total, components = everyone[:, 1], dict(zip(scores.components, everyone[:, 2:count].T, strict=True))
+        predictions = everyone[:, count:].reshape(len(everyone), *predictions.shape[1:])
         trained = torch.stack([components[spec.column] for spec in specs], dim=1)
-        kept = self._kept_groups(trained)
+        kept = self._kept_groups(trained, predictions)
         warning = self._warning(scores, kept)
         counts = {"dropped_groups": (~kept).sum(), "failed_images": (~trained.isfinite()).any(dim=1).sum()}
-        advantages = torch.zeros_like(total)
         rows = kept.repeat_interleave(self.per_group).nonzero().flatten()
         if warning:
-            total, trained = total[rows], trained[rows]
+            total, trained, predictions = total[rows], trained[rows], predictions[rows]
             components = {name: column[rows] for name, column in components.items()}
-        advantages[rows] = self._advantages(total, trained, specs, rows)
-        metrics = self._metrics(total, components) | composition_metrics(trained, specs, self.per_group)
+        computed, steps = self._advantages(total, trained, predictions, specs, rows)
+        advantages = torch.zeros(len(everyone), *computed.shape[1:], dtype=torch.float64)
+        advantages[rows] = computed
+        metrics = self._metrics(total, components) | composition_metrics(trained, specs, self.per_group) | steps
         if self.config.scoring.on_failure == "drop_group":
             metrics |= {f"scoring/{name}": float(count) for name, count in counts.items()}
-        if self.background is not None:
-            metrics["time/reward_overlapped"] = self.background.seconds
+        if self.overlap:
+            metrics["time/reward_overlapped"] = self.jobs.seconds
+        elif self.predicted is not None:
+            metrics["time/predictions"] = self.prediction_seconds
         return ScoredEpoch(advantages[self.numbers], metrics, warning, tuple(self._equal(trained, specs)))
 
-    def _scores(self, images: Tensor) -> Scores:
-        if self.background is not None:
-            return self.background.results()
-        chosen = self._prompts_of(range(len(images)))
-        texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
-        return self.rewards.score(images, texts, metadata, evaluation=False)
+    def _scores(self, images: Tensor, specs: Sequence[RewardConfig]) -> tuple[Scores, Tensor]:
+        """Scores of the images, and float64 [n, S, 1 + R] total and scores of predictions, NaN where not scored."""
+        done = self.jobs.results()
+        final = [scores for (position, _), scores in zip(self.batches, done, strict=True) if position is None]
+        if not self.overlap:
+            chosen = self._prompts_of(range(len(images)))
+            texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
+            final = [self.rewards.score(images, texts, metadata, evaluation=False)]
+        scored = 0 if self.predicted is None else len(self.predicted.steps)
+        predictions = torch.full((len(images), scored, 1 + len(specs)), torch.nan, dtype=torch.float64)
+        failures: list[RewardFailure] = []
+        for (position, rows), scores in zip(self.batches, done, strict=True):
+            if position is not None:
+                columns = (scores.total, *(scores.components[spec.column] for spec in specs))
+                predictions[rows, position] = torch.stack([column.double().cpu() for column in columns], dim=1)
+                failures += scores.failures
+        joined = Scores.joined(final)
+        return replace(joined, failures=(*joined.failures, *failures)), predictions
 
     def _prompts_of(self, rows: Sequence[int]) -> list[Prompt]:
         groups = (self.numbers // self.per_group).tolist()
         return [self.group_prompts[groups[row]] for row in rows]
 
-    def _kept_groups(self, trained: Tensor) -> Tensor:
+    def _kept_groups(self, trained: Tensor, predictions: Tensor) -> Tensor:
         """bool [P]: all images of the group have all the scores that the advantage is made of."""
-        return trained.isfinite().all(dim=1).reshape(-1, self.per_group).all(dim=1)
+        kept = trained.isfinite().all(dim=1).reshape(-1, self.per_group).all(dim=1)
+        if self.predicted is not None:
+            known = predictions.isfinite().all(dim=2).reshape(-1, self.per_group, predictions.shape[1]).all(dim=1)
+            kept &= (known | ~self.predicted.needed).all(dim=1)
+        return kept
 
     def _warning(self, scores: Scores, kept: Tensor) -> str:
         if bool(kept.all()):
@@ -122,13 +191,53 @@ class RolloutScoring:
             raise UserError(f"no image of epoch {self.plan.epoch} has a reward: {cause}{more}")
         return f"epoch {self.plan.epoch}: {dropped} of {len(kept)} groups left out: {cause}{more}"
 
-    def _advantages(self, total: Tensor, trained: Tensor, specs: Sequence[RewardConfig], rows: Tensor) -> Tensor:
-        settings = self.config.advantage
+    def _advantages(
+        self, total: Tensor, trained: Tensor, predictions: Tensor, specs: Sequence[RewardConfig], rows: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Of the kept images [B], or of their steps [B, N], and metrics of the steps."""
+        settings, normalize = self.config.advantage, self.config.scoring.normalize
         groups = torch.arange(len(self.group_prompts)).repeat_interleave(self.per_group)[rows]
         if settings.normalization == "running":
             texts = [self.group_prompts[group].text for group in groups.tolist()]
-            return self.running.compute(total, texts, settings.clip)
-        return compose_advantages(total, trained, specs, groups, settings, self.config.scoring.normalize)
+            return self.running.compute(total, texts, settings.clip), {}
+        if settings.steps == "final" and settings.scale == "own":
+            return compose_advantages(total, trained, specs, groups, settings, normalize), {}
+        units = RewardUnits(total, trained, specs, groups, settings, normalize, self.stepwise.spreads)
+        metrics = self._audited(units, specs)
+        self.stepwise.learn_spreads(units.spreads)
+        if self.predicted is None:
+            return units.final.clamp(-settings.clip, settings.clip), {}
+        predicted = torch.full(predictions.shape[:2], torch.nan, dtype=torch.float64)
+        for position, step in enumerate(self.predicted.steps):
+            known = predictions[:, position, 0].isfinite().nonzero().flatten()
+            if len(known):
+                scores = predictions[known, position]
+                predicted[known, position] = units.of(scores[:, 0], scores[:, 1:], known)
+                metrics[f"stepwise/predicted_reward_step_{step}"] = float(scores[:, 0].mean())
+        advantages, steps = self.stepwise.compute(units.final, predicted, self.segments, units.equal)
+        unknown = advantages.isnan()
+        assert not bool((unknown & self.trained[rows]).any()), "a trained step's advantage needs an unscored prediction"
+        return advantages.masked_fill(unknown, 0.0), metrics | steps
+
+    def _audited(self, units: RewardUnits, specs: Sequence[RewardConfig]) -> dict[str, float]:
+        """Let an audit say what a step's gain is worth."""
+        if self.branches is None:
+            return {}
+        branches, scores = self.branches
+        columns = [scores.total, *(scores.components[spec.column] for spec in specs)]
+        table = torch.stack([column.double().cpu() for column in columns], dim=1)
+        # Final images of +z and of -z, then their predictions: half of each pair's difference.
+        final, predicted = (plus_minus.unflatten(0, (2, -1)) for plus_minus in table.tensor_split(2))
+        halves = torch.stack([(pair[0] - pair[1]) / 2 for pair in (final, predicted)], dim=1)
+        halves = gather_rows(halves.to(self.device)).cpu()
+        changes = units.changes(halves[:, :, 0].flatten(), halves[:, :, 1:].flatten(0, 1)).reshape(-1, 2)
+        self.stepwise.branches.add([branches.step], changes[:, :1], changes[:, 1:])
+        effect = changes[:, 0][changes[:, 0].isfinite()].square().mean().sqrt()
+        slope = self.stepwise.branches.slopes[branches.step]
+        return {
+            f"stepwise/branch_effect_step_{branches.step}": float(effect),
+            f"stepwise/branch_slope_step_{branches.step}": float(slope),
+        }
 
     def _equal(self, trained: Tensor, specs: Sequence[RewardConfig]) -> Iterator[str]:
         """Rewards without spread: within groups where these are compared, else within the epoch."""

@@ -59,6 +59,28 @@ class Rollout:
         return select_rows(self.conditioning, self.groups[rows])
 
 
+@dataclass(frozen=True)
+class PredictedImages:
+    """The clean images that some steps of a rollout predict, for somebody who looks at them.
+
+    Attributes:
+        steps: S steps, ascending.
+        needed: bool [P, S] on the CPU, whether a group's predictions of a step are looked at.
+        finished: gets the position of the step among ``steps``, the positions of the images in the rollout, and the
+            predictions, float32 [B, 3, H, W] in 0..1, as soon as a batch of them is decoded.
+    """
+
+    steps: tuple[int, ...]
+    needed: Tensor
+    finished: Callable[[int, list[int], Tensor], None]
+
+
+def clean_latents(latents: Tensor, output: Tensor, table: StepTable, step: int) -> Tensor:
+    """The clean latents [B, ...], float32, that a step predicts from its latents and the model's output there."""
+    scale, slope = table.clean[step]
+    return scale * latents + slope * output.float()
+
+
 def initial_latents(policy: Policy, keys: Tensor) -> Tensor:
     """Standard normal latents [B, *latent_shape], float32, one int64 key per image."""
     count = torch.Size(policy.latent_shape).numel()
@@ -74,6 +96,7 @@ def sampler_steps(
     seeds: Tensor,
     table: StepTable,
     alike: tuple[Tensor, Tensor] | None = None,
+    first_step: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run the sampler from given initial latents; yields each step's model output and the latents after it.
 
@@ -85,10 +108,11 @@ def sampler_steps(
         table: the sampler.
         alike: from :func:`first_rows`, of rows with equal initial latents and conditioning: their predictions are made
             once, up to the first step with noise. None: every row is predicted.
+        first_step: where to begin; ``initial`` are the latents before that step.
     """
     x = initial
     count = x[0].numel()
-    for step, noisy in enumerate(table.noisy):
+    for step, noisy in enumerate(table.noisy[first_step:], first_step):
         time, a, b, std = (column[step].expand(x.shape[0]) for column in (table.times, table.a, table.b, table.std))
         with profiler_ranges.named("sampler step"):
             if alike is None:
@@ -123,6 +147,7 @@ def collect_rollout(
     table: StepTable,
     seed: int,
     finished: Callable[[list[int], Tensor], None] | None = None,
+    predicted: PredictedImages | None = None,
 ) -> Rollout:
     """Sample this rank's images of an epoch.
 
@@ -134,6 +159,7 @@ def collect_rollout(
         table: the sampler.
         seed: the run's seed; with epoch, group and image it fixes every noise.
         finished: gets the position and the images of each batch as soon as they are decoded.
+        predicted: the predictions of the steps that are looked at, if any are.
     """
     device, size = policy.device, settings.batch_size
     numbers = plan.images.flatten()
@@ -147,6 +173,7 @@ def collect_rollout(
     conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
     # All that is copied to the device is copied before the first batch: a copy waits for what the device is at.
     sharing = [first_rows(part, device) if settings.share_first_steps else None for part in groups.split(size)]
+    wanted = [] if predicted is None else [_wanted(predicted.needed[part], device) for part in groups.split(size)]
     groups = groups.to(device)
     parts, images = [], []
     for number, alike in enumerate(profiler_ranges.each("batch", sharing)):
@@ -159,5 +186,21 @@ def collect_rollout(
             images.append(policy.decode(part.latents[:, -1]))
         if finished is not None:
             finished(list(range(*rows.indices(len(names)))), images[-1])
+        if predicted is not None:
+            for position, (chosen, index) in enumerate(wanted[number]):
+                step = predicted.steps[position]
+                if chosen:
+                    latents, outputs = part.latents[:, step], part.outputs[:, step]
+                    if index is not None:
+                        latents, outputs = latents[index], outputs[index]
+                    with profiler_ranges.named("decode"):
+                        clean = policy.decode(clean_latents(latents, outputs, table, step))
+                    predicted.finished(position, [number * size + row for row in chosen], clean)
     trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))
     return Rollout(plan, conditioning, groups, seeds, trajectories, torch.cat(images))
+
+
+def _wanted(needed: Tensor, device: torch.device) -> list[tuple[list[int], Tensor | None]]:
+    """For each column of bool [B, S] its rows, on the host and, where they are not all, on the device."""
+    found = [column.nonzero().flatten() for column in needed.T]
+    return [(rows.tolist(), None if len(rows) == len(needed) else rows.to(device)) for rows in found]

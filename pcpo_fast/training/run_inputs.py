@@ -65,6 +65,8 @@ class RunInputs:
         epochs = (epoch_prompts(len(prompts), per_epoch, epoch, seed) for epoch in range(config.train.epochs))
         trained = sorted({index for epoch in epochs for index in epoch})
         rewards = RewardSet(config.rewards, config.scoring)
+        if config.advantage.steps != "final":
+            rewards.check_predictions()
         rewards.check_prompts(prompts, f"prompts.train={config.prompts.train}", evaluation=False)
         rewards.check_prompts(heldout, f"prompts.heldout={path}")
         return cls(prompts, heldout, rewards, trained)

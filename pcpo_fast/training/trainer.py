@@ -29,6 +29,7 @@ from pcpo_fast.distributed.preemption import Polled, Stopped, StopRequest
 from pcpo_fast.engine.engine import MARGIN, Engine, check_deepspeed, start_distributed, stop_distributed
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages
+from pcpo_fast.method.step_advantages import StepAdvantages
 from pcpo_fast.method.step_tables import EpochTables, RunTables
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.states import Zero
@@ -38,6 +39,7 @@ from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
+from pcpo_fast.rollout.branches import audited_step, branch
 from pcpo_fast.rollout.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
@@ -185,6 +187,7 @@ class Trainer:
         self.policy.forward_module = Polled(self.engine.module, self.stop.poll)
         advantage = config.advantage
         self.running = RunningAdvantages(advantage.buffer_size, advantage.min_count, advantage.epsilon)
+        self.stepwise = StepAdvantages(advantage, self.tables.transitions.steps)
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
@@ -194,6 +197,8 @@ class Trainer:
         if start.checkpoint is not None:
             state = load_checkpoint(start.checkpoint, self.engine)
             self.running.load_state_dict(state["running_advantages"])
+            if "step_advantages" in state:
+                self.stepwise.load_state_dict(state["step_advantages"])
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.collapse.before = state.get("diversity_before")
         self.loop_state = self._loop_state()
@@ -252,6 +257,7 @@ class Trainer:
         """What else the next epoch depends on; an epoch that is left in its middle leaves no trace in it."""
         return {
             "running_advantages": copy.deepcopy(self.running.state_dict()),
+            "step_advantages": self.stepwise.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "diversity_before": self.collapse.before,
         }
@@ -264,10 +270,15 @@ class Trainer:
         tables = self.tables.at(epoch)
         plan = plan_epoch(self.config, len(self.prompts), tables.steps, epoch, rank(), world_size())
         settings, seed = self.config.rollout, self.config.seed
-        scoring = RolloutScoring(self.config, self.rewards, self.prompts, self.running, plan, self.device)
+        scoring = RolloutScoring(
+            self.config, self.rewards, self.prompts, self.running, self.stepwise, tables, plan, self.device
+        )
         with self.engine.offloaded(settings.offload_optimizer):
             with self.policy.sampling(settings), profiler_ranges.named("rollout"):
-                rollout = collect_rollout(self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add)
+                rollout = collect_rollout(
+                    self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add, scoring.predicted
+                )
+                self._audit(scoring, rollout, tables, epoch)
             clock.append(self._now())
             self.progress.phase("reward")
             with self.stop.interruptible(), profiler_ranges.named("reward"):
@@ -296,6 +307,18 @@ class Trainer:
         """float64 [4]: what this rank has done so far, as :data:`WORK` names it."""
         work = self.policy.work
         return torch.tensor([work.forwards, work.trained, work.decodes, self.rewards.calls], dtype=torch.float64)
+
+    def _audit(self, scoring: RolloutScoring, rollout: Rollout, tables: EpochTables, epoch: int) -> None:
+        """Every so many epochs, ask branches of a few images what one step's gain is worth."""
+        settings = self.config.advantage
+        if scoring.predicted is None or settings.audit_every == 0 or epoch % settings.audit_every:
+            return
+        scored = scoring.predicted.steps
+        step = audited_step(scored, tables.steps, epoch, self.config.seed)
+        if step is not None:
+            count = min(-(-settings.audit_images // world_size()), len(rollout.seeds))
+            found = branch(self.policy, rollout, tables.sampler, scored, step, count, self.config.seed)
+            scoring.add_branches(found)
 
     def _encode(self, prompts: list[int]) -> dict[str, Tensor]:
         return self.policy.encode([self.prompts[index].text for index in prompts])

@@ -37,6 +37,8 @@ IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
     ("credit.kl=published", ("credit.kl_coefficient=0.1",), "credit.kl_coefficient above 0"),
     ("credit.normalize_scale=true", ("credit.rule=fair_clip",), "credit.rule grpo_guard or fair_clip"),
     ("advantage.buffer_size=20", ("advantage.normalization=running",), "advantage.normalization=running"),
+    ("advantage.scored_steps=2", ("advantage.steps=baseline",), "advantage.steps baseline or gain"),
+    ("advantage.gain_lambda=0.5", ("advantage.steps=gain",), "advantage.steps=gain"),
     ("train.max_log_ratio=0.1", ("train.inner_epochs=2",), "train.inner_epochs above 1"),
 ]
 
@@ -56,6 +58,14 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
     ("overrides", "expected"),
     [
         (("sampler.name=flow", "sampler.grid=scheduler", "sampler.shift=2"), "sampler.shift .* sampler.grid=shifted"),
+        (
+            ("advantage.steps=baseline", "advantage.gain_lambda=0.5"),
+            "advantage.gain_lambda .* advantage.steps=gain",
+        ),
+        (
+            ("advantage.steps=gain", "advantage.audit_images=2"),
+            "advantage.audit_images .* advantage.audit_every above 0",
+        ),
         (
             ("window.size=2", "window.schedule=fixed", "window.wrap=false"),
             r"window\.wrap .* window\.schedule=progressive",
@@ -82,7 +92,13 @@ def test_conditions_that_lie_among_other_settings(overrides: tuple[str, ...], ex
 def test_every_rule_has_a_test() -> None:
     tried = [setting.partition("=")[0] for setting, _, _ in IN_VAIN]
     tried += ["window.wrap", "window.interval", "window.decay_after", "credit.train_last_step", "credit.normalize_over"]
-    tried += ["advantage.unbiased", "evaluation.every", "checkpoint.keep_best", "model.revision"]
+    tried += [
+        "advantage.audit_images",
+        "advantage.unbiased",
+        "evaluation.every",
+        "checkpoint.keep_best",
+        "model.revision",
+    ]
     assert [rule for rule in RULES if not any(rule.concerns(key) for key in tried)] == []
     known = dict(flattened(Config().model_dump(mode="json")))
     for rule in RULES:

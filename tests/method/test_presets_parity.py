@@ -128,7 +128,8 @@ def trainers_advantages(config: Config) -> Any:
             group_prompts=[Prompt(text) for text in prompts],
         )
         rows = torch.arange(len(rewards))
-        return RolloutScoring._advantages(fake, rewards, rewards[:, None], config.rewards[:1], rows)
+        none = torch.empty(len(rows), 0, 2)
+        return RolloutScoring._advantages(fake, rewards, rewards[:, None], none, config.rewards[:1], rows)[0]
 
     return compute
 

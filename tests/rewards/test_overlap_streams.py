@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.rewards import Scores
-from pcpo_fast.rewards.overlapping import BackgroundScoring
+from pcpo_fast.rewards.overlapping import BatchScoring
 
 Log = list[tuple[str, Any]]
 GPU = torch.device("cuda", 0)
@@ -50,8 +50,10 @@ class Rewards:
     def __init__(self, log: Log, local: threading.local) -> None:
         self.log, self.local = log, local
 
-    def score(self, images: Tensor, prompts: list[str], metadata: Any, *, evaluation: bool) -> Scores:
-        assert not evaluation
+    def score(
+        self, images: Tensor, prompts: list[str], metadata: Any, *, evaluation: bool, predictions: bool
+    ) -> Scores:
+        assert not evaluation and not predictions
         if "bad" in prompts:
             raise KeyError("bad")
         self.log.append(("scores on", getattr(self.local, "stream", "main")))
@@ -65,7 +67,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     return made
 
 
-def scoring(log: Log, monkeypatch: pytest.MonkeyPatch) -> BackgroundScoring:
+def scoring(log: Log, monkeypatch: pytest.MonkeyPatch) -> BatchScoring:
     local = threading.local()
 
     @contextmanager
@@ -81,7 +83,7 @@ def scoring(log: Log, monkeypatch: pytest.MonkeyPatch) -> BackgroundScoring:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(device, log))
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    return BackgroundScoring(Rewards(log, local))  # type: ignore[arg-type]
+    return BatchScoring(Rewards(log, local), overlap=True)  # type: ignore[arg-type]
 
 
 def images() -> Tensor:
@@ -94,7 +96,7 @@ def test_each_batch_waits_for_its_images_and_is_done_before_its_scores_are_taken
     background = scoring(log, monkeypatch)
     for _ in range(2):
         background.add(images(), ["a", "b"], [{}, {}])
-    assert background.results().total.tolist() == [1.0] * 4
+    assert [scores.total.tolist() for scores in background.results()] == [[1.0] * 2] * 2
     side = "side of cuda:0"
     batch = [("waits for", "main of cuda:0"), ("kept for", side), ("scores on", side), ("done on", side)]
     assert log == batch * 2

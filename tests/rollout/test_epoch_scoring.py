@@ -17,6 +17,8 @@ from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages, compute_advantages
+from pcpo_fast.method.step_advantages import StepAdvantages
+from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import plan_epoch
@@ -84,8 +86,10 @@ def images_of(config: Config) -> Tensor:
 
 def scoring_of(config: Config, rank: int = 0, world_size: int = 1, running: RunningAdvantages | None = None) -> Any:
     plan = plan_epoch(config, len(PROMPTS), [0, 1, 2], 7, rank, world_size)
-    rewards = RewardSet(config.rewards, config.scoring)
-    return RolloutScoring(config, rewards, PROMPTS, running or RunningAdvantages(16, 2), plan, CPU)
+    rewards, tables = RewardSet(config.rewards, config.scoring), RunTables(config, None, CPU)
+    stepwise = StepAdvantages(config.advantage, tables.transitions.steps)
+    running = running or RunningAdvantages(16, 2)
+    return RolloutScoring(config, rewards, PROMPTS, running, stepwise, tables.at(7), plan, CPU)
 
 
 def scored_epoch(config: Config, running: RunningAdvantages | None = None) -> tuple[ScoredEpoch, Tensor]:

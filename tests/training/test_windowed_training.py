@@ -1,4 +1,6 @@
-"""MixGRPO's preset from end to end on the tiny pipeline: the window moves, and a resumed run goes on with it."""
+"""MixGRPO's preset with per-step credit from end to end on the tiny pipeline: the window moves, what earlier epochs
+say of the steps is kept, and a resumed run goes on with both.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ SETTINGS: dict[str, Any] = {
     "window__interval": 1,
     "train__micro_batch_size": 4,
     "evaluation__every": 0,
+    "advantage__steps": "gain",
+    "advantage__gain_lambda": 0.5,
+    "advantage__audit_every": 1,
 }
 
 
@@ -54,3 +59,5 @@ def test_a_windowed_run_resumed_in_the_middle_equals_the_straight_one(
         assert line["sampler/window_start"] == epoch
         trained = {int(name.rpartition("_")[2]) for name in line if name.startswith("policy/clip_fraction_step_")}
         assert trained == {epoch, epoch + 1}
+        assert {f"stepwise/gain_step_{step}" for step in trained} <= line.keys()
+        assert f"stepwise/branch_slope_step_{epoch}" in line

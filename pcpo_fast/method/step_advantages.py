@@ -1,0 +1,271 @@
+"""Per-step advantages: credit for what a step changed (docs/stepwise.md).
+
+A step's output predicts the clean image; the reward of that prediction, known before the step's noise, says what could
+be expected of the image, and the reward of the next prediction what the noise has made of it. All rewards here are
+centred and divided by what divides the final advantages ("in units"), all arithmetic is float64, and every function
+sees the images of all ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcpo_fast.config.schema import AdvantageConfig
+
+KEPT = 0.9
+"""Share of what earlier epochs have said that is left after each epoch."""
+SETTLED = 1e-12
+"""A sum of squares of units below this is no spread."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The steps with noise, cut into segments that begin where a prediction is scored.
+
+    Attributes:
+        scored: steps whose prediction is scored, ascending; the first step of each of the S segments.
+        of_step: the segment of each of the N steps; -1 where the step has no noise.
+    """
+
+    scored: tuple[int, ...]
+    of_step: tuple[int, ...]
+
+    @classmethod
+    def of(cls, noisy: Sequence[bool], every: int) -> "Segments":
+        """Score every so manieth step with noise, from the first one on."""
+        random = [step for step, flag in enumerate(noisy) if flag]
+        of_step = [-1] * len(noisy)
+        for position, step in enumerate(random):
+            of_step[step] = position // every
+        return cls(tuple(random[::every]), tuple(of_step))
+
+    def needed(self, trained: Tensor, gain_lambda: float) -> Tensor:
+        """Which predictions the credit of some steps is made of.
+
+        Args:
+            trained: bool [..., N], steps whose credit is asked for.
+            gain_lambda: 1 for the baseline.
+
+        Returns:
+            bool [..., S].
+        """
+        segments = torch.zeros(*trained.shape[:-1], len(self.scored), dtype=torch.bool)
+        for step, segment in enumerate(self.of_step):
+            if segment >= 0:
+                segments[..., segment] |= trained[..., step]
+        if gain_lambda == 1:
+            return segments
+        before = segments.roll(1, dims=-1)  # a gain ends where the next segment begins
+        before[..., :1] = False
+        if gain_lambda > 0:
+            before = before.long().cummax(dim=-1).values.bool()
+        return segments | before
+
+
+def segment_credit(
+    final: Tensor, predicted: Tensor, weights: Tensor, gain_lambda: float, multipliers: Tensor | None = None
+) -> Tensor:
+    """What the steps of each segment are credited with, before clipping.
+
+    ``values = weights * predicted`` before the final reward; the gain of a segment is the difference of the value
+    after it and the one at its start, and its credit the sum of its own and the later gains, each of these times
+    ``gain_lambda`` per segment between. With 1 this is the final reward minus the value, with 0 the gain.
+
+    Args:
+        final: [B], the images' final rewards in units.
+        predicted: [B, S], rewards of the predictions at the start of each segment in units; NaN where not scored.
+        weights: [S], beta: what a prediction's reward says of the final one.
+        gain_lambda: 0 to 1.
+        multipliers: [S], factors of the gains of predictions taken as they are, in place of ``weights``.
+
+    Returns:
+        [B, S]; NaN where a prediction that it needs is not scored.
+    """
+    if gain_lambda == 1:
+        return final[:, None] - weights * predicted
+    values = torch.cat([predicted if multipliers is not None else weights * predicted, final[:, None]], dim=1)
+    gains = values.diff(dim=1)
+    if multipliers is not None:
+        gains = gains * multipliers
+    if gain_lambda == 0:
+        return gains
+    credit = gains.clone()
+    for segment in reversed(range(gains.shape[1] - 1)):
+        credit[:, segment] += gain_lambda * credit[:, segment + 1]
+    return credit
+
+
+class Regression:
+    """A slope through the origin for each of N steps, over epochs of which earlier ones count for less.
+
+    Args:
+        steps: N.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.products, self.squares = (torch.zeros(steps, dtype=torch.float64) for _ in range(2))
+
+    def add(self, steps: Sequence[int], results: Tensor, predictors: Tensor) -> None:
+        """Another epoch's pairs, [B, K] both, of K of the steps; a row that is NaN in either is left out."""
+        known = results.isfinite() & predictors.isfinite()
+        results, predictors = results.where(known, 0.0), predictors.where(known, 0.0)
+        for total, new in ((self.products, results * predictors), (self.squares, predictors**2)):
+            total[list(steps)] = KEPT * total[list(steps)] + new.sum(dim=0)
+
+    @property
+    def slopes(self) -> Tensor:
+        """[N], not below 0, and 0 where the predictor has had no spread."""
+        spread = self.squares > SETTLED
+        return torch.where(spread, self.products / self.squares.where(spread, 1.0), 0.0).clamp(min=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain lists."""
+        return {"products": self.products.tolist(), "squares": self.squares.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.products, self.squares = (
+            torch.tensor(state[name], dtype=torch.float64) for name in ("products", "squares")
+        )
+
+
+class StepAdvantages:
+    """What earlier epochs say of the predictions of each step, and the advantages made with it.
+
+    Every rank holds the same: it is made of the gathered rewards of all of them.
+
+    Args:
+        settings: the configuration's section ``advantage``.
+        steps: N of the sampler.
+
+    Attributes:
+        spreads: running mean of the standard deviation of each reward that is normalised; empty before the first epoch.
+        predictions: regression of final rewards on those of predictions, both in units.
+        branches: regression of what an audit's noise has changed on what it has changed in the next prediction.
+        moments: [N, N] sums of products of the gains of pairs of steps.
+        seen: steps whose prediction some epoch has scored.
+    """
+
+    def __init__(self, settings: AdvantageConfig, steps: int) -> None:
+        self.settings, self.steps = settings, steps
+        self.spreads: list[float] = []
+        self.predictions, self.branches = Regression(steps), Regression(steps)
+        self.moments = torch.zeros(steps, steps, dtype=torch.float64)
+        self.seen: set[int] = set()
+
+    @property
+    def gain_lambda(self) -> float:
+        """1 for the baseline."""
+        return 1.0 if self.settings.steps == "baseline" else self.settings.gain_lambda
+
+    def learn_spreads(self, spreads: Sequence[float]) -> None:
+        """Remember an epoch's mean standard deviations, after they have been used."""
+        if not self.spreads:
+            self.spreads = list(spreads)
+        else:
+            self.spreads = [KEPT * old + (1 - KEPT) * new for old, new in zip(self.spreads, spreads, strict=True)]
+
+    def compute(
+        self, final: Tensor, predicted: Tensor, segments: Segments, equal: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Advantages of an epoch by earlier epochs' regression; then this epoch's pairs are added to it.
+
+        Until every scored step has been seen in an earlier epoch, all steps have the final advantage.
+
+        Args:
+            final: [B], final rewards in units.
+            predicted: [B, S], predictions' in the same units; NaN where not scored.
+            segments: which steps these are.
+            equal: bool [B], images whose group has equal final rewards: their advantages are exactly 0.
+
+        Returns:
+            float64 [B, N], clipped, NaN where a prediction that is needed is not scored, and metrics of the steps.
+        """
+        settings, scored = self.settings, list(segments.scored)
+        known = settings.calibrated is False or self.seen.issuperset(scored)
+        weights = torch.ones(len(scored), dtype=torch.float64)
+        multipliers = None
+        if settings.calibrated == "branches":
+            audited = self.branches.squares[scored] > SETTLED
+            multipliers = torch.where(audited, self.branches.slopes[scored], 1.0)
+        elif settings.calibrated:
+            weights = self.predictions.slopes[scored]
+        if known:
+            credit = segment_credit(final, predicted, weights, self.gain_lambda, multipliers)
+        else:
+            credit = final[:, None].expand(-1, len(scored))
+        credit = credit.masked_fill(equal[:, None], 0.0)
+        metrics = self._metrics(final, predicted, credit, scored, weights, multipliers, equal)
+        pairs = predicted.masked_fill(equal[:, None], torch.nan)
+        self.predictions.add(scored, final[:, None].expand_as(pairs), pairs)
+        self.seen |= set(scored)
+        advantages = torch.zeros(len(final), self.steps, dtype=torch.float64)
+        for step, segment in enumerate(segments.of_step):
+            if segment >= 0:
+                advantages[:, step] = credit[:, segment]
+        return advantages.clamp(-settings.clip, settings.clip), metrics
+
+    def _metrics(
+        self,
+        final: Tensor,
+        predicted: Tensor,
+        credit: Tensor,
+        scored: list[int],
+        weights: Tensor,
+        multipliers: Tensor | None,
+        equal: Tensor,
+    ) -> dict[str, float]:
+        """Per scored step, over groups whose rewards differ; absent where nothing is known of a step."""
+        rows = ~equal
+        final, predicted, credit = final[rows], predicted[rows], credit[rows]
+        gains = torch.cat([predicted, final[:, None]], dim=1).diff(dim=1)
+        products = gains[:, :, None] * gains[:, None, :]
+        moments = torch.nan_to_num(products).sum(dim=0)
+        grid = torch.tensor(scored)
+        self.moments *= KEPT
+        self.moments[grid[:, None], grid] += moments
+        metrics: dict[str, float] = {}
+        for position, step in enumerate(scored):
+            values = {
+                "correlation": _correlation(final, predicted[:, position]),
+                "gain": _root_mean_square(gains[:, position]),
+                "left": _root_mean_square(credit[:, position]) / _root_mean_square(final),
+                "beta": float(weights[position] if multipliers is None else multipliers[position]),
+            }
+            if position + 1 < len(scored):
+                values["gain_correlation"] = _correlation(gains[:, position], gains[:, position + 1])
+            metrics |= {f"stepwise/{name}_step_{step}": value for name, value in values.items() if value == value}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain lists and numbers."""
+        return {
+            "spreads": list(self.spreads),
+            "predictions": self.predictions.state_dict(),
+            "branches": self.branches.state_dict(),
+            "moments": self.moments.tolist(),
+            "seen": sorted(self.seen),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.spreads, self.seen = list(state["spreads"]), set(state["seen"])
+        self.predictions.load_state_dict(state["predictions"])
+        self.branches.load_state_dict(state["branches"])
+        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return float(values[values.isfinite()].square().mean().sqrt())
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """Of centred values; NaN where one of them has no spread, or there are none."""
+    known = one.isfinite() & other.isfinite()
+    one, other = one[known], other[known]
+    if not float(one.square().sum()) > SETTLED or not float(other.square().sum()) > SETTLED:
+        return float("nan")
+    return float((one * other).sum() / (one.square().sum() * other.square().sum()).sqrt())

@@ -1,0 +1,82 @@
+"""Audit of a step by branches: what its noise alone changes of an image.
+
+A few images of the rollout are taken up again before one of their steps, once with a fresh noise and once with its
+negative; all later noise is that of the rollout, the same in both. Half the difference of the two final rewards is the
+effect of the step's noise, without bias and with little noise of its own. What the next scored prediction makes of the
+same two branches is what a gain of the step would be: the regression of the one on the other says what it is worth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pcpo_kernels import philox_normal
+from torch import Tensor
+
+from pcpo_fast.method.noise_keys import Purpose, random_key
+from pcpo_fast.method.step_tables import StepTable
+from pcpo_fast.policies import Policy
+from pcpo_fast.rollout.rollout import Rollout, clean_latents, sampler_steps
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Two branches of each of m images.
+
+    Attributes:
+        step: where they part.
+        time: of the step whose prediction is scored next, 1 noise to 0 image.
+        rows: m positions in the rollout.
+        images: float32 [2 m, 3, H, W], final images of the branches with the noise, then of those with its negative.
+        predictions: the same of what the next scored step predicts.
+    """
+
+    step: int
+    time: float
+    rows: list[int]
+    images: Tensor
+    predictions: Tensor
+
+
+def audited_step(scored: Sequence[int], trained: Sequence[int], epoch: int, seed: int) -> int | None:
+    """The step of an epoch's audit, drawn among the trained ones where a segment begins.
+
+    Not the last segment's: after it the final reward is the next one, and its slope is 1. None where no step is left.
+    """
+    steps = [step for step in scored[:-1] if step in trained]
+    generator = torch.Generator().manual_seed(random_key(Purpose.AUDIT, seed, epoch))
+    return steps[int(torch.randint(len(steps), (), generator=generator))] if steps else None
+
+
+@torch.no_grad()
+def branch(
+    policy: Policy, rollout: Rollout, table: StepTable, scored: Sequence[int], step: int, count: int, seed: int
+) -> Branches:
+    """Sample both branches of this rank's first ``count`` images; all ranks must call it with the same count.
+
+    Args:
+        policy: the policy that sampled the rollout, unchanged.
+        rollout: this rank's images.
+        table: the sampler that made them.
+        scored: steps whose prediction is scored.
+        step: one of them, but the last.
+        count: images, at most those of the rollout.
+        seed: the run's.
+    """
+    rows = torch.arange(count, device=rollout.seeds.device)
+    numbers, epoch = rollout.plan.images.flatten()[:count].tolist(), rollout.plan.epoch
+    keys = [random_key(Purpose.AUDIT_NOISE, seed, epoch, step, number) for number in numbers]
+    latents = rollout.trajectories.latents[rows, step]
+    output = rollout.trajectories.outputs[rows, step].float()
+    tensor = torch.tensor(keys, device=latents.device)
+    noise = table.std[step] * philox_normal(tensor, torch.zeros_like(tensor), latents[0].numel()).reshape_as(latents)
+    mean = table.a[step] * latents + table.b[step] * output
+    x = torch.cat([mean + noise, mean - noise])
+    after = next(later for later in scored if later > step)
+    clean = x
+    given, seeds = rollout.conditioning_of(rows.repeat(2)), rollout.seeds[rows.repeat(2)]
+    for now, (output, following) in enumerate(sampler_steps(policy, given, x, seeds, table, None, step + 1), step + 1):
+        if now == after:
+            clean = clean_latents(x, output, table, now)
+        x = following
+    return Branches(step, float(table.times[after]), list(range(count)), policy.decode(x), policy.decode(clean))

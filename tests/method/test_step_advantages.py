@@ -1,0 +1,251 @@
+"""Credit for what a step changed: the formula, what it needs, its regressions, and that the baseline has no bias."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcpo_fast.config.schema import AdvantageConfig, RewardConfig
+from pcpo_fast.method.step_advantages import KEPT, Regression, Segments, StepAdvantages, segment_credit
+from pcpo_fast.rewards.composition import RewardUnits, compose_advantages
+
+NOISY = (True, True, False, True, True, True, True, False)
+"""Random steps 0, 1, 3, 4, 5, 6."""
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def by_definition(final: Tensor, predicted: Tensor, weights: Tensor, gain_lambda: float) -> Tensor:
+    """The sum of lambda^k gains, one image and one segment at a time."""
+    rows, count = predicted.shape
+    credit = torch.zeros(rows, count, dtype=torch.float64)
+    for row, segment in itertools.product(range(rows), range(count)):
+        values = [float(weights[k] * predicted[row, k]) for k in range(count)] + [float(final[row])]
+        for later in range(segment, count):
+            credit[row, segment] += gain_lambda ** (later - segment) * (values[later + 1] - values[later])
+    return credit
+
+
+@pytest.mark.parametrize("gain_lambda", [0.0, 0.3, 0.9, 1.0])
+def test_credit_is_the_discounted_sum_of_gains(gain_lambda: float) -> None:
+    final, predicted, weights = normal(7), normal(7, 5, seed=1), normal(5, seed=2)
+    credit = segment_credit(final, predicted, weights, gain_lambda)
+    torch.testing.assert_close(credit, by_definition(final, predicted, weights, gain_lambda), rtol=1e-13, atol=1e-13)
+
+
+def test_gains_add_up_to_the_final_value_minus_the_first() -> None:
+    final, predicted, weights = normal(9), normal(9, 4, seed=1), normal(4, seed=2)
+    total = segment_credit(final, predicted, weights, 0.0).sum(dim=1)
+    torch.testing.assert_close(total, final - weights[0] * predicted[:, 0], rtol=0, atol=1e-14)
+
+
+def test_branches_multiply_gains_of_predictions_as_they_are() -> None:
+    final, predicted, slopes = normal(6), normal(6, 3, seed=1), torch.tensor([0.2, 0.5, 1.0]).double()
+    ones = torch.ones(3, dtype=torch.float64)
+    gains = by_definition(final, predicted, ones, 0.0) * slopes
+    expected = torch.stack([gains[:, 0] + 0.4 * gains[:, 1] + 0.16 * gains[:, 2], gains[:, 1] + 0.4 * gains[:, 2]], 1)
+    found = segment_credit(final, predicted, ones, 0.4, slopes)
+    torch.testing.assert_close(found[:, :2], expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 9])
+def test_segments_cover_the_steps_with_noise_in_order(every: int) -> None:
+    segments = Segments.of(NOISY, every)
+    random = [0, 1, 3, 4, 5, 6]
+    assert segments.scored == tuple(random[::every])
+    assert [step for step, segment in enumerate(segments.of_step) if segment == -1] == [2, 7]
+    for position, step in enumerate(random):
+        start = segments.scored[segments.of_step[step]]
+        assert start == random[position - position % every]
+
+
+@pytest.mark.parametrize("gain_lambda", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("every", [1, 2])
+def test_only_needed_predictions_enter_and_none_is_asked_for_in_vain(gain_lambda: float, every: int) -> None:
+    segments = Segments.of(NOISY, every)
+    count = len(segments.scored)
+    final, predicted, weights = normal(5), normal(5, count, seed=1), torch.ones(count, dtype=torch.float64)
+    whole = segment_credit(final, predicted, weights, gain_lambda)
+    for seed in range(20):
+        chosen = torch.rand(len(NOISY), generator=torch.Generator().manual_seed(seed)) < 0.3
+        chosen &= torch.tensor(NOISY)
+        needed = segments.needed(chosen, gain_lambda)
+        trained = sorted({segments.of_step[step] for step in chosen.nonzero().flatten().tolist()})
+        credit = segment_credit(final, predicted.masked_fill(~needed, math.nan), weights, gain_lambda)
+        assert torch.equal(credit[:, trained], whole[:, trained])
+        for position in needed.nonzero().flatten().tolist():
+            without = segment_credit(
+                final, predicted.index_fill(1, torch.tensor([position]), math.nan), weights, gain_lambda
+            )
+            assert without[:, trained].isnan().any(), "a prediction is scored that no credit is made of"
+
+
+def test_a_regression_forgets_and_leaves_out_what_is_not_known() -> None:
+    regression = Regression(4)
+    first, second = (normal(30, 2, seed=1), normal(30, 2, seed=2)), (normal(30, 2, seed=3), normal(30, 2, seed=4))
+    second[0][3, 1] = second[1][5, 0] = math.nan
+    for results, predictors in (first, second):
+        regression.add([1, 3], results, predictors)
+    for column, step in enumerate((1, 3)):
+        weights, y, x = [], [], []
+        for weight, (results, predictors) in ((KEPT, first), (1.0, second)):
+            known = results[:, column].isfinite() & predictors[:, column].isfinite()
+            y += results[known, column].tolist()
+            x += predictors[known, column].tolist()
+            weights += [math.sqrt(weight)] * int(known.sum())
+        w = torch.tensor(weights, dtype=torch.float64)
+        A, b = (torch.tensor(x, dtype=torch.float64) * w)[:, None], torch.tensor(y, dtype=torch.float64) * w
+        slope = float(torch.linalg.lstsq(A, b[:, None]).solution)
+        assert float(regression.slopes[step]) == pytest.approx(max(slope, 0.0), rel=1e-12)
+    assert regression.slopes[[0, 2]].tolist() == [0, 0]
+
+
+def settings_of(**values: object) -> AdvantageConfig:
+    return AdvantageConfig.model_validate({"steps": "gain", "clip": 1e3, **values})
+
+
+def test_a_first_epoch_has_the_final_advantages_and_the_next_one_its_regression() -> None:
+    stepwise, segments = StepAdvantages(settings_of(), len(NOISY)), Segments.of(NOISY, 2)
+    final, predicted = normal(12), normal(12, 3, seed=1) + normal(12, seed=0)[:, None]
+    equal = torch.arange(12) < 3
+    first, _ = stepwise.compute(final, predicted, segments, equal)
+    assert torch.equal(first[:, [0, 5]], final.masked_fill(equal, 0)[:, None].expand(-1, 2))
+    assert bool((first[:, [2, 7]] == 0).all())
+    kept = ~equal
+    beta = (final[kept, None] * predicted[kept]).sum(0) / (predicted[kept] ** 2).sum(0)
+    second, metrics = stepwise.compute(final, predicted, segments, equal)
+    credit = by_definition(final, predicted, beta.clamp(min=0), 0.0).masked_fill(equal[:, None], 0)
+    assert bool((second[equal] == 0).all())
+    torch.testing.assert_close(second[:, [0, 1, 3, 4, 5, 6]], credit[:, [0, 0, 1, 1, 2, 2]], rtol=1e-12, atol=1e-12)
+    expected = torch.corrcoef(torch.stack([final[kept], predicted[kept, 1]]))[0, 1]
+    assert metrics["stepwise/correlation_step_3"] == pytest.approx(float(expected), abs=0.2)  # not centred here
+    assert metrics["stepwise/beta_step_3"] == pytest.approx(float(beta[1]))
+
+
+def test_a_saved_state_goes_on_as_if_it_had_not_stopped() -> None:
+    segments, equal = Segments.of(NOISY, 1), torch.zeros(10, dtype=torch.bool)
+    whole = StepAdvantages(settings_of(steps="baseline"), len(NOISY))
+    halves = StepAdvantages(settings_of(steps="baseline"), len(NOISY))
+    for epoch in range(4):
+        final, predicted = normal(10, seed=epoch), normal(10, 6, seed=10 + epoch)
+        for one in (whole, halves):
+            one.learn_spreads([0.1 * epoch + 0.1])
+        expected, _ = whole.compute(final, predicted, segments, equal)
+        found, _ = halves.compute(final, predicted, segments, equal)
+        assert torch.equal(expected, found)
+        state, halves = halves.state_dict(), StepAdvantages(settings_of(steps="baseline"), len(NOISY))
+        halves.load_state_dict(state)
+    assert halves.spreads == whole.spreads
+
+
+# Units
+
+
+SPECS = (RewardConfig(name="a", weight=0.7), RewardConfig(name="b", weight=-1.0))
+GROUPS = torch.arange(3).repeat_interleave(5)
+
+
+def rewards(seed: int = 0) -> tuple[Tensor, Tensor]:
+    components = normal(15, 2, seed=seed)
+    return components @ torch.tensor([0.7, -1.0], dtype=torch.float64), components
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("normalize", ["sum", "each"])
+@pytest.mark.parametrize("normalization", ["group", "flow_grpo", "global"])
+def test_final_rewards_in_units_are_the_usual_advantages(normalization: str, normalize: str, unbiased: bool) -> None:
+    settings = settings_of(normalization=normalization, unbiased=unbiased)
+    units = RewardUnits(*rewards(), SPECS, GROUPS, settings, normalize)
+    usual = compose_advantages(*rewards(), SPECS, GROUPS, settings, normalize)
+    torch.testing.assert_close(units.final, usual, rtol=1e-12, atol=1e-12)
+    assert units.of(*rewards(), torch.arange(15)).allclose(usual, rtol=1e-12, atol=1e-12)
+
+
+def test_predictions_are_centred_among_themselves_and_divided_as_the_final_rewards_are() -> None:
+    units = RewardUnits(*rewards(), SPECS, GROUPS, settings_of(), "sum")
+    rows, (total, components) = torch.arange(5, 15), rewards(seed=3)
+    found = units.of(total[rows], components[rows], rows)
+    final = rewards()[0]
+    for group in (1, 2):
+        members = group == GROUPS
+        expected = (total[members] - total[members].mean()) / final[members].std(correction=0)
+        torch.testing.assert_close(found[members[5:]], expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_spread_of_others_leaves_the_image_itself_out(unbiased: bool) -> None:
+    total, components = rewards()
+    units = RewardUnits(total, components, SPECS, GROUPS, settings_of(scale="others", unbiased=unbiased), "sum")
+    for row in range(15):
+        members = [other for other in range(15) if GROUPS[other] == GROUPS[row]]
+        others = total[[other for other in members if other != row]].std(correction=int(unbiased))
+        expected = float((total[row] - total[members].mean()) / (others + 1e-8))
+        assert float(units.final[row]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_spread_of_earlier_epochs_and_the_least_spread() -> None:
+    total, components = rewards()
+    earlier = RewardUnits(total, components, SPECS, GROUPS, settings_of(scale="earlier"), "sum", [2.5])
+    center = total - total.reshape(3, 5).mean(1).repeat_interleave(5)
+    torch.testing.assert_close(earlier.final, center / (2.5 + 1e-8), rtol=1e-12, atol=1e-12)
+    nearly = total * torch.tensor([1.0, 1e-9, 1.0]).double().repeat_interleave(5)
+    guarded = RewardUnits(nearly, components, SPECS, GROUPS, settings_of(min_spread=0.2), "sum", [2.5])
+    assert float(guarded.divisors[0][5]) == pytest.approx(0.5, rel=1e-6)
+    assert float(guarded.divisors[0][0]) == pytest.approx(float(total[:5].std(correction=0)), rel=1e-6)
+    same = torch.cat([torch.full((5,), 0.3, dtype=torch.float64), total[5:]])
+    assert (
+        RewardUnits(same, components, SPECS, GROUPS, settings_of(), "sum").equal.tolist() == [True] * 5 + [False] * 10
+    )
+
+
+# Bias, on a chain whose gradient is known: x1 = x0 + theta + s z1, x2 = x1 + theta + s z2, reward x2²
+
+
+def chain(groups: int, members: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Score functions [G, n, 2] of both steps, final rewards [G, n], and predictions' [G, n, 2]."""
+    theta, s = 0.4, 0.7
+    x0, z1, z2 = normal(3, groups, members, seed=seed)
+    x1 = x0 + theta + s * z1
+    final = (x1 + theta + s * z2) ** 2
+    predicted = torch.stack([(x0 + 1.1) ** 2, (x1 + 0.2) ** 2], dim=-1)  # wrong on purpose
+    return torch.stack([z1, z2], dim=-1) / s, final, predicted
+
+
+def gradient(scale: str, members: int, weights: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard error of the baseline's and the final advantage's gradient estimates, over many groups."""
+    groups = 60_000
+    score, final, predicted = chain(groups, members, seed=members)
+    labels = torch.arange(groups).repeat_interleave(members)
+    specs, flat = (RewardConfig(name="a"),), final.flatten()
+    units = RewardUnits(flat, flat[:, None], specs, labels, settings_of(scale=scale), "sum", [2.0])
+    rows = torch.arange(len(flat))
+    found = torch.stack(
+        [units.of(column.flatten(), column.flatten()[:, None], rows) for column in predicted.unbind(-1)], 1
+    )
+    beta = torch.tensor(weights, dtype=torch.float64)
+    baseline = segment_credit(units.final, found, beta, 1.0) - units.final[:, None]  # only what it adds to final
+    estimates = (score.flatten(0, 1) * baseline).reshape(groups, members, 2).mean(dim=1)
+    finals = (score.flatten(0, 1) * units.final[:, None]).reshape(groups, members, 2).mean(dim=1)
+    return estimates.mean(dim=0), estimates.std(dim=0) / math.sqrt(groups), finals.mean(dim=0)
+
+
+@pytest.mark.parametrize("scale", ["earlier", "others"])
+def test_the_baseline_has_no_bias_where_the_divisor_does_not_depend_on_the_noise(scale: str) -> None:
+    mean, error, final = gradient(scale, 6, (0.9, 0.6))
+    assert bool((mean.abs() < 4.5 * error).all())
+    if scale == "earlier":  # d E[reward] / d theta_i = 4 theta, divided by the spread, times 1 - 1/n of centring
+        expected = 2 * 2 * 0.4 / 2.0 * (1 - 1 / 6)
+        torch.testing.assert_close(final, torch.full_like(final, expected), rtol=0.05, atol=0)
+
+
+def test_the_groups_own_spread_leaves_a_bias_that_shrinks_with_the_group() -> None:
+    biases = []
+    for members in (4, 16):
+        mean, error, _ = gradient("own", members, (0.9, 0.6))
+        assert bool((mean.abs() > 4.5 * error).all())
+        biases.append(mean.abs())
+    assert bool((biases[1] < 0.5 * biases[0]).all())

@@ -1,0 +1,214 @@
+"""What steps predict: decoded in the rollout, scored, turned into advantages of steps; and the audit by branches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pcpo_kernels import philox_normal
+from tiny_pipeline import PROMPTS, tiny_config
+from torch import Tensor
+
+import pcpo_fast.rollout.branches
+from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.method.advantages import RunningAdvantages
+from pcpo_fast.method.step_advantages import StepAdvantages
+from pcpo_fast.method.step_tables import EpochTables, RunTables
+from pcpo_fast.policies import Conditioning, Policy
+from pcpo_fast.policies.families import load_policy
+from pcpo_fast.prompts import Prompt
+from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rollout.branches import audited_step, branch
+from pcpo_fast.rollout.epoch_plan import plan_epoch
+from pcpo_fast.rollout.epoch_scoring import RolloutScoring, ScoredEpoch
+from pcpo_fast.rollout.rollout import Rollout, collect_rollout
+
+CPU = torch.device("cpu")
+seen: list[dict[str, Any]] = []
+"""Metadata of every image that was scored."""
+
+
+def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    seen.extend(metadata)
+    return images.mean(dim=(1, 2, 3))
+
+
+def declining(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+declining.scores_predictions = False  # type: ignore[attr-defined]
+
+
+def blind_late(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """No score of what the second step of one prompt predicts."""
+    scores = images.mean(dim=(1, 2, 3))
+    rows = zip(prompts, metadata, strict=True)
+    lost = [prompt == prompts[0] and 0.5 < data.get("predicted_at", 0) < 1 for prompt, data in rows]
+    return torch.where(torch.tensor(lost), torch.nan, scores)
+
+
+@pytest.fixture(scope="module")
+def policy(pipeline_folder: Path) -> Policy:
+    return load_policy(tiny_config(pipeline_folder), CPU)
+
+
+@pytest.fixture
+def config_of(pipeline_folder: Path) -> Callable[..., Config]:
+    seen.clear()
+    return lambda *overrides, reward="brightness": tiny_config(
+        pipeline_folder,
+        f"rewards=[{{name: '{__name__}:{reward}'}}]",
+        "advantage.steps=gain",
+        "advantage.calibrated=false",
+        "sampler.steps=5",
+        "rollout.prompts_per_epoch=2",
+        *overrides,
+    )
+
+
+def epoch_of(policy: Policy, config: Config, epoch: int = 3) -> tuple[ScoredEpoch, Rollout, EpochTables]:
+    tables = RunTables(config, policy.schedule(config.sampler.steps), CPU)
+    at = tables.at(epoch)
+    plan = plan_epoch(config, len(PROMPTS), at.steps, epoch, 0, 1)
+    stepwise = StepAdvantages(config.advantage, config.sampler.steps)
+    prompts, rewards = [Prompt(text) for text in PROMPTS], RewardSet(config.rewards, config.scoring)
+    scoring = RolloutScoring(config, rewards, prompts, RunningAdvantages(), stepwise, at, plan, CPU)
+
+    def encode(indices: list[int]) -> Conditioning:
+        return policy.encode([PROMPTS[index] for index in indices])
+
+    settings = config.rollout
+    rollout = collect_rollout(policy, encode, plan, settings, at.sampler, config.seed, scoring.add, scoring.predicted)
+    if config.advantage.audit_every:
+        step = audited_step(scoring.predicted.steps, at.steps, epoch, config.seed)  # type: ignore[union-attr]
+        assert step is not None
+        scored = scoring.predicted.steps  # type: ignore[union-attr]
+        scoring.add_branches(branch(policy, rollout, at.sampler, scored, step, 4, config.seed))
+    return scoring.finish(rollout.images), rollout, at
+
+
+def units(rollout: Rollout, rewards: Tensor, finals: Tensor) -> Tensor:
+    """Centred within groups of 4 and divided by the spread of the final rewards."""
+    result = torch.zeros(len(rewards), dtype=torch.float64)
+    for group in rollout.groups.unique():
+        members = rollout.groups == group
+        centred = rewards[members].double() - rewards[members].double().mean()
+        result[members] = centred / finals[members].double().std(correction=0)
+    return result
+
+
+@pytest.mark.parametrize("overrides", [(), ("scoring.overlap=true",), ("rollout.batch_size=3",)], ids=str)
+def test_a_step_is_credited_with_the_change_of_the_predicted_reward(
+    policy: Policy, config_of: Callable[..., Config], overrides: tuple[str, ...]
+) -> None:
+    scored, rollout, at = epoch_of(policy, config_of(*overrides))
+    finals = rollout.images.mean(dim=(1, 2, 3))
+    times, columns = at.sampler.times, []
+    for step in range(4):  # the last step is decoded without its noise
+        x, f = rollout.trajectories.latents[:, step], rollout.trajectories.outputs[:, step]
+        images = policy.decode(x - times[step] * f)
+        columns.append(units(rollout, images.mean(dim=(1, 2, 3)), finals))
+    gains = torch.stack([*columns, units(rollout, finals, finals)], dim=1).diff(dim=1).clamp(-5, 5)
+    assert scored.advantages.shape == (8, 5)
+    torch.testing.assert_close(scored.advantages[:, :4], gains, rtol=1e-3, atol=1e-3)
+    assert bool((scored.advantages[:, 4] == 0).all())
+    marks = sorted({data["predicted_at"] for data in seen if "predicted_at" in data}, reverse=True)
+    assert marks == pytest.approx(times[:4].tolist())
+    assert len(seen) == 8 * 5
+
+
+def test_only_needed_predictions_are_scored(policy: Policy, config_of: Callable[..., Config]) -> None:
+    scored, _, _ = epoch_of(policy, config_of("credit.steps=[2]", "advantage.gain_lambda=0"))
+    times = [data["predicted_at"] for data in seen if "predicted_at" in data]
+    assert len(times) == 16 and len(set(times)) == 2  # at the step itself and after it
+    assert bool((scored.advantages[:, 0] == 0).all()) and bool((scored.advantages[:, 2] != 0).all())
+
+
+def test_windows_and_segments(policy: Policy, config_of: Callable[..., Config]) -> None:
+    """Only the window's steps have noise: after the last of them the image is decided."""
+    scored, rollout, at = epoch_of(policy, config_of("window.size=2", "window.start=1", "window.schedule=fixed"))
+    assert at.steps == [1, 2]
+    finals = rollout.images.mean(dim=(1, 2, 3))
+    x, f = rollout.trajectories.latents[:, 2], rollout.trajectories.outputs[:, 2]
+    before = units(rollout, policy.decode(x - at.sampler.times[2] * f).mean(dim=(1, 2, 3)), finals)
+    expected = (units(rollout, finals, finals) - before).clamp(-5, 5)
+    torch.testing.assert_close(scored.advantages[:, 2], expected, rtol=1e-3, atol=1e-3)
+    whole = epoch_of(policy, config_of("advantage.scored_steps=2"))[0].advantages
+    assert torch.equal(whole[:, 0], whole[:, 1]) and torch.equal(whole[:, 2], whole[:, 3])
+
+
+def test_a_group_whose_prediction_cannot_be_scored_is_left_out(
+    policy: Policy, config_of: Callable[..., Config]
+) -> None:
+    config = config_of("scoring.on_failure=drop_group", reward="blind_late")
+    scored, _, _ = epoch_of(policy, config)
+    lost = (scored.advantages == 0).all(dim=1)
+    assert 0 < int(lost.sum()) < 8 and scored.metrics["scoring/dropped_groups"] == 1
+    assert "groups left out" in scored.warning
+    with pytest.raises(UserError, match="blind_late"):
+        epoch_of(policy, config_of(reward="blind_late"))
+
+
+def test_a_reward_may_decline(config_of: Callable[..., Config]) -> None:
+    config = config_of(reward="declining")
+    with pytest.raises(UserError, match="does not score the blurred images") as error:
+        RewardSet(config.rewards).check_predictions()
+    assert "declining" in str(error.value)
+    RewardSet(config_of().rewards).check_predictions()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("advantage.normalization=running", "advantage.steps: gain compares images of one epoch"),
+        ("advantage.calibrated=branches", "branches needs audits"),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence(config_of: Callable[..., Config], override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config_of(override)
+
+
+# Branches
+
+
+def test_a_branch_with_the_rollouts_own_noise_is_the_rollout(
+    policy: Policy, config_of: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of()
+    _, rollout, at = epoch_of(policy, config)
+    count = rollout.trajectories.latents[0, 0].numel()
+
+    def own(keys: Tensor, offsets: Tensor, size: int) -> Tensor:
+        return philox_normal(rollout.seeds[:3], offsets + 2 * count, size)
+
+    monkeypatch.setattr(pcpo_fast.rollout.branches, "philox_normal", own)
+    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), 2, 3, config.seed)
+    torch.testing.assert_close(found.images[:3], rollout.images[:3], rtol=1e-4, atol=1e-4)
+    x, f = rollout.trajectories.latents[:3, 3], rollout.trajectories.outputs[:3, 3]
+    torch.testing.assert_close(found.predictions[:3], policy.decode(x - at.sampler.times[3] * f), rtol=1e-4, atol=1e-4)
+    assert float((found.images[3:] - found.images[:3]).abs().amax()) > 1e-3
+    assert found.time == float(at.sampler.times[3]) and found.rows == [0, 1, 2]
+
+
+def test_an_audit_regresses_what_the_noise_changed_on_what_it_changed_in_the_prediction(
+    policy: Policy, config_of: Callable[..., Config]
+) -> None:
+    config = config_of("advantage.audit_every=1", "advantage.audit_images=4")
+    scored, rollout, at = epoch_of(policy, config)
+    step = audited_step((0, 1, 2, 3), at.steps, 3, config.seed)
+    assert step is not None
+    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), step, 4, config.seed)
+    final, predicted = (images.mean(dim=(1, 2, 3)).double() for images in (found.images, found.predictions))
+    d, e = final[:4] - final[4:], predicted[:4] - predicted[4:]
+    slope = float((d * e).sum() / (e * e).sum())
+    assert scored.metrics[f"stepwise/branch_slope_step_{step}"] == pytest.approx(max(slope, 0), rel=1e-4)
+
+
+def test_the_audited_step_is_drawn_among_trained_ones_before_the_last() -> None:
+    drawn = {audited_step((0, 2, 4, 6), (2, 3, 4, 6), epoch, 5) for epoch in range(40)}
+    assert drawn == {2, 4}
+    assert audited_step((6,), (6,), 0, 5) is None
