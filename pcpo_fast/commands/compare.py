@@ -1,8 +1,11 @@
 """``pcpo-fast compare``: several configurations over several seeds, and which of them learns faster."""
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +14,11 @@ if TYPE_CHECKING:
 
     from pcpo_fast.comparison.analysis import Comparison, ComparisonSettings
     from pcpo_fast.comparison.comparison_file import ComparisonFile
+    from pcpo_fast.comparison.scheduling import Failure, HowToRun
+    from pcpo_fast.comparison.tuning import Search
     from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun
+
+PRIMARIES = ("heldout_area", "heldout_final", "reward_over_epochs", "reward_final")
 
 EXAMPLES = """examples:
   pcpo-fast compare --variant "native: algorithm=dancegrpo" --variant "pcpo:" --seeds 5 --output runs/compare
@@ -58,12 +65,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     running.add_argument(
         "--launcher", metavar="COMMAND", help="starts a run on several GPUs; {slot} and {port} differ between jobs"
     )
+    running.add_argument("--minutes", type=float, metavar="M", help="begin no run after M minutes; call again to go on")
     running.add_argument("--report-only", action="store_true", help="train nothing; report what is finished")
     report = parser.add_argument_group("what is reported")
     report.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default: the first)")
     report.add_argument("--target", type=float, metavar="R", help="reward whose reaching is timed (default: see docs)")
     report.add_argument(
         "--metric", choices=("training", "heldout"), help="the reward that is meant by --target (default training)"
+    )
+    report.add_argument(
+        "--primary", metavar="MEASURE", choices=PRIMARIES, help=f"the measure that decides: {', '.join(PRIMARIES)}"
     )
     report.add_argument("--at-epoch", type=int, metavar="E", help="also compare the rewards after E epochs")
     report.add_argument("--smoothing", type=int, metavar="K", help="epochs of the trailing mean (default 5)")
@@ -85,24 +96,40 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise UserError(f"--minutes: must be above 0, got {arguments.minutes:g}")
     console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
     if arguments.runs:
         return _compare_existing(arguments, console)
     file = _file(arguments)
     plan, settings = _plan(arguments, file), _settings(arguments, file)
-    from pcpo_fast.comparison.variants import planned_runs
-
-    runs = planned_runs(plan)
     names = [variant.name for variant in plan.variants]
     if settings.baseline is not None and settings.baseline not in names:
         raise UserError(f"--baseline: must be one of {', '.join(names)}, got {settings.baseline}")
-    code = 0 if arguments.report_only else _train(arguments, plan, settings, runs, console)
-    if code == EXIT_INTERRUPTED:
-        return code
+    from pcpo_fast.comparison.scheduling import HowToRun, Interrupted
+    from pcpo_fast.comparison.variants import planned_runs
+
+    until = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    how = None if arguments.report_only else HowToRun(arguments.jobs, arguments.threads, arguments.launcher, until)
+    try:
+        if plan.tuning is not None:
+            search, code = _search(plan, settings, how, console)
+            if search.waiting:
+                return code
+            from pcpo_fast.comparison.tuning import tuned, tuning_notes
+
+            runs = planned_runs(tuned(plan, search), twins=True)
+            settings = replace(settings, notes=tuning_notes(plan, search))
+        else:
+            runs = planned_runs(plan)
+        code = 0 if how is None else _train(plan, settings, runs, how, console)
+    except Interrupted as interrupt:
+        print(f"{interrupt}: `pcpo-fast compare --output {plan.output}` goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
     try:
         result = _read(runs, settings)
     except UserError as error:
-        if code == 0:
+        if code == 0 and time.monotonic() < until:
             raise
         print(f"error: {error}", file=sys.stderr)  # after those that failed, of which one may be a fault of ours
         return code
@@ -112,27 +139,57 @@ def run(arguments: argparse.Namespace) -> int:
 EXIT_INTERRUPTED = 130
 
 
+def _search(
+    plan: "ComparisonPlan", settings: "ComparisonSettings", how: "HowToRun | None", console: "Console"
+) -> "tuple[Search, int]":
+    """Tune the variants as far as the time allows, and write what was found; `how`: None trains nothing."""
+    from pcpo_fast.comparison.comparison_file import write_plan_file
+    from pcpo_fast.comparison.scheduling import run_all
+    from pcpo_fast.comparison.tuning import look, write_search
+
+    search, code = look(plan, settings), 0
+    _check_primary(search.waiting, settings)
+    if how is not None:
+        write_plan_file(plan, settings)
+    while search.waiting and code == 0 and how is not None and time.monotonic() < how.until:
+        console.print(f"tuning: {len(search.waiting)} runs before the next choice", highlight=False)
+        code = _failed(run_all(search.waiting, 0, plan.output, how, console), len(search.waiting))
+        search = look(plan, settings)
+    paths = write_search(plan, settings, search)
+    state = f"not over, {len(search.waiting)} runs are left before the next choice" if search.waiting else "over"
+    console.print(f"tuning: {state} ({paths[1]}, {paths[0].name})", markup=False, highlight=False, soft_wrap=True)
+    return search, code
+
+
 def _train(
-    arguments: argparse.Namespace,
     plan: "ComparisonPlan",
     settings: "ComparisonSettings",
     runs: "Sequence[PlannedRun]",
+    how: "HowToRun",
     console: "Console",
 ) -> int:
     from pcpo_fast.comparison.comparison_file import write_plan_file
-    from pcpo_fast.comparison.scheduling import HowToRun, Interrupted, check_folders, run_all
+    from pcpo_fast.comparison.scheduling import check_folders, run_all
 
     left = check_folders(runs)
+    _check_primary(runs, settings)
     write_plan_file(plan, settings)
-    how = HowToRun(arguments.jobs, arguments.threads, arguments.launcher)
-    try:
-        failures = run_all(left, len(runs) - len(left), plan.output, how, console)
-    except Interrupted as interrupt:
-        print(f"{interrupt}: `pcpo-fast compare --output {plan.output}` goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return _failed(run_all(left, len(runs) - len(left), plan.output, how, console), len(runs))
+
+
+def _check_primary(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> None:
+    from pcpo_fast.errors import UserError
+
+    blind = [run.name for run in runs if run.config.prompts.heldout is None]
+    if blind and str(settings.primary).startswith("heldout"):
+        raise UserError(f"primary: {settings.primary} needs held-out prompts, and {blind[0]} has no prompts.heldout")
+
+
+def _failed(failures: "Sequence[Failure]", count: int) -> int:
+    """Name the runs that failed; returns the exit code."""
     if failures:
         named = ", ".join(f"{failure.run.name} (log: {failure.run.log})" for failure in failures)
-        print(f"error: {len(failures)} of {len(runs)} runs failed: {named}", file=sys.stderr)
+        print(f"error: {len(failures)} of {count} runs failed: {named}", file=sys.stderr)
     return 0 if not failures else 2 if all(failure.code == 2 for failure in failures) else 1
 
 
@@ -188,7 +245,7 @@ def _report(arguments: argparse.Namespace, result: "Comparison", folder: Path, c
     import json
 
     from pcpo_fast.comparison.record import comparison_record, notes
-    from pcpo_fast.comparison.tables import main_table, missing_lines
+    from pcpo_fast.comparison.tables import decision_table, main_table, missing_lines
     from pcpo_fast.comparison.writing import write_comparison
 
     paths = write_comparison(result, folder)
@@ -197,6 +254,8 @@ def _report(arguments: argparse.Namespace, result: "Comparison", folder: Path, c
     if not console.is_terminal:
         console.width = 240  # a table in a file or pipe is not cut into narrow columns
     console.print(main_table(result).rich())
+    if result.decisions:
+        console.print(decision_table(result).rich())
     lines = [f"not in these numbers: {line}" for line in missing_lines(result)]
     if result.settings.target is None and result.reading.target is not None:
         lines.append(f"target: {result.target_source}")
@@ -226,7 +285,7 @@ def _file(arguments: argparse.Namespace) -> "ComparisonFile":
 
 def _plan(arguments: argparse.Namespace, file: "ComparisonFile") -> "ComparisonPlan":
     """The comparison as file and command line say; the command line wins."""
-    from pcpo_fast.comparison.comparison_file import seeds_of, variants_of
+    from pcpo_fast.comparison.comparison_file import seeds_of, tuning_of, variants_of
     from pcpo_fast.comparison.variants import ComparisonPlan, parse_seeds, parse_variant, settings_from
     from pcpo_fast.config.presets import DEFAULT_CONFIG
     from pcpo_fast.errors import UserError
@@ -246,15 +305,24 @@ def _plan(arguments: argparse.Namespace, file: "ComparisonFile") -> "ComparisonP
         config = DEFAULT_CONFIG
         if not Path(config).is_file():
             raise UserError(f"there is no {config} here; run from the project's folder, or name a file with --config")
-    return ComparisonPlan(Path(output), config, (*settings_from(file.settings), *arguments.overrides), variants, seeds)
+    shared = (*settings_from(file.settings), *arguments.overrides)
+    return ComparisonPlan(Path(output), config, shared, variants, seeds, tuning_of(file, seeds))
 
 
 def _settings(arguments: argparse.Namespace, file: "ComparisonFile") -> "ComparisonSettings":
     from pcpo_fast.comparison.analysis import ComparisonSettings
+    from pcpo_fast.comparison.measures import Costs
 
     def chosen(name: str) -> object:
         given = getattr(arguments, name)
         return getattr(file, name) if given is None else given
 
-    names = ("target", "metric", "baseline", "at_epoch", "smoothing")
-    return ComparisonSettings(**{name: chosen(name) for name in names}, include_unfinished=arguments.include_unfinished)  # type: ignore[arg-type]
+    names = ("target", "metric", "baseline", "at_epoch", "smoothing", "primary")
+    settings = ComparisonSettings(
+        **{name: chosen(name) for name in names},  # type: ignore[arg-type]
+        include_unfinished=arguments.include_unfinished,
+        costs=Costs(**file.costs.model_dump()),
+    )
+    if file.tuning is not None and settings.primary is None:
+        return replace(settings, primary="heldout_area")
+    return settings

@@ -3,11 +3,25 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pcpo_fast.comparison.curves import last_value
-from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, MEASURES, Measure, Metric, Reading, smoothed_reward, timed
+from pcpo_fast.comparison.decisions import VERY_FEW, Decision, decide
+from pcpo_fast.comparison.measures import (
+    EPOCHS_TO_TARGET,
+    MEASURES,
+    Costs,
+    Measure,
+    Metric,
+    Primary,
+    Reading,
+    compute_spent,
+    judge_measure,
+    seconds_spent,
+    smoothed_reward,
+    timed,
+)
 from pcpo_fast.comparison.reading import RunCurves
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.series import Series
@@ -16,8 +30,8 @@ from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference, rati
 WAY_TO_THE_END = 0.9
 """Where the target lies if none is given: this share of the baseline's way from the start to its final reward."""
 
-FEW, VERY_FEW = 5, 3
-"""Below these numbers of seeds a verdict is hedged, or not given."""
+FEW = 5
+"""Below so many seeds a verdict is hedged; below :data:`VERY_FEW` there is none."""
 
 Bound = Literal["", "at least", "at most", "restricted"]
 
@@ -33,6 +47,9 @@ class ComparisonSettings:
         at_epoch: also compare the rewards after so many epochs.
         smoothing: epochs of the trailing mean.
         include_unfinished: use runs that are not finished, and of all runs only the epochs that the shortest has.
+        primary: the measure that decides, named before anything was run; None: there is none.
+        costs: what decodes and reward calls count in the compute.
+        notes: what else a reader must know, a sentence each.
     """
 
     target: float | None = None
@@ -41,6 +58,14 @@ class ComparisonSettings:
     at_epoch: int | None = None
     smoothing: int = 5
     include_unfinished: bool = False
+    primary: Primary | None = None
+    costs: Costs = field(default_factory=Costs)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def primary_measure(self) -> Measure:
+        """The measure that `primary` names; there is one."""
+        return next(measure for measure in MEASURES if measure.key == self.primary)
 
 
 @dataclass(frozen=True)
@@ -107,6 +132,8 @@ class Comparison:
         baseline: its name.
         variants: in the order in which they were given.
         missing: runs that do not count.
+        all_measures: those that were looked at.
+        decisions: the primary measure of every variant but the baseline; empty where there is none.
     """
 
     settings: ComparisonSettings
@@ -115,11 +142,15 @@ class Comparison:
     baseline: str
     variants: tuple[VariantResult, ...]
     missing: tuple[Missing, ...]
+    all_measures: tuple[Measure, ...]
+    decisions: Mapping[str, Decision]
 
     @property
     def measures(self) -> list[Measure]:
         """Those that at least one run has a number for."""
-        return [measure for measure in MEASURES if any(measure.key in variant.means for variant in self.variants)]
+        return [
+            measure for measure in self.all_measures if any(measure.key in variant.means for variant in self.variants)
+        ]
 
     def variant(self, name: str) -> VariantResult:
         """A variant by its name."""
@@ -148,15 +179,23 @@ def compare(
     if not everything:
         reasons = "; ".join(f"{run.variant}: {run.reason}" for run in absent[:3])
         raise UserError(f"there is no finished run to compare ({reasons or 'none was given'})")
-    reading = _reading(everything, settings)
+    reading = reading_of(everything, settings)
     target, source = _target(chosen, baseline, reading, settings)
-    reading = Reading(reading.horizon, target, reading.metric, reading.smoothing, reading.at_epoch)
+    reading = replace(reading, target=target)
+    judges = dict.fromkeys(name for run in everything for name in run.judges)
+    measures = (*MEASURES, *map(judge_measure, judges))
     values = {
-        name: {measure.key: tuple(measure.of(run, reading) for run in group) for measure in MEASURES}
+        name: {measure.key: tuple(measure.of(run, reading) for run in group) for measure in measures}
         for name, group in chosen.items()
     }
-    results = tuple(_result(name, baseline, chosen, values, reading) for name in chosen)
-    return Comparison(settings, reading, source, baseline, results, absent)
+    results = tuple(_result(name, baseline, chosen, values, reading, measures) for name in chosen)
+    sides = {
+        name: _sides(chosen[name], values[name][key], chosen[baseline], values[baseline][key])
+        for name in chosen
+        if (key := settings.primary) is not None and name != baseline
+    }
+    decisions = decide({name: both for name, both in sides.items() if all(both[0])})
+    return Comparison(settings, reading, source, baseline, results, absent, measures, decisions)
 
 
 def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> str:
@@ -186,7 +225,12 @@ def _select(
     return chosen, left_out
 
 
-def _reading(runs: Sequence[RunCurves], settings: ComparisonSettings) -> Reading:
+def reading_of(runs: Sequence[RunCurves], settings: ComparisonSettings) -> Reading:
+    """How these runs are read: as far as all of them go, and without a target.
+
+    Raises:
+        UserError: a setting does not fit the runs.
+    """
     horizon = min(run.epochs for run in runs)
     if settings.at_epoch is not None and settings.at_epoch > horizon:
         raise UserError(
@@ -194,7 +238,18 @@ def _reading(runs: Sequence[RunCurves], settings: ComparisonSettings) -> Reading
         )
     if settings.metric == "heldout" and not any(run.heldout for run in runs):
         raise UserError("--metric heldout: the runs have no held-out evaluations (prompts.heldout); allowed: training")
-    return Reading(horizon, None, settings.metric, settings.smoothing, settings.at_epoch)
+    spent = [compute_spent(run, settings.costs) for run in runs]
+    seconds = [seconds_spent(run) for run in runs]
+    return Reading(
+        horizon,
+        None,
+        settings.metric,
+        settings.smoothing,
+        settings.at_epoch,
+        settings.costs,
+        compute=min((known[-1] for known in spent if known), default=None),
+        seconds=min((known[-1] for known in seconds if known), default=None),
+    )
 
 
 def _target(
@@ -225,7 +280,12 @@ _Values = Mapping[str, Mapping[str, tuple[float | None, ...]]]
 
 
 def _result(
-    name: str, baseline: str, chosen: Mapping[str, Sequence[RunCurves]], values: _Values, reading: Reading
+    name: str,
+    baseline: str,
+    chosen: Mapping[str, Sequence[RunCurves]],
+    values: _Values,
+    reading: Reading,
+    measures: Sequence[Measure],
 ) -> VariantResult:
     own = values[name]
     known = {key: [value for value in column if value is not None] for key, column in own.items()}
@@ -233,7 +293,7 @@ def _result(
     reached = {key: [time.reached for time in column if time is not None] for key, column in times.items()}
     against, speed_up = {}, None
     if name != baseline:
-        for measure in MEASURES:
+        for measure in measures:
             sides, paired = _sides(chosen[name], own[measure.key], chosen[baseline], values[baseline][measure.key])
             if min(map(len, sides)) == 0:
                 continue

@@ -1,14 +1,17 @@
 """comparison.yaml: a comparison as a file, written by people and into every comparison's folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from pcpo_fast.comparison.analysis import ComparisonSettings
-from pcpo_fast.comparison.measures import Metric
-from pcpo_fast.comparison.variants import ComparisonPlan, Variant, settings_from, settings_mapping
+from pcpo_fast.comparison.measures import Costs, Metric, Primary
+from pcpo_fast.comparison.variants import ComparisonPlan, Tuning, Variant, settings_from, settings_mapping
+from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.messages import did_you_mean, place_of
 from pcpo_fast.config.schema import HomePath
 from pcpo_fast.config.yaml_text import dump_yaml, read_yaml
@@ -18,10 +21,27 @@ from pcpo_fast.files.atomic import write_atomically
 FILE = "comparison.yaml"
 
 
-class ComparisonFile(BaseModel):
-    """What a file may hold; everything may also be given on the command line, which wins."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TuningSection(_Section):
+    """How variants are tuned: see :class:`pcpo_fast.comparison.variants.Tuning`."""
+
+    lr: list[float]
+    seeds: list[int]
+    max_trials: int | None = None
+
+
+class CostsSection(_Section):
+    """What decodes and reward calls count: see :class:`pcpo_fast.comparison.measures.Costs`."""
+
+    decode: float = 1.0
+    reward: float = 1.0
+
+
+class ComparisonFile(_Section):
+    """What a file may hold; what has an option on the command line may also be given there, and that wins."""
 
     output: HomePath | None = None
     config: HomePath | None = None
@@ -33,6 +53,28 @@ class ComparisonFile(BaseModel):
     target: float | None = None
     at_epoch: int | None = None
     smoothing: int = 5
+    primary: Primary | None = None
+    costs: CostsSection = CostsSection()
+    tuning: TuningSection | None = None
+
+
+_EXPECTED = {
+    "seeds": "a number of seeds, or a list of them",
+    "variants": "a mapping of names to settings (or to nothing)",
+    "settings": "a mapping of settings",
+    "metric": "training or heldout",
+    "target": "a number",
+    "at_epoch": "a whole number",
+    "smoothing": "a whole number",
+    "primary": f"one of {', '.join(get_args(Primary))}",
+    "costs": "a mapping of decode and reward to numbers",
+    "costs.decode": "a number",
+    "costs.reward": "a number",
+    "tuning": "a mapping of lr, seeds and max_trials",
+    "tuning.lr": "a list of numbers",
+    "tuning.seeds": "a list of whole numbers",
+    "tuning.max_trials": "a whole number",
+}
 
 
 def read_plan_file(path: Path) -> ComparisonFile:
@@ -46,26 +88,24 @@ def read_plan_file(path: Path) -> ComparisonFile:
         return ComparisonFile.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = tuple(str(part) for part in problem["loc"] if part in ComparisonFile.model_fields or str(part) in values)
-        place = place_of(key[:1] or tuple(map(str, problem["loc"][:1])), places, str(path))
-        raise UserError(f"{place}: {_sentence(problem['type'], problem)}") from None
+        at = tuple(map(str, problem["loc"]))
+        at = max((key for key in places if at[: len(key)] == key), key=len, default=at[:1])
+        raise UserError(f"{place_of(at, places, str(path))}: {_sentence(problem)}") from None
 
 
-def _sentence(kind: str, problem: Mapping[str, Any]) -> str:
-    name, allowed = str(problem["loc"][0]), list(ComparisonFile.model_fields)
-    if kind == "extra_forbidden":
-        hint = did_you_mean(name, allowed) or f"; a comparison takes {', '.join(allowed)}"
-        return f"unknown key {name}{hint}"
-    expected = {
-        "seeds": "a number of seeds, or a list of them",
-        "variants": "a mapping of names to settings (or to nothing)",
-        "settings": "a mapping of settings",
-        "metric": "training or heldout",
-        "target": "a number",
-        "at_epoch": "a whole number",
-        "smoothing": "a whole number",
-    }.get(name, "a text")
-    return f"{name}: must be {expected}, got {problem['input']!r}"
+def _sentence(problem: ErrorDetails) -> str:
+    *above, last = (part for part in map(str, problem["loc"]) if part != "int" and not part.startswith("list["))
+    if problem["type"] == "extra_forbidden":
+        sections: dict[str, type[BaseModel]] = {"tuning": TuningSection, "costs": CostsSection}
+        section = sections.get(above[0] if above else "", ComparisonFile)
+        allowed = list(section.model_fields)
+        hint = did_you_mean(last, allowed) or f"; {above[0] if above else 'a comparison'} takes {', '.join(allowed)}"
+        return f"unknown key {'.'.join([*above, last])}{hint}"
+    if problem["type"] == "missing":
+        return f"{'.'.join([*above, last])} is missing"
+    keys = [".".join([*above, last][:length]) for length in (2, 1)]
+    key = next((key for key in keys if key in _EXPECTED), keys[-1])
+    return f"{key}: must be {_EXPECTED.get(key, 'a text')}, got {problem['input']!r}"
 
 
 def variants_of(file: ComparisonFile) -> tuple[Variant, ...]:
@@ -76,7 +116,12 @@ def variants_of(file: ComparisonFile) -> tuple[Variant, ...]:
         config = own.pop("config", None)
         if config is not None and not isinstance(config, str):
             raise UserError(f"variants.{name}.config: must be the name of a YAML file, got {config!r}")
-        found.append(Variant(name, config, settings_from(own)))
+        search = dict(flattened(own.pop("search"))) if own.get("search") else {}
+        for key, choices in search.items():
+            if not key or not isinstance(choices, list) or not choices:
+                where = f"variants.{name}.search{key and '.'}{key}"
+                raise UserError(f"{where}: must be a list of values to choose from, got {choices!r}")
+        found.append(Variant(name, config, settings_from(own), search))
     return tuple(found)
 
 
@@ -88,10 +133,38 @@ def seeds_of(file: ComparisonFile) -> tuple[int, ...]:
     return seeds
 
 
+def tuning_of(file: ComparisonFile, seeds: Sequence[int]) -> Tuning | None:
+    """How a file says that variants are tuned, and `seeds` are those of the comparison.
+
+    Raises:
+        UserError: the rates or the seeds are not sound, or a variant searches and there is no ``tuning``.
+    """
+    given = file.tuning
+    if given is None:
+        searching = [name for name, values in file.variants.items() if "search" in (values or {})]
+        if searching:
+            raise UserError(f"variants.{searching[0]}.search: needs the key tuning, whose lr and seeds say how")
+        return None
+    rates = sorted(set(given.lr))
+    if len(rates) < 2 or len(rates) < len(given.lr) or not (rates[0] > 0 and rates[-1] < float("inf")):
+        raise UserError(f"tuning.lr: must be two or more distinct numbers above 0, got {given.lr}")
+    if not given.seeds or min(given.seeds) < 0 or len(set(given.seeds)) < len(given.seeds):
+        raise UserError(f"tuning.seeds: must be distinct numbers from 0, got {given.seeds}")
+    both = sorted(set(given.seeds) & set(seeds))
+    if both:
+        raise UserError(
+            f"tuning.seeds: {', '.join(map(str, both))} also decides the comparison (seeds), which needs seeds that "
+            "nothing was chosen on"
+        )
+    return Tuning(tuple(rates), tuple(given.seeds), given.max_trials)
+
+
 def write_plan_file(plan: ComparisonPlan, settings: ComparisonSettings) -> Path:
     """Write ``OUTPUT/comparison.yaml``, from which ``pcpo-fast compare --output OUTPUT`` goes on; returns its path."""
     variants = {
-        variant.name: ({"config": variant.config} if variant.config else {}) | settings_mapping(variant.settings)
+        variant.name: ({"config": variant.config} if variant.config else {})
+        | settings_mapping(variant.settings)
+        | ({"search": dict(variant.search)} if variant.search else {})
         for variant in plan.variants
     }
     seeds = list(plan.seeds)
@@ -106,7 +179,16 @@ def write_plan_file(plan: ComparisonPlan, settings: ComparisonSettings) -> Path:
         "target": settings.target,
         "at_epoch": settings.at_epoch,
         "smoothing": settings.smoothing,
+        "primary": settings.primary,
+        "costs": None if settings.costs == Costs() else asdict(settings.costs),
+        "tuning": None if plan.tuning is None else _without_none(asdict(plan.tuning)),
     }
     path = plan.output / FILE
     write_atomically(path, dump_yaml({key: value for key, value in values.items() if value not in (None, {})}))
     return path
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None
+    }

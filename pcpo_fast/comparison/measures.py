@@ -4,18 +4,40 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
+import numpy as np
+
 from pcpo_fast.comparison.curves import Reached, first_reached, interpolated, last_value, trailing_mean, until
-from pcpo_fast.comparison.reading import RunCurves
+from pcpo_fast.comparison.reading import WORK, RunCurves
 from pcpo_fast.reporting.series import Series
 
 Metric = Literal["training", "heldout"]
+Primary = Literal["heldout_area", "heldout_final", "reward_over_epochs", "reward_final"]
+"""Measures that may decide: those that need no target."""
+
+BACKWARD = 2
+"""A backward pass counts as so many forward passes."""
+
 SPIKE = 3.0
 """A gradient norm above this many times the run's median is a spike."""
 
 WARM_UP = 0.1
 """Share of the updates, at the beginning, that gradient norms are not taken from."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of the work cost, in passes of an image through the network without a gradient.
+
+    Attributes:
+        decode: an image decoded.
+        reward: an image scored by one reward.
+    """
+
+    decode: float = 1.0
+    reward: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,9 @@ class Reading:
         metric: the reward that is compared with the target, of the rollouts or of the held-out evaluations.
         smoothing: epochs of the trailing mean over training rewards.
         at_epoch: an epoch at which rewards are also compared; None: only at the end.
+        costs: what the parts of the work cost.
+        compute: the work that all runs have done, in forward passes; None where runs have not counted theirs.
+        seconds: the time that all runs have trained for; None where a run does not say.
     """
 
     horizon: int
@@ -35,6 +60,9 @@ class Reading:
     metric: Metric
     smoothing: int
     at_epoch: int | None
+    costs: Costs = Costs()
+    compute: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +109,6 @@ def _epochs_to_target(run: RunCurves, reading: Reading) -> float | None:
     return None if reached is None else reached.epochs
 
 
-def _reward_final(run: RunCurves, reading: Reading) -> float | None:
-    return last_value(smoothed_reward(run, reading), reading.horizon)
-
-
 def _reward_at(run: RunCurves, reading: Reading) -> float | None:
     return None if reading.at_epoch is None else last_value(smoothed_reward(run, reading), reading.at_epoch)
 
@@ -102,8 +126,38 @@ def _heldout_at(run: RunCurves, reading: Reading) -> float | None:
     return None if reading.at_epoch is None else interpolated(run.heldout, reading.at_epoch)
 
 
-def _diversity(run: RunCurves, reading: Reading) -> float | None:
-    return last_value(run.diversity, reading.horizon)
+def compute_spent(run: RunCurves, costs: Costs) -> list[float] | None:
+    """Work of a run after 0, 1, 2, ... epochs, in forward passes; None where an epoch has not counted it."""
+    parts = [run.work[name] for name in WORK]
+    if any(len(part.epochs) < run.epochs for part in parts):
+        return None
+    weights = np.array([1, 1 + BACKWARD, costs.decode, costs.reward])
+    return [0.0, *np.cumsum(weights @ np.array([part.values for part in parts])).tolist()]
+
+
+def seconds_spent(run: RunCurves) -> list[float] | None:
+    """Seconds of a run after 0, 1, 2, ... epochs, without evaluations; None where an epoch does not say."""
+    return None if len(run.seconds.epochs) < run.epochs else list(accumulate(run.seconds.values, initial=0.0))
+
+
+def _mean_height(run: RunCurves, spent: list[float] | None, budget: float | None) -> float | None:
+    """Area under the held-out curve from 0 to the budget, with straight lines between evaluations, over the budget."""
+    curve = until(run.heldout, run.epochs)
+    if not spent or not budget or len(curve.epochs) < 2 or curve.epochs[0] != 0:
+        return None
+    x, y = [spent[epoch] for epoch in curve.epochs], curve.values
+    inside = [*(place for place in x if place < budget), budget]
+    return float(np.trapezoid(np.interp(inside, x, y), inside)) / budget
+
+
+def _heldout_best_epoch(run: RunCurves, reading: Reading) -> float | None:
+    curve = until(run.heldout, reading.horizon)
+    return max(zip(curve.values, (-epoch for epoch in curve.epochs), strict=True))[1] * -1.0 if curve else None
+
+
+def _diversity_at_target(run: RunCurves, reading: Reading) -> float | None:
+    time = timed(run, reading) if reading.metric == "heldout" else None
+    return interpolated(run.diversity, time.epochs) if time is not None and time.reached else None
 
 
 def clip_by_step(run: RunCurves, reading: Reading) -> dict[int, float]:
@@ -164,7 +218,7 @@ MEASURES = (
         "higher",
         ".4f",
         "trailing mean of the training reward after the last epoch that all runs have",
-        _reward_final,
+        lambda run, reading: last_value(smoothed_reward(run, reading), reading.horizon),
     ),
     Measure(
         "reward_at_epoch",
@@ -199,12 +253,55 @@ MEASURES = (
         _heldout_at,
     ),
     Measure(
+        "heldout_area",
+        "held-out reward over compute",
+        "higher",
+        ".4f",
+        "area under the held-out reward against compute, up to the compute that all runs have spent, divided by it; "
+        "compute is counted in forward passes of an image: a backward pass is 2, a decode and a reward call what "
+        "`costs` says (1 if nothing)",
+        lambda run, reading: _mean_height(run, compute_spent(run, reading.costs), reading.compute),
+    ),
+    Measure(
+        "heldout_area_seconds",
+        "held-out reward over seconds",
+        "higher",
+        ".4f",
+        "the same against the seconds of rollout, reward and update, as slow as the jobs beside it made them",
+        lambda run, reading: _mean_height(run, seconds_spent(run), reading.seconds),
+    ),
+    Measure(
+        "heldout_best_epoch",
+        "epoch of the best held-out reward",
+        None,
+        ".1f",
+        "epochs trained at the best evaluation; the last one: the reward was still rising",
+        _heldout_best_epoch,
+    ),
+    Measure(
+        "diversity_at_target",
+        "diversity at the target",
+        "higher",
+        ".4f",
+        "diversity where the held-out reward reaches the target, between evaluations on a straight line; of the runs "
+        "that reached it",
+        _diversity_at_target,
+    ),
+    Measure(
+        "base_distance",
+        "distance from the base model",
+        None,
+        ".4f",
+        "root mean square pixel distance of held-out images from the base model's of the same noise, last evaluation",
+        lambda run, reading: last_value(run.base_distance, reading.horizon),
+    ),
+    Measure(
         "diversity",
         "diversity at the end",
         "higher",
         ".4f",
         "mean distance between images of the same held-out prompt, last evaluation",
-        _diversity,
+        lambda run, reading: last_value(run.diversity, reading.horizon),
     ),
     Measure(
         "clip_fraction",
@@ -240,3 +337,13 @@ MEASURES = (
         _grad_spikes,
     ),
 )
+
+
+def judge_measure(name: str) -> Measure:
+    """The held-out score of a reward that is for evaluation only."""
+
+    def of(run: RunCurves, reading: Reading) -> float | None:
+        return last_value(run.judges[name], reading.horizon) if name in run.judges else None
+
+    meaning = f"mean score of {name}, which is not trained on, on held-out prompts, last evaluation"
+    return Measure(f"judge/{name}", f"judge {name} at the end", "higher", ".4f", meaning, of)

@@ -10,6 +10,8 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
 from pcpo_fast.reporting.series import Series, epochs_trained, series, skipped_updates, step_series
 
+WORK = ("forwards", "trained", "decodes", "reward_calls")
+
 
 @dataclass(frozen=True)
 class RunCurves:
@@ -28,6 +30,9 @@ class RunCurves:
         grad_norms: (epoch, gradient norm before clipping) of every applied update, in order.
         skipped: updates left out because a gradient was not finite, by epoch.
         seconds: seconds of rollout, reward and update by epoch.
+        work: what each epoch took, by the metrics' names below ``compute/``; empty in runs that did not count it.
+        judges: by name, the held-out scores of rewards that are for evaluation only, by epochs trained.
+        base_distance: mean pixel distance of held-out images from the base model's, by epochs trained.
     """
 
     folder: Path
@@ -43,6 +48,9 @@ class RunCurves:
     grad_norms: list[tuple[int, float]]
     skipped: dict[int, int]
     seconds: Series
+    work: dict[str, Series]
+    judges: dict[str, Series]
+    base_distance: Series
 
     @property
     def seed(self) -> int | None:
@@ -63,6 +71,7 @@ def read_run(folder: Path | str) -> RunCurves:
     records = read_metrics(folder / "metrics.jsonl")
     config, problem = _config_of(folder)
     epochs = epochs_trained(records)
+    judges = [] if config is None else [reward.column for reward in config.rewards if reward.evaluation_only]
     return RunCurves(
         folder=folder,
         config=config,
@@ -77,6 +86,9 @@ def read_run(folder: Path | str) -> RunCurves:
         grad_norms=_grad_norms(records),
         skipped=skipped_updates(records),
         seconds=_seconds(records),
+        work={name: series(records, f"compute/{name}") for name in WORK},
+        judges={name: series(records, f"heldout/reward/{name}") for name in judges},
+        base_distance=series(records, "heldout/base_distance"),
     )
 
 

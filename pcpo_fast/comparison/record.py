@@ -34,6 +34,9 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
             "horizon_epochs": reading.horizon,
             "at_epoch": reading.at_epoch,
             "smoothing_epochs": reading.smoothing,
+            "primary": result.settings.primary,
+            "costs": asdict(reading.costs),
+            "compute": reading.compute,
             "include_unfinished": result.settings.include_unfinished,
             "interval_level": LEVEL,
             "bootstrap_resamples": RESAMPLES,
@@ -46,6 +49,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
             }
             for measure in result.measures
         },
+        "decisions": {name: asdict(decision) for name, decision in result.decisions.items()},
         "differences": variant_differences(result),
         "variants": {variant.name: _variant(variant, result) for variant in result.variants},
         "missing": [asdict(run) for run in result.missing],
@@ -60,7 +64,7 @@ def variant_differences(result: Comparison) -> dict[str, dict[str, Any]]:
 
 def notes(result: Comparison) -> list[str]:
     """What a reader should know before believing a number."""
-    found = []
+    found = list(result.settings.notes)
     runs = [run for variant in result.variants for run in variant.runs]
     if len({run.epochs for run in runs}) > 1:
         longest = max(run.epochs for run in runs)
@@ -68,6 +72,9 @@ def notes(result: Comparison) -> list[str]:
             f"The runs are not equally long: of all only the first {result.reading.horizon} epochs count "
             f"(the longest has {longest})."
         )
+    if (primary := result.settings.primary) is not None:
+        undecided = [v.name for v in result.variants if v.name not in (result.baseline, *result.decisions)]
+        found += [f"{name}: no verdict, since it or {result.baseline} has no {primary}." for name in undecided]
     if result.reading.target is None:
         found.append(f"Epochs to target are left out: {result.target_source}.")
     found += consequences(variant_differences(result))

@@ -1,5 +1,6 @@
 """All runs of a comparison, some at a time; what is finished is left alone, what was interrupted goes on."""
 
+import math
 import os
 import signal
 import threading
@@ -52,11 +53,13 @@ class HowToRun:
         jobs: runs at work at the same time.
         threads: CPU threads of each; None: the machine's, divided among the jobs, unless OMP_NUM_THREADS is set.
         launcher: command that starts a run on several GPUs; None: a plain process.
+        until: no run is begun after this time (of ``time.monotonic``); infinite: there is none.
     """
 
     jobs: int = 1
     threads: int | None = None
     launcher: str | None = None
+    until: float = math.inf
 
 
 def check_folders(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -104,6 +107,9 @@ def run_all(
         try:
             with progress:
                 while queue or running:
+                    if queue and time.monotonic() >= how.until:
+                        progress.message(f"time is up: {len(queue)} runs are left for the next call")
+                        queue.clear()
                     while queue and len(running) < how.jobs:
                         running.append(_start(queue.pop(0), running, how, lock))
                         progress.began(running[-1])

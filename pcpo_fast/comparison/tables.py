@@ -90,6 +90,19 @@ def difference_table(variant: VariantResult, result: Comparison) -> Grid:
     return Grid(f"{variant.name} minus {result.baseline}", header, tuple(rows))
 
 
+def decision_table(result: Comparison) -> Grid:
+    """The primary measure: one row per variant but the baseline."""
+    measure, baseline = result.settings.primary_measure, result.variant(result.baseline)
+    names = (f"{result.baseline}", "variant mean", "difference [95 % t-interval]", "seeds", "p", "p after Holm")
+    rows = []
+    for name, decision in result.decisions.items():
+        numbers = ("–" if p is None else f"{p:.2g}" for p in (decision.p, decision.adjusted))
+        means = (_mean(side, measure) for side in (baseline, result.variant(name)))
+        difference = _estimate(decision.difference, measure, signed=True)
+        rows.append((name, *means, difference, str(decision.difference.n), *numbers, decision.verdict))
+    return Grid(f"Verdict: {_label(measure, result)}", ("variant", *names, "verdict"), tuple(rows))
+
+
 def seed_table(result: Comparison) -> Grid:
     """One row per run."""
     header = ("run", "seed", "epochs", *(_label(measure, result) for measure in result.measures))
@@ -129,6 +142,13 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
     missing = missing_lines(result)
     if missing:
         parts += ["**Not in these numbers:**", _bullets(missing)]
+    if result.decisions:
+        decided = decision_table(result)
+        parts += [
+            f"## {decided.title}",
+            "The measure named beforehand, to which alone the correction for several variants belongs.",
+            decided.markdown(),
+        ]
     settings = settings_table(result)
     if settings is not None:
         parts += ["## What differs", settings.markdown()]

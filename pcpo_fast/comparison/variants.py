@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pcpo_fast.comparison.differences import decisive, differences
@@ -17,8 +17,11 @@ from pcpo_fast.errors import UserError
 EMBEDDINGS = "embeddings"
 """Folder of encoded prompts that all runs of a comparison share."""
 
+TUNING = "tuning"
+"""Folder of the runs by which variants are tuned."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_RESERVED = (EMBEDDINGS, "figures")
+_RESERVED = (EMBEDDINGS, TUNING, "figures")
 _OWNED = {"seed": "--seeds says which", "output_dir": "--output says where"}
 
 
@@ -30,11 +33,28 @@ class Variant:
         name: what it and its folder are called.
         config: its own YAML file; None: the comparison's.
         settings: ``key.subkey=value``, over the file and over the settings of the whole comparison.
+        search: values to choose from, by dotted key.
     """
 
     name: str
     config: str | None = None
     settings: tuple[str, ...] = ()
+    search: Mapping[str, Sequence[object]] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How every variant is tuned before the comparison.
+
+    Attributes:
+        lr: learning rates that each begins with, ascending, two at least.
+        seeds: of the runs that choose; none of them is a seed of the comparison.
+        max_trials: trials of each variant at most; None: twice those of the largest grid.
+    """
+
+    lr: tuple[float, ...]
+    seeds: tuple[int, ...]
+    max_trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class ComparisonPlan:
         settings: ``key.subkey=value`` of all variants.
         variants: at least one, with distinct names.
         seeds: of each variant.
+        tuning: how variants are tuned first; None: they are compared as they are.
     """
 
     output: Path
@@ -54,6 +75,7 @@ class ComparisonPlan:
     settings: tuple[str, ...]
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True)
@@ -143,12 +165,16 @@ def check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise UserError(
             f"variant {name!r}: a name is also a folder's name: it must be made of letters, digits, '.', '_' and '-', "
-            f"and not be {' or '.join(_RESERVED)}"
+            f"and not be {', '.join(_RESERVED[:-1])} or {_RESERVED[-1]}"
         )
 
 
-def planned_runs(plan: ComparisonPlan) -> list[PlannedRun]:
+def planned_runs(plan: ComparisonPlan, *, twins: bool = False) -> list[PlannedRun]:
     """Every run, with its configuration read and checked; seed by seed, so that a comparison grows evenly.
+
+    Args:
+        plan: the comparison.
+        twins: allow variants that are the same, as they may be when each was tuned.
 
     Raises:
         UserError: a name, a setting or a configuration is wrong, or two variants are the same; names the variant.
@@ -158,33 +184,39 @@ def planned_runs(plan: ComparisonPlan) -> list[PlannedRun]:
         check_name(name)
         if names.count(name) > 1:
             raise UserError(f"variant {name}: there are two of this name")
-    runs = [_planned(plan, variant, seed) for seed in plan.seeds for variant in plan.variants]
-    _refuse_twins(runs[: len(names)])
+    runs = [
+        planned_run(plan, variant, seed, plan.output / variant.name) for seed in plan.seeds for variant in plan.variants
+    ]
+    if not twins:
+        _refuse_twins(runs[: len(names)])
     return runs
 
 
-def _planned(plan: ComparisonPlan, variant: Variant, seed: int) -> PlannedRun:
+def planned_run(plan: ComparisonPlan, variant: Variant, seed: int, above: Path) -> PlannedRun:
+    """A run in ``ABOVE/seed_S``, with its configuration read and checked.
+
+    Raises:
+        UserError: a setting is wrong; names the variant.
+    """
     settings = (*plan.settings, *variant.settings)
     for text in settings:
         key = text.partition("=")[0]
         if key in _OWNED:
             raise UserError(f"variant {variant.name}: {key} is not set here ({text}): {_OWNED[key]}")
-    folder = plan.output / variant.name / f"seed_{seed}"
+    folder = above / f"seed_{seed}"
     overrides = (*settings, f"seed={seed}", f"output_dir={json.dumps(str(folder))}")
     file = variant.config or plan.config
-    config = _loaded(variant, file, overrides)
-    if config.model.embedding_cache is None:
-        overrides += (f"model.embedding_cache={json.dumps(str(plan.output / EMBEDDINGS))}",)
-        config = _loaded(variant, file, overrides)
-    return PlannedRun(variant.name, seed, folder, folder.with_suffix(".log"), file, overrides, config)
-
-
-def _loaded(variant: Variant, file: str | None, overrides: tuple[str, ...]) -> Config:
     try:
-        return load_config(file, overrides)
+        config = load_config(file, overrides)
     except UserError as error:
         message = str(error).replace("command line (", "setting (")  # it may come from a file of the comparison
         raise UserError(f"variant {variant.name}: {message}") from None
+    if config.model.embedding_cache is None:
+        shared = str((plan.output / EMBEDDINGS).expanduser())
+        overrides += (f"model.embedding_cache={json.dumps(shared)}",)
+        model = config.model.model_copy(update={"embedding_cache": shared})
+        config = config.model_copy(update={"model": model})
+    return PlannedRun(variant.name, seed, folder, folder.with_suffix(".log"), file, overrides, config)
 
 
 def _refuse_twins(runs: Sequence[PlannedRun]) -> None:

@@ -1,6 +1,7 @@
 """``pcpo-fast compare`` from end to end: real runs of the tiny pipeline, stopped, killed and called again."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,9 +12,13 @@ from typing import NamedTuple
 
 import pytest
 from cli_runs import wait_for
-from comparison_runs import noisy_rise, write_run
+from comparison_runs import noisy_rise, write_planned, write_run
+from rich.console import Console
 
 from pcpo_fast.cli import main
+from pcpo_fast.comparison import scheduling
+from pcpo_fast.comparison.scheduling import Failure, HowToRun
+from pcpo_fast.comparison.variants import PlannedRun
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest_plugins = ["cli_fixtures"]
@@ -192,6 +197,8 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         (("--variant", "a:", "--seeds", "x"),
          "--seeds: must be a number of seeds (5), or a list of them (3,7,11), got 'x'"),
         (("--variant", "a:", "--jobs", "0"), "--jobs: must be at least 1, got 0"),
+        (("--variant", "a:", "--primary", "heldout_area", "prompts.heldout=null"),
+         "primary: heldout_area needs held-out prompts, and a, seed 0 has no prompts.heldout"),
         (("--variant", "a:", "seed=1"), "variant a: seed is not set here (seed=1): --seeds says which"),
         ((), "there is nothing to compare: name variants with --variant 'NAME: key=value', or a --file; {} holds no "
          "comparison to go on with"),
@@ -201,7 +208,7 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory is called no*where"),
         (("--runs", "a"), "--runs 'a': is written NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
         (("--runs", "$a$=b"), "variant '$a$': a name is also a folder's name: it must be made of letters, digits, '.', "
-         "'_' and '-', and not be embeddings or figures"),
+         "'_' and '-', and not be embeddings, tuning or figures"),
         (("--runs", "a=b", "--seeds", "3"), "--runs compares runs that are there, so it does not go with --seeds"),
         (("--runs", "a=b", "x.y=1"), "--runs compares runs that are there, so it does not go with key=value"),
     ],
@@ -261,6 +268,61 @@ def test_a_file_and_the_command_line_over_it(
     settings = record["settings"]
     assert (settings["target"], settings["baseline"], settings["smoothing_epochs"]) == (0.65, "pcpo", 2)
     assert [run["variant"] for run in record["missing"]] == ["native", "pcpo"]
+
+
+TUNED = """output: {output}
+seeds: 3
+settings: {{train.epochs: 20}}
+variants:
+  native: {{credit.rule: native}}
+  pcpo: {{search: {{credit.clip_range: [1e-4, 1e-3]}}}}
+tuning: {{lr: [1e-5, 1e-4, 1e-3], seeds: [100, 101]}}
+"""
+
+
+def test_a_tuned_comparison_goes_on_in_portions_and_decides_on_its_own_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every portion has time for five runs. PCPO is better by 0.1 with the larger clip range, and both rates are best
+    at 1e-4."""
+    monkeypatch.chdir(ROOT)
+    made: list[str] = []
+
+    def train_five(runs: list[PlannedRun], done: int, folder: Path, how: HowToRun, console: Console) -> list[Failure]:
+        for run in runs[:5]:
+            made.append(run.name)
+            level = 0.8 - 0.1 * abs(math.log10(run.config.optimizer.lr / 1e-4)) + 0.01 * math.sin(len(made))
+            level += 0.1 * ("pcpo" in run.name) * (run.config.credit.clip_range == 1e-3)
+            write_planned(run, lambda epoch, level=level: level if epoch else 0.5)  # type: ignore[misc]
+        object.__setattr__(how, "until", 0.0)
+        return []
+
+    monkeypatch.setattr(scheduling, "run_all", train_five)
+    output = tmp_path / "out"
+    (tmp_path / "c.yaml").write_text(TUNED.format(output=output))
+    answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--report-only")
+    assert answer.code == 0 and "tuning: not over, 18 runs are left before the next choice" in answer.out
+    assert not made and not (output / "comparison.json").exists()
+    answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--minutes", "5")
+    assert answer.code == 0 and "tuning: not over, 13 runs are left before the next choice" in answer.out
+    calls = 1
+    while len(made) < 2 * 2 * 6 + 2 * 3:
+        answer = call(capsys, "compare", "--output", output, "--minutes", "5")  # goes on from comparison.yaml
+        assert answer.code == 0, answer.err
+        calls += 1
+    assert calls == 7 and len(set(made)) == len(made)
+    assert made[-6:] == [f"{name}, seed {seed}" for seed in (0, 1, 2) for name in ("native", "pcpo")]
+    record = json.loads((output / "comparison.json").read_text())
+    assert record["notes"][0].startswith("What each variant is compared with was chosen from 6 trials of each on seeds")
+    assert record["decisions"]["pcpo"]["verdict"] == "better" and record["decisions"]["pcpo"]["difference"]["n"] == 3
+    assert record["settings"]["primary"] == "heldout_area"
+    chosen = json.loads((output / "tuning.json").read_text())["variants"]["pcpo"]["chosen"]
+    assert chosen == ["credit.clip_range=0.001", "optimizer.lr=0.0001"]
+    assert "Verdict: held-out reward over compute" in answer.out
+    assert "## Verdict: held-out reward over compute" in (output / "comparison.md").read_text()
+    assert call(capsys, "compare", "--file", tmp_path / "c.yaml", "--minutes", "0").err.startswith(
+        "error: --minutes: must be above 0, got 0"
+    )
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

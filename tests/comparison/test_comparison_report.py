@@ -11,6 +11,7 @@ from PIL import Image
 
 from pcpo_fast.comparison import Comparison, ComparisonSettings, compare_runs, write_comparison
 from pcpo_fast.comparison.figures import comparison_figures
+from pcpo_fast.comparison.measures import Costs
 from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.record import comparison_record, notes
 from pcpo_fast.comparison.tables import difference_table, main_table, seed_table
@@ -43,6 +44,41 @@ def test_reading_a_run(tmp_path: Path) -> None:
     assert [curve.values[0] for curve in run.clip_steps.values()] == pytest.approx([0.1, 0.12, 0.14, 0.16, 0.18])
     assert run.grad_norms == [(number // 2, 1.0) for number in range(50)]
     assert run.seconds.values == [1.0] * 25
+
+
+def test_the_area_over_compute_ends_where_the_cheaper_run_has_spent_all(tmp_path: Path) -> None:
+    """Both rise by 0.01 an epoch from 0.45 held out, and an epoch of the second costs twice as much: of it only five
+    epochs count, between two evaluations.
+    """
+    runs = {
+        name: [write_run(tmp_path / name, line(0.01), epochs=10, every=4, work=work)]
+        for name, work in (("cheap", 60.0), ("dear", 120.0))
+    }
+    result = compare_runs(runs, ComparisonSettings())
+    assert result.reading.compute == 10 * (10 + 3 * 60 + 10 + 10)  # a trained pass is three, the rest 10 of each
+    assert result.variant("cheap").values["heldout_area"][0] == pytest.approx(0.45 + 0.05)
+    assert result.variant("dear").values["heldout_area"][0] == pytest.approx(0.45 + 0.025)
+    assert result.variant("dear").values["heldout_area_seconds"][0] == pytest.approx(0.45 + 0.05)
+    assert result.variant("dear").values["heldout_best_epoch"][0] == 10
+    free = compare_runs(runs, ComparisonSettings(costs=Costs(decode=0.0, reward=4.0)))
+    assert free.reading.compute == 10 * (10 + 3 * 60 + 4 * 10)
+    # Runs that did not count their work have no such area, and the rest of the comparison is as it was.
+    old = {name: [write_run(tmp_path / name, line(0.01))] for name in ("one", "two")}
+    uncounted = compare_runs(old, ComparisonSettings(primary="heldout_area"))
+    assert uncounted.reading.compute is None and "heldout_area" not in uncounted.variant("one").means
+    assert "two: no verdict, since it or one has no heldout_area." in notes(uncounted)
+
+
+def test_a_judge_that_is_never_trained_on_is_a_measure(tmp_path: Path) -> None:
+    rewards = [{"name": "caption_match"}, {"name": "jpeg_compressibility", "evaluation_only": True}]
+    folder = write_run(tmp_path / "run", line(0.01), epochs=10, rewards=rewards)
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        judged = {"kind": "evaluation", "epoch": 10, "heldout/reward/mean": 0.55, "heldout/base_distance": 0.2}
+        file.write(json.dumps(judged | {"heldout/reward/jpeg_compressibility": -2.5}) + "\n")
+    result = compare_runs({"one": [folder]}, ComparisonSettings())
+    values = result.variant("one").values
+    assert values["judge/jpeg_compressibility"] == (-2.5,) and values["base_distance"] == (0.2,)
+    assert "judge jpeg_compressibility at the end" in [measure.label for measure in result.measures]
 
 
 def test_an_unfinished_run_and_folders_without_runs(tmp_path: Path) -> None:

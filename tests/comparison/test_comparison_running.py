@@ -145,7 +145,7 @@ def test_runs_of_a_plan_go_seed_by_seed_and_share_the_embeddings(tmp_path: Path)
         ((NATIVE, Variant("b", "nowhere.yaml")), "variant b: config file nowhere.yaml does not exist"),
         ((NATIVE, Variant("native")), "variant native: there are two of this name"),
         ((NATIVE, Variant("a/b")), "variant 'a/b': a name is also a folder's name"),
-        ((NATIVE, Variant("figures")), "and not be embeddings or figures"),
+        ((NATIVE, Variant("figures")), "and not be embeddings, tuning or figures"),
         ((NATIVE, Variant("b", None, ("seed=3",))), "variant b: seed is not set here .seed=3.: --seeds says which"),
         ((NATIVE, Variant("b", None, ("credit.rule=native",))), "variants native and b train the same thing$"),
         ((PCPO, Variant("b", None, ("checkpoint.every=3",))), "same thing .they differ in checkpoint.every alone"),
@@ -336,6 +336,21 @@ def test_as_many_runs_as_jobs_are_at_work(tmp_path: Path, launcher: str, monkeyp
     assert max(at_work) == 2
     assert all((run.folder / "summary.json").is_file() for run in runs)
     assert all((run.folder / "process").read_text().split()[1] == os.environ["OMP_NUM_THREADS"] for run in runs)
+
+
+def test_no_run_begins_after_its_time_and_those_at_work_end(tmp_path: Path, launcher: str) -> None:
+    runs = planned_runs(plan(tmp_path, NATIVE, seeds=(4, 5)))
+    console = shown()
+    begun = HowToRun(1, 1, launcher, until=time.monotonic() + 1e6)
+
+    def first_only(*arguments: object, **named: object) -> None:
+        object.__setattr__(begun, "until", 0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComparisonProgress, "tick", first_only)
+        assert run_all(runs, 0, tmp_path / "out", begun, console, poll=0.01) == []
+    assert [(run.folder / "summary.json").is_file() for run in runs] == [True, False]
+    assert "time is up: 1 runs are left for the next call" in text_of(console)
 
 
 def test_a_launcher_that_is_not_there_is_a_users_mistake(tmp_path: Path) -> None:

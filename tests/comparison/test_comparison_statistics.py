@@ -6,6 +6,7 @@ from scipy import stats
 
 from pcpo_fast.comparison.analysis import verdict
 from pcpo_fast.comparison.curves import Reached, first_reached, interpolated, last_value, trailing_mean, until
+from pcpo_fast.comparison.decisions import decide, holm, t_test
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import (
     Estimate,
@@ -193,3 +194,38 @@ def test_values_at_epochs() -> None:
     assert [last_value(curve, epoch) for epoch in (9, 10, 19.5, 99)] == [1.0, 2.0, 2.0, 4.0]
     assert last_value(curve, -1) is None
     assert until(curve, 10) == Series([0, 10], [1.0, 2.0])
+
+
+# The measure that decides
+
+
+def test_pairs_give_students_interval() -> None:
+    """Differences 1, 2, 3, 4, 5: mean 3, standard error sqrt(2.5 / 5), t(0.975, 4) = 2.7764 from a table."""
+    own, other = [11.0, 4.0, 9.0, 1.0, 25.0], [10.0, 2.0, 6.0, -3.0, 20.0]
+    estimate, p = t_test(own, other, paired=True)
+    half = 2.7764 * np.sqrt(0.5)
+    assert (estimate.value, estimate.n) == (3.0, 5)
+    assert (estimate.low, estimate.high) == (pytest.approx(3 - half, abs=1e-4), pytest.approx(3 + half, abs=1e-4))
+    assert p == pytest.approx(2 * stats.t.sf(3 / np.sqrt(0.5), 4))
+
+
+def test_holms_correction_of_a_worked_example() -> None:
+    """Four tests: 4 x .005, 3 x .01, 2 x .03, and .04, which may not be below the one before it."""
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.7, "b": 0.6}) == {"a": 1.0, "b": 1.0}
+
+
+def test_a_decision_needs_what_is_left_after_the_correction() -> None:
+    steps = [0.1, 0.2, 0.3, 0.4]
+    clear = ([0.5 + x + x / 10 for x in steps], [0.3 + x for x in steps])
+    weak = ([0.03 + x + x / 10 * (-1) ** i for i, x in enumerate(steps)], steps)  # p is .08
+    found = decide({"clear": (clear, True), "weak": (weak, True), "same": ((steps, steps), True)})
+    assert {name: one.verdict for name, one in found.items()} == {
+        "clear": "better", "weak": "no clear difference", "same": "no clear difference"
+    }  # fmt: skip
+    assert found["same"].p == 1.0 and found["same"].difference.low == 0.0
+    assert decide({"worse": ((clear[1], clear[0]), True)})["worse"].verdict == "worse"
+    alone = decide({"one": (([1.0], [0.0]), True), "two": (([1.0, 1.1], [0.0, 0.2]), True)})
+    assert (alone["one"].verdict, alone["two"].verdict) == ("too few seeds", "too few seeds")
+    assert (alone["one"].p, alone["one"].adjusted) == (None, None)

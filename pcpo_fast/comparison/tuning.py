@@ -1,0 +1,249 @@
+"""Which learning rate and other settings each variant is compared with: chosen on seeds that are not used again.
+
+Every variant begins with the same learning rates, each with every combination of the settings that it searches. A
+variant whose best rate is the lowest or the highest of its list gets another one beyond it, until that is no longer so;
+the others then get as many trials more, between their best rate and its neighbours. What comes next follows from the
+results on disk alone, so that a search that was interrupted goes on as if it had not been.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from pcpo_fast.comparison.analysis import ComparisonSettings, reading_of
+from pcpo_fast.comparison.measures import Reading
+from pcpo_fast.comparison.reading import RunCurves, read_run
+from pcpo_fast.comparison.scheduling import check_folders
+from pcpo_fast.comparison.tables import Grid
+from pcpo_fast.comparison.variants import (
+    TUNING,
+    ComparisonPlan,
+    PlannedRun,
+    Variant,
+    planned_run,
+    planned_runs,
+    settings_from,
+    settings_mapping,
+)
+from pcpo_fast.errors import UserError
+from pcpo_fast.files.atomic import write_atomically
+
+JSON_FILE, MARKDOWN_FILE = "tuning.json", "tuning.md"
+_LR = "optimizer.lr"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings of a variant that are tried.
+
+    Attributes:
+        variant: its name.
+        searched: ``key=value`` of what it searches besides the learning rate.
+        lr: the learning rate.
+    """
+
+    variant: str
+    searched: tuple[str, ...]
+    lr: float
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """All that it sets, as the command line takes it."""
+        return (*self.searched, f"{_LR}={self.lr!r}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far a search is.
+
+    Attributes:
+        trials: of every variant, in the order in which they came.
+        waiting: runs that have to be finished before it goes on, all of them known beforehand.
+        scores: the primary measure of each search seed; None as long as the first trials are not all finished.
+        chosen: the best trial of every variant; empty until the search is over.
+        at_edge: variants whose best rate still lies at the end of their list, because they have had every trial
+            allowed.
+    """
+
+    trials: Mapping[str, tuple[Trial, ...]]
+    waiting: tuple[PlannedRun, ...]
+    scores: Mapping[Trial, tuple[float, ...]]
+    chosen: Mapping[str, Trial]
+    at_edge: tuple[str, ...]
+
+
+def look(plan: ComparisonPlan, settings: ComparisonSettings) -> Search:
+    """What is known of a search from the runs that are finished, and which come next.
+
+    Raises:
+        UserError: the plan's ``tuning`` is not sound, or a run has no value of the primary measure.
+    """
+    tuning = plan.tuning
+    assert tuning is not None
+    planned_runs(plan, twins=True)  # checks the names, and the settings of the comparison itself
+    tried = {variant.name: _grid(plan, variant) for variant in plan.variants}
+    limit = _limit(plan, max(map(len, tried.values())))
+    reading: Reading | None = None
+    scores: dict[Trial, tuple[float, ...]] = {}
+    while True:
+        # Seed by seed and rate by rate, so that the variants grow evenly.
+        order = itertools.zip_longest(*tried.values())
+        new = [trial for row in order for trial in row if trial is not None and trial not in scores]
+        runs = {trial: trial_runs(plan, trial) for trial in new}
+        waiting = check_folders([run for column in zip(*runs.values(), strict=True) for run in column])
+        if waiting:
+            return Search(_frozen(tried), tuple(waiting), scores, {}, ())
+        curves = {trial: [read_run(run.folder) for run in runs[trial]] for trial in new}
+        reading = reading or reading_of([run for group in curves.values() for run in group], settings)
+        scores |= {trial: tuple(_score(run, reading, settings) for run in group) for trial, group in curves.items()}
+        best = {name: max(own, key=lambda trial: fmean(scores[trial])) for name, own in tried.items()}
+        beyond = {name: _beyond(best[name], own, tuning.lr) for name, own in tried.items()}
+        for name, own in tried.items():
+            if (trial := beyond[name]) is not None and len(own) < limit:
+                own.append(trial)
+        most = max(map(len, tried.values()))
+        for name, own in tried.items():
+            while len(own) < most:
+                own.append(_between(best[name], own))
+        if all(trial in scores for own in tried.values() for trial in own):
+            at_edge = tuple(name for name, trial in beyond.items() if trial is not None)
+            return Search(_frozen(tried), (), scores, best, at_edge)
+
+
+def trial_runs(plan: ComparisonPlan, trial: Trial) -> list[PlannedRun]:
+    """A run for each search seed, in ``OUTPUT/tuning/VARIANT/TRIAL/seed_S``."""
+    assert plan.tuning is not None
+    variant = next(variant for variant in plan.variants if variant.name == trial.variant)
+    tried = replace(variant, settings=(*variant.settings, *trial.settings), search={})
+    words = (re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_") for text in trial.settings)
+    folder = plan.output / TUNING / variant.name / "_".join(words)
+    return [
+        replace(planned_run(plan, tried, seed, folder), variant=f"{variant.name} with {' '.join(trial.settings)}")
+        for seed in plan.tuning.seeds
+    ]
+
+
+def tuned(plan: ComparisonPlan, search: Search) -> ComparisonPlan:
+    """The comparison of the variants as they were chosen, on its own seeds."""
+    variants = (
+        replace(variant, settings=(*variant.settings, *search.chosen[variant.name].settings), search={})
+        for variant in plan.variants
+    )
+    return replace(plan, variants=tuple(variants), tuning=None)
+
+
+def tuning_notes(plan: ComparisonPlan, search: Search) -> tuple[str, ...]:
+    """What a reader of the comparison must know of the search, one sentence each."""
+    assert plan.tuning is not None
+    seeds = ", ".join(map(str, plan.tuning.seeds))
+    count = len(next(iter(search.trials.values())))
+    first = (
+        f"What each variant is compared with was chosen from {count} trials of each on seeds of their own ({seeds}): "
+        f"{MARKDOWN_FILE} has all of them."
+    )
+    edges = (
+        f"The best learning rate of {name} lies at the end of its list: a better one may lie beyond "
+        f"(tuning.max_trials allows {count} trials)."
+        for name in search.at_edge
+    )
+    return (first, *edges)
+
+
+def write_search(plan: ComparisonPlan, settings: ComparisonSettings, search: Search) -> list[Path]:
+    """Write tuning.json and tuning.md into the comparison's folder; returns their paths."""
+    assert plan.tuning is not None
+    measure = settings.primary_measure
+    record = {
+        "format": 1,
+        "primary": measure.key,
+        "seeds": plan.tuning.seeds,
+        "waiting_runs": len(search.waiting),
+        "variants": {
+            name: {
+                "chosen": search.chosen[name].settings if name in search.chosen else None,
+                "at_edge": name in search.at_edge,
+                "trials": [{"settings": trial.settings, "values": search.scores.get(trial)} for trial in own],
+            }
+            for name, own in search.trials.items()
+        },
+    }
+    header = ("variant", "settings", "mean", *(f"seed {seed}" for seed in plan.tuning.seeds))
+    rows = []
+    for name, own in search.trials.items():
+        for trial in sorted(own, key=lambda trial: (trial.searched, trial.lr)):
+            values = search.scores.get(trial)
+            mark = " (chosen)" if search.chosen.get(name) == trial else ""
+            cells = (
+                ["–"] * (1 + len(plan.tuning.seeds)) if values is None else map(measure.text, (fmean(values), *values))
+            )
+            rows.append((name + mark, " ".join(trial.settings), *cells))
+    parts = ["# Tuning", f"Chosen by: {measure.label} ({measure.meaning})."]
+    if search.waiting:
+        parts.append(f"The search is not over: {len(search.waiting)} runs have to be finished before it goes on.")
+    parts += [Grid("", header, tuple(rows)).markdown()]
+    parts += [f"- {note}" for note in tuning_notes(plan, search) if search.chosen]
+    paths = [plan.output / JSON_FILE, plan.output / MARKDOWN_FILE]
+    write_atomically(paths[0], json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_atomically(paths[1], "\n\n".join(parts) + "\n")
+    return paths
+
+
+def _grid(plan: ComparisonPlan, variant: Variant) -> list[Trial]:
+    """The first trials: every combination of the settings that are searched, with every rate."""
+    assert plan.tuning is not None
+    searched = [_LR, *variant.search]
+    fixed = [key for key in settings_mapping((*plan.settings, *variant.settings)) if key in searched]
+    if fixed or searched.count(_LR) > 1:
+        key = fixed[0] if fixed else _LR
+        where = "tuning.lr" if key == _LR else f"variants.{variant.name}.search"
+        raise UserError(f"variant {variant.name}: {key} is searched ({where}), so nothing else may set it")
+    columns = [[settings_from({key: value})[0] for value in values] for key, values in variant.search.items()]
+    return [Trial(variant.name, chosen, lr) for chosen in itertools.product(*columns) for lr in plan.tuning.lr]
+
+
+def _limit(plan: ComparisonPlan, largest: int) -> int:
+    assert plan.tuning is not None
+    limit = plan.tuning.max_trials
+    if limit is not None and limit < largest:
+        raise UserError(f"tuning.max_trials: must be at least {largest}, the trials of the largest grid, got {limit}")
+    return 2 * largest if limit is None else limit
+
+
+def _score(run: RunCurves, reading: Reading, settings: ComparisonSettings) -> float:
+    measure = settings.primary_measure
+    value = measure.of(run, reading)
+    if value is None:
+        raise UserError(f"primary: {run.folder} has no value of {measure.key} ({measure.meaning})")
+    return value
+
+
+def _beyond(best: Trial, own: Sequence[Trial], rates: Sequence[float]) -> Trial | None:
+    """The next rate beyond the best one by the list's own ratio; None where the best is not at an end."""
+    alike = sorted(trial.lr for trial in own if trial.searched == best.searched)
+    if best.lr == alike[0]:
+        return replace(best, lr=_rounded(best.lr * rates[0] / rates[1]))
+    if best.lr == alike[-1]:
+        return replace(best, lr=_rounded(best.lr * rates[-1] / rates[-2]))
+    return None
+
+
+def _between(best: Trial, own: Sequence[Trial]) -> Trial:
+    """A rate in the middle of the wider of the gaps on both sides of the best one."""
+    alike = sorted(trial.lr for trial in own if trial.searched == best.searched)
+    place = alike.index(best.lr)
+    gaps = list(itertools.pairwise(alike[max(0, place - 1) : place + 2]))
+    low, high = max(gaps, key=lambda gap: gap[1] / gap[0])
+    return replace(best, lr=_rounded(math.sqrt(low * high)))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def _frozen(tried: Mapping[str, list[Trial]]) -> dict[str, tuple[Trial, ...]]:
+    return {name: tuple(own) for name, own in tried.items()}
