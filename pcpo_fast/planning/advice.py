@@ -67,15 +67,10 @@ def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Itera
     for zero, again, size in sorted(product(SHIPPED.values(), (False, True), sizes), key=_preference):
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
             continue  # the engine takes stage 2 for it
-        for rollout_batch in _halved(config.rollout.batch_size):
+        own_batch = config.rollout.batch_size
+        for rollout_batch in (own_batch >> halvings for halvings in range(own_batch.bit_length())):
             memory = plan_memory(
-                config,
-                costs,
-                zero,
-                ranks,
-                checkpointed=again,
-                micro_batch=size,
-                rollout_batch=rollout_batch,
+                config, costs, zero, ranks, checkpointed=again, micro_batch=size, rollout_batch=rollout_batch
             )
             yield Choice(zero, again, size, rollout_batch, memory)
             if memory.worst != "rollout":
@@ -86,10 +81,3 @@ def _preference(choice: tuple[Zero, bool, int]) -> tuple[float, ...]:
     zero, again, size = choice
     batches_first = (-size, again) if zero.offload_parameters else (again, zero.stage, -size)
     return (zero.offload_optimizer, zero.stage == 3, *batches_first)
-
-
-def _halved(size: int) -> list[int]:
-    sizes = [size]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes

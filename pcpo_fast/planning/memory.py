@@ -5,7 +5,7 @@ from math import prod
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
-from pcpo_fast.planning.states import WEIGHT_BYTES, States, Zero, optimizer_bytes, states_of
+from pcpo_fast.planning.states import WEIGHT_BYTES, Zero, optimizer_bytes, states_of
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,6 @@ def rollout_buffers(config: Config, costs: ModelCosts, ranks: int) -> dict[str, 
     }
 
 
-def network_states(config: Config, costs: ModelCosts, zero: Zero, ranks: int) -> States:
-    """States of the configuration's network."""
-    return states_of(
-        zero,
-        ranks,
-        total=costs.model.all_parameters,
-        trained=costs.model.trained_parameters,
-        weight_bytes=WEIGHT_BYTES[config.model.dtype],
-        optimizer=optimizer_bytes(config),
-    )
-
-
 def plan_memory(
     config: Config,
     costs: ModelCosts,
@@ -82,13 +70,20 @@ def plan_memory(
     micro_batch = config.train.micro_batch_size if micro_batch is None else micro_batch
     rollout_batch = config.rollout.batch_size if rollout_batch is None else rollout_batch
     width, model = WEIGHT_BYTES[config.model.dtype], costs.model
-    states = network_states(config, costs, zero, ranks)
+    states = states_of(
+        zero,
+        ranks,
+        total=model.all_parameters,
+        trained=model.trained_parameters,
+        weight_bytes=width,
+        optimizer=optimizer_bytes(config),
+    )
     buffers = rollout_buffers(config, costs, ranks)
     kept = sum(buffers.values())
     rollout_batch = min(rollout_batch, config.images_per_epoch // ranks)
     forward = costs.forward_peak(rollout_batch)
     decode = costs.decoding_peak(rollout_batch)
-    activations = costs.partial_peak(micro_batch, checkpointed, states.passing_gradients)
+    activations = costs.partial_peak(micro_batch, checkpointed, states.flat_gradient)
     reference = 0.0
     if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
         reference = model.network_parameters * width
@@ -113,7 +108,7 @@ def plan_memory(
         "text encoders": float(sum(model.encoders.values()) * width),
     }
     standing = states.weights + reference + parts["vae"] + states.master + states.moments + states.average
-    rolling = standing + (states.gradients if states.gradients_stay else 0)
+    rolling = standing + (states.gradients if states.flat_gradient else 0)
     if config.rollout.offload_optimizer:
         rolling -= states.master + states.moments + states.average
     phases = {

@@ -203,8 +203,8 @@ def _download_configs(settings: ModelConfig) -> Path:
     try:
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client has many kinds, and every one of them means the same here
-        reason = reason_of(error)
         raise UserError(
-            f"model.path: the configuration files of {settings.path} cannot be had from the hub ({reason}); known "
-            f"without a network: {', '.join(PUBLISHED)}; or give a folder with --model-config"
+            f"model.path: the configuration files of {settings.path} cannot be downloaded from the hub "
+            f"({reason_of(error)}); known without a network: {', '.join(PUBLISHED)}; or give a folder with "
+            "--model-config"
         ) from None

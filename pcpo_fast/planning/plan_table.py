@@ -5,32 +5,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SHOWN_PARTS = (
-    "weights",
-    "reference",
-    "vae",
-    "gradients",
-    "master weights",
-    "moments",
-    "moving average",
-    "optimizer step",
-    "activations",
-    "rollout forward",
-    "vae decode",
-    "trajectories",
-    "images",
-    "embeddings",
-    "communication",
-    "gathered weights",
-)
-
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what :func:`pcpo_fast.planning.run_plan.make_plan` returns."""
     console.print(_parameters(plan))
     console.print(_work(plan))
     console.print(_memory(plan))
-    _say(console, _configured(plan))
+    own, gpus = plan["configured"], f"{plan['gpus']} x {plan['gpu_memory_gb']:g} GB"
+    peak = f"{own['peak']:.1f} GB at its peak ({own['worst_phase']})"
+    verdict = "fits" if own["fits"] else "does not fit"
+    _say(console, f"This configuration ({own['zero']}) needs {peak}: it {verdict} {gpus}")
     advice = plan["recommendation"]
     _say(console, ("Recommended: " if advice["fits"] else "Does not fit: ") + advice["reason"])
     if advice["fits"]:
@@ -46,8 +30,8 @@ def _say(console: Console, text: str) -> None:
 def _parameters(plan: dict[str, Any]) -> Table:
     model, counts = plan["model"], plan["parameters"]
     table = Table(title=f"{model['path']} ({model['source']}), {model['finetune']}, {model['dtype']}")
-    for name in ("parameters", "count"):
-        table.add_column(name, justify="left" if name == "parameters" else "right")
+    table.add_column("parameters")
+    table.add_column("count", justify="right")
     rows = {key: counts[key] for key in ("network", "trained", "frozen", "vae")} | counts["text_encoders"]
     for name, count in rows.items():
         table.add_row(name, f"{count:,}")
@@ -80,27 +64,17 @@ def _memory(plan: dict[str, Any]) -> Table:
     columns = {**stages, f"this config ({own['zero']})": own}
     for name in columns:
         table.add_column(name, justify="right")
-    for part in SHOWN_PARTS:
-        if any(column["parts"][part] for column in columns.values()):
+    for part in own["parts"]:
+        if part != "text encoders" and any(column["parts"][part] for column in columns.values()):
             table.add_row(part, *(_number(column["parts"][part]) for column in columns.values()))
-    for heading in ("phases",):
-        table.add_section()
-        for phase in own[heading]:
-            table.add_row(f"peak: {phase}", *(_number(column[heading][phase]) for column in columns.values()))
+    table.add_section()
+    for phase in own["phases"]:
+        table.add_row(f"peak: {phase}", *(_number(column["phases"][phase]) for column in columns.values()))
     table.add_section()
     fits = ("[green]yes[/]", "[red]no[/]")
     table.add_row("fits", *(fits[not column["fits"]] for column in columns.values()))
     table.caption = "a phase holds some of the parts at a time; models of rewards are not counted"
     return table
-
-
-def _configured(plan: dict[str, Any]) -> str:
-    own = plan["configured"]
-    verdict = "fits" if own["fits"] else "does not fit"
-    return (
-        f"This configuration ({own['zero']}) needs {own['peak']:.1f} GB at its peak ({own['worst_phase']}): it "
-        f"{verdict} {plan['gpus']} x {plan['gpu_memory_gb']:g} GB"
-    )
 
 
 def _number(value: float) -> str:

@@ -19,8 +19,6 @@ from pcpo_fast.rollout.epoch_plan import accumulation_steps
 
 GB = 1e9
 """Decimal, as GPUs are sold; CUDA's tools report GiB of 1.074e9 bytes."""
-MANY_GPUS = 64
-PLAN_KEYS = ("model", "gpus", "parameters", "flops", "memory_gb", "configured", "recommendation")
 
 
 def make_plan(
@@ -116,7 +114,12 @@ def _memory_record(memory: MemoryPlan, memory_gb: float) -> dict[str, Any]:
 def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, pairs: int) -> dict[str, Any]:
     choice = choose(config, costs, gpus, memory_gb * GB, pairs)
     if choice is not None:
-        return {"fits": True, **_choice_record(choice), "reason": _reason(choice, memory_gb)}
+        reason = (
+            f"{choice.zero.name} {'with' if choice.checkpointed else 'without'} gradient checkpointing, micro-batches "
+            f"of {choice.micro_batch}: {choice.memory.peak / GB:.1f} of {memory_gb:g} GB at the peak, in the phase "
+            f"{choice.memory.worst!r}"
+        )
+        return {"fits": True, **_choice_record(choice), "reason": reason}
     least = least_memory(config, costs, gpus, pairs)
     ways = []
     if config.model.finetune == "full":
@@ -125,15 +128,19 @@ def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, p
         small = choose(lora, adapted, gpus, memory_gb * GB, pairs)
         if small is not None:
             ways.append(f"train adapters: model.finetune=lora fits with {' '.join(small.settings())}")
-    enough = _gpus_needed(config, costs, gpus, memory_gb, pairs)
-    if enough is not None:
-        ways.append(f"use {enough} such GPUs")
-    ways.append(f"use GPUs of {_gpu_that_holds(least.memory.peak / GB):.0f} GB")
+    for more in (2, 4, 8, 16, 32, 64):  # how the images divide over them is left open
+        if more > gpus and choose(config, costs, more, memory_gb * GB, 1) is not None:
+            ways.append(f"use {more} such GPUs")
+            break
+    needed = least.memory.peak / GB
+    usual = (16.0, 24.0, 32.0, 40.0, 48.0, 80.0, 96.0, 141.0, 180.0, 192.0, 288.0)
+    large = next((size for size in usual if usable(size * GB) >= needed * GB), math.ceil(needed * 1.05))
+    ways.append(f"use GPUs of {large:.0f} GB")
     if least.memory.worst in ("rollout", "update"):
         ways.append("make smaller images (model.height, model.width)")
     reason = (
         f"nothing fits {gpus} x {memory_gb:g} GB: the smallest plan ({' '.join(least.settings())}) needs "
-        f"{least.memory.peak / GB:.1f} GB in the phase {least.memory.worst!r}, and "
+        f"{needed:.1f} GB in the phase {least.memory.worst!r}, and "
         f"{usable(memory_gb * GB) / GB:.1f} GB can be used"
     )
     return {"fits": False, **_choice_record(least), "reason": reason, "ways_out": ways}
@@ -150,29 +157,3 @@ def _choice_record(choice: Choice) -> dict[str, Any]:
         "peak_gb": choice.memory.peak / GB,
         "settings": choice.settings(),
     }
-
-
-def _reason(choice: Choice, memory_gb: float) -> str:
-    return (
-        f"{choice.zero.name} {'with' if choice.checkpointed else 'without'} gradient checkpointing, micro-batches of "
-        f"{choice.micro_batch}: {choice.memory.peak / GB:.1f} of {memory_gb:g} GB at the peak, in the phase "
-        f"{choice.memory.worst!r}"
-    )
-
-
-def _gpus_needed(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, pairs: int) -> int | None:
-    """The next power of two of GPUs with which something fits; how the images divide is left open."""
-    count = 2 ** math.ceil(math.log2(gpus + 1))
-    while count <= MANY_GPUS:
-        if choose(config, costs, count, memory_gb * GB, 1) is not None:
-            return count
-        count *= 2
-    return None
-
-
-def _gpu_that_holds(needed_gb: float) -> float:
-    """The smallest usual GPU that can use so much, or the number itself."""
-    for size in (16.0, 24.0, 32.0, 40.0, 48.0, 80.0, 96.0, 141.0, 180.0, 192.0, 288.0):
-        if usable(size * GB) >= needed_gb * GB:
-            return size
-    return math.ceil(needed_gb * 1.05)

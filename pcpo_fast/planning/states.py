@@ -118,8 +118,8 @@ class States(NamedTuple):
     Attributes:
         weights: of the network, or this rank's share.
         gradients: accumulated.
-        gradients_stay: whether they are there during rollouts, too.
-        passing_gradients: whether a backward's own gradients are all alive at its end, besides the accumulated ones.
+        flat_gradient: whether they are one flat tensor, which stays during rollouts and is there beside all gradients
+            of a backward at its end.
         master, moments: of the optimiser.
         average: the moving average of the weights.
         communication: reduction buffers during a backward.
@@ -129,8 +129,7 @@ class States(NamedTuple):
 
     weights: float
     gradients: float
-    gradients_stay: bool
-    passing_gradients: bool
+    flat_gradient: bool
     master: float
     moments: float
     average: float
@@ -171,8 +170,7 @@ def states_of(
     return States(
         weights=weights,
         gradients=trained * optimizer.gradient if zero.stage == 1 else share * optimizer.gradient * on_gpu,
-        gradients_stay=flat,
-        passing_gradients=flat,
+        flat_gradient=flat,
         master=share * optimizer.master * on_gpu,
         moments=share * optimizer.moments * on_gpu,
         average=share * optimizer.average * on_gpu,

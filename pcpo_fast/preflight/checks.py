@@ -2,22 +2,20 @@
 
 import importlib.metadata
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.planning.published import PUBLISHED
-from pcpo_fast.planning.recomputing import device_memory
-from pcpo_fast.planning.run_plan import GB, make_plan
+from pcpo_fast.planning.run_plan import GB
 from pcpo_fast.planning.states import WEIGHT_BYTES, optimizer_bytes
-from pcpo_fast.policies.families import find_family
+from pcpo_fast.policies.families import FAMILIES, family_of, find_family
 from pcpo_fast.policies.folder_checks import check_folder
+from pcpo_fast.policies.pipeline_files import pipeline_class_of
 from pcpo_fast.training.run_inputs import RunInputs
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -48,13 +46,10 @@ def attempt(name: str, check: Callable[[], tuple[Status, str]]) -> Check:
 
 def check_versions() -> tuple[Status, str]:
     """Installed libraries against the ranges that this project declares."""
-    required = {}
-    for line in importlib.metadata.requires("pcpo-fast") or ():
-        match = re.match(r"([\w.-]+)\s*([^;]*)$", line.strip())
-        if match:
-            required[match[1].lower()] = match[2].strip()
-    from packaging.specifiers import SpecifierSet
+    from packaging.requirements import Requirement
 
+    declared = map(Requirement, importlib.metadata.requires("pcpo-fast") or ())
+    required = {requirement.name: requirement.specifier for requirement in declared}
     found, wrong = [], []
     for package in PACKAGES:
         try:
@@ -62,9 +57,9 @@ def check_versions() -> tuple[Status, str]:
         except importlib.metadata.PackageNotFoundError:
             wrong.append(f"{package} is not installed")
             continue
-        allowed = required.get(package, "")
+        allowed = required.get(package)
         found.append(f"{package} {version}")
-        if allowed and not SpecifierSet(allowed).contains(version, prereleases=True):
+        if allowed and not allowed.contains(version, prereleases=True):
             wrong.append(f"{package} {version} is installed, and {allowed} is tested")
     return ("warning", "; ".join(wrong)) if wrong else ("ok", ", ".join(found))
 
@@ -80,13 +75,6 @@ def check_gpus(wanted: int) -> tuple[Status, str]:
     return "ok", f"{count} x {name}"
 
 
-def gpu_memory_gb() -> float | None:
-    """Memory of the first GPU in 1e9 bytes; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return device_memory(torch.device("cuda", 0), 1) / GB
-
-
 def check_model(config: Config) -> tuple[Status, str]:
     """Whether the model is here, or can be downloaded with the rights of this user."""
     path = config.model.path
@@ -95,17 +83,16 @@ def check_model(config: Config) -> tuple[Status, str]:
         _, family = find_family(config.model)
         check_folder(folder, family, config.model)
         return "ok", f"{path}: a {family.pipeline_class.__name__} with all its weights"
-    if _in_cache(path, config.model.revision):
+    if _is_cached(config.model):
         return "ok", f"{path} is in the hub's cache on this machine"
     from huggingface_hub import auth_check
 
     try:
         auth_check(path)
     except Exception as error:  # the hub's client has many kinds of error
-        reason = reason_of(error)
         return "failed", (
-            f"model.path: {path} is not in the cache and cannot be had from the hub: {reason} (a gated model needs its "
-            "license accepted on its page, and `hf auth login`)"
+            f"model.path: {path} is not in the cache and cannot be downloaded from the hub: {reason_of(error)} (a "
+            "gated model needs its license accepted on its page, and `hf auth login`)"
         )
     return "ok", f"{path} may be downloaded"
 
@@ -124,13 +111,11 @@ def needed_bytes(config: Config, trained: int, network: int) -> float:
     return kept * checkpoint + (trained if config.model.finetune == "lora" else network) * width
 
 
-def check_disk(config: Config, plan: dict[str, object]) -> tuple[Status, str]:
+def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:
     """Free space where the run writes, and for a download where the hub's cache is."""
     counts = plan["parameters"]
-    assert isinstance(counts, dict)
     needs = {_existing(Path(config.output_dir)): needed_bytes(config, counts["trained"], counts["network"])}
-    path = config.model.path
-    if not Path(path).expanduser().is_dir() and not _in_cache(path, config.model.revision):
+    if not Path(config.model.path).expanduser().is_dir() and not _is_cached(config.model):
         everything = counts["network"] + counts["vae"] + sum(counts["text_encoders"].values())
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -150,10 +135,9 @@ def check_disk(config: Config, plan: dict[str, object]) -> tuple[Status, str]:
     return "ok", "; ".join(sentences)
 
 
-def check_memory(plan: dict[str, object]) -> tuple[Status, str]:
+def check_memory(plan: dict[str, Any]) -> tuple[Status, str]:
     """The memory plan of the configuration as it stands."""
     own, advice = plan["configured"], plan["recommendation"]
-    assert isinstance(own, dict) and isinstance(advice, dict)
     if own["fits"]:
         return "ok", (
             f"{own['peak']:.2f} of {plan['gpu_memory_gb']:.0f} GB at the peak ({own['worst_phase']}, {own['zero']})"
@@ -165,25 +149,18 @@ def check_memory(plan: dict[str, object]) -> tuple[Status, str]:
     )
 
 
-def plan_for(config: Config, gpus: int, memory_gb: float | None) -> dict[str, object]:
-    """The plan that the checks of disk and memory read; without a GPU, for one of 80 GB."""
-    return make_plan(config, gpus, memory_gb or gpu_memory_gb() or 80.0)
-
-
-def _in_cache(path: str, revision: str | None) -> bool:
+def _is_cached(settings: ModelConfig) -> bool:
+    """Whether the hub's cache holds the pipeline, with weights of the network that is trained."""
     from huggingface_hub import try_to_load_from_cache
 
-    network = "unet" if "unet" in PUBLISHED.get(path, {}).get("parts", ()) else "transformer"
     try:
-        files = [
-            try_to_load_from_cache(path, name, revision=revision)
-            for name in ("model_index.json", f"{network}/config.json")
-        ]
-    except ValueError:
+        index = try_to_load_from_cache(settings.path, "model_index.json", revision=settings.revision)
+    except ValueError:  # no hub id
         return False
-    if not all(isinstance(file, str) for file in files):
+    if not isinstance(index, str):
         return False
-    return any(Path(str(files[1])).parent.glob("*.safetensors"))
+    family = family_of(pipeline_class_of(Path(index).parent, FAMILIES))
+    return any((Path(index).parent / family.trained_part).glob("*.safetensors"))
 
 
 def _existing(folder: Path) -> Path:

@@ -1,9 +1,15 @@
 """All checks before a run, in the order of what they cost."""
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
+from pcpo_fast.planning.recomputing import device_memory
+from pcpo_fast.planning.run_plan import GB, make_plan
 from pcpo_fast.preflight.checks import (
     Check,
     attempt,
@@ -13,7 +19,6 @@ from pcpo_fast.preflight.checks import (
     check_memory,
     check_model,
     check_versions,
-    plan_for,
 )
 from pcpo_fast.preflight.dry_run import dry_run
 
@@ -27,17 +32,16 @@ def run_checks(
         config: the run.
         gpus: GPUs of the whole run.
         ranks_here: those of this machine.
-        memory_gb: of one GPU; None: ask it.
+        memory_gb: of one GPU in 1e9 bytes; None: ask it, and without one plan for 80.
         dry: whether to train two steps at the end.
         timeout: seconds that these may take.
     """
     failed = False
-    plan: dict[str, object] = {}
 
-    def planned() -> dict[str, object]:
-        if not plan:
-            plan.update(plan_for(config, gpus, memory_gb))
-        return plan
+    @cache
+    def planned() -> dict[str, Any]:
+        here = device_memory(torch.device("cuda", 0), 1) / GB if torch.cuda.is_available() else 80.0
+        return make_plan(config, gpus, memory_gb or here)
 
     for name, check in (
         ("versions", check_versions),

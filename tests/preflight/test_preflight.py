@@ -16,6 +16,7 @@ from tiny_pipeline import tiny_config
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
+from pcpo_fast.planning.run_plan import make_plan
 from pcpo_fast.preflight import checks
 from pcpo_fast.preflight import dry_run as dry_runs
 from pcpo_fast.preflight.checks import Check, attempt, needed_bytes
@@ -34,7 +35,7 @@ def config(pipeline_folder: Path, tmp_path: Path) -> Config:
 def plan(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of the configuration: it does not depend on the run's folder."""
     folder = tmp_path_factory.mktemp("planned")
-    return checks.plan_for(load_config(write_config(folder, pipeline_folder)), 1, 80)
+    return make_plan(load_config(write_config(folder, pipeline_folder)), 1, 80)
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -103,6 +104,20 @@ def test_a_model_that_the_hub_refuses_fails(config: Config, monkeypatch: pytest.
     assert checks.check_model(remote) == ("ok", f"{HUB_MODEL} may be downloaded")
 
 
+def test_a_model_in_the_cache_needs_the_weights_of_its_network(
+    own_pipeline: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = config.model_copy(update={"model": config.model.model_copy(update={"path": HUB_MODEL})})
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda path, name, revision=None: str(own_pipeline / name)
+    )
+    monkeypatch.setattr("huggingface_hub.auth_check", raising(OSError("no network")))
+    assert checks.check_model(remote) == ("ok", f"{HUB_MODEL} is in the hub's cache on this machine")
+    for file in (own_pipeline / "transformer").glob("*.safetensors"):
+        file.unlink()
+    assert checks.check_model(remote)[0] == "failed"
+
+
 def test_prompts_and_rewards_are_read(config: Config) -> None:
     assert checks.check_inputs(config)[0] == "ok"
     prompts = config.prompts.model_copy(update={"train": "nowhere.txt"})
@@ -132,7 +147,7 @@ def test_disk_space_covers_the_checkpoints_that_a_run_writes(config: Config) -> 
 
 
 def test_too_little_memory_fails_with_what_to_set(config: Config, plan: dict[str, Any]) -> None:
-    status, says = checks.check_memory(checks.plan_for(config, 1, 1.5002))
+    status, says = checks.check_memory(make_plan(config, 1, 1.5002))
     assert status == "failed" and "are needed at the peak" in says
     assert checks.check_memory(plan)[0] == "ok"
 
