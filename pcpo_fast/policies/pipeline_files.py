@@ -1,12 +1,12 @@
 """From ``model.path`` to a folder on this machine, with an error that says what to do."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
 from pcpo_fast.distributed.collectives import local_rank, shared_errors
-from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.errors import UserError
 from pcpo_fast.policies.weight_files import read_json
 
 
@@ -90,58 +90,18 @@ def part_classes(folder: Path, key: str = "model.path") -> dict[str, str | None]
 def _download(path: str, revision: str | None, variant: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    from pcpo_fast.policies.hub_errors import hub_problem
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn at length of what is said below in a sentence
     try:
         return Path(DiffusionPipeline.download(path, revision=revision, variant=variant))
     except Exception as error:
-        # diffusers wraps what the hub said when it finds no local copy to fall back on.
-        causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
-
-        def met(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in causes)
-
-        here = f"model.path: {path} is not a folder under {Path.cwd()}"
-        reason = reason_of(causes[-1])
-        if met(GatedRepoError):
-            problem = (
-                f"{here}, and the hub model {path} is gated: accept its license on its model page, then run "
-                "`hf auth login` (or set HF_TOKEN)"
-            )
-        elif met(RevisionNotFoundError):
-            problem = f"model.revision: the hub model {path} has no revision {revision!r}"
-        elif met(RepositoryNotFoundError):
-            problem = (
-                f"{here}, and the hub has no model {path} that you may read: check the spelling, and for a private or "
-                "gated model run `hf auth login` (or set HF_TOKEN)"
-            )
-        elif met(EntryNotFoundError) and not met(LocalEntryNotFoundError):
-            problem = f"{here}, and the hub model {path} is not a diffusers pipeline: {reason}"
-        elif met(HfHubHTTPError):
-            problem = f"{here}, and the hub refused {path}: {reason}"
-        elif met(ConnectionError, TimeoutError, LocalEntryNotFoundError) or _from_network(causes):
-            problem = (
-                f"{here}, and the hub model {path} is neither in the local cache nor can the hub be reached; download "
-                f"it once with a network, or give the path of a folder ({reason})"
-            )
-        elif met(OSError, ValueError):
-            problem = f"{here}, and {path} could not be had from the hub: {reason}"
-        else:
-            raise
-        raise UserError(problem) from None
+        if isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):
+            raise UserError(f"model.revision: the hub model {path} has no revision {revision!r}") from None
+        problem = hub_problem(error, path)
+        raise UserError(f"model.path: {path} is not a folder under {Path.cwd()}, and {problem}") from None
     finally:
         logging.set_verbosity(level)
-
-
-def _from_network(causes: Iterable[BaseException]) -> bool:
-    """Whether an HTTP library gave up before it had an answer."""
-    return any(type(cause).__module__.startswith(("httpx", "httpcore", "requests")) for cause in causes)

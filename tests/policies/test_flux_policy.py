@@ -532,12 +532,14 @@ def hub_errors() -> Iterator[Any]:
         answer(errors.RepositoryNotFoundError), "the hub has no model .* check the spelling", id="missing"
     )
     yield pytest.param(answer(errors.RevisionNotFoundError), r"model\.revision: .* no revision 'v2'", id="revision")
-    yield pytest.param(answer(errors.RemoteEntryNotFoundError), "is not a diffusers pipeline", id="no pipeline")
+    yield pytest.param(answer(errors.RemoteEntryNotFoundError), "lacks a file that is needed", id="no pipeline")
     yield pytest.param(answer(errors.HfHubHTTPError), "the hub refused", id="refused")
     yield pytest.param(errors.LocalEntryNotFoundError("no"), "nor can the hub be reached", id="not cached")
     yield pytest.param(errors.OfflineModeIsEnabled("no"), "nor can the hub be reached", id="offline")
     yield pytest.param(httpx.ConnectTimeout("slow"), "nor can the hub be reached", id="timeout")
-    yield pytest.param(OSError(28, "No space left on device"), "could not be had from the hub: .*No space", id="disk")
+    yield pytest.param(
+        OSError(28, "No space left on device"), "could not be downloaded from the hub: .*No space", id="disk"
+    )
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

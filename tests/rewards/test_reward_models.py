@@ -121,7 +121,7 @@ def test_the_cache_is_used_without_a_network(cache: Path) -> None:
     whole = fake_cache(cache, "some/clip", config__json="{}", model__safetensors="")
     assert model_folder("x", "model", "some/clip") == whole
     fake_cache(cache, "some/part", config__json="{}")
-    with pytest.raises(UserError, match=r"some/part is not under .*, nor in the local cache, and the hub cannot be"):
+    with pytest.raises(UserError, match=r"some/part is not under .* neither in the local cache nor can the hub be"):
         model_folder("x", "model", "some/part")
     index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     shards = fake_cache(cache, "some/shards", config__json="{}", one__safetensors="")
@@ -156,8 +156,8 @@ def test_paths(cache: Path, tmp_path: Path) -> None:
 
 def test_offline_says_what_to_do(cache: Path) -> None:
     message = (
-        r"^reward x: option model: some/file/weights.pt is not under .*, nor in the local cache, and the hub cannot "
-        r"be reached; download it once with a network \(`hf download`\), or give a path \("
+        r"^reward x: option model: some/file/weights.pt is not under .*, and the hub model some/file is neither in the "
+        r"local cache nor can the hub be reached; download it once with a network \(`hf download`\), or give a path \("
     )
     with pytest.raises(UserError, match=message):
         model_file("x", "model", "some/file", "weights.pt")
@@ -224,10 +224,10 @@ def test_old_models_without_safetensors(cache: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (GatedRepoError, "on the hub it is gated: accept its license"),
-        (RepositoryNotFoundError, "the hub has no such model that you may read: check the spelling$"),
-        (OSError, "it could not be had from the hub: no space left$"),
-        (ConnectionError, "the hub cannot be reached"),
+        (GatedRepoError, "the hub model some/file is gated: accept its license"),
+        (RepositoryNotFoundError, "the hub has no model some/file that you may read: check the spelling, and"),
+        (OSError, "some/file could not be downloaded from the hub: no space left$"),
+        (ConnectionError, "nor can the hub be reached"),
     ],
 )
 def test_what_the_hub_refuses(

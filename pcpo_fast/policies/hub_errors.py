@@ -1,0 +1,55 @@
+"""What the client of the Hugging Face hub raises, in words for a user."""
+
+from huggingface_hub.errors import (
+    DryRunError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from pcpo_fast.errors import reason_of
+
+
+def hub_problem(error: Exception, model: str) -> str:
+    """Why a model cannot be downloaded: the end of a sentence that says that it is no path, either.
+
+    Args:
+        error: of the hub's client, of diffusers, or of a library below them.
+        model: the hub id.
+
+    Raises:
+        Exception: ``error`` itself, if it is none of these.
+    """
+    # The libraries wrap what the hub said when they find no local copy to fall back on.
+    causes = [error] if error.__cause__ is None else [error, error.__cause__]
+    reason = reason_of(causes[-1])
+
+    def met(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    # An HTTP library gave up before it had an answer.
+    no_answer = any(type(cause).__module__.startswith(("httpx", "httpcore", "requests")) for cause in causes)
+    if met(GatedRepoError):
+        return (
+            f"the hub model {model} is gated: accept its license on its model page, then run `hf auth login` (or set "
+            "HF_TOKEN)"
+        )
+    if met(RepositoryNotFoundError):
+        return (
+            f"the hub has no model {model} that you may read: check the spelling, and for a private or gated model run "
+            "`hf auth login` (or set HF_TOKEN)"
+        )
+    if met(EntryNotFoundError) and not met(LocalEntryNotFoundError):
+        return f"the hub model {model} lacks a file that is needed: {reason}"
+    if met(HfHubHTTPError):
+        return f"the hub refused {model}: {reason}"
+    if met(ConnectionError, TimeoutError, LocalEntryNotFoundError, DryRunError) or no_answer:
+        return (
+            f"the hub model {model} is neither in the local cache nor can the hub be reached; download it once with a "
+            f"network (`hf download`), or give a path ({reason})"
+        )
+    if met(OSError, ValueError):
+        return f"{model} could not be downloaded from the hub: {reason}"
+    raise error
