@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in the same way as the rest of the program, and takes options by their whole name only."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+        formatter = argparse.RawDescriptionHelpFormatter  # keeps the lines of examples
+        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **options})
         for kind in (int, float):
             self.register("type", kind, _number(kind))
 
@@ -66,7 +67,6 @@ def build_parser() -> Parser:
         prog="pcpo-fast",
         description="Align text-to-image models with rewards: proportionate credit, fused kernels, DeepSpeed.",
         epilog="example:\n  pcpo-fast train            the demo: tiny FLUX on a CPU, in about two minutes",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pcpo-fast {__version__}")
     # `deepspeed --module pcpo_fast COMMAND` puts it before the command; the rank that counts is in the environment.

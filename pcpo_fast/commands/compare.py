@@ -42,7 +42,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="run configurations over seeds and compare them",
         description="Run several configurations over several seeds, and report which of them learns faster.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is compared")
     what.add_argument("--config", metavar="FILE", help="YAML configuration of all variants that name none of their own")

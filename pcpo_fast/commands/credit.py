@@ -25,7 +25,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="show native and proportionate credit per step",
         description="Show native and proportionate credit per step of a sampler.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="dance")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps (default 16)")

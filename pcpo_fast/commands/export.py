@@ -20,7 +20,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="write a run's weights for diffusers, ComfyUI and the WebUIs",
         description="Write the weights of a run's checkpoint in a format that other programs load.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_directory", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--epoch", type=int, help="checkpoint after this many epochs (default: the newest)")

@@ -19,7 +19,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="memory and time of a run before it starts",
         description="Say what a run needs on its GPUs, how long its phases take at best, and which settings fit.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help=f"YAML configuration (default: {DEFAULT_CONFIG})")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")

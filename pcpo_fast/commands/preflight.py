@@ -19,7 +19,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="check everything that can be checked before a run",
         description="Check versions, GPUs, prompts, rewards, model access, memory and disk, and train two steps.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help=f"YAML configuration (default: {DEFAULT_CONFIG})")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default 1)")

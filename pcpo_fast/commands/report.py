@@ -10,7 +10,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="write report.html of a run",
         description="Write report.html from a run directory, finished or not.",
         epilog="example:\n  pcpo-fast report runs/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_directory", metavar="RUN", help="run directory")
     parser.add_argument("--json", action="store_true", help="print the path and the summary as JSON")

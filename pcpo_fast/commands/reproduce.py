@@ -18,7 +18,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="check a run against what was published",
         description="Check a run against an acceptance band: published numbers, or this project's committed results.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("check",), help="what to do")
     parser.add_argument("run_directory", metavar="RUN", help="a run directory, finished or not")

@@ -1,10 +1,6 @@
 """``pcpo-fast serve-reward``: a reward behind HTTP, for runs on other machines."""
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 EXAMPLES = """examples:
   pcpo-fast serve-reward jpeg_compressibility
@@ -21,7 +17,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="serve a reward to runs on other machines",
         description="Serve one reward over HTTP; runs use it as the reward named remote.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("reward", metavar="REWARD", help="a built-in reward, or module:function")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
@@ -59,12 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
             name = option.replace("_", "-")
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, option)}")
 
+    import torch
+
     from pcpo_fast.rewards import load_reward
-    from pcpo_fast.rewards.serving.app import Limits
+    from pcpo_fast.rewards.options import checked_device
+    from pcpo_fast.rewards.serving.app import Limits, RewardServer
+    from pcpo_fast.rewards.serving.batching import BatchQueue
     from pcpo_fast.rewards.serving.server import listen, serve, token_for
 
     token = token_for(arguments.host, arguments.token_env)
-    device = _device(arguments.device)
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = checked_device("--device", automatic if arguments.device == "auto" else arguments.device)
     bound = listen(arguments.host, arguments.port)
     reward = load_reward(arguments.reward, _options(arguments.overrides))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
@@ -78,34 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"serving {arguments.reward} on {url} ({needed} needed); Ctrl-C stops", flush=True)
 
     limits = Limits(arguments.most_images, arguments.most_mib * 2**20, arguments.waiting_mib * 2**20)
-    serve(
-        arguments.reward,
-        reward,
-        bound,
-        token=token,
-        device=device,
-        limits=limits,
-        batch_size=arguments.batch_size,
-        ready=ready,
-    )
+    work = BatchQueue(arguments.reward, reward, device=device, most_images=arguments.batch_size)
+    serve(RewardServer(arguments.reward, work, limits, token), bound, ready)
     return 0
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    from pcpo_fast.errors import UserError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    count = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        raise UserError(f"--device {name} is not there: PyTorch sees {count} CUDA GPUs")
-    return device
 
 
 def _options(texts: list[str]) -> dict[str, object]:

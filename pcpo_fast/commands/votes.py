@@ -15,7 +15,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="win rates from a preference page's vote files",
         description="Turn the vote files of a blind preference page into a win rate with intervals.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("key", metavar="KEY", help="preference_key.json, which evaluate wrote beside the page")
     parser.add_argument("votes", nargs="+", metavar="VOTES", help="vote files that the page saved")

@@ -24,14 +24,15 @@ def show_summary(summary: dict[str, Any], trace: Path, console: Console) -> None
     for kind in ("operations", "kernels"):
         if summary[kind]:
             console.print(_longest(f"{kind}, time of their own", summary[kind]))
+    texts = []
     if summary["micro_step_ms"] is not None:
-        text = f"A micro-step takes {summary['micro_step_ms']:.1f} ms; {summary['python_ms']:.1f} ms of it are Python."
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        step, python = summary["micro_step_ms"], summary["python_ms"]
+        texts.append(f"A micro-step takes {step:.1f} ms; {python:.1f} ms of it are Python.")
     if summary["device_busy"] is not None:
-        text = f"The GPU computes {summary['device_busy']:.1%} of the time."
+        texts.append(f"The GPU computes {summary['device_busy']:.1%} of the time.")
+    texts.append(f"Trace: {trace} ({summary['events']:,} events; open it in https://ui.perfetto.dev)")
+    for text in texts:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    text = f"Trace: {trace} ({summary['events']:,} events; open it in https://ui.perfetto.dev)"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _longest(title: str, entries: list[dict[str, Any]]) -> Table:

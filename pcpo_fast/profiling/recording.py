@@ -1,6 +1,7 @@
 """Record one epoch of a run with PyTorch's profiler: a few of every kind of range, so that the trace stays small."""
 
 import contextlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from torch.profiler import ProfilerActivity, record_function
 from pcpo_fast.config.schema import Config
 from pcpo_fast.distributed.collectives import rank, shared_errors
 from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.profiling.profile_table import show_summary
-from pcpo_fast.profiling.trace_summary import summarize, write_summary
+from pcpo_fast.profiling.trace_summary import summarize
 
 TRACE_FILE = "trace.json.gz"
+SUMMARY_FILE = "summary.json"
 LIMITS: dict[str, int] = {"batch": 1, "sampler step": 8, "update": 1, "micro-step": 4}
 """How many of a kind are recorded within the range around them; of the others all.
 
@@ -88,25 +91,32 @@ class Recorder:
         self._paused = False
         cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self._activities = [ProfilerActivity.CPU, *cuda]
-        _check_writable(self.folder)
+        probe = self.folder / f".{os.getpid()}.probe"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--profile: {self.folder} cannot be written: {error.strerror}") from None
 
     def begin(self, name: profiler_ranges.Name) -> None:
         """A range begins."""
         if name == "epoch":
             self._epochs += 1
             if self._epochs == self.epoch:
-                self._start()
+                self._profiler = torch.profiler.profile(activities=self._activities, acc_events=True)
+                with _without_kinetos_notes():
+                    self._profiler.prepare_trace()
+                    self._profiler.start_trace()
         if self._profiler is None:
             return
         path = (*(self._open[-1].path if self._open else ()), name)
         self.happened[path] += 1
-        record = None
-        if self._is_wanted(name):
-            self._pause(False)
-            record = record_function(name)
+        wanted = self._is_wanted(name)
+        self._pause(not wanted)
+        record = record_function(name) if wanted else None
+        if record is not None:
             record.__enter__()
-        else:
-            self._pause(True)
         self._open.append(_Open(path, record))
 
     def end(self, name: profiler_ranges.Name) -> None:
@@ -139,12 +149,6 @@ class Recorder:
             self.problem = reason_of(error)
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-
-    def _start(self) -> None:
-        self._profiler = torch.profiler.profile(activities=self._activities, acc_events=True)
-        with _without_kinetos_notes():
-            self._profiler.prepare_trace()
-            self._profiler.start_trace()
 
     def _is_wanted(self, name: profiler_ranges.Name) -> bool:
         """Whether a range that begins is within a recorded one, and not one too many there."""
@@ -200,13 +204,10 @@ def _report(recorder: Recorder, console: Console) -> None:
         text = f"warning: there is no profile in {recorder.folder}: {why}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
-    summary = {"epoch": recorder.epoch, "device": _device()} | summarize(trace, recorder.happened)
-    write_summary(recorder.folder, summary)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    summary = {"epoch": recorder.epoch, "device": device} | summarize(trace, recorder.happened)
+    write_atomically(recorder.folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     show_summary(summary, trace, console)
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _wait_for_device() -> None:
@@ -225,13 +226,3 @@ def _without_kinetos_notes() -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
-
-
-def _check_writable(folder: Path) -> None:
-    probe = folder / f".{os.getpid()}.probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--profile: {folder} cannot be written: {error.strerror}") from None

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.profiling.profiler_ranges import NAMES
 
-SUMMARY_FILE = "summary.json"
 WORK = ("cpu_op", "cuda_runtime", "cuda_driver")
 """Categories of events in which a thread of the CPU is not in Python."""
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -63,11 +61,6 @@ def summarize(path: Path, happened: Mapping[tuple[str, ...], int] | None = None)
         "device_busy": _overlap(_union(map(_interval, device)), steps) / _length(steps) if device and steps else None,
         **_micro_steps(own, [event for event in events if event.get("cat") in WORK]),
     }
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write ``summary.json`` next to the trace."""
-    write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
 
 
 def _interval(event: Event) -> Interval:

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
 
 
@@ -44,10 +44,11 @@ def read_dataset(path: Path) -> list[Prompt]:
                 table = datasets.load_from_disk(str(path), keep_in_memory=True)
             else:
                 table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-            rows = _rows(table)
+            # Metadata are neither columns that are decoded from files (images, sound) nor what JSON cannot hold.
+            kept = [name for name, feature in table.features.items() if not hasattr(feature, "decode")]
+            rows = [{name: cell for name, cell in row.items() if _is_json(cell)} for row in table.select_columns(kept)]
     except Exception as error:  # Arrow and datasets raise many kinds of errors for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"prompt file {path} cannot be read by datasets: {reason}") from None
+        raise UserError(f"prompt file {path} cannot be read by datasets: {reason_of(error)}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if shown:
@@ -55,12 +56,6 @@ def read_dataset(path: Path) -> list[Prompt]:
     if column_of(table.column_names, str(path)) is None:
         raise UserError(f"{path}: the table needs a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
     return [prompt_of(row, f"{path} row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _rows(table: Any) -> list[dict[str, Any]]:
-    """Without the columns that are decoded from files (images, sound) and what is no JSON."""
-    kept = [name for name, feature in table.features.items() if not hasattr(feature, "decode")]
-    return [{name: cell for name, cell in row.items() if _is_json(cell)} for row in table.select_columns(kept)]
 
 
 def _is_json(value: Any) -> bool:

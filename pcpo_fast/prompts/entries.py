@@ -49,14 +49,16 @@ def prompt_of(entry: Any, where: str) -> Prompt:
         where: begins the message of an error.
 
     Raises:
-        UserError: it is something else, has no prompt, or holds what is no text.
+        UserError: it is something else, has no prompt, or holds something that is not text.
     """
     if not isinstance(entry, dict):
         raise UserError(f'{where}: must be a JSON object with the key "prompt", got {_kind(entry)}')
     key = column_of(entry, where)
     others = {name: value for name, value in entry.items() if name not in (key, "metadata")}
     # Beside "metadata" there is nothing else, and what is nearly that name is meant to be it.
-    unknown = next((name for name in others if "metadata" in entry or _like_metadata(name)), None)
+    unknown = next(
+        (name for name in others if "metadata" in entry or difflib.get_close_matches(name, ["metadata"])), None
+    )
     if unknown is not None:
         raise UserError(f'{where}: unknown key "{unknown}"; allowed: "prompt" and "metadata", which may hold any keys')
     if key is None:
@@ -64,7 +66,7 @@ def prompt_of(entry: Any, where: str) -> Prompt:
         raise UserError(f'{where}: the key "prompt" (or "text", or "caption") is missing; the keys are {there}')
     text, metadata = entry[key], entry.get("metadata", others)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{where}: "{key}" must be a text that is not empty, got {_kind(text)}')
+        raise UserError(f'{where}: "{key}" must be a string that is not empty, got {_kind(text)}')
     if metadata is not None and not isinstance(metadata, dict):
         raise UserError(f'{where}: "metadata" must be a JSON object, got {_kind(metadata)}')
     for name, value in entry.items():
@@ -77,13 +79,9 @@ def prompt_of(entry: Any, where: str) -> Prompt:
     return Prompt(text.strip(), metadata or {})
 
 
-def _like_metadata(name: str) -> bool:
-    return bool(difflib.get_close_matches(name, ["metadata"]))
-
-
 def _kind(value: object) -> str:
     """A JSON value's type in words."""
     if isinstance(value, str) and not value.strip():
-        return "an empty text"
-    names = {str: "a text", bool: "true or false", dict: "an object", list: "a list", type(None): "null"}
+        return "an empty string"
+    names = {str: "a string", bool: "true or false", dict: "an object", list: "a list", type(None): "null"}
     return names.get(type(value), "a number")

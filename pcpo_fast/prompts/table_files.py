@@ -59,8 +59,8 @@ def _rows_of(text: str, separator: str, path: Path) -> list[tuple[str, list[str]
     """(place, cells) of the rows that are not blank.
 
     Tab-separated lists such as PartiPrompts are mostly written without quoting, and a quotation mark that begins a
-    cell belongs to the prompt. Where such a file is no valid quoted table it is read so; and also where its quoted
-    cells would run over tabs and lines although without quoting every row is whole.
+    cell belongs to the prompt. Such a file is read without quoting where it is not a valid quoted table, or where its
+    quoted cells would run over tabs and lines although every row is whole without quoting.
     """
     if separator != "\t":
         return _read(text, separator, path, quoted=True)

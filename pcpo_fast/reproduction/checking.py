@@ -59,10 +59,7 @@ def check_run(run: Path, band_file: Path | None = None, recipes: Path = RECIPES)
 
 def overall(verdicts: list[Verdict]) -> Verdict:
     """Outside if any point is; else undecided if any is."""
-    for verdict in ("outside", "undecided"):
-        if verdict in verdicts:
-            return verdict  # type: ignore[return-value]
-    return "inside"
+    return min(verdicts, key=("outside", "undecided", "inside").index)
 
 
 def check_point(point: Within | Reaches, records: list[Record]) -> PointResult:

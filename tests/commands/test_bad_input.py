@@ -140,7 +140,7 @@ def test_config_file_with_line(config: Path, no_model: None, capsys: Capture) ->
         ("empty.jsonl", b"\n", "is empty; it needs at least one prompt"),
         ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', "line 3: not valid JSON"),
         ("key.jsonl", b'{"prompt": "a"}\n{"promt": "b"}\n', 'line 2: the key "prompt" (or "text", or "caption") is'),
-        ("number.jsonl", b'{"prompt": 3}\n', 'line 1: "prompt" must be a text that is not empty, got a number'),
+        ("number.jsonl", b'{"prompt": 3}\n', 'line 1: "prompt" must be a string that is not empty, got a number'),
     ],
 )
 @pytest.mark.parametrize("key", ["train", "heldout"])
@@ -314,8 +314,8 @@ class Late:
     [
         ("shape", "reward bad_rewards:shape returned the shape (2, 2); expected 2 numbers, one for each image"),
         ("few", "reward bad_rewards:few returned the shape (1,); expected 2 numbers"),
-        ("nothing", "returned a NoneType that is no list of numbers"),
-        ("words", "returned a list that is no list of numbers"),
+        ("nothing", "returned a NoneType which is not a list of numbers"),
+        ("words", "returned a list which is not a list of numbers"),
         ("nan", f"reward bad_rewards:nan returned nan for the prompt '{PROMPTS[3]}'"),
         (
             "raises",
