@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pcpo_fast.rewards.checkpoints import Source, check_names, fill, read_weights
+from pcpo_fast.rewards.checkpoints import module_of, read_checkpoint
 from pcpo_fast.rewards.clip_scoring import image_features, load_clip
 from pcpo_fast.rewards.learned import LearnedReward
 from pcpo_fast.rewards.model_files import model_file
@@ -43,28 +43,19 @@ class Aesthetic(LearnedReward):
     ) -> None:
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
         file = model_file(self.name, "head", head, "aesthetic-model.pth")
-        weights = read_weights(file, f"reward {self.name}")
+        weights = read_checkpoint(file, f"reward {self.name}")
         clip, self._prepare, _ = load_clip(self.name, "model", model, text=False)
         self._clip = self.keep(clip)
         what = f"reward {self.name}: {file} is not the head of LAION's aesthetic predictor for {model}"
         width = clip.config.projection_dim
         single = set(weights) <= {"weight", "bias"}
-        layers = _one_layer(weights, width, what) if single else linear_layers(weights, width, what)
-        self._head = self.keep(layers, torch.float32)
+        layers = module_of(lambda: nn.Linear(width, 1), weights, what) if single else None
+        self._head = self.keep(layers or linear_layers(weights, width, what), torch.float32)
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Ratings, float32 [b]."""
         rating: Tensor = self._head(image_features(self._clip, self._prepare(images)))
         return rating.squeeze(1)
-
-
-def _one_layer(weights: dict[str, Tensor], width: int, what: str) -> nn.Linear:
-    sources = {name: Source(name) for name in ("weight", "bias")}
-    check_names(weights, sources, (), what)
-    with torch.device("meta"):
-        layer = nn.Linear(width, 1)
-    fill(layer, weights, sources, what)
-    return layer
 
 
 def linear_layers(weights: dict[str, Tensor], width: int, what: str, prefix: str = "layers.") -> nn.Sequential:
@@ -79,13 +70,9 @@ def linear_layers(weights: dict[str, Tensor], width: int, what: str, prefix: str
     Raises:
         UserError: a weight is missing, unknown or of the wrong shape.
     """
-    sources = {
-        f"{layer}.{kind}": Source(f"{prefix}{place}.{kind}")
-        for layer, place in enumerate(_PLACES)
-        for kind in ("weight", "bias")
-    }
-    check_names(weights, {source.name for source in sources.values()}, (), what)
-    with torch.device("meta"):
-        layers = nn.Sequential(*(nn.Linear(a, b) for a, b in zip((width, *_WIDTHS[:-1]), _WIDTHS, strict=True)))
-    fill(layers, weights, sources, what)
-    return layers
+    return module_of(
+        lambda: nn.Sequential(*(nn.Linear(a, b) for a, b in zip((width, *_WIDTHS[:-1]), _WIDTHS, strict=True))),
+        weights,
+        what,
+        [(rf"^{layer}\.", f"{prefix}{place}.") for layer, place in enumerate(_PLACES)],
+    )

@@ -5,13 +5,15 @@ those of the candidate, and recall is their mean. Without idf weights and withou
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.clip_scoring import load_pretrained
+from pcpo_fast.rewards.options import checked_option
 
 
 def load_encoder(reward: str, folder: Path, layer: int) -> Any:
@@ -32,11 +34,11 @@ def load_encoder(reward: str, folder: Path, layer: int) -> Any:
     layers = getattr(getattr(model, "encoder", None), "layer", None)
     if layers is None:
         raise UserError(
-            f"reward {reward}: {folder} is no encoder like BERT, RoBERTa or DeBERTa, but {model.config.model_type}"
+            f"reward {reward}: {folder} is not an encoder like BERT, RoBERTa or DeBERTa, but of type "
+            f"{model.config.model_type}"
         )
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 1 <= layer <= len(layers):
-        raise UserError(f"reward {reward}: option layer must be a whole number from 1 to {len(layers)}, got {layer!r}")
-    model.encoder.layer = layers[:layer]
+    number = Annotated[int, Field(ge=1, le=len(layers))]
+    model.encoder.layer = layers[: checked_option(reward, "layer", layer, number, f"an integer of 1 to {len(layers)}")]
     return model
 
 

@@ -84,7 +84,7 @@ def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
         values = result if isinstance(result, Tensor) else torch.from_numpy(np.asarray(result, dtype=np.float64))
     except (TypeError, ValueError, RuntimeError):
         raise RewardFailure(
-            f"reward {name} returned a {type(result).__name__} that is no list of numbers; {expected}"
+            f"reward {name} returned a {type(result).__name__} which is not a list of numbers; {expected}"
         ) from None
     if values.is_complex():
         raise RewardFailure(f"reward {name} returned complex numbers; {expected}")

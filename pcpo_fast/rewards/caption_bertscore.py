@@ -5,18 +5,19 @@ the prompt, and the reward is the recall of BERTScore in layer 40 of ``microsoft
 0.8, at most 1.
 """
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.bertscore import load_encoder, recall
-from pcpo_fast.rewards.clip_scoring import load_pretrained, load_tokenizer
-from pcpo_fast.rewards.learned import LearnedReward, text
+from pcpo_fast.rewards.clip_scoring import check_model_type, load_pretrained, load_tokenizer
+from pcpo_fast.rewards.learned import LearnedReward
 from pcpo_fast.rewards.model_files import model_folder
+from pcpo_fast.rewards.options import checked_option
 from pcpo_fast.rewards.preprocessing import read_preprocessing
 
 _IMAGE = "<image>"
@@ -54,14 +55,13 @@ class CaptionBertScore(LearnedReward):
         batch_size: int = 8,
     ) -> None:
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
-        if text(self.name, "instruction", instruction).count(_IMAGE) != 1:
+        for option, value in (("instruction", instruction), ("reference", reference)):
+            checked_option(self.name, option, value, str, "a string")
+        checked_option(self.name, "max_new_tokens", max_new_tokens, PositiveInt, "an integer of at least 1")
+        if instruction.count(_IMAGE) != 1:
             raise UserError(f"reward {self.name}: option instruction must have {_IMAGE} once, got {instruction!r}")
-        if "{prompt}" not in text(self.name, "reference", reference):
+        if "{prompt}" not in reference:
             raise UserError(f"reward {self.name}: option reference must have {{prompt}} in it, got {reference!r}")
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise UserError(
-                f"reward {self.name}: option max_new_tokens must be a whole number from 1, got {max_new_tokens!r}"
-            )
         self.reference, self.max_new_tokens = reference, max_new_tokens
         folder = model_folder(self.name, "scorer", scorer)
         self._encoder = self.keep(load_encoder(self.name, folder, layer), torch.float32)
@@ -95,12 +95,7 @@ class CaptionBertScore(LearnedReward):
 
 def _load_llava(reward: str, folder: Path) -> Any:
     where = f"reward {reward}: {folder}"
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        raise UserError(f"{where}: its config.json is not valid JSON") from None
-    if kind != "llava":
-        raise UserError(f"{where} is a model of the type {kind}; allowed is llava")
+    check_model_type(folder, where, "llava")
     from transformers import LlavaForConditionalGeneration
 
     return load_pretrained(LlavaForConditionalGeneration, folder, where)

@@ -15,8 +15,6 @@ from torch import Tensor
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, parse_caption, shape_coverage, unit_areas
 
-__all__ = ["SceneMeasurement", "caption_match", "measure_scenes"]
-
 # Squared RGB distance at which a pixel counts as e times less likely to be a color. The nearest two colors of the
 # palette are 0.31 apart, so a pixel on one of them belongs to it for 99.9 %.
 _COLOR_TEMPERATURE = 0.04
@@ -40,6 +38,8 @@ class SceneMeasurement:
 
 @dataclass(frozen=True)
 class _Reading:
+    palette: Tensor  # [8, 3], the colors
+    named: tuple[Tensor, Tensor, Tensor]  # [B] each: what the captions name, as indices of background, color, shape
     pixels: Tensor  # [B, 3, P]
     background: Tensor  # [B, 3], the rim's median
     foreground: Tensor  # [B, 3], the object's core
@@ -48,23 +48,20 @@ class _Reading:
     overlap: Tensor  # [B, 4], intersection over union with each shape
 
 
-def _scenes(prompts: Sequence[str]) -> list[Scene]:
-    scenes = []
-    for prompt in prompts:
-        scene = parse_caption(prompt)
-        if scene is None:
-            raise UserError(
-                f"the reward caption_match cannot judge the prompt {prompt!r}: allowed are captions like "
-                f"'a red circle on a blue background' with two different colors of {', '.join(COLORS)} "
-                f"and a shape of {', '.join(SHAPES)}"
-            )
-        scenes.append(scene)
-    return scenes
+def _scene(prompt: str) -> Scene:
+    scene = parse_caption(prompt)
+    if scene is None:
+        raise UserError(
+            f"the reward caption_match cannot judge the prompt {prompt!r}: allowed are captions like "
+            f"'a red circle on a blue background' with two different colors of {', '.join(COLORS)} "
+            f"and a shape of {', '.join(SHAPES)}"
+        )
+    return scene
 
 
 def check_prompt(prompt: str, metadata: dict[str, Any]) -> None:
     """Raises UserError for a prompt that is not a scene caption; ``metadata`` is unused."""
-    _scenes([prompt])
+    _scene(prompt)
 
 
 def _resize(images: Tensor) -> Tensor:
@@ -77,15 +74,25 @@ def _resize(images: Tensor) -> Tensor:
     return F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True, align_corners=False)
 
 
-def _read(images: Tensor) -> _Reading:
+def _read(images: Tensor, prompts: Sequence[str]) -> _Reading:
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
+        raise ValueError(
+            f"images must be [B, 3, H, W] with one prompt each, got {tuple(images.shape)}, {len(prompts)} prompts"
+        )
+    colors = list(COLORS)
+    scenes = [_scene(prompt) for prompt in prompts]
+    rows = [(colors.index(s.background), colors.index(s.color), SHAPES.index(s.shape)) for s in scenes]
+    background, color, shape = torch.tensor(rows, dtype=torch.long, device=images.device).reshape(-1, 3).unbind(1)
+    named = (background, color, shape)
+    images = _resize(images)
     count, size = images.shape[0], IMAGE_SIZE
     pixels = images.reshape(count, 3, size * size)
     inner = torch.zeros(size, size, dtype=torch.bool, device=images.device)
     inner[_RIM:-_RIM, _RIM:-_RIM] = True
-    background = pixels[:, :, ~inner.flatten()].median(dim=2).values
+    rim = pixels[:, :, ~inner.flatten()].median(dim=2).values
 
     # The object's color: pixels far from the background, the farther the more they count.
-    offset = pixels - background[:, :, None]
+    offset = pixels - rim[:, :, None]
     distance = offset.square().sum(1).sqrt()
     strongest = distance.topk(24, dim=1).values.mean(1)
     core = ((distance / strongest.clamp(min=1e-3)[:, None] - 0.6) / 0.3).clamp(0, 1)
@@ -94,7 +101,7 @@ def _read(images: Tensor) -> _Reading:
 
     # Coverage: where each pixel lies on the way from the background's color to the object's. Stretched around one half,
     # so that faint noise does not add up to an area, while an anti-aliased edge keeps its place.
-    way = foreground - background
+    way = foreground - rim
     along = (way[:, :, None] * offset).sum(1) / way.square().sum(1, keepdim=True).clamp(min=1e-3)
     coverage = ((along - 0.2) / 0.6).clamp(0, 1)
 
@@ -104,30 +111,13 @@ def _read(images: Tensor) -> _Reading:
     center_x = ((mask.sum(1) * grid).sum(1) / area.clamp(min=1e-3)).clamp(8, size - 8)
     center_y = ((mask.sum(2) * grid).sum(1) / area.clamp(min=1e-3)).clamp(8, size - 8)
     overlap = []
-    for shape, unit in zip(SHAPES, unit_areas().tolist(), strict=True):
+    for kind, unit in zip(SHAPES, unit_areas().tolist(), strict=True):
         radius = (area / unit).sqrt().clamp(_SMALLEST, _LARGEST)
-        template = shape_coverage(shape, center_x, center_y, radius, size)
+        template = shape_coverage(kind, center_x, center_y, radius, size)
         both = torch.minimum(template, mask).sum((1, 2))
         overlap.append(both / (template.sum((1, 2)) + area - both))
-    return _Reading(pixels, background, foreground, presence, coverage, torch.stack(overlap, 1))
-
-
-def _palette(device: torch.device) -> Tensor:
-    return torch.tensor(list(COLORS.values()), device=device)
-
-
-def _indices(scenes: Sequence[Scene], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    names = list(COLORS)
-    rows = [(names.index(s.background), names.index(s.color), SHAPES.index(s.shape)) for s in scenes]
-    background, color, shape = torch.tensor(rows, dtype=torch.long, device=device).reshape(len(rows), 3).unbind(1)
-    return background, color, shape
-
-
-def _check(images: Tensor, prompts: Sequence[str]) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
-        raise ValueError(
-            f"images must be [B, 3, H, W] with one prompt each, got {tuple(images.shape)}, {len(prompts)} prompts"
-        )
+    palette = torch.tensor(list(COLORS.values()), device=images.device)
+    return _Reading(palette, named, pixels, rim, foreground, presence, coverage, torch.stack(overlap, 1))
 
 
 @torch.no_grad()
@@ -139,9 +129,8 @@ def measure_scenes(images: Tensor, prompts: Sequence[str]) -> SceneMeasurement:
     named one has the largest overlap; the latter two need an object to be there.
     Raises UserError for a prompt that is not a scene caption.
     """
-    _check(images, prompts)
-    background, color, shape = _indices(_scenes(prompts), images.device)
-    reading, palette = _read(_resize(images)), _palette(images.device)
+    reading = _read(images, prompts)
+    palette, (background, color, shape) = reading.palette, reading.named
     there = (reading.presence > 0.5) & (reading.overlap.amax(1) > 0.4)
     return SceneMeasurement(
         background=torch.cdist(reading.background, palette).argmin(1) == background,
@@ -164,9 +153,8 @@ def caption_match(images: Tensor, prompts: Sequence[str], metadata: Sequence[dic
     square by 0.85), the comparison alone rewards any picture that resembles the named shape least badly.
     Raises UserError for a prompt that is not a scene caption.
     """
-    _check(images, prompts)
-    background, color, shape = _indices(_scenes(prompts), images.device)
-    reading, palette = _read(_resize(images)), _palette(images.device)
+    reading = _read(images, prompts)
+    palette, (background, color, shape) = reading.palette, reading.named
     rows = torch.arange(len(prompts), device=images.device)
 
     # |pixel|^2 is the same for every color and drops out of the softmax. Colors before pixels: many times faster.

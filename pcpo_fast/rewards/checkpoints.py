@@ -1,24 +1,17 @@
-"""Published checkpoints of reward models: read without running anything in them, and held against what is expected."""
+"""Published checkpoints of reward models: read without running anything in them, and put into modules of ours."""
 
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pcpo_fast.errors import UserError, reason_of
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a weight comes from: the checkpoint's name, and what becomes of the tensor."""
-
-    name: str
-    change: Callable[[Tensor], Tensor] = lambda tensor: tensor
+from pcpo_fast.policies.weight_files import and_more
 
 
 def load_tensors(file: Path) -> Any:
@@ -26,7 +19,7 @@ def load_tensors(file: Path) -> Any:
 
     Raises:
         pickle.UnpicklingError: a PyTorch file with anything else, or none at all.
-        Exception: of either library, for a file that is none of its kind.
+        Exception: of either library, for a file of another kind.
     """
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -35,7 +28,7 @@ def load_tensors(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
-def read_weights(file: Path, where: str) -> dict[str, Tensor]:
+def read_checkpoint(file: Path, where: str) -> dict[str, Tensor]:
     """Tensors by name of a ``.safetensors`` file, or of a PyTorch file in which nothing but tensors is let in.
 
     A dictionary within (``state_dict`` or ``model``) is looked into, and the prefix ``module.`` of distributed training
@@ -55,62 +48,78 @@ def read_weights(file: Path, where: str) -> dict[str, Tensor]:
             f"{where}: {file} is not a PyTorch checkpoint, or holds other things than tensors, which are not read for "
             "safety; allowed are weights alone, in a .pt, .pth, .bin or .safetensors file"
         ) from None
-    except Exception as error:  # each library has errors of its own for a file that is none of its kind
-        reason = reason_of(error)
-        raise UserError(f"{where}: {file} cannot be read as a checkpoint: {reason}") from None
+    except Exception as error:  # each library raises its own errors for a file of another kind
+        raise UserError(f"{where}: {file} cannot be read as a checkpoint: {reason_of(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{where}: {file} holds no dictionary of tensors")
+        raise UserError(f"{where}: {file} does not hold a dictionary of tensors")
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
-def check_names(found: Iterable[str], expected: Iterable[str], ignored: Iterable[str], what: str) -> None:
-    """Refuse a checkpoint that lacks a weight or has one too many.
+def module_of(
+    make: Callable[[], Any],
+    weights: Mapping[str, Tensor],
+    what: str,
+    names: Sequence[tuple[str, str]] = (),
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> Any:
+    """A module on the CPU with the weights of a checkpoint, all of them and no others.
 
     Args:
-        found: the checkpoint's names.
-        expected: names it must have.
-        ignored: names it may have.
-        what: "reward x: FILE" and what it should be, for the message.
-    """
-    missing = sorted(set(expected) - set(found))
-    unknown = sorted(set(found) - set(expected) - set(ignored))
-    if missing:
-        raise UserError(f"{what}: it lacks {_some(missing)}")
-    if unknown:
-        raise UserError(f"{what}: it has {_some(unknown)}, which is unknown")
-
-
-def fill(module: nn.Module, weights: Mapping[str, Tensor], sources: Mapping[str, Source], what: str) -> None:
-    """Put a checkpoint's weights into a module made on the meta device.
-
-    Args:
-        module: gets all its parameters here.
-        weights: the checkpoint's tensors; names were checked.
-        sources: where each entry of the module's state comes from.
-        what: "reward x: FILE" and what it should be, for the message.
+        make: makes the module; it is called on the meta device.
+        weights: the checkpoint's tensors.
+        what: "reward x: FILE" and what it should be, for messages.
+        names: regular expressions and their replacements, which in turn make a name of the module the checkpoint's.
+        change: makes the module's tensor from its name and the checkpoint's tensor.
 
     Raises:
-        UserError: a shape differs.
+        UserError: a weight is missing, unknown or of the wrong shape.
     """
-    state = {}
-    for name, empty in module.state_dict().items():
-        source = sources[name]
-        tensor = source.change(weights[source.name])
-        if tensor.shape != empty.shape:
+    with torch.device("meta"):
+        module = make()
+    empty = module.state_dict()
+    sources = {name: name for name in empty}
+    for pattern, replacement in names:
+        sources = {name: re.sub(pattern, replacement, source) for name, source in sources.items()}
+    missing = sorted(set(sources.values()) - set(weights))
+    unknown = sorted(set(weights) - set(sources.values()))
+    if missing:
+        raise UserError(f"{what}: it lacks {missing[0]}{and_more(missing)}")
+    if unknown:
+        raise UserError(f"{what}: it has the unknown {unknown[0]}{and_more(unknown)}")
+    state = {name: change(name, weights[source]) for name, source in sources.items()}
+    for name, tensor in state.items():
+        if tensor.shape != empty[name].shape:
+            source = sources[name]
             raise UserError(
-                f"{what}: {source.name} has the shape {list(weights[source.name].shape)}, which does not fit the others"
+                f"{what}: {source} has the shape {list(weights[source].shape)}, which does not fit the others"
             )
-        state[name] = tensor
     module.load_state_dict(state, assign=True)
     for part in module.modules():
-        # Numbers of positions are no weights, so no checkpoint holds them.
-        empty = part._buffers.get("position_ids")
-        if empty is not None:
-            part.register_buffer("position_ids", torch.arange(empty.shape[-1])[None], persistent=False)
+        # Position numbers are not weights, so checkpoints do not hold them.
+        positions = part._buffers.get("position_ids")
+        if positions is not None:
+            part.register_buffer("position_ids", torch.arange(positions.shape[-1])[None], persistent=False)
+    return module
 
 
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int, what: str) -> list[int]:
+    """The shape of a checkpoint's weight.
+
+    Raises:
+        UserError: there is no such weight, or it has another number of dimensions; ``what`` begins the message.
+    """
+    if name not in weights:
+        raise UserError(f"{what}: it lacks {name}")
+    found = list(weights[name].shape)
+    if len(found) != dimensions:
+        raise UserError(f"{what}: {name} has the shape {found}, not {dimensions} dimensions")
+    return found
+
+
+def depth_of(weights: Mapping[str, Tensor], layers: str) -> int:
+    """How many layers a checkpoint has whose names begin with ``layers`` and the layer's number."""
+    found = [re.match(rf"{re.escape(layers)}\.(\d+)\.", name) for name in weights]
+    return 1 + max((int(match[1]) for match in found if match), default=0)

@@ -6,10 +6,12 @@ without a prefix: ``{scale: 100, prefix: ""}``, often with ``model: openai/clip-
 
 from typing import Any, ClassVar
 
+from pydantic import FiniteFloat
 from torch import Tensor
 
 from pcpo_fast.rewards.clip_scoring import ClipFeatures, load_clip, load_tokenizer
-from pcpo_fast.rewards.learned import LearnedReward, number, text
+from pcpo_fast.rewards.learned import LearnedReward
+from pcpo_fast.rewards.options import checked_option
 
 
 class ClipScore(LearnedReward):
@@ -39,8 +41,8 @@ class ClipScore(LearnedReward):
         batch_size: int = 16,
     ) -> None:
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
-        self.scale = number(self.name, "scale", scale)
-        self.prefix = text(self.name, "prefix", prefix)
+        self.scale = checked_option(self.name, "scale", scale, FiniteFloat, "a finite number")
+        self.prefix = checked_option(self.name, "prefix", prefix, str, "a string")
         clip, prepare, folder = load_clip(self.name, "model", model)
         words = load_tokenizer(self.name, tokenizer, folder, "openai/clip-vit-base-patch32")
         self._clip = ClipFeatures(self.name, self.keep(clip), prepare, words)

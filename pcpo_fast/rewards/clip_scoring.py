@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.rewards.model_files import model_folder
+from pcpo_fast.policies.weight_files import and_more
+from pcpo_fast.rewards.model_files import has_tokenizer, model_folder
 from pcpo_fast.rewards.preprocessing import Preprocessing, read_preprocessing
 
 # Parts of a CLIP checkpoint that an image tower does without; older files also hold the numbers of the positions.
@@ -31,10 +32,7 @@ def load_clip(reward: str, option: str, path: str, *, text: bool = True) -> tupl
     """
     folder = model_folder(reward, option, path)
     where = f"reward {reward}: {path}"
-    kind = _model_type(folder, where)
-    allowed = ("clip",) if text else ("clip", "clip_vision_model")
-    if kind not in allowed:
-        raise UserError(f"{where} is a model of the type {kind}; allowed is {' or '.join(allowed)}")
+    kind = check_model_type(folder, where, *(("clip",) if text else ("clip", "clip_vision_model")))
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
     if text:
@@ -74,15 +72,13 @@ def load_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
             )
     except Exception as error:  # of several libraries, for files that do not go together
-        reason = reason_of(error)
-        raise UserError(f"{where} cannot be loaded: {reason}") from None
+        raise UserError(f"{where} cannot be loaded: {reason_of(error)}") from None
     missing = [name for name in sorted(report["missing_keys"]) if not name.startswith(spare)]
     unknown = [name for name in sorted(report["unexpected_keys"]) if not name.startswith(unused)]
     unknown = [name for name in unknown if not name.endswith("position_ids")]
     for problem, names in (("lacks", missing), ("has the unknown", unknown)):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{where}: its checkpoint {problem} {names[0]}{more}")
+            raise UserError(f"{where}: its checkpoint {problem} {names[0]}{and_more(names)}")
     return model
 
 
@@ -94,18 +90,14 @@ def load_tokenizer(reward: str, path: str | None, folder: Path | None, published
     """
     from transformers import AutoTokenizer
 
-    if path is None and folder is not None and any((folder / name).is_file() for name in _TOKENIZERS):
+    if path is None and folder is not None and has_tokenizer(folder):
         place = folder
     else:
         place = model_folder(reward, "tokenizer", published if path is None else path, weights=False)
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error:  # of several libraries
-        reason = reason_of(error)
-        raise UserError(f"reward {reward}: the tokenizer in {place} cannot be loaded: {reason}") from None
-
-
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spm.model")
+        raise UserError(f"reward {reward}: the tokenizer in {place} cannot be loaded: {reason_of(error)}") from None
 
 
 class ClipFeatures:
@@ -161,8 +153,16 @@ def _unit(features: Tensor) -> Tensor:
     return nn.functional.normalize(features.float(), dim=-1)
 
 
-def _model_type(folder: Path, where: str) -> str:
+def check_model_type(folder: Path, where: str, *allowed: str) -> str:
+    """The type of model that a folder's ``config.json`` names.
+
+    Raises:
+        UserError: it is none of the allowed ones, or the file is not valid JSON; ``where`` begins the message.
+    """
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+        kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
     except (ValueError, AttributeError):
         raise UserError(f"{where}: its config.json is not valid JSON") from None
+    if kind not in allowed:
+        raise UserError(f"{where} is a model of type {kind}; allowed is {' or '.join(allowed)}")
+    return kind

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.rewards.checkpoints import read_weights
+from pcpo_fast.rewards.checkpoints import read_checkpoint
 from pcpo_fast.rewards.clip_scoring import ClipFeatures, load_tokenizer
 from pcpo_fast.rewards.learned import LearnedReward
 from pcpo_fast.rewards.model_files import model_file
 from pcpo_fast.rewards.open_clip import clip_from_open_clip
+from pcpo_fast.rewards.options import checked_option
 from pcpo_fast.rewards.preprocessing import Preprocessing
 
 
@@ -44,10 +45,9 @@ class HPSv2(LearnedReward):
         batch_size: int = 16,
     ) -> None:
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
-        if not isinstance(antialias, bool):
-            raise UserError(f"reward {self.name}: option antialias must be true or false, got {antialias!r}")
+        checked_option(self.name, "antialias", antialias, bool, "true or false")
         file = model_file(self.name, "model", model, "HPS_v2.1_compressed.pt")
-        weights = read_weights(file, f"reward {self.name}")
+        weights = read_checkpoint(file, f"reward {self.name}")
         clip = self.keep(clip_from_open_clip(weights, f"reward {self.name}: {file}"))
         words = load_tokenizer(self.name, tokenizer, None, tokenizer)
         if words.eos_token_id != clip.config.text_config.eos_token_id:

@@ -4,8 +4,8 @@ The published mean and standard deviation make the scores of their training set 
 """
 
 import math
-import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.aesthetic import linear_layers
-from pcpo_fast.rewards.checkpoints import Source, check_names, fill, read_weights
+from pcpo_fast.rewards.checkpoints import depth_of, module_of, read_checkpoint, shape_of
 from pcpo_fast.rewards.clip_scoring import load_tokenizer
 from pcpo_fast.rewards.learned import LearnedReward
 from pcpo_fast.rewards.model_files import model_file
@@ -24,16 +24,18 @@ _LENGTH = 35  # tokens of a prompt that are read
 _HEAD = 64  # width of an attention head in both towers
 _UNUSED = ("blip.vision_proj", "blip.text_proj")  # BLIP's other task
 
-_VISION = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
-    "norm.weight": "post_layernorm.weight",
-    "norm.bias": "post_layernorm.bias",
-}
-_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv"}
-_BLOCK |= {"attn.proj": "self_attn.projection", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_VISION = (
+    (r"^", "blip.visual_encoder."),
+    (r"embeddings\.class_embedding", "cls_token"),
+    (r"embeddings\.position_embedding", "pos_embed"),
+    (r"embeddings\.patch_embedding", "patch_embed.proj"),
+    (r"encoder\.layers", "blocks"),
+    (r"post_layernorm", "norm"),
+    (r"layer_norm", "norm"),
+    (r"self_attn\.projection", "attn.proj"),
+    (r"self_attn", "attn"),
+)
+"""From transformers' names of the image tower to the checkpoint's; in the text tower they differ by a prefix."""
 
 
 class ImageReward(LearnedReward):
@@ -61,7 +63,7 @@ class ImageReward(LearnedReward):
     ) -> None:
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
         file = model_file(self.name, "model", model, "ImageReward.pt")
-        weights = read_weights(file, f"reward {self.name}")
+        weights = read_checkpoint(file, f"reward {self.name}")
         what = f"reward {self.name}: {file} is not ImageReward's checkpoint"
         vision, text, head = _networks(weights, what)
         self._vision, self._text = self.keep(vision), self.keep(text)
@@ -96,58 +98,19 @@ def _networks(weights: Mapping[str, Tensor], what: str) -> tuple[Any, Any, Any]:
     rest = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
     rest.pop("blip.text_encoder.embeddings.position_ids", None)
     head = {name: rest.pop(name) for name in list(rest) if name.startswith("mlp.")}
-    vision_layers = _depth(rest, r"blip\.visual_encoder\.blocks\.(\d+)\.")
-    text_layers = _depth(rest, r"blip\.text_encoder\.encoder\.layer\.(\d+)\.")
-    vision_sources = _vision_sources(vision_layers)
-    needed = {source.name for source in vision_sources.values()}
-    text_needed = {f"blip.text_encoder.{name}" for name in _text_names(text_layers)}
-    check_names(rest, needed | text_needed, (), what)
-    vision_config, text_config = _configs(rest, vision_layers, text_layers, what)
-    with torch.device("meta"):
-        vision = BlipVisionModel(vision_config)
-        text = BlipTextModel(text_config, add_pooling_layer=False)
-    fill(vision, rest, vision_sources, what)
-    fill(text, rest, {name: Source(f"blip.text_encoder.{name}") for name in text.state_dict()}, what)
+    vision_config, text_config = _configs(rest, what)
+    words = {name: rest.pop(name) for name in list(rest) if name.startswith("blip.text_encoder.")}
+    vision = module_of(lambda: BlipVisionModel(vision_config), rest, what, _VISION)
+    text = module_of(
+        lambda: BlipTextModel(text_config, add_pooling_layer=False), words, what, [(r"^", "blip.text_encoder.")]
+    )
     return vision, text, linear_layers(head, text_config.hidden_size, what, "mlp.layers.")
 
 
-def _depth(weights: Mapping[str, Tensor], pattern: str) -> int:
-    found = [int(match[1]) for match in (re.match(pattern, name) for name in weights) if match]
-    return max(found, default=0) + 1
-
-
-def _vision_sources(layers: int) -> dict[str, Source]:
-    sources = {ours: Source(f"blip.visual_encoder.{theirs}") for theirs, ours in _VISION.items()}
-    for layer in range(layers):
-        for old, new in _BLOCK.items():
-            for kind in ("weight", "bias"):
-                name = f"blip.visual_encoder.blocks.{layer}.{old}.{kind}"
-                sources[f"encoder.layers.{layer}.{new}.{kind}"] = Source(name)
-    return sources
-
-
-def _text_names(layers: int) -> set[str]:
-    """BLIP's text tower has the same names in both; transformers took it over."""
-    names = {"embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"}
-    parts = ["embeddings.LayerNorm"]
-    for layer in range(layers):
-        place = f"encoder.layer.{layer}"
-        for attention in ("attention", "crossattention"):
-            parts += [f"{place}.{attention}.self.{part}" for part in ("query", "key", "value")]
-            parts += [f"{place}.{attention}.output.{part}" for part in ("dense", "LayerNorm")]
-        parts += [f"{place}.{part}" for part in ("intermediate.dense", "output.dense", "output.LayerNorm")]
-    return names | {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
-
-
-def _configs(weights: Mapping[str, Tensor], vision_layers: int, text_layers: int, what: str) -> tuple[Any, Any]:
+def _configs(weights: Mapping[str, Tensor], what: str) -> tuple[Any, Any]:
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    def shape(name: str, dimensions: int) -> list[int]:
-        found = list(weights[name].shape)
-        if len(found) != dimensions:
-            raise UserError(f"{what}: {name} has the shape {found}, not {dimensions} dimensions")
-        return found
-
+    shape = partial(shape_of, weights, what=what)
     width, _, patch, _ = shape("blip.visual_encoder.patch_embed.proj.weight", 4)
     _, positions, _ = shape("blip.visual_encoder.pos_embed", 3)
     inner, _ = shape("blip.visual_encoder.blocks.0.mlp.fc1.weight", 2)
@@ -156,11 +119,11 @@ def _configs(weights: Mapping[str, Tensor], vision_layers: int, text_layers: int
     text_inner, _ = shape("blip.text_encoder.encoder.layer.0.intermediate.dense.weight", 2)
     for tower, have in (("image", width), ("text", text_width)):
         if have % _HEAD:
-            raise UserError(f"{what}: its {tower} width {have} is no multiple of {_HEAD}")
+            raise UserError(f"{what}: its {tower} width {have} is not a multiple of {_HEAD}")
     vision = BlipVisionConfig(
         hidden_size=width,
         intermediate_size=inner,
-        num_hidden_layers=vision_layers,
+        num_hidden_layers=depth_of(weights, "blip.visual_encoder.blocks"),
         num_attention_heads=width // _HEAD,
         image_size=math.isqrt(positions - 1) * patch,
         patch_size=patch,
@@ -171,7 +134,7 @@ def _configs(weights: Mapping[str, Tensor], vision_layers: int, text_layers: int
         hidden_size=text_width,
         encoder_hidden_size=width,
         intermediate_size=text_inner,
-        num_hidden_layers=text_layers,
+        num_hidden_layers=depth_of(weights, "blip.text_encoder.encoder.layer"),
         num_attention_heads=text_width // _HEAD,
         max_position_embeddings=length,
         # Words with a meaning in generation, of which this model does none.

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pcpo_fast.rewards.preprocessing import rows_of_bytes
+
 _QUALITY = 95
 
 
@@ -19,17 +21,14 @@ def jpeg_incompressibility(images: Tensor, prompts: list[str], metadata: list[di
 
     ``images`` [B, 3, H, W] in 0..1, any floating dtype; ``prompts`` and ``metadata`` are not used. Returns float32 [B].
     """
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-    rows = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return torch.tensor([_jpeg_bytes(Image.fromarray(row)) / 1000 for row in rows], dtype=torch.float32)
+    sizes = []
+    for row in rows_of_bytes(images):
+        buffer = io.BytesIO()
+        Image.fromarray(row).save(buffer, format="JPEG", quality=_QUALITY)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes, dtype=torch.float32)
 
 
 def jpeg_compressibility(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """Minus the size of each image's JPEG file in kB: rises as the image gets plainer. See the other reward here."""
     return -jpeg_incompressibility(images, prompts, metadata)
-
-
-def _jpeg_bytes(image: Image.Image) -> int:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=_QUALITY)
-    return buffer.tell()

@@ -1,14 +1,16 @@
 """What rewards with a model share: options, batches, and a frozen network that is nobody else's."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.options import checked_device, checked_option
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LearnedReward(ABC):
@@ -29,13 +31,9 @@ class LearnedReward(ABC):
     name: ClassVar[str]
 
     def __init__(self, *, device: str | None, dtype: str, batch_size: int) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"reward {self.name}: option dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise UserError(f"reward {self.name}: option batch_size must be a whole number from 1, got {batch_size!r}")
-        self.dtype = DTYPES[dtype]
-        self.batch_size = batch_size
-        self.device = None if device is None else _checked_device(self.name, device)
+        self.dtype = DTYPES[checked_option(self.name, "dtype", dtype, Dtype, f"one of {', '.join(DTYPES)}")]
+        self.batch_size = checked_option(self.name, "batch_size", batch_size, PositiveInt, "an integer of at least 1")
+        self.device = None if device is None else checked_device(f"reward {self.name}", device)
         self.modules: list[nn.Module] = []
         self._at: torch.device | None = None
 
@@ -63,37 +61,3 @@ class LearnedReward(ABC):
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Scores [b] of one batch, which is on the model's device."""
-
-
-def _checked_device(name: str, device: str) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
-        have = f"cpu, cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
-        raise UserError(f"reward {name}: there is no device {device!r} here; allowed are {have}") from None
-    if str(found) == "cuda":  # images name theirs with its number
-        found = torch.device("cuda", torch.cuda.current_device())
-    return found
-
-
-def number(name: str, option: str, value: object) -> float:
-    """An option that must be a finite number.
-
-    Raises:
-        UserError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-        raise UserError(f"reward {name}: option {option} must be a finite number, got {value!r}")
-    return float(value)
-
-
-def text(name: str, option: str, value: object) -> str:
-    """An option that must be a string.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(value, str):
-        raise UserError(f"reward {name}: option {option} must be a string, got {value!r}")
-    return value

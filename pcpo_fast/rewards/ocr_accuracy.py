@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.preprocessing import rows_of_bytes
 from pcpo_fast.rewards.quotations import quotations
 from pcpo_fast.rewards.user import import_target
 
@@ -54,18 +55,16 @@ class OcrAccuracy:
         Raises:
             UserError: a prompt asks for no text, or a recogniser of the user's returns none.
         """
-        pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-        rows = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         wanted = [requested_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
-        return torch.tensor([legible(self._text(row), text) for row, text in zip(rows, wanted, strict=True)])
-
-    def _text(self, row: np.ndarray) -> str:
-        found = self._read(row)
-        if not isinstance(found, str):
-            raise UserError(
-                f"reward {self.name}: the recognizer returned a {type(found).__name__}, it must be a string"
-            )
-        return found
+        scores = []
+        for pixels, text in zip(rows_of_bytes(images), wanted, strict=True):
+            found = self._read(pixels)
+            if not isinstance(found, str):
+                raise UserError(
+                    f"reward {self.name}: the recognizer returned a {type(found).__name__}, it must be a string"
+                )
+            scores.append(legible(found, text))
+        return torch.tensor(scores)
 
 
 def requested_text(prompt: str, metadata: dict[str, Any]) -> str:

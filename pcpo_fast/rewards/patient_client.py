@@ -1,9 +1,8 @@
 """HTTP that waits for a server which restarts, and says so in one sentence when it stays away."""
 
-import contextlib
+import asyncio
 import os
 import random
-import socket
 import threading
 import time
 import warnings
@@ -13,8 +12,11 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from pydantic import NonNegativeInt, PositiveFloat
+
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.rewards.failures import RewardFailure
+from pcpo_fast.rewards.options import checked_option
 
 # Answers that another attempt may change; those from 520 on are what proxies in front of hosted services say.
 _BUSY = (408, 425, 429, 500, 502, 503, 504, *range(520, 530))
@@ -50,21 +52,21 @@ class PatientClient:
                 f"reward {name}: url must not hold a user name or password; put the token into the environment "
                 f"variable {key_variable}"
             )
-        if not _is(timeout, int | float) or not timeout > 0:
-            raise UserError(f"reward {name}: timeout must be a number of seconds above 0, got {timeout!r}")
-        if not _is(retries, int) or retries < 0:
-            raise UserError(f"reward {name}: retries must be a whole number, at least 0, got {retries!r}")
+        checked_option(name, "timeout", timeout, PositiveFloat, "a number of seconds above 0")
+        checked_option(name, "retries", retries, NonNegativeInt, "an integer of at least 0")
         key = os.environ.get(key_variable, "").strip()
         self._timeout = timeout
-        self._client = httpx2.Client(
+        self._client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
-            # A connection serves one request, so that a request knows its socket: see _answer.
-            limits=httpx2.Limits(max_keepalive_connections=0),
+            limits=httpx2.Limits(max_keepalive_connections=0),  # a server that restarts would leave stale ones
             follow_redirects=False,  # the token and the images are for this address alone
             headers={"Authorization": f"Bearer {key}"} if key else {},
             # A proxy of the environment is for other machines.
             trust_env=parts.hostname not in ("localhost", "127.0.0.1", "::1"),
         )
+        # In a thread of its own: that of the caller may run a loop already, as in a notebook.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="reward client").start()
         self._has_key = bool(key)
         # Not the global generator, whose numbers a reward may rely on.
         self._random = random.Random()
@@ -105,9 +107,14 @@ class PatientClient:
         """An answer; or what is wrong and the pause that the server asks for."""
         import httpx2
 
+        async def ask() -> Any:
+            # httpx limits every single read, and a server that sends a byte at a time passes each of them.
+            async with asyncio.timeout(self._timeout):
+                return await self._client.request(method, self.url + path, content=content, headers=dict(headers or {}))
+
         try:
-            answer = self._answer(method, path, content, headers)
-        except httpx2.TimeoutException:
+            answer = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
+        except (TimeoutError, httpx2.TimeoutException):
             return None, f"does not answer within {self._timeout:g} s", 0.0
         except httpx2.DecodingError as error:
             return None, f"sends an answer that cannot be decoded ({reason_of(error)})", 0.0
@@ -116,39 +123,6 @@ class PatientClient:
         if answer.status_code in _BUSY:
             return None, f"answers {answer.status_code} ({self._words(answer)})", _seconds(answer)
         return answer, "", 0.0
-
-    def _answer(self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] | None) -> Any:
-        """One answer. httpx limits every single read, and a server that sends a byte at a time passes each of them: the
-        connection is therefore shut down when the time is over.
-        """
-        import httpx2
-
-        sockets: list[socket.socket] = []
-        over = threading.Event()
-
-        def note(event: str, about: Mapping[str, Any]) -> None:
-            if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
-                sockets.append(about["return_value"].get_extra_info("socket"))
-                if over.is_set():  # the host's name took all the time
-                    shut()
-
-        def shut() -> None:
-            over.set()
-            for connection in sockets:
-                with contextlib.suppress(OSError):  # not connected any more
-                    socket.socket.shutdown(connection, socket.SHUT_RDWR)  # an SSLSocket's own changes what is read from
-
-        timer = threading.Timer(self._timeout, shut)
-        timer.daemon = True
-        timer.start()
-        try:
-            return self._client.request(
-                method, self.url + path, content=content, headers=dict(headers or {}), extensions={"trace": note}
-            )
-        finally:
-            timer.cancel()
-            if over.is_set():  # whatever came of it: the end of what was read may be ours
-                raise httpx2.ReadTimeout("the time is over")
 
     def _read(self, answer: Any) -> Any:
         status = answer.status_code
@@ -188,10 +162,6 @@ class PatientClient:
 
     def _patience(self) -> float:
         return sum(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**attempt) for attempt in range(self.retries))
-
-
-def _is(value: object, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _seconds(answer: Any) -> float:

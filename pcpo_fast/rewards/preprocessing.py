@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +22,16 @@ from pcpo_fast.errors import UserError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which the processors' files hold
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in 0..1 (what is outside is clipped) as uint8, rounded, of the same shape."""
+    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def rows_of_bytes(images: Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in 0..1 as Pillow and recognisers take them: uint8 [B, H, W, 3] on the CPU."""
+    return as_bytes(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Preprocessing:
 
         Pixels become bytes first, as they would in a file: the published scores are those of 8-bit images.
         """
-        pixels = (images.detach().float() * 255).round().clamp(0, 255)
+        pixels = (images.detach().float() * 255).round().clamp(0, 255)  # in float32, in which NaN stays NaN
         pixels = self._resize(pixels, self._target(*pixels.shape[-2:]))
         if self.crop is not None:
             pixels = self._crop(pixels, self.crop)

@@ -113,7 +113,7 @@ def _check_call(name: str, reward: Callable[..., Any], options: Mapping[str, Any
     if signature is None:
         return
     try:
-        signature.bind_partial(None, None, None)
+        (signature.bind_partial if options else signature.bind)(None, None, None)
     except TypeError as error:
         raise UserError(
             f"reward {name} cannot be called with (images, prompts, metadata): {error}; it is declared with {signature}"
@@ -121,11 +121,6 @@ def _check_call(name: str, reward: Callable[..., Any], options: Mapping[str, Any
     try:
         signature.bind(None, None, None, **options)
     except TypeError as error:
-        if not options:
-            raise UserError(
-                f"reward {name} cannot be called with (images, prompts, metadata): {error}; it is declared with "
-                f"{signature}"
-            ) from None
         raise UserError(
             f"reward {name} does not take the options {shown(options)}: {error}; it takes {signature}"
         ) from None

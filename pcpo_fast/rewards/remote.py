@@ -2,16 +2,19 @@
 
 import math
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.in_parallel import in_parallel
+from pcpo_fast.rewards.options import checked_option
 from pcpo_fast.rewards.patient_client import PatientClient
-from pcpo_fast.rewards.serving.wire import CONTENT_TYPE, PROTOCOL, TOKEN_VARIABLE, as_bytes, pack
+from pcpo_fast.rewards.preprocessing import as_bytes
+from pcpo_fast.rewards.serving.wire import CONTENT_TYPE, PROTOCOL, TOKEN_VARIABLE, pack
 
 
 class Remote:
@@ -45,15 +48,13 @@ class Remote:
         pixels: str = "float32",
     ) -> None:
         for option, value in (("batch_size", batch_size), ("parallel", parallel)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"reward remote: {option} must be a positive whole number, got {value!r}")
-        if pixels not in ("float32", "uint8"):
-            raise UserError(f"reward remote: pixels must be float32 or uint8, got {pixels!r}")
+            checked_option("remote", option, value, PositiveInt, "an integer of at least 1")
+        checked_option("remote", "pixels", pixels, Literal["float32", "uint8"], "float32 or uint8")
         self.pixels, self.parallel = pixels, parallel
         self.client = PatientClient("remote", url, key_variable=token_env, timeout=timeout, retries=retries)
         information = self.client.request("GET", "/v1/reward")
         if not isinstance(information, dict) or information.get("protocol") != PROTOCOL:
-            raise UserError(f"reward remote: {self.client.url} is no reward server of this version; check url")
+            raise UserError(f"reward remote: {self.client.url} is not a reward server of this version; check url")
         self.batch_size = min(batch_size, int(information["most_images"]))
         self.most_bytes = int(information["most_bytes"])
 
@@ -84,5 +85,5 @@ class Remote:
         if not isinstance(scores, list) or len(scores) != len(prompts) or answer.get("request") != name:
             raise RewardFailure(f"reward remote: {self.client.url} does not answer with {len(prompts)} scores")
         if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
-            raise RewardFailure(f"reward remote: {self.client.url} answers with scores that are no numbers")
+            raise RewardFailure(f"reward remote: {self.client.url} answers with scores that are not finite numbers")
         return [float(score) for score in scores]

@@ -13,20 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "COLORS",
-    "IMAGE_SIZE",
-    "SHAPES",
-    "Scene",
-    "all_scenes",
-    "heldout_captions",
-    "parse_caption",
-    "render",
-    "shape_coverage",
-    "train_captions",
-    "unit_areas",
-]
-
 IMAGE_SIZE = 32
 
 # Near the corners of the RGB cube, so that the nearest color of a pixel is never in doubt.

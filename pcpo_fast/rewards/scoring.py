@@ -11,6 +11,7 @@ from pcpo_fast.config.schema import RewardConfig, ScoringConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards.calling import call_reward
+from pcpo_fast.rewards.composition import clipped
 from pcpo_fast.rewards.failures import RewardFailure, scores_of_what_works
 from pcpo_fast.rewards.registry import Reward, load_reward, prompt_check
 from pcpo_fast.rewards.sources import Sources, noted_sources
@@ -155,7 +156,7 @@ class RewardSet:
                 failures += failed
             components[spec.column] = scores
             if spec.trained_on:
-                total += spec.weight * (scores if spec.clip is None else scores.clamp(*spec.clip))
+                total += spec.weight * clipped(scores, spec)
         return Scores(total, components, tuple(failures))
 
     def _call(

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -41,26 +42,24 @@ class TimeLimit:
             self._left.join(self.seconds)
             if self._left.is_alive():
                 raise TookTooLong
-        outcome: list[Any] = []
+        outcome: Future[Any] = Future()
         place = _place()
 
         def run() -> None:
             # Gradient mode, device and stream are each thread's own.
             with torch.no_grad(), place:
                 try:
-                    outcome.extend([True, function()])
+                    outcome.set_result(function())
                 except BaseException as error:
-                    outcome.extend([False, error])
+                    outcome.set_exception(error)
 
         self._left = threading.Thread(target=run, daemon=True, name="reward")
         self._left.start()
         self._left.join(max(0.0, end - time.monotonic()))
-        if len(outcome) < 2:
+        if not outcome.done():
             raise TookTooLong
         self._left = None
-        if not outcome[0]:
-            raise outcome[1]
-        return outcome[1]
+        return outcome.result()
 
 
 def _place() -> AbstractContextManager[None]:

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.in_parallel import in_parallel
+from pcpo_fast.rewards.options import checked_option
 from pcpo_fast.rewards.patient_client import PatientClient
+from pcpo_fast.rewards.preprocessing import rows_of_bytes
 
 DEFAULT_PROMPT = (
     "How well does this image show what was asked for, and how good does it look? It was asked for: {prompt}\n"
@@ -33,7 +36,7 @@ class VisionJudge:
         prompt: what is asked; ``{prompt}`` stands for the image's prompt, ``{metadata.NAME}`` for a value of its
             metadata. The image follows it.
         json_key: the score is this value of the JSON in the answer, the outermost where objects lie within each other;
-            without it and ``regex``: "score". JSON values that differ are no score.
+            without it and ``regex``: "score". JSON values that differ give no score.
         regex: the score is the first group of this regular expression, where it matches last.
         lowest, highest: a score outside is a failure; None: no limit.
         key_env: environment variable with the key of the endpoint; a key is never an option.
@@ -75,8 +78,7 @@ class VisionJudge:
             raise UserError(
                 "reward vision_judge: prompt must hold {prompt} or {metadata.NAME}, where the image's stands"
             )
-        if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
-            raise UserError(f"reward vision_judge: parallel must be a positive whole number, got {parallel!r}")
+        checked_option("vision_judge", "parallel", parallel, PositiveInt, "an integer of at least 1")
         self._lowest = -math.inf if lowest is None else lowest
         self._highest = math.inf if highest is None else highest
         self._prompt, self._parallel = prompt, parallel
@@ -118,7 +120,7 @@ class VisionJudge:
         said, problem = _text_of(answer)
         if problem:
             return problem
-        said = said.rpartition("</think>")[2].partition("<think>")[0]  # what is thought is no answer
+        said = said.rpartition("</think>")[2].partition("<think>")[0]  # reasoning is not part of the answer
         if self._pattern is not None:
             matches = list(self._pattern.finditer(said))
             found = [matches[-1].group(1)] if matches else []
@@ -155,9 +157,8 @@ def _filled(template: str, prompt: str, metadata: dict[str, Any]) -> str:
 
 
 def _png(image: Tensor) -> str:
-    pixels = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(rows_of_bytes(image[None])[0]).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -248,7 +249,7 @@ def _compiled(regex: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(regex)
     except re.error as error:
-        raise UserError(f"reward vision_judge: regex {regex!r} is no regular expression: {error}") from None
+        raise UserError(f"reward vision_judge: regex {regex!r} is not a valid regular expression: {error}") from None
     if pattern.groups < 1:
         raise UserError(f"reward vision_judge: regex {regex!r} must have a group, (...), around the score")
     return pattern

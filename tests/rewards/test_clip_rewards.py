@@ -237,9 +237,9 @@ def wrong_width(state: dict[str, Tensor]) -> None:
     ("spoil", "message"),
     [
         (without, r"is not an OpenCLIP ViT-H-14: it lacks visual.transformer.resblocks.1.ln_1.weight$"),
-        (two_more, r"is not an OpenCLIP ViT-H-14: it has head.bias and 1 more, which is unknown$"),
+        (two_more, r"is not an OpenCLIP ViT-H-14: it has the unknown head.bias \(and 1 more\)$"),
         (wrong_shape, r"visual.proj has the shape \[160, 25\], which does not fit the others$"),
-        (wrong_width, r"its visual width 96 is no multiple of 80$"),
+        (wrong_width, r"its visual width 96 is not a multiple of 80$"),
     ],
 )
 def test_hps_checkpoints_that_are_none(
@@ -310,9 +310,10 @@ def test_scored_as_a_run_scores(folder: Path) -> None:
 
 OPTIONS = [
     ({"dtype": "int8"}, r"^reward clip_score: option dtype must be one of float32, bfloat16, float16, got 'int8'$"),
-    ({"batch_size": 0}, r"^reward clip_score: option batch_size must be a whole number from 1, got 0$"),
-    ({"batch_size": True}, "option batch_size must be a whole number from 1, got True$"),
+    ({"batch_size": 0}, r"^reward clip_score: option batch_size must be an integer of at least 1, got 0$"),
+    ({"batch_size": True}, "option batch_size must be an integer of at least 1, got True$"),
     ({"device": "gpu"}, r"^reward clip_score: there is no device 'gpu' here; allowed are cpu"),
+    ({"device": "meta"}, "there is no device 'meta' here; allowed are cpu"),
     ({"device": "cuda:99"}, "there is no device 'cuda:99' here; allowed are cpu"),
     ({"scale": "much"}, "option scale must be a finite number, got 'much'$"),
     ({"prefix": 3}, "option prefix must be a string, got 3$"),
@@ -339,10 +340,13 @@ def test_folders_that_are_no_clip_model(folder: Path, tmp_path: Path) -> None:
     for text, message in (
         (
             config.replace('"model_type": "clip",', '"model_type": "siglip",'),
-            "a model of the type siglip; allowed is clip$",
+            "a model of type siglip; allowed is clip$",
         ),
         (config.replace('"projection_dim": 24', '"projection_dim": 25'), "cannot be loaded"),
-        (config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "its checkpoint lacks .*layers.2.* and"),
+        (
+            config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'),
+            "its checkpoint lacks .*layers.2.* \\(and",
+        ),
         (
             config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'),
             "its checkpoint has the unknown .*layers.1.",

@@ -22,8 +22,9 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.rewards import RewardSet, load_reward
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.jpeg import jpeg_compressibility
+from pcpo_fast.rewards.preprocessing import as_bytes
 from pcpo_fast.rewards.remote import Remote
-from pcpo_fast.rewards.serving.wire import CONTENT_TYPE, as_bytes, pack, unpack
+from pcpo_fast.rewards.serving.wire import CONTENT_TYPE, pack, unpack
 
 httpx2 = pytest.importorskip("httpx2")
 
@@ -83,7 +84,7 @@ MALFORMED = {
     "deep JSON": (header_of(b"[" * 100_000), "header is no JSON"),
     "a list": (header_of(b"[1]"), "no prompts and metadata"),
     "no texts": (save({"images": torch.zeros(1, 3, 4, 4)}), "no prompts and metadata"),
-    "cut": (body_of(1)[:-5], "no safetensors file"),
+    "cut": (body_of(1)[:-5], "not a safetensors file"),
     "a tensor that lies": (
         header_of(
             json.dumps(
@@ -91,7 +92,7 @@ MALFORMED = {
             ).encode(),
             b"0000",
         ),
-        "no safetensors file",
+        "not a safetensors file",
     ),
     "another tensor": (save({"picture": torch.zeros(1, 3, 4, 4)}, metadata=TEXTS), "one tensor named images"),
     "a dtype": (save({"images": torch.zeros(1, 3, 4, 4).double()}, metadata=TEXTS), "must be float32 or uint8"),
@@ -100,9 +101,9 @@ MALFORMED = {
     "no pixels": (save({"images": torch.zeros(1, 3, 0, 4)}, metadata=TEXTS), "0 x 4 pixels"),
     "too many": (body_of(5), "5 images in a request, but 1 to 4"),
     "prompts missing": (save({"images": torch.zeros(1, 3, 4, 4)}, metadata={"metadata": "[{}]"}), "prompts must be"),
-    "a prompt too few": (body_of(2, prompts=["a"]), "prompts must be a JSON list of 2 texts"),
-    "a prompt that is none": (body_of(1, prompts=[3]), "prompts must be a JSON list of 1 texts"),
-    "metadata of another kind": (body_of(1, metadata=["x"]), "metadata must be a JSON list of 1 mappings"),
+    "a prompt too few": (body_of(2, prompts=["a"]), "prompts must be a JSON list of 2 strings"),
+    "a prompt that is none": (body_of(1, prompts=[3]), "prompts must be a JSON list of 1 strings"),
+    "metadata of another kind": (body_of(1, metadata=["x"]), "metadata must be a JSON list of 1 objects"),
 }
 
 
@@ -374,8 +375,8 @@ def test_the_token_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"url": "localhost:8765"}, "url must be like http://host:8765, got 'localhost:8765'"),
         ({"url": "http://me:secret@host"}, "url must not hold a user name or password; put the token into the environ"),
         ({"url": "http://host", "timeout": 0}, "timeout must be a number of seconds above 0, got 0"),
-        ({"url": "http://host", "retries": -1}, "retries must be a whole number, at least 0, got -1"),
-        ({"url": "http://host", "batch_size": 0}, "batch_size must be a positive whole number"),
+        ({"url": "http://host", "retries": -1}, "retries must be an integer of at least 0, got -1"),
+        ({"url": "http://host", "batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"url": "http://host", "pixels": "png"}, "pixels must be float32 or uint8, got 'png'"),
         ({}, "missing a required argument: 'url'"),
         ({"url": "http://host", "token": "x"}, "got an unexpected keyword argument 'token'"),
@@ -400,7 +401,7 @@ def test_something_else_at_the_address(strict: str) -> None:
         (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines, so the server needs a token: set"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid can be reached from other machines"),
         (["--port", "70000"], "cannot listen on --host 127.0.0.1 --port 70000"),
-        (["--port", "0", "--device", "tpu"], "--device must be|--device tpu is not there"),
+        (["--port", "0", "--device", "tpu"], "--device: there is no device 'tpu' here; allowed are cpu"),
         (["--port", "0", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--port", "0", "quality=5"], "does not take the options {'quality': 5}"),
         (["--port", "0", "5=quality"], "an option of the reward is written name=value"),

@@ -283,10 +283,10 @@ def test_a_refused_key_and_an_endpoint_that_stays_away(monkeypatch: pytest.Monke
     ("options", "message"),
     [
         ({"json_key": "a", "regex": "(b)"}, "json_key and regex are two ways"),
-        ({"regex": "("}, r"regex '\(' is no regular expression"),
+        ({"regex": "("}, r"regex '\(' is not a valid regular expression"),
         ({"regex": "score"}, "must have a group"),
         ({"prompt": "How nice?"}, r"prompt must hold \{prompt\}"),
-        ({"parallel": 0}, "parallel must be a positive whole number, got 0"),
+        ({"parallel": 0}, "parallel must be an integer of at least 1, got 0"),
         ({"url": "host"}, "url must be like http://host:8765, got 'host'"),
         ({"key": "sk-x"}, "unexpected keyword argument 'key'"),
     ],

@@ -5,23 +5,12 @@ import os
 import socket
 from collections.abc import Callable
 
-import torch
 import uvicorn
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.rewards.registry import Reward
-from pcpo_fast.rewards.serving.app import Limits, RewardServer
-from pcpo_fast.rewards.serving.batching import BatchQueue
+from pcpo_fast.rewards.serving.app import RewardServer
 
 _FAREWELL = 30  # seconds for requests under way after the signal to stop
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound to the host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def token_for(host: str, variable: str) -> str | None:
@@ -31,7 +20,11 @@ def token_for(host: str, variable: str) -> str | None:
         UserError: other machines can reach the host, and there is no token; or one that a header cannot carry.
     """
     token = os.environ.get(variable, "").strip()
-    if not token and not is_loopback(host):
+    try:
+        only_here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        only_here = host == "localhost"
+    if not token and not only_here:
         raise UserError(
             f"--host {host} can be reached from other machines, so the server needs a token: set the environment "
             f"variable {variable} here and for the runs (for example to the output of `openssl rand -hex 32`), or bind "
@@ -46,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound socket.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the address is not available.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -54,25 +47,19 @@ def listen(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on --host {host} --port {port}: {reason}") from None
     return bound
 
 
-def serve(
-    name: str,
-    reward: Reward,
-    bound: socket.socket,
-    *,
-    token: str | None,
-    device: torch.device,
-    limits: Limits,
-    batch_size: int,
-    ready: Callable[[], None],
-) -> None:
-    """Serve until SIGINT or SIGTERM; requests under way are finished first."""
-    work = BatchQueue(name, reward, device=device, most_images=batch_size)
-    server = RewardServer(name, work, limits, token)
+def serve(server: RewardServer, bound: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM; requests under way are finished first.
+
+    Args:
+        server: what answers.
+        bound: from :func:`listen`.
+        ready: is called as soon as clients can connect.
+    """
     settings = uvicorn.Config(
         server.app,
         log_level="warning",

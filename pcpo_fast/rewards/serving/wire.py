@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pcpo_fast.errors import reason_of
+
 CONTENT_TYPE = "application/octet-stream"
 TOKEN_VARIABLE = "PCPO_REWARD_TOKEN"
 PROTOCOL = 1
@@ -39,11 +41,6 @@ def pack(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> 
     return save({"images": images.detach().cpu().contiguous()}, metadata=texts)
 
 
-def as_bytes(images: Tensor) -> Tensor:
-    """float32 images in 0..1 as uint8, rounded: a quarter of the size."""
-    return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def unpack(body: bytes, most_images: int) -> Batch:
     """Read a request's body, from whomever it comes: nothing in it is executed, and every size is checked.
 
@@ -54,7 +51,7 @@ def unpack(body: bytes, most_images: int) -> Batch:
     try:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"the body is no safetensors file: {_line(error)}") from None
+        raise ValueError(f"the body is not a safetensors file: {reason_of(error)}") from None
     if set(tensors) != {"images"}:
         raise ValueError("the body must hold one tensor named images")
     images = tensors["images"]
@@ -75,11 +72,11 @@ def _texts(body: bytes) -> dict[str, Any]:
     """The file's own metadata, which the library reads from files on a disk only."""
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > len(body) - 8:
-        raise ValueError("the body is no safetensors file: its header is cut")
+        raise ValueError("the body is not a safetensors file: its header is cut off")
     try:
         header = json.loads(body[8 : 8 + length])
     except (ValueError, RecursionError):
-        raise ValueError("the body is no safetensors file: its header is no JSON") from None
+        raise ValueError("the body is not a safetensors file: its header is not valid JSON") from None
     texts = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(texts, dict):
         raise ValueError("the body has no prompts and metadata")
@@ -92,11 +89,6 @@ def _list(texts: dict[str, Any], name: str, kind: type, count: int) -> list[Any]
     except (TypeError, ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or len(found) != count or not all(isinstance(item, kind) for item in found):
-        what = "texts" if kind is str else "mappings"
+        what = "strings" if kind is str else "objects"
         raise ValueError(f"{name} must be a JSON list of {count} {what}, one for each image")
     return found
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
