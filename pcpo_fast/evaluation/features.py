@@ -12,7 +12,7 @@ from torch import Tensor
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.evaluation.metric_weights import read_weights, weights_file
 from pcpo_fast.files.content import Contents, digest, part_files
-from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.rewards.clip_scoring import check_model_type, load_pretrained
 from pcpo_fast.rewards.model_files import pretrained_folder
 from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 
@@ -105,7 +105,8 @@ class ClipImages:
     def __init__(self, path: str, device: torch.device) -> None:
         from transformers import CLIPVisionModelWithProjection
 
-        self._model = _pretrained(CLIPVisionModelWithProjection, path, "--metric cmmd", "clip").to(device)
+        types = ("clip", "clip_vision_model")
+        self._model = _pretrained(CLIPVisionModelWithProjection, path, "--metric cmmd", *types).to(device)
         self._device, self._size = device, int(self._model.config.image_size)
         self.identity = {"features": "clip image", "size": self._size, "weights": _identity(self._model)}
 
@@ -174,31 +175,16 @@ class Inception:
         return {"inception": pools, "logits": logits}
 
 
-def _pretrained(kind: Any, path: str, option: str, model_type: str) -> Any:
+def _pretrained(kind: Any, path: str, option: str, *types: str) -> Any:
     """A model of transformers with all its weights.
 
     Raises:
-        UserError: it cannot be had, is another model or lacks weights.
+        UserError: it cannot be loaded, is of none of these types, or lacks weights.
     """
-    from transformers import AutoConfig
-
     where = f"{option}={path}"
-    folder = str(pretrained_folder(where, option.removeprefix("--"), path))
-    try:
-        found = str(AutoConfig.from_pretrained(folder).model_type)
-        if found.removesuffix("_vision_model") != model_type:
-            raise UserError(f"{where}: is a model of the type {found}; allowed is {model_type}")
-        with quiet_libraries():
-            model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as error:  # of several libraries: a damaged file, a configuration that it does not know
-        reason = reason_of(error)
-        raise UserError(f"{where}: cannot be loaded: {reason}") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(f"{where}: its checkpoint lacks {missing[0]} and {len(missing) - 1} more")
-    return model.requires_grad_(False).eval()
+    folder = pretrained_folder(where, option.removeprefix("--"), path)
+    check_model_type(folder, where, *types)
+    return load_pretrained(kind, folder, where, unused=("",)).requires_grad_(False).eval()
 
 
 def _identity(model: Any) -> str:

@@ -14,20 +14,6 @@ from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.weight_files import and_more
 
 
-def load_tensors(file: Path) -> Any:
-    """What a ``.safetensors`` or PyTorch file holds, on the CPU; nothing but tensors and plain containers is let in.
-
-    Raises:
-        pickle.UnpicklingError: a PyTorch file with anything else, or none at all.
-        Exception: of either library, for a file of another kind.
-    """
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-
-
 def read_checkpoint(file: Path, where: str) -> dict[str, Tensor]:
     """Tensors by name of a ``.safetensors`` file, or of a PyTorch file in which nothing but tensors is let in.
 
@@ -36,13 +22,18 @@ def read_checkpoint(file: Path, where: str) -> dict[str, Tensor]:
 
     Args:
         file: the checkpoint.
-        where: reward and option, for messages.
+        where: begins the message of an error.
 
     Raises:
         UserError: not a checkpoint, or one that holds code.
     """
     try:
-        found = load_tensors(file)
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found: Any = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise UserError(
             f"{where}: {file} is not a PyTorch checkpoint, or holds other things than tensors, which are not read for "

@@ -245,7 +245,7 @@ def test_finished_images_against_a_folder_and_inception(
     assert answer.code == 2 and "fid is named twice" in answer.err
     named = [f"fid={weights}" if word == "fid" else word for word in common]
     answer = call(capsys, *named, "--count", "2")
-    assert answer.code == 2 and f"{weights} is no file of weights, or holds other things than tensors" in answer.err
+    assert answer.code == 2 and f"{weights} is not a PyTorch checkpoint, or holds other things" in answer.err
     torch.save({"fc.bias": torch.zeros(3)}, weights)
     monkeypatch.setattr(FakeInception, "__init__", refuse_weights)
     answer = call(capsys, *named, "--count", "2")

@@ -116,9 +116,9 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
         ("shape.pth", r"features.3.weight has the shape \[192, 64, 3, 3\]"),
         ("other.pth", "neither torchvision's AlexNet nor its VGG16"),
         ("missing.pth", "is not a file or folder"),
-        ("damaged.pth", "is no file of weights, or holds other things than tensors"),
-        ("damaged.safetensors", "cannot be read as weights"),
-        ("list.pth", "does not hold a table of tensors"),
+        ("damaged.pth", "is not a PyTorch checkpoint, or holds other things than tensors"),
+        ("damaged.safetensors", "cannot be read as a checkpoint"),
+        ("list.pth", "does not hold a dictionary of tensors"),
     ):
         with pytest.raises(UserError, match=said):
             Lpips(str(tmp_path / trunk), str(tmp_path / "vgg.pth"))
