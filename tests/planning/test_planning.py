@@ -370,7 +370,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
         (("--gpus", "7"), "train.updates_per_epoch: an update has 24 images"),
         (("--model-config", "nowhere"), "--model-config nowhere: not a folder"),
         (("model.path=nowhere",), "model.path: nowhere is not a folder, and not a hub id"),
-        (("model.path=some/where",), "model.path: the configuration files of some/where cannot be had"),
+        (("model.path=some/where",), "model.path: the configuration files of some/where cannot be downloaded"),
         (("model.height=33",), "model.height: 33 is not a multiple of"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
     ],
