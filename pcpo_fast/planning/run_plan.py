@@ -48,7 +48,7 @@ def make_plan(
     own = plan_memory(config, costs, Zero.of(config), gpus)
     plain, again = costs.training(1, False), costs.training(1, True)
     phases = work_of_epoch(config, costs, trainable, checkpointed=config.model.recomputed_share)
-    epoch = [phases[name] for name in ("rollout", "decode", "update")]
+    epoch = [work for name, work in phases.items() if name != "evaluation"]
     return {
         "model": {
             "path": config.model.path,

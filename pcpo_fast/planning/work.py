@@ -1,5 +1,6 @@
 """Floating-point operations of an epoch, phase by phase. Recomputation is never part of a model's operations."""
 
+import math
 from typing import NamedTuple
 
 from pcpo_fast.config.schema import Config
@@ -31,6 +32,9 @@ def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpoi
         costs: of its model.
         trainable: steps that may be trained in an epoch.
         checkpointed: share of the blocks whose activations the update recomputes.
+
+    Returns:
+        "rollout", "decode", "predictions" where per-step credit decodes them, "update", "evaluation".
     """
     images, steps = config.images_per_epoch, config.sampler.steps
     forward, decode = costs.forward(1).flops, costs.decoding(1).flops
@@ -45,12 +49,17 @@ def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpoi
         update += passes * forward
     if config.train.old_output == "recompute":
         update += pairs * forward
+    phases = {"rollout": Work(images * steps * forward), "decode": Work(images * decode)}
+    settings = config.advantage
+    if settings.steps != "final":
+        predictions = images * math.ceil(trainable / settings.scored_steps) * decode
+        if settings.audit_every:  # two branches of each image, from a step halfway on average
+            predictions += settings.audit_images * (steps * forward + 4 * decode) / settings.audit_every
+        phases["predictions"] = Work(predictions)
     shown = config.evaluation.prompts * config.evaluation.images_per_prompt
     if config.prompts.heldout is None:
         shown = 0
-    return {
-        "rollout": Work(images * steps * forward),
-        "decode": Work(images * decode),
+    return phases | {
         "update": Work(update, passes * recomputed),
         "evaluation": Work(shown * (steps * forward + decode)),
     }

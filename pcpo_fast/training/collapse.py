@@ -1,5 +1,5 @@
-"""Watching for collapse: does the policy still draw different images for one prompt, how far has it moved, and do the
-rewards tell its images apart?
+"""Watching for collapse: does the policy still draw different images for one prompt, how far has it moved, do the
+rewards tell its images apart, and do the predictions of its steps improve alone?
 """
 
 import math
@@ -86,3 +86,33 @@ class SpreadMonitor:
                     "can be learned from it: look at its scores and at the images (a clip range, a prompt or an image "
                     "size that it was not made for)"
                 )
+
+
+class PredictionMonitor:
+    """Says once that the rewards of predictions rise over three evaluations in a row, and the held-out reward does not.
+
+    Per-step credit can then be teaching the policy to please early instead of to end well.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[float, float]] = []
+        self._said = False
+
+    def look(self, predicted: float | None, heldout: float) -> Iterator[str]:
+        """Take an evaluation into account; yields a sentence if there is something to say.
+
+        Args:
+            predicted: mean reward of the latest epoch's predictions; None where none are scored.
+            heldout: held-out reward.
+        """
+        if predicted is None or self._said:
+            return
+        self._pairs = [*self._pairs[-2:], (predicted, heldout)]
+        (first, before), (second, _), (third, now) = ([(math.inf, math.inf)] * 3 + self._pairs)[-3:]
+        if first < second < third and now <= before < math.inf:
+            self._said = True
+            yield (
+                f"the reward of what the steps predict has risen from {first:.3g} to {third:.3g} over three evaluations "
+                f"and the held-out reward has not ({before:.3g}, now {now:.3g}): per-step credit may be teaching the "
+                "policy to please early; raise advantage.gain_lambda, take advantage.steps=baseline, or stop"
+            )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.runs.input_record import ACCEPT, Input, check_unchanged, hashes, write_record
 from pcpo_fast.runs.run_directory import RunStart, claim, open_run, read_summary, verified
 from pcpo_fast.runs.run_lock import only_run
-from pcpo_fast.training.collapse import CollapseMonitor, SpreadMonitor
+from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor
 from pcpo_fast.training.heldout import HeldOut
 from pcpo_fast.training.run_inputs import RunInputs, read_contents
 from pcpo_fast.training.run_results import finish_run, write_captions, write_credit
@@ -191,7 +192,8 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
-        self.spread = SpreadMonitor()
+        self.spread, self.predictions = SpreadMonitor(), PredictionMonitor()
+        self.predicted_reward: float | None = None  # of the latest epoch's predictions
         self.heldout_reward: float | None = None  # of the weights as they are
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
         if start.checkpoint is not None:
@@ -284,6 +286,8 @@ class Trainer:
             with self.stop.interruptible(), profiler_ranges.named("reward"):
                 scored = scoring.finish(rollout.images)
         metrics = scored.metrics
+        levels = [value for name, value in metrics.items() if name.startswith("stepwise/predicted_reward")]
+        self.predicted_reward = fmean(levels) if levels else None
         if scored.warning:
             self.progress.message(f"warning: {scored.warning}")
         for text in self.spread.look(scored.equal):
@@ -372,6 +376,8 @@ class Trainer:
         with profiler_ranges.named("evaluation"), self.engine.averaged():
             metrics, grid = self.heldout.evaluate()
         self.heldout_reward = metrics["heldout/reward/mean"]
+        for text in self.predictions.look(self.predicted_reward, self.heldout_reward):
+            self.progress.message(f"warning: {text}")
         is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
         self.collapse.look(metrics.get("heldout/diversity"), epoch, is_first=is_first)
         self.loop_state["diversity_before"] = self.collapse.before

@@ -96,6 +96,24 @@ def test_an_epoch_of_flux() -> None:
     assert work["rollout"].seconds(790e12) + work["update"].seconds(790e12) == pytest.approx(24.4, abs=0.1)
 
 
+def test_predictions_and_audits_are_work() -> None:
+    """Every image decoded once more for each scored step, and two branches per audited image from a step halfway."""
+    costs, config = flux(720), shipped(FLUX)
+
+    def predictions(**advantage: Any) -> float:
+        changed = config.advantage.model_copy(update={"steps": "gain", **advantage})
+        return work_of_epoch(config.model_copy(update={"advantage": changed}), costs, 15, checkpointed=False)[
+            "predictions"
+        ].flops
+
+    decode, images = costs.decoding(1).flops, config.images_per_epoch
+    assert "predictions" not in work_of_epoch(config, costs, 15, checkpointed=False)
+    assert predictions() == 15 * images * decode
+    assert predictions(scored_steps=4) == 4 * images * decode
+    audit = 8 * (16 * costs.forward(1).flops + 4 * decode) / 5
+    assert predictions(audit_every=5) == pytest.approx(15 * images * decode + audit)
+
+
 def test_a_reference_and_further_passes_are_work() -> None:
     costs, config = flux(720), shipped(FLUX)
     once = work_of_epoch(config, costs, 15, checkpointed=False)["update"].flops

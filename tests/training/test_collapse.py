@@ -11,7 +11,7 @@ import pcpo_fast.training.heldout
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.diversity_figure import diversity_figure
-from pcpo_fast.training.collapse import CollapseMonitor, SpreadMonitor, base_distance
+from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor, base_distance
 
 Capture = pytest.CaptureFixture[str]
 
@@ -22,6 +22,23 @@ def test_a_reward_without_spread_is_announced_once_after_some_epochs_in_a_row() 
     said = [list(monitor.look(equal)) for equal in seen]
     assert [len(texts) for texts in said] == [0, 0, 0, 1, 0, 1, 0, 0]
     assert said[3][0].startswith("the reward b has given") and said[5][0].startswith("the reward a has given")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([(0.5, 0.6), (0.6, 0.65), (0.7, 0.6)], [2]),
+        ([(0.5, 0.6), (0.6, 0.65), (0.7, 0.61)], []),  # the held-out reward rises, too
+        ([(0.5, 0.6), (0.4, 0.6), (0.7, 0.6)], []),  # the predictions do not rise all the time
+        ([(0.5, 0.6), (0.6, 0.7), (0.7, 0.8), (0.8, 0.7), (0.9, 0.7)], [3]),  # once
+        ([(None, 0.6), (None, 0.5), (None, 0.4)], []),
+    ],
+)
+def test_predictions_that_improve_alone_are_announced_once(
+    pairs: list[tuple[float | None, float]], said: list[int]
+) -> None:
+    monitor = PredictionMonitor()
+    assert [index for index, pair in enumerate(pairs) if list(monitor.look(*pair))] == said
 
 
 def test_distance_is_the_mean_over_images_of_the_rms_over_pixels() -> None:
