@@ -112,7 +112,7 @@ class PredictionMonitor:
         if first < second < third and now <= before < math.inf:
             self._said = True
             yield (
-                f"the reward of what the steps predict has risen from {first:.3g} to {third:.3g} over three evaluations "
+                f"the reward of what steps predict has risen from {first:.3g} to {third:.3g} over three evaluations "
                 f"and the held-out reward has not ({before:.3g}, now {now:.3g}): per-step credit may be teaching the "
                 "policy to please early; raise advantage.gain_lambda, take advantage.steps=baseline, or stop"
             )
