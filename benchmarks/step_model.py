@@ -144,10 +144,7 @@ def random_policy(size: Size, config: Config, device: torch.device, network: Any
         network,
         vae.to(device, network.dtype).requires_grad_(False).eval(),
         FlowMatchEulerDiscreteScheduler(shift=3.0),
-        height=config.model.height,
-        width=config.model.width,
-        guidance=config.model.guidance,
-        max_sequence_length=size.text,
+        config.model,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies import Conditioning, Policy, PolicyOutput
-from pcpo_fast.policies.fine_tunes import Predict, reference_prediction
+from pcpo_fast.policies.fine_tunes import Predict, predicting
 
 
 class RewardGuided(Policy):
@@ -52,7 +52,7 @@ class RewardGuided(Policy):
     @classmethod
     def of(cls, policy: Policy, scale: float) -> "RewardGuided":
         """A policy under training against its own reference: adapters off, or the kept copy of its start."""
-        return cls(policy, [(policy.predict, scale)], reference_prediction(policy))
+        return cls(policy, [(policy.predict, scale)], predicting(policy, policy.as_reference))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -129,16 +129,7 @@ def build_on_meta(
     scheduler_name, scheduler_config = architecture.parts["scheduler"]
     with about(f"{architecture.source}: scheduler_config.json makes no {scheduler_name}"):
         scheduler = getattr(diffusers, scheduler_name).from_config(dict(scheduler_config))
-    policy = family(
-        network,
-        vae,
-        scheduler,
-        height=settings.height,
-        width=settings.width,
-        guidance=settings.guidance,
-        cfg_scale=settings.cfg_scale,
-        max_sequence_length=settings.max_sequence_length,
-    )
+    policy = family(network, vae, scheduler, settings)
     if settings.gradient_checkpointing:
         needed(network, policy.recomputed_blocks(network), "model.gradient_checkpointing")
     if settings.compile:

@@ -1,10 +1,9 @@
 """Attention kernels by diffusers' name, checked before the run instead of in its first forward."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -16,6 +15,10 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention_needs import lacking
 from pcpo_fast.policies.quiet import quiet_libraries
+from pcpo_fast.policies.weight_files import read_json
+
+if TYPE_CHECKING:
+    from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 
 SDPA_KERNELS = {
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -25,9 +28,7 @@ SDPA_KERNELS = {
 }
 """The single kernels behind PyTorch's scaled dot product, which ``native`` chooses among."""
 PLAIN = ("native", *SDPA_KERNELS, "xformers")
-"""What serves layers that know no backends: those of diffusers' UNet and of its transformer of Stable Diffusion 3."""
-UNET = "UNet2DConditionModel"
-KNOW_NO_BACKENDS = (UNET, "SD3Transformer2DModel")
+"""What serves layers that know no backends (:attr:`PipelinePolicy.dispatches_attention`)."""
 
 
 class HeldProcessor:
@@ -65,32 +66,26 @@ def choose_attention(module: Any, backend: str, device: torch.device | None = No
         raise UserError(f"model.attention: {backend} cannot be used here: {reason_of(error)}") from None
 
 
-def check_attention(config: Config, folder: Path, part: str, device: torch.device) -> None:
+def check_attention(config: Config, folder: Path, family: "type[PipelinePolicy]", device: torch.device) -> None:
     """Refuse the attention backends of a run before its model is loaded.
 
     Args:
         config: ``model.attention`` is to train, ``rollout.attention`` to sample.
         folder: the pipeline.
-        part: of it, the network: its configuration says how large its attention heads are.
+        family: of the pipeline.
         device: where it will run.
 
     Raises:
         UserError: as :func:`check_backend`, or the network's layers know no backends.
     """
-    try:
-        network = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-        kind, head_dim = str(network["_class_name"]), network.get("attention_head_dim")
-    except (OSError, ValueError, KeyError, AttributeError):
-        return  # loading the pipeline says what is wrong with it
-    if kind == UNET or not isinstance(head_dim, int):
-        head_dim = None  # a UNet's heads have several sizes, and its configuration calls their number their size
+    head_dim = family.head_dim(read_json(folder / family.trained_part / "config.json"))
     chosen = [("model.attention", config.model.attention, True)]
     if config.rollout.attention is not None:
         chosen.append(("rollout.attention", config.rollout.attention, False))
     for key, backend, trains in chosen:
         _known(backend, key)
-        if kind in KNOW_NO_BACKENDS:
-            _serves(kind, backend, key)
+        if not family.dispatches_attention:
+            _serves(family.network_class(), backend, key)
         dtype = getattr(torch, config.model.dtype)
         check_backend(backend, device, head_dim, needs_backward=trains, dtype=dtype, key=key)
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pcpo_fast.config.schema import RolloutConfig
 from pcpo_fast.method.schedules import Schedule
-from pcpo_fast.policies.lora import adapters_off
+from pcpo_fast.policies.lora import only_adapter
 
 Conditioning = dict[str, Tensor]
 """Named tensors with one row per image; rows are chosen with :func:`select_rows`."""
@@ -165,21 +165,21 @@ class Policy(ABC):
         yield
 
     @contextmanager
-    def as_reference(self) -> Iterator[None]:
+    def running(self, network: nn.Module) -> Iterator[None]:
+        """Within the block, :meth:`predict` runs another network of the same kind."""
+        own, self.forward_module = self.forward_module, network
+        try:
+            yield
+        finally:
+            self.forward_module = own
+
+    def as_reference(self) -> AbstractContextManager[None]:
         """Within the block, :meth:`predict` is the reference: the kept copy of the start, or the adapters are off.
 
         Raises:
             ValueError: there is neither a copy nor an adapter, so the reference would be the policy itself.
         """
-        if self.reference_module is None:
-            with adapters_off(self.module):
-                yield
-            return
-        trained, self.forward_module = self.forward_module, self.reference_module
-        try:
-            yield
-        finally:
-            self.forward_module = trained
+        return only_adapter(self.module, None) if self.reference_module is None else self.running(self.reference_module)
 
 
 def _modules(network: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:

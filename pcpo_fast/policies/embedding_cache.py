@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcpo_fast.distributed.collectives import barrier, local_rank, local_world_size, once_per_machine, shared_errors
+from pcpo_fast.distributed.collectives import barrier, local_rank, local_world_size, shared_errors
 from pcpo_fast.errors import UserError
-from pcpo_fast.files.content import Contents, digest
 
 
 class EmbeddingCache:
@@ -73,16 +72,15 @@ class EmbeddingCache:
             for start in range(0, len(mine), batch_size):
                 chunk = mine[start : start + batch_size]
                 rows = encode(chunk)
-                self._store_rows(chunk, rows)
+                try:
+                    for index, prompt in enumerate(chunk):
+                        self.store(prompt, {name: value[index] for name, value in rows.items()})
+                except (OSError, SafetensorError) as error:
+                    reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+                    raise UserError(
+                        f"model.embedding_cache: {self.folder.parent} cannot be written: {reason}"
+                    ) from None
         return len(missing)
-
-    def _store_rows(self, prompts: Sequence[str], rows: dict[str, Tensor]) -> None:
-        try:
-            for index, prompt in enumerate(prompts):
-                self.store(prompt, {name: value[index] for name, value in rows.items()})
-        except (OSError, SafetensorError) as error:
-            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-            raise UserError(f"model.embedding_cache: {self.folder.parent} cannot be written: {reason}") from None
 
     def drop_damaged(self, prompts: Sequence[str]) -> None:
         """Remove files that are not whole safetensors files, by their headers: nothing else is read."""
@@ -94,14 +92,3 @@ class EmbeddingCache:
                         pass
                 except (SafetensorError, OSError, ValueError):
                     path.unlink(missing_ok=True)
-
-
-def encoding_fingerprint(contents: Contents, files: Mapping[str, Path], *others: object) -> str:
-    """A short hash of what text encoders and tokenizers hold, and of ``others``; all ranks must call it.
-
-    Args:
-        contents: hashes of files.
-        files: all that encoding reads, by name.
-        others: what else an embedding depends on.
-    """
-    return once_per_machine(lambda: digest([contents.of_files(files), repr(others)]))

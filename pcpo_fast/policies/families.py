@@ -48,6 +48,11 @@ def family_of(pipeline: str) -> type[PipelinePolicy]:
     return found
 
 
+def family_of_network(name: str) -> type[PipelinePolicy]:
+    """The policy class for a class of networks in diffusers that one of :data:`FAMILIES` trains."""
+    return next(family for family in map(family_of, FAMILIES) if family.network_class() == name)
+
+
 def model_files(settings: ModelConfig) -> dict[str, Path]:
     """The files of a pipeline that a policy loads, by their names in its folder.
 
@@ -94,7 +99,7 @@ def load_policy(
             ``load``.
     """
     folder, family = check_base_model(config)
-    check_attention(config, folder, family.trained_part, device)
+    check_attention(config, folder, family, device)
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
     policy = family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)
     policy.about = describe_run(config)
@@ -128,7 +133,7 @@ def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapte
     _, family = find_family(config.model)
     part = family.trained_part
     if config.model.finetune == "lora":
-        start, lora = read_lora(module, folder, "weights"), config.model.lora
+        start, lora = read_lora(module, folder, "weights", family), config.model.lora
         if adapter in getattr(module, "peft_config", ()):
             fill_lora(module, start, adapter)
         else:

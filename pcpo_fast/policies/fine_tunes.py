@@ -1,16 +1,18 @@
 """Fine-tunes of one model in memory together: adapters inside its network, or whole networks next to it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.policies.base import Conditioning, Policy
 from pcpo_fast.policies.families import load_policy, load_trained_weights
-from pcpo_fast.policies.lora import only_adapter, switch_adapters_off
+from pcpo_fast.policies.lora import only_adapter
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """What :meth:`pcpo_fast.policies.Policy.predict` is: latents, times and conditioning in, output after guidance out."""
@@ -28,47 +30,12 @@ class FineTune(NamedTuple):
     weights: Path
 
 
-class Loaded(NamedTuple):
-    """A base model and its fine-tunes.
-
-    Attributes:
-        policy: predicts what the base model says, if it was kept.
-        predictions: what each fine-tune says, with the policy's prompts and guidance; None where it was not wanted.
-    """
-
-    policy: Policy
-    predictions: tuple[Predict | None, ...]
-
-
-def reference_prediction(policy: Policy) -> Predict:
-    """What a policy's reference says: its kept copy, or the network with adapters off."""
+def predicting(policy: Policy, switch: Callable[[], AbstractContextManager[None]]) -> Predict:
+    """What a policy says within a block, such as that of :meth:`Policy.as_reference`."""
 
     def predict(latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        with policy.as_reference():
+        with switch():
             return policy.predict(latents, times, conditioning)
-
-    return predict
-
-
-def adapter_prediction(policy: Policy, adapter: str) -> Predict:
-    """What the policy says with one of its adapters, whichever is active otherwise."""
-
-    def predict(latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        with only_adapter(policy.module, adapter):
-            return policy.predict(latents, times, conditioning)
-
-    return predict
-
-
-def network_prediction(policy: Policy, network: nn.Module) -> Predict:
-    """What the policy says with another network of the same kind in the place of its own."""
-
-    def predict(latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        own, policy.forward_module = policy.forward_module, network
-        try:
-            return policy.predict(latents, times, conditioning)
-        finally:
-            policy.forward_module = own
 
     return predict
 
@@ -80,7 +47,7 @@ def load_fine_tunes(
     prompts: Sequence[str] = (),
     *,
     keep_base: bool = True,
-) -> Loaded:
+) -> tuple[Policy, list[Predict | None]]:
     """Load a base model and fine-tunes of it.
 
     LoRA runs are adapters of their own rank, alpha and targets in the one network. A full fine-tune is a second
@@ -93,6 +60,10 @@ def load_fine_tunes(
         prompts: encoded first, so that text encoders and network are never on the device together.
         keep_base: whether the base model itself will be asked.
 
+    Returns:
+        A policy that predicts what the base model says, if it was kept; and what each fine-tune says, with the policy's
+        prompts and guidance, None where it was not wanted.
+
     Raises:
         UserError: as :func:`pcpo_fast.policies.families.load_policy`, or weights do not fit.
     """
@@ -100,7 +71,7 @@ def load_fine_tunes(
     model = config.model.model_copy(update={"finetune": "full"})  # the network without adapters
     base = config.model_copy(update={"model": model})
     policy = load_policy(base, device, prompts)
-    network = policy.module.requires_grad_(False)
+    network: Any = policy.module.requires_grad_(False)
     predictions: list[Predict | None] = [None] * len(fine_tunes)
     chosen = [number for number, is_wanted in enumerate(wanted) if is_wanted]
     whole = [number for number in chosen if fine_tunes[number].config.model.finetune == "full"]
@@ -111,11 +82,12 @@ def load_fine_tunes(
         # and among others has to say the same.
         own = network if in_place else load_policy(base, device).module.requires_grad_(False)
         load_trained_weights(own, *fine_tunes[number])
-        predictions[number] = network_prediction(policy, own)
+        predictions[number] = predicting(policy, partial(policy.running, own))
     for number in adapted:
         adapter = f"run_{number}"
         load_trained_weights(network, *fine_tunes[number], adapter)
-        predictions[number] = adapter_prediction(policy, adapter)
+        predictions[number] = predicting(policy, partial(only_adapter, network, adapter))
     if adapted:
-        switch_adapters_off(network.requires_grad_(False))
-    return Loaded(policy, tuple(predictions))
+        network.disable_adapters()
+        network.requires_grad_(False)
+    return policy, predictions

@@ -1,6 +1,7 @@
 """FLUX as a policy: packed latents, embedded guidance, CLIP and T5 conditioning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,11 +10,49 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth
+from pcpo_fast.policies.lora_names import BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about
-from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
+
+# The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
+# convert_flux_transformer_checkpoint_to_diffusers.
+_DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+_REST = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+_BLOCKS: BlockNames = {
+    "transformer_blocks": ("double_blocks", _DOUBLE),
+    "single_transformer_blocks": ("single_blocks", _SINGLE),
+}
 
 
 class FluxPolicy(PipelinePolicy):
@@ -44,6 +83,26 @@ class FluxPolicy(PipelinePolicy):
         "ff_context.net.2",
     )
 
+    fits: ClassVar[tuple[Fit, ...]] = (
+        ("joint_attention_dim", 1, "text_encoder_2", "d_model"),
+        ("pooled_projection_dim", 1, "text_encoder", "hidden_size"),
+        ("in_channels", 4, "vae", "latent_channels"),
+    )
+
+    @classmethod
+    def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
+        """The axes of the rotary embeddings make up a head."""
+        axes, width = config.get("axes_dims_rope", (16, 56, 56)), config.get("attention_head_dim", 128)
+        if not isinstance(axes, list | tuple) or sum(axes) != width:
+            raise UserError(
+                f"model.path: {file} says axes_dims_rope {axes}, which must add up to attention_head_dim {width}"
+            )
+
+    @classmethod
+    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Black Forest Labs' names; the projections of a single block and its MLP's are one weight."""
+        return release_weights(_BLOCKS, _REST, layers)
+
     @classmethod
     def depth(cls, config: Mapping[str, Any]) -> Depth:
         """Double blocks, then single ones."""
@@ -64,7 +123,7 @@ class FluxPolicy(PipelinePolicy):
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """T5 states and pooled CLIP state of each prompt."""
         states, pooled, _ = pipeline.encode_prompt(
-            prompts, prompt_2=prompts, device=device, max_sequence_length=self.max_sequence_length
+            prompts, prompt_2=prompts, device=device, max_sequence_length=self.settings.max_sequence_length
         )
         return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
@@ -72,7 +131,7 @@ class FluxPolicy(PipelinePolicy):
         """T5's states and CLIP's pooled state."""
         config = self.network.config
         return {
-            "prompt_embeds": (self.max_sequence_length, config["joint_attention_dim"]),
+            "prompt_embeds": (self.settings.max_sequence_length, config["joint_attention_dim"]),
             "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }
 
@@ -80,7 +139,7 @@ class FluxPolicy(PipelinePolicy):
         """T5 for the words, CLIP for one vector."""
         clip = pipeline.tokenizer
         return [
-            (pipeline.tokenizer_2, self.max_sequence_length, "T5 reads (model.max_sequence_length)"),
+            (pipeline.tokenizer_2, self.settings.max_sequence_length, "T5 reads (model.max_sequence_length)"),
             (clip, clip.model_max_length, "CLIP reads for its one summary vector"),
         ]
 
@@ -89,7 +148,7 @@ class FluxPolicy(PipelinePolicy):
         device, states = latents.device, conditioning["prompt_embeds"]
         guidance = None
         if self.network.config["guidance_embeds"]:
-            guidance = torch.full((latents.shape[0],), self.guidance, device=device, dtype=torch.float32)
+            guidance = torch.full((latents.shape[0],), self.settings.guidance, device=device, dtype=torch.float32)
         velocity: Tensor = self.forward_module(
             hidden_states=latents,
             encoder_hidden_states=states,

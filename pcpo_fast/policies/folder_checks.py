@@ -20,22 +20,6 @@ from pcpo_fast.policies.weight_files import STEMS, read_json, variants
 if TYPE_CHECKING:
     from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 
-FITTING = {
-    "FluxPipeline": (
-        ("transformer", "joint_attention_dim", 1, "text_encoder_2", "d_model"),
-        ("transformer", "pooled_projection_dim", 1, "text_encoder", "hidden_size"),
-        ("transformer", "in_channels", 4, "vae", "latent_channels"),
-    ),
-    "StableDiffusion3Pipeline": (
-        ("transformer", "joint_attention_dim", 1, "text_encoder_3", "d_model"),
-        ("transformer", "in_channels", 1, "vae", "latent_channels"),
-    ),
-    "StableDiffusionPipeline": (
-        ("unet", "cross_attention_dim", 1, "text_encoder", "hidden_size"),
-        ("unet", "in_channels", 1, "vae", "latent_channels"),
-    ),
-}
-"""Widths by which the parts of a pipeline fit together: that of the network is so many times the other's."""
 SINGLE_FILES = ("transformer", "unet")
 """Keys of ``model`` that name a file of the network."""
 _passed: set[tuple[object, ...]] = set()
@@ -72,7 +56,7 @@ def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelCo
             check_model(part, kind, settings.variant)
             if name == "vae":
                 check_latent_scale(part)
-    _check_fit(folder, parts, family.pipeline_class.__name__)
+    _check_fit(folder, parts, family)
     _passed.add(seen)
 
 
@@ -111,26 +95,21 @@ def single_file(settings: ModelConfig, trained_part: str) -> tuple[Path | None, 
     return (None if file is None else Path(file).expanduser()), key
 
 
-def _check_fit(folder: Path, parts: Collection[str], pipeline: str) -> None:
+def _check_fit(folder: Path, parts: Collection[str], family: "type[PipelinePolicy]") -> None:
     """Refuse parts that are whole, and of different models."""
-    for part, key, times, other, its_key in FITTING[pipeline]:
+    file = folder / family.trained_part / "config.json"
+    ours = read_json(file)
+    for key, times, other, its_key in family.fits:
         if other not in parts:
             continue
-        ours, theirs = (read_json(folder / name / "config.json") for name in (part, other))
+        theirs = read_json(folder / other / "config.json")
         width, its_width = ours.get(key), theirs.get("text_config", theirs).get(its_key)
         if isinstance(width, int) and isinstance(its_width, int) and width != times * its_width:
             raise UserError(
-                f"model.path: {folder / part}/config.json says {key} {width}, and {other}/config.json {its_key} "
+                f"model.path: {file} says {key} {width}, and {other}/config.json {its_key} "
                 f"{its_width}, which makes {times * its_width}: the two are of different models"
             )
-    if pipeline == "FluxPipeline":
-        network = read_json(folder / "transformer" / "config.json")
-        axes, width = network.get("axes_dims_rope", (16, 56, 56)), network.get("attention_head_dim", 128)
-        if not isinstance(axes, list | tuple) or sum(axes) != width:
-            raise UserError(
-                f"model.path: {folder / 'transformer' / 'config.json'} says axes_dims_rope {axes}, which must "
-                f"add up to attention_head_dim {width}"
-            )
+    family.check_network(file, ours)
 
 
 def _check_variant(folder: Path, parts: list[str], settings: ModelConfig) -> None:

@@ -102,33 +102,17 @@ def differing_from(
 
 
 @contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Within the block the adapters of ``module`` take no part in its forward.
+def only_adapter(module: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Within the block one adapter of ``module`` takes part in its forward, whichever were active; None: no adapter.
+
+    Nothing but two fields of each layer change, and are put back: peft's own switch also turns ``requires_grad`` off
+    and on, which the hooks of a distributed engine need not survive.
 
     Raises:
-        ValueError: the module has no adapters.
+        ValueError: the module has no adapters, or none of this name.
     """
-    with _switched(module, None):
-        yield
-
-
-@contextmanager
-def only_adapter(module: nn.Module, adapter: str) -> Iterator[None]:
-    """Within the block one adapter of ``module`` takes part in its forward, whichever were active.
-
-    Raises:
-        ValueError: the module has no adapter of this name.
-    """
-    if adapter not in getattr(module, "peft_config", ()):
+    if adapter is not None and adapter not in getattr(module, "peft_config", ()):
         raise ValueError(f"{type(module).__name__} has no adapter {adapter!r}")
-    with _switched(module, adapter):
-        yield
-
-
-@contextmanager
-def _switched(module: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Nothing but two fields of each layer change, and are put back: peft's own switch also turns ``requires_grad`` off
-    and on, which the hooks of a distributed engine need not survive."""
     layers = _adapted_layers(module)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
@@ -167,16 +151,6 @@ def merged_adapters(module: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.get_base_layer().weight.data.copy_(layer.unmerged_weight)
             layer.merged_adapters.clear()
-
-
-def switch_adapters_off(module: nn.Module) -> None:
-    """From now on ``module`` is the base model, but for the blocks of :func:`only_adapter`.
-
-    Raises:
-        ValueError: the module has no adapters.
-    """
-    for layer in _adapted_layers(module):
-        layer._disable_adapters = True
 
 
 def _adapted_layers(module: nn.Module) -> list[Any]:

@@ -12,7 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -29,11 +29,13 @@ from pcpo_fast.policies.lora_names import (
     flat,
     halves_swapped,
     kohya_name,
-    original_layers,
     shares,
     spellings,
     unet_layer,
 )
+
+if TYPE_CHECKING:
+    from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name by which diffusers finds LoRA weights in a folder."""
@@ -116,13 +118,14 @@ def find_lora_file(path: str | Path, key: str) -> Path:
     return file
 
 
-def read_lora(module: nn.Module, path: str | Path, key: str) -> dict[str, LowRank]:
+def read_lora(module: nn.Module, path: str | Path, key: str, family: "type[PipelinePolicy]") -> dict[str, LowRank]:
     """LoRA weights for the linear layers of a network, from a file of diffusers, peft, kohya, ComfyUI or ours.
 
     Args:
         module: a diffusers network, with or without adapters.
         path: a safetensors file, or a folder with one.
         key: what named the path, for the messages.
+        family: of the network.
 
     Returns:
         By the layers' names.
@@ -135,7 +138,7 @@ def read_lora(module: nn.Module, path: str | Path, key: str) -> dict[str, LowRan
     named = {name.removesuffix(".base_layer"): child for name, child in module.named_modules()}
     linear = {name: child for name, child in named.items() if isinstance(child, nn.Linear) and "lora_" not in name}
     network = type(module).__name__
-    known = spellings(network, linear)
+    known = spellings(family.release_weights(list(linear)), list(linear))
     found: dict[str, LowRank] = {}
     updates = _parse(file, key)
     strangers = {name: update for name, update in updates.items() if flat(name) not in known}
@@ -299,7 +302,7 @@ def describe_run(config: Config) -> dict[str, str]:
 def write_lora(
     file: Path,
     layers: Mapping[str, LowRank],
-    network: str,
+    family: "type[PipelinePolicy]",
     names: Format | None = None,
     dtype: torch.dtype | None = None,
     about: Mapping[str, str] | None = None,
@@ -309,7 +312,7 @@ def write_lora(
     Args:
         file: what to write.
         layers: updates, by the layers' names in diffusers.
-        network: diffusers' class.
+        family: of the network.
         names: "diffusers": diffusers' own; "kohya": those of kohya's sd-scripts and the WebUIs, with ``.alpha``;
             "comfyui" or None: whichever of the two both diffusers and ComfyUI read.
         dtype: of the weights; None: float32.
@@ -320,17 +323,17 @@ def write_lora(
     """
     highest = max(update.down.shape[0] for update in layers.values())
     layers = {name: _padded(update, highest) for name, update in layers.items()}
-    unet = network not in ("FluxTransformer2DModel", "SD3Transformer2DModel")
     if names in (None, "comfyui"):
-        names = "kohya" if unet else "diffusers"
+        names = "kohya" if family.kohya_keeps_names else "diffusers"
     tensors: dict[str, Tensor] = {}
     if names == "diffusers":
         for layer, update in layers.items():
-            name = f"{'unet' if unet else 'transformer'}.{layer}"
+            name = f"{family.trained_part}.{layer}"
             tensors[f"{name}.lora_A.weight"] = update.down
             tensors[f"{name}.lora_B.weight"] = update.scaled_up
     else:
-        grouped = {layer: (layer,) for layer in layers} if unet else original_layers(network, layers)
+        own = {layer: (layer,) for layer in layers}
+        grouped = own if family.kohya_keeps_names else family.release_weights(list(layers))
         for original, ends in grouped.items():
             down, up = _fuse(layers, original, ends)
             tensors[f"{kohya_name(original)}.lora_down.weight"] = down
@@ -341,7 +344,7 @@ def write_lora(
         if not cast.isfinite().all():
             raise UserError(f"--dtype {str(cast.dtype).removeprefix('torch.')}: {name} has values beyond its range")
         tensors[name] = cast.contiguous().cpu()
-    save_file(tensors, file, {"format": "pt", "network": network, **(about or {})})
+    save_file(tensors, file, {"format": "pt", "network": family.network_class(), **(about or {})})
     file.chmod(0o644)
 
 

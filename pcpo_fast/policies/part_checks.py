@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -34,18 +34,9 @@ HARMLESS = ("lm_head.weight", "position_ids")
 """Ends of names that published files hold beyond what is loaded: T5's decoder's, and what old versions saved."""
 
 
-class Difference(NamedTuple):
-    """How the tensors of files differ from those that a configuration makes.
-
-    Attributes:
-        missing: names that only the configuration has.
-        unexpected: names that only the files have.
-        mismatched: names with the shape in the file, and by the configuration.
-    """
-
-    missing: list[str]
-    unexpected: list[str]
-    mismatched: list[tuple[str, list[int], list[int]]]
+Difference = tuple[list[str], list[str], list[tuple[str, list[int], list[int]]]]
+"""How the tensors of files differ from those that a configuration makes: names that only the configuration has, names
+that only the files have, and names with the shape in the file and by the configuration."""
 
 
 @contextmanager
@@ -271,7 +262,7 @@ def _tensors(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
 
 
 def _compare(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Difference:
-    return Difference(
+    return (
         [name for name in own if name not in given],
         [name for name in given if name not in own],
         [
@@ -296,7 +287,7 @@ def _of_transformers(kind: Any, part: Path, stored: Mapping[str, Stored]) -> Dif
         )
     unexpected = [name for name in sorted(report["unexpected_keys"]) if not name.endswith(HARMLESS)]
     mismatched = [(name, list(file), list(model)) for name, file, model in sorted(report["mismatched_keys"])]
-    return Difference(sorted(report["missing_keys"]), unexpected, mismatched)
+    return (sorted(report["missing_keys"]), unexpected, mismatched)
 
 
 def _refuse(difference: Difference, stored: Mapping[str, Stored], where: Path, kind: str, key: str) -> None:

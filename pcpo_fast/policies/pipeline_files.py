@@ -70,11 +70,6 @@ def check_hub_id(path: str) -> None:
         raise UserError(f"model.path: {path} is not a folder, and not a hub id of the form owner/name")
 
 
-def pipeline_parts(folder: Path) -> dict[str, bool]:
-    """The parts that ``model_index.json`` names, and whether the pipeline has them: SD3 may do without T5."""
-    return {name: kind is not None for name, kind in part_classes(folder).items()}
-
-
 def part_classes(folder: Path, key: str = "model.path") -> dict[str, str | None]:
     """The class that ``model_index.json`` names for each part; None for a part that the pipeline does without."""
     parts = {}

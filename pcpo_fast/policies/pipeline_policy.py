@@ -10,30 +10,33 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self, cast
 
+import pcpo_kernels
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from pcpo_fast.config.schema import ModelConfig, RolloutConfig
-from pcpo_fast.distributed.collectives import rank
+from pcpo_fast.distributed.collectives import once_per_machine, rank
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, pipeline_files
+from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, digest, pipeline_files
 from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
 from pcpo_fast.policies.depth import Depth
-from pcpo_fast.policies.embedding_cache import EmbeddingCache, encoding_fingerprint
+from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.part_checks import check_finite
 from pcpo_fast.policies.pipeline_files import part_classes
 from pcpo_fast.policies.quiet import quiet_libraries
-from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, use_block_kernels
+from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks
 from pcpo_fast.policies.truncation import warn_of_long_prompts
 from pcpo_fast.policies.weight_files import find_weights
 
+Fit = tuple[str, int, str, str]
+"""A width of the network, by its key, is so many times that of another part, by its key there."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 """Names of the files that diffusers reads a network from."""
@@ -57,6 +60,10 @@ class PipelinePolicy(Policy):
         lora_targets: linear layers that get an adapter where the configuration names none.
         about: what the headers of LoRA files say of the run.
         cuts_prompts: whether ``model.max_sequence_length`` says how many tokens are read.
+        fits: the widths by which the parts of a pipeline fit together.
+        dispatches_attention: whether the network's attention layers ask diffusers' dispatcher for their backend.
+        kohya_keeps_names: whether kohya's sd-scripts call the layers what diffusers calls them, not what the original
+            release does; ComfyUI reads the names of which this is so.
     """
 
     pipeline_class: ClassVar[Any]
@@ -68,24 +75,21 @@ class PipelinePolicy(Policy):
     schedule_kind: ClassVar[type[Schedule]]
     lora_targets: ClassVar[tuple[str, ...]]
     cuts_prompts: ClassVar[bool] = True
+    fits: ClassVar[tuple[Fit, ...]]
+    dispatches_attention: ClassVar[bool] = True
+    kohya_keeps_names: ClassVar[bool] = False
 
     def __init__(
         self,
         network: Any,
         vae: AutoencoderKL,
         scheduler: Any,
+        settings: ModelConfig,
         *,
-        height: int,
-        width: int,
-        guidance: float = 3.5,
-        cfg_scale: float = 1.0,
-        negative_prompt: str = "",
         folder: Path | None = None,
-        settings: ModelConfig | None = None,
         cache: EmbeddingCache | None = None,
-        max_sequence_length: int = 512,
     ) -> None:
-        """Put a policy together from loaded parts.
+        """Put a policy together from loaded parts; one without folder and cache has no text encoders.
 
         Raises:
             UserError: VAE and network cannot take the image size.
@@ -94,17 +98,14 @@ class PipelinePolicy(Policy):
         self.network = network
         self.vae = vae
         self.scheduler = scheduler
-        self.guidance = guidance
-        self.cfg_scale = cfg_scale
-        self.negative_prompt = negative_prompt
-        self.folder = folder
         self.settings = settings
+        self.folder = folder
         self.cache = cache
-        self.max_sequence_length = max_sequence_length
+        self.cfg_scale = settings.cfg_scale
         self.encoding_device: torch.device | None = None
         self.warned_of_long_prompts = False
         self.vae_scale = vae_factor(vae.config)
-        self.rows, self.columns = cell_grid(vae.config, height, width, self.cell)
+        self.rows, self.columns = cell_grid(vae.config, settings.height, settings.width, self.cell)
         self.about: dict[str, str] = {}
         self._negative: Conditioning | None = None
 
@@ -131,32 +132,18 @@ class PipelinePolicy(Policy):
         Raises:
             UserError: the folder cannot be loaded; LoRA, attention or image size refused.
         """
-        _check_size(folder, settings, cls.cell)
+        vae = _config_of(folder, "vae")
+        if isinstance(vae.get("block_out_channels"), list):  # before gigabytes of weights are read
+            cell_grid(vae, settings.height, settings.width, cls.cell)
         cls._refuse_unused(folder, settings)
         pipeline = cls.load_pipeline(folder, settings, (cls.trained_part, "vae"))
-        fingerprint = encoding_fingerprint(
-            Contents(cache_folder / RECORD_FOLDER),
-            {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts, settings.variant),
-            settings.max_sequence_length,
-            settings.dtype,
-            cls.pipeline_class.__name__,
-            *([] if settings.variant is None else [settings.variant]),
-        )
+        files = {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts, settings.variant)
+        others = (settings.max_sequence_length, settings.dtype, cls.pipeline_class.__name__, settings.variant)
+        known = repr(others if settings.variant else others[:3])  # of a time without variants
+        fingerprint = once_per_machine(lambda: digest([Contents(cache_folder / RECORD_FOLDER).of_files(files), known]))
         network = getattr(pipeline, cls.trained_part)
-        policy = cls(
-            network,
-            pipeline.vae,
-            pipeline.scheduler,
-            height=settings.height,
-            width=settings.width,
-            guidance=settings.guidance,
-            cfg_scale=settings.cfg_scale,
-            negative_prompt=settings.negative_prompt,
-            folder=folder,
-            settings=settings,
-            cache=EmbeddingCache(cache_folder, fingerprint),
-            max_sequence_length=settings.max_sequence_length,
-        )
+        cache = EmbeddingCache(cache_folder, fingerprint)
+        policy = cls(network, pipeline.vae, pipeline.scheduler, settings, folder=folder, cache=cache)
         cls.prepare_network(network, settings, device)
         policy.encoding_device = device
         if prompts and rank() == 0:
@@ -191,7 +178,7 @@ class PipelinePolicy(Policy):
         choose_attention(network, settings.attention, device)
         if settings.finetune == "lora":
             lora, targets = settings.lora, settings.lora.targets or cls.lora_targets
-            start = None if lora.init is None else read_lora(network, lora.init, "model.lora.init")
+            start = None if lora.init is None else read_lora(network, lora.init, "model.lora.init", cls)
             add_lora(network, lora, targets, start=start)
             differences = differing_from(lora, targets, network, start) if start else ""
             if differences and rank() == 0:
@@ -199,11 +186,54 @@ class PipelinePolicy(Policy):
         else:
             network.requires_grad_(True)
         if settings.block_kernels:
-            use_block_kernels(network)
+            try:
+                cls.accelerate(network)
+            except ValueError as error:
+                raise UserError(f"model.block_kernels: {error}") from None
         checkpoint_blocks(network, cls.recomputed_blocks(network), settings.recomputed_share)
         if settings.compile:
             compile_blocks(network, cls.compiled_blocks(network))
         network.train()
+
+    @classmethod
+    def accelerate(cls, network: nn.Module) -> int:
+        """Let the network's blocks compute with fused kernels; returns how many do.
+
+        Raises:
+            ValueError: there is no block that the kernels know.
+        """
+        return pcpo_kernels.accelerate(network)
+
+    @classmethod
+    def network_class(cls) -> str:
+        """diffusers' class of the network."""
+        return str(cls.pipeline_class._get_signature_types()[cls.trained_part][0].__name__)
+
+    @classmethod
+    def head_dim(cls, config: Mapping[str, Any]) -> int | None:
+        """Elements of the network's attention heads by its configuration; None where they differ or it does not say."""
+        size = config.get("attention_head_dim")
+        return size if isinstance(size, int) else None
+
+    @classmethod
+    def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
+        """Refuse a configuration of the network whose settings do not fit each other.
+
+        Raises:
+            UserError: naming the file.
+        """
+
+    @classmethod
+    @abstractmethod
+    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Weights of the model's original release, and the layers of diffusers' network that are their rows, in order.
+
+        Args:
+            layers: linear layers of the network, by diffusers' names.
+
+        Returns:
+            The weights that have at least one of the layers; names without ``.weight``.
+        """
 
     @classmethod
     def depth(cls, config: Mapping[str, Any]) -> Depth:
@@ -256,7 +286,9 @@ class PipelinePolicy(Policy):
 
     def _negative_conditioning(self, device: torch.device) -> Conditioning:
         if self._negative is None or next(iter(self._negative.values())).device != device:
-            self._negative = {name: value.to(device) for name, value in self.encode([self.negative_prompt]).items()}
+            self._negative = {
+                name: value.to(device) for name, value in self.encode([self.settings.negative_prompt]).items()
+            }
         return self._negative
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -291,7 +323,7 @@ class PipelinePolicy(Policy):
 
     def _with_negative(self, prompts: Sequence[str]) -> Sequence[str]:
         """Whoever asks for prompts needs the unconditional half, too."""
-        return [*prompts, self.negative_prompt] if prompts and self.cfg_scale != 1 else prompts
+        return [*prompts, self.settings.negative_prompt] if prompts and self.cfg_scale != 1 else prompts
 
     def _cache(self) -> EmbeddingCache:
         if self.cache is None:
@@ -330,7 +362,7 @@ class PipelinePolicy(Policy):
         if hasattr(self.network, "peft_config"):
             folder.mkdir(parents=True, exist_ok=True)
             layers = trained_updates(self.network, state)
-            write_lora(folder / LORA_FILE, layers, type(self.network).__name__, about=self.about)
+            write_lora(folder / LORA_FILE, layers, type(self), about=self.about)
         else:
             # save_pretrained would write what this rank holds of the weights, which under ZeRO 3 is nothing.
             target = folder / self.trained_part
@@ -381,16 +413,8 @@ class PipelinePolicy(Policy):
 
     def _load_parts(self, *parts: str) -> Any:
         """A pipeline of nothing but a scheduler and some of the encoders and tokenizers."""
-        if self.folder is None or self.settings is None:
-            raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
+        assert self.folder is not None  # as for the cache
         return self.load_pipeline(self.folder, self.settings, parts)
-
-
-def _check_size(folder: Path, settings: ModelConfig, cell: int) -> None:
-    """Refuse an impossible image size before gigabytes of weights are read."""
-    config = _config_of(folder, "vae")
-    if isinstance(config.get("block_out_channels"), list):
-        cell_grid(config, settings.height, settings.width, cell)
 
 
 def _config_of(folder: Path, part: str) -> dict[str, Any]:

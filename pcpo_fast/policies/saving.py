@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.policies.families import find_family
+from pcpo_fast.policies.families import family_of_network, find_family
 from pcpo_fast.policies.folder_checks import check_folder
 from pcpo_fast.policies.lora_files import LORA_FILE, Format, describe_run, read_own_lora, write_lora
 from pcpo_fast.policies.pipeline_policy import DTYPES
@@ -36,13 +35,12 @@ def save_lora(
             kohya's names are asked for, the model that the run trained is no longer there.
     """
     network, layers = read_own_lora(weights / LORA_FILE, "weights")
-    if network is None:
-        network = "SD3Transformer2DModel"
-        if names == "kohya":  # the one case in which the transformers differ
-            folder, family = find_family(config.model)
-            network = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[family.trained_part][1]
+    if network is None and names == "kohya":  # the one case in which the transformers differ
+        _, family = find_family(config.model)
+    else:
+        family = family_of_network(network or "SD3Transformer2DModel")
     target.mkdir()
-    write_lora(target / LORA_FILE, layers, network, names, dtype, describe_run(config))
+    write_lora(target / LORA_FILE, layers, family, names, dtype, describe_run(config))
 
 
 def save_network(weights: Path, target: Path, dtype: torch.dtype | None) -> None:
@@ -76,21 +74,15 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path, dtype: tor
     with quiet_libraries():
         pipeline = family.load_pipeline(folder, settings)
         try:
-            _put_in(pipeline, weights, None if settings.finetune == "lora" else part, own)
+            if settings.finetune == "lora":
+                pipeline.load_lora_weights(weights, weight_name=LORA_FILE, use_safetensors=True)
+                pipeline.fuse_lora()
+                pipeline.unload_lora_weights()
+            else:
+                kind = type(getattr(pipeline, part))
+                network = kind.from_pretrained(weights, subfolder=part, dtype=own, use_safetensors=True)
+                pipeline.register_modules(**{part: network})
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = reason_of(error)
             raise UserError(f"{weights} cannot be read as weights of {settings.path}: {reason}") from None
         pipeline.to(dtype or own).save_pretrained(target)
-
-
-def _put_in(pipeline: Any, weights: Path, part: str | None, dtype: Any) -> None:
-    """Replace a part of a pipeline, or merge LoRA weights where there is no part."""
-    if part is None:
-        pipeline.load_lora_weights(weights, weight_name=LORA_FILE, use_safetensors=True)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    else:
-        network = type(getattr(pipeline, part)).from_pretrained(
-            weights, subfolder=part, dtype=dtype, use_safetensors=True
-        )
-        pipeline.register_modules(**{part: network})

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import pcpo_kernels
 import torch
 import torch._dynamo
 from torch import nn
@@ -51,18 +50,6 @@ def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module], **options: A
     for block in blocks:
         block.compile(**({"fullgraph": True, "dynamic": False} | options))
     return len(blocks)
-
-
-def use_block_kernels(network: nn.Module) -> None:
-    """Let the blocks compute with :func:`pcpo_kernels.accelerate`.
-
-    Raises:
-        UserError: the network has no block that the kernels know.
-    """
-    try:
-        pcpo_kernels.accelerate(network)
-    except ValueError as error:
-        raise UserError(f"model.block_kernels: {error}") from None
 
 
 def checkpointed_numbers(count: int, share: float) -> list[int]:

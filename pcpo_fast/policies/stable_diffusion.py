@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x as a policy: a UNet that predicts epsilon or v, DDIM's timesteps, classifier-free guidance."""
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,7 +13,7 @@ from pcpo_fast.method.schedules import DiffusionSchedule, Schedule
 from pcpo_fast.method.transitions import PredictionType
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.part_checks import about
-from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
 
 
@@ -30,7 +32,36 @@ class StableDiffusionPolicy(PipelinePolicy):
     cell: ClassVar[int] = 1
     schedule_kind: ClassVar[type[Schedule]] = DiffusionSchedule
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    fits: ClassVar[tuple[Fit, ...]] = (
+        ("cross_attention_dim", 1, "text_encoder", "hidden_size"),
+        ("in_channels", 1, "vae", "latent_channels"),
+    )
+    dispatches_attention: ClassVar[bool] = False
+    kohya_keeps_names: ClassVar[bool] = True
     cuts_prompts: ClassVar[bool] = False
+
+    @classmethod
+    def head_dim(cls, config: Mapping[str, Any]) -> None:
+        """The heads have several sizes, and ``attention_head_dim`` is their number."""
+
+    @classmethod
+    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """CompVis' names, by which blocks and what takes the place between them are counted in one row."""
+        counted = (re.match(r"down_blocks\.\d+\.\w+\.(\d+)\.", layer) for layer in layers)
+        depth = 1 + max((int(match[1]) for match in counted if match), default=1)
+        found: dict[str, tuple[str, ...]] = {}
+        for layer in layers:
+            name = layer.replace("time_emb_proj", "emb_layers.1")
+            if match := re.match(r"time_embedding\.linear_(\d)$", name):
+                found[f"time_embed.{2 * int(match[1]) - 2}"] = (layer,)
+            elif match := re.match(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)", name):
+                stem, first = ("input", 1) if match[1] == "down" else ("output", 0)
+                number = first + int(match[2]) * (depth + 1) + int(match[4])
+                found[f"{stem}_blocks.{number}.{int(match[3] == 'attentions')}.{match[5]}"] = (layer,)
+            elif match := re.match(r"mid_block\.(attentions|resnets)\.(\d+)\.(.+)", name):
+                place = 1 if match[1] == "attentions" else 2 * int(match[2])
+                found[f"middle_block.{place}.{match[3]}"] = (layer,)
+        return found
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

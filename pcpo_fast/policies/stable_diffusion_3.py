@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 as policies: velocity, classifier-free guidance, two CLIPs and T5."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,37 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth
+from pcpo_fast.policies.lora_names import BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about
-from pcpo_fast.policies.pipeline_files import pipeline_parts
-from pcpo_fast.policies.pipeline_policy import PipelinePolicy
+from pcpo_fast.policies.pipeline_files import part_classes
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
+
+# The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
+# convert_sd3_transformer_checkpoint_to_diffusers.
+_JOINT = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+}
+_REST = {
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+_BLOCKS: BlockNames = {"transformer_blocks": ("joint_blocks", _JOINT)}
 
 
 class StableDiffusion3Policy(PipelinePolicy):
@@ -50,13 +78,19 @@ class StableDiffusion3Policy(PipelinePolicy):
         "attn.to_add_out",
     )
 
-    def __init__(self, network: Any, *parts: Any, **settings: Any) -> None:
+    fits: ClassVar[tuple[Fit, ...]] = (
+        ("joint_attention_dim", 1, "text_encoder_3", "d_model"),
+        ("in_channels", 1, "vae", "latent_channels"),
+    )
+    dispatches_attention: ClassVar[bool] = False
+
+    def __init__(self, network: Any, *others: Any, **places: Any) -> None:
         """As :class:`PipelinePolicy`.
 
         Raises:
             UserError: VAE and network cannot take the image size, or the image has more places than the network knows.
         """
-        super().__init__(network, *parts, **settings)
+        super().__init__(network, *others, **places)
         limit = network.config["pos_embed_max_size"]
         for name, count in (("height", self.rows), ("width", self.columns)):
             if limit is not None and count > limit:
@@ -64,6 +98,11 @@ class StableDiffusion3Policy(PipelinePolicy):
                 raise UserError(
                     f"model.{name}: {count * unit} is more than the {limit * unit} pixels that the model has places for"
                 )
+
+    @classmethod
+    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Stability AI's names."""
+        return release_weights(_BLOCKS, _REST, layers)
 
     @classmethod
     def depth(cls, config: Mapping[str, Any]) -> Depth:
@@ -97,7 +136,7 @@ class StableDiffusion3Policy(PipelinePolicy):
             prompt_3=prompts,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=self.settings.max_sequence_length,
         )
         return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
@@ -105,15 +144,15 @@ class StableDiffusion3Policy(PipelinePolicy):
         """The states of CLIP and, with zeros for a pipeline without it, of T5 in one sequence; the pooled states."""
         config = self.network.config
         return {
-            "prompt_embeds": (clip_tokens + self.max_sequence_length, config["joint_attention_dim"]),
+            "prompt_embeds": (clip_tokens + self.settings.max_sequence_length, config["joint_attention_dim"]),
             "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """T5, where the pipeline has it, reads more words than CLIP."""
         clip, found = pipeline.tokenizer, []
-        if self.folder is not None and pipeline_parts(self.folder)["text_encoder_3"]:
-            found = [(pipeline.tokenizer_3, self.max_sequence_length, "T5 reads (model.max_sequence_length)")]
+        if self.folder is not None and part_classes(self.folder)["text_encoder_3"] is not None:
+            found = [(pipeline.tokenizer_3, self.settings.max_sequence_length, "T5 reads (model.max_sequence_length)")]
         return [*found, (clip, clip.model_max_length, "CLIP reads")]
 
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:

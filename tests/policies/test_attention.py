@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from guided_policies import CPU
 from tiny_pipeline import PROMPTS, tiny_config
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies import attention, attention_needs
+from pcpo_fast.policies import attention
 from pcpo_fast.policies.attention import (
     attention_backend,
     attention_layers,
@@ -142,19 +143,16 @@ def test_what_a_cpu_lacks_is_said_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "dtype", "there", "said"),
+    ("name", "capability", "dtype", "said"),
     [
-        ("flash", (7, 5), torch.bfloat16, True,
+        ("flash", (7, 5), torch.bfloat16,
          "it needs a GPU of compute capability 8.0 or newer, and the T has 7.5"),
-        ("_flash_3_hub", (8, 0), torch.bfloat16, True, "it needs a GPU of compute capability 9.0, and the T has 8.0"),
-        ("_flash_3_hub", (10, 0), torch.bfloat16, True, "it needs a GPU of compute capability 9.0, and the T has 10.0"),
-        ("flash", (9, 0), torch.float32, True, "it takes bfloat16 and float16, and the model is in float32"),
-        ("flash", (9, 0), torch.bfloat16, False, "the package flash-attn is not installed"),
-        ("flash_4_hub", (9, 0), torch.bfloat16, False, "the package kernels is not installed"),
-        ("xformers", (9, 0), torch.bfloat16, False, "the package xformers is not installed"),
-        ("flash", (9, 0), torch.bfloat16, True, None),
-        ("_native_cudnn", (9, 0), torch.bfloat16, False, None),
-        ("native", (5, 0), torch.float32, False, None),
+        ("_flash_3_hub", (8, 0), torch.bfloat16, "it needs a GPU of compute capability 9.0, and the T has 8.0"),
+        ("_flash_3_hub", (10, 0), torch.bfloat16, "it needs a GPU of compute capability 9.0, and the T has 10.0"),
+        ("flash", (9, 0), torch.float32, "it takes bfloat16 and float16, and the model is in float32"),
+        ("flash", (9, 0), torch.bfloat16, None),
+        ("_native_cudnn", (9, 0), torch.bfloat16, None),
+        ("native", (5, 0), torch.float32, None),
     ],
 )  # fmt: skip
 def test_what_a_gpu_lacks(
@@ -162,13 +160,23 @@ def test_what_a_gpu_lacks(
     name: str,
     capability: tuple[int, int],
     dtype: torch.dtype,
-    there: bool,
     said: str | None,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T")
-    monkeypatch.setattr(attention_needs.importlib.util, "find_spec", lambda module: there or None)
     assert lacking(name, torch.device("cuda", 0), 128, True, dtype) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("flash", "flash-attn"), ("flash_4_hub", "pip install kernels"), ("xformers", "xformers")]
+)
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
+    for flag in ("_CAN_USE_FLASH_ATTN", "_CAN_USE_XFORMERS_ATTN"):
+        monkeypatch.setattr(attention_dispatch, flag, False)
+    monkeypatch.setattr(attention_dispatch, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(attention, "lacking", lambda *_: None)  # as on a GPU that it serves
+    said = refused(name, CPU, 128, True)
+    assert said.startswith(f"model.attention: {name} cannot be used here: ") and f"`{package}" in said
 
 
 def test_a_backend_that_gives_no_gradients_back_shows_in_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import CHANNELS, HEIGHT, PROMPTS, TOKENS, WIDTH, build_pipeline, rolled_out, tiny_config
 from torch import Tensor
 
-from pcpo_fast.config.schema import LoraConfig
+from pcpo_fast.config.schema import LoraConfig, ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.method.transitions import euler_ode
@@ -25,7 +25,7 @@ from pcpo_fast.policies.attention import choose_attention
 from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.families import load_policy, load_trained_weights
 from pcpo_fast.policies.flux import FluxPolicy
-from pcpo_fast.policies.lora import adapters_off, add_lora
+from pcpo_fast.policies.lora import add_lora, only_adapter
 from pcpo_fast.policies.pipeline_files import pipeline_folder as locate
 from pcpo_fast.policies.saving import save_pipeline
 
@@ -168,7 +168,7 @@ def test_decode_is_the_pipelines(policy: Policy, flux: Any) -> None:
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_scheduler_times_are_those_the_pipeline_runs(policy: FluxPolicy, dynamic: bool) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=dynamic)
-    other = FluxPolicy(policy.network, policy.vae, scheduler, height=64, width=32)
+    other = FluxPolicy(policy.network, policy.vae, scheduler, ModelConfig(height=64, width=32))
     pipeline: Any = FluxPipeline(scheduler, policy.vae, None, None, None, None, policy.network)
     pipeline.set_progress_bar_config(disable=True)
     embeds = policy.encode(PROMPTS[:1])
@@ -324,7 +324,7 @@ def test_published_flux_on_the_meta_device(policy: FluxPolicy, guidance: bool, p
     assert sum(p.numel() for p in transformer.parameters()) == parameters
 
     vae: Any = SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512)})  # nothing else is asked of it here
-    flux = FluxPolicy(transformer, vae, policy.scheduler, height=1024, width=1024)
+    flux = FluxPolicy(transformer, vae, policy.scheduler, ModelConfig(height=1024, width=1024))
     assert flux.latent_shape == (4096, 64)
     conditioning = {
         "prompt_embeds": torch.empty(2, 512, 4096, device="meta"),
@@ -383,7 +383,7 @@ def test_adapters_off_is_the_base_model_and_leaves_gradients_alone(pipeline_fold
 def test_without_adapters_or_copy_there_is_no_reference(policy: Policy) -> None:
     with pytest.raises(ValueError, match="no adapters"), policy.as_reference():
         pass
-    with pytest.raises(ValueError, match="no adapters"), adapters_off(torch.nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="no adapters"), only_adapter(torch.nn.Linear(2, 2), None):
         pass
 
 
@@ -466,7 +466,7 @@ def test_saved_weights_make_the_same_policy_and_the_same_pipeline(
         flux: Any = FluxPipeline.from_pretrained(pipeline_folder)
         flux.load_lora_weights(tmp_path / "weights")
         times = torch.tensor([0.9, 0.2])
-        plain = FluxPolicy(flux.transformer, flux.vae, flux.scheduler, height=HEIGHT, width=WIDTH)
+        plain = FluxPolicy(flux.transformer, flux.vae, flux.scheduler, ModelConfig(height=HEIGHT, width=WIDTH))
         with torch.no_grad():
             assert torch.allclose(plain.predict(inputs[0], times, inputs[2]), expected, atol=1e-5)
 

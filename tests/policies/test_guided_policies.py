@@ -28,7 +28,7 @@ from pcpo_fast.policies import pipeline_policy
 from pcpo_fast.policies.attention import choose_attention
 from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.families import load_policy, load_trained_weights
-from pcpo_fast.policies.lora import adapters_off
+from pcpo_fast.policies.lora import only_adapter
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.saving import save_pipeline
 
@@ -376,7 +376,7 @@ def test_the_reference_of_adapters_is_the_start(family: Family) -> None:
     assert not torch.allclose(tuned.predict(*inputs), expected, atol=1e-2)
     with tuned.as_reference(), torch.no_grad():
         assert torch.allclose(tuned.predict(*inputs), expected, atol=1e-6)
-    with adapters_off(tuned.module):
+    with only_adapter(tuned.module, None):
         assert torch.allclose(tuned.predict(*inputs), expected, atol=1e-6)
 
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from pcpo_fast.config.schema import LoraConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.published import PUBLISHED
+from pcpo_fast.policies.families import family_of_network
 from pcpo_fast.policies.lora import add_lora, differing_from, trained_updates
 from pcpo_fast.policies.lora_files import LowRank, read_lora, read_own_lora, write_lora
-from pcpo_fast.policies.lora_names import original_layers
 
 KEY = "model.lora.init"
 FLUX, SD3, SD = "FluxTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel"
@@ -89,6 +89,10 @@ def random_updates(layers: Mapping[str, nn.Linear], rank: int = 3, scale: float 
         )
         for name, layer in layers.items()
     }
+
+
+def loaded(network: nn.Module, path: Path) -> dict[str, LowRank]:
+    return read_lora(network, path, KEY, family_of_network(kind_of(network)))
 
 
 def delta(update: LowRank) -> Tensor:
@@ -159,7 +163,7 @@ def test_a_kohya_file_has_every_layer_of_a_transformer_where_the_original_releas
     layers = published(model, "transformer")
     updates = random_updates(layers, rank=1)
     kind = FLUX if "FLUX" in model else SD3
-    write_lora(tmp_path / "x.safetensors", updates, kind, "kohya", torch.float32)
+    write_lora(tmp_path / "x.safetensors", updates, family_of_network(kind), "kohya", torch.float32)
     tensors = load_file(tmp_path / "x.safetensors")
     reader = KohyaReader(tensors, names)
     made = convert(reader)
@@ -212,7 +216,7 @@ def test_comfyui_knows_every_layer_of_a_transformer_by_diffusers_name(tmp_path: 
     """Its tables of diffusers' names (flux_to_diffusers, mmdit_to_diffusers) at full size, behind ``transformer.``."""
     updates = random_updates(published(model, "transformer"), rank=1)
     few = {name: LowRank(update.down[:, :1], update.up[:1]) for name, update in updates.items()}
-    write_lora(tmp_path / "x.safetensors", few, FLUX if "FLUX" in model else SD3)
+    write_lora(tmp_path / "x.safetensors", few, family_of_network(FLUX if "FLUX" in model else SD3))
     with safe_open(tmp_path / "x.safetensors", "pt") as opened:
         names = list(opened.keys())
     pattern = re.compile(rf"transformer\.({known})\.lora_[AB]\.weight")
@@ -222,7 +226,7 @@ def test_comfyui_knows_every_layer_of_a_transformer_by_diffusers_name(tmp_path: 
 @pytest.mark.parametrize("names", [None, "comfyui"])
 def test_comfyui_finds_every_layer_at_the_trained_strength(network: Any, tmp_path: Path, names: Any) -> None:
     kind, updates = kind_of(network), random_updates(linear_layers(network))
-    write_lora(tmp_path / "x.safetensors", updates, kind, names)
+    write_lora(tmp_path / "x.safetensors", updates, family_of_network(kind), names)
     tensors = load_file(tmp_path / "x.safetensors")
     for layer, name in comfy_names(kind, updates).items():
         torch.testing.assert_close(comfy_effect(tensors, name), delta(updates[layer]), rtol=1e-5, atol=1e-7)
@@ -232,7 +236,7 @@ def test_comfyui_finds_every_layer_at_the_trained_strength(network: Any, tmp_pat
 def test_the_webuis_find_every_layer_of_sd_1(tmp_path: Path) -> None:
     """By the WebUIs' rules, in the places that the original release's UNet has."""
     layers = published("stable-diffusion-v1-5/stable-diffusion-v1-5", "unet")
-    write_lora(tmp_path / "x.safetensors", random_updates(layers, rank=1), SD)
+    write_lora(tmp_path / "x.safetensors", random_updates(layers, rank=1), family_of_network(SD))
     leaves = [f"attn{n}_to_{end}" for n in (1, 2) for end in ("q", "k", "v", "out_0")] + ["ff_net_0_proj", "ff_net_2"]
     attended = [f"input_blocks_{n}_1" for n in (1, 2, 4, 5, 7, 8)] + ["middle_block_1"]
     attended += [f"output_blocks_{n}_1" for n in range(3, 12)]
@@ -268,7 +272,7 @@ def test_diffusers_loads_every_layer_at_the_trained_strength(tmp_path: Path, kin
     model: Any = tiny(kind)
     updates = random_updates(linear_layers(model))
     updates |= {name: u._replace(down=u.down[:2], up=u.up[:, :2]) for name, u in updates.items() if "to_q" in name}
-    write_lora(tmp_path / "x.safetensors", updates, kind, names)
+    write_lora(tmp_path / "x.safetensors", updates, family_of_network(kind), names)
     if kind == SD:
         theirs, alphas = diffusers.StableDiffusionPipeline.lora_state_dict(tmp_path, weight_name="x.safetensors")
         diffusers.StableDiffusionPipeline.load_lora_into_unet(theirs, alphas, model, adapter_name="default")
@@ -280,7 +284,13 @@ def test_diffusers_loads_every_layer_at_the_trained_strength(tmp_path: Path, kin
 
 def test_what_is_written(tmp_path: Path) -> None:
     file, updates = tmp_path / "x.safetensors", random_updates(linear_layers(tiny(SD)))
-    write_lora(file, updates, SD, dtype=torch.bfloat16, about={"base_model": "a/b", "reward": "1 * pickscore"})
+    write_lora(
+        file,
+        updates,
+        family_of_network(SD),
+        dtype=torch.bfloat16,
+        about={"base_model": "a/b", "reward": "1 * pickscore"},
+    )
     assert file.stat().st_mode & 0o777 == 0o644
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "network": SD, "base_model": "a/b", "reward": "1 * pickscore"}
@@ -288,7 +298,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert dtypes == {"weight": torch.bfloat16, "alpha": torch.float32}  # bfloat16 has no 257
     huge = {name: update._replace(scale=1e8) for name, update in updates.items()}
     with pytest.raises(UserError, match=r"--dtype float16: lora_unet_\w+\.lora_up\.weight has values beyond its range"):
-        write_lora(file, huge, SD, dtype=torch.float16)
+        write_lora(file, huge, family_of_network(SD), dtype=torch.float16)
 
 
 # --------------------------------------------------------------------------------- other programs' files, read by us
@@ -324,7 +334,7 @@ def test_diffusers_names_with_any_prefix(network: Any, tmp_path: Path, prefix: s
     updates = random_updates(linear_layers(network), scale=1)
     prefix = prefix.replace("PART", PARTS[kind_of(network)])
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 3}))
-    same_effect(read_lora(network, saved(tmp_path, peft_names(updates, prefix, middle)), KEY), updates)
+    same_effect(loaded(network, saved(tmp_path, peft_names(updates, prefix, middle))), updates)
 
 
 def test_the_older_names_of_diffusers(tmp_path: Path) -> None:
@@ -334,15 +344,15 @@ def test_the_older_names_of_diffusers(tmp_path: Path) -> None:
     for name, update in updates.items():
         layer = "unet." + name.replace(".to_", ".processor.to_").removesuffix(".0")
         old |= {f"{layer}_lora.down.weight": update.down, f"{layer}_lora.up.weight": update.up}
-    same_effect(read_lora(unet, saved(tmp_path, old), KEY), updates)
+    same_effect(loaded(unet, saved(tmp_path, old)), updates)
     other = {name.replace("_lora.", ".lora."): value for name, value in old.items()}
-    same_effect(read_lora(unet, saved(tmp_path, other), KEY), updates)
+    same_effect(loaded(unet, saved(tmp_path, other)), updates)
 
 
 def test_kohya_files_of_their_own_alphas_and_ranks(network: Any, tmp_path: Path) -> None:
     """As its trainer writes them: fused layers share a dense update, and every layer has a rank and an alpha."""
     kind = kind_of(network)
-    originals = original_layers(kind, linear_layers(network))
+    originals = family_of_network(kind).release_weights(list(linear_layers(network)))
     layers, tensors, expected = linear_layers(network), {}, {}
     for number, (original, ends) in enumerate(originals.items()):
         rank, alpha = 2 + number % 3, 0.5 + number % 4
@@ -355,19 +365,19 @@ def test_kohya_files_of_their_own_alphas_and_ranks(network: Any, tmp_path: Path)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": torch.cat(ups)}
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.bfloat16)
     file = saved(tmp_path, tensors)
-    same_effect(read_lora(network, file, KEY), expected, 1e-5)
+    same_effect(loaded(network, file), expected, 1e-5)
     dotted = {key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): v for key, v in tensors.items()}
     names = {"lora_unet_" + o.replace(".", "_"): f"diffusion_model.{o}" for o in originals}
     if kind != SD:  # ComfyUI's own, in the original release's names
         renamed = {names[k.partition(".")[0]] + "." + k.partition(".")[2]: v for k, v in dotted.items()}
-        same_effect(read_lora(network, saved(tmp_path, renamed), KEY), expected, 1e-5)
+        same_effect(loaded(network, saved(tmp_path, renamed)), expected, 1e-5)
 
 
 @pytest.mark.parametrize("names", ["diffusers", "comfyui", "kohya"])
 def test_our_own_files_come_back(network: Any, tmp_path: Path, names: Any) -> None:
     updates = random_updates(attention(network), rank=3, scale=0.7)
-    write_lora(tmp_path / "x.safetensors", updates, kind_of(network), names)
-    back = read_lora(network, tmp_path, KEY)
+    write_lora(tmp_path / "x.safetensors", updates, family_of_network(kind_of(network)), names)
+    back = loaded(network, tmp_path)
     same_effect(back, updates)
     assert {update.down.shape[0] for update in back.values()} == {3}, "fused layers come apart at their own rank"
 
@@ -382,7 +392,7 @@ def alpha_of(settings: dict[str, Any], tmp_path: Path, network: Any, *, peft: bo
         packed = json.dumps({f"transformer.{name}": value for name, value in settings.items()})
         file = saved(tmp_path, tensors, lora_adapter_metadata=packed)
     for path in (file, tmp_path):
-        found = {name: update.scale for name, update in read_lora(network, path, KEY).items()}
+        found = {name: update.scale for name, update in loaded(network, path).items()}
     return found
 
 
@@ -407,7 +417,7 @@ def test_a_folder_that_peft_wrote(network: Any, tmp_path: Path) -> None:
             weight.data.normal_()
     theirs.save_pretrained(tmp_path)
     expected = {name: child for name, child in model.named_modules() if hasattr(child, "get_delta_weight")}
-    found = read_lora(network, tmp_path, KEY)
+    found = loaded(network, tmp_path)
     assert found.keys() == expected.keys()
     for name, layer in expected.items():
         torch.testing.assert_close(delta(found[name]), layer.get_delta_weight("default"), msg=name)
@@ -417,7 +427,7 @@ def test_peft_weights_without_their_settings_are_told_of(tmp_path: Path) -> None
     flux = tiny(FLUX)
     file = saved(tmp_path, peft_names(random_updates(attention(flux)), "base_model.model."))
     with pytest.warns(UserWarning, match="does not say its alpha .*taken to be the rank"):
-        found = read_lora(flux, file, KEY)
+        found = loaded(flux, file)
     assert {update.scale for update in found.values()} == {1.0}
 
 
@@ -432,9 +442,9 @@ def test_adapters_take_up_what_does_not_fit_them(network: Any, tmp_path: Path) -
     ranks = {name: 2 + 2 * (number % 3) for number, name in enumerate(names)}
     updates = {name: random_updates({name: layers[name]}, rank=rank)[name] for name, rank in ranks.items()}
     settings = LoraConfig(rank=4, alpha=6.0)
-    write_lora(tmp_path / "x.safetensors", updates, kind, "diffusers")
+    write_lora(tmp_path / "x.safetensors", updates, family_of_network(kind), "diffusers")
     model = tiny(kind)
-    start = read_lora(model, tmp_path, KEY)
+    start = loaded(model, tmp_path)
     add_lora(model, settings, targets, start=start)
     state = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     made = trained_updates(model, state)
@@ -451,10 +461,8 @@ def test_adapters_take_up_what_does_not_fit_them(network: Any, tmp_path: Path) -
     assert f"{extra} layers that model.lora.targets does not name get adapters as well" in told
     assert f"{missing} layers that are not in it begin without effect" in told
     # And out again: everything is in the file.
-    write_lora(tmp_path / "y.safetensors", made, kind, "diffusers")
-    again = {
-        name: update for name, update in read_lora(model, tmp_path / "y.safetensors", KEY).items() if name in updates
-    }
+    write_lora(tmp_path / "y.safetensors", made, family_of_network(kind), "diffusers")
+    again = {name: update for name, update in loaded(model, tmp_path / "y.safetensors").items() if name in updates}
     same_effect(again, updates)
 
 
@@ -463,7 +471,7 @@ def test_adapters_take_up_what_does_not_fit_them(network: Any, tmp_path: Path) -
 
 def refused(path: Path, network: Any) -> str:
     with pytest.raises(UserError) as caught:
-        read_lora(network, path, KEY)
+        loaded(network, path)
     message = str(caught.value)
     assert message.startswith(f"{KEY}: ") and "\n" not in message
     return message
@@ -529,7 +537,7 @@ def test_convolutions_and_other_models_are_refused(tmp_path: Path) -> None:
     pixel = {
         key: value[..., None, None] for key, value in peft_names(random_updates({layer: nn.Linear(8, 8)}), "").items()
     }
-    assert read_lora(unet, saved(tmp_path, pixel), KEY)[layer].down.shape == (3, 8)  # a linear layer for all that
+    assert loaded(unet, saved(tmp_path, pixel))[layer].down.shape == (3, 8)  # a linear layer for all that
 
 
 @pytest.mark.parametrize(

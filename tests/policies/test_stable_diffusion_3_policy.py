@@ -12,7 +12,7 @@ from guided_policies import CPU, Family, random_latents
 from tiny_pipeline import HEIGHT, PROMPTS, WIDTH
 from tiny_pipelines import NEGATIVE, build_sd3
 
-from pcpo_fast.config.schema import LoraConfig
+from pcpo_fast.config.schema import LoraConfig, ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.families import load_policy
 from pcpo_fast.policies.lora import add_lora
@@ -42,7 +42,7 @@ def test_scheduler_times_are_those_the_pipeline_runs(
         shift=3.0, use_dynamic_shifting=dynamic, base_image_seq_len=8, max_image_seq_len=64
     )
     transformer = SD3Transformer2DModel.from_config(policy.network.config, pos_embed_max_size=16)
-    other = StableDiffusion3Policy(transformer, policy.vae, scheduler, height=height, width=width)
+    other = StableDiffusion3Policy(transformer, policy.vae, scheduler, ModelConfig(height=height, width=width))
     pipeline: Any = StableDiffusion3Pipeline(transformer, scheduler, policy.vae, None, None, None, None, None, None)
     pipeline.set_progress_bar_config(disable=True)
     asked: list[Any] = []
@@ -67,7 +67,9 @@ def test_the_shift_depends_on_the_image_where_it_is_dynamic(policy: Any) -> None
     for dynamic in (False, True):
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, base_image_seq_len=8)
         small, large = (
-            StableDiffusion3Policy(policy.network, policy.vae, scheduler, height=size, width=size).schedule(6).times
+            StableDiffusion3Policy(policy.network, policy.vae, scheduler, ModelConfig(height=size, width=size))
+            .schedule(6)
+            .times
             for size in (8, 32)
         )
         grids.append(torch.equal(small, large))
@@ -166,7 +168,9 @@ def test_published_transformer_on_the_meta_device(policy: Any) -> None:
         )
     assert sum(p.numel() for p in transformer.parameters()) == 2_243_171_520
     vae: Any = SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512)})  # nothing else is asked of it here
-    stable = StableDiffusion3Policy(transformer, vae, policy.scheduler, height=512, width=768, cfg_scale=4.5)
+    stable = StableDiffusion3Policy(
+        transformer, vae, policy.scheduler, ModelConfig(height=512, width=768, cfg_scale=4.5)
+    )
     assert stable.latent_shape == (16, 64, 96)
     conditioning = {
         "prompt_embeds": torch.empty(2, 77 + 256, 4096, device="meta"),

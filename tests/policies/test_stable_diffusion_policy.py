@@ -21,7 +21,7 @@ from tiny_pipeline import HEIGHT, PROMPTS, WIDTH
 from tiny_pipelines import SCHEDULER
 from torch import Tensor
 
-from pcpo_fast.config.schema import LoraConfig
+from pcpo_fast.config.schema import LoraConfig, ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.credit import credit_table
 from pcpo_fast.method.samplers import build_transitions
@@ -66,7 +66,7 @@ def test_the_time_is_that_of_the_step(policy: Any) -> None:
 
 
 def with_scheduler(policy: Any, scheduler: Any) -> StableDiffusionPolicy:
-    return StableDiffusionPolicy(policy.network, policy.vae, scheduler, height=HEIGHT, width=WIDTH)
+    return StableDiffusionPolicy(policy.network, policy.vae, scheduler, ModelConfig(height=HEIGHT, width=WIDTH))
 
 
 def test_published_schedulers_become_ddims(policy: Any) -> None:
@@ -166,8 +166,7 @@ def test_v_and_the_epsilon_that_it_means_are_one_model(sd_v_folder: Path, scale:
         if kind == "epsilon":
             scheduler = PNDMScheduler.from_config(SCHEDULER)
             policy = AsEpsilon(
-                policy.network, policy.vae, scheduler, height=HEIGHT, width=WIDTH, cfg_scale=scale,
-                negative_prompt=policy.negative_prompt, folder=policy.folder, cache=policy.cache,
+                policy.network, policy.vae, scheduler, policy.settings, folder=policy.folder, cache=policy.cache,
             )  # fmt: skip
         policy.module.double()
         policies.append(policy)
@@ -224,7 +223,7 @@ def test_published_unet_on_the_meta_device(policy: Any) -> None:
         )
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     vae: Any = SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512)})  # nothing else is asked of it here
-    stable = StableDiffusionPolicy(unet, vae, policy.scheduler, height=512, width=768, cfg_scale=5.0)
+    stable = StableDiffusionPolicy(unet, vae, policy.scheduler, ModelConfig(height=512, width=768, cfg_scale=5.0))
     assert stable.latent_shape == (4, 64, 96)
     stable._negative = {"prompt_embeds": torch.empty(1, 77, 768, device="meta")}
     add_lora(unet, LoraConfig(rank=16, alpha=16), StableDiffusionPolicy.lora_targets)

@@ -176,13 +176,9 @@ def images_of(transformer: Any, pipeline: Any, run: Run) -> torch.Tensor:
         transformer,
         pipeline.vae,
         pipeline.scheduler,
-        height=config.model.height,
-        width=config.model.width,
-        guidance=config.model.guidance,
+        config.model,
         folder=Path(config.model.path),
-        settings=config.model,
         cache=EmbeddingCache(run.folder.parent / "cache", "test"),
-        max_sequence_length=config.model.max_sequence_length,
     )
     with torch.no_grad():
         return generate(policy, list(PROMPTS[2:]), 1, euler_table(run), config.evaluation.seed, 2)
