@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pcpo_fast.config.presets import PRESETS
-from pcpo_fast.config.roles import Role, roles
+from pcpo_fast.config.roles import Role, roles, sections_in
 from pcpo_fast.config.sampler_registry import SAMPLERS
 from pcpo_fast.config.schema import LARGEST, Config, NameIn
 from pcpo_fast.config.unused_settings import REWARD_RULES, RULES
@@ -110,11 +110,10 @@ def with_samplers(text: str) -> str:
 
 def _sections(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
     for name, field in model.model_fields.items():
-        for option in (field.annotation, *get_args(field.annotation)):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                position = ".<position>" if option is not field.annotation else ""
-                yield above + name + position, option, (option.__doc__ or "").strip()
-                yield from _sections(option, f"{above}{name}.")
+        for section in sections_in(field.annotation):
+            position = ".<position>" if section is not field.annotation else ""
+            yield above + name + position, section, (section.__doc__ or "").strip()
+            yield from _sections(section, f"{above}{name}.")
 
 
 def _settings_where(holds: Callable[[Role], bool]) -> Iterator[str]:
@@ -130,7 +129,7 @@ def _settings_where(holds: Callable[[Role], bool]) -> Iterator[str]:
 def _table(model: type[BaseModel], section: str) -> str:
     rows = ["| key | value | default | |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if field.annotation in sections_in(field.annotation):
             continue
         cells = (f"`{section}{'.' if section else ''}{name}`", _kind(field), _default(field), field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -160,7 +159,7 @@ def _type_name(annotation: Any) -> str:
         return f"list of {count}({', '.join(distinct)})"
     if origin is dict:
         return "mapping"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if sections_in(annotation):
         return "section"
     return _NAMES[annotation]
 

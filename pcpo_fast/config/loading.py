@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.messages import did_you_mean, explain, place_of
 from pcpo_fast.config.presets import PRESETS
+from pcpo_fast.config.roles import sections_in
+from pcpo_fast.config.sampler_registry import listed
 from pcpo_fast.config.schema import Config
 from pcpo_fast.config.unused_settings import unused
 from pcpo_fast.config.yaml_text import TextPath, dump_yaml, parse_value, read_yaml
@@ -93,14 +95,11 @@ def _refuse_unused(
             place = place_of(tuple(key.split(".")), places, fallback)
             said = place == first or place.startswith("command line")
             named.append(key if said else f"{key} ({place.removeprefix(fallback).strip()})")
-        clauses.append(f"{_listed(named)} {'has' if len(keys) == 1 else 'have'} an effect only with {condition}")
+        clauses.append(
+            f"{listed(named, last='and')} {'has' if len(keys) == 1 else 'have'} an effect only with {condition}"
+        )
     them = "it" if sum(len(keys) for keys, _ in found) == 1 else "them"
     raise UserError(f"{first}: {'; '.join(clauses)}: drop {them}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    *before, last = names
-    return f"{', '.join(before)} and {last}" if before else last
 
 
 def _parse_override(text: str) -> tuple[TextPath, Any]:
@@ -143,7 +142,7 @@ def _without_empty_sections(values: Mapping[str, Any], model: type[BaseModel]) -
     for name, value in values.items():
         field = model.model_fields.get(name) if isinstance(name, str) else None
         section = field.annotation if field is not None else None
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if section in sections_in(section):
             if value is None:
                 continue
             if isinstance(value, Mapping):

@@ -3,18 +3,22 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pcpo_fast.config.roles import sections_in
 from pcpo_fast.config.schema import Config
 from pcpo_fast.config.yaml_text import TextPath
 
 _ALLOWED = {
-    "int_type": "must be a whole number",
+    "int_type": "must be an integer",
+    "int_parsing": "must be an integer",
+    "int_from_float": "must be an integer",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
     "tuple_type": "must be a list",
     "model_type": "must be a section (keys with values)",
     "dict_type": "must be a mapping (keys with values)",
@@ -26,8 +30,8 @@ _ALLOWED = {
     "string_too_short": "must not be empty",
     "too_short": "must have at least {min_length} values",
     "too_long": "must have at most {max_length} values",
-    "invalid_key": "a key must be a text",
-    "invalid-json-value": "must be made of texts, numbers, true, false, null, lists and mappings",
+    "invalid_key": "a key must be a string",
+    "invalid-json-value": "must be made of strings, numbers, true, false, null, lists and mappings",
 }
 
 
@@ -73,8 +77,8 @@ def dotted_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
     """The keys of all settings and sections, from the outside in."""
     for name, field in model.model_fields.items():
         yield above + name
-        if _is_section(field.annotation):
-            yield from dotted_keys(field.annotation, f"{above}{name}.")  # type: ignore[arg-type]
+        if field.annotation in sections_in(field.annotation):
+            yield from dotted_keys(field.annotation, f"{above}{name}.")
 
 
 def _message(problem: ErrorDetails, dotted: str) -> str:
@@ -86,19 +90,29 @@ def _message(problem: ErrorDetails, dotted: str) -> str:
     got = f"got {_shown(problem['input'])}"
     if kind == "string_type":
         scalar = isinstance(problem["input"], int | float)
-        return f"{dotted}: must be a text, {got}" + ("; put it in quotes" if scalar else "")
+        return f"{dotted}: must be a string, {got}" + ("; put it in quotes" if scalar else "")
     if kind == "literal_error":
         allowed = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
         hint = did_you_mean(str(problem["input"]), allowed)
         return f"{dotted}: must be one of {', '.join(allowed)}, {got}{hint}"
     if kind in ("int_type", "float_type") and re.fullmatch(r"[-+]?[\d_:.]*\d[\d_:.]*", str(problem["input"])):
         got += "; digits alone, without a leading zero, colons or underscores"
-    sentence = _ALLOWED[kind].format(**context) if kind in _ALLOWED else problem["msg"]
-    return f"{dotted}: {sentence}, {got}"
+    return f"{dotted}: {requirement(problem)}, {got}"
+
+
+def requirement(problem: ErrorDetails) -> str:
+    """What a value must be, for the middle of a sentence."""
+    if problem["type"] in _ALLOWED:
+        return _ALLOWED[problem["type"]].format(**problem.get("ctx", {}))
+    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{reason[0].lower()}{reason[1:]}"
 
 
 def _unknown_key(key: Sequence[str | int]) -> str:
-    model = _section(key[:-1])
+    model: type[BaseModel] = Config
+    for part in key[:-1]:
+        if not isinstance(part, int):
+            model = sections_in(model.model_fields[part].annotation)[0]
     allowed, word = list(model.model_fields), str(key[-1])
     hint = did_you_mean(word, allowed)
     if not hint:  # the right key in the wrong place: lr for optimizer.lr
@@ -106,23 +120,6 @@ def _unknown_key(key: Sequence[str | int]) -> str:
         hint = f", did you mean {elsewhere[0]}?" if elsewhere else ""
     section = ".".join(map(str, key[:-1])) or "the top level"
     return f"unknown key {'.'.join(map(str, key))}{hint or f'; {section} takes ' + ', '.join(allowed)}"
-
-
-def _section(key: Sequence[str | int]) -> type[BaseModel]:
-    model: type[BaseModel] = Config
-    for part in key:
-        if not isinstance(part, int):
-            model = _models_in(model.model_fields[part].annotation)[0]
-    return model
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections among an annotation and its arguments."""
-    return [option for option in (annotation, *get_args(annotation)) if _is_section(option)]
-
-
-def _is_section(option: Any) -> bool:
-    return isinstance(option, type) and issubclass(option, BaseModel)
 
 
 def _shown(value: Any) -> str:

@@ -48,7 +48,7 @@ def roles(section: type[BaseModel], above: str = "") -> Iterator[tuple[str, Role
     """
     default = getattr(section, "role", None)
     for name, field in section.model_fields.items():
-        below = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)]
+        below = sections_in(field.annotation)
         if field.annotation not in below:
             yield above + name, next((item for item in field.metadata if isinstance(item, Role)), default)
         for kind in below:
@@ -75,5 +75,7 @@ def _declared(section: type[BaseModel]) -> dict[str, Role | None]:
     return dict(roles(section))
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections among a field's annotation and the annotation's arguments."""
+    kinds = (annotation, *get_args(annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]

@@ -66,7 +66,7 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
 
 def _check_number(name: str, text: str) -> None:
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
-        raise UserError(f"the environment variable {name} must be a whole number of at least 0, got {text!r}")
+        raise UserError(f"the environment variable {name} must be an integer of at least 0, got {text!r}")
 
 
 def _check(environment: Mapping[str, str]) -> None:

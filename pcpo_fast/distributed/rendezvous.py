@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -45,7 +45,7 @@ def meet(patience: timedelta) -> dist.Store:
     """
     global _store
     size = int(os.environ["WORLD_SIZE"])
-    _store = _connect(patience, int(os.environ["RANK"]) == 0)
+    _store = connect(patience, may_host=int(os.environ["RANK"]) == 0)
     _wait_for_all(_store, int(os.environ["RANK"]), size, patience)
     problem = _problem_told(_store, size)
     if problem is not None:
@@ -71,7 +71,7 @@ def heard(error: UserError) -> Iterator[str | None]:
         yield own if _is_first_to_say(str(error), rank, own) else None
     else:
         try:
-            _store = _connect(HEARING, rank == 0)
+            _store = connect(HEARING, may_host=rank == 0)
             _store.set(f"problem/{rank}", str(error))
             _store.add("problems", 1)
             _wait_for_all(_store, rank, size, HEARING)
@@ -127,16 +127,17 @@ def _is_first_to_say(sentence: str, rank: int, named: str) -> bool:
         return True
 
 
-def own_connection(patience: timedelta) -> dist.Store:
-    """A second connection to the store of :func:`meet`: a thread that asks on the first would wait behind the main one.
+def connect(patience: timedelta, *, may_host: bool = False) -> dist.Store:
+    """A connection to the store of the launcher's processes; a thread needs one of its own, since on that of
+    :func:`meet` it would wait behind the main thread.
+
+    Args:
+        patience: how long to wait for the store.
+        may_host: whether this process keeps the store where the launcher does not.
 
     Raises:
         UserError: it cannot be reached.
     """
-    return _connect(patience, False)
-
-
-def _connect(patience: timedelta, may_host: bool) -> dist.Store:
     rank = int(os.environ["RANK"])
     address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "29500")
     # torchrun keeps a store at this address itself, and counts its restarts.
@@ -226,8 +227,4 @@ def _ranks(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return ("rank " if _single(runs) else "ranks ") + text
-
-
-def _single(runs: Sequence[Sequence[int]]) -> bool:
-    return len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"rank {text}" if text.isdecimal() else f"ranks {text}"

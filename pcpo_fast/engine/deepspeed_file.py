@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
-from pcpo_fast.config.messages import did_you_mean
+from pcpo_fast.config.messages import did_you_mean, requirement
+from pcpo_fast.config.roles import sections_in
 from pcpo_fast.errors import UserError
 
 OWNED_KEYS = {
@@ -45,52 +47,70 @@ _FIXED: dict[str, Any] = {
     "communication_data_type": "fp32",
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
+    # In bf16 a sum of a thousand micro-batches loses half of them.
+    "data_types.grad_accum_dtype": "fp32",
 }
 """Keys of which one value alone is right."""
-
-_PLAIN: dict[str, type | tuple[type, ...]] = {
-    "steps_per_print": int,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": (int, float),
-    "disable_allgather": bool,
-    "disable_python_gc": bool,
-    "log_level": str,
-}
 _CHOICES = {
     "log_level": ("debug", "info", "warning", "error", "critical"),
     "checkpoint.tag_validation": ("ignore", "warn", "fail"),
 }
-"""Texts, in any case, of which DeepSpeed takes these alone."""
-_SECTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "aio": {
-        "block_size": int,
-        "queue_depth": int,
-        "intra_op_parallelism": int,
-        "single_submit": bool,
-        "overlap_events": bool,
-        "use_gds": bool,
-    },
-    "flops_profiler": {
-        "enabled": bool,
-        "recompute_fwd_factor": (int, float),
-        "profile_step": int,
-        "module_depth": int,
-        "top_modules": int,
-        "detailed": bool,
-        "output_file": (str, type(None)),
-    },
-    "checkpoint": {
-        "tag_validation": str,
-        "load_universal": bool,
-        "use_node_local_storage": bool,
-        "parallel_write": dict,
-    },
-    "data_types": {"grad_accum_dtype": str},
-}
-"""Sections that DeepSpeed has no pydantic model for."""
+"""Strings, in any case, of which DeepSpeed takes these alone."""
+
+
+class _Strict(BaseModel):
+    """Settings that DeepSpeed has no model for, with their types; defaults play no part."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Aio(_Strict):
+    block_size: int = 0
+    queue_depth: int = 0
+    intra_op_parallelism: int = 0
+    single_submit: bool = False
+    overlap_events: bool = False
+    use_gds: bool = False
+
+
+class _FlopsProfiler(_Strict):
+    enabled: bool = False
+    recompute_fwd_factor: float = 0
+    profile_step: int = 0
+    module_depth: int = 0
+    top_modules: int = 0
+    detailed: bool = False
+    output_file: str | None = None
+
+
+class _Checkpoint(_Strict):
+    tag_validation: str = ""
+    load_universal: bool = False
+    use_node_local_storage: bool = False
+    parallel_write: dict[str, Any] = {}
+    writer: Any = None  # refused below
+    checkpoint_serialization: Any = None
+
+
+class _DataTypes(_Strict):
+    grad_accum_dtype: str = ""
+
+
+class _Plain(_Strict):
+    steps_per_print: int = 0
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    prescale_gradients: bool = False
+    gradient_predivide_factor: float = 0
+    disable_allgather: bool = False
+    disable_python_gc: bool = False
+    log_level: str = ""
+    aio: _Aio = _Aio()
+    flops_profiler: _FlopsProfiler = _FlopsProfiler()
+    checkpoint: _Checkpoint = _Checkpoint()
+    data_types: _DataTypes = _DataTypes()
+
 
 _REFUSED = {
     "checkpoint.writer": "a checkpoint is read back when written, and takes its name only then",
@@ -232,20 +252,14 @@ def _broken(value: Any, key: str) -> Iterator[str]:
 
 
 def _problems(settings: dict[str, Any], models: Mapping[str, type[BaseModel]]) -> Iterator[str]:
-    known = {*OWNED_KEYS, *_FIXED, *_PLAIN, *_SECTIONS, *(key.partition(".")[0] for key in models), "datastates_ckpt"}
+    sections = {key.partition(".")[0] for key in models}
+    known = {*OWNED_KEYS, *_FIXED, *_Plain.model_fields, *sections, "datastates_ckpt"}
     for key, value in list(settings.items()):
         if key in OWNED_KEYS:
             if key in _SIZES and value == "auto":
                 del settings[key]
             else:
                 yield f"{key} is set by the configuration ({OWNED_KEYS[key]}), so remove it from the DeepSpeed file"
-        elif key in _FIXED:
-            if value is not _FIXED[key] and value != _FIXED[key]:
-                yield f"{key} must be {json.dumps(_FIXED[key])} or left out, got {_shown(value)}"
-        elif key in _PLAIN:
-            yield from _wrong_type(key, value, _PLAIN[key])
-        elif key in _SECTIONS:
-            yield from _plain_section(key, value)
         elif key == "timers":
             if not isinstance(value, dict) or value.keys() - {"throughput"}:
                 yield f"timers: must be an object with throughput alone, got {_shown(value)}"
@@ -257,11 +271,19 @@ def _problems(settings: dict[str, Any], models: Mapping[str, type[BaseModel]]) -
             yield f"{key} has no effect here, so remove it"
         elif key not in known:
             yield f"unknown key {key}{did_you_mean(key, known)}"
+    try:
+        _Plain(**{key: value for key, value in settings.items() if key in _Plain.model_fields})
+    except ValidationError as error:
+        yield from _refusals("", error, _Plain)
     zero = settings.get("zero_optimization")
     if isinstance(zero, dict):
         yield from _zero_problems(zero)
     if settings.get("gradient_predivide_factor", 1) == 0:
         yield "gradient_predivide_factor must not be 0, since gradients are divided by it"
+    for key, fixed in _FIXED.items():
+        value = _at(settings, key)
+        if value is not None and value != fixed:
+            yield f"{key} must be {json.dumps(fixed)} or left out, got {_shown(value)}"
     for key, allowed in _CHOICES.items():
         value = _at(settings, key)
         if isinstance(value, str) and value.lower() not in allowed:
@@ -305,8 +327,7 @@ def _modelled(key: str, value: Any, model: type[BaseModel]) -> Iterator[str]:
         stage = "; zero_optimization.stage must be 1, 2 or 3" if key == "zero_optimization" else ""
         yield f"{key}: must be an object, got {_shown(value)}{stage}"
         return
-    fields = {field.alias or name: field for name, field in model.model_fields.items()}
-    fields |= model.model_fields
+    fields = _keys(model)
     for name in [name for name, given in value.items() if given == "auto"]:
         if name == "stage":
             continue  # said in words of its own
@@ -317,40 +338,44 @@ def _modelled(key: str, value: Any, model: type[BaseModel]) -> Iterator[str]:
     given = copy.deepcopy({name: below for name, below in value.items() if below != "auto"})
     if key == "zero_optimization" and given.get("stage") in ("1", "2", "3", True, False):
         del given["stage"]  # said in words of its own
-    read, refused = _validated(model, given)
-    if isinstance(refused, ValidationError):
-        for problem in refused.errors():
-            place = ".".join(map(str, (key, *problem["loc"])))
-            if problem["type"] == "extra_forbidden":
-                yield f"unknown key {place}{did_you_mean(str(problem['loc'][-1]), fields)}"
-            elif place != "zero_optimization.stage":
-                reason = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-                yield f"{place}: {reason[0].lower()}{reason[1:]}, got {_shown(problem['input'])}"
-            _leave_out(given, problem["loc"])
-        read, _ = _validated(model, given)  # what else is wrong with the values that it takes
-    elif refused is not None:
-        yield f"{key}: {' '.join(str(refused).split())}"
-    if read is not None:
-        yield from _mistaken(key, given, read)
-
-
-def _validated(model: type[BaseModel], given: Mapping[str, Any]) -> tuple[BaseModel | None, Exception | None]:
     try:
-        return model(**copy.deepcopy(dict(given))), None
-    except (ValidationError, AssertionError, ValueError, TypeError) as error:
-        return None, error
+        read = model(**copy.deepcopy(given))
+    except ValidationError as error:
+        yield from _refusals(key, error, model)
+        for name in {problem["loc"][0] for problem in error.errors() if problem["loc"]}:
+            given.pop(name, None)
+        try:  # what else is wrong with the values that it takes
+            read = model(**copy.deepcopy(given))
+        except (AssertionError, ValueError, TypeError):
+            return
+    except (AssertionError, ValueError, TypeError) as error:
+        yield f"{key}: {' '.join(str(error).split())}"
+        return
+    yield from _mistaken(key, given, read)
 
 
-def _leave_out(values: Any, key: tuple[str | int, ...]) -> None:
-    for part in key[:-1]:
-        values = values.get(part) if isinstance(values, dict) else None
-    if key and isinstance(values, dict):
-        values.pop(key[-1], None)
+def _refusals(key: str, error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """What a model refuses in a section."""
+    for problem in error.errors():
+        *above, last = problem["loc"] or ("",)
+        place = ".".join(map(str, (key, *problem["loc"]) if key else problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            section = model
+            for name in above:
+                section = sections_in(section.model_fields[str(name)].annotation)[0]
+            yield f"unknown key {place}{did_you_mean(str(last), _keys(section))}"
+        elif place != "zero_optimization.stage":
+            yield f"{place}: {requirement(problem)}, got {_shown(problem['input'])}"
+
+
+def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a model by every name that a file may use for them."""
+    return model.model_fields | {field.alias: field for field in model.model_fields.values() if field.alias}
 
 
 def _mistaken(key: str, given: Mapping[str, Any], read: BaseModel) -> Iterator[str]:
     """Values that became ones of another type: ``true`` a 1, ``"8"`` an 8."""
-    names = {field.alias: name for name, field in type(read).model_fields.items() if field.alias}
+    names = {field.alias: name for name, field in type(read).model_fields.items()}
     for name, value in given.items():
         taken = getattr(read, names.get(name, name), value)
         if isinstance(taken, BaseModel) and isinstance(value, dict):
@@ -360,27 +385,6 @@ def _mistaken(key: str, given: Mapping[str, Any], read: BaseModel) -> Iterator[s
         ):
             wanted = "true or false" if isinstance(taken, bool) else "a number"
             yield f"{_below(key, name)}: must be {wanted}, got {_shown(value)}"
-
-
-def _plain_section(key: str, value: Any) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield f"{key}: must be an object, got {_shown(value)}"
-        return
-    allowed = _SECTIONS[key]
-    for name, below in value.items():
-        if name in allowed:
-            yield from _wrong_type(f"{key}.{name}", below, allowed[name])
-        elif f"{key}.{name}" not in _REFUSED:
-            yield f"unknown key {key}.{name}{did_you_mean(name, allowed) or '; it takes ' + ', '.join(allowed)}"
-    if key == "data_types" and value.get("grad_accum_dtype", "fp32") != "fp32":
-        yield 'data_types.grad_accum_dtype must be "fp32": in bf16 a sum of a thousand micro-batches loses half of them'
-
-
-def _wrong_type(key: str, value: Any, kind: type | tuple[type, ...]) -> Iterator[str]:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
-        yield f"{key}: must be {names.get(kinds[-1], 'a text')}, got {_shown(value)}"
 
 
 def _at(settings: Any, key: str) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pcpo_fast.config.schema import Config, DistributedConfig
 from pcpo_fast.distributed.collectives import launcher_rank, own_gpu, rank, world_size
 from pcpo_fast.distributed.launching import adopt_launch
-from pcpo_fast.distributed.rendezvous import meet, own_connection
+from pcpo_fast.distributed.rendezvous import connect, meet
 from pcpo_fast.distributed.watchdog import Watchdog, note, set_watchdog
 from pcpo_fast.engine.deepspeed_file import check_machine, read_deepspeed_file
 from pcpo_fast.engine.eight_bit_adamw import EightBitAdamW
@@ -71,7 +71,7 @@ def start_distributed(settings: DistributedConfig | None = None) -> torch.device
                 device_id=device if on_gpu else None,
             )
             if world_size() > 1:
-                set_watchdog(Watchdog(own_connection(patience), rank(), world_size(), timeout))
+                set_watchdog(Watchdog(connect(patience), rank(), world_size(), timeout))
         else:
             # No launcher: a store in memory needs neither a port nor a host name. DeepSpeed asks the environment.
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -140,14 +140,20 @@ class Engine:
             self.optimizer = GuardedAdamW(parameters, **common)
         ds_config = deepspeed_config(config, accumulation)
         _check_secondary_partition(ds_config, config.deepspeed)
-        _fit_buckets(ds_config["zero_optimization"], sum(p.numel() for p in parameters))
-        if config.train.ema_decay is not None:
-            _check_shards_in_memory(ds_config, config.deepspeed)
+        zero, trained = ds_config["zero_optimization"], sum(p.numel() for p in parameters)
+        bucket = zero.get("reduce_bucket_size", 500_000_000)
+        if zero["stage"] < 3 and isinstance(bucket, int | float):
+            # DeepSpeed makes its buffers as large as a bucket may be, two gigabytes by default, for any model.
+            zero["reduce_bucket_size"] = int(min(bucket, trained))
         try:
             # DeepSpeed's bf16 optimiser prints its memory, which no log level keeps off the progress display.
             with redirect_stdout(io.StringIO()):
-                if ds_config["zero_optimization"]["stage"] == 3:
-                    _divide(module, ds_config)
+                if zero["stage"] == 3:
+                    # Divided among the ranks one weight at a time, so that no device ever holds the whole of them.
+                    deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
+                    device = next(module.parameters()).device  # an empty rest of the weight
+                    for buffer in module.buffers():
+                        buffer.data = buffer.data.to(device)
                 self.deepspeed, *_ = deepspeed.initialize(
                     model=module,
                     optimizer=self.optimizer,
@@ -205,21 +211,10 @@ class Engine:
             save_file(tensors, average_file(folder, rank()), {"updates": str(state["updates"])})
 
     def load(self, folder: Path) -> bool:
-        """Take up what :meth:`save` wrote with the same weights, ranks and ZeRO stage; False where nothing is there.
-
-        Unpickles nothing but tensors and DeepSpeed's own three records, since a checkpoint may be somebody else's.
-        """
-        from deepspeed.runtime.fp16.loss_scaler import LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        def load_safely(path: str, map_location: Any = None) -> Any:
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-        self.deepspeed.checkpoint_engine.load = load_safely
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            # Frozen weights are not in it, so the load cannot be strict.
-            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE_FOLDER, load_module_strict=False)
+        """Take up what :meth:`save` wrote with the same weights, ranks and ZeRO stage; False where nothing is there."""
+        self.deepspeed.checkpoint_engine.load = read_state_file
+        # Frozen weights are not in it, so the load cannot be strict.
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE_FOLDER, load_module_strict=False)
         if self.ema is not None and loaded is not None:
             stored = read_average(folder, rank())
             if stored is None:
@@ -321,6 +316,12 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
             if asked:
                 raise UserError(f"{key}: needs whole weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
+    offload = zero.get("offload_optimizer")
+    if config.train.ema_decay is not None and isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise UserError(
+            "train.ema_decay: a moving average needs the weights in memory, not on NVMe; set null, or "
+            f"offload_optimizer.device to cpu in {config.deepspeed}"
+        )
     if config.model.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
         # In bf16 a sum of a thousand micro-batches loses half of them.
@@ -338,13 +339,16 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     }
 
 
-def _check_shards_in_memory(settings: dict[str, Any], file: str | None) -> None:
-    offload = settings["zero_optimization"].get("offload_optimizer") or {}
-    if isinstance(offload, dict) and offload.get("device") == "nvme":
-        raise UserError(
-            "train.ema_decay: a moving average needs the weights in memory, not on NVMe; set null, or "
-            f"offload_optimizer.device to cpu in {file}"
-        )
+def read_state_file(path: Path | str, map_location: Any = None, **options: Any) -> Any:
+    """A file of DeepSpeed's. Only tensors and the three records that DeepSpeed puts among them are unpickled, since the
+    checkpoint may be somebody else's.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True, **options)
 
 
 def average_file(folder: Path, of_rank: int) -> Path:
@@ -369,23 +373,6 @@ def read_average(folder: Path, of_rank: int) -> dict[str, Any] | None:
             return {"updates": int(stored.metadata()["updates"]), "average": average}
     except SafetensorError as error:
         raise ValueError(f"{file.name}: {error}") from None
-
-
-def _divide(module: nn.Module, ds_config: dict[str, Any]) -> None:
-    """Divide a module's weights among the ranks, one at a time, so that no device ever holds the whole of them."""
-    import deepspeed
-
-    deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
-    device = next(module.parameters()).device  # an empty rest of the weight, where it is put together again
-    for buffer in module.buffers():
-        buffer.data = buffer.data.to(device)
-
-
-def _fit_buckets(zero: dict[str, Any], trained: int) -> None:
-    """DeepSpeed makes its reduction buffers as large as a bucket may be, two gigabytes by default, for any model."""
-    bucket = zero.get("reduce_bucket_size", 500_000_000)
-    if zero["stage"] < 3 and isinstance(bucket, int | float):
-        zero["reduce_bucket_size"] = int(min(bucket, trained))
 
 
 def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> None:

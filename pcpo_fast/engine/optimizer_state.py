@@ -2,13 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pcpo_fast.distributed.collectives import rank, world_size
-from pcpo_fast.engine.engine import STATE_FOLDER, Engine, read_average
+from pcpo_fast.engine.engine import STATE_FOLDER, Engine, read_average, read_state_file
 from pcpo_fast.engine.resharding import SavedState
 
 
@@ -33,13 +33,16 @@ def load_resharded(path: Path, engine: Engine, ranks: int) -> bool:
     files = sorted(folder.glob("*_optim_states.pt"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
     if len(files) != ranks or not files:
         return False
-    shards = [read_shard(file)["optimizer_state_dict"] for file in files]
+    shards = [read_state_file(file, "cpu", mmap=True)["optimizer_state_dict"] for file in files]
     parts = [] if engine.ema is None else [read_average(path, number) for number in range(ranks)]
     averages = [part["average"] for part in parts if part is not None]
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trained.items()}
     saved = SavedState(shards, sizes, averages or None)
     if saved.step is not None:
-        _make_moments(engine, saved)
+        for flat in _flat_groups(engine):  # AdamW makes its state in its first step; make it before, to be filled
+            engine.optimizer.state[flat] = {"step": saved.step.clone()} | {
+                key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in saved.moments
+            }
     for name, parameter in trained.items():
         weights = saved.full(name)
         moments = {key: saved.full(name, key) for key in saved.moments}
@@ -55,29 +58,11 @@ def load_resharded(path: Path, engine: Engine, ranks: int) -> bool:
     return True
 
 
-def read_shard(file: Path) -> Any:
-    """A file of DeepSpeed's; unpickles nothing but tensors and the three records that DeepSpeed puts among them."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
 def _flat_groups(engine: Engine) -> list[Tensor]:
     """The flat vectors that the optimiser steps."""
     zero = engine.deepspeed.optimizer
     scattered = getattr(zero, "fp32_partitioned_groups_flat", None)
     return list(scattered) if scattered is not None else [p for g in engine.optimizer.param_groups for p in g["params"]]
-
-
-def _make_moments(engine: Engine, saved: SavedState) -> None:
-    """AdamW makes its state in its first step; make it before, to be filled."""
-    for flat in _flat_groups(engine):
-        engine.optimizer.state[flat] = {"step": cast(Tensor, saved.step).clone()} | {
-            key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in saved.moments
-        }
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """AdamW that refuses non-finite gradients, in full precision and for bf16 weights without a master copy."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -78,26 +79,20 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW for bf16 weights: arithmetic in float32, weights and moments stored in bf16 with stochastic rounding.
-
-    Plain bf16 loses updates smaller than half a unit in the last place (at lr 1e-5, most of them); stochastic rounding
-    keeps them in expectation, with 6 bytes per parameter for the weight and two moments.
+class OwnAdamW(torch.optim.Optimizer):
+    """What our own forms of AdamW share: no step where a gradient is not finite, and rounding by a seed.
 
     Args:
-        params: bf16 parameters.
+        params: the parameters.
         lr, betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
         seed: fixes the rounding; with the step count it makes a resumed run repeat the same roundings.
+
+    Attributes:
+        skipped: whether the latest step was left out.
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        seed: int = 0,
+        self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int = 0
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
@@ -106,15 +101,29 @@ class StochasticAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step, or none where a gradient of some rank is not finite."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.skipped = not gradients_are_finite(parameters)
-        if self.skipped:
-            return None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_parameter(p, group)
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.skipped = not gradients_are_finite(p for p, _ in pairs)
+        if not self.skipped:
+            for p, group in pairs:
+                self._step_parameter(p, group)
         return None
+
+    @abstractmethod
+    def _step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter, which has a finite gradient, and its state."""
+
+    def _generator(self, p: Tensor, state: dict[str, Any]) -> torch.Generator:
+        """For the rounding in one step of one parameter."""
+        key = random_key(Purpose.OPTIMIZER, self.seed, int(state["step"]), state.get("number", 0), rank())
+        return torch.Generator(p.device).manual_seed(key)
+
+
+class StochasticAdamW(OwnAdamW):
+    """AdamW for bf16 weights: arithmetic in float32, weights and moments stored in bf16 with stochastic rounding.
+
+    Plain bf16 loses updates smaller than half a unit in the last place (at lr 1e-5, most of them); stochastic rounding
+    keeps them in expectation, with 6 bytes per parameter for the weight and two moments.
+    """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch; 8-bit moments are refused with a ValueError."""
@@ -130,10 +139,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         state["step"] += 1
-        count = int(state["step"])
-        generator = torch.Generator(p.device).manual_seed(
-            random_key(Purpose.OPTIMIZER, self.seed, count, state.get("number", 0), rank())
-        )
+        count, generator = int(state["step"]), self._generator(p, state)
         beta1, beta2 = group["betas"]
         root, rate = (1 - beta2**count) ** 0.5, group["lr"] / (1 - beta1**count)
         flat = (p.view(-1), p.grad.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))  # type: ignore[union-attr]

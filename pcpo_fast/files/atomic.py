@@ -29,11 +29,20 @@ def write_atomically(path: Path | str, data: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk.
+
+    Raises:
+        OSError: the file system cannot.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk: only then has a rename in it happened for good."""
+    """Flush a folder's list of names: only then has a rename in it happened for good."""
     with contextlib.suppress(OSError):  # some file systems cannot, and need not
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,7 +25,6 @@ from pcpo_fast.engine.resharding import UnknownLayoutError
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.files.atomic import sync_folder, write_atomically
 from pcpo_fast.runs.manifest import missing_or_resized, write_manifest
-from pcpo_fast.runs.retention import RetainedCheckpoint, obsolete
 
 if TYPE_CHECKING:  # looking at a run directory need not load the models' libraries
     from pcpo_fast.policies import Policy
@@ -83,11 +82,24 @@ def save_checkpoint(
     with _written(final, together=True):
         if rank() == 0:
             _publish(temporary, final)
-            kept = [RetainedCheckpoint(path, _heldout_reward(path)) for path in checkpoints(folder)]
+            kept = [(path, _heldout_reward(path)) for path in checkpoints(folder)]
             for old in obsolete(kept, keep, keep_best):
                 if old != final:
                     _remove(old)
     return final
+
+
+def obsolete(oldest_first: Sequence[tuple[Path, float | None]], keep: int, keep_best: int) -> list[Path]:
+    """Which checkpoints may go: all but the newest ``keep`` and, of all, the ``keep_best`` with the highest reward.
+
+    Args:
+        oldest_first: each checkpoint and the mean held-out reward of its weights, None where it was not measured. Of
+            equal rewards the newer checkpoint counts as better.
+        keep, keep_best: how many stay.
+    """
+    measured = [(reward, number) for number, (_, reward) in enumerate(oldest_first) if reward is not None]
+    best = {number for _, number in sorted(measured, reverse=True)[:keep_best]}
+    return [path for number, (path, _) in enumerate(oldest_first[:-keep]) if number not in best]
 
 
 def _publish(temporary: Path, final: Path) -> None:

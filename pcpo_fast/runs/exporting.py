@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.config.loading import load_config
-from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.runs.checkpoint import STATE_FILE, WEIGHTS, checkpoints, read_state
 from pcpo_fast.runs.manifest import changed_file
@@ -43,6 +42,10 @@ def export_run(
         UserError: no such run or checkpoint, its weights are damaged, names for weights that are no LoRA, or the output
             folder holds something else or cannot be written.
     """
+    import torch
+
+    from pcpo_fast.policies.saving import save_lora, save_network, save_pipeline
+
     checkpoint = find_checkpoint(Path(run), epoch)
     problem = changed_file(checkpoint, WEIGHTS)
     if problem is not None:
@@ -61,39 +64,27 @@ def export_run(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        if dtype is None and output is not None and config.model.finetune == "lora" and not pipeline:
-            dtype = "bfloat16"
-        _write(config, checkpoint / WEIGHTS, temporary, pipeline, names, dtype)
+        weights, given = checkpoint / WEIGHTS, None if dtype is None else getattr(torch, dtype)
+        if pipeline:
+            save_pipeline(config.model, weights, temporary, given)
+        elif config.model.finetune == "lora":
+            save_lora(config, weights, temporary, names, given or (None if output is None else torch.bfloat16))
+        else:
+            save_network(weights, temporary, given)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # libraries let nobody else read what they write
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except OSError as error:
         raise UserError(f"--output: {target} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    part = next((path.name for path in (checkpoint / WEIGHTS).iterdir() if path.is_dir()), "LoRA")
+    part = next((path.name for path in weights.iterdir() if path.is_dir()), "LoRA")
     return {
         "output": str(target),
         "kind": "pipeline" if pipeline else part,
         "epoch": int(read_state(checkpoint)["epoch"]),
     }
-
-
-def _write(
-    config: Config, weights: Path, target: Path, pipeline: bool, names: "Format | None", dtype: str | None
-) -> None:
-    import torch
-
-    from pcpo_fast.policies.saving import save_lora, save_network, save_pipeline
-
-    given = None if dtype is None else getattr(torch, dtype)
-    if pipeline:
-        save_pipeline(config.model, weights, target, given)
-    elif config.model.finetune == "lora":
-        save_lora(config, weights, target, names, given)
-    else:
-        save_network(weights, target, given)
-    for file in target.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # libraries let nobody else read what they write
 
 
 def find_checkpoint(path: Path, epoch: int | None) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pcpo_fast.distributed.collectives import gather_objects, rank, world_size
-from pcpo_fast.files.atomic import sync_folder, write_atomically
+from pcpo_fast.files.atomic import sync, sync_folder, write_atomically
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 1
@@ -38,7 +38,7 @@ def write_manifest(folder: Path) -> None:
     problem = None
     try:
         for name in names[rank() :: world_size()]:
-            _sync_file(folder / name)
+            sync(folder / name)
             _check_content(folder / name)
             mine[name] = _describe(folder / name)
     except OSError as error:
@@ -144,11 +144,3 @@ def _check_content(path: Path) -> None:
                 pass
     except (zipfile.BadZipFile, SafetensorError, EOFError) as error:
         raise OSError(f"not a whole file: {str(error).splitlines()[0]}") from None
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -64,7 +64,7 @@ def config(tmp_path: Path, pipeline_folder: Path) -> Path:
         ("model.hieght=32", "unknown key model.hieght, did you mean height?"),
         ("trian={epochs: 1}", "unknown key trian, did you mean train?"),
         ("epochs=3", "unknown key epochs, did you mean train.epochs?"),
-        ("train.epochs=many", "train.epochs: must be a whole number, got 'many'"),
+        ("train.epochs=many", "train.epochs: must be an integer, got 'many'"),
         ("train.epochs=-1", "train.epochs: must be at least 0, got -1"),
         ("optimizer.lr=0", "optimizer.lr: must be above 0"),
         ("sampler.steps=1", "sampler.steps: must be at least 2, got 1"),

@@ -137,10 +137,7 @@ def test_the_environment_says_which_process_this_is(environment: dict[str, str],
     ("environment", "words"),
     [
         *(({**TORCHRUN, name: " "}, f"the environment variable {name} is set and empty") for name in TORCHRUN),
-        *(
-            ({**TORCHRUN, "RANK": text}, "RANK must be a whole number of at least 0, got")
-            for text in ("x", "-1", "1.0")
-        ),
+        *(({**TORCHRUN, "RANK": text}, "RANK must be an integer of at least 0, got") for text in ("x", "-1", "1.0")),
         ({"MASTER_ADDR": "a"}, "MASTER_ADDR set in the environment and RANK, WORLD_SIZE not, .* unset MASTER_ADDR"),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE set in the environment and RANK not"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK set in the environment and RANK, WORLD_SIZE not"),
@@ -154,11 +151,11 @@ def test_the_environment_says_which_process_this_is(environment: dict[str, str],
         (SRUN | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and the job says 5: unset WORLD_SIZE"),
         (ONE_TASK | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and the job says 1"),
         *(
-            (SRUN | {name: text}, f"{name} must be a whole number of at least 0, got '{text}'")
+            (SRUN | {name: text}, f"{name} must be an integer of at least 0, got '{text}'")
             for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
             for text in ("x", "-1")
         ),
-        (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE must be a whole number"),
+        (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE must be an integer"),
         (ONE_TASK | {"SLURM_PROCID": "1"}, "contradict each other: SLURM_PROCID is 1, and there is one task"),
         (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID is 3, and SLURM_STEP_TASKS_PER_NODE .* names 3 nodes"),
         (SRUN | {"SLURM_LOCALID": "2"}, "contradict each other"),

@@ -39,7 +39,7 @@ def work(does, answer, environment):
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group("gloo", store=rendezvous.meet(SOON), rank=rank, world_size=size)
             if when == "waits":
-                looking = watchdog.Watchdog(rendezvous.own_connection(SOON), rank, size, timedelta(seconds=900))
+                looking = watchdog.Watchdog(rendezvous.connect(SOON), rank, size, timedelta(seconds=900))
                 looking.interval = 0.05
                 looking.start()
                 time.sleep(100)

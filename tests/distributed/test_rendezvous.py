@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pcpo_fast.distributed import rendezvous
-from pcpo_fast.distributed.rendezvous import by_host, expand_hosts, home_of, meet, own_connection
+from pcpo_fast.distributed.rendezvous import by_host, connect, expand_hosts, home_of, meet
 from pcpo_fast.errors import UserError
 
 SECOND = timedelta(seconds=1)
@@ -31,10 +31,10 @@ def test_all_who_come_meet(launched: pytest.MonkeyPatch) -> None:
     launched.setenv("WORLD_SIZE", "1")
     store = meet(SECOND)
     store.set("from", "main")
-    assert own_connection(SECOND).get("from") == b"main"
+    assert connect(SECOND).get("from") == b"main"
     # A second rank that comes to the same store finds the first.
     found: list[Any] = []
-    other = own_connection(SECOND)
+    other = connect(SECOND)
     waiting = threading.Thread(target=lambda: found.append(rendezvous._wait_for_all(other, 1, 2, 5 * SECOND)))
     waiting.start()
     waiting.join(10)
@@ -48,7 +48,7 @@ def test_a_rank_that_does_not_come_is_named(launched: pytest.MonkeyPatch) -> Non
     launched.setattr(socket, "gethostname", lambda: "node1")
 
     def others_come() -> None:
-        store = own_connection(SECOND)
+        store = connect(SECOND)
         for rank, host in ((1, "node1"), (4, "node2")):
             store.set(f"present/{rank}", host)
 

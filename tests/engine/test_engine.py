@@ -297,8 +297,8 @@ def write(folder: Path, content: str | bytes | None) -> Path:
         ('{"zero_optimization": {"reduce_bucket_size": NaN}}', "reduce_bucket_size must be a finite number, got nan$"),
         ('{"steps_per_print": 1e999}', "steps_per_print must be a finite number, got inf$"),
         ('{"wall_clock_breakdown": 1}', "wall_clock_breakdown: must be true or false, got 1"),
-        ('{"aio": {"block_size": "1"}}', "aio.block_size: must be a whole number"),
-        ('{"data_types": null}', "data_types: must be an object, got null"),
+        ('{"aio": {"block_size": "1"}}', "aio.block_size: must be an integer"),
+        ('{"data_types": null}', "data_types: must be a section .keys with values., got null"),
         # what changes the precision
         ('{"torch_autocast": {"enabled": true}}', "torch_autocast is set by the configuration .model.dtype"),
         ('{"communication_data_type": "bf16"}', 'communication_data_type must be "fp32"'),

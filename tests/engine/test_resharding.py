@@ -15,7 +15,7 @@ from tiny_pipeline import tiny_config
 from tiny_runs import LORA, Bench
 from torch import Tensor
 
-from pcpo_fast.engine.optimizer_state import read_shard
+from pcpo_fast.engine.engine import read_state_file
 from pcpo_fast.engine.resharding import MOMENTS, SavedState, UnknownLayoutError
 from pcpo_fast.errors import UserError
 from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -45,7 +45,7 @@ def state_of(path: Path, bench: Bench) -> dict[str, Tensor]:
     (file,) = (path / "engine").glob("*_optim_states.pt")
     trained = [(name, p) for name, p in bench.policy.module.named_parameters() if p.requires_grad]
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trained}
-    saved = SavedState([read_shard(file)["optimizer_state_dict"]], sizes)
+    saved = SavedState([read_state_file(file, "cpu")["optimizer_state_dict"]], sizes)
     assert saved.step is not None and saved.moments == MOMENTS
     state = {f"{name} {what}": saved.full(name, what) for name in sizes for what in ("weights", *MOMENTS)}
     assert all(bool(state[f"{name} exp_avg_sq"].any()) for name in sizes), "there is nothing in the moments to compare"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pcpo_fast.runs.checkpoint import obsolete
 from pcpo_fast.runs.manifest import MANIFEST_FILE, changed_file, damage_of, missing_or_resized, write_manifest
-from pcpo_fast.runs.retention import RetainedCheckpoint, obsolete
 
 
 @pytest.fixture
@@ -103,8 +103,8 @@ def test_what_was_written_wrongly_gets_no_manifest(folder: Path, name: str, posi
     assert not (folder / MANIFEST_FILE).exists()
 
 
-def kept(*rewards: float | None) -> list[RetainedCheckpoint]:
-    return [RetainedCheckpoint(Path(str(number)), reward) for number, reward in enumerate(rewards)]
+def kept(*rewards: float | None) -> list[tuple[Path, float | None]]:
+    return [(Path(str(number)), reward) for number, reward in enumerate(rewards)]
 
 
 @pytest.mark.parametrize(
