@@ -440,7 +440,7 @@ class CheckpointConfig(Section):
     grace: NotNegativeFloat = Field(
         30.0,
         description="seconds that SIGTERM or SIGINT leaves the run to finish an epoch and write a checkpoint; then it "
-        "ends come what may",
+        "exits immediately",
     )
 
 

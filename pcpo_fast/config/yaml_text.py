@@ -16,8 +16,8 @@ TextPath = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose numbers are those that people write: ``1e-4`` is one, which YAML 1.1 takes for a text; ``0123``,
-    ``1:30`` and ``0_7``, which are 83, 90 and 7 there, are texts, and no setting takes them for a number.
+    """Safe YAML with the numbers that people write: ``1e-4`` is one, which YAML 1.1 takes for a string; ``0123``,
+    ``1:30`` and ``0_7``, which are 83, 90 and 7 there, are strings, and no setting takes them for a number.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the base class declares it
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what :class:`_Loader` reads back: a text that looks like ``1e-4`` is quoted."""
+    """Writes what :class:`_Loader` reads back: a string that looks like ``1e-4`` is quoted."""
 
 
 _Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
@@ -51,7 +51,7 @@ def dump_yaml(value: Any) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """A value from the command line: one in brackets or quotes is YAML, and so is a word; a sentence is a text.
+    """A value from the command line: one in brackets or quotes is YAML, and so is a word; a sentence is a string.
 
     In ``bad hands #ugly`` nothing is a comment, and ``low quality: bad`` is no mapping.
 

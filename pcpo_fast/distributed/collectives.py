@@ -1,7 +1,6 @@
 """The few collectives that the loop needs; with one process they do nothing.
 
-Uses torch.distributed only: whoever starts the process group (:mod:`pcpo_fast.engine.engine`) is none of this file's
-business.
+Uses torch.distributed only, and does not care who has started the process group (:mod:`pcpo_fast.engine.engine`).
 """
 
 import os

@@ -51,7 +51,7 @@ class StopRequest:
     """Listens for signals while it is entered; all ranks must enter it together.
 
     Args:
-        grace: seconds from the first signal to the end of the process, come what may.
+        grace: seconds from the first signal to the end of the process.
         patience: how long ranks wait for each other in :meth:`poll`.
         announce: called once, with a sentence, when the first signal is there; from another thread.
 
@@ -91,7 +91,7 @@ class StopRequest:
             self._before = {}
 
     def poll(self) -> None:
-        """A point where the run may end; all ranks must come by the same points in the same order.
+        """A point where the run may end; all ranks must reach the same points in the same order.
 
         Raises:
             Stopped: a rank was asked to stop, and nothing is lost by it, or the grace is nearly over.
@@ -159,7 +159,7 @@ def _leave(why: str, code: int) -> None:
 
 
 class Polled(nn.Module):
-    """A module that comes by a point where the run may end before every forward."""
+    """A module that asks before every forward whether the run is to end."""
 
     def __init__(self, module: nn.Module, poll: Callable[[], None]) -> None:
         super().__init__()

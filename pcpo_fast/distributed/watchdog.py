@@ -141,7 +141,7 @@ class Watchdog:
                 if self.store.check([GAVE_UP]):
                     rank, said = json.loads(self.store.get(GAVE_UP))
                     stalled, message = rank != self.rank, f"another rank has given up: {said}"
-            except RuntimeError as error:  # the store's process is gone, and with it, as a rule, the run
+            except RuntimeError as error:  # the store's process is gone, and usually the run with it
                 reason = str(error).splitlines()[0]
                 message = f"rank {self.rank} on {self.host} cannot reach the process of rank 0: {reason}"
                 stalled = time.monotonic() - self.since > min(self.timeout, 6 * self.interval)

@@ -1,6 +1,6 @@
 """A user's DeepSpeed JSON: read strictly, and everything that is wrong with it said at once.
 
-DeepSpeed itself passes over keys that it does not know at the top level, takes ``true`` for stage 1 and ``"8"`` for 8.
+DeepSpeed itself ignores keys that it does not know at the top level, and takes ``true`` for stage 1 and ``"8"`` for 8.
 """
 
 import copy

@@ -19,14 +19,14 @@ def load_resharded(path: Path, engine: Engine, ranks: int) -> bool:
 
     Args:
         path: the checkpoint's folder.
-        engine: what takes up the state.
+        engine: receives the state.
         ranks: how many ranks wrote the checkpoint.
 
     Returns:
         False if the folder does not hold one file of optimizer states for each of those ranks.
 
     Raises:
-        UnknownLayoutError: the shards are not in a form that can be divided anew.
+        UnknownLayoutError: the shards are not in a form that can be resharded.
     """
     folder = path / STATE_FOLDER
     trained = {name: p for name, p in engine.deepspeed.module.named_parameters() if p.requires_grad}

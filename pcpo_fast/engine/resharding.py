@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class UnknownLayoutError(ValueError):
-    """The state is not one that can be divided anew."""
+    """The state has a layout that cannot be resharded."""
 
 
 class SavedState:

@@ -188,7 +188,7 @@ def _serves(kind: str, name: str, key: str = "model.attention") -> None:
 
 
 def _dispatches(layer: Any) -> bool:
-    """Whether a layer asks diffusers' dispatcher; diffusers passes over one that does not, and says nothing."""
+    """Whether a layer asks diffusers' dispatcher; diffusers silently skips one that does not."""
     return hasattr(layer.processor, "_attention_backend")
 
 

@@ -29,8 +29,8 @@ class EmbeddingCache:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
-        """Distinct prompts without a file, in order."""
-        return [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).exists()]
+        """Distinct prompts without a whole file, in order."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not _is_whole(self.path(prompt))]
 
     def store(self, prompt: str, embeddings: dict[str, Tensor]) -> None:
         """Write a prompt's embeddings; a reader never sees half a file."""
@@ -62,11 +62,8 @@ class EmbeddingCache:
         Raises:
             UserError: a file cannot be written.
         """
-        if local_rank() == 0:
-            self.drop_damaged(prompts)
-        barrier()
         missing = self.missing(prompts)
-        barrier()
+        barrier()  # before anyone writes: all must divide the same list
         mine = missing[local_rank() :: local_world_size()]
         with shared_errors():
             for start in range(0, len(mine), batch_size):
@@ -82,13 +79,11 @@ class EmbeddingCache:
                     ) from None
         return len(missing)
 
-    def drop_damaged(self, prompts: Sequence[str]) -> None:
-        """Remove files that are not whole safetensors files, by their headers: nothing else is read."""
-        for prompt in dict.fromkeys(prompts):
-            path = self.path(prompt)
-            if path.exists():
-                try:
-                    with safe_open(path, "pt"):
-                        pass
-                except (SafetensorError, OSError, ValueError):
-                    path.unlink(missing_ok=True)
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a whole safetensors file, by its header: nothing else is read."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (SafetensorError, OSError, ValueError):
+        return False

@@ -301,9 +301,7 @@ def _refuse(difference: Difference, stored: Mapping[str, Stored], where: Path, k
         raise UserError(f"{key}: {where} lacks {missing[0]}{and_more(missing)}, which config.json asks for")
     if unexpected:
         file = stored[unexpected[0]].file if unexpected[0] in stored else where
-        raise UserError(
-            f"{key}: {file} has {unexpected[0]}{and_more(unexpected)}, for which config.json makes no place"
-        )
+        raise UserError(f"{key}: {file} has {unexpected[0]}{and_more(unexpected)}, which config.json does not ask for")
     if mismatched:
         name, found, wanted = mismatched[0]
         file = stored[name].file if name in stored else where

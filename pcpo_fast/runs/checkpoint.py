@@ -105,7 +105,7 @@ def obsolete(oldest_first: Sequence[tuple[Path, float | None]], keep: int, keep_
 def _publish(temporary: Path, final: Path) -> None:
     """Give a whole checkpoint its name, then point ``latest`` at it."""
     sync_folder(temporary)
-    if final.exists():  # a resumed run comes by the same epoch again
+    if final.exists():  # a resumed run reaches the same epoch again
         final.rename(final.with_name(f".{final.name}.old"))
     temporary.rename(final)
     write_atomically(final.parent / LATEST_FILE, final.name + "\n")  # flushes the folder, too
@@ -130,8 +130,8 @@ def _written(final: Path, together: bool) -> Iterator[None]:
 def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     """Restore engine and optimiser from a checkpoint folder; returns the loop's state with its ``epoch``.
 
-    The same number of ranks and ZeRO stage restore it bit for bit. Where they differ, weights and moments are divided
-    anew: the training state is the same, and what follows differs by how sums are rounded.
+    The same number of ranks and ZeRO stage restore it bit for bit. Where they differ, weights and moments are
+    resharded: the training state is the same, and what follows differs by how sums are rounded.
 
     Raises:
         UserError: the folder is no checkpoint, is damaged, or was written for other weights, or in a form that other

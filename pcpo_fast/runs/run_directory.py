@@ -30,7 +30,7 @@ class RunStart:
         restarted: the directory holds a run that left no checkpoint, so it begins again.
         fresh: the directory held no run; with a checkpoint, the run goes on from one of another run.
         earlier: complete checkpoints before ``checkpoint`` that may take its place, oldest first.
-        damaged: checkpoints that were passed over, with what is wrong with each.
+        damaged: checkpoints that were skipped, with what is wrong with each.
     """
 
     checkpoint: Path | None

@@ -159,7 +159,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "more layers": (settings_of("transformer", num_layers=2), (f"{NETWORK} lacks transformer_blocks.1.",)),
     "fewer layers": (
         settings_of("transformer", num_single_layers=0),
-        (f"{NETWORK} has single_transformer_blocks.0.", "for which config.json makes no place"),
+        (f"{NETWORK} has single_transformer_blocks.0.", "which config.json does not ask for"),
     ),
     "nonsense layers": (settings_of("transformer", num_layers="many"), ("transformer/config.json makes no Flux",)),
     "cut": (cut("text_encoder_2"), (f"{ENCODER} is cut off or no safetensors file", "download it again")),
