@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its directory, checkpoints with manifests and retention, and exports."""
+"""What a run leaves on disk: its directory, checkpoints with manifests, and exports."""

@@ -232,7 +232,7 @@ def test_every_value_is_written_out() -> None:
         ("rewards: caption_match\n", "rewards: must be a list, got 'caption_match'"),
         ("rewards: [caption_match]\n", "rewards.0: must be a section (keys with values), got 'caption_match'"),
         ("rewards:\n- name: a\n- weight: 2\n", "run.yaml line 3: rewards.1.name is missing"),
-        ("rewards: [{name: a, options: {day: 2024-01-02}}]\n", "rewards.0.options.day: must be made of texts, numbers"),
+        ("rewards: [{name: a, options: {day: 2024-01-02}}]\n", "rewards.0.options.day: must be made of strings"),
         ("logging: {wandb: true}\n", "logging.wandb: must be a mapping (keys with values), got true"),
         # out of range
         ("seed: -1\n", "seed: must be at least 0, got -1"),

@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         edited(lambda state: {f"model.{name}": value for name, value in state.items()}),
         (f"{ENCODER} is not the T5EncoderModel", "lacks encoder.", "and has model.encoder."),
     ),
-    "unexpected": (edited(lambda state: state | {"extra": torch.zeros(1)}), (f"{ENCODER} has extra, for which",)),
+    "unexpected": (edited(lambda state: state | {"extra": torch.zeros(1)}), (f"{ENCODER} has extra, which",)),
     "shape": (
         edited(lambda state: state | {Q: torch.zeros(3, 32)}),
         (f"{ENCODER}: {Q} has the shape [3, 32], and config.json makes it [32, 32]",),
