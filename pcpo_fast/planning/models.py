@@ -181,7 +181,7 @@ def _read_folder(folder: Path, key: str) -> Architecture:
     tokenizer = folder / "tokenizer" / "tokenizer_config.json"
     tokens = read_json(tokenizer, key).get("model_max_length", 77) if tokenizer.is_file() else 77
     if not isinstance(tokens, int):
-        raise UserError(f"{key}: {tokenizer}: model_max_length must be a whole number, got {tokens!r}")
+        raise UserError(f"{key}: {tokenizer}: model_max_length must be an integer, got {tokens!r}")
     return Architecture(pipeline, parts, tokens, str(folder))
 
 
