@@ -17,7 +17,8 @@ _CONSEQUENCES = (
     (("evaluation.deterministic", "sampler.steps", "sampler.shift", "sampler.grid"),
      "their held-out images are not sampled in the same way"),
     (("rollout.prompts_per_epoch", "rollout.images_per_prompt", "train.updates_per_epoch", "train.inner_epochs",
-      "sampler.steps", "window", "credit.steps", "credit.fraction", "credit.train_last_step"),
+      "sampler.steps", "window", "credit.steps", "credit.fraction", "credit.train_last_step", "advantage.steps",
+      "advantage.scored_steps", "advantage.audit_every"),
      "an epoch is not the same amount of work"),
 )  # fmt: skip
 

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.curves import until
 from pcpo_fast.comparison.measures import (
     EPOCHS_TO_TARGET,
     SPIKE,
     clip_by_step,
+    compute_spent,
     norms_after_warm_up,
     smoothed_reward,
     timed,
@@ -47,6 +50,7 @@ def comparison_figures(result: Comparison) -> dict[str, "Figure"]:
     """All figures that there are numbers for, by file name without its ending."""
     makers: Mapping[str, Callable[[Comparison], Figure | None]] = {
         "reward": reward_figure,
+        "compute": compute_figure,
         "epochs_to_target": target_figure,
         "clip_fraction": clip_figure,
         "gradient_norm": gradient_figure,
@@ -77,6 +81,27 @@ def reward_figure(result: Comparison) -> "Figure | None":
         epoch_axis(axes, 0, reading.horizon)
     _legend(figure)
     return figure
+
+
+def compute_figure(result: Comparison) -> "Figure | None":
+    """Held-out reward over compute, as far as all runs have spent: what ``heldout_area`` is the area of."""
+    reading = result.reading
+    if reading.compute is None:
+        return None
+    grid = np.linspace(0, reading.compute, 61)
+    figure = new_figure(3.3)
+    title = "Held-out reward over compute"
+    axes = styled(figure.add_subplot(), title, "forward passes of an image", "mean reward", with_legend=True)
+    for index, variant in _shown(result):
+        curves = []
+        for run in variant.runs:
+            spent, held = compute_spent(run, reading.costs), until(run.heldout, run.epochs)
+            if spent and held:
+                values = np.interp(grid, [spent[epoch] for epoch in held.epochs], held.values)
+                curves.append(Series(grid.tolist(), values.tolist()))
+        _curves(axes, curves, index, variant.name)
+    _legend(figure)
+    return figure if axes.lines else None
 
 
 def _curves(axes: "Axes", curves: list[Series], index: int, name: str) -> None:

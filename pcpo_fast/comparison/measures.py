@@ -258,8 +258,8 @@ MEASURES = (
         "higher",
         ".4f",
         "area under the held-out reward against compute, up to the compute that all runs have spent, divided by it; "
-        "compute is counted in forward passes of an image: a backward pass is 2, a decode and a reward call what "
-        "`costs` says (1 if nothing)",
+        "compute is counted in forward passes of an image: a backward pass is 2, a decode and a reward call are "
+        "what the plan's `costs` says, 1 if nothing",
         lambda run, reading: _mean_height(run, compute_spent(run, reading.costs), reading.compute),
     ),
     Measure(
