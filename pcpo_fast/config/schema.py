@@ -8,7 +8,7 @@ model?
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -506,158 +506,120 @@ class Config(Section):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
 
     @model_validator(mode="after")
-    def check_group(self) -> "Config":
-        """A group needs two images for its mean and spread to say anything."""
+    def check_conflicts(self) -> "Config":
+        """Settings that are allowed one by one must be allowed together; the first conflict is reported."""
+        for conflict in self._conflicts():
+            raise ValueError(conflict)
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        """Each conflict as "KEY: what is wrong, and what is allowed"."""
+        # A group needs two images for its mean and spread to say anything.
         if self.advantage.normalization in ("group", "flow_grpo") and self.rollout.images_per_prompt < 2:
-            raise ValueError(
+            yield (
                 f"rollout.images_per_prompt: {self.advantage.normalization} advantages compare the images of a prompt, "
                 f"so it must be at least 2, got {self.rollout.images_per_prompt} (advantage.normalization=global or "
                 "running allows 1)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_rewards(self) -> "Config":
-        """Something must be trained on, and every reward have its own column in the metrics."""
+        # Something must be trained on, and every reward have its own column in the metrics.
         names = [reward.column for reward in self.rewards]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
-            raise ValueError(
+            yield (
                 f"rewards: {repeated} is listed twice; give it once with the sum of its weights, or each a label of "
                 "its own"
             )
         reserved = next((name for name in names if name in TOTALS), None)
         if reserved is not None:
-            raise ValueError(f"rewards: {reserved} is the name of a metric of the sum ({', '.join(TOTALS)})")
+            yield f"rewards: {reserved} is the name of a metric of the sum ({', '.join(TOTALS)})"
         if not any(reward.trained_on for reward in self.rewards):
-            raise ValueError("rewards: at least one must have a weight other than 0 and not be evaluation_only")
+            yield "rewards: at least one must have a weight other than 0 and not be evaluation_only"
         wrong = next((reward for reward in self.rewards if reward.clip and reward.clip[0] >= reward.clip[1]), None)
         if wrong is not None:
-            raise ValueError(f"rewards: clip of {wrong.column} must be [lowest, highest], got {list(wrong.clip or ())}")
-        return self
-
-    @model_validator(mode="after")
-    def check_diversity(self) -> "Config":
-        """Diversity is the distance between held-out images of one prompt, looked at between epochs."""
-        settings = self.evaluation
-        if settings.min_diversity is not None and (
-            self.prompts.heldout is None or settings.images_per_prompt < 2 or settings.every == 0
+            yield f"rewards: clip of {wrong.column} must be [lowest, highest], got {list(wrong.clip or ())}"
+        # Diversity is the distance between held-out images of one prompt, looked at between epochs.
+        evaluation = self.evaluation
+        if evaluation.min_diversity is not None and (
+            self.prompts.heldout is None or evaluation.images_per_prompt < 2 or evaluation.every == 0
         ):
-            raise ValueError(
+            yield (
                 "evaluation.min_diversity: needs held-out images to compare: set prompts.heldout, "
                 "evaluation.images_per_prompt of 2 or more, and evaluation.every of 1 or more"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_composition(self) -> "Config":
-        """The buffers of running advantages remember one number of an image."""
+        # The buffers of running advantages remember one number of an image.
         if self.scoring.normalize == "each" and self.advantage.normalization == "running":
-            raise ValueError(
+            yield (
                 "scoring.normalize: each makes advantages of every reward, which advantage.normalization=running "
                 "cannot; allowed with it: sum"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_steps(self) -> "Config":
-        """What per-step credit cannot be had with."""
-        settings, per_prompt = self.advantage, self.rollout.images_per_prompt
-        stepwise = settings.steps != "final"
-        if settings.normalization == "running" and (stepwise or settings.scale != "own"):
-            key = f"steps: {settings.steps}" if stepwise else f"scale: {settings.scale}"
-            raise ValueError(
+        # Per-step credit has its conditions.
+        advantage, per_prompt = self.advantage, self.rollout.images_per_prompt
+        stepwise = advantage.steps != "final"
+        if advantage.normalization == "running" and (stepwise or advantage.scale != "own"):
+            key = f"steps: {advantage.steps}" if stepwise else f"scale: {advantage.scale}"
+            yield (
                 f"advantage.{key} compares images of one epoch, which advantage.normalization=running does not; "
                 "allowed with it: group, flow_grpo, global"
             )
-        compared = per_prompt if settings.normalization == "group" else self.images_per_epoch
-        if settings.scale == "others" and compared < 3:
-            raise ValueError(
+        compared = per_prompt if advantage.normalization == "group" else self.images_per_epoch
+        if advantage.scale == "others" and compared < 3:
+            yield (
                 "advantage.scale: others needs at least 3 images that are compared with each other "
                 f"(rollout.images_per_prompt), got {compared}"
             )
-        if stepwise and settings.calibrated == "branches":
-            if settings.steps == "baseline" or settings.gain_lambda == 1:
-                raise ValueError(
+        if stepwise and advantage.calibrated == "branches":
+            if advantage.steps == "baseline" or advantage.gain_lambda == 1:
+                yield (
                     "advantage.calibrated: branches weigh gains, and with steps=baseline or gain_lambda=1 a step's "
                     "credit has no gain in it; allowed: true, false"
                 )
-            if settings.audit_every == 0:
-                raise ValueError("advantage.calibrated: branches needs audits: set advantage.audit_every above 0")
-        return self
-
-    @model_validator(mode="after")
-    def check_weights(self) -> "Config":
-        """Stochastic rounding is a property of bf16 weights."""
+            if advantage.audit_every == 0:
+                yield "advantage.calibrated: branches needs audits: set advantage.audit_every above 0"
+        # Stochastic rounding is a property of bf16 weights.
         if self.optimizer.weights == "stochastic_rounding" and self.model.dtype != "bfloat16":
-            raise ValueError("optimizer.weights: stochastic_rounding needs model.dtype=bfloat16")
-        return self
-
-    @model_validator(mode="after")
-    def check_levers(self) -> "Config":
-        """What makes rollouts faster has its conditions."""
+            yield "optimizer.weights: stochastic_rounding needs model.dtype=bfloat16"
+        # What makes rollouts faster has its conditions.
         if self.rollout.share_first_steps and not self.rollout.same_initial_noise:
-            raise ValueError(
+            yield (
                 "rollout.share_first_steps: images of a prompt begin equal only with rollout.same_initial_noise=true"
             )
         if self.rollout.merge_lora and self.model.finetune != "lora":
-            raise ValueError("rollout.merge_lora: there are adapters to merge only with model.finetune=lora")
-        return self
-
-    @model_validator(mode="after")
-    def check_variance(self) -> "Config":
-        """PCPO's variances are solutions for DDIM, and replace its eta."""
+            yield "rollout.merge_lora: there are adapters to merge only with model.finetune=lora"
+        # PCPO's variances are solutions for DDIM, and replace its eta.
         sampler = self.sampler
         if "variance" not in SAMPLERS[sampler.name].takes and (
             sampler.variance != "native" or sampler.weight is not None
         ):
-            raise ValueError(
+            yield (
                 f"sampler.variance: only the sampler {listed(samplers_taking('variance'))} has a choice of variance, "
                 f"not {sampler.name}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_age(self) -> "Config":
-        """A rollout that many updates have left behind no longer says what the policy does."""
+        # A rollout that many updates have left behind no longer says what the policy does.
         age, limit = self.train.inner_epochs * self.train.updates_per_epoch, self.train.max_rollout_age
         if age > limit:
-            raise ValueError(
+            yield (
                 f"train.inner_epochs: {self.train.inner_epochs} passes of {self.train.updates_per_epoch} updates train "
                 f"{age} times on one rollout, more than train.max_rollout_age allows ({limit})"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_buffers(self) -> "Config":
-        """A buffer must be able to hold as many rewards as are asked of it."""
+        # A buffer must be able to hold as many rewards as are asked of it.
         if self.advantage.min_count > self.advantage.buffer_size:
-            raise ValueError(
+            yield (
                 f"advantage.min_count: {self.advantage.min_count} rewards never fit into buffers of "
                 f"advantage.buffer_size={self.advantage.buffer_size}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_best(self) -> "Config":
-        """The best checkpoints are found by a reward that somebody measures."""
+        # The best checkpoints are found by a reward that is measured.
         if self.checkpoint.keep_best and self.prompts.heldout is None:
-            raise ValueError(
+            yield (
                 "checkpoint.keep_best: needs the reward of held-out prompts, but prompts.heldout is null; name a file "
                 "there, or keep 0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_division(self) -> "Config":
-        """Every update of an epoch sees the same number of images."""
+        # Every update of an epoch sees the same number of images.
         images = self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
         if images % self.train.updates_per_epoch:
-            raise ValueError(
+            yield (
                 f"train.updates_per_epoch: {images} images per epoch (rollout.prompts_per_epoch x images_per_prompt) "
                 f"cannot be divided into {self.train.updates_per_epoch} equal updates"
             )
-        return self
 
     @property
     def images_per_epoch(self) -> int:
