@@ -48,11 +48,26 @@ def audited_step(scored: Sequence[int], trained: Sequence[int], epoch: int, seed
     return steps[int(torch.randint(len(steps), (), generator=generator))] if steps else None
 
 
+def audited_images(share: int, wanted: int, world_size: int) -> list[int]:
+    """Positions of a rank's audited images among its ``share`` images of the epoch's first update, evenly spaced.
+
+    They are the same images for any number of ranks that divides ``wanted``.
+    """
+    count = min(-(-wanted // world_size), share)
+    return [position * share // count for position in range(count)]
+
+
 @torch.no_grad()
 def branch(
-    policy: Policy, rollout: Rollout, table: StepTable, scored: Sequence[int], step: int, count: int, seed: int
+    policy: Policy,
+    rollout: Rollout,
+    table: StepTable,
+    scored: Sequence[int],
+    step: int,
+    chosen: Sequence[int],
+    seed: int,
 ) -> Branches:
-    """Sample both branches of this rank's first ``count`` images; all ranks must call it with the same count.
+    """Sample both branches of some of this rank's images; all ranks must call it, with equally many.
 
     Args:
         policy: the policy that sampled the rollout, unchanged.
@@ -60,11 +75,11 @@ def branch(
         table: the sampler that made them.
         scored: steps whose prediction is scored.
         step: one of them, but the last.
-        count: images, at most those of the rollout.
+        chosen: positions of the images in the rollout.
         seed: the run's.
     """
-    rows = torch.arange(count, device=rollout.seeds.device)
-    numbers, epoch = rollout.plan.images.flatten()[:count].tolist(), rollout.plan.epoch
+    rows = torch.tensor(chosen, device=rollout.seeds.device)
+    numbers, epoch = rollout.plan.images.flatten()[list(chosen)].tolist(), rollout.plan.epoch
     keys = [random_key(Purpose.AUDIT_NOISE, seed, epoch, step, number) for number in numbers]
     latents = rollout.trajectories.latents[rows, step]
     output = rollout.trajectories.outputs[rows, step].float()
@@ -79,4 +94,4 @@ def branch(
         if now == after:
             clean = clean_latents(x, output, table, now)
         x = following
-    return Branches(step, float(table.times[after]), list(range(count)), policy.decode(x), policy.decode(clean))
+    return Branches(step, float(table.times[after]), list(chosen), policy.decode(x), policy.decode(clean))

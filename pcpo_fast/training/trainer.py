@@ -40,7 +40,7 @@ from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
-from pcpo_fast.rollout.branches import audited_step, branch
+from pcpo_fast.rollout.branches import audited_images, audited_step, branch
 from pcpo_fast.rollout.epoch_plan import accumulation_steps, plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
@@ -320,8 +320,8 @@ class Trainer:
         scored = scoring.predicted.steps
         step = audited_step(scored, tables.steps, epoch, self.config.seed)
         if step is not None:
-            count = min(-(-settings.audit_images // world_size()), len(rollout.seeds))
-            found = branch(self.policy, rollout, tables.sampler, scored, step, count, self.config.seed)
+            chosen = audited_images(rollout.plan.images.shape[1], settings.audit_images, world_size())
+            found = branch(self.policy, rollout, tables.sampler, scored, step, chosen, self.config.seed)
             scoring.add_branches(found)
 
     def _encode(self, prompts: list[int]) -> dict[str, Tensor]:

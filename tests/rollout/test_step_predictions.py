@@ -20,7 +20,7 @@ from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.policies.families import load_policy
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.rollout.branches import audited_step, branch
+from pcpo_fast.rollout.branches import audited_images, audited_step, branch
 from pcpo_fast.rollout.epoch_plan import plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring, ScoredEpoch
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
@@ -86,7 +86,7 @@ def epoch_of(policy: Policy, config: Config, epoch: int = 3) -> tuple[ScoredEpoc
         step = audited_step(scoring.predicted.steps, at.steps, epoch, config.seed)  # type: ignore[union-attr]
         assert step is not None
         scored = scoring.predicted.steps  # type: ignore[union-attr]
-        scoring.add_branches(branch(policy, rollout, at.sampler, scored, step, 4, config.seed))
+        scoring.add_branches(branch(policy, rollout, at.sampler, scored, step, range(4), config.seed))
     return scoring.finish(rollout.images), rollout, at
 
 
@@ -186,7 +186,7 @@ def test_a_branch_with_the_rollouts_own_noise_is_the_rollout(
         return philox_normal(rollout.seeds[:3], offsets + 2 * count, size)
 
     monkeypatch.setattr(pcpo_fast.rollout.branches, "philox_normal", own)
-    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), 2, 3, config.seed)
+    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), 2, range(3), config.seed)
     torch.testing.assert_close(found.images[:3], rollout.images[:3], rtol=1e-4, atol=1e-4)
     x, f = rollout.trajectories.latents[:3, 3], rollout.trajectories.outputs[:3, 3]
     torch.testing.assert_close(found.predictions[:3], policy.decode(x - at.sampler.times[3] * f), rtol=1e-4, atol=1e-4)
@@ -201,11 +201,20 @@ def test_an_audit_regresses_what_the_noise_changed_on_what_it_changed_in_the_pre
     scored, rollout, at = epoch_of(policy, config)
     step = audited_step((0, 1, 2, 3), at.steps, 3, config.seed)
     assert step is not None
-    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), step, 4, config.seed)
+    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), step, range(4), config.seed)
     final, predicted = (images.mean(dim=(1, 2, 3)).double() for images in (found.images, found.predictions))
     d, e = final[:4] - final[4:], predicted[:4] - predicted[4:]
     slope = float((d * e).sum() / (e * e).sum())
     assert scored.metrics[f"stepwise/branch_slope_step_{step}"] == pytest.approx(max(slope, 0), rel=1e-4)
+
+
+@pytest.mark.parametrize(("images", "wanted"), [(48, 8), (24, 24), (12, 4)])
+def test_the_audited_images_are_the_same_for_every_number_of_ranks(images: int, wanted: int) -> None:
+    for ranks in (1, 2, 4):
+        share = images // ranks
+        found = [rank * share + place for rank in range(ranks) for place in audited_images(share, wanted, ranks)]
+        assert found == audited_images(images, wanted, 1) and len(found) == wanted
+    assert audited_images(2, 100, 3) == [0, 1]
 
 
 def test_the_audited_step_is_drawn_among_trained_ones_before_the_last() -> None:
