@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool"}
+SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 SCHEMA_TYPES |= {torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?"}
 _counters: dict[int, Tensor] = {}
 

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Objective = Literal["hinge", "clip"]
+Objective = Literal["hinge", "clip", "divergence_mask"]
 Reduction = Literal["mean", "sum"]
 
 
@@ -45,9 +45,12 @@ class PolicyLoss(NamedTuple):
     Attributes:
         loss: scalar, mean over rows; differentiable in the output (and in ``unconditional`` where given).
         log_ratio: [B], the log importance ratio of each row; exactly 0 where the output is unchanged.
-        clipped: bool [B], rows whose policy term has zero gradient because the ratio left the clip range.
+        clipped: bool [B], rows whose policy term has zero gradient because the ratio left the clip range, or, with
+            ``divergence_mask``, because they are masked.
         taylor_error: [B], ``|l - (e^l - 1)| / |e^l - 1|``, 0 where ``l`` is 0: what the log-hinge leaves out.
         kl: [B], the KL term of each row before its sum into the loss, or None without a reference.
+        divergence: [B], the KL divergence of each row's step from the old policy's; exactly 0 where the output is
+            unchanged.
     """
 
     loss: Tensor
@@ -55,6 +58,7 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor
     taylor_error: Tensor
     kl: Tensor | None
+    divergence: Tensor
 
 
 class SampledStep(NamedTuple):

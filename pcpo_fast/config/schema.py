@@ -247,8 +247,14 @@ class CreditConfig(Section):
     rule: Literal[
         "native", "proportionate", "uniform", "pcpo_ratio", "tempflow", "grpo_guard", "fair_clip", "cps_published"
     ] = Field("proportionate", description="credit rule")
-    objective: Literal["hinge", "clip"] = Field("hinge", description="log-hinge (PCPO) or PPO clip")
+    objective: Literal["hinge", "clip", "divergence_mask"] = Field(
+        "hinge", description="log-hinge (PCPO), PPO clip, or the mask of Flow-DPPO"
+    )
     clip_range: NotNegativeFloat = Field(1e-4, description="clip range of the log-ratio (hinge) or ratio (clip)")
+    divergence_threshold: PositiveFloat = Field(
+        1e-5,
+        description="divergence_mask: KL from the old policy from which on no step is trained further away from it",
+    )
     reduction: Literal["mean", "sum"] = Field("mean", description="inner products over latent elements")
     steps: tuple[NotNegative, ...] | None = Field(
         None,

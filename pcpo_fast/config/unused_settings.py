@@ -66,6 +66,18 @@ RULES = (
     Rule(("window.decay_after",), "window.decay above 0", lambda c: c.window.decay > 0, switch="window.decay"),
     Rule(("credit.train_last_step",), "credit.steps=null", lambda c: c.credit.steps is None),
     Rule(
+        ("credit.clip_range",),
+        "credit.objective hinge or clip",
+        lambda c: c.credit.objective != "divergence_mask",
+        switch="credit.objective",
+    ),
+    Rule(
+        ("credit.divergence_threshold",),
+        "credit.objective=divergence_mask",
+        lambda c: c.credit.objective == "divergence_mask",
+        switch="credit.objective",
+    ),
+    Rule(
         ("credit.kl",),
         "credit.kl_coefficient above 0",
         lambda c: c.credit.kl_coefficient > 0,

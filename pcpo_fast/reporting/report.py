@@ -205,7 +205,8 @@ def _credit(run: RunFiles) -> str:
 
 
 def _health(run: RunFiles, numbers: dict[str, Any]) -> str:
-    clip_range = number_at(run.config, "credit", "clip_range")
+    masks = bool(series(run.records, "rollout/mismatch_divergence"))  # the log-ratio then has no clip range
+    clip_range = None if masks else number_at(run.config, "credit", "clip_range")
     figures = _figures(
         run,
         [

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from pcpo_fast.distributed.collectives import sum_over_ranks
 
-_ROWS = ("count", "clipped", "log_ratio_abs", "taylor_error", "kl", "log_ratio_sum", "log_ratio_square")
-_MISMATCH = ("mismatch_count", "output", "log_ratio")
+_ROWS = ("count", "clipped", "log_ratio_abs", "taylor_error", "kl", "divergence", "log_ratio_sum", "log_ratio_square")
+_MISMATCH = ("mismatch_count", "output", "log_ratio", "mismatch_divergence")
 _COLUMNS = (*_ROWS, *_MISMATCH)
 
 
@@ -17,12 +17,13 @@ class StepStatistics:
     Args:
         steps: number of sampler steps N.
         device: where the row results are.
+        divergence: whether the divergence from the old policy is a metric.
     """
 
-    def __init__(self, steps: int, device: torch.device) -> None:
+    def __init__(self, steps: int, device: torch.device, *, divergence: bool = False) -> None:
         self.sums = torch.zeros(len(_COLUMNS), steps, dtype=torch.float64, device=device)
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)
-        self.has_kl = False
+        self.has_kl, self.has_divergence = False, divergence
 
     def add(self, steps: Tensor, result: PolicyLoss) -> None:
         """Add a micro-batch: int64 [M] steps and its loss result."""
@@ -30,13 +31,14 @@ class StepStatistics:
         kl = torch.zeros_like(result.log_ratio) if result.kl is None else result.kl
         ones = torch.ones_like(result.log_ratio)
         ratio = result.log_ratio
-        rows = (ones, result.clipped.to(ones.dtype), ratio.abs(), result.taylor_error, kl, ratio, ratio.double() ** 2)
+        rows = [ones, result.clipped.to(ones.dtype), ratio.abs(), result.taylor_error, kl, result.divergence]
+        rows += [ratio, ratio.double() ** 2]
         self.sums[: len(_ROWS)].index_add_(1, steps, torch.stack([row.detach().double() for row in rows]))
         self.loss += torch.stack((result.loss.detach().double(), torch.ones_like(self.loss[0])))
 
-    def add_mismatch(self, steps: Tensor, relative: Tensor, log_ratio: Tensor) -> None:
-        """Add the rollout/update mismatch of a micro-batch: relative output change and log-ratio, both [M]."""
-        rows = torch.stack((torch.ones_like(relative), relative, log_ratio.abs()))
+    def add_mismatch(self, steps: Tensor, relative: Tensor, result: PolicyLoss) -> None:
+        """Add the rollout/update mismatch of a micro-batch: relative output change [M], and the loss that it makes."""
+        rows = torch.stack((torch.ones_like(relative), relative, result.log_ratio.abs(), result.divergence))
         self.sums[len(_ROWS) :].index_add_(1, steps, rows.double())
 
     def metrics(self) -> dict[str, float]:
@@ -48,6 +50,8 @@ class StepStatistics:
         names = {"clip_fraction": "clipped", "log_ratio_abs": "log_ratio_abs", "taylor_error": "taylor_error"}
         if self.has_kl:
             names["kl"] = "kl"
+        if self.has_divergence:
+            names["divergence"] = "divergence"
         metrics = {"policy/loss": loss / max(batches, 1.0)}
         for name, column in names.items():
             metrics[f"policy/{name}"] = float(sums[column].sum() / count.sum())
@@ -59,6 +63,8 @@ class StepStatistics:
             metrics[f"policy/log_ratio_std_step_{step}"] = _spread(total[step], square[step], count[step])
             metrics[f"policy/taylor_error_step_{step}"] = float(sums["taylor_error"][step] / count[step])
         if mismatches.sum() > 0:
+            if self.has_divergence:
+                metrics["rollout/mismatch_divergence"] = float(sums["mismatch_divergence"].sum() / mismatches.sum())
             for name in ("output", "log_ratio"):
                 metrics[f"rollout/mismatch_{name}"] = float(sums[name].sum() / mismatches.sum())
                 for step in (step for step in trained if mismatches[step] > 0):

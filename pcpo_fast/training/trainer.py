@@ -358,15 +358,20 @@ class Trainer:
             )
 
     def _warn_of_mismatch(self, metrics: dict[str, float], epoch: int) -> None:
-        """Say so when rollout and update disagree by enough to touch the clipping."""
-        mismatch, limit = metrics.get("rollout/mismatch_log_ratio", 0.0), self.config.credit.clip_range / 10
+        """Say so when rollout and update disagree by enough to touch the clipping, or the mask."""
+        credit = self.config.credit
+        name, what, whole, limit = "mismatch_log_ratio", "|log-ratio|", "clip range", credit.clip_range / 10
+        if credit.objective == "divergence_mask":
+            name, what, whole = "mismatch_divergence", "divergence", "threshold"
+            limit = credit.divergence_threshold / 10
+        mismatch = metrics.get(f"rollout/{name}", 0.0)
         if mismatch > limit and not self.warned_of_mismatch:
             self.warned_of_mismatch = True
             self.progress.message(
                 f"warning: in epoch {epoch} rollout and update disagree before the first optimiser step: mean "
-                f"|log-ratio| {mismatch:.1e} is above a tenth of the clip range ({limit:.1e}). Use the same attention "
+                f"{what} {mismatch:.1e} is above a tenth of the {whole} ({limit:.1e}). Use the same attention "
                 "backend and batch shapes in both, or train.old_output=recompute. Later epochs: "
-                "rollout/mismatch_log_ratio."
+                f"rollout/{name}."
             )
 
     def _evaluate(self, epoch: int) -> None:

@@ -62,6 +62,8 @@ class Update:
         self.stored = rollout.trajectories.outputs
         self.recomputed: Tensor | None = None
         self.element_count = rollout.trajectories.latents[0, 0].numel()
+        self.masks = config.credit.objective == "divergence_mask"
+        self.divergence = (table.b / table.std) ** 2 / 2  # of the Gaussians themselves, whatever the credit rule
 
     def run(self) -> Iterator[dict[str, float]]:
         """Yield the metrics of each optimiser step, equal on every rank."""
@@ -72,7 +74,7 @@ class Update:
             distances = []
             for update in range(settings.updates_per_epoch):
                 unchanged = inner == 0 and update == 0
-                statistics = StepStatistics(self.table.steps, self.policy.device)
+                statistics = StepStatistics(self.table.steps, self.policy.device, divergence=self.masks)
                 with profiler_ranges.named("update"):
                     for batch in profiler_ranges.each("micro-step", self._micro_batches(update)):
                         self._train_on(batch, statistics, unchanged)
@@ -157,11 +159,12 @@ class Update:
             credit.quadratic[steps],
             credit.scale[steps],
             self.advantages[batch.rows, steps],
-            clip_range=settings.clip_range,
+            clip_range=settings.divergence_threshold if self.masks else settings.clip_range,
             objective=settings.objective,
             reduction=settings.reduction,
             reference=reference,
             kl=None if reference is None else credit.kl[steps],
+            divergence=self.divergence[steps] if self.masks else None,
             unconditional=unconditional,
             guidance_scale=guidance_scale,
         )
@@ -183,4 +186,4 @@ class Update:
         result = self._loss(batch, halves, stored, self._noise_key(batch))
         change = (output.float() - stored.float()).flatten(1).norm(dim=1)
         relative = change / stored.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        statistics.add_mismatch(batch.steps, relative, result.log_ratio)
+        statistics.add_mismatch(batch.steps, relative, result)

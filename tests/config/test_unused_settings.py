@@ -34,6 +34,7 @@ IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
     ("sampler.shift=2", ("sampler.name=cps",), "sampler.name dance, flow or cps"),
     ("window.start=1", ("window.size=2",), "window.size above 0"),
     ("window.schedule=random", ("window.size=2",), "window.size above 0"),
+    ("credit.divergence_threshold=1e-4", ("credit.objective=divergence_mask",), "credit.objective=divergence_mask"),
     ("credit.kl=published", ("credit.kl_coefficient=0.1",), "credit.kl_coefficient above 0"),
     ("credit.normalize_scale=true", ("credit.rule=fair_clip",), "credit.rule grpo_guard or fair_clip"),
     ("advantage.buffer_size=20", ("advantage.normalization=running",), "advantage.normalization=running"),
@@ -76,6 +77,7 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
         (("credit.rule=native", "credit.normalize_over=trained"), "credit.normalize_over .* pcpo_ratio"),
         (("advantage.normalization=running", "advantage.unbiased=true"), "advantage.unbiased .* or global"),
         (("prompts.heldout=null", "evaluation.every=3"), "evaluation.every .* held-out prompts"),
+        (("credit.objective=divergence_mask", "credit.clip_range=0.1"), "clip_range .* credit.objective hinge or clip"),
         (("evaluation.every=0", "checkpoint.keep_best=2"), "keep_best .* evaluation.every and checkpoint.every"),
         (("model.path=.", "model.revision=main"), "model.revision .* hub id"),
         (
@@ -95,6 +97,7 @@ def test_every_rule_has_a_test() -> None:
     tried += [
         "advantage.audit_images",
         "advantage.unbiased",
+        "credit.clip_range",
         "evaluation.every",
         "checkpoint.keep_best",
         "model.revision",

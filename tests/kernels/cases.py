@@ -41,6 +41,7 @@ class LossCase:
     reduction: str = "mean"
     reference: Tensor | None = None
     kl: Tensor | None = None
+    divergence: Tensor | None = None
     unconditional: Tensor | None = None
     guidance_scale: Tensor | None = None
 
@@ -48,7 +49,16 @@ class LossCase:
         """Positional and keyword arguments for policy_loss."""
         noise = {"tensor": self.z, "key": self.key, "endpoints": self.ends}[self.noise]
         positional = self.output, self.old_output, noise, self.linear, self.quadratic, self.scale, self.advantage
-        names = ("clip_range", "objective", "reduction", "reference", "kl", "unconditional", "guidance_scale")
+        names = (
+            "clip_range",
+            "objective",
+            "reduction",
+            "reference",
+            "kl",
+            "divergence",
+            "unconditional",
+            "guidance_scale",
+        )
         return positional, {name: getattr(self, name) for name in names}
 
     def run(self) -> PolicyLoss:
@@ -138,6 +148,7 @@ def make_case(
         noise=noise,
         reference=old + 0.3 * normal(*size) if with_reference else None,
         kl=uniform(0.01, 0.5) if with_reference else None,
+        divergence=(b / std) ** 2 / 2,
         unconditional=unconditional,
         guidance_scale=guidance_scale,
         **settings,
@@ -164,12 +175,18 @@ def autograd_loss(case: LossCase) -> tuple[Tensor, Tensor, Tensor]:
 
         delta = f - old
         log_ratio = case.linear[r] * inner(delta, z) - case.quadratic[r] * inner(delta, delta)
-        advantage, xi = case.advantage[r], case.clip_range
-        if case.objective == "hinge":
+        advantage, xi, ratio = case.advantage[r], case.clip_range, log_ratio.exp()
+        if case.objective == "divergence_mask":
+            # Flow-DPPO, Eqs. 14 and 18: KL of two Gaussians of one variance from their means.
+            shift = case.ends.b[r] * delta
+            divergence = inner(shift, shift) / (2 * case.ends.std[r] ** 2)
+            away = (ratio > 1 and advantage > 0) or (ratio < 1 and advantage < 0)
+            clipped = torch.tensor(bool(divergence >= xi and away))
+            h = torch.zeros_like(ratio) if clipped else -advantage * ratio
+        elif case.objective == "hinge":
             h = torch.relu(xi * advantage.abs() - advantage * log_ratio)
             clipped = xi * advantage.abs() - advantage * log_ratio < 0
         else:
-            ratio = log_ratio.exp()
             bounded = ratio.clamp(1 - xi, 1 + xi)
             h = torch.maximum(-advantage * ratio, -advantage * bounded)
             clipped = -advantage * bounded > -advantage * ratio

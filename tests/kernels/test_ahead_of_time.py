@@ -94,13 +94,15 @@ def test_settings_make_no_variant(compilations) -> None:
     def call(noise: str, *settings: Any, rows: int = 3) -> None:
         case = make_case(rows, (512,), noise=noise).cast(torch.float32)
         (output, old, z, *columns), _ = case.arguments()
-        loss_op.policy_loss(LossInputs(output, old, z, *columns, *settings, None, None, None, None))
+        loss_op.policy_loss(LossInputs(output, old, z, *columns, *settings, None, None, None, None, None))
 
     for clip_range in (1e-4, 0.2, 0, 1, 16, math.inf):
         call("key", clip_range, "hinge", "mean")
+    for threshold in (1e-5, 0.2):
+        call("key", threshold, "divergence_mask", "mean")
     call("key", 0.2, "clip", "mean")
     call("key", 0.2, "clip", "sum", rows=16)
-    assert len(keys) == 8
+    assert len(keys) == 10
     assert len(set(keys)) == 1
     call("endpoints", 0.2, "clip", "mean")
     assert len(set(keys)) == 2

@@ -66,6 +66,7 @@ def loss_pointers(output: Tensor, old: Tensor | None, noise: Any, *columns: Tens
     row_names = ("linear", "quadratic", "scale", "advantage")
     given = kinds(output=output, old_output=old, **dict(zip(row_names, columns, strict=True)))
     given |= kinds(**{name: named[name] for name in ("reference", "kl", "unconditional", "guidance_scale")})
+    given |= kinds(divergence=columns[1] if named["divergence"] is None else named["divergence"])
     if isinstance(noise, Endpoints):
         x, following, a, b, std = noise
         return given | kinds(noise=x, next_latents=following, a=a, b=b, std=std)

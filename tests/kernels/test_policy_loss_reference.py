@@ -10,7 +10,7 @@ from pcpo_kernels import Endpoints, NoiseKey, guidance, policy_loss, sample_step
 from torch import Tensor
 from torch.distributions import Normal
 
-OBJECTIVES = ("hinge", "clip")
+OBJECTIVES = ("hinge", "clip", "divergence_mask")
 REDUCTIONS = ("mean", "sum")
 EXTRAS = [(False, False), (True, False), (False, True), (True, True)]
 LOW = [torch.float16, torch.bfloat16]
@@ -325,7 +325,7 @@ def test_errors_of_policy_loss() -> None:
         (TypeError, "noise.seed must be a tensor, got int", {"noise": "key", "key": NoiseKey(7, key.offset)}),
         (ValueError, "reference and kl go together", {"kl": None}),
         (ValueError, "unconditional and guidance_scale go together", {"unconditional": None}),
-        (ValueError, "objective must be one of hinge, clip, got 'ppo'", {"objective": "ppo"}),
+        (ValueError, "objective must be one of hinge, clip, divergence_mask, got 'ppo'", {"objective": "ppo"}),
         (ValueError, "reduction must be one of mean, sum", {"reduction": "max"}),
         (ValueError, "clip_range must not be negative", {"clip_range": -0.1}),
         (ValueError, "clip_range must not be negative", {"clip_range": math.nan}),

@@ -95,6 +95,14 @@ class Published:
         z = (following - self.mean(x, old, step)) / std
         return math.copysign(weight, native) * ((f - old) * z).mean() - 0.5 * weight**2 * ((f - old) ** 2).mean()
 
+    def masked(self, f: Tensor, old: Tensor, x: Tensor, step: int, ratio: Tensor, advantage: float) -> bool:
+        """Flow-DPPO's mask: too far, by the KL of the step's two Gaussians (mean over elements), and going on."""
+        shift = self.mean(x, f.detach(), step) - self.mean(x, old, step)
+        divergence = (shift**2).mean() / (2 * self.credit(step)[1] ** 2)
+        self.divergences.append(float(divergence))
+        onwards = (ratio.exp() > 1 and advantage > 0) or (ratio.exp() < 1 and advantage < 0)
+        return bool(divergence >= self.bench.config.credit.divergence_threshold and onwards)
+
     def row(self, ratio: Tensor, advantage: float) -> Tensor:
         xi = self.bench.config.credit.clip_range
         if self.bench.config.credit.objective == "hinge":
@@ -125,6 +133,7 @@ class Published:
         self.load(weights)
         fresh = self.outputs(pairs)
         losses, ratios, kls, clipped = [], [], [], []
+        self.divergences: list[float] = []
         for index, (row, step) in enumerate(pairs):
             x, following = (trajectories.latents[row, i].double() for i in (step, step + 1))
             f = fresh[index]
@@ -133,9 +142,13 @@ class Published:
             ratio = self.log_ratio(f, old, x, following, step)
             advantage = float(self.bench.advantages[row].float())
             kl = self.divergence(f - reference[index], step) if self.beta else torch.zeros(())
-            losses.append(self.row(ratio, advantage) + self.beta * kl)
             ratios.append(ratio.detach())
             kls.append(kl.detach())
+            if self.bench.config.credit.objective == "divergence_mask":
+                clipped.append(float(self.masked(f, old, x, step, ratio, advantage)))
+                losses.append((1 - clipped[-1]) * -advantage * ratio.exp() + self.beta * kl)
+                continue
+            losses.append(self.row(ratio, advantage) + self.beta * kl)
             change = ratio if self.bench.config.credit.objective == "hinge" else ratio.exp() - 1
             clipped.append(float(advantage * change > self.bench.config.credit.clip_range * abs(advantage)))
         loss = torch.stack(losses).mean()
@@ -149,6 +162,8 @@ class Published:
             "policy/clip_fraction": sum(clipped) / len(clipped),
             "policy/taylor_error": float(taylor.nan_to_num(0.0).mean()),
         }
+        if self.divergences:
+            metrics["policy/divergence"] = sum(self.divergences) / len(pairs)
         if self.beta:
             metrics["policy/kl"] = float(torch.stack(kls).mean())
         gradients = {name: p.grad for name, p in self.policy.module.named_parameters() if p.grad is not None}

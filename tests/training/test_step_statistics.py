@@ -16,7 +16,12 @@ def result(log_ratio: list[float], clipped: list[bool], loss: float, kl: list[fl
     ratios = torch.tensor(log_ratio)
     divergence: Tensor | None = None if kl is None else torch.tensor(kl)
     return PolicyLoss(
-        torch.tensor(loss, requires_grad=True), ratios, torch.tensor(clipped), ratios.abs() / 2, divergence
+        torch.tensor(loss, requires_grad=True),
+        ratios,
+        torch.tensor(clipped),
+        ratios.abs() / 2,
+        divergence,
+        3 * ratios.abs(),
     )
 
 
@@ -69,9 +74,8 @@ def test_kl_is_a_metric_only_with_a_reference() -> None:
 def test_mismatch_per_step() -> None:
     statistics = StepStatistics(4, CPU)
     statistics.add(torch.tensor([1, 1, 2, 3]), result([0.0] * 4, [False] * 4, 0.0))
-    statistics.add_mismatch(
-        torch.tensor([1, 1, 2]), torch.tensor([0.01, 0.03, 0.05]), torch.tensor([-1e-4, 3e-4, 2e-4])
-    )
+    made = result([-1e-4, 3e-4, 2e-4], [False] * 3, 0.0)
+    statistics.add_mismatch(torch.tensor([1, 1, 2]), torch.tensor([0.01, 0.03, 0.05]), made)
     metrics = {name: value for name, value in statistics.metrics().items() if name.startswith("rollout/")}
     assert metrics == pytest.approx(
         {
@@ -83,6 +87,15 @@ def test_mismatch_per_step() -> None:
             "rollout/mismatch_log_ratio_step_2": 2e-4,
         }
     )
+
+
+def test_the_divergence_is_a_metric_where_it_is_asked_for() -> None:
+    statistics = StepStatistics(2, CPU, divergence=True)
+    statistics.add(torch.tensor([0, 1]), result([0.1, -0.3], [False, False], 1.0))
+    statistics.add_mismatch(torch.tensor([0, 1]), torch.ones(2), result([1e-3, 0.0], [False, False], 0.0))
+    metrics = statistics.metrics()
+    assert metrics["policy/divergence"] == pytest.approx(0.6)
+    assert metrics["rollout/mismatch_divergence"] == pytest.approx(1.5e-3)
 
 
 def test_no_mismatch_measured_is_no_metric() -> None:

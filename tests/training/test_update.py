@@ -15,12 +15,15 @@ from pcpo_fast.rollout.rollout import Trajectories
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
+MASK = ("credit.objective=divergence_mask",)
 PUBLISHED = {
     "pcpo": ("algorithm=pcpo",),
     "dancegrpo": ("algorithm=dancegrpo",),
     "flow_grpo": ("algorithm=flow_grpo",),
     "flow_grpo_lora": ("algorithm=flow_grpo", *LORA, "optimizer.lr=0.02"),
     "pcpo_lora": ("algorithm=pcpo", *LORA, "model.gradient_checkpointing=true", "optimizer.lr=0.02"),
+    "flow_dppo": ("algorithm=flow_grpo", *MASK, "credit.divergence_threshold=1e-4"),
+    "masked_pcpo": ("algorithm=pcpo", *MASK, "credit.divergence_threshold=2.7e-4"),
     "pcpo_exact_kl": ("algorithm=pcpo", "credit.kl_coefficient=0.1", "credit.fraction=0.67"),
 }
 

@@ -45,7 +45,10 @@ def by_reference(function: Callable[..., Any], *arguments: Any, **keywords: Any)
 
 
 def edge_distance(case: LossCase, exact: PolicyLoss) -> Tensor:
-    """How far each row's ratio is from the edge of the clip range, [B]."""
+    """How far each row is from the edge of being clipped or masked, [B]."""
+    if case.objective == "divergence_mask":
+        beyond = (exact.divergence - case.clip_range).cpu()
+        return torch.where(beyond < 0, -beyond, torch.minimum(beyond, exact.log_ratio.abs().cpu()))
     change = exact.log_ratio if case.objective == "hinge" else torch.expm1(exact.log_ratio)
     return (case.clip_range - torch.sign(case.advantage.double().cpu()) * change.cpu()).abs()
 
@@ -80,7 +83,7 @@ def check_against_judge(case: LossCase, device: torch.device) -> PolicyLoss:
     exact, exact_gradients = on_reference(case.cast(torch.float64))
     epsilon = 4 * torch.finfo(torch.float32).eps
     assert got.loss.dtype == torch.float32
-    for name in ("loss", "log_ratio", "taylor_error", "kl"):
+    for name in ("loss", "log_ratio", "taylor_error", "kl", "divergence"):
         ours, theirs, truth = (getattr(result, name) for result in (got, plain, exact))
         if truth is None:
             assert ours is None

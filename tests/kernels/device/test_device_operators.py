@@ -17,8 +17,8 @@ def loss_arguments(case):
     transition = case.ends[2:] if case.noise == "endpoints" else (None,) * 3
     return (
         *(case.output, case.old_output, *noise, case.reference, case.unconditional, *key, *transition),
-        *(case.guidance_scale, case.linear, case.quadratic, case.scale, case.advantage, case.kl),
-        *(case.clip_range, True, True),
+        *(case.guidance_scale, case.linear, case.quadratic, case.scale, case.advantage),
+        *(case.divergence, case.kl, case.clip_range, 0, True),
     )  # fmt: skip
 
 

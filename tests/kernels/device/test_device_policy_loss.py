@@ -1,6 +1,7 @@
 """policy_loss in Triton against the float64 reference."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from judging import check_against_judge, edge_distance, on_policy, on_reference,
 from pcpo_kernels import Endpoints
 from pcpo_kernels.launch import Plan
 from pcpo_kernels.ops.policy_loss import triton as triton_policy_loss
+from pcpo_kernels.types import Objective
 
 from pcpo_fast.method.credit import RULES, credit_table
 from pcpo_fast.method.transitions import dance_sde, shifted_times
@@ -39,6 +41,26 @@ def test_every_form(device, objective, noise, with_reference, with_guidance, det
         assert 0 < int(result.clipped.sum()) < 3, "the case should have clipped and unclipped rows"
     else:
         assert torch.equal(result.log_ratio, torch.zeros_like(result.log_ratio))
+
+
+@pytest.mark.parametrize("rich", [False, True], ids=["", "kl-cfg"])
+@pytest.mark.parametrize("noise", NOISES)
+def test_divergence_mask(device, noise, rich) -> None:
+    """Rows far and near, moving away and back; of those beyond the threshold only the ones that move away are masked.
+
+    The credit's quadratic column is another one than the divergence's, and a step may have none.
+    """
+    case = make_case(8, (50, 7), noise=noise, with_reference=rich, with_guidance=rich, objective="divergence_mask")
+    case.quadratic = case.quadratic * torch.tensor([0.0, 0.3, 1.0, 2.0, 0.0, 0.3, 1.0, 2.0])
+    exact, _ = on_reference(case)
+    near, far = exact.divergence.sort().values[3:5]
+    case.clip_range = (near + far).item() / 2
+    directions = exact.log_ratio.sign() * torch.tensor([1, -1, 1, -1, 1, -1, 1, -1])
+    case.advantage = case.advantage.abs() * directions
+    result = check_against_judge(case.cast(torch.float32), device)
+    beyond = exact.divergence > case.clip_range
+    assert result.clipped.tolist() == [bool(one) and row % 2 == 0 for row, one in enumerate(beyond)]
+    assert 0 < int(result.clipped.sum()) < 4, "rows beyond the threshold should be of both kinds"
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -81,7 +103,7 @@ def test_sizes_with_a_key(device) -> None:
     rows=st.integers(1, 4),
     shape=st.lists(st.integers(1, 12), min_size=1, max_size=3),
     noise=st.sampled_from(NOISES),
-    objective=st.sampled_from(["hinge", "clip"]),
+    objective=st.sampled_from(get_args(Objective)),
     reduction=st.sampled_from(["mean", "sum"]),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 2**16),
@@ -214,7 +236,7 @@ def test_empty(device) -> None:
     assert make_case(0, (5,)).cast(torch.float32).to(device).run().loss.item() == 0.0
 
 
-@pytest.mark.parametrize("objective", ["hinge", "clip"])
+@pytest.mark.parametrize("objective", get_args(Objective))
 def test_no_nan_from_overflow(device, objective) -> None:
     case = make_case(3, (8,), objective=objective, clip_range=0.1).cast(torch.float32)
     case.old_output, case.output, case.z = torch.zeros(3, 8), torch.full((3, 8), 200.0), torch.ones(3, 8)

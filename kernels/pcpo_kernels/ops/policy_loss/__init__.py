@@ -1,4 +1,6 @@
-"""The policy loss: exact log-ratio, clip or hinge, step weights and KL, with its gradient."""
+"""The policy loss: exact log-ratio, clip, hinge or divergence mask, step weights and KL, with its gradient."""
+
+from typing import get_args
 
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def policy_loss(
     reduction: Reduction = "mean",
     reference: Tensor | None = None,
     kl: Tensor | None = None,
+    divergence: Tensor | None = None,
     unconditional: Tensor | None = None,
     guidance_scale: Tensor | None = None,
 ) -> PolicyLoss:
@@ -32,6 +35,8 @@ def policy_loss(
         log_ratio = linear <delta, z> - quadratic <delta, delta>
         hinge:  h = max(0, xi |A| - A log_ratio)
         clip:   h = max(-A e^log_ratio, -A clip(e^log_ratio, 1 - xi, 1 + xi))
+        divergence_mask:
+                h = 0 where divergence <delta, delta> >= xi and A log_ratio > 0, else -A e^log_ratio
         loss    = mean over rows of scale h + kl <f - f_ref, f - f_ref>
 
     where ``<u, v>`` is the mean (or sum) of ``u v`` over the row's elements. The log-ratio is never formed as a
@@ -45,11 +50,14 @@ def policy_loss(
             the output that it is recovered with.
         linear, quadratic, scale: [B], rows of a credit table.
         advantage: [B].
-        clip_range: xi, not negative.
-        objective: ``hinge`` (PCPO, Lee and Ye 2026) or ``clip`` (PPO as in DDPO, DanceGRPO, Flow-GRPO).
+        clip_range: xi, not negative: of the log-ratio, of the ratio, or of the divergence.
+        objective: ``hinge`` (PCPO, Lee and Ye 2026), ``clip`` (PPO as in DDPO, DanceGRPO, Flow-GRPO) or
+            ``divergence_mask`` (Flow-DPPO, Ping et al. 2026, arXiv:2606.11025, Eq. 18).
         reduction: inner products as means (all public trainers) or sums over the elements.
         reference: output of the frozen reference policy, after guidance [B, ...].
         kl: [B], KL coefficient of each row, already times beta; required with ``reference``.
+        divergence: [B], factor of ``<delta, delta>`` in the KL divergence of the step's Gaussian from the old policy's,
+            ``b^2 / (2 std^2)``; None for ``quadratic``, which is that for native credit.
         unconditional: unconditional half [B, ...]; differentiable. ``f = u + guidance_scale (output - u)``.
         guidance_scale: [B], required with ``unconditional``.
 
@@ -63,7 +71,7 @@ def policy_loss(
     """
     inputs = LossInputs(
         output, old_output, noise, linear, quadratic, scale, advantage,
-        clip_range, objective, reduction, reference, kl, unconditional, guidance_scale,
+        clip_range, objective, reduction, reference, kl, divergence, unconditional, guidance_scale,
     )  # fmt: skip
     _check(inputs)
     if backend_for(output) == "triton":
@@ -86,7 +94,7 @@ def _check(inputs: LossInputs) -> None:
             check_like(name, getattr(inputs, name), output)
     for name in ("linear", "quadratic", "scale", "advantage"):
         check_rows(name, getattr(inputs, name), output)
-    for name in ("kl", "guidance_scale"):
+    for name in ("kl", "divergence", "guidance_scale"):
         if getattr(inputs, name) is not None:
             check_rows(name, getattr(inputs, name), output)
     if isinstance(noise, Endpoints):
@@ -99,7 +107,7 @@ def _check(inputs: LossInputs) -> None:
         check_integer_rows("noise.offset", noise.offset, output)
     else:
         check_like("noise", noise, output)
-    check_choice("objective", inputs.objective, ("hinge", "clip"))
+    check_choice("objective", inputs.objective, get_args(Objective))
     check_choice("reduction", inputs.reduction, ("mean", "sum"))
     if not inputs.clip_range >= 0:
         raise ValueError(f"clip_range must not be negative, got {inputs.clip_range}")

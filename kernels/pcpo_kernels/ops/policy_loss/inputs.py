@@ -22,5 +22,6 @@ class LossInputs(NamedTuple):
     reduction: Reduction
     reference: Tensor | None
     kl: Tensor | None
+    divergence: Tensor | None
     unconditional: Tensor | None
     guidance_scale: Tensor | None

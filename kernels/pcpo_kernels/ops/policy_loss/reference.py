@@ -36,45 +36,49 @@ class _PolicyLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, output: Tensor, unconditional: Tensor | None, noise: Tensor, rows: Tensor, inputs: LossInputs
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        linear, quadratic, scale, advantage, kl = rows.unbind(0)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        linear, quadratic, scale, advantage, kl, divergence = rows.unbind(0)
         clip_range, reduction = float(inputs.clip_range), inputs.reduction
         old_output, reference = inputs.old_output, inputs.reference
         f = guided(output.to(rows.dtype), unconditional, inputs.guidance_scale)
-        log_ratio = torch.zeros_like(linear)
+        log_ratio, distance = torch.zeros_like(linear), torch.zeros_like(linear)
         if old_output is not None:
             delta = f - old_output.to(f.dtype)
             with_noise, with_itself = reduce_rows(delta * noise, reduction), reduce_rows(delta * delta, reduction)
             log_ratio = linear * with_noise - quadratic * with_itself
+            distance = divergence * with_itself
         surplus = torch.expm1(log_ratio)  # the ratio minus 1, without cancellation
         change = log_ratio if inputs.objective == "hinge" else surplus
         # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
         gain = torch.where(advantage == 0, torch.zeros_like(advantage), advantage * change)
         margin = clip_range * advantage.abs() - gain
         clipped = margin < 0
+        if inputs.objective == "divergence_mask":
+            clipped = (distance >= clip_range) & (log_ratio.sign() * advantage.sign() > 0)
         if inputs.objective == "hinge":
             policy_term = torch.clamp(margin, min=0)
             slope = -advantage
         else:
-            policy_term = -advantage + torch.maximum(-gain, -clip_range * advantage.abs())
+            bound = advantage if inputs.objective == "divergence_mask" else -clip_range * advantage.abs()
+            policy_term = -advantage + torch.where(clipped, bound, -gain)
             slope = torch.where(advantage == 0, torch.zeros_like(advantage), -advantage * torch.exp(log_ratio))
         # An infinite slope on a clipped row must not meet a 0: choose, do not multiply.
         slope = torch.where(clipped, torch.zeros_like(slope), slope)
         error = taylor_error(log_ratio, surplus)
         row_loss = scale * policy_term
-        divergence = torch.zeros_like(row_loss)
+        kl_term = torch.zeros_like(row_loss)
         if reference is not None:
             gap = f - reference.to(f.dtype)
-            divergence = kl * reduce_rows(gap * gap, reduction)
-            row_loss = row_loss + divergence
+            kl_term = kl * reduce_rows(gap * gap, reduction)
+            row_loss = row_loss + kl_term
         count = max(rows.shape[1], 1)
         loss = row_loss.sum() / count
         elements = math.prod(output.shape[1:]) if reduction == "mean" else 1
         share = 1.0 / (count * max(elements, 1))
         weights = torch.stack((scale * slope * linear, -2 * scale * slope * quadratic, 2 * kl)) * share
         ctx.save_for_backward(output, unconditional, inputs.guidance_scale, old_output, noise, reference, weights)
-        ctx.mark_non_differentiable(log_ratio, clipped, error, divergence)
-        return loss, log_ratio, clipped, error, divergence
+        ctx.mark_non_differentiable(log_ratio, clipped, error, kl_term, distance)
+        return loss, log_ratio, clipped, error, kl_term, distance
 
     @staticmethod
     @once_differentiable
@@ -104,7 +108,8 @@ def policy_loss(inputs: LossInputs) -> PolicyLoss:
             behind = guided(behind, unconditional, inputs.guidance_scale) if old is None else old.to(dtype)
         z = resolve_noise(inputs.noise, behind)
         kl = torch.zeros_like(inputs.linear) if inputs.kl is None else inputs.kl
-        columns = inputs.linear, inputs.quadratic, inputs.scale, inputs.advantage, kl
+        divergence = inputs.quadratic if inputs.divergence is None else inputs.divergence
+        columns = inputs.linear, inputs.quadratic, inputs.scale, inputs.advantage, kl, divergence
         rows = torch.stack([column.to(dtype) for column in columns])
-    *results, divergence = _PolicyLossFunction.apply(output, unconditional, z, rows, inputs)
-    return PolicyLoss._make((*results, None if inputs.reference is None else divergence))
+    result = PolicyLoss._make(_PolicyLossFunction.apply(output, unconditional, z, rows, inputs))
+    return result if inputs.reference is not None else result._replace(kl=None)

@@ -12,7 +12,7 @@ gradient, which is read from device memory.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import triton
@@ -32,7 +32,7 @@ from pcpo_kernels.ops.guidance.triton import lerp
 from pcpo_kernels.ops.noise.triton import stream_normals
 from pcpo_kernels.ops.policy_loss.inputs import LossInputs
 from pcpo_kernels.sums import ordered_sum
-from pcpo_kernels.types import Endpoints, NoiseKey, PolicyLoss
+from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss
 
 
 @triton.jit
@@ -115,13 +115,13 @@ def ratio_of(log_ratio):
 
 # Pointers to a value per row; the others are to images.
 SHARED_ROWS = ["seed", "offset", "a", "b", "std", "guidance_scale"]
-FORWARD_ROWS = ["linear", "quadratic", "scale", "advantage", "kl"]
+FORWARD_ROWS = ["linear", "quadratic", "scale", "advantage", "divergence", "kl"]
 FORWARD_ROWS += ["scratch", "counters", "loss", "clipped_out", "statistics"]
 BACKWARD_ROWS = ["statistics", "grad_loss"]
 
 
 @triton.jit(
-    do_not_specialize=["rows", "chunks", "hinge", "mean"],
+    do_not_specialize=["rows", "chunks", "objective", "mean"],
     do_not_specialize_on_alignment=[*SHARED_ROWS, *FORWARD_ROWS],
 )
 def policy_loss_forward_kernel(
@@ -141,6 +141,7 @@ def policy_loss_forward_kernel(
     quadratic,
     scale,
     advantage,
+    divergence,
     kl,
     scratch,
     counters,
@@ -157,7 +158,7 @@ def policy_loss_forward_kernel(
     elements,
     chunks,
     clip_range: tl.float32,
-    hinge,
+    objective,
     mean,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
@@ -166,11 +167,13 @@ def policy_loss_forward_kernel(
     """Pieces of the inner products; then, by whoever comes last, the rows' mathematics and the loss.
 
     ``scratch`` holds three sums for each of ``rows * chunks`` pieces, then one loss per row; ``statistics`` is
-    [6, rows]: log-ratio, Taylor error, KL term, and the weights of noise, difference and gap in the gradient.
+    [7, rows]: log-ratio, Taylor error, KL term, the weights of noise, difference and gap in the gradient, and the
+    divergence from the old policy.
 
     ``noise`` is z, or x where ``next_latents`` is given; missing pointers are None and leave their code out. Without an
-    old output there is no difference from it, and without a reference nothing to read at all. ``clip_range``, ``hinge``
-    and ``mean`` (0 or 1) matter to a row's mathematics alone, so one compiled kernel serves every setting.
+    old output there is no difference from it, and without a reference nothing to read at all. ``clip_range``,
+    ``objective`` (its place among the names) and ``mean`` (0 or 1) matter to a row's mathematics alone, so one compiled
+    kernel serves every setting.
     """
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -213,13 +216,14 @@ def policy_loss_forward_kernel(
         row_quadratic = tl.load(quadratic + row).to(tl.float32)
         row_scale = tl.load(scale + row).to(tl.float32)
         row_advantage = tl.load(advantage + row).to(tl.float32)
-        log_ratio = row_linear * 0.0
+        log_ratio, distance = row_linear * 0.0, row_linear * 0.0
         if old_output is not None:
-            log_ratio = row_linear * (ordered_sum(mine, chunks, FINISH) * unit) - row_quadratic * (
-                ordered_sum(mine + pieces, chunks, FINISH) * unit
-            )
+            with_itself = ordered_sum(mine + pieces, chunks, FINISH) * unit
+            log_ratio = row_linear * (ordered_sum(mine, chunks, FINISH) * unit) - row_quadratic * with_itself
+            distance = tl.load(divergence + row).to(tl.float32) * with_itself
         ratio, surplus, taylor_error = ratio_of(log_ratio)
-        on_ratio = hinge == 0
+        on_ratio = objective != 0
+        is_mask = objective == 2
         change = tl.where(on_ratio, surplus, log_ratio)
         slope = tl.where(on_ratio, -row_advantage * ratio, -row_advantage)
         # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
@@ -227,26 +231,29 @@ def policy_loss_forward_kernel(
         gain = tl.where(idle, 0.0, row_advantage * change)
         bound = clip_range * tl.abs(row_advantage)
         margin = bound - gain
-        clipped = margin < 0.0
+        onwards = ((row_advantage > 0.0) & (log_ratio > 0.0)) | ((row_advantage < 0.0) & (log_ratio < 0.0))
+        clipped = tl.where(is_mask, (distance >= clip_range) & onwards, margin < 0.0)
         slope = tl.where(clipped | idle, 0.0, slope)
         above = tl.where(clipped, 0.0, margin)
-        term = tl.where(on_ratio, -row_advantage + tl.where(clipped, -bound, -gain), above)
+        limit = tl.where(is_mask, row_advantage, -bound)
+        term = tl.where(on_ratio, -row_advantage + tl.where(clipped, limit, -gain), above)
         row_loss = row_scale * term
         count = tl.cast(rows, tl.float32)
         share = unit / count
-        divergence, on_gap = 0.0, 0.0
+        kl_term, on_gap = 0.0, 0.0
         if reference is not None:
             row_kl = tl.load(kl + row).to(tl.float32)
-            divergence = row_kl * (ordered_sum(mine + 2 * pieces, chunks, FINISH) * unit)
-            row_loss += divergence
+            kl_term = row_kl * (ordered_sum(mine + 2 * pieces, chunks, FINISH) * unit)
+            row_loss += kl_term
             on_gap = 2.0 * row_kl * share
         tl.store(clipped_out + row, clipped)
         tl.store(statistics + row, log_ratio)
         tl.store(statistics + rows + row, taylor_error)
-        tl.store(statistics + 2 * rows + row, divergence)
+        tl.store(statistics + 2 * rows + row, kl_term)
         tl.store(statistics + 3 * rows + row, row_scale * slope * row_linear * share)
         tl.store(statistics + 4 * rows + row, -2.0 * row_scale * slope * row_quadratic * share)
         tl.store(statistics + 5 * rows + row, on_gap)
+        tl.store(statistics + 6 * rows + row, distance)
         tl.store(scratch + 3 * pieces + row, row_loss)
         tl.debug_barrier()
         finished = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
@@ -360,6 +367,7 @@ class Columns(NamedTuple):
     quadratic: Tensor
     scale: Tensor
     advantage: Tensor
+    divergence: Tensor
     kl: Tensor | None
 
 
@@ -367,7 +375,7 @@ class Settings(NamedTuple):
     """What holds for every row, as the forward kernel takes it."""
 
     clip_range: float
-    hinge: bool
+    objective: int
     mean: bool
 
 
@@ -410,7 +418,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             elements,
             chunks,
             settings.clip_range,
-            int(settings.hinge),
+            settings.objective,
             int(settings.mean),
             FINISH=128,
             **plan.options,
@@ -423,7 +431,7 @@ def _forward_fake(output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, device = output.shape[0], output.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     clipped = torch.empty((rows,), dtype=torch.bool, device=device)
-    return loss, clipped, torch.empty((6, rows), dtype=torch.float32, device=device)
+    return loss, clipped, torch.empty((7, rows), dtype=torch.float32, device=device)
 
 
 def _backward(grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -504,10 +512,11 @@ def policy_loss(inputs: LossInputs) -> PolicyLoss:
         given = {"noise": noise}
     for name in ("reference", "unconditional", "guidance_scale"):
         given[name] = getattr(inputs, name)
+    divergence = inputs.quadratic if inputs.divergence is None else inputs.divergence
     loss, clipped, statistics = torch.ops.pcpo_kernels.policy_loss(
         *Operands(inputs.output, inputs.old_output, **given),
-        *Columns(inputs.linear, inputs.quadratic, inputs.scale, inputs.advantage, inputs.kl),
-        *Settings(float(inputs.clip_range), inputs.objective == "hinge", inputs.reduction == "mean"),
+        *Columns(inputs.linear, inputs.quadratic, inputs.scale, inputs.advantage, divergence, inputs.kl),
+        *Settings(float(inputs.clip_range), get_args(Objective).index(inputs.objective), inputs.reduction == "mean"),
     )
-    log_ratio, taylor_error, divergence = statistics.unbind(0)[:3]
-    return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if inputs.reference is None else divergence)
+    log_ratio, taylor_error, kl_term, *_, distance = statistics.unbind(0)
+    return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if inputs.reference is None else kl_term, distance)
