@@ -175,8 +175,15 @@ class Engine:
         """The engine as a module: calling it runs the model with DeepSpeed's hooks."""
         return self.deepspeed  # type: ignore[no-any-return]
 
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient; the engine divides by the number of micro-batches."""
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+        """Add a micro-batch's gradient, divided by ``accumulation``.
+
+        Args:
+            loss: a scalar.
+            last: whether the next :meth:`step` steps the optimiser, also after fewer micro-batches than
+                ``accumulation``: those left out count as gradients of 0. None: after every ``accumulation`` of them.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
     def step(self) -> None:

@@ -50,18 +50,24 @@ class StepTable:
 
 @dataclass(frozen=True)
 class CreditRows:
-    """A credit table in float32 on the policy's device; ``kl`` is already times beta. All [N]."""
+    """A credit table in float32 on the policy's device; ``kl`` is already times beta. All [N].
+
+    ``silent``: N flags on the CPU, the policy loss of the step has no gradient, whatever the advantage.
+    """
 
     linear: Tensor
     quadratic: Tensor
     scale: Tensor
     kl: Tensor
+    silent: Tensor
 
     @classmethod
     def of(cls, table: CreditTable, kl_coefficient: float, device: torch.device) -> "CreditRows":
         """Move a float64 credit table to a device."""
         columns = (table.linear, table.quadratic, table.scale, table.kl * kl_coefficient)
-        return cls(*(column.to(device, torch.float32) for column in columns))
+        linear, quadratic, scale, kl = (column.float() for column in columns)
+        silent = (scale == 0) | ((linear == 0) & (quadratic == 0))
+        return cls(linear.to(device), quadratic.to(device), scale.to(device), kl.to(device), silent)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,18 @@ class StepStatistics:
         steps: number of sampler steps N.
         device: where the row results are.
         divergence: whether the divergence from the old policy is a metric.
+        left_out: micro-batches that are not run, since their loss would be 0.
     """
 
-    def __init__(self, steps: int, device: torch.device, *, divergence: bool = False) -> None:
-        self.sums = torch.zeros(len(_COLUMNS), steps, dtype=torch.float64, device=device)
+    def __init__(self, steps: int, device: torch.device, *, divergence: bool = False, left_out: int = 0) -> None:
+        # One column more than there are steps, which nothing reads: for rows that are in no mean.
+        self.sums = torch.zeros(len(_COLUMNS), steps + 1, dtype=torch.float64, device=device)
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)
+        self.loss[1] = left_out
         self.has_kl, self.has_divergence = False, divergence
 
     def add(self, steps: Tensor, result: PolicyLoss) -> None:
-        """Add a micro-batch: int64 [M] steps and its loss result."""
+        """Add a micro-batch: int64 [M] steps, N for a row that does not count, and its loss result."""
         self.has_kl = self.has_kl or result.kl is not None
         kl = torch.zeros_like(result.log_ratio) if result.kl is None else result.kl
         ones = torch.ones_like(result.log_ratio)
@@ -42,10 +45,10 @@ class StepStatistics:
         self.sums[len(_ROWS) :].index_add_(1, steps, rows.double())
 
     def metrics(self) -> dict[str, float]:
-        """Means over all rows of all ranks, overall and per step."""
+        """Means over the rows of all ranks that count, overall and per step; none where none does, but the loss."""
         packed = sum_over_ranks(torch.cat((self.sums.flatten(), self.loss))).cpu()
         loss, batches = packed[-2:].tolist()
-        sums = dict(zip(_COLUMNS, packed[:-2].reshape(len(_COLUMNS), -1), strict=True))
+        sums = dict(zip(_COLUMNS, packed[:-2].reshape(len(_COLUMNS), -1)[:, :-1], strict=True))
         count, mismatches = sums["count"], sums["mismatch_count"]
         names = {"clip_fraction": "clipped", "log_ratio_abs": "log_ratio_abs", "taylor_error": "taylor_error"}
         if self.has_kl:
@@ -53,6 +56,8 @@ class StepStatistics:
         if self.has_divergence:
             names["divergence"] = "divergence"
         metrics = {"policy/loss": loss / max(batches, 1.0)}
+        if not count.any():
+            return metrics
         for name, column in names.items():
             metrics[f"policy/{name}"] = float(sums[column].sum() / count.sum())
         total, square = sums["log_ratio_sum"], sums["log_ratio_square"]

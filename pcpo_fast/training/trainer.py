@@ -55,7 +55,8 @@ from pcpo_fast.training.run_results import finish_run, write_captions, write_cre
 from pcpo_fast.training.update import Update
 
 WORK = ("compute/forwards", "compute/trained", "compute/decodes", "compute/reward_calls")
-"""An epoch's work in all ranks' rows: it depends on neither the machine nor how many are at work on it."""
+"""An epoch's work in all ranks' rows. It depends on neither the machine nor how many are at work on it, but for the
+pairs that fill the last micro-batches where others are skipped."""
 
 
 def train(
@@ -343,7 +344,8 @@ class Trainer:
         metrics |= _by_inner_epoch(applied_records)
         planned = self.config.train.inner_epochs * self.config.train.updates_per_epoch
         metrics["policy/stale_updates"] = float(planned - len(records))
-        metrics["policy/skipped_updates"] = sum(record["policy/skipped_updates"] for record in records)
+        for name in ("policy/skipped_updates", "policy/skipped_pairs"):
+            metrics[name] = sum(record[name] for record in records)
         self._warn_of_mismatch(metrics, epoch)
         return metrics
 
@@ -421,7 +423,8 @@ def _by_inner_epoch(records: list[dict[str, float]]) -> dict[str, float]:
     for inner in passes:
         means = _mean_over_updates([record for record in records if record["policy/inner_epoch"] == inner])
         for name in ("clip_fraction", "log_ratio_abs", "log_ratio_std", "taylor_error"):
-            metrics[f"policy/{name}_inner_{inner}"] = means[f"policy/{name}"]
+            if f"policy/{name}" in means:
+                metrics[f"policy/{name}_inner_{inner}"] = means[f"policy/{name}"]
     return metrics
 
 

@@ -9,11 +9,13 @@ from pcpo_kernels import Endpoints, NoiseKey, PolicyLoss, policy_loss
 from torch import Tensor
 
 from pcpo_fast.config.schema import Config
+from pcpo_fast.distributed.collectives import world_size
 from pcpo_fast.engine.engine import Engine
 from pcpo_fast.method.step_tables import CreditRows, StepTable
 from pcpo_fast.policies import Conditioning, Policy, PolicyOutput
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.rollout.rollout import Rollout
+from pcpo_fast.training.pairs import pairs_to_run
 from pcpo_fast.training.step_statistics import StepStatistics
 
 
@@ -23,15 +25,19 @@ class MicroBatch:
 
     Attributes:
         rows, steps: int64 [M], position in the rollout and step.
+        counted: int64 [M], the step, or their number N where the row only fills the micro-batch and is in no metric.
         latents, times: what the policy saw, [M, ...] and [M].
         conditioning: M rows.
+        last: whether the optimiser steps after it.
     """
 
     rows: Tensor
     steps: Tensor
+    counted: Tensor
     latents: Tensor
     times: Tensor
     conditioning: Conditioning
+    last: bool
 
 
 class Update:
@@ -40,7 +46,8 @@ class Update:
     Args:
         policy, engine: the model and what steps it.
         rollout: this rank's trajectories.
-        advantages: [n], one per image of the rollout, in its order; or [n, N], one per image and step.
+        advantages: [n], one per image of the rollout, in its order; or [n, N], one per image and step. Where one is 0
+            the policy loss has no gradient, and the pair is not run.
         table, credit: the sampler and the credit table on the policy's device.
         config: the whole configuration (sections ``train`` and ``credit`` are used).
     """
@@ -64,24 +71,35 @@ class Update:
         self.element_count = rollout.trajectories.latents[0, 0].numel()
         self.masks = config.credit.objective == "divergence_mask"
         self.divergence = (table.b / table.std) ** 2 / 2  # of the Gaussians themselves, whatever the credit rule
+        self.silent = (by_step.float().cpu() == 0) | credit.silent
+        if config.credit.kl_coefficient > 0:
+            self.silent = torch.zeros_like(self.silent)  # the KL still has a gradient
 
     def run(self) -> Iterator[dict[str, float]]:
         """Yield the metrics of each optimiser step, equal on every rank."""
-        if self.config.train.old_output == "recompute":
-            self.recomputed = self._recompute_outputs()
         settings = self.config.train
+        self.pairs = pairs_to_run(self.rollout.plan, self.silent, settings.micro_batch_size)
+        if settings.old_output == "recompute":
+            self.recomputed = self._recompute_outputs()
         for inner in range(settings.inner_epochs):
             distances = []
             for update in range(settings.updates_per_epoch):
                 unchanged = inner == 0 and update == 0
-                statistics = StepStatistics(self.table.steps, self.policy.device, divergence=self.masks)
+                skipped = self.rollout.plan.steps[update].numel() - len(self.pairs[update].rows)
+                statistics = StepStatistics(
+                    self.table.steps,
+                    self.policy.device,
+                    divergence=self.masks,
+                    left_out=skipped // settings.micro_batch_size,
+                )
                 with profiler_ranges.named("update"):
                     for batch in profiler_ranges.each("micro-step", self._micro_batches(update)):
                         self._train_on(batch, statistics, unchanged)
                     outcome, metrics = self.engine.last_step, statistics.metrics()
-                distances.append(metrics["policy/log_ratio_abs"])
+                distances.append(metrics.get("policy/log_ratio_abs", 0.0))
                 yield metrics | {
                     "policy/inner_epoch": float(inner),
+                    "policy/skipped_pairs": float(skipped * world_size()),
                     "policy/grad_norm": outcome.grad_norm,
                     "policy/update_applied": float(outcome.applied),
                     "optimizer/lr": outcome.lr,
@@ -90,14 +108,14 @@ class Update:
                 return  # stale: the policy has left the one that sampled
 
     def _micro_batches(self, update: int) -> Iterator[MicroBatch]:
-        device, plan = self.policy.device, self.rollout.plan
-        per_update, count = plan.steps.shape[1:]
-        all_rows = torch.arange(update * per_update, (update + 1) * per_update).repeat_interleave(count).to(device)
-        all_steps = plan.steps[update].flatten().to(device)
-        size = self.config.train.micro_batch_size
-        for rows, steps in zip(all_rows.split(size), all_steps.split(size), strict=True):
-            latents = self.rollout.trajectories.latents[rows, steps]
-            yield MicroBatch(rows, steps, latents, self.table.times[steps], self.rollout.conditioning_of(rows))
+        device, pairs, size = self.policy.device, self.pairs[update], self.config.train.micro_batch_size
+        counted = pairs.steps.where(pairs.taught, self.table.steps)
+        columns = (column.to(device).split(size) for column in (pairs.rows, pairs.steps, counted))
+        left = len(pairs.rows) // size
+        for rows, steps, counts in zip(*columns, strict=True):
+            left -= 1
+            latents, given = self.rollout.trajectories.latents[rows, steps], self.rollout.conditioning_of(rows)
+            yield MicroBatch(rows, steps, counts, latents, self.table.times[steps], given, last=left == 0)
 
     def _predict(self, batch: MicroBatch) -> Tensor:
         return self.policy.predict(batch.latents, batch.times, batch.conditioning)
@@ -115,11 +133,11 @@ class Update:
             halves = self._predict_halves(batch)
         with profiler_ranges.named("loss"):
             result = self._loss(batch, halves, *self._old_side(batch, unchanged), reference)
-        statistics.add(batch.steps, result if result.kl is None else result._replace(kl=result.kl / beta))
+        statistics.add(batch.counted, result if result.kl is None else result._replace(kl=result.kl / beta))
         if unchanged:
             self._measure_mismatch(batch, halves, statistics)
         with profiler_ranges.named("backward"):
-            self.engine.backward(result.loss)
+            self.engine.backward(result.loss, batch.last)
         self.engine.step()
 
     def _old_side(self, batch: MicroBatch, unchanged: bool) -> tuple[Tensor | None, NoiseKey | Endpoints]:
@@ -171,7 +189,7 @@ class Update:
 
     @torch.no_grad()
     def _recompute_outputs(self) -> Tensor:
-        """One forward of every pair as the update will batch it, before anything has changed."""
+        """One forward of every pair that is run, as the update will batch it, before anything has changed."""
         outputs = self.stored.clone()
         for update in range(self.config.train.updates_per_epoch):
             for batch in self._micro_batches(update):
@@ -186,4 +204,4 @@ class Update:
         result = self._loss(batch, halves, stored, self._noise_key(batch))
         change = (output.float() - stored.float()).flatten(1).norm(dim=1)
         relative = change / stored.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        statistics.add_mismatch(batch.steps, relative, result)
+        statistics.add_mismatch(batch.counted, relative, result)

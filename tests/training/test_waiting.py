@@ -78,11 +78,11 @@ class Accelerator:
             )
 
     def update(self, rollout: Any) -> Update:
-        advantages = torch.zeros(len(rollout.seeds), device=self.device)
+        advantages = torch.ones(len(rollout.seeds))
         engine: Any = self
         return Update(self.policy, engine, rollout, advantages, self.at.sampler, self.at.credit, self.config)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
     def step(self) -> None:
