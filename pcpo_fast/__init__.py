@@ -1,11 +1,47 @@
-"""Train FLUX and Stable Diffusion with Proportionate Credit Policy Optimization."""
+"""Train FLUX and Stable Diffusion with Proportionate Credit Policy Optimization.
+
+For notebooks and scripts (docs/python.md)::
+
+    import pcpo_fast
+
+    run = pcpo_fast.train("configs/tiny_flux.yaml", {"train.epochs": 20})
+    run.before_after
+
+Importing this loads neither PyTorch nor any other library; the first call does.
+"""
 
 import logging
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "compare", "evaluate", "export", "load_config", "sample", "train"]
+
+_FUNCTIONS = {
+    "load_config": "configuration",
+    "train": "training",
+    "sample": "sampling",
+    "evaluate": "evaluating",
+    "compare": "comparing",
+    "export": "exporting",
+}
+"""Function -> its module in :mod:`pcpo_fast.interface`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"pcpo_fast.interface.{_FUNCTIONS[name]}")
+    found = import_module("pcpo_fast.interface.messages").for_python(getattr(module, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _check_kernels() -> None:

@@ -12,6 +12,10 @@ class UserError(Exception):
 
     shared = False
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter show instead of a traceback."""
+        return [f"error: {self}"]
+
 
 def reason_of(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none: for the end of a sentence."""

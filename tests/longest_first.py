@@ -24,6 +24,7 @@ LONGEST = (
     "runs/test_checkpoint.py",
     "evaluation/test_evaluate_ranks.py",
     "profiling/test_profiling.py",  # 24
+    "interface/test_interface.py",
     "runs/test_killing.py",
     "engine/test_resharding.py",
     "guidance/test_reward_guidance.py",

@@ -40,6 +40,7 @@ ROOMS = (
     "comparison",
     "evaluation",
     "reproduction",
+    "interface",
     "commands",
     "cli",
     "__main__",

@@ -1,15 +1,12 @@
 """``pcpo-fast evaluate``: checkpoints judged by their images."""
 
 import argparse
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pcpo_fast.config.schema import Config, RewardConfig
-    from pcpo_fast.evaluation.result import Evaluation
+    from pcpo_fast.interface.evaluating import Evaluated
 
 EXAMPLES = """examples:
   pcpo-fast evaluate --checkpoint base --checkpoint pcpo=runs/pcpo --checkpoint grpo=runs/grpo --output runs/evaluation
@@ -90,117 +87,53 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, and say where everything is."""
     import json
-    import os
 
     from rich.console import Console
 
-    from pcpo_fast.errors import UserError
-    from pcpo_fast.evaluation.metrics import parse_metrics
+    from pcpo_fast.interface.evaluating import evaluate
 
-    _check(arguments)
-    metrics = parse_metrics(arguments.metric)
-    reference = arguments.reference
-    if reference is not None and reference != "base" and not Path(reference).is_dir():
-        raise UserError(f"--reference: {reference} is neither base nor a folder of images")
-
-    import torch
-
-    from pcpo_fast.evaluation.candidate_images import Request
-    from pcpo_fast.evaluation.evaluator import EvaluationSettings, evaluate, with_reference
-    from pcpo_fast.prompts import load_prompts
-
-    cache = None if arguments.cache is None else Path(arguments.cache)
-    settings = EvaluationSettings(
-        Path(arguments.output),
-        metrics,
-        reference,
-        cache=cache,
-        batch_size=arguments.batch_size,
+    done = evaluate(
+        arguments.checkpoints,
+        config=arguments.config,
+        settings=arguments.overrides,
+        prompts=arguments.prompts,
+        limit=arguments.limit,
+        count=arguments.count,
+        seed=arguments.seed,
+        stochastic=arguments.stochastic,
+        rewards=arguments.reward,
+        metrics=arguments.metric,
+        reference=arguments.reference,
         resamples=arguments.resamples,
+        preference=arguments.preference,
+        output=arguments.output,
+        cache=arguments.cache,
+        batch_size=arguments.batch_size,
         shown=arguments.shown,
+        remake=arguments.remake,
     )
-    candidates = with_reference(arguments.checkpoints, arguments.config, arguments.overrides, settings)
-    pair = None
-    if arguments.preference is not None:
-        from pcpo_fast.evaluation.preference import parse_pair
-
-        pair = parse_pair(arguments.preference, [one.name for one in candidates])
-    config = _shared(arguments)
-    file = arguments.prompts or config.prompts.heldout
-    if file is None:
-        raise UserError("--prompts: the configuration has no prompts.heldout; name a prompt file")
-    prompts = load_prompts(file)[: arguments.limit]
-    settings = replace(settings, rewards=_rewards(arguments, config), timeout=config.scoring.timeout)
-    request = Request(
-        prompts, arguments.count, arguments.seed, arguments.stochastic, arguments.batch_size, arguments.remake
-    )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from pcpo_fast.engine.engine import start_distributed
-
-        device = start_distributed(config.distributed)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = evaluate(candidates, request, settings, device)
-    if result is None:
+    if done is None:
         return 0
-    console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
     if arguments.json:
-        print(json.dumps(result.record(), allow_nan=False))
-    _say(result, settings.output, console)
-    if pair is not None:
-        from pcpo_fast.evaluation.preference import write_preference
-
-        page, key = write_preference(result, pair, settings.output)
-        text = f"Blind comparison: give people {page}, keep {key}; then: pcpo-fast votes {key} VOTES..."
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print(json.dumps(done.record, allow_nan=False))
+    _say(done, Console(stderr=arguments.json))  # with --json, stdout is for the program that reads it
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    from pcpo_fast.errors import UserError
-
-    if not arguments.checkpoints:
-        raise UserError("--checkpoint: say what is to be judged, for example --checkpoint base --checkpoint runs/demo")
-    for name, least in (("count", 1), ("batch_size", 1), ("limit", 1), ("shown", 0), ("resamples", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed: must lie in 0..2^63 - 1, got {arguments.seed}")
-
-
-def _shared(arguments: argparse.Namespace) -> "Config":
-    """The configuration whose held-out prompts and rewards are the default."""
-    from pcpo_fast.config.loading import load_config
-    from pcpo_fast.evaluation.candidates import shared_config_file
-
-    file = shared_config_file(arguments.checkpoints) if arguments.config is None else arguments.config
-    return load_config(file, arguments.overrides)
-
-
-def _rewards(arguments: argparse.Namespace, config: "Config") -> "list[RewardConfig]":
-    """Those of the configuration, with their options, or those that are named."""
-    from pcpo_fast.config.schema import RewardConfig
-
-    if not arguments.reward:
-        return list(config.rewards)
-    chosen: dict[str, RewardConfig] = {}
-    for name in arguments.reward:
-        known = [reward for reward in config.rewards if name in (reward.name, reward.label)]
-        chosen |= {reward.column: reward for reward in known or [RewardConfig(name=name)]}
-    return list(chosen.values())
-
-
-def _say(result: "Evaluation", folder: Path, console: "Console") -> None:
-    from pcpo_fast.evaluation.evaluator import JSON_FILE, MARKDOWN_FILE, PAGE_FILE
+def _say(done: "Evaluated", console: "Console") -> None:
+    from pcpo_fast.evaluation.evaluator import JSON_FILE, MARKDOWN_FILE
     from pcpo_fast.evaluation.result_tables import difference_table, main_table, matched_table
 
+    result = done.result
     if not console.is_terminal:
         console.width = 240  # a table in a file or pipe is not cut into narrow columns
     for table in (main_table(result), difference_table(result), matched_table(result)):
         if table is not None:
             console.print(table.rich())
     lines = [f"note: {note}" for note in result.notes]
-    lines.append(f"Page: {folder / PAGE_FILE}, {MARKDOWN_FILE} and {JSON_FILE} beside it")
+    lines.append(f"Page: {done.page}, {MARKDOWN_FILE} and {JSON_FILE} beside it")
+    if done.preference is not None:
+        page, key = done.preference
+        lines.append(f"Blind comparison: give people {page}, keep {key}; then: pcpo-fast votes {key} VOTES...")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

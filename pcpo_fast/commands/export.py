@@ -45,18 +45,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the weights of a checkpoint."""
     import json
 
-    from pcpo_fast.runs.exporting import export_run
+    from pcpo_fast.interface.exporting import export
 
-    result = export_run(
+    done = export(
         arguments.run_directory,
         arguments.output,
-        arguments.epoch,
-        arguments.pipeline,
-        arguments.format,
-        arguments.dtype,
+        epoch=arguments.epoch,
+        pipeline=arguments.pipeline,
+        format=arguments.format,
+        dtype=arguments.dtype,
     )
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps({"output": str(done.folder), "kind": done.kind, "epoch": done.epoch}))
     else:
-        print(f"{result['kind']} after {result['epoch']} epochs: {result['output']}")
+        print(f"{done.kind} after {done.epoch} epochs: {done.folder}")
     return 0

@@ -69,10 +69,29 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Make the images and say where they are."""
     import json
+    from pathlib import Path
 
-    from pcpo_fast.guidance.samples import make_samples
+    from pcpo_fast.interface.sampling import sample
 
-    result = make_samples(arguments)
+    samples = sample(
+        Path(arguments.prompts) if arguments.prompts else arguments.prompt,
+        runs=arguments.runs,
+        config=arguments.config,
+        settings=arguments.overrides,
+        scales=arguments.scales,
+        sweep=arguments.sweep,
+        count=arguments.count,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        stochastic=arguments.stochastic,
+        batch_size=arguments.batch_size,
+        rewards=arguments.reward,
+        output=arguments.output,
+        folder=arguments.folder,
+    )
+    prompts = [prompt.text for prompt in samples.request.prompts]
+    common = {"output": arguments.output, "runs": arguments.runs, "prompts": prompts, "seed": arguments.seed}
+    result = common | dict(samples.written or {})
     if arguments.json:
         print(json.dumps(result))
         return 0

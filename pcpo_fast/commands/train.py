@@ -68,27 +68,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from pcpo_fast.config.loading import load_config
     from pcpo_fast.distributed.collectives import launcher_rank
     from pcpo_fast.distributed.preemption import Stopped
-    from pcpo_fast.errors import UserError
+    from pcpo_fast.interface.configuration import load_config
+    from pcpo_fast.interface.training import train
 
-    path = arguments.config or DEFAULT_CONFIG
-    if arguments.config is None and not Path(path).is_file():
-        raise UserError(f"there is no {path} here; run from the project's folder, or name a file with --config FILE")
-    config = load_config(path, arguments.overrides)
-    console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
-    if launcher_rank() == 0:
-        text = f"{config.algorithm} on {config.model.path}, run directory {config.output_dir}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    config = load_config(arguments.config, arguments.overrides)
     try:
-        from pcpo_fast.profiling.recording import ProfileRequest
-        from pcpo_fast.training.trainer import train
-
-        epoch, updates = arguments.profile_epoch, arguments.profile_updates
-        wanted = arguments.profile or epoch is not None or updates is not None
-        profile = ProfileRequest(epoch, updates) if wanted else None
-        summary = train(config, arguments.resume, console, profile, arguments.verify)
+        run = train(
+            config,
+            resume=arguments.resume,
+            verify=arguments.verify,
+            profile=arguments.profile,
+            profile_epoch=arguments.profile_epoch,
+            profile_updates=arguments.profile_updates,
+            console=Console(stderr=arguments.json),  # with --json, stdout is for the program that reads it
+        )
     except KeyboardInterrupt:
         if launcher_rank() == 0:
             print(_how_to_go_on("interrupted", Path(config.output_dir)), file=sys.stderr)
@@ -99,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(_how_to_go_on(word, Path(config.output_dir)), file=sys.stderr)
         return stopped.exit_code
     if launcher_rank() == 0:
-        print(json.dumps(summary, indent=2) if arguments.json else _closing_words(summary, Path(config.output_dir)))
+        print(json.dumps(run.summary, indent=2) if arguments.json else _closing_words(run.summary, run.folder))
     return 0
 
 

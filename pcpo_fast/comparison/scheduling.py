@@ -42,7 +42,15 @@ class Failure:
 
 
 class Interrupted(Exception):
-    """The runs were stopped from outside; they go on with the next call."""
+    """The runs were stopped from outside; they go on with the next call.
+
+    Attributes:
+        folder: of the comparison.
+    """
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def run_all(
                         time.sleep(poll)
         except KeyboardInterrupt:
             finished = progress.done
-            raise Interrupted(f"interrupted with {finished} of {progress.total} runs done") from None
+            raise Interrupted(f"interrupted with {finished} of {progress.total} runs done", folder) from None
         finally:
             end_runs(running)
     return failures

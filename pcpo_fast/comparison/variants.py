@@ -207,10 +207,9 @@ def planned_run(plan: ComparisonPlan, variant: Variant, seed: int, above: Path) 
     overrides = (*settings, f"seed={seed}", f"output_dir={json.dumps(str(folder))}")
     file = variant.config or plan.config
     try:
-        config = load_config(file, overrides)
+        config = load_config(file, overrides, "setting")  # it may come from a file of the comparison
     except UserError as error:
-        message = str(error).replace("command line (", "setting (")  # it may come from a file of the comparison
-        raise UserError(f"variant {variant.name}: {message}") from None
+        raise UserError(f"variant {variant.name}: {error}") from None
     if config.model.embedding_cache is None:
         shared = str((plan.output / EMBEDDINGS).expanduser())
         overrides += (f"model.embedding_cache={json.dumps(shared)}",)

@@ -21,7 +21,9 @@ _WRITTEN_OUT = {"deepspeed", "model.revision", "model.lora.targets", "model.lora
 """Nobody sets all of these by hand: a file that does is what a run of any version has written of itself."""
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | Config | None, overrides: Sequence[str] = (), where: str = "command line"
+) -> Config:
     """Read a YAML file, apply ``key.subkey=value`` overrides, fill in the algorithm preset, and validate.
 
     A later override wins over an earlier one. A mapping given for a section is laid over what is there, key by key;
@@ -29,25 +31,31 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     (``rewards.0.weight=2``).
 
     Args:
-        path: the YAML file, or None for defaults alone.
-        overrides: settings from the command line; values are YAML.
+        source: the YAML file, a configuration that is loaded already, or None for defaults alone.
+        overrides: settings; values are YAML.
+        where: what messages call the place that the overrides come from.
 
     Raises:
         UserError: one sentence for the first problem, naming file, line and key, with what is allowed.
     """
-    values, places = ({}, {}) if path is None else read_yaml(Path(path).expanduser())
+    values: dict[str, Any] = {}
+    places: dict[TextPath, str] = {}
+    if isinstance(source, Config):
+        values = source.model_dump(mode="json")
+    elif source is not None:
+        values, places = read_yaml(Path(source).expanduser())
     given = {".".join(key) for key in places}
     if given >= _WRITTEN_OUT:
         given.clear()  # a run's own file: what it holds was checked when the run began, or is what it has trained with
     commands: list[tuple[str, Any]] = []
     for text in overrides:
-        key, value = _parse_override(text)
+        key, value = _parse_override(text, where)
         commands.append((".".join(key), value))
-        _assign(values, key, value, text)
+        _assign(values, key, value, f"{where} ({text})")
         places = {at: place for at, place in places.items() if at[: len(key)] != key}
-        places[key] = f"command line ({text})"
+        places[key] = f"{where} ({text})"
     values = _without_empty_sections(values, Config)
-    fallback = "defaults" if path is None else str(path)
+    fallback = "defaults" if source is None else "configuration" if isinstance(source, Config) else str(source)
     algorithm = values.get("algorithm", Config.model_fields["algorithm"].default)
     if not isinstance(algorithm, str) or algorithm not in PRESETS:
         raise UserError(
@@ -62,7 +70,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     given |= commanded
     _refuse_unused(config, given, commanded, places, fallback)
     # What only the model can say of its settings (policies/) concerns those alone that the user has set.
-    config.model.model_fields_set.intersection_update(key.split(".")[1] for key in given if key.startswith("model."))
+    of_user = {key.split(".")[1] for key in given if key.startswith("model.")}
+    if isinstance(source, Config):
+        of_user |= source.model.model_fields_set
+    config.model.model_fields_set.intersection_update(of_user)
     return config
 
 
@@ -93,7 +104,7 @@ def _refuse_unused(
         named = []
         for key in keys:
             place = place_of(tuple(key.split(".")), places, fallback)
-            said = place == first or place.startswith("command line")
+            said = place == first or key in commanded
             named.append(key if said else f"{key} ({place.removeprefix(fallback).strip()})")
         clauses.append(
             f"{listed(named, last='and')} {'has' if len(keys) == 1 else 'have'} an effect only with {condition}"
@@ -102,17 +113,17 @@ def _refuse_unused(
     raise UserError(f"{first}: {'; '.join(clauses)}: drop {them}")
 
 
-def _parse_override(text: str) -> tuple[TextPath, Any]:
+def _parse_override(text: str, where: str) -> tuple[TextPath, Any]:
     key, separator, value = text.partition("=")
     if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise UserError(f"command line ({text}): an override is written key.subkey=value")
+        raise UserError(f"{where} ({text}): an override is written key.subkey=value")
     try:
         return tuple(key.split(".")), parse_value(value)
     except ValueError as error:
-        raise UserError(f"command line ({text}): {value!r} is not a valid YAML value ({error}); quote it") from None
+        raise UserError(f"{where} ({text}): {value!r} is not a valid YAML value ({error}); quote it") from None
 
 
-def _assign(values: dict[str, Any], key: TextPath, value: Any, text: str) -> None:
+def _assign(values: dict[str, Any], key: TextPath, value: Any, place: str) -> None:
     target: Any = values
     defaults: Any = Config().model_dump(mode="json")
     for depth, part in enumerate(key):
@@ -120,12 +131,12 @@ def _assign(values: dict[str, Any], key: TextPath, value: Any, text: str) -> Non
         if isinstance(target, list):
             if not (part.isdecimal() and int(part) < len(target)):
                 name = ".".join(key[:depth])
-                raise UserError(f"command line ({text}): {name} is a list of {len(target)}; positions count from 0")
+                raise UserError(f"{place}: {name} is a list of {len(target)}; positions count from 0")
             position: Any = int(part)
         elif isinstance(target, dict):
             position = part
         else:
-            raise UserError(f"command line ({text}): {'.'.join(key[:depth])} is a value, not a section")
+            raise UserError(f"{place}: {'.'.join(key[:depth])} is a value, not a section")
         defaults = defaults.get(part) if isinstance(defaults, dict) else None
         below = target.get(position) if isinstance(target, dict) else target[position]
         if last:

@@ -7,6 +7,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
@@ -115,42 +116,37 @@ def shown_rows(prompts: int, count: int) -> list[int]:
     return [prompt * count + image for image in range(count) for prompt in range(prompts)][:SHOWN_ROWS]
 
 
-def write_sweep(
-    columns: Sequence[ScaleResult],
-    numbers: Sequence[Mapping[str, Any]],
-    captions: Sequence[str],
-    count: int,
-    output: Path,
-) -> Path | None:
-    """Write the picture, a row for each image and a column for each scale, and the plot if there are rewards.
+def sweep_picture(columns: Sequence[ScaleResult], captions: Sequence[str], count: int) -> Image:
+    """A row for each image and a column for each scale.
 
     Args:
         columns: one for each scale.
-        numbers: of :func:`sweep_numbers`.
         captions: of each image.
         count: images of a prompt.
-        output: the picture; its folder exists.
-
-    Returns:
-        Path of the plot.
-
-    Raises:
-        OSError: a file cannot be written.
     """
     rows = shown_rows(len(captions) // count, count)
     reward = next(iter(columns[0].scores), None)
-    picture = image_table(
+    return image_table(
         [column.images[rows] for column in columns],
         columns=[_heading(column.scale) for column in columns],
         rows=[captions[row] for row in rows],
         scores=None if reward is None else [column.scores[reward][rows].tolist() for column in columns],
         title=None if len(rows) == len(captions) else f"{len(rows)} of {len(captions)} images",
     )
-    picture.save(output)
-    if reward is None:
+
+
+def write_reward_plot(
+    columns: Sequence[ScaleResult], numbers: Sequence[Mapping[str, Any]], images: int, output: Path
+) -> Path | None:
+    """Write the rewards against the scale next to the picture ``output``; returns the path, None without rewards.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if not columns[0].scores:
         return None
     points = {name: [_point(entry, name) for entry in numbers] for name in columns[0].scores}
-    save_figure(scale_figure(points, len(captions)), plot_path(output))
+    save_figure(scale_figure(points, images), plot_path(output))
     return plot_path(output)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pcpo_fast.files.content import is_weights, part_files
 
-Sources = dict[str, dict[str, Path]]
-"""What they are to the reward, such as an option's name -> name of a file -> file."""
+Sources = dict[str, dict[str, Path | str]]
+"""What they are to the reward, such as an option's name -> name of a file -> file, or source code without one."""
 
 _noted: ContextVar[Sources | None] = ContextVar("noted", default=None)
 
@@ -31,6 +31,13 @@ def note_source(what: str, place: Path, *, weights: bool = True) -> None:
     if found is not None:
         files = part_files(place) if place.is_dir() else {place.name: place}
         found[what] = {name: file for name, file in files.items() if weights or not is_weights(file)}
+
+
+def note_text(what: str, name: str, text: str) -> None:
+    """Note source code that stands in no file."""
+    found = _noted.get()
+    if found is not None and text:
+        found[what] = {name: text}
 
 
 def note_options(options: Mapping[str, Any]) -> None:

@@ -2,14 +2,16 @@
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.rewards.sources import note_source
+from pcpo_fast.rewards.sources import note_source, note_text
 
 
 def import_target(target: str) -> Callable[..., Any]:
@@ -25,7 +27,7 @@ def import_target(target: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
         raise UserError(f"reward {target!r} is not of the form module:function, for example my_rewards:redness")
     found: Any = _import(module_name, target)
-    file = getattr(found, "__file__", None)
+    file, module = getattr(found, "__file__", None), found
     if file is not None and not module_name.startswith("pcpo_fast."):
         note_source(f"module {module_name}", Path(file))
     where = f"module {module_name} ({getattr(found, '__file__', None) or 'a folder without __init__.py'})"
@@ -37,13 +39,42 @@ def import_target(target: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         raise UserError(f"reward {target}: {path} in {where} is not callable but of type {type(found).__name__}")
+    if file is None and isinstance(module, ModuleType):
+        note_text(f"module {module_name}", path, _code_of(found))
     return found  # type: ignore[no-any-return]
+
+
+def name_of(reward: Callable[..., Any]) -> str:
+    """``module:attribute`` of a function or class, which is how a configuration names it.
+
+    Raises:
+        UserError: its module has nothing of that name: it is a lambda, an instance, or defined within a function.
+    """
+    module, path = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if found is not reward:
+        raise UserError(
+            f"reward {path or repr(reward)}: must be a function or a class at the top level of a module, script or "
+            "notebook, where the configuration can name it"
+        )
+    return f"{module}:{path}"
 
 
 def first_line(error: BaseException) -> str:
     """An exception as one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _code_of(target: Any) -> str:
+    """The source code of a function, or of a class's functions, in a module without a file: that of a notebook."""
+    parts = [one for one in vars(target).values() if inspect.isfunction(one)] if isinstance(target, type) else [target]
+    try:
+        return "\n".join(map(inspect.getsource, parts))
+    except (OSError, TypeError):
+        return ""
 
 
 def _import(module_name: str, target: str) -> Any:

@@ -100,16 +100,23 @@ def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> d
         if path is not None and (place := Path(path).expanduser()).exists():
             files[f"model.{key}"] = part_files(place) if place.is_dir() else {place.name: place}
             paths[f"model.{key}"] = str(place if place.is_dir() else place.parent)
+    code: dict[str, Input] = {}
     for reward, sources in inputs.rewards.sources.items():
         for what, given in sources.items():
-            files[f"reward {reward}, {what}"] = given
-            paths[f"reward {reward}, {what}"] = str(next((file.parent for file in given.values()), ""))
+            key, own = (
+                f"reward {reward}, {what}",
+                {name: file for name, file in given.items() if isinstance(file, Path)},
+            )
+            if texts := {name: digest(text) for name, text in given.items() if isinstance(text, str)}:
+                code[key] = {"path": "the notebook", "files": texts}
+            else:
+                files[key], paths[key] = own, str(next((file.parent for file in own.values()), ""))
     contents = Contents(config.embedding_folder / RECORD_FOLDER, anew=anew)
     read = once_per_machine(lambda: {name: contents.of_files(given) for name, given in files.items()})
     prompts = {"prompts.train": _of_prompts(config.prompts.train, inputs.prompts)}
     if config.prompts.heldout is not None:
         prompts["prompts.heldout"] = _of_prompts(config.prompts.heldout, inputs.heldout)
-    return prompts | {name: {"path": paths[name], "files": given} for name, given in read.items()}
+    return prompts | code | {name: {"path": paths[name], "files": given} for name, given in read.items()}
 
 
 def _of_prompts(path: str, prompts: list[Prompt]) -> Input:

@@ -200,9 +200,7 @@ def test_numbers_are_written_to_be_read() -> None:
 
 
 def test_rewards_are_chosen_by_name_or_label_with_the_options_of_the_configuration() -> None:
-    from argparse import Namespace
-
-    from pcpo_fast.commands.evaluate import _rewards
+    from pcpo_fast.interface.configuration import reward_configs
 
     listed = (
         "[{name: remote, label: one, options: {url: 'http://a'}}, {name: remote, label: two}, {name: caption_match}]"
@@ -210,8 +208,8 @@ def test_rewards_are_chosen_by_name_or_label_with_the_options_of_the_configurati
     config = load_config(None, [f"rewards={listed}"])
 
     def chosen(*names: str) -> list[tuple[str, dict[str, Any]]]:
-        return [(one.column, one.options) for one in _rewards(Namespace(reward=list(names)), config)]
+        return [(one.column, one.options) for one in reward_configs(names, config.rewards)]
 
-    assert chosen() == [("one", {"url": "http://a"}), ("two", {}), ("caption_match", {})]
+    assert chosen() == []
     assert chosen("two", "jpeg_compressibility") == [("two", {}), ("jpeg_compressibility", {})]
     assert chosen("remote", "one") == [("one", {"url": "http://a"}), ("two", {})]

@@ -477,7 +477,8 @@ def test_a_large_sweep_keeps_images_captions_and_scores_together(
     columns = [
         scale_sweep.ScaleResult(scale, images + scale, {"number": torch.arange(30.0) + scale}) for scale in (0.0, 0.5)
     ]
-    plot = scale_sweep.write_sweep(columns, scale_sweep.sweep_numbers(columns, 3), captions, 3, tmp_path / "sweep.png")
+    scale_sweep.sweep_picture(columns, captions, 3)
+    plot = scale_sweep.write_reward_plot(columns, scale_sweep.sweep_numbers(columns, 3), 30, tmp_path / "sweep.png")
     assert plot == tmp_path / "sweep_reward.png" and plot.is_file()
     order = [prompt * 3 + image for image in range(3) for prompt in range(10)][:24]
     assert shown["title"] == "24 of 30 images"

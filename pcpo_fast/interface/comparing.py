@@ -1,0 +1,352 @@
+"""Several configurations over several seeds, as one call."""
+
+import glob
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.interface.configuration import File, Settings, default_file, settings_texts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pcpo_fast.comparison.analysis import Comparison, ComparisonSettings
+    from pcpo_fast.comparison.comparison_file import ComparisonFile
+    from pcpo_fast.comparison.scheduling import Failure, HowToRun
+    from pcpo_fast.comparison.tuning import Search
+    from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison and its files.
+
+    Attributes:
+        result: numbers per seed, means, differences to the baseline, and a verdict on each.
+        report: comparison.md.
+        record: comparison.json.
+        figures: drawn from it.
+    """
+
+    result: "Comparison"
+    report: Path
+    record: Path
+    figures: tuple[Path, ...]
+
+
+class RunsFailed(UserError):
+    """Some runs of a comparison ended with an error.
+
+    Attributes:
+        exit_code: 2 where all are mistakes that the user can mend, else 1.
+        compared: the others; None where there is nothing to compare, which ``reason`` explains if it has not been
+            printed.
+    """
+
+    def __init__(self, failures: "Sequence[Failure]", runs: int, compared: Compared | None, reason: str = "") -> None:
+        named = ", ".join(f"{failure.run.name} (log: {failure.run.log})" for failure in failures)
+        super().__init__(f"{len(failures)} of {runs} runs failed: {named}")
+        self.exit_code = 2 if all(failure.code == 2 for failure in failures) else 1
+        self.compared, self.reason = compared, reason
+
+
+class NotFinished(UserError):
+    """The time was over before there was anything to compare; the same call goes on.
+
+    Attributes:
+        reason: what is missing; empty where it has been printed.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(
+            f"there is nothing to compare yet: {reason or 'the tuning is not over'}; the same call goes on"
+        )
+        self.reason = reason
+
+
+def compare(
+    variants: "Mapping[str, Settings | None] | Sequence[Variant]" = (),
+    *,
+    config: File | None = None,
+    settings: Settings = (),
+    seeds: int | Sequence[int] | None = None,
+    output: File | None = None,
+    file: File | None = None,
+    runs: Mapping[str, File | Iterable[File]] | None = None,
+    jobs: int = 1,
+    threads: int | None = None,
+    launcher: str | None = None,
+    minutes: float | None = None,
+    report_only: bool = False,
+    baseline: str | None = None,
+    target: float | None = None,
+    metric: str | None = None,
+    primary: str | None = None,
+    at_epoch: int | None = None,
+    smoothing: int | None = None,
+    include_unfinished: bool = False,
+    console: "Console | None" = None,
+) -> Compared:
+    """Run what is missing of a comparison, each run in a process of its own, and report.
+
+    Args:
+        variants: settings by the variant's name, where ``config`` is its own YAML file; none: those of the file, or of
+            the comparison that is in ``output`` already.
+        config: YAML file of all variants without their own; None: the demo's.
+        settings: of all variants; a variant's own win.
+        seeds: their number, or a list; None: 3.
+        output: folder of the comparison.
+        file: YAML file with all of this; arguments win over it.
+        runs: instead of running anything: run directories (or patterns such as ``runs/n*``) by the variant's name.
+        jobs: runs at the same time.
+        threads: CPU threads of each; None: divided among them.
+        launcher: command that starts a run on several GPUs.
+        minutes: begin no run after so many minutes; call again to go on.
+        report_only: train nothing, report what is finished.
+        baseline: what the others are compared with, the first if None.
+        target: reward whose reaching is timed; None: see docs/comparing.md.
+        metric: the reward meant, "training" (the default) or "heldout".
+        primary: the measure that decides (docs/comparing.md).
+        at_epoch: also compare the rewards after so many epochs.
+        smoothing: epochs of the trailing mean, 5 if None.
+        include_unfinished: use unfinished runs as far as they are.
+        console: where the progress is shown; None: stdout.
+
+    Raises:
+        UserError: a mistake in the arguments or a configuration, or nothing to compare; :class:`RunsFailed` after the
+            report, where runs failed; :class:`NotFinished` where the time was over before that.
+        pcpo_fast.comparison.scheduling.Interrupted: stopped by a signal; called again, it goes on.
+    """
+    for name, value in (("jobs", jobs), ("threads", threads), ("smoothing", smoothing), ("at-epoch", at_epoch)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: must be at least 1, got {value}")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes: must be above 0, got {minutes:g}")
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    from pcpo_fast.comparison import compare_runs
+    from pcpo_fast.comparison.analysis import ComparisonSettings
+    from pcpo_fast.comparison.comparison_file import ComparisonFile
+    from pcpo_fast.comparison.measures import Costs, Metric, Primary
+
+    for name, word, allowed in (("metric", metric, get_args(Metric)), ("primary", primary, get_args(Primary))):
+        if word is not None and word not in allowed:
+            raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {word!r}")
+
+    texts = settings_texts(settings)
+    found = ComparisonFile() if runs is not None else _file(file, output, given=bool(variants))
+    chosen: dict[str, Any] = {
+        "target": target,
+        "metric": metric,
+        "baseline": baseline,
+        "at_epoch": at_epoch,
+        "smoothing": smoothing,
+        "primary": primary,
+    }
+    chosen = {name: getattr(found, name) if value is None else value for name, value in chosen.items()}
+    costs = Costs(**found.costs.model_dump())
+    reported = ComparisonSettings(**chosen, include_unfinished=include_unfinished, costs=costs)
+    if found.tuning is not None and reported.primary is None:
+        reported = replace(reported, primary="heldout_area")
+    if runs is not None:
+        unused = {"config": config, "variant": variants, "seeds": seeds, "file": file, "launcher": launcher}
+        given = [f"--{name}" for name, value in unused.items() if value] + ["key=value"] * bool(texts)
+        if given:
+            raise UserError(f"--runs compares runs that are there, so it does not go with {given[0]}")
+        if output is None:
+            raise UserError("--output: say where the comparison is written to, for example --output runs/comparison")
+        return _written(compare_runs(_folders_of(runs), reported), Path(output))
+
+    plan = _plan(found, variants, config, texts, seeds, output)
+    names = [variant.name for variant in plan.variants]
+    if reported.baseline is not None and reported.baseline not in names:
+        raise UserError(f"--baseline: must be one of {', '.join(names)}, got {reported.baseline}")
+
+    from rich.console import Console
+
+    from pcpo_fast.comparison.scheduling import HowToRun
+    from pcpo_fast.comparison.variants import planned_runs
+
+    console = Console() if console is None else console
+    how = None if report_only else HowToRun(jobs, threads, launcher, until)
+    if plan.tuning is not None:
+        from pcpo_fast.comparison.tuning import tuned, tuning_notes
+
+        search = _search(plan, reported, how, console)
+        planned = planned_runs(tuned(plan, search), twins=True)
+        reported = replace(reported, notes=tuning_notes(plan, search))
+    else:
+        planned = planned_runs(plan)
+    failures = [] if how is None else _train(plan, reported, planned, how, console)
+    try:
+        compared = _written(_read(planned, reported), plan.output)
+    except UserError as error:
+        if failures:
+            raise RunsFailed(failures, len(planned), None, str(error)) from None
+        if time.monotonic() < until:
+            raise
+        raise NotFinished(str(error)) from None
+    if failures:
+        raise RunsFailed(failures, len(planned), compared)
+    return compared
+
+
+def _file(file: File | None, output: File | None, *, given: bool) -> "ComparisonFile":
+    """The file that was named, or the one that an earlier call left in the output folder, or nothing."""
+    from pcpo_fast.comparison.comparison_file import FILE, ComparisonFile, read_plan_file
+
+    if file is not None:
+        return read_plan_file(Path(file))
+    if output is not None and not given and (Path(output) / FILE).is_file():
+        return read_plan_file(Path(output) / FILE)
+    return ComparisonFile()
+
+
+def _plan(
+    file: "ComparisonFile",
+    variants: "Mapping[str, Settings | None] | Sequence[Variant]",
+    config: File | None,
+    settings: tuple[str, ...],
+    seeds: int | Sequence[int] | None,
+    output: File | None,
+) -> "ComparisonPlan":
+    """The comparison as file and arguments say; the arguments win."""
+    from pcpo_fast.comparison.comparison_file import seeds_of, tuning_of, variants_of
+    from pcpo_fast.comparison.variants import ComparisonPlan, settings_from
+
+    folder = output or file.output
+    if folder is None:
+        raise UserError("--output: say where the runs go, for example --output runs/compare")
+    if isinstance(variants, Mapping):
+        variants = [_variant(name, own) for name, own in variants.items()]
+    named = tuple(variants) or variants_of(file)
+    if not named:
+        raise UserError(
+            f"there is nothing to compare: name variants with --variant 'NAME: key=value', or a --file; {folder} holds "
+            "no comparison to go on with"
+        )
+    if seeds is not None:
+        file = file.model_copy(update={"seeds": seeds if isinstance(seeds, int) else list(seeds)})
+    path = os.fspath(config) if config is not None else file.config
+    if path is None and any(variant.config is None for variant in named):
+        path = default_file("run from the project's folder, or name a file with --config")
+    shared, chosen = (*settings_from(file.settings), *settings), seeds_of(file)
+    return ComparisonPlan(Path(folder), path, shared, named, chosen, tuning_of(file, chosen))
+
+
+def _variant(name: str, own: Settings | None) -> "Variant":
+    from pcpo_fast.comparison.variants import Variant
+
+    if not isinstance(own, Mapping):
+        return Variant(name, None, settings_texts(own or ()))
+    config = own.get("config")
+    rest = {key: value for key, value in own.items() if key != "config"}
+    return Variant(name, None if config is None else os.fspath(config), settings_texts(rest))
+
+
+def _folders_of(runs: Mapping[str, File | Iterable[File]]) -> dict[str, list[Path]]:
+    from pcpo_fast.comparison.variants import check_name
+
+    groups: dict[str, list[Path]] = {}
+    for name, folders in runs.items():
+        check_name(name)
+        listed = [folders] if isinstance(folders, str | os.PathLike) else folders
+        groups[name] = [path for folder in listed for path in _folders(name, os.fspath(folder))]
+    return groups
+
+
+def _folders(variant: str, pattern: str) -> list[Path]:
+    if not any(sign in pattern for sign in "*?["):
+        return [Path(pattern)]
+    found = [Path(name) for name in sorted(glob.glob(pattern)) if Path(name, "metrics.jsonl").is_file()]
+    if not found:
+        raise UserError(f"--runs {f'{variant}={pattern}'!r}: no run directory is called {pattern}")
+    return found
+
+
+def _search(
+    plan: "ComparisonPlan", settings: "ComparisonSettings", how: "HowToRun | None", console: "Console"
+) -> "Search":
+    """Tune the variants as far as the time allows, and write what was found; `how`: None trains nothing.
+
+    Raises:
+        RunsFailed: some have, and the tuning is not over.
+        NotFinished: the tuning is not over.
+    """
+    from pcpo_fast.comparison.comparison_file import write_plan_file
+    from pcpo_fast.comparison.scheduling import run_all
+    from pcpo_fast.comparison.tuning import look, write_search
+
+    search = look(plan, settings)
+    failures: list[Failure] = []
+    count = 0
+    _check(search.waiting, settings)
+    if how is not None:
+        write_plan_file(plan, settings)
+    while search.waiting and not failures and how is not None and time.monotonic() < how.until:
+        count = len(search.waiting)
+        console.print(f"tuning: {count} runs before the next choice", highlight=False)
+        failures = run_all(search.waiting, 0, plan.output, how, console)
+        search = look(plan, settings)
+    paths = write_search(plan, settings, search)
+    state = f"not over, {len(search.waiting)} runs are left before the next choice" if search.waiting else "over"
+    console.print(f"tuning: {state} ({paths[1]}, {paths[0].name})", markup=False, highlight=False, soft_wrap=True)
+    if search.waiting:
+        raise RunsFailed(failures, count, None) if failures else NotFinished()
+    return search
+
+
+def _train(
+    plan: "ComparisonPlan",
+    settings: "ComparisonSettings",
+    runs: "Sequence[PlannedRun]",
+    how: "HowToRun",
+    console: "Console",
+) -> "list[Failure]":
+    from pcpo_fast.comparison.comparison_file import write_plan_file
+    from pcpo_fast.comparison.scheduling import check_folders, run_all
+
+    left = check_folders(runs)
+    _check(runs, settings)
+    write_plan_file(plan, settings)
+    return run_all(left, len(runs) - len(left), plan.output, how, console)
+
+
+def _check(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> None:
+    """Refuse what runs would not be able to do, or would not tell."""
+    blind = [run.name for run in runs if run.config.prompts.heldout is None]
+    if blind and str(settings.primary).startswith("heldout"):
+        raise UserError(f"primary: {settings.primary} needs held-out prompts, and {blind[0]} has no prompts.heldout")
+    for run in runs:
+        own = next((reward.name for reward in run.config.rewards if reward.name.startswith("__main__:")), None)
+        if own is not None:
+            raise UserError(
+                f"variant {run.variant}: every run is a process of its own, which has no {own}: put the reward into a "
+                "file, and name it module:function"
+            )
+
+
+def _read(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> "Comparison":
+    from pcpo_fast.comparison.analysis import Missing, compare
+    from pcpo_fast.comparison.reading import RunCurves, read_run
+
+    found: dict[str, list[RunCurves]] = {run.variant: [] for run in runs}
+    missing: list[Missing] = []
+    for run in runs:
+        if (run.folder / "metrics.jsonl").is_file():
+            found[run.variant].append(read_run(run.folder))
+        else:
+            missing.append(Missing(run.variant, run.seed, "has not been trained"))
+    return compare(found, settings, missing)
+
+
+def _written(result: "Comparison", folder: Path) -> Compared:
+    from pcpo_fast.comparison.writing import write_comparison
+
+    record, report, *figures = write_comparison(result, folder)
+    return Compared(result, report, record, tuple(figures))

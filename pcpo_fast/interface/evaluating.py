@@ -1,0 +1,162 @@
+"""Checkpoints judged by their images, as one call."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcpo_fast.errors import UserError
+from pcpo_fast.interface.configuration import File, Reward, Settings, load_config, reward_configs, settings_texts
+
+if TYPE_CHECKING:
+    from pcpo_fast.evaluation.result import Evaluation
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation and its files.
+
+    Attributes:
+        result: rewards, distances and diversity of every checkpoint, with intervals.
+        folder: of everything.
+        page: to look at.
+        preference: the blind comparison for people and its key, if asked for.
+    """
+
+    result: "Evaluation"
+    folder: Path
+    page: Path
+    preference: tuple[Path, Path] | None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As evaluation.json holds it (docs/evaluating.md)."""
+        return self.result.record()
+
+
+def evaluate(
+    checkpoints: File | Sequence[File] | Mapping[str, File],
+    *,
+    config: File | None = None,
+    settings: Settings = (),
+    prompts: File | None = None,
+    limit: int | None = None,
+    count: int = 4,
+    seed: int = 0,
+    stochastic: bool = False,
+    rewards: Reward | Sequence[Reward] = (),
+    metrics: Sequence[str] | Mapping[str, File | None] = (),
+    reference: File | None = None,
+    resamples: int = 200,
+    preference: str | tuple[str, str] | None = None,
+    output: File = "runs/evaluation",
+    cache: File | None = None,
+    batch_size: int = 16,
+    shown: int = 48,
+    remake: bool = False,
+) -> Evaluated | None:
+    """Sample the same prompts and noise from several checkpoints, and measure rewards, distances and diversity.
+
+    Args:
+        checkpoints: "base", runs, checkpoints or exports of one, pipelines, folders of images, each with ``@SCALES``
+            where wanted; as a mapping, by their names. Differences are to the first.
+        config: file with model and sampler of all; None: the first run's.
+        settings: they win over all configurations.
+        prompts: prompt file; None: the configuration's ``prompts.heldout``.
+        limit: only the first so many prompts.
+        count: images of each prompt.
+        seed: of the noise.
+        stochastic: sample with the rollout's noise instead of without.
+        rewards: what the images are scored with; none: the configuration's.
+        metrics: fd-dinov2, cmmd, fid, is or lpips; as a mapping, with folder, file or hub id of its model.
+        reference: "base" or a folder of images, what distances are to; None: base, if it is compared.
+        resamples: of the distances' bootstrap.
+        preference: two names: also write a blind comparison of them.
+        output: folder of everything; images that are there are not made again.
+        cache: folder of features, which evaluations may share; None: in ``output``.
+        batch_size: images at once.
+        shown: prompts in the page.
+        remake: replace images that were made otherwise.
+
+    Returns:
+        The result on the first rank, None on the others.
+
+    Raises:
+        UserError: a mistake in the arguments, or a model, reward or folder of images is not as it should be.
+    """
+    if isinstance(checkpoints, Mapping):
+        texts = [f"{name}={os.fspath(what)}" for name, what in checkpoints.items()]
+    elif isinstance(checkpoints, str | os.PathLike):
+        texts = [os.fspath(checkpoints)]
+    else:
+        texts = [os.fspath(what) for what in checkpoints]
+    if not texts:
+        raise UserError("--checkpoint: say what is to be judged, for example --checkpoint base --checkpoint runs/demo")
+    for name, value, least in (
+        ("count", count, 1),
+        ("batch-size", batch_size, 1),
+        ("limit", limit, 1),
+        ("shown", shown, 0),
+        ("resamples", resamples, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"--{name}: must be at least {least}, got {value}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed: must lie in 0..2^63 - 1, got {seed}")
+
+    from pcpo_fast.evaluation.metrics import parse_metrics
+
+    if isinstance(metrics, Mapping):
+        metrics = [name if model is None else f"{name}={os.fspath(model)}" for name, model in metrics.items()]
+    wanted = parse_metrics(list(metrics))
+    if reference is not None:
+        reference = os.fspath(reference)
+        if reference != "base" and not Path(reference).is_dir():
+            raise UserError(f"--reference: {reference} is neither base nor a folder of images")
+
+    import torch
+
+    from pcpo_fast.evaluation.candidate_images import Request
+    from pcpo_fast.evaluation.candidates import shared_config_file
+    from pcpo_fast.evaluation.evaluator import PAGE_FILE, EvaluationSettings, with_reference
+    from pcpo_fast.evaluation.evaluator import evaluate as measure
+    from pcpo_fast.evaluation.preference import parse_pair, write_preference
+    from pcpo_fast.prompts import load_prompts
+
+    folder = Path(output)
+    measured = EvaluationSettings(
+        folder,
+        wanted,
+        reference,
+        cache=None if cache is None else Path(cache),
+        batch_size=batch_size,
+        resamples=resamples,
+        shown=shown,
+    )
+    overrides = settings_texts(settings)
+    file = None if config is None else os.fspath(config)
+    candidates = with_reference(texts, file, overrides, measured)
+    pair = None
+    if preference is not None:
+        text = preference if isinstance(preference, str) else ",".join(preference)
+        pair = parse_pair(text, [one.name for one in candidates])
+    shared = load_config(shared_config_file(texts) if file is None else file, settings)
+    source = shared.prompts.heldout if prompts is None else os.fspath(prompts)
+    if source is None:
+        raise UserError("--prompts: the configuration has no prompts.heldout; name a prompt file")
+    listed = load_prompts(source)[:limit]
+    scored = reward_configs(rewards, shared.rewards) or list(shared.rewards)
+    measured = replace(measured, rewards=scored, timeout=shared.scoring.timeout)
+    request = Request(listed, count, seed, stochastic, batch_size, remake)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from pcpo_fast.engine.engine import start_distributed
+
+        device = start_distributed(shared.distributed)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure(candidates, request, measured, device)
+    if result is None:
+        return None
+    written = None if pair is None else write_preference(result, pair, folder)
+    return Evaluated(result, folder, folder / PAGE_FILE, written)
