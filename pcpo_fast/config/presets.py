@@ -29,6 +29,9 @@ _PCPO: Preset = {
     "rollout": {"same_initial_noise": True},
 }
 
+# PCPO with credit for what each step changed (docs/stepwise.md); the advantages are this project's, not the paper's.
+_PCPO_STEPWISE = _varied(_PCPO, advantage={"steps": "gain"})
+
 # Xue et al., DanceGRPO (2025, arXiv:2505.07818): PPO clip on the native log-ratio, sample standard deviation.
 _DANCE_GRPO = _varied(
     _PCPO, credit={"rule": "native", "objective": "clip"}, advantage={"epsilon": 1e-8, "unbiased": True}
@@ -113,10 +116,15 @@ _DANCE_GRPO_DIFFUSION: Preset = {
 # PCPO on that loop.
 _PCPO_DIFFUSION = _varied(_DANCE_GRPO_DIFFUSION, credit={"rule": "uniform", "objective": "hinge"})
 
+# The same with credit for what each step changed.
+_PCPO_STEPWISE_DIFFUSION = _varied(_PCPO_DIFFUSION, advantage={"steps": "gain"})
+
 PRESETS: dict[str, Preset] = {
     "pcpo": _PCPO,
+    "pcpo_stepwise": _PCPO_STEPWISE,
     "pcpo_flow": _PCPO_FLOW,
     "pcpo_diffusion": _PCPO_DIFFUSION,
+    "pcpo_stepwise_diffusion": _PCPO_STEPWISE_DIFFUSION,
     "pcpo_ddpo": _PCPO_DDPO,
     "dancegrpo": _DANCE_GRPO,
     "dancegrpo_diffusion": _DANCE_GRPO_DIFFUSION,

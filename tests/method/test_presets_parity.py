@@ -14,6 +14,7 @@ from pcpo_kernels import policy_loss, sample_step
 from published_algorithms import Algorithm, Pair, algorithm, sd3_grid
 from torch import Tensor
 
+from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.presets import PRESETS
 from pcpo_fast.config.schema import Config
@@ -29,6 +30,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPE = (4, 6, 5)  # of one image's latents
 IMAGES, GROUP = 12, 4
 EPS32 = torch.finfo(torch.float32).eps
+OURS = {"pcpo_stepwise": "pcpo", "pcpo_stepwise_diffusion": "pcpo_diffusion"}
+"""Presets with advantages of our own, and the published ones that they are otherwise."""
+PUBLISHED = [preset for preset in PRESETS if preset not in OURS]
 EPOCHS = {"mixgrpo": (0, 60, 290), "flow_grpo_fast": (0, 1, 2)}
 
 
@@ -54,11 +58,18 @@ def per_row(column: Tensor, like: Tensor) -> Tensor:
 
 
 def test_every_preset_has_its_published_run() -> None:
-    for preset in PRESETS:
+    for preset in PUBLISHED:
         algorithm(preset)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "published"), OURS.items())
+def test_a_preset_of_our_own_differs_in_its_advantages_of_steps_alone(preset: str, published: str) -> None:
+    ours, theirs = (dict(flattened(config_of(name).model_dump(mode="json"))) for name in (preset, published))
+    assert {key for key in ours if ours[key] != theirs[key]} == {"algorithm", "advantage.steps"}
+    assert ours["advantage.steps"] == "gain"
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
 def test_the_steps_of_a_preset_are_the_published_ones(preset: str) -> None:
     """Inside a window as published; outside, and there alone, the step without noise."""
     tables, published = tables_of(preset), algorithm(preset)
@@ -101,10 +112,12 @@ def decoded_noise(preset: str) -> bool:
 
 def test_the_final_image_is_the_published_one() -> None:
     """Flow-GRPO decodes its noisy last step and does not train it; DDPO decodes and trains it; DanceGRPO neither."""
-    noisy = {preset for preset in PRESETS if decoded_noise(preset)}
+    noisy = {preset for preset in PUBLISHED if decoded_noise(preset)}
     flow = {"flow_grpo", "pcpo_flow", "tempflow", "grpo_guard", "fair_clip"}
     assert noisy == flow | {"ddpo", "pcpo_ddpo", "dancegrpo_diffusion", "pcpo_diffusion"}
-    last_trained = {preset for preset in PRESETS if tables_of(preset).at(0).steps[-1] == len(algorithm_std(preset)) - 1}
+    last_trained = {
+        preset for preset in PUBLISHED if tables_of(preset).at(0).steps[-1] == len(algorithm_std(preset)) - 1
+    }
     assert last_trained == {"ddpo", "pcpo_ddpo"}
 
 
@@ -134,7 +147,7 @@ def trainers_advantages(config: Config) -> Any:
     return compute
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PUBLISHED)
 def test_the_advantages_of_a_preset_are_the_published_ones(preset: str) -> None:
     config = config_of(preset)
     ours, published = trainers_advantages(config), algorithm(preset).advantages()
@@ -174,7 +187,7 @@ def random_pairs(at: EpochTables, published: Algorithm, clip: float) -> tuple[di
 
 
 @pytest.mark.parametrize("clip", ["published", "wide"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PUBLISHED)
 def test_loss_and_gradient_of_a_training_step_are_the_published_ones(preset: str, clip: str) -> None:
     published = algorithm(preset)
     if clip == "wide":  # the quadratic term is of the linear one's size, the ratio far from 1
