@@ -78,8 +78,10 @@ def test_wheel_holds_both_packages_and_nothing_else(distributions: tuple[Path, P
         names = set(archive.namelist())
     inside = {name for name in names if ".dist-info/" not in name}
     expected = python_files(ROOT / "pcpo_fast") | python_files(ROOT / "kernels" / "pcpo_kernels")
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pcpo_fast").glob("*/templates/*")}
+    assert templates >= {"pcpo_fast/reporting/templates/page.html", "pcpo_fast/evaluation/templates/evaluation.html"}
     typed = {"pcpo_fast/py.typed", "pcpo_fast/__init__.pyi", "pcpo_kernels/py.typed"}
-    assert inside == expected | typed | {"pcpo_fast/planning/published.json"}
+    assert inside == expected | templates | typed | {"pcpo_fast/planning/published.json"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert distributions[1].stat().st_size < 1_000_000
 

@@ -122,14 +122,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _say(done: "Evaluated", console: "Console") -> None:
     from pcpo_fast.evaluation.evaluator import JSON_FILE, MARKDOWN_FILE
-    from pcpo_fast.evaluation.result_tables import difference_table, main_table, matched_table
+    from pcpo_fast.evaluation.result_tables import evaluation_tables
 
     result = done.result
     if not console.is_terminal:
         console.width = 240  # a table in a file or pipe is not cut into narrow columns
-    for table in (main_table(result), difference_table(result), matched_table(result)):
-        if table is not None:
-            console.print(table.rich())
+    for table in evaluation_tables(result):
+        console.print(table.rich())
     lines = [f"note: {note}" for note in result.notes]
     lines.append(f"Page: {done.page}, {MARKDOWN_FILE} and {JSON_FILE} beside it")
     if done.preference is not None:

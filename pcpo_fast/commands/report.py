@@ -22,9 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from pcpo_fast.errors import UserError
-    from pcpo_fast.reporting.records import read_metrics
+    from pcpo_fast.reporting.metrics_file import read_metrics
     from pcpo_fast.reporting.report import write_report
-    from pcpo_fast.reporting.summary import summarize
+    from pcpo_fast.reporting.summary import summarize_run
 
     folder = Path(arguments.run_directory)
     try:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{folder}: the report cannot be written: {error.strerror or error}") from None
     if arguments.json:
         metrics = folder / "metrics.jsonl"
-        summary = summarize(read_metrics(metrics) if metrics.exists() else [])
+        summary = summarize_run(read_metrics(metrics) if metrics.exists() else [])
         print(json.dumps({"report": str(path), "summary": summary}))
     else:
         print(f"Report: {path}")

@@ -34,14 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found.record()))
         return 0
     total = found.wins + found.losses + found.ties
-    low, high = found.wilson
+    low, high = found.wilson_interval
     print(f"{found.first} against {found.second}: {found.wins} won, {found.losses} lost, {found.ties} ties")
-    print(f"Win rate of {found.first}, a tie counted as half: {found.rate:.1%} of {total} votes")
+    print(f"Win rate of {found.first}, a tie counted as half: {found.win_rate:.1%} of {total} votes")
     print(f"  95 % interval, every vote by itself (Wilson): {low:.1%} to {high:.1%}")
-    if found.by_prompt is not None:
-        print(f"  95 % interval over prompts (bootstrap):       {found.by_prompt[0]:.1%} to {found.by_prompt[1]:.1%}")
-    if found.left is not None:
-        print(f"The left side was chosen in {found.left:.0%} of the votes that chose one")
+    if found.prompt_interval is not None:
+        low, high = found.prompt_interval
+        print(f"  95 % interval over prompts (bootstrap):       {low:.1%} to {high:.1%}")
+    if found.left_share is not None:
+        print(f"The left side was chosen in {found.left_share:.0%} of the votes that chose one")
     print("Voters: " + ", ".join(f"{name} ({count})" for name, count in found.voters.items()))
     print(f"Verdict: {found.verdict}")
     return 0

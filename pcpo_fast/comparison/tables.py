@@ -1,16 +1,12 @@
 """A comparison in words: the table on the terminal, and comparison.md."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, Measure, timed
 from pcpo_fast.comparison.record import notes, variant_differences
 from pcpo_fast.reporting.statistics import RESAMPLES, Estimate
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from pcpo_fast.reporting.tables import Grid, estimate_text
 
 _NONE = "–"
 _BOUNDS = {"": "", "at least": "≥ ", "at most": "≤ ", "restricted": "about "}
@@ -20,33 +16,6 @@ _MAIN = {
     "heldout_final": "held-out, end",
     "heldout_at_epoch": "held-out, epoch {at_epoch}",
 }
-_STYLES = {"better": "green", "worse": "red"}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table before it is written."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """As Markdown, the first column to the left and the others to the right."""
-        lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-    def rich(self) -> "Table":
-        """For a terminal; verdicts are coloured."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=self.title, title_justify="left", title_style="bold")
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
-        for row in self.rows:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell.removeprefix("probably "), "")) for cell in row))
-        return table
 
 
 def main_table(result: Comparison) -> Grid:
@@ -245,11 +214,7 @@ def _mean(variant: VariantResult, measure: Measure) -> str:
 def _estimate(estimate: Estimate | None, measure: Measure, *, signed: bool = False) -> str:
     if estimate is None:
         return _NONE
-    value = measure.text(estimate.value, signed=signed)
-    if estimate.low is None or estimate.high is None:
-        return value
-    low, high = (measure.text(end, signed=signed) for end in (estimate.low, estimate.high))
-    return f"{value} [{low}, {high}]"
+    return estimate_text(estimate, lambda value: measure.text(value, signed=signed))
 
 
 def _value(variant: VariantResult, index: int, measure: Measure, result: Comparison) -> str:

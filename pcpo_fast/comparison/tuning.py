@@ -19,7 +19,6 @@ from pcpo_fast.comparison.analysis import ComparisonSettings, reading_of
 from pcpo_fast.comparison.measures import Reading
 from pcpo_fast.comparison.reading import RunCurves, read_run
 from pcpo_fast.comparison.scheduling import check_folders
-from pcpo_fast.comparison.tables import Grid
 from pcpo_fast.comparison.variants import (
     TUNING,
     ComparisonPlan,
@@ -32,6 +31,7 @@ from pcpo_fast.comparison.variants import (
 )
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
+from pcpo_fast.reporting.tables import Grid
 
 JSON_FILE, MARKDOWN_FILE = "tuning.json", "tuning.md"
 _LR = "optimizer.lr"

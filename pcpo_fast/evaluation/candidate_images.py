@@ -1,15 +1,15 @@
 """Images of a prompt set with fixed noise, for each candidate; what is there already is not made again."""
 
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pcpo_fast.config.schema import RewardConfig
 from pcpo_fast.distributed.collectives import barrier, gather_objects, once_per_machine, rank, shared_errors, world_size
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.candidates import Candidate
@@ -22,8 +22,8 @@ from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.families import find_family, load_policy, model_files
 from pcpo_fast.prompts import Prompt
-from pcpo_fast.reporting.grids import to_image
-from pcpo_fast.reporting.step_progress import StepProgress
+from pcpo_fast.reporting.grids import image_bytes, to_image
+from pcpo_fast.reporting.progress import StepProgress
 from pcpo_fast.rollout.generation import sample_rows
 
 RECIPE_FILE = "recipe.json"
@@ -60,6 +60,33 @@ class Request:
     def texts(self) -> list[str]:
         """The prompts of all images, prompt-major."""
         return [prompt.text for prompt in self.prompts for _ in range(self.count)]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, besides the images of a :class:`Request`.
+
+    Attributes:
+        output: folder of everything.
+        metrics: of :func:`pcpo_fast.evaluation.metrics.parse_metrics`.
+        reference: ``base``, or a folder of images; None: the base model where it is among the candidates.
+        rewards: what the images are scored with.
+        cache: folder of features; None: ``features/`` in the output.
+        batch_size: images at once through rewards and metrics.
+        resamples: of the bootstrap of distances.
+        shown: prompts in the page.
+        timeout: seconds that one call of a reward may take; None: any time.
+    """
+
+    output: Path
+    metrics: dict[str, str | None]
+    reference: str | None
+    rewards: Sequence[RewardConfig] = field(default_factory=tuple)
+    cache: Path | None = None
+    batch_size: int = 32
+    resamples: int = 200
+    shown: int = 48
+    timeout: float | None = None
 
 
 def make_images(
@@ -182,9 +209,15 @@ def _make(
     device: torch.device,
 ) -> None:
     with shared_errors():
-        policies = _policies(group, request, device)
         config = group[0].config
         assert config is not None
+        texts = list(dict.fromkeys(prompt.text for prompt in request.prompts))
+        policies: Sequence[Policy]
+        if group[0].fine_tune is not None:
+            policies = guided_policies([group[0].fine_tune], [(one.scale,) for one in group], device, texts)
+        else:
+            model = config.model.model_copy(update={"finetune": "full"})
+            policies = [load_policy(config.model_copy(update={"model": model}), device, texts)] * len(group)
         build = build_transitions if request.stochastic else deterministic_transitions
         table = StepTable.of(build(config.sampler, policies[0].schedule(config.sampler.steps)), device)
     mine = [names[rank() :: world_size()] for names in missing]
@@ -198,16 +231,4 @@ def _make(
                 conditioning = policy.encode([request.prompts[prompt].text for prompt, _ in chosen])
                 images = sample_rows(policy, conditioning, chosen, table, request.seed, progress.advance)
                 for name, image in zip(chosen, images, strict=True):
-                    buffer = io.BytesIO()
-                    to_image(image).save(buffer, "PNG")
-                    write_atomically(_file(folder / one.name, name), buffer.getvalue())
-
-
-def _policies(group: Sequence[Candidate], request: Request, device: torch.device) -> Sequence[Policy]:
-    texts = list(dict.fromkeys(prompt.text for prompt in request.prompts))
-    first = group[0]
-    assert first.config is not None
-    if first.fine_tune is not None:
-        return guided_policies([first.fine_tune], [(one.scale,) for one in group], device, texts)
-    model = first.config.model.model_copy(update={"finetune": "full"})
-    return [load_policy(first.config.model_copy(update={"model": model}), device, texts)] * len(group)
+                    write_atomically(_file(folder / one.name, name), image_bytes(to_image(image)))

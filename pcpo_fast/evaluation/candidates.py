@@ -12,7 +12,7 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.image_sets import MANIFEST_FILE
 from pcpo_fast.files.image_files import is_image
-from pcpo_fast.guidance.guided_runs import base_difference, read_run
+from pcpo_fast.guidance.guided_runs import base_difference, read_fine_tune
 from pcpo_fast.guidance.scale_sweep import sweep_scales
 from pcpo_fast.policies.fine_tunes import FineTune
 from pcpo_fast.runs.checkpoint import STATE_FILE, WEIGHTS
@@ -126,18 +126,11 @@ def _run_of(path: Path) -> Path | None:
     """The run directory that a folder is or belongs to."""
     if (path / CONFIG_FILE).is_file():
         return path
-    if (path / STATE_FILE).is_file():
-        run = path.absolute().parent.parent
-    else:
-        run = path.absolute().parent
-    return run if path.is_dir() and (run / CONFIG_FILE).is_file() and _holds_weights(path) else None
-
-
-def _holds_weights(path: Path) -> bool:
-    if (path / "model_index.json").is_file():
-        return False
-    weights = path / WEIGHTS if (path / STATE_FILE).is_file() else path
-    return _finetune_kind(weights) is not None
+    checkpoint = (path / STATE_FILE).is_file()
+    run = path.absolute().parent.parent if checkpoint else path.absolute().parent
+    if not path.is_dir() or not (run / CONFIG_FILE).is_file() or (path / "model_index.json").is_file():
+        return None
+    return run if _finetune_kind(path / WEIGHTS if checkpoint else path) is not None else None
 
 
 def _finetune_kind(weights: Path) -> Literal["full", "lora"] | None:
@@ -155,7 +148,7 @@ def _candidate(name: str | None, what: str, shared: Config, overrides: Sequence[
     run = _run_of(path)
     if run is not None:
         weights = None if run == path else path / WEIGHTS if (path / STATE_FILE).is_file() else path
-        tune = read_run(run, overrides, weights=weights, option=f"--checkpoint {text!r}")
+        tune = read_fine_tune(run, overrides, weights=weights, option=f"--checkpoint {text!r}")
         return Candidate(label, label, "run", what, 1.0, _same_base(tune.config, shared, text), tune.weights)
     if (path / "model_index.json").is_file() or (not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", what)):
         model = shared.model.model_copy(update={"path": what, "revision": None, "finetune": "full"})

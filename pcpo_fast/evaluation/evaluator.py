@@ -1,17 +1,17 @@
 """An evaluation from the beginning to the end: images, scores, metrics, and what is written about them."""
 
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from pcpo_fast.config.schema import RewardConfig, ScoringConfig
+from pcpo_fast.config.schema import ScoringConfig
 from pcpo_fast.distributed.collectives import barrier, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine.engine import stop_distributed
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.evaluation.candidate_images import Request, make_images
+from pcpo_fast.evaluation.candidate_images import EvaluationSettings, Request, make_images
 from pcpo_fast.evaluation.candidates import BASE, Candidate, read_candidates, shared_config_file
 from pcpo_fast.evaluation.evaluation_page import evaluation_page
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
@@ -19,45 +19,13 @@ from pcpo_fast.evaluation.matching import Matched, match
 from pcpo_fast.evaluation.metrics import OF_REFERENCE, Measuring, MetricColumn
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.evaluation.result_tables import evaluation_markdown
-from pcpo_fast.evaluation.trade_off_figures import curves, points, trade_figure
+from pcpo_fast.evaluation.trade_off_figures import curves, points, trade_off_figure
 from pcpo_fast.files.atomic import write_atomically
-from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.rewards import RewardSet
 
-JSON_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURE_FILE = (
-    "evaluation.json",
-    "evaluation.md",
-    "evaluation.html",
-    "reward_distance.png",
-)
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What is measured, besides the images of a :class:`pcpo_fast.evaluation.candidate_images.Request`.
-
-    Attributes:
-        output: folder of everything.
-        metrics: of :func:`pcpo_fast.evaluation.metrics.parse_metrics`.
-        reference: ``base``, or a folder of images; None: the base model where it is among the candidates.
-        rewards: what the images are scored with.
-        cache: folder of features; None: ``features/`` in the output.
-        batch_size: images at once through rewards and metrics.
-        resamples: of the bootstrap of distances.
-        shown: prompts in the page.
-        timeout: seconds that one call of a reward may take; None: any time.
-    """
-
-    output: Path
-    metrics: dict[str, str | None]
-    reference: str | None
-    rewards: Sequence[RewardConfig] = field(default_factory=tuple)
-    cache: Path | None = None
-    batch_size: int = 32
-    resamples: int = 200
-    shown: int = 48
-    timeout: float | None = None
+JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "evaluation.json", "evaluation.md", "evaluation.html"
+FIGURE_FILE = "reward_distance.png"
 
 
 def with_reference(
@@ -124,18 +92,8 @@ def _evaluate(
     base = next((images for one, images in zip(candidates, sets, strict=True) if one.kind == "base"), None)
     if reference is None and base is not None and any(name in OF_REFERENCE for name in settings.metrics):
         reference = base
-    columns = _rewards(rewards, settings, sets, request.prompts, request.count, device)
-    cache = settings.output / "features" if settings.cache is None else settings.cache
-    measuring = Measuring(
-        settings.metrics,
-        len(request.prompts),
-        request.count,
-        reference,
-        cache,
-        device,
-        settings.batch_size,
-        settings.resamples,
-    )
+    columns = _rewards(rewards, settings, sets, request, device)
+    measuring = Measuring(settings, request, reference, device)
     metrics = measuring.columns(sets)
     result = Evaluation(
         request.prompts,
@@ -157,21 +115,20 @@ def matched(
     candidates: Sequence[Candidate], rewards: Sequence[RewardColumn], columns: Sequence[MetricColumn]
 ) -> list[Matched]:
     """The distances of all runs at equal reward, for every reward and distance."""
-    found = []
     members = curves(candidates)
-    for reward in rewards:
-        for column in columns:
-            if column.kind == "distance":
-                lines = {family: points(ordered, reward, column) for family, ordered in members.items()}
-                one = match(reward.name, column.key, lines)
-                found += [] if one is None else [one]
-    return found
+    found = [
+        match(reward.name, column.key, {name: points(ordered, reward, column) for name, ordered in members.items()})
+        for reward in rewards
+        for column in columns
+        if column.kind == "distance"
+    ]
+    return [one for one in found if one is not None]
 
 
 def write_evaluation(result: Evaluation, folder: Path, shown: int) -> None:
     """Write evaluation.json, evaluation.md, evaluation.html and the figure, each in one step."""
     write_atomically(folder / JSON_FILE, json.dumps(result.record(), indent=1, allow_nan=False, ensure_ascii=False))
-    figure = trade_figure(result)
+    figure = trade_off_figure(result)
     if figure is not None:
         save_figure(figure, folder / FIGURE_FILE)
     else:
@@ -181,30 +138,21 @@ def write_evaluation(result: Evaluation, folder: Path, shown: int) -> None:
 
 
 def _rewards(
-    rewards: RewardSet,
-    settings: EvaluationSettings,
-    sets: Sequence[ImageSet],
-    prompts: Sequence[Prompt],
-    count: int,
-    device: torch.device,
+    rewards: RewardSet, settings: EvaluationSettings, sets: Sequence[ImageSet], request: Request, device: torch.device
 ) -> list[RewardColumn]:
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in rewards.names}
-    repeated = [prompt for prompt in prompts for _ in range(count)]
+    found = {name: {one.name: list[float]() for one in sets} for name in rewards.names}
+    repeated = [prompt for prompt in request.prompts for _ in range(request.count)]
     for one in sets:
-        scores: dict[str, list[float]] = {name: [] for name in rewards.names}
-        done = 0
+        rows = iter(repeated)
         for batch in one.batches(settings.batch_size):
             alike = len({image.shape for image in batch}) == 1
             for images in [batch] if alike else [[image] for image in batch]:
-                rows = repeated[done : done + len(images)]
-                done += len(images)
-                texts, metadata = [row.text for row in rows], [row.metadata for row in rows]
+                prompts = list(itertools.islice(rows, len(images)))
+                texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
                 components = rewards.score(torch.stack(images).to(device), texts, metadata).components
                 for name in rewards.names:
-                    scores[name] += components[name].tolist()
-        for name in rewards.names:
-            found[name][one.name] = scores[name]
-    return [RewardColumn(name, scores, count) for name, scores in found.items()]
+                    found[name][one.name] += components[name].tolist()
+    return [RewardColumn(name, scores, request.count) for name, scores in found.items()]
 
 
 def _notes(measured: Sequence[str], request: Request, reference: ImageSet | None, base: ImageSet | None) -> list[str]:

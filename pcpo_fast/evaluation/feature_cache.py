@@ -11,7 +11,7 @@ from pcpo_fast.evaluation.features import Extractor
 from pcpo_fast.evaluation.image_sets import ImageSet
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.files.content import digest
-from pcpo_fast.reporting.step_progress import StepProgress
+from pcpo_fast.reporting.progress import StepProgress
 
 
 def features_of(images: ImageSet, extractor: Extractor, folder: Path, batch_size: int) -> dict[str, Tensor]:

@@ -83,23 +83,17 @@ def folder_of_images(
             )
         if rank() == 0 and unread:
             warnings.warn(f"{folder} holds {len(files)} images{without}", stacklevel=2)
-        if rank() == 0 and expected is not None and listed is None:
-            _say_order(folder, files)
+        odd = next((pair for pair in pairwise(files) if pair[0] > pair[1]), None)
+        if rank() == 0 and expected is not None and listed is None and odd is not None:
+            warnings.warn(
+                f"numbers in the names of {folder} are sorted as numbers: {odd[0].relative_to(folder)} comes before "
+                f"{odd[1].relative_to(folder)}, which letter by letter it would not",
+                stacklevel=2,
+            )
     try:
         return ImageSet(name, files, files_digest(files, folder))
     except OSError as error:
         raise UserError(f"{option}: {error.filename} cannot be read: {error.strerror}") from None
-
-
-def _say_order(folder: Path, files: Sequence[Path]) -> None:
-    for file, after in pairwise(files):
-        if file > after:
-            warnings.warn(
-                f"numbers in the names of {folder} are sorted as numbers: {file.relative_to(folder)} comes before "
-                f"{after.relative_to(folder)}, which letter by letter it would not",
-                stacklevel=3,
-            )
-            return
 
 
 def _manifest(folder: Path) -> list[tuple[Path, str]] | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcpo_fast.errors import UserError
@@ -26,60 +25,35 @@ class Trunk(NamedTuple):
 
     Attributes:
         name: in the package ``lpips``.
-        convolutions: (number in ``features``, in, out, kernel, stride, padding).
-        pools: numbers in ``features`` of the poolings.
+        layers: (channels, kernel, stride, padding) of a convolution and its ReLU; None: a pooling.
         window: kernel of the poolings; their stride is 2.
-        taps: convolutions behind whose ReLU the features are read.
+        taps: numbers in ``features`` of the ReLUs whose output is read.
         smallest: pixels of a side below which nothing is left to read.
     """
 
     name: str
-    convolutions: tuple[tuple[int, int, int, int, int, int], ...]
-    pools: tuple[int, ...]
+    layers: tuple[tuple[int, int, int, int] | None, ...]
     window: int
     taps: tuple[int, ...]
     smallest: int
 
+    def build(self) -> nn.Sequential:
+        """Its ``features``, without memory until the weights are there: drawing random ones takes seconds."""
+        layers: list[nn.Module] = []
+        before = 3
+        for layer in self.layers:
+            if layer is None:
+                layers.append(nn.MaxPool2d(self.window, 2))
+            else:
+                layers += [nn.Conv2d(before, *layer, device="meta"), nn.ReLU()]
+                before = layer[0]
+        return nn.Sequential(*layers)
 
-ALEXNET = Trunk(
-    "alex",
-    (
-        (0, 3, 64, 11, 4, 2),
-        (3, 64, 192, 5, 1, 2),
-        (6, 192, 384, 3, 1, 1),
-        (8, 384, 256, 3, 1, 1),
-        (10, 256, 256, 3, 1, 1),
-    ),
-    (2, 5),
-    3,
-    (0, 3, 6, 8, 10),
-    31,
-)
-VGG16 = Trunk(
-    "vgg",
-    tuple(
-        (number, before, after, 3, 1, 1)
-        for number, before, after in (
-            (0, 3, 64),
-            (2, 64, 64),
-            (5, 64, 128),
-            (7, 128, 128),
-            (10, 128, 256),
-            (12, 256, 256),
-            (14, 256, 256),
-            (17, 256, 512),
-            (19, 512, 512),
-            (21, 512, 512),
-            (24, 512, 512),
-            (26, 512, 512),
-            (28, 512, 512),
-        )
-    ),
-    (4, 9, 16, 23),
-    2,
-    (2, 7, 14, 21, 28),
-    16,
-)
+
+_ALEXNET_LAYERS = ((64, 11, 4, 2), None, (192, 5, 1, 2), None, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
+_VGG16_CHANNELS = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
+ALEXNET = Trunk("alex", _ALEXNET_LAYERS, 3, (1, 4, 7, 9, 11), 31)
+VGG16 = Trunk("vgg", tuple(None if n is None else (n, 3, 1, 1) for n in _VGG16_CHANNELS), 2, (3, 8, 15, 22, 29), 16)
 
 
 class Lpips(nn.Module):
@@ -96,33 +70,39 @@ class Lpips(nn.Module):
     def __init__(self, backbone: str, linear: str | None = None) -> None:
         super().__init__()
         where = f"--metric lpips={backbone}"
-        weights = {
-            name.removeprefix("features."): value
-            for name, value in read_weights(backbone, where).items()
-            if name.startswith("features.")
-        }
-        self.trunk = _trunk_of(weights, where)
-        self.layers = nn.ModuleDict()
-        for number, inside, outside, kernel, stride, padding in self.trunk.convolutions:
-            # Without memory until the weights are there: drawing 15 million random ones takes seconds.
-            self.layers[str(number)] = nn.Conv2d(inside, outside, kernel, stride, padding, device="meta")
-        _load(self.layers, weights, where)
-        shapes = {number: outside for number, _, outside, *_ in self.trunk.convolutions}
-        self.linear = nn.ParameterList(torch.empty(shapes[tap]) for tap in self.trunk.taps)
-        self._load_linear(linear)
+        weights = read_weights(backbone, where)
+        first = weights.get("features.0.weight", torch.empty(0)).shape
+        trunks = {torch.Size((64, 3, 11, 11)): ALEXNET, torch.Size((64, 3, 3, 3)): VGG16}
+        if first not in trunks:
+            raise UserError(
+                f"{where}: holds neither torchvision's AlexNet nor its VGG16 (features.0.weight [64, 3, 11, 11] or "
+                "[64, 3, 3, 3])"
+            )
+        self.trunk = trunks[first]
+        self.layers = self.trunk.build()
+        expected = self.layers.state_dict()
+        for name, value in expected.items():
+            found = weights.get(f"features.{name}")
+            if found is None or found.shape != value.shape:
+                has = "is missing" if found is None else f"has the shape {list(found.shape)}"
+                raise UserError(f"{where}: features.{name} {has}; {list(value.shape)} is expected")
+        self.layers.load_state_dict({name: weights[f"features.{name}"].float() for name in expected}, assign=True)
+        self.linear = nn.ParameterList(self._linear_weights(linear))
         self.requires_grad_(False).eval()
 
-    def _load_linear(self, linear: str | None) -> None:
+    def _linear_weights(self, linear: str | None) -> list[Tensor]:
         path = _packaged(self.trunk.name) if linear is None else linear
-        found = read_weights(path, "--metric lpips")
-        for number, parameter in enumerate(self.linear):
-            value = found.get(f"lin{number}.model.1.weight")
-            if value is None or value.numel() != parameter.numel():
+        weights = read_weights(path, "--metric lpips")
+        found = []
+        for number, tap in enumerate(self.trunk.taps):
+            name, count = f"lin{number}.model.1.weight", self.layers[tap - 1].out_channels
+            if name not in weights or weights[name].numel() != count:
                 raise UserError(
                     f"--metric lpips: {path} does not hold the linear weights of {self.trunk.name} "
-                    f"(lin{number}.model.1.weight [1, {parameter.numel()}, 1, 1])"
+                    f"({name} [1, {count}, 1, 1])"
                 )
-            parameter.data = value.reshape(-1).float()
+            found.append(weights[name].reshape(-1).float())
+        return found
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Of images [B, 3, H, W] in 0..1: for each tap, [B, C, h, w] of unit length over C.
@@ -135,18 +115,13 @@ class Lpips(nn.Module):
                 f"--metric lpips: {self.trunk.name} needs images of at least {self.trunk.smallest} pixels, "
                 f"got {images.shape[-2]} x {images.shape[-1]}"
             )
-        shift = torch.tensor(_SHIFT, device=images.device)[:, None, None]
-        scale = torch.tensor(_SCALE, device=images.device)[:, None, None]
+        shift, scale = (torch.tensor(values, device=images.device)[:, None, None] for values in (_SHIFT, _SCALE))
         x = (2 * images - 1 - shift) / scale
         found = []
-        numbers = {number for number, *_ in self.trunk.convolutions}
-        for number in range(max(numbers) + 1):
-            if number in numbers:
-                x = F.relu(self.layers[str(number)](x))
-                if number in self.trunk.taps:
-                    found.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON))
-            elif number in self.trunk.pools:
-                x = F.max_pool2d(x, self.trunk.window, 2)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number in self.trunk.taps:
+                found.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON))
         return found
 
     def distance(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
@@ -157,34 +132,10 @@ class Lpips(nn.Module):
         return total
 
 
-def _trunk_of(weights: dict[str, Tensor], where: str) -> Trunk:
-    shape = tuple(weights["0.weight"].shape) if "0.weight" in weights else ()
-    for trunk in (ALEXNET, VGG16):
-        _, inside, outside, kernel, *_ = trunk.convolutions[0]
-        if shape == (outside, inside, kernel, kernel):
-            return trunk
-    raise UserError(
-        f"{where}: holds neither torchvision's AlexNet nor its VGG16 (features.0.weight [64, 3, 11, 11] or "
-        "[64, 3, 3, 3])"
-    )
-
-
-def _load(layers: nn.ModuleDict, weights: dict[str, Tensor], where: str) -> None:
-    expected = layers.state_dict()
-    for name, value in expected.items():
-        found = weights.get(name)
-        if found is None or found.shape != value.shape:
-            has = "is missing" if found is None else f"has the shape {list(found.shape)}"
-            raise UserError(f"{where}: features.{name} {has}; {list(value.shape)} is expected")
-    layers.load_state_dict({name: weights[name].float() for name in expected}, assign=True)
-
-
 def _packaged(name: str) -> str:
     """The weights within the package, which is not imported: it would ask for torchvision."""
-    spec = importlib.util.find_spec("lpips")
-    file = (
-        None if spec is None or spec.origin is None else Path(spec.origin).parent / "weights" / "v0.1" / f"{name}.pth"
-    )
+    origin = getattr(importlib.util.find_spec("lpips"), "origin", None)
+    file = Path(origin).parent / "weights" / "v0.1" / f"{name}.pth" if origin else None
     if file is None or not file.is_file():
         raise UserError(
             f"--metric lpips: the linear weights of {name} are not here; install them with `pip install --no-deps "

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 Point = tuple[float, float]
 """(reward, distance) at one scale of reward guidance."""
@@ -24,10 +23,6 @@ class Matched:
     level: float
     distance: str
     at: dict[str, float]
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"reward": self.reward, "level": self.level, "distance": self.distance, "at": self.at}
 
 
 def match(reward: str, distance: str, curves: Mapping[str, Sequence[Point]]) -> Matched | None:

@@ -1,8 +1,7 @@
 """The metrics of ``--metric``: what each needs, and what it makes of the images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.evaluation.candidate_images import EvaluationSettings, Request
 from pcpo_fast.evaluation.diversity import feature_diversity, pairs, pixel_diversity
 from pcpo_fast.evaluation.feature_cache import features_of
 from pcpo_fast.evaluation.features import ClipImages, DinoV2, Extractor, Inception
@@ -69,79 +69,68 @@ def parse_metrics(texts: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
+@dataclass
 class Measuring:
     """Measures image sets against a reference; models are loaded once, and what they see is kept on the disk.
 
-    Args:
-        metrics: of :func:`parse_metrics`.
-        prompts: P.
-        count: images of each.
+    Attributes:
+        settings: which metrics, and how.
+        request: the images of each set.
         reference: what distances are to; None where no metric asks.
-        cache: folder of features.
         device: where models run.
-        batch_size: images at once.
-        resamples: of the bootstrap.
+        notes: what a reader of the numbers must know.
 
     Raises:
         UserError: a model cannot be loaded.
     """
 
-    def __init__(
-        self,
-        metrics: dict[str, str | None],
-        prompts: int,
-        count: int,
-        reference: ImageSet | None,
-        cache: Path,
-        device: torch.device,
-        batch_size: int,
-        resamples: int,
-    ) -> None:
-        self.metrics, self.prompts, self.count, self.reference = metrics, prompts, count, reference
-        self.cache, self.device, self.batch_size, self.resamples = cache, device, batch_size, resamples
-        self.notes: list[str] = []
+    settings: EvaluationSettings
+    request: Request
+    reference: ImageSet | None
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
 
     def columns(self, sets: Sequence[ImageSet]) -> list[MetricColumn]:
         """Every metric of every set, one model in memory at a time."""
+        metrics = self.settings.metrics
         found: list[MetricColumn] = []
-        if "fd-dinov2" in self.metrics:
-            extractor: Extractor = DinoV2(self.metrics["fd-dinov2"] or DinoV2.PUBLISHED, self.device)
+        if "fd-dinov2" in metrics:
+            extractor: Extractor = DinoV2(metrics["fd-dinov2"] or DinoV2.PUBLISHED, self.device)
             features = self._features(sets, extractor)
             found.append(self._frechet(sets, features, "dinov2", "fd_dinov2", "FD-DINOv2"))
             found += self._feature_diversity(sets, features, "dinov2", "DINOv2")
-        if "cmmd" in self.metrics:
-            extractor = ClipImages(self.metrics["cmmd"] or ClipImages.PUBLISHED, self.device)
+        if "cmmd" in metrics:
+            extractor = ClipImages(metrics["cmmd"] or ClipImages.PUBLISHED, self.device)
             features = self._features(sets, extractor)
-            found.append(self._kernel(sets, features))
+            distances = self._distances(sets, features, "clip", lambda own: own, kernel_distance)
+            found.append(MetricColumn("cmmd", "CMMD", "lower", "distance", distances))
             found += self._feature_diversity(sets, features, "clip", "CLIP")
-        if "fid" in self.metrics or "is" in self.metrics:
-            weights = self.metrics.get("fid") or self.metrics.get("is")
+        if "fid" in metrics or "is" in metrics:
+            weights = metrics.get("fid") or metrics.get("is")
             features = self._features(sets, Inception(weights, self.device))
-            if "fid" in self.metrics:
+            if "fid" in metrics:
                 found.append(self._frechet(sets, features, "inception", "fid", "FID"))
-            if "is" in self.metrics:
-                found.append(self._inception_score(sets, features))
-        if self.count > 1:
+            if "is" in metrics:
+                scores = {one.name: self._inception_score(features[one.name]["logits"]) for one in sets}
+                found.append(MetricColumn("inception_score", "IS", "higher", "score", scores))
+        if self.request.count > 1:
             pixels = {one.name: self._over_prompts(one, pixel_diversity) for one in sets}
             found.append(MetricColumn("diversity_pixel", "diversity, pixels", "higher", "diversity", pixels))
-            if "lpips" in self.metrics:
+            if "lpips" in metrics:
                 found.append(self._lpips(sets))
         return found
 
     def _features(self, sets: Sequence[ImageSet], extractor: Extractor) -> dict[str, dict[str, Tensor]]:
         """{set: {feature: [n, d]}}, the reference under the name ""."""
-        found = {one.name: features_of(one, extractor, self.cache, self.batch_size) for one in sets}
-        if self.reference is not None:
-            found[""] = features_of(self.reference, extractor, self.cache, self.batch_size)
-        return found
+        cache, size = self.settings.cache or self.settings.output / "features", self.settings.batch_size
+        named = {one.name: one for one in sets} | ({} if self.reference is None else {"": self.reference})
+        return {name: features_of(one, extractor, cache, size) for name, one in named.items()}
 
-    def _resampled(self, features: Tensor, measure: Callable[[Tensor], float]) -> Estimate:
-        """A number of all features [P k, d] of a set, with its interval over prompts."""
-
+    def _inception_score(self, logits: Tensor) -> Estimate:
         def of_rows(rows: NDArray[np.int64]) -> float:
-            return measure(features[torch.from_numpy(rows)])
+            return inception_score(logits[torch.from_numpy(rows)])
 
-        return over_prompts(of_rows, self.prompts, self.count, self.resamples)
+        return over_prompts(of_rows, len(self.request.prompts), self.request.count, self.settings.resamples)
 
     def _distances(
         self,
@@ -163,7 +152,7 @@ class Measuring:
                 chosen = torch.from_numpy(rows)
                 return measure(prepare(own[chosen]), prepare(reference[chosen]) if paired else whole)
 
-            found = over_prompts(of_rows, self.prompts, self.count, self.resamples)
+            found = over_prompts(of_rows, len(self.request.prompts), self.request.count, self.settings.resamples)
             if found.low is not None:  # no distance is negative
                 found = replace(found, low=max(0.0, found.low))
             estimates[one.name] = found
@@ -174,33 +163,27 @@ class Measuring:
     ) -> MetricColumn:
         estimates = self._distances(sets, features, feature, Gaussian.of_features, distance)
         reference = features[""][feature]
-        fewest = min(len(reference), self.prompts * self.count)
+        fewest = min(len(reference), len(self.request.prompts) * self.request.count)
         self.notes += [f"{label}: {note}." for note in sample_notes(fewest, reference.shape[1])]
         return MetricColumn(key, label, "lower", "distance", estimates)
-
-    def _kernel(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> MetricColumn:
-        estimates = self._distances(sets, features, "clip", lambda own: own, kernel_distance)
-        return MetricColumn("cmmd", "CMMD", "lower", "distance", estimates)
-
-    def _inception_score(self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]]) -> MetricColumn:
-        estimates = {one.name: self._resampled(features[one.name]["logits"], inception_score) for one in sets}
-        return MetricColumn("inception_score", "IS", "higher", "score", estimates)
 
     def _feature_diversity(
         self, sets: Sequence[ImageSet], features: dict[str, dict[str, Tensor]], feature: str, label: str
     ) -> list[MetricColumn]:
-        if self.count < 2:
+        if self.request.count < 2:
             return []
-        estimates = {}
-        for one in sets:
-            groups = features[one.name][feature].split(self.count)
-            estimates[one.name] = mean([feature_diversity(group) for group in groups])
+        estimates = {
+            one.name: mean(
+                [feature_diversity(group) for group in features[one.name][feature].split(self.request.count)]
+            )
+            for one in sets
+        }
         return [MetricColumn(f"diversity_{feature}", f"diversity, {label}", "higher", "diversity", estimates)]
 
     def _over_prompts(self, one: ImageSet, measure: Callable[[Tensor], float]) -> Estimate:
         values = []
-        for prompt in range(self.prompts):
-            rows = range(prompt * self.count, (prompt + 1) * self.count)
+        for prompt in range(len(self.request.prompts)):
+            rows = range(prompt * self.request.count, (prompt + 1) * self.request.count)
             images = [one.read(row) for row in rows]
             if len({tuple(image.shape) for image in images}) > 1:
                 raise UserError(f"--checkpoint {one.name}: the images of a prompt must have one size")
@@ -208,7 +191,7 @@ class Measuring:
         return mean(values)
 
     def _lpips(self, sets: Sequence[ImageSet]) -> MetricColumn:
-        backbone, _, linear = (self.metrics["lpips"] or _LPIPS_TRUNK).partition(",")
+        backbone, _, linear = (self.settings.metrics["lpips"] or _LPIPS_TRUNK).partition(",")
         model = Lpips(backbone, linear or None).to(self.device)
 
         @torch.no_grad()

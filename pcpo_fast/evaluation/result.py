@@ -1,7 +1,7 @@
 """What an evaluation found, and its record for programs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pcpo_fast.evaluation.candidates import Candidate
@@ -84,20 +84,20 @@ class Evaluation:
             "seed": self.seed,
             "baseline": self.baseline,
             "reference": self.reference,
-            "checkpoints": [
-                self._record_of(one, images) for one, images in zip(self.candidates, self.sets, strict=True)
-            ],
-            "matched_reward": [found.record() for found in self.matched],
+            "checkpoints": [self._record_of(*pair) for pair in zip(self.candidates, self.sets, strict=True)],
+            "matched_reward": [asdict(found) for found in self.matched],
             "notes": list(self.notes),
         }
 
     def _record_of(self, one: Candidate, images: ImageSet) -> dict[str, Any]:
-        rewards = {}
-        for column in self.rewards:
-            rewards[column.name] = _estimate(column.estimate(one.name)) | {
+        rewards = {
+            column.name: {
+                **_estimate(column.estimate(one.name)),
                 "difference": _estimate(column.difference(one.name, self.baseline)),
                 "scores": list(column.scores[one.name]),
             }
+            for column in self.rewards
+        }
         return {
             "name": one.name,
             "kind": one.kind,

@@ -8,7 +8,7 @@ from pcpo_fast.evaluation.matching import Point
 from pcpo_fast.evaluation.metrics import MetricColumn
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.reporting.statistics import Estimate
-from pcpo_fast.reporting.style import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, legend, new_figure, styled
+from pcpo_fast.reporting.style import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, legend, new_figure, point_label, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def points(members: Sequence[Candidate], reward: RewardColumn, column: MetricCol
     return [(reward.estimate(one.name).value, column.estimates[one.name].value) for one in members]
 
 
-def trade_figure(result: Evaluation) -> "Figure | None":
+def trade_off_figure(result: Evaluation) -> "Figure | None":
     """Reward over distance, a panel for each pair of them; None without a distance or a reward."""
     distances = [column for column in result.columns if column.kind == "distance"]
     if not distances or not result.rewards:
@@ -74,14 +74,7 @@ def _panel(axes: "Axes", result: Evaluation, reward: RewardColumn, column: Metri
             y = reward.estimate(one.name)
             _dot(axes, y, x, colour, marker, family if index == 0 else None)
             if len(own) > 1:
-                axes.annotate(
-                    f"{one.scale:g}",
-                    (x.value, y.value),
-                    xytext=(6, -10),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=SOFT,
-                )
+                point_label(axes, f"{one.scale:g}", (x.value, y.value), (6, -10))
 
 
 def _dot(axes: "Axes", y: Estimate, x: Estimate, colour: str, marker: str, label: str | None) -> None:

@@ -4,18 +4,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting.statistics import LEVEL, RESAMPLES, tails
+from pcpo_fast.reporting.statistics import LEVEL, ratio_of_means
 
 CHOICES = ("left", "right", "tie")
-_SEED = 20_250
 
 
 @dataclass(frozen=True)
@@ -25,10 +22,10 @@ class WinRate:
     Attributes:
         first, second: names.
         wins, losses, ties: votes, as seen from the first.
-        rate: (wins + ties / 2) / votes.
-        wilson: 95 % interval that takes every vote for independent.
-        by_prompt: 95 % bootstrap interval over prompts, whose votes belong together; None from fewer than two prompts.
-        left: share of the left side among votes that chose one: far from 0.5, people did not look.
+        win_rate: (wins + ties / 2) / votes.
+        wilson_interval: 95 % interval that takes every vote for independent.
+        prompt_interval: 95 % bootstrap interval over prompts, whose votes belong together; None for one prompt.
+        left_share: share of the left side among votes that chose one: far from 0.5, people did not look.
         voters: votes by person.
     """
 
@@ -37,41 +34,25 @@ class WinRate:
     wins: int
     losses: int
     ties: int
-    rate: float
-    wilson: tuple[float, float]
-    by_prompt: tuple[float, float] | None
-    left: float | None
+    win_rate: float
+    wilson_interval: tuple[float, float]
+    prompt_interval: tuple[float, float] | None
+    left_share: float | None
     voters: dict[str, int]
 
     @property
     def verdict(self) -> str:
         """In words; the wider of the two intervals decides."""
-        low, high = (self._bound(place) for place in (0, 1))
-        if low > 0.5:
+        intervals = [self.wilson_interval, self.prompt_interval or self.wilson_interval]
+        if min(low for low, _ in intervals) > 0.5:
             return f"{self.first} is preferred"
-        if high < 0.5:
+        if max(high for _, high in intervals) < 0.5:
             return f"{self.second} is preferred"
         return "undecided"
 
-    def _bound(self, place: int) -> float:
-        bounds = [self.wilson[place], *([] if self.by_prompt is None else [self.by_prompt[place]])]
-        return max(bounds) if place else min(bounds)
-
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "first": self.first,
-            "second": self.second,
-            "wins": self.wins,
-            "losses": self.losses,
-            "ties": self.ties,
-            "win_rate": self.rate,
-            "wilson_interval": list(self.wilson),
-            "prompt_interval": None if self.by_prompt is None else list(self.by_prompt),
-            "left_share": self.left,
-            "voters": self.voters,
-            "verdict": self.verdict,
-        }
+        return asdict(self) | {"verdict": self.verdict}
 
 
 def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
@@ -112,6 +93,10 @@ def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
         raise UserError("the vote files hold no votes")
     rate = (counts["win"] + counts["tie"] / 2) / total
     decided = sides["left"] + sides["right"]
+    sums, numbers = [sum(votes) for votes in points.values()], [len(votes) for votes in points.values()]
+    by_prompt = ratio_of_means(sums, numbers, paired=True)
+    assert by_prompt is not None
+    low, high = by_prompt.low, by_prompt.high
     return WinRate(
         first,
         second,
@@ -120,7 +105,7 @@ def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
         counts["tie"],
         rate,
         wilson_interval(rate, total),
-        _over_prompts(list(points.values())),
+        None if low is None or high is None else (low, high),
         sides["left"] / decided if decided else None,
         voters,
     )
@@ -132,17 +117,6 @@ def wilson_interval(rate: float, count: int, level: float = LEVEL) -> tuple[floa
     centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _over_prompts(points: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    if len(points) < 2:
-        return None
-    sums = np.array([sum(votes) for votes in points])
-    counts = np.array([len(votes) for votes in points])
-    drawn = np.random.default_rng(_SEED).integers(len(points), size=(RESAMPLES, len(points)))
-    rates = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(rates, tails(len(points)))
-    return float(low), float(high)
 
 
 def _votes(file: Path, page: str, pairs: int) -> tuple[str, dict[int, str]]:

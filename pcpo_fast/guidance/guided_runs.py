@@ -29,7 +29,7 @@ def read_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
     Raises:
         UserError: a folder is no run or holds no export, or the runs have different base models.
     """
-    runs = [read_run(Path(folder), overrides) for folder in folders]
+    runs = [read_fine_tune(Path(folder), overrides) for folder in folders]
     for run, folder in zip(runs[1:], folders[1:], strict=True):
         different = base_difference(runs[0].config, run.config)
         if different is not None:
@@ -95,7 +95,7 @@ def guided_policies(
     ]
 
 
-def read_run(
+def read_fine_tune(
     folder: Path, overrides: Sequence[str] = (), *, weights: Path | None = None, option: str = "--run"
 ) -> FineTune:
     """A run's configuration and weights; reads no weights.

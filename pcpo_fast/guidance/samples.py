@@ -22,7 +22,7 @@ from pcpo_fast.policies.families import load_policy
 from pcpo_fast.policies.fine_tunes import FineTune
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_grid, to_image
-from pcpo_fast.reporting.step_progress import StepProgress
+from pcpo_fast.reporting.progress import StepProgress
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.generation import generate
 

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting.image_table import image_table
+from pcpo_fast.reporting.grids import image_table
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.reporting.scale_figure import ScalePoint, scale_figure
 from pcpo_fast.reporting.statistics import mean

@@ -1,9 +1,11 @@
-"""Sheets of images with captions: sample grids, and before/after pairs."""
+"""Sheets of images with captions: sample grids, before/after pairs, and tables with a heading for each column."""
 
-import bisect
+import io
 import math
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ _BAD = (176, 72, 0)
 
 _MARGIN = 16
 _GAP = 14
+_TABLE_GAP, _LABEL_WIDTH, _LABEL_LINES = 10, 132, 6  # of a table
 _MAX_CAPTION_LINES = 4
 _MAX_SHEET_WIDTH = 2400
 
@@ -33,6 +36,13 @@ def to_image(image: ImageLike) -> Image.Image:
         raise ValueError(f"an image must be [3, H, W] or [1, H, W], not {list(pixels.shape)}")
     levels = np.round(np.clip(np.nan_to_num(pixels, nan=0.0), 0, 1) * 255).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0).copy())
+
+
+def image_bytes(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
+    """An image as a file of this kind ("png", "jpeg") holds it; `options` are those of PIL."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def image_grid(
@@ -53,7 +63,7 @@ def image_grid(
     cells = [resized(image, columns, scale) for image in _images(images)]
     _check(len(cells), columns, captions)
     font = _font(_font_size(cells[0].width))
-    return _sheet(cells, columns, _lines_of(captions, None, cells[0].width, font), font, title=title)
+    return _sheet(cells, columns, _wrapped(captions, len(cells), cells[0].width, font), font, title=title)
 
 
 def before_after(
@@ -89,8 +99,64 @@ def before_after(
         pair.paste(right, (left.width + 4, 0))
         pairs.append(pair)
     font = _font(_font_size(pairs[0].width // 2))
-    texts = _lines_of(captions, scores, pairs[0].width, font)
+    texts = _wrapped(captions, len(pairs), pairs[0].width, font)
+    for lines, old, new in zip(texts, *(scores or ([], [])), strict=False):
+        colour = _GOOD if new > old else _BAD if new < old else _SOFT
+        lines.append((f"{float(old):.2f} to {float(new):.2f}", colour))
     return _sheet(pairs, columns, texts, font, title=title, headings=labels)
+
+
+def image_table(
+    cells: Sequence[ImageLike],
+    *,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    scores: Sequence[Sequence[float]] | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """Images side by side, to be compared along a row.
+
+    Args:
+        cells: for each column its images, one for each row: a tensor [rows, 3, H, W] in 0..1, or PIL images.
+        columns: heading of each column.
+        rows: what stands left of each row; one like that above is not repeated.
+        scores: written below each image, by column like ``cells``.
+        title: a line above all.
+
+    Raises:
+        ValueError: there are no images, or lengths do not fit.
+    """
+    lengths = {len(rows), *map(len, cells), *(map(len, scores) if scores is not None else ())}
+    if len(lengths) != 1 or 0 in lengths or not cells or len(columns) != len(cells):
+        raise ValueError(f"{len(cells)} columns of {[len(column) for column in cells]} images do not fit the headings")
+    pictures = [[resized(to_image(image), len(cells) + 1, None) for image in column] for column in cells]
+    width = max(picture.width for column in pictures for picture in column)
+    height = max(picture.height for column in pictures for picture in column)
+    font = _greek_font(13)
+    line = sum(font.getmetrics()) + 2
+    row_height = height + _TABLE_GAP + (line if scores is not None else 0)
+    top = _MARGIN + line + 4 + (line + 6 if title else 0)
+    left = _MARGIN + _LABEL_WIDTH + _TABLE_GAP
+    right = left + len(cells) * (width + _TABLE_GAP) - _TABLE_GAP
+    bottom = top + len(rows) * row_height - _TABLE_GAP
+    sheet = Image.new("RGB", (right + _MARGIN, bottom + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((_MARGIN, _MARGIN), title, _INK, font=font)
+    for number, label in enumerate(rows):
+        if number == 0 or label != rows[number - 1]:
+            for place, text in enumerate(wrap(label, font, _LABEL_WIDTH, _LABEL_LINES)):
+                draw.text((_MARGIN, top + number * row_height + place * line), text, _INK, font=font)
+    for column, heading in enumerate(columns):
+        x = left + column * (width + _TABLE_GAP)
+        text = next(iter(wrap(heading, font, width, 1)), "")
+        draw.text((x, top - line - 4), text, _INK, font=font)
+        for number, picture in enumerate(pictures[column]):
+            y = top + number * row_height
+            sheet.paste(picture, (x, y))
+            if scores is not None:
+                draw.text((x, y + height + 1), f"{scores[column][number]:.3g}", _SOFT, font=font)
+    return sheet
 
 
 Line = tuple[str, tuple[int, int, int]]
@@ -108,7 +174,6 @@ def _sheet(
     """Lay out cells of one size in rows, with lines of text below each, headings on top of each column, and a title."""
     columns = min(columns, len(cells))
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    texts = texts or [[] for _ in cells]
     line_height = _line_height(font)
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
     text_heights = [max(len(texts[i]) for i in row) * line_height for row in rows]
@@ -140,45 +205,26 @@ def _sheet(
     return sheet
 
 
-def _lines_of(
-    captions: Sequence[str] | None, scores: tuple[Sequence[float], Sequence[float]] | None, width: int, font: Any
-) -> list[list[Line]]:
-    """The wrapped caption of every cell, and its scores."""
-    count = len(captions) if captions is not None else len(scores[0]) if scores is not None else 0
-    texts: list[list[Line]] = [[] for _ in range(count)]
-    for i in range(count):
-        if captions is not None:
-            texts[i] += [(line, _INK) for line in wrap(captions[i], font, width, _MAX_CAPTION_LINES)]
-        if scores is not None:
-            old, new = float(scores[0][i]), float(scores[1][i])
-            colour = _GOOD if new > old else _BAD if new < old else _SOFT
-            texts[i].append((f"{old:.2f} to {new:.2f}", colour))
-    return texts
+def _wrapped(captions: Sequence[str] | None, count: int, width: int, font: Any) -> list[list[Line]]:
+    """The lines of every cell's caption."""
+    captions = [""] * count if captions is None else captions
+    return [[(line, _INK) for line in wrap(caption, font, width, _MAX_CAPTION_LINES)] for caption in captions]
 
 
 def wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
     """Break text into lines of at most `width` pixels; a word too long is broken, text too long ends in "..."."""
-    lines: list[str] = []
-    line = ""
-    words = plain_letters(str(text)).split()
-    while words and len(lines) <= max_lines:
-        word = words.pop(0)
-        candidate = f"{line} {word}" if line else word
-        if font.getlength(candidate) <= width:
-            line = candidate
-            continue
-        if line:
-            lines.append(line)
-            line = ""
-            words.insert(0, word)
-        else:  # one word alone is too long
-            fits = bisect.bisect_right(range(len(word)), width, key=lambda end: font.getlength(word[: end + 1]))
-            cut = max(1, fits)
-            lines.append(word[:cut])
-            if word[cut:]:
-                words.insert(0, word[cut:])
-    if line:
-        lines.append(line)
+    lines = [""]
+    for word in plain_letters(str(text)).split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
+        while font.getlength(lines[-1]) > width and len(lines) <= max_lines + 1:  # one word alone is too long
+            line = lines.pop()
+            cut = max(1, sum(font.getlength(line[:end]) <= width for end in range(1, len(line))))
+            lines += [line[:cut], line[cut:]]
+        if len(lines) > max_lines + 1:
+            break
+    lines = [line for line in lines if line]
     if len(lines) > max_lines:
         last = lines[max_lines - 1]
         while last and font.getlength(last + "...") > width:
@@ -236,6 +282,14 @@ def _font_size(width: int) -> int:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """PIL's own font: the same picture on every machine."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
+
+
+@cache
+def _greek_font(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own font, the same on every machine: PIL's has no Greek letters."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
 def _line_height(font: Any) -> int:

@@ -2,7 +2,8 @@
 
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,51 +36,46 @@ def tags(kind: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"update/{name}" if kind == "update" else name: value for name, value in metrics.items()}
 
 
-class GuardedLogger:
-    """Passes everything on to a logger until that fails once; then warns, and drops the rest.
+class Loggers:
+    """The loggers of a run. One that fails is left out from then on, with a warning: it never stops training.
 
-    `make` creates the logger; only its `UserError` (not installed, wrong options) comes through, all else is guarded.
+    Whatever a third-party logger raises, the training run is worth more; only a `UserError` when it is made (not
+    installed, wrong options) comes through.
     """
 
-    def __init__(self, name: str, make: Callable[[], MetricLogger]) -> None:
-        self._name = name
-        self._logger: MetricLogger | None = None
+    def __init__(self) -> None:
+        self._open: dict[str, MetricLogger] = {}
+
+    def add(self, name: str, make: Callable[[], MetricLogger]) -> None:
+        """Use what `make` returns, under this name."""
+        with self._guarded(name):
+            self._open[name] = make()
+
+    def each(self, action: Callable[[MetricLogger], None]) -> None:
+        """Do something with every logger."""
+        for name, logger in list(self._open.items()):
+            with self._guarded(name):
+                action(logger)
+
+    def close(self) -> None:
+        """Close all; may be called twice."""
+        self.each(lambda logger: logger.close())
+        self._open.clear()
+
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
         try:
-            self._logger = make()
+            yield
         except UserError:
             raise
         except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._logger = None
-        _LOG.warning(
-            "%s failed (%s: %s); training goes on without it, metrics.jsonl stays complete",
-            self._name,
-            type(error).__name__,
-            error,
-        )
-
-    def _try(self, action: Callable[[MetricLogger], None]) -> None:
-        if self._logger is None:
-            return
-        try:
-            action(self._logger)
-        except Exception as error:  # whatever a third-party logger raises, the training run is worth more
-            self._give_up(error)
-
-    def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None:
-        self._try(lambda logger: logger.log(kind, metrics, epoch=epoch, step=step))
-
-    def image(self, tag: str, image: Image.Image, *, epoch: int) -> None:
-        self._try(lambda logger: logger.image(tag, image, epoch=epoch))
-
-    def rewind(self, *, epoch: int, update_step: int) -> None:
-        self._try(lambda logger: logger.rewind(epoch=epoch, update_step=update_step))
-
-    def close(self) -> None:
-        self._try(lambda logger: logger.close())
-        self._logger = None
+            self._open.pop(name, None)
+            _LOG.warning(
+                "%s failed (%s: %s); training goes on without it, metrics.jsonl stays complete",
+                name,
+                type(error).__name__,
+                error,
+            )
 
 
 class TensorBoardLogger:

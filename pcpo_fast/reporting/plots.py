@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.series import Record, Series, reward_names, series, skipped_updates, step_series, update_values
@@ -24,6 +24,8 @@ from pcpo_fast.reporting.style import (
     legend,
     marker,
     new_figure,
+    percent,
+    point_label,
     styled,
 )
 
@@ -45,35 +47,30 @@ def save_figure(figure: "Figure", path: Path | str, dpi: int = 160) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def reward_figure(records: Sequence[Record]) -> "Figure | None":
+def mean_reward_figure(records: Sequence[Record]) -> "Figure | None":
     """Mean reward of the rollouts with a band of one standard deviation, and the reward on held-out prompts."""
     train, heldout = series(records, "reward/mean"), series(records, "heldout/reward/mean")
     if not train and not heldout:
         return None
     figure = new_figure(3.3)
     axes = styled(figure.add_subplot(), "Mean reward of an epoch", EPOCHS, "mean reward", with_legend=True)
+    std = series(records, "reward/std").by_epoch()
+    epochs = [epoch for epoch in train.epochs if epoch in std]
+    if epochs:
+        mean, label = train.by_epoch(), "± 1 std over the images of an epoch"
+        low, high = ([mean[epoch] + sign * std[epoch] for epoch in epochs] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=BLUE, alpha=0.16, linewidth=0, label=label)
     if train:
-        _band(axes, train, series(records, "reward/std"))
         axes.plot(train.epochs, train.values, color=BLUE, linewidth=1.6, marker=marker(train.epochs), label="rollouts")
     if heldout:
         label = "held-out prompts and seeds"
         axes.plot(heldout.epochs, heldout.values, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
-        for i in sorted({0, len(heldout.epochs) - 1}):
-            _value_label(axes, heldout.epochs[i], heldout.values[i], ORANGE)
+        for epoch, value in dict.fromkeys([heldout.points()[0], heldout.points()[-1]]):
+            look: dict[str, Any] = {"ha": "center", "fontsize": 8.5, "color": ORANGE, "fontweight": "bold"}
+            point_label(axes, f"{value:.3f}", (epoch, value), (0, 7), **look)
     _span(axes, train, heldout)
     legend(axes)
     return figure
-
-
-def _band(axes: "Axes", mean: Series, std: Series) -> None:
-    width = std.by_epoch()
-    epochs = [epoch for epoch in mean.epochs if epoch in width]
-    centre = mean.by_epoch()
-    low = [centre[epoch] - width[epoch] for epoch in epochs]
-    high = [centre[epoch] + width[epoch] for epoch in epochs]
-    if epochs:
-        label = "± 1 std over the images of an epoch"
-        axes.fill_between(epochs, low, high, color=BLUE, alpha=0.16, linewidth=0, label=label)
 
 
 def reward_parts_figure(records: Sequence[Record]) -> "Figure | None":
@@ -94,6 +91,39 @@ def reward_parts_figure(records: Sequence[Record]) -> "Figure | None":
     return figure
 
 
+def reward_spread_figure(records: Sequence[Record]) -> "Figure | None":
+    """Spread of each reward within a group times its weight, over epochs; None where there is one reward."""
+    names = reward_names(records, "reward_spread/")
+    colours = (BLUE, ORANGE, GREEN, PURPLE)
+    looks = [(colours[i % len(colours)], ("-", "--", ":")[i // len(colours) % 3]) for i in range(len(names))]
+    curves = [(series(records, f"reward_spread/{name}"), name, *look) for name, look in zip(names, looks, strict=True)]
+    return _lines_figure(curves, "Say of each reward in the sum", "weight × spread")
+
+
+def diversity_figure(records: Sequence[Record]) -> "Figure | None":
+    """Held-out diversity and distance to the base model over epochs; None where neither was measured."""
+    curves = [
+        (series(records, "heldout/diversity"), "between images of a prompt (diversity)", BLUE, "-"),
+        (series(records, "heldout/base_distance"), "to the image before the training", ORANGE, "--"),
+    ]
+    return _lines_figure(curves, "Distances of held-out images", "RMS over pixels")
+
+
+def _lines_figure(curves: Sequence[tuple[Series, str, str, str]], title: str, y: str) -> "Figure | None":
+    """Curves with their labels, colours and line styles, from 0 up; None where all are empty."""
+    curves = [curve for curve in curves if curve[0]]
+    if not curves:
+        return None
+    figure = new_figure()
+    axes = styled(figure.add_subplot(), title, EPOCHS, y, with_legend=True)
+    for curve, label, colour, line in curves:
+        axes.plot(curve.epochs, curve.values, line, color=colour, marker=marker(curve.epochs), label=label)
+    axes.set_ylim(bottom=0)
+    _span(axes, *(curve for curve, *_ in curves))
+    legend(axes)
+    return figure
+
+
 def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
     """Share of clipped images per step and epoch as a map, with the mean over epochs of each step beside it."""
     steps = step_series(records, "policy/clip_fraction")
@@ -105,11 +135,12 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
         axes = styled(figure.add_subplot(), "Clip fraction", EPOCHS, "share of clipped images")
         axes.plot(mean.epochs, mean.values, color=BLUE, linewidth=1.6, marker=marker(mean.epochs))
         axes.set_ylim(bottom=0)
-        _percent(axes)
+        percent(axes.yaxis)
         _span(axes, mean)
         return figure
     import numpy as np
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     first = min(curve.epochs[0] for curve in steps.values())
     last = max(curve.epochs[-1] for curve in steps.values())
@@ -129,11 +160,12 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
         table, cmap=palette, vmin=0, vmax=top, aspect="auto", extent=extent, interpolation="nearest", origin="upper"
     )
     left.grid(False)
-    _whole_numbers(left)
+    left.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+    left.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     bar = figure.colorbar(picture, ax=left, pad=0.015, aspect=30)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
-    bar.ax.yaxis.set_major_formatter(_percent_format())
+    percent(bar.ax.yaxis)
 
     styled(right, "Mean over epochs", "share of clipped images", "")
     means = [sum(curve.values) / len(curve.values) for curve in steps.values()]
@@ -141,7 +173,7 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
     right.grid(False, axis="y")
     right.grid(True, axis="x", color=GRID, linewidth=0.8)
     right.set_xlim(0, max(0.05, 1.05 * max(means)))
-    right.xaxis.set_major_formatter(_percent_format())
+    percent(right.xaxis)
     right.tick_params(labelleft=False)
     return figure
 
@@ -170,13 +202,8 @@ def credit_figure(
         raise ValueError(f"credit of {count} steps needs {count + 1} times and as many values in every column")
     figure = new_figure(3.5, max(WIDTH, min(16.0, 0.3 * count)))
     steps = list(range(count))
-    axes = styled(
-        figure.add_subplot(),
-        title,
-        "step, and the time it starts at (1 = noise, 0 = image)",
-        "credit",
-        with_legend=True,
-    )
+    x = "step, and the time it starts at (1 = noise, 0 = image)"
+    axes = styled(figure.add_subplot(), title, x, "credit", with_legend=True)
     trained = set(steps if trained_steps is None else trained_steps) & set(steps)
     columns = [(native, "native: |b| / std", ORANGE), (proportionate, f"proportionate: ζ Δt, ζ = {zeta:.5g}", BLUE)]
     if used is not None and not _same(used, native, trained) and not _same(used, proportionate, trained):
@@ -184,12 +211,9 @@ def credit_figure(
     width = 0.8 / len(columns)
     for place, (values, label, colour) in enumerate(columns):
         offset = (place - (len(columns) - 1) / 2) * width
-        for pale in (False, True):
-            shown = [step for step in steps if (step in trained) is not pale]
+        for shown, alpha, named in ((sorted(trained), 1, label), (sorted(set(steps) - trained), 0.35, None)):
             heights = [values[step] for step in shown]
-            named = None if pale else label
-            places = [step + offset for step in shown]
-            axes.bar(places, heights, width * 0.92, color=colour, alpha=0.35 if pale else 1, label=named)
+            axes.bar([step + offset for step in shown], heights, width * 0.92, color=colour, alpha=alpha, label=named)
     axes.set_xlim(-0.7, count - 0.3)
     every = max(1, math.ceil(count / 20))
     axes.set_xticks(steps[::every], [f"{step}\n{times[step]:.2f}" for step in steps[::every]])
@@ -235,7 +259,7 @@ def _logarithmic(axes: "Axes", curve: Series) -> None:
     _span(axes, curve)
 
 
-def gradient_figure(records: Sequence[Record]) -> "Figure | None":
+def gradient_norm_figure(records: Sequence[Record]) -> "Figure | None":
     """Norm of the gradient before clipping, of every update; updates that were skipped are marked."""
     positions, norms = update_values(records, "policy/grad_norm")
     if not positions:
@@ -271,52 +295,27 @@ def time_figure(records: Sequence[Record]) -> "Figure | None":
     styled(left, "Time per epoch", "epoch", "seconds", with_legend=True)
     epochs = sorted({epoch for curve, *_ in phases for epoch in curve.epochs})
     if epochs:
-        rows = [[curve.by_epoch().get(epoch, 0.0) for epoch in epochs] for curve, *_ in phases]
         base = [0.0] * len(epochs)
         edges = [epoch - 0.5 for epoch in epochs] + [epochs[-1] + 0.5]
-        for row, (_, label, colour) in zip(rows, phases, strict=True):
-            top = [low + value for low, value in zip(base, row, strict=True)]
+        for curve, label, colour in phases:
+            values = curve.by_epoch()
+            top = [low + values.get(epoch, 0.0) for low, epoch in zip(base, epochs, strict=True)]
             left.stairs(top, edges, baseline=base, fill=True, color=colour, label=label, linewidth=0)
             base = top
         left.set_ylim(0, 1.05 * max(base) or 1)
         epoch_axis(left, epochs[0], epochs[-1])
         legend(left)
     styled(right, "Throughput", "epoch", "images per second", with_legend=True)
-    axis = throughput.epochs
-    right.plot(axis, throughput.values, color=PURPLE, linewidth=1.5, marker=marker(axis))
+    right.plot(throughput.epochs, throughput.values, color=PURPLE, linewidth=1.5, marker=marker(throughput.epochs))
     right.set_ylim(0, 1.1 * max(throughput.values, default=1.0) or 1)
     _span(right, throughput)
     return figure
-
-
-def _value_label(axes: "Axes", x: float, y: float, colour: str) -> None:
-    note = axes.annotate(
-        f"{y:.3f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5, color=colour
-    )
-    note.set_fontweight("bold")
 
 
 def _span(axes: "Axes", *curves: Series) -> None:
     epochs = [epoch for curve in curves for epoch in curve.epochs]
     if epochs:
         epoch_axis(axes, min(epochs), max(epochs))
-
-
-def _whole_numbers(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-
-
-def _percent(axes: "Axes") -> None:
-    axes.yaxis.set_major_formatter(_percent_format())
-
-
-def _percent_format():  # type: ignore[no-untyped-def]
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(1.0)
 
 
 def _same(first: Sequence[float], second: Sequence[float], steps: set[int]) -> bool:

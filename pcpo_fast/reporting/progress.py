@@ -1,13 +1,13 @@
-"""What a training run shows while it goes on: a live display on a terminal, plain lines elsewhere."""
+"""What is shown of work that takes a while: a live display on a terminal, plain lines elsewhere."""
 
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -71,9 +71,7 @@ class TrainingProgress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._phase = "" if error is None else "stopped"
         if self._live is not None:
             self._live.stop()
@@ -97,7 +95,7 @@ class TrainingProgress:
         now = self._clock()
         if self.done >= self.epochs or now - self._last_line >= self._plain_interval:
             self._last_line = now
-            self._print(self._plain_line())
+            _print(self._console, self._plain_line())
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Numbers of an evaluation on held-out prompts; they stay on display until the next one."""
@@ -106,10 +104,7 @@ class TrainingProgress:
     def message(self, text: str) -> None:
         """Print a line (or lines) that stays, above the live display; the text is taken as it is, without markup."""
         if self.enabled:
-            self._print(text)
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            _print(self._console, text)
 
     def _remember(self, metrics: Mapping[str, float]) -> None:
         for name, _, _ in _SHOWN:
@@ -173,6 +168,71 @@ class TrainingProgress:
             curve = sparkline(self._rewards)
         line.add_row(self._spinner if self._phase else "", Text(curve, style="cyan"))
         return line
+
+
+class StepProgress:
+    """Counts steps of equal length: a bar on a terminal, a line now and then elsewhere, all on stderr.
+
+    Args:
+        total: how many there will be.
+        what: what is done, for people.
+        console: default: stderr, so that answers on stdout stay clean.
+        plain_interval: seconds between lines where there is no terminal; work that is over before says nothing.
+        clock: for tests.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        what: str,
+        *,
+        console: Console | None = None,
+        plain_interval: float = 15.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.what, self.done = total, what, 0
+        self._console = Console(stderr=True) if console is None else console
+        self._interval, self._clock = plain_interval, clock
+        self._begin = self._last = clock()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> "StepProgress":
+        self._begin = self._last = self._clock()
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task(self.what, total=self.total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def describe(self, what: str) -> None:
+        """Say what is done now."""
+        self.what = what
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
+
+    def advance(self) -> None:
+        """One step is over; ranks that wait for this one learn that it works."""
+        self.done += 1
+        note(self.what)
+        if self._bar is not None:
+            self._bar.advance(self._task)
+            return
+        now = self._clock()
+        if now - self._last >= self._interval and self.done < self.total:
+            self._last = now
+            left = (now - self._begin) / self.done * (self.total - self.done)
+            _print(self._console, f"{self.what}: {self.done} of {self.total} steps, {duration(left)} left")
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def sparkline(values: deque[float] | list[float]) -> str:

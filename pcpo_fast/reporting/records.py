@@ -1,6 +1,5 @@
 """What a training run writes down: metrics and images, on the disk and to the loggers."""
 
-import io
 import re
 import time
 from collections.abc import Mapping
@@ -9,11 +8,9 @@ from types import TracebackType
 from typing import Any
 
 from pcpo_fast.files.atomic import write_atomically
-from pcpo_fast.reporting.grids import ImageLike, to_image
-from pcpo_fast.reporting.loggers import GuardedLogger, TensorBoardLogger, WandbLogger
+from pcpo_fast.reporting.grids import ImageLike, image_bytes, to_image
+from pcpo_fast.reporting.loggers import Loggers, MetricLogger, TensorBoardLogger, WandbLogger
 from pcpo_fast.reporting.metrics_file import MetricsFile, read_metrics
-
-__all__ = ["RunRecorder", "read_metrics"]
 
 _RESERVED = ("kind", "epoch", "update", "time")
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -38,17 +35,17 @@ class RunRecorder:
         self._start = time.monotonic()
         self._earlier = 0.0
         self._updates = 0
-        self._loggers: list[GuardedLogger] = []
+        self._loggers = Loggers()
         if not enabled:
             return
         self._file = MetricsFile(self.output_dir / "metrics.jsonl")
         self._count(read_metrics(self._file.path))
         if tensorboard:
             folder = self.output_dir / "tensorboard"
-            self._loggers.append(GuardedLogger("TensorBoard", lambda: TensorBoardLogger(folder)))
+            self._loggers.add("TensorBoard", lambda: TensorBoardLogger(folder))
         if wandb is not None:
             options = dict(wandb)
-            self._loggers.append(GuardedLogger("Weights & Biases", lambda: WandbLogger(self.output_dir, options)))
+            self._loggers.add("Weights & Biases", lambda: WandbLogger(self.output_dir, options))
 
     def _count(self, records: list[dict[str, Any]]) -> None:
         """Take over what an earlier part of the run recorded: how many updates, and how many seconds."""
@@ -75,8 +72,7 @@ class RunRecorder:
         self._file.append(record | values)
         step = self._updates if kind == "update" else epoch
         self._updates += kind == "update"
-        for logger in self._loggers:
-            logger.log(kind, values, epoch=epoch, step=step)
+        self._loggers.each(lambda logger: logger.log(kind, values, epoch=epoch, step=step))
 
     def image(self, name: str, image: ImageLike, epoch: int) -> Path | None:
         """Write ``images/<name>.png`` and show the image to the loggers; returns the path (None where disabled).
@@ -90,13 +86,10 @@ class RunRecorder:
         if not _IMAGE_NAME.fullmatch(stem):
             raise ValueError(f"image name {name!r} is not a plain file name of letters, digits, '.', '_' and '-'")
         picture = to_image(image)
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
         path = self.output_dir / "images" / f"{stem}.png"
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, image_bytes(picture))
         tag = "images/" + re.sub(r"_?\d+$", "", stem)
-        for logger in self._loggers:
-            logger.image(tag, picture, epoch=epoch)
+        self._loggers.each(lambda logger: logger.image(tag, picture, epoch=epoch))
         return path
 
     def truncate_after(self, epoch: int, *, keep_evaluation: bool = False) -> None:
@@ -116,20 +109,22 @@ class RunRecorder:
         self._file.keep(kept)
         records = read_metrics(self._file.path)
         self._count(records)
-        for logger in self._loggers:
+
+        def rewind(logger: MetricLogger) -> None:
             logger.rewind(epoch=epoch, update_step=self._updates)
             for record in records:
-                if record.get("epoch", -1) >= epoch:  # the evaluation that was kept: the loggers have just dropped it
+                if record.get("epoch", -1) >= epoch:  # the evaluation that was kept: the logger has just dropped it
                     values = {name: value for name, value in record.items() if name not in _RESERVED}
                     logger.log(record["kind"], values, epoch=epoch, step=epoch)
+
+        self._loggers.each(rewind)
 
     def close(self) -> None:
         """Flush and close everything; may be called twice."""
         if not self.enabled:
             return
         self._file.close()
-        for logger in self._loggers:
-            logger.close()
+        self._loggers.close()
 
     def __enter__(self) -> "RunRecorder":
         return self

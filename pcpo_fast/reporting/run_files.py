@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.reporting.grids import image_bytes
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
+from pcpo_fast.reporting.pages import data_url
 
 _GRID_NAME = re.compile(r"epoch_(\d+)\.png")
 _SECRET = re.compile(
@@ -24,18 +28,24 @@ _EMBED_LIMIT = 400_000  # bytes of a PNG above which a report takes a JPEG
 _EMBED_WIDTH = 1600
 
 
-@dataclass(frozen=True)
-class Credit:
+class Credit(BaseModel):
     """credit.json, checked: N steps, N+1 times."""
 
-    sampler: str
-    rule: str
-    times: list[float]
-    native: list[float]
-    proportionate: list[float]
-    used: list[float] | None
-    zeta: float
-    trained_steps: list[int]
+    sampler: str = ""
+    rule: str = ""
+    times: list[FiniteFloat]
+    native: list[FiniteFloat] = Field(min_length=1)
+    proportionate: list[FiniteFloat]
+    used: list[FiniteFloat] | None = None
+    zeta: FiniteFloat
+    trained_steps: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> "Credit":
+        columns = (self.times[1:], self.proportionate, self.native if self.used is None else self.used)
+        if not self.times or {len(column) for column in columns} != {len(self.native)}:
+            raise ValueError("the columns differ in length")
+        return self
 
 
 @dataclass
@@ -64,7 +74,7 @@ class RunFiles:
         return sorted((epoch, path) for epoch, path in found if not epochs or epoch <= max(epochs) + 1)
 
 
-def read_run(folder: Path) -> RunFiles:
+def read_run_files(folder: Path) -> RunFiles:
     """Raises `UserError` if `folder` is not a directory or holds neither metrics.jsonl nor config.yaml, or if a line
     in the middle of metrics.jsonl is damaged."""
     if not folder.is_dir():
@@ -77,8 +87,22 @@ def read_run(folder: Path) -> RunFiles:
         run.records = read_metrics(metrics)
     else:
         run.notes.append("There is no metrics.jsonl: nothing was recorded yet.")
-    _read_config(run, config)
-    _read_credit(run)
+    if config.exists():
+        raw = config.read_text(encoding="utf-8", errors="replace")
+        run.config_text = _SECRET.sub(r"\g<key>(not shown)", raw)
+        try:
+            loaded = yaml.safe_load(raw)
+            run.config = loaded if isinstance(loaded, dict) else {}
+        except yaml.YAMLError:
+            run.notes.append("config.yaml is not valid YAML; it is shown as it is.")
+    else:
+        run.notes.append("There is no config.yaml.")
+    credit = _read_json(run, "credit.json")
+    if credit is not None:
+        try:
+            run.credit = Credit.model_validate(credit)
+        except ValidationError:
+            run.notes.append("credit.json is incomplete or has columns that do not fit; the credit figure is left out.")
     captions = _read_json(run, "images/captions.json")
     if isinstance(captions, list):
         run.captions = [str(caption) for caption in captions]
@@ -86,22 +110,6 @@ def read_run(folder: Path) -> RunFiles:
     if isinstance(summary, dict):
         run.summary, run.finished = summary, True
     return run
-
-
-def _read_config(run: RunFiles, path: Path) -> None:
-    import yaml
-
-    if not path.exists():
-        run.notes.append("There is no config.yaml.")
-        return
-    raw = path.read_text(encoding="utf-8", errors="replace")
-    run.config_text = _SECRET.sub(r"\g<key>(not shown)", raw)
-    try:
-        loaded = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        run.notes.append("config.yaml is not valid YAML; it is shown as it is.")
-        return
-    run.config = loaded if isinstance(loaded, dict) else {}
 
 
 def _read_json(run: RunFiles, name: str) -> Any:
@@ -115,39 +123,8 @@ def _read_json(run: RunFiles, name: str) -> Any:
         return None
 
 
-def _read_credit(run: RunFiles) -> None:
-    data = _read_json(run, "credit.json")
-    if data is None:
-        return
-    try:
-        count = len(data["native"])
-        credit = Credit(
-            sampler=str(data.get("sampler", "")),
-            rule=str(data.get("rule", "")),
-            times=_numbers(data["times"], count + 1),
-            native=_numbers(data["native"], count),
-            proportionate=_numbers(data["proportionate"], count),
-            used=_numbers(data["used"], count) if data.get("used") is not None else None,
-            zeta=_numbers([data["zeta"]], 1)[0],
-            trained_steps=[int(step) for step in data.get("trained_steps", range(count))],
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        run.notes.append("credit.json is incomplete or has columns that do not fit; the credit figure is left out.")
-        return
-    if count:
-        run.credit = credit
-
-
-def _numbers(values: Any, count: int) -> list[float]:
-    numbers = [float(value) for value in values]
-    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
-        raise ValueError("wrong length, or not finite")
-    return numbers
-
-
-def embeddable(run: RunFiles, path: Path) -> tuple[bytes, str] | None:
-    """An image file as bytes to embed and its kind, "png" or "jpeg" (for files above 400 kB); None with a note if it
-    is missing or is not a whole image."""
+def embedded_sheet(run: RunFiles, path: Path) -> str | None:
+    """A PNG file as a data URL (a JPEG for files above 400 kB); None, with a note, if it is missing or damaged."""
     if not path.exists():
         return None
     try:
@@ -160,18 +137,21 @@ def embeddable(run: RunFiles, path: Path) -> tuple[bytes, str] | None:
         run.notes.append(f"{path.relative_to(run.folder)} is not a whole PNG image; it is left out.")
         return None
     if len(data) <= _EMBED_LIMIT:
-        return data, "png"
+        return data_url(data, "png")
     image = image.convert("RGB")
     if image.width > _EMBED_WIDTH:
         height = max(1, round(image.height * _EMBED_WIDTH / image.width))
         image = image.resize((_EMBED_WIDTH, height), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=88, optimize=True)
-    return buffer.getvalue(), "jpeg"
+    return data_url(image_bytes(image, "jpeg", quality=88, optimize=True), "jpeg")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number_at(config: Any, *keys: str) -> float | None:
     """The number in a nested config under these keys; None if there is none."""
     for key in keys:
         config = config.get(key) if isinstance(config, dict) else None
-    return float(config) if isinstance(config, int | float) and not isinstance(config, bool) else None
+    return float(config) if is_number(config) else None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pcpo_fast.reporting.style import BLUE, SOFT, legend, new_figure, styled
+from pcpo_fast.reporting.style import BLUE, SOFT, legend, new_figure, point_label, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,15 +48,7 @@ def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "F
         for scale in (0.0, 1.0):
             if scales[0] <= scale <= scales[-1]:
                 axes.axvline(scale, color=SOFT, linewidth=0.9, linestyle=(0, (2, 3)), zorder=0.5)
-                axes.annotate(
-                    "tuned" if scale else "base",
-                    (scale, 0),
-                    xycoords=("data", "axes fraction"),
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=SOFT,
-                )
+                point_label(axes, "tuned" if scale else "base", (scale, 0), (4, 4), xycoords=("data", "axes fraction"))
         spread = [point for point in points if point.std is not None]
         if spread:
             axes.fill_between(

@@ -21,8 +21,11 @@ class Series:
     def __bool__(self) -> bool:
         return bool(self.epochs)
 
+    def points(self) -> list[tuple[int, float]]:
+        return list(zip(self.epochs, self.values, strict=True))
+
     def by_epoch(self) -> dict[int, float]:
-        return dict(zip(self.epochs, self.values, strict=True))
+        return dict(self.points())
 
 
 def series(records: Iterable[Record], name: str) -> Series:

@@ -13,7 +13,7 @@ _SEED = 20_250  # the same intervals every time a report is written
 
 Floats = NDArray[np.float64]
 Statistic = Callable[..., Floats]
-"""Takes arrays of values, seeds on the last axis but one where curves are compared, and reduces the seeds."""
+"""Takes arrays of values and the axis of the seeds, and reduces it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Estimate:
 
 def mean(values: Sequence[float]) -> Estimate:
     """The mean over seeds. Raises ValueError for no values."""
-    return _estimate([np.asarray(values, float)], lambda x: x.mean(axis=-1), paired=True)
+    return _estimate([np.asarray(values, float)], np.mean, paired=True)
 
 
 def mean_difference(values: Sequence[float], baseline: Sequence[float], *, paired: bool) -> Estimate:
@@ -43,7 +43,7 @@ def mean_difference(values: Sequence[float], baseline: Sequence[float], *, paire
     what a seed's prompts and noise do to both drops out. Otherwise each side is resampled by itself.
     """
     samples = [np.asarray(values, float), np.asarray(baseline, float)]
-    return _estimate(samples, lambda x, y: x.mean(axis=-1) - y.mean(axis=-1), paired=paired)
+    return _estimate(samples, lambda x, y, axis: x.mean(axis) - y.mean(axis), paired=paired)
 
 
 def ratio_of_means(numerator: Sequence[float], denominator: Sequence[float], *, paired: bool) -> Estimate | None:
@@ -51,19 +51,15 @@ def ratio_of_means(numerator: Sequence[float], denominator: Sequence[float], *, 
     samples = [np.asarray(numerator, float), np.asarray(denominator, float)]
     if not (samples[1] > 0).all():
         return None
-    return _estimate(samples, lambda x, y: x.mean(axis=-1) / y.mean(axis=-1), paired=paired)
+    return _estimate(samples, lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=paired)
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> tuple[Floats, Floats | None, Floats | None]:
     """Mean of the curves [seeds, points] at every point, and the ends of its interval (None for one seed)."""
     table = np.asarray(curves, float)
-    count = len(table)
-    if count < 2:
+    if len(table) < 2:
         return table.mean(axis=0), None, None
-    drawn = np.random.default_rng(_SEED).integers(count, size=(RESAMPLES, count))
-    weights = np.stack([(drawn == seed).mean(axis=1) for seed in range(count)], axis=1)
-    low, high = np.quantile(weights @ table, tails(count), axis=0)
-    return table.mean(axis=0), low, high
+    return table.mean(axis=0), *_interval([table.T], np.mean, paired=True)
 
 
 def tails(n: int, level: float = LEVEL) -> tuple[float, float]:
@@ -75,8 +71,9 @@ def tails(n: int, level: float = LEVEL) -> tuple[float, float]:
     the expanded percentile interval). No bootstrap interval reaches beyond the smallest and the largest value, so four
     or fewer values still get less than they ask for: see :func:`attainable`.
     """
-    z = math.sqrt(n / (n - 1)) * student_quantile(level, n - 1)
-    tail = 0.5 * math.erfc(z / math.sqrt(2))
+    from scipy.special import ndtr, stdtrit  # the normal distribution, and the quantiles of Student's
+
+    tail = float(ndtr(-math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2)))
     return tail, 1 - tail
 
 
@@ -85,42 +82,34 @@ def attainable(n: int) -> float:
     return 1 - 2.0 ** (1 - n)
 
 
-def student_quantile(level: float, freedom: int) -> float:
-    """The t with P(-t < T < t) = `level` for Student's distribution; exact finite sums, then bisection.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    low, high = 0.0, 1.0
-    while _student_inside(high, freedom) < level:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_inside(middle, freedom) < level else (low, middle)
-    return (low + high) / 2
-
-
-def _student_inside(t: float, freedom: int) -> float:
-    angle = math.atan2(t, math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-
 def _estimate(samples: Sequence[Floats], statistic: Statistic, *, paired: bool) -> Estimate:
     counts = [len(sample) for sample in samples]
     if min(counts) == 0:
         raise ValueError("there are no values")
     if paired and len(set(counts)) > 1:
         raise ValueError(f"pairs need as many values on either side, got {counts}")
-    value, n = float(statistic(*samples)), min(counts)
+    value, n = float(statistic(*samples, axis=-1)), min(counts)
     if n < 2:
         return Estimate(value, None, None, n)
-    generator = np.random.default_rng(_SEED)
-    drawn = [generator.integers(count, size=(RESAMPLES, count)) for count in counts[: 1 if paired else None]]
-    resampled = [sample[drawn[0 if paired else side]] for side, sample in enumerate(samples)]
-    low, high = np.quantile(statistic(*resampled), tails(n))
+    low, high = _interval(samples, statistic, paired=paired)
     return Estimate(value, float(low), float(high), n)
+
+
+def _interval(samples: Sequence[Floats], statistic: Statistic, *, paired: bool) -> tuple[Floats, Floats]:
+    """The ends of the interval of a statistic of samples [..., seeds]."""
+    from scipy.stats import bootstrap
+
+    low, high = tails(min(sample.shape[-1] for sample in samples))
+    found = bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=RESAMPLES if samples[0].ndim == 1 else 500,  # bounds the memory for long curves
+        vectorized=True,
+        paired=paired,
+        axis=-1,
+        confidence_level=high - low,
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    )
+    return found.confidence_interval.low, found.confidence_interval.high

@@ -1,11 +1,12 @@
 """How all figures look: colours that the colour-blind can tell apart, thin axes, a light grid, figure objects only."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, "Color Universal Design" (2008), slightly darkened where it has to be read on white.
@@ -68,6 +69,19 @@ def epoch_axis(axes: "Axes", first: float, last: float) -> None:
     room = max(0.5, 0.02 * (last - first))
     axes.set_xlim(first - room, last + room)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+
+
+def point_label(axes: "Axes", text: str, point: tuple[float, float], offset: tuple[float, float], **look: Any) -> None:
+    """A small text beside a point of the axes, `offset` in points; `look` are arguments of ``Axes.annotate``."""
+    arguments: dict[str, Any] = {"fontsize": 8, "color": SOFT} | look
+    axes.annotate(text, point, xytext=offset, textcoords="offset points", **arguments)
+
+
+def percent(axis: "Axis") -> None:
+    """Write the shares on an axis as percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def legend(axes: "Axes", extra: "Sequence[Artist]" = ()) -> None:

@@ -1,7 +1,6 @@
 """summary.json: what a finished run comes to, for scripts."""
 
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from pcpo_fast.reporting.metrics_file import Record, read_metrics
 from pcpo_fast.reporting.series import epochs_trained, reward_names, seconds_trained, series, skipped_updates
 
 
-def summarize(records: list[Record]) -> dict[str, Any]:
+def summarize_run(records: list[Record]) -> dict[str, Any]:
     """The numbers of a run, from its metric records; None where they do not say.
 
     ``heldout_reward_before`` and ``_after`` are the first and the last of at least two held-out evaluations
@@ -47,16 +46,7 @@ def write_summary(run_dir: Path | str, extra: Mapping[str, Any] | None = None) -
     null. Raises `UserError` if metrics.jsonl is missing or damaged.
     """
     run_dir = Path(run_dir)
-    summary = _finite_only(summarize(read_metrics(run_dir / "metrics.jsonl")) | dict(extra or {}))
+    summary = summarize_run(read_metrics(run_dir / "metrics.jsonl")) | dict(extra or {})
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # NaN and the infinities
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
-
-
-def _finite_only(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite_only(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_only(item) for item in value]
-    return value

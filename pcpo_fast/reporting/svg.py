@@ -1,9 +1,10 @@
 """A matplotlib figure as SVG inside a page: no references to anywhere, no clashing ids, colours of the page."""
 
-import html
 import io
 import re
 from typing import TYPE_CHECKING
+
+from markupsafe import Markup, escape
 
 from pcpo_fast.reporting.style import DARK
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def inline_svg(figure: "Figure", name: str, description: str) -> str:
+def inline_svg(figure: "Figure", name: str, description: str) -> Markup:
     """An ``<svg>`` element for an HTML page.
 
     `name` (letters and digits) makes its ids its own; `description` is what a screen reader says. Colours of
@@ -36,9 +37,9 @@ def inline_svg(figure: "Figure", name: str, description: str) -> str:
     for colour in DARK:
         rest = re.sub(re.escape(colour), f"var({variable(colour)})", rest, flags=re.IGNORECASE)
     width = float(box[1].split()[2])
-    label = html.escape(description, quote=True)
     style = f"width:100%;max-width:{width * 4 / 3:.0f}px;height:auto"
-    return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}" style="{style}">{rest.strip()}'
+    opening = f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(description)}" style="{style}">'
+    return Markup(opening + rest.strip())
 
 
 def variable(colour: str) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 from pcpo_fast.comparison.reading import WORK
 from pcpo_fast.comparison.variants import PlannedRun
 from pcpo_fast.config.loading import dump_config, load_config
-from pcpo_fast.reporting import RunRecorder, write_summary
+from pcpo_fast.reporting.records import RunRecorder
+from pcpo_fast.reporting.summary import write_summary
 from pcpo_fast.runs.manifest import write_manifest
 
 STEPS = 5

@@ -15,17 +15,10 @@ from pcpo_fast.reporting.statistics import (
     mean_curve,
     mean_difference,
     ratio_of_means,
-    student_quantile,
     tails,
 )
 
 # Quantiles
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 30, 101])
-@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
-def test_student_quantiles_agree_with_scipy(freedom: int, level: float) -> None:
-    assert student_quantile(level, freedom) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-10)
 
 
 def test_tails_are_wider_for_few_values_and_plain_percentiles_for_many() -> None:

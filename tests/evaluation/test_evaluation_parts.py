@@ -17,9 +17,9 @@ from pcpo_fast.evaluation.candidates import read_candidates
 from pcpo_fast.evaluation.features import IMAGENET, ClipImages, DinoV2, resized_batch
 from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.matching import match
-from pcpo_fast.evaluation.result_tables import number
 from pcpo_fast.files.content import digest, weights_digest
 from pcpo_fast.reporting.statistics import mean
+from pcpo_fast.reporting.tables import number_text
 from pcpo_fast.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 
 CPU = torch.device("cpu")
@@ -193,10 +193,10 @@ def test_curves_that_cannot_be_matched() -> None:
 
 
 def test_numbers_are_written_to_be_read() -> None:
-    assert [number(x) for x in (0, 0.12341, 1.23456, 12.3456, 543.21, 1e7, 1e-5)] == [
+    assert [number_text(x) for x in (0, 0.12341, 1.23456, 12.3456, 543.21, 1e7, 1e-5)] == [
         *("0", "0.1234", "1.235", "12.35", "543.2", "1.00e+07", "1.00e-05")
     ]
-    assert number(0.5, signed=True) == "+0.5000" and number(-0.5, signed=True) == "-0.5000"
+    assert number_text(0.5, signed=True) == "+0.5000" and number_text(-0.5, signed=True) == "-0.5000"
 
 
 def test_rewards_are_chosen_by_name_or_label_with_the_options_of_the_configuration() -> None:

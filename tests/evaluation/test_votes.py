@@ -35,15 +35,15 @@ def test_sides_are_turned_back(tmp_path: Path) -> None:
     found = win_rate(key, [anna, ben])
     # anna: A, B, B, A, tie; ben: A, A.
     assert (found.wins, found.losses, found.ties) == (4, 2, 1)
-    assert found.rate == pytest.approx(4.5 / 7)
-    assert found.left == pytest.approx(3 / 6)
+    assert found.win_rate == pytest.approx(4.5 / 7)
+    assert found.left_share == pytest.approx(3 / 6)
     assert found.voters == {"anna": 5, "ben": 2}
     assert found.verdict == "undecided"
     swapped = json.loads(key.read_text(encoding="utf-8"))
     swapped["checkpoints"] = ["B", "A"]
     key.write_text(json.dumps(swapped), encoding="utf-8")
     other = win_rate(key, [anna, ben])
-    assert (other.wins, other.losses, other.rate) == (2, 4, pytest.approx(2.5 / 7))
+    assert (other.wins, other.losses, other.win_rate) == (2, 4, pytest.approx(2.5 / 7))
 
 
 @pytest.mark.parametrize(("wins", "count"), [(0, 5), (3, 10), (70, 100), (8, 8)])
@@ -57,9 +57,9 @@ def test_votes_on_one_prompt_are_not_independent(tmp_path: Path) -> None:
     key = write_key(tmp_path, prompts=10, per_prompt=20)
     votes = {n: ("left" if (n % 2 == 0) == (n // 20 < 7) else "right") for n in range(200)}
     found = win_rate(key, [write_votes(tmp_path, "anna", votes)])
-    assert found.rate == pytest.approx(0.7)
-    assert found.wilson[0] > 0.6  # 200 votes would decide it
-    assert found.by_prompt is not None and found.by_prompt[0] < 0.5 < 0.9 < found.by_prompt[1]
+    assert found.win_rate == pytest.approx(0.7)
+    assert found.wilson_interval[0] > 0.6  # 200 votes would decide it
+    assert found.prompt_interval is not None and found.prompt_interval[0] < 0.5 < 0.9 < found.prompt_interval[1]
     assert found.verdict == "undecided"
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import yaml
 
-from pcpo_fast.reporting import RunRecorder, before_after, image_grid, write_summary
+from pcpo_fast.reporting.grids import before_after, image_grid
+from pcpo_fast.reporting.records import RunRecorder
+from pcpo_fast.reporting.summary import write_summary
 
 COLOURS = {"red": (0.85, 0.15, 0.15), "blue": (0.15, 0.3, 0.85), "green": (0.15, 0.65, 0.3), "yellow": (0.95, 0.8, 0.2)}
 CAPTIONS = [f"a {shape} circle on a {ground} background" for shape in COLOURS for ground in COLOURS if ground != shape]

@@ -6,8 +6,7 @@ import torch
 from PIL import Image, ImageFont
 from reporting_runs import CAPTIONS, scenes
 
-from pcpo_fast.reporting import before_after, image_grid
-from pcpo_fast.reporting.grids import to_image, wrap
+from pcpo_fast.reporting.grids import before_after, image_grid, to_image, wrap
 
 
 def pixels(sheet: Image.Image) -> np.ndarray:

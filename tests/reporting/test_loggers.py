@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting import RunRecorder, read_metrics
+from pcpo_fast.reporting.metrics_file import read_metrics
+from pcpo_fast.reporting.records import RunRecorder
 
 
 class FakeWandb:

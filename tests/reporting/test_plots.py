@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from reporting_runs import credit, make_run
 
-from pcpo_fast.reporting import plots, read_metrics, style
+from pcpo_fast.reporting import plots, style
+from pcpo_fast.reporting.metrics_file import read_metrics
 from pcpo_fast.reporting.series import series, skipped_updates, update_values
 from pcpo_fast.reporting.svg import inline_svg
 
@@ -50,7 +51,7 @@ def test_skipped_updates_come_from_the_epoch_or_its_updates() -> None:
 
 
 def test_reward_figure_shows_the_numbers(records: list[dict[str, Any]]) -> None:
-    figure = plots.reward_figure(records)
+    figure = plots.mean_reward_figure(records)
     assert figure is not None
     (axes,) = figure.axes
     rollouts, heldout = axes.lines
@@ -162,11 +163,11 @@ def test_several_rewards_get_a_plot_each(records: list[dict[str, Any]]) -> None:
 
 
 DRAWINGS = [
-    plots.reward_figure,
+    plots.mean_reward_figure,
     plots.reward_parts_figure,
     plots.clip_fraction_figure,
     plots.mismatch_figure,
-    plots.gradient_figure,
+    plots.gradient_norm_figure,
     plots.time_figure,
 ]
 
@@ -203,7 +204,7 @@ def test_inline_svg_refers_to_nothing_outside(records: list[dict[str, Any]]) -> 
     svg = inline_svg(figure, "clip", 'Clip "fraction" & more')
     assert svg.startswith("<svg viewBox=") and svg.endswith("</svg>")
     assert "http" not in svg and "<!" not in svg and "xlink" not in svg
-    assert 'aria-label="Clip &quot;fraction&quot; &amp; more"' in svg
+    assert 'aria-label="Clip &#34;fraction&#34; &amp; more"' in svg
     assert "data:image/png;base64," in svg
     for colour in style.DARK:
         assert colour not in svg.lower()
@@ -269,7 +270,7 @@ def test_what_need_not_be_loaded_is_not() -> None:
         "heavy = {'matplotlib', 'wandb', 'tensorboard', 'deepspeed', 'diffusers', 'torch'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "from pcpo_fast.reporting import plots\n"
-        "assert plots.reward_figure([{'kind': 'epoch', 'epoch': 0, 'reward/mean': 1.0}]) is not None\n"
+        "assert plots.mean_reward_figure([{'kind': 'epoch', 'epoch': 0, 'reward/mean': 1.0}]) is not None\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,8 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from pcpo_fast.reporting import TrainingProgress
-from pcpo_fast.reporting.progress import duration, sparkline
+from pcpo_fast.reporting.progress import TrainingProgress, duration, sparkline
 
 METRICS = {"reward/mean": 0.7123, "policy/clip_fraction": 0.051, "throughput/images_per_second": 107.2, "other": 1.0}
 

@@ -17,7 +17,9 @@ from PIL import Image
 from reporting_runs import make_run
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting import RunRecorder, read_metrics, write_summary
+from pcpo_fast.reporting.metrics_file import read_metrics
+from pcpo_fast.reporting.records import RunRecorder
+from pcpo_fast.reporting.summary import write_summary
 
 
 def recorder(folder: Path) -> RunRecorder:
@@ -121,7 +123,7 @@ def test_missing_file_and_unwritable_folder_are_user_errors(tmp_path: Path) -> N
 def test_killed_while_writing(tmp_path: Path) -> None:
     """SIGKILL in the middle of the stream: every line there is whole, in order, and the run continues."""
     code = (
-        "import sys; from pathlib import Path; from pcpo_fast.reporting import RunRecorder\n"
+        "import sys; from pathlib import Path; from pcpo_fast.reporting.records import RunRecorder\n"
         "records = RunRecorder(Path(sys.argv[1]), tensorboard=False, wandb=None)\n"
         "for epoch in range(10**9): records.log('epoch', {f'metric/{i}': i / 7 for i in range(200)}, epoch=epoch)"
     )

@@ -15,8 +15,9 @@ from PIL import Image
 from reporting_runs import CAPTIONS, make_run
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting import read_metrics, write_report
-from pcpo_fast.reporting.run_files import read_run
+from pcpo_fast.reporting.metrics_file import read_metrics
+from pcpo_fast.reporting.report import write_report
+from pcpo_fast.reporting.run_files import read_run_files
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 ATTACK = """</pre></script><script>alert(1)</script><img src=x onerror="alert(2)">'"&"""
@@ -233,7 +234,7 @@ def test_a_run_that_is_being_written(small: Path) -> None:
 )
 def test_a_damaged_credit_file_is_left_out(small: Path, content: str) -> None:
     (small / "credit.json").write_bytes(content.encode("latin-1"))
-    files = read_run(small)
+    files = read_run_files(small)
     assert files.credit is None and ["credit.json" in note for note in files.notes] == [True]
 
 
@@ -249,7 +250,7 @@ def test_damaged_images_are_left_out_and_named(small: Path) -> None:
 
 def test_grids_of_a_future_that_was_given_up_are_left_out(run: Path) -> None:
     shutil.copy(run / "images" / "epoch_0010.png", run / "images" / "epoch_0300.png")
-    assert [epoch for epoch, _ in read_run(run).grids()] == [0, 10, 20]
+    assert [epoch for epoch, _ in read_run_files(run).grids()] == [0, 10, 20]
 
 
 def test_long_runs_and_large_images_stay_small(tmp_path: Path) -> None:

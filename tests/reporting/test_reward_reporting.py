@@ -13,8 +13,8 @@ from torch import Tensor
 import pcpo_fast.training.heldout
 from pcpo_fast.config.schema import EvaluationConfig, RewardConfig, ScoringConfig
 from pcpo_fast.prompts import Prompt
+from pcpo_fast.reporting.plots import reward_spread_figure
 from pcpo_fast.reporting.report import write_report
-from pcpo_fast.reporting.reward_spread import reward_spread_figure
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.training.heldout import HeldOut
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pcpo_fast.reporting.image_table import image_table
+from pcpo_fast.reporting.grids import image_table
 from pcpo_fast.reporting.plots import save_figure
+from pcpo_fast.reporting.progress import StepProgress
 from pcpo_fast.reporting.scale_figure import ScalePoint, scale_figure
-from pcpo_fast.reporting.step_progress import StepProgress
 
 
 def dark(picture: np.ndarray) -> bool:

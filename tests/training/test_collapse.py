@@ -10,7 +10,7 @@ from cli_runs import call, records, write_config
 import pcpo_fast.training.heldout
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting.diversity_figure import diversity_figure
+from pcpo_fast.reporting.plots import diversity_figure
 from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor, base_distance
 
 Capture = pytest.CaptureFixture[str]

@@ -1,0 +1,56 @@
+"""Tables of numbers and their intervals, written as Markdown or for a terminal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pcpo_fast.reporting.statistics import Estimate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_STYLES = {"better": "green", "worse": "red"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is written."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As Markdown, the first column to the left and the others to the right."""
+        lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+    def rich(self) -> "Table":
+        """For a terminal; verdicts are coloured."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*(Text(cell, style=_STYLES.get(cell.removeprefix("probably "), "")) for cell in row))
+        return table
+
+
+def number_text(value: float, *, signed: bool = False) -> str:
+    """Four significant digits where they matter, never an exponent for ordinary sizes."""
+    sign = "+" if signed else ""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e6:
+        digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3 if abs(value) >= 1 else 4
+        return f"{value:{sign}.{digits}f}"
+    return f"{value:{sign}.2e}"
+
+
+def estimate_text(estimate: Estimate, text: Callable[[float], str] = number_text) -> str:
+    """A value and its interval, each written by `text`."""
+    if estimate.low is None or estimate.high is None:
+        return text(estimate.value)
+    return f"{text(estimate.value)} [{text(estimate.low)}, {text(estimate.high)}]"
