@@ -22,6 +22,9 @@ from pcpo_fast.rollout.branches import Branches
 from pcpo_fast.rollout.epoch_plan import EpochPlan, chosen_steps
 from pcpo_fast.rollout.rollout import PredictedImages
 
+STRIPS = 4
+"""Images whose predictions are shown."""
+
 
 @dataclass(frozen=True)
 class ScoredEpoch:
@@ -79,6 +82,7 @@ class RolloutScoring:
         self.branches: tuple[Branches, Scores] | None = None
         self.predicted: PredictedImages | None = None
         self.prediction_seconds = 0.0
+        self.strips: dict[int, Tensor] | None = None
         if config.advantage.steps != "final":
             everyone = torch.arange(config.images_per_epoch)
             steps = chosen_steps(config, tables.steps, plan.epoch, everyone)
@@ -96,7 +100,26 @@ class RolloutScoring:
             self.batches.append((None, list(rows)))
             self.jobs.add(images, [p.text for p in chosen], [p.metadata for p in chosen])
 
+    def keep_strips(self) -> None:
+        """Keep what the steps predict of the first images, for :meth:`strips_of`; before the rollout begins."""
+        self.strips = {} if self.predicted is not None else None
+
+    def strips_of(self, images: Tensor) -> tuple[Tensor, list[str]] | None:
+        """One row for each of the first images: its predictions, then itself [n, S + 1, 3, H, W], and captions.
+
+        None where predictions were not kept, or not all scored.
+        """
+        if self.predicted is None or self.strips is None or len(self.strips) < len(self.predicted.steps):
+            return None
+        columns = [*(self.strips[position] for position in range(len(self.strips))), images[:STRIPS].cpu()]
+        return torch.stack(columns, dim=1), [*(f"step {step}" for step in self.predicted.steps), "image"]
+
     def _add_predictions(self, position: int, rows: list[int], images: Tensor) -> None:
+        if (
+            self.strips is not None
+            and rows[: min(STRIPS, len(self.numbers))] == list(range(STRIPS))[: len(self.numbers)]
+        ):
+            self.strips[position] = images[:STRIPS].cpu()
         chosen = self._prompts_of(rows)
         self.batches.append((position, rows))
         metadata = [{**p.metadata, PREDICTED_AT: self.times[position]} for p in chosen]

@@ -38,6 +38,7 @@ from pcpo_fast.policies.families import check_base_model, keep_reference, load_p
 from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
+from pcpo_fast.reporting.grids import image_grid
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout.branches import audited_images, audited_step, branch
@@ -251,10 +252,15 @@ class Trainer:
         self.heldout_reward, self.loop_state = None, self._loop_state()
         self.done, self.stop.whole = epoch + 1, True
         last, config = self.done == self.config.train.epochs, self.config
-        if last or (config.evaluation.every and self.done % config.evaluation.every == 0):
+        if self._evaluation_is_due(self.done):
             self._evaluate(self.done)
         if last or self.collapse.reason or (config.checkpoint.every and self.done % config.checkpoint.every == 0):
             self._save()
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        """Whether held-out images are made once so many epochs are done."""
+        every = self.config.evaluation.every
+        return done == self.config.train.epochs or bool(every and done % every == 0)
 
     def _loop_state(self) -> dict[str, Any]:
         """What else the next epoch depends on; an epoch that is left in its middle leaves no trace in it."""
@@ -276,6 +282,8 @@ class Trainer:
         scoring = RolloutScoring(
             self.config, self.rewards, self.prompts, self.running, self.stepwise, tables, plan, self.device
         )
+        if rank() == 0 and self._evaluation_is_due(epoch + 1):
+            scoring.keep_strips()
         with self.engine.offloaded(settings.offload_optimizer):
             with self.policy.sampling(settings), profiler_ranges.named("rollout"):
                 rollout = collect_rollout(
@@ -286,6 +294,11 @@ class Trainer:
             self.progress.phase("reward")
             with self.stop.interruptible(), profiler_ranges.named("reward"):
                 scored = scoring.finish(rollout.images)
+        strips = scoring.strips_of(rollout.images)
+        if strips is not None:
+            rows, captions = strips
+            sheet = image_grid(rows.flatten(0, 1), rows.shape[1], captions * len(rows))
+            self.recorder.image(f"predictions_{epoch:04d}", sheet, epoch)
         metrics = scored.metrics
         levels = [value for name, value in metrics.items() if name.startswith("stepwise/predicted_reward")]
         self.predicted_reward = fmean(levels) if levels else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from cli_runs import call, records, write_config
+from PIL import Image
 from safetensors.torch import load_file
 
 Capture = pytest.CaptureFixture[str]
@@ -53,6 +54,10 @@ def test_a_windowed_run_resumed_in_the_middle_equals_the_straight_one(
     weights, others = (load_file(file) for file in files)
     for name, value in weights.items():
         assert value.allclose(others[name], rtol=0, atol=1e-7), name
+
+    strips = runs["straight"] / "images" / "predictions_0002.png"
+    with Image.open(strips) as sheet:  # four images, the window's two predictions of each, then itself
+        assert sheet.height > sheet.width > 0
 
     for epoch in range(3):
         line = straight["epoch", epoch, None]
