@@ -168,7 +168,7 @@ def _trained(trainer: Any, config: Any, dtype: torch.dtype) -> tuple[dict[str, A
                 mine["advantages"][key] = advantages[row].numpy().copy()
 
         def _train_on(self, batch: Any, *others: Any) -> None:
-            self.pairs = list(zip(batch.rows.tolist(), batch.steps.tolist(), strict=True))
+            self.batch_pairs = list(zip(batch.rows.tolist(), batch.steps.tolist(), strict=True))
             super()._train_on(batch, *others)
 
         def _loss(self, batch: Any, halves: Any, old_output: Any, noise: Any, reference: Any = None) -> Any:
@@ -178,7 +178,7 @@ def _trained(trainer: Any, config: Any, dtype: torch.dtype) -> tuple[dict[str, A
                 if old_output is not None:
                     linear, quadratic = self.credit.linear[batch.steps], self.credit.quadratic[batch.steps]
                     terms = terms_of(halves.conditional.detach(), old_output, noise, linear, quadratic)
-                rows = zip(self.pairs, result.log_ratio.detach().tolist(), terms.tolist(), strict=True)
+                rows = zip(self.batch_pairs, result.log_ratio.detach().tolist(), terms.tolist(), strict=True)
                 for (row, step), value, size in rows:
                     mine["log_ratios"][self.epoch, self.numbers[row], step] = np.float64(value)
                     mine["log_ratio_terms"][self.epoch, self.numbers[row], step] = np.float64(size)
