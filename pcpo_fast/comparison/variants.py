@@ -143,7 +143,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def settings_from(values: Mapping[str, object]) -> tuple[str, ...]:
     """Nested or dotted settings of a YAML file as ``key.subkey=value``."""
-    return tuple(f"{key}={json.dumps(value)}" for key, value in flattened(values, lists=True) if key)
+    return tuple(f"{key}={json.dumps(value)}" for key, value in flattened(values) if key)
 
 
 def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
@@ -151,7 +151,7 @@ def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
     found: dict[str, object] = {}
     for text in settings:
         key, _, value = text.partition("=")
-        for below, leaf in flattened(parse_value(value), key, lists=True):
+        for below, leaf in flattened(parse_value(value), key):
             found[below] = leaf
     return found
 

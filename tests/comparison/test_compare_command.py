@@ -270,6 +270,20 @@ def test_a_file_and_the_command_line_over_it(
     assert [run["variant"] for run in record["missing"]] == ["native", "pcpo"]
 
 
+def test_settings_of_a_file_may_list_several_rewards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "c.yaml").write_text(
+        f"output: {tmp_path}/out\nseeds: 1\nsettings:\n  rewards: [{{name: caption_match}}, "
+        "{name: jpeg_compressibility, weight: 0.5}]\nvariants: {a: {optimizer.lr: 1e-4}, b: {rewards.1.weight: 2}}\n"
+    )
+    answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--report-only")
+    assert (
+        answer.err == "error: there is no finished run to compare (a: has not been trained; b: has not been trained)\n"
+    )
+
+
 TUNED = """output: {output}
 seeds: 3
 settings: {{train.epochs: 20}}
