@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
+from pcpo_fast.config.credit_rules import CREDIT_RULES, rules_taking
 from pcpo_fast.config.roles import BASE_FILES, BASE_MODEL, CHANGEABLE, EXECUTION, RESULT, Role
 from pcpo_fast.config.sampler_registry import SAMPLERS, listed, samplers_of, samplers_taking
 
@@ -244,9 +245,7 @@ class CreditConfig(Section):
     """What each step counts for in the loss (docs/method.md)."""
 
     role = RESULT
-    rule: Literal[
-        "native", "proportionate", "uniform", "pcpo_ratio", "tempflow", "grpo_guard", "fair_clip", "cps_published"
-    ] = Field("proportionate", description="credit rule")
+    rule: Annotated[str, NameIn(CREDIT_RULES)] = Field("proportionate", description="credit rule")
     objective: Literal["hinge", "clip", "divergence_mask"] = Field(
         "hinge", description="log-hinge (PCPO), PPO clip, or the mask of Flow-DPPO"
     )
@@ -268,7 +267,9 @@ class CreditConfig(Section):
         "exact", description="KL of the Gaussians, or Flow-GRPO's without the step"
     )
     normalize_scale: bool = Field(
-        False, description="divide the rule's outer scale by its mean over the steps (grpo_guard, fair_clip)"
+        False,
+        description="divide the rule's outer scale by its mean over the steps "
+        f"({', '.join(rules_taking('normalize_scale'))})",
     )
     normalize_over: Literal["all", "trained"] = Field(
         "all", description="steps that zeta and means run over: all with noise, or credit.steps and what is left of it"
@@ -315,6 +316,11 @@ class AdvantageConfig(Section):
         0, description="epochs between audits by branches, which measure what a step's gain is worth; 0: none"
     )
     audit_images: Positive = Field(8, description="images of each audit, over all ranks")
+
+    @property
+    def within_prompts(self) -> bool:
+        """Whether an image is compared with the others of its prompt in the same epoch."""
+        return self.normalization in ("group", "flow_grpo")
 
 
 class RewardConfig(Section):
@@ -521,7 +527,7 @@ class Config(Section):
     def _conflicts(self) -> Iterator[str]:
         """Each conflict as "KEY: what is wrong, and what is allowed"."""
         # A group needs two images for its mean and spread to say anything.
-        if self.advantage.normalization in ("group", "flow_grpo") and self.rollout.images_per_prompt < 2:
+        if self.advantage.within_prompts and self.rollout.images_per_prompt < 2:
             yield (
                 f"rollout.images_per_prompt: {self.advantage.normalization} advantages compare the images of a prompt, "
                 f"so it must be at least 2, got {self.rollout.images_per_prompt} (advantage.normalization=global or "

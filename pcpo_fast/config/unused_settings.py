@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pcpo_fast.config.credit_rules import CREDIT_RULES, rules_taking
 from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.sampler_registry import SAMPLERS, listed, samplers_taking
 from pcpo_fast.config.schema import Config, RewardConfig
@@ -85,13 +86,13 @@ RULES = (
     ),
     Rule(
         ("credit.normalize_scale",),
-        "credit.rule grpo_guard or fair_clip",
-        lambda c: c.credit.rule in ("grpo_guard", "fair_clip"),
+        f"credit.rule {listed(rules_taking('normalize_scale'))}",
+        lambda c: "normalize_scale" in CREDIT_RULES[c.credit.rule],
     ),
     Rule(
         ("credit.normalize_over",),
-        "credit.rule proportionate, pcpo_ratio, uniform or tempflow, or credit.normalize_scale=true",
-        lambda c: c.credit.rule in ("proportionate", "pcpo_ratio", "uniform", "tempflow") or c.credit.normalize_scale,
+        f"credit.rule {listed(rules_taking('normalize_over'))}, or credit.normalize_scale=true",
+        lambda c: "normalize_over" in CREDIT_RULES[c.credit.rule] or c.credit.normalize_scale,
     ),
     Rule(
         ("advantage.unbiased",),

@@ -74,7 +74,7 @@ class RewardUnits:
     ) -> None:
         self.specs, self.groups, self.settings, self.normalize = specs, groups, settings, normalize
         everyone = torch.zeros_like(groups)
-        members = everyone if settings.normalization == "global" else groups
+        members = groups if settings.within_prompts else everyone
         compared = groups if settings.normalization == "group" else everyone
         self.members = members
         self.spreads, self.divisors = [], []

@@ -264,9 +264,9 @@ class RolloutScoring:
 
     def _equal(self, trained: Tensor, specs: Sequence[RewardConfig]) -> Iterator[str]:
         """Rewards without spread: within groups where these are compared, else within the epoch."""
-        by_group = self.config.advantage.normalization in ("group", "flow_grpo")
         for spec, scores in zip(specs, trained.T, strict=True):
-            compared = clipped(scores, spec).float().reshape(-1, self.per_group if by_group else len(scores))
+            per_group = self.per_group if self.config.advantage.within_prompts else len(scores)
+            compared = clipped(scores, spec).float().reshape(-1, per_group)
             if bool((compared == compared[:, :1]).all()):
                 yield spec.column
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
+from pcpo_fast.config.credit_rules import CREDIT_RULES
 from pcpo_fast.method.credit import RULES, credit_table, native_credit, proportionate_credit
 from pcpo_fast.method.transitions import (
     Transitions,
@@ -150,10 +151,20 @@ def test_columns_of_every_rule(sampler, rule):
             assert row == (0, 0, 0)
 
 
-def test_rules_are_those_of_the_contract():
-    assert RULES == (
-        "native", "proportionate", "uniform", "pcpo_ratio", "tempflow", "grpo_guard", "fair_clip", "cps_published",
-    )  # fmt: skip
+def test_the_configuration_knows_every_rule_and_the_settings_that_matter_to_it(sampler):
+    assert tuple(CREDIT_RULES) == RULES
+    for rule, takes in CREDIT_RULES.items():
+        plain = credit_table(sampler, rule)
+        scaled = credit_table(sampler, rule, normalize_scale=True)
+        assert torch.allclose(scaled.scale, plain.scale, rtol=1e-12) != ("normalize_scale" in takes)
+        some = plain.trained_steps[:-1]
+        of_some = credit_table(sampler, rule, some, normalize_over="trained")
+        expected = plain.restricted(some)
+        same = all(
+            torch.allclose(getattr(of_some, name), getattr(expected, name), rtol=1e-12)
+            for name in ("linear", "quadratic", "scale")
+        )
+        assert same != ("normalize_over" in takes)
 
 
 # What the rules mean for the loss: log-ratios written with the policies' densities
