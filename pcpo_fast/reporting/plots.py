@@ -138,34 +138,11 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
         percent(axes.yaxis)
         _span(axes, mean)
         return figure
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
-
-    first = min(curve.epochs[0] for curve in steps.values())
-    last = max(curve.epochs[-1] for curve in steps.values())
-    rows = max(steps) + 1
-    table = np.full((rows, last - first + 1), np.nan)
-    for step, curve in steps.items():
-        table[step, [epoch - first for epoch in curve.epochs]] = curve.values
-
-    figure = new_figure(max(2.8, min(5.2, 1.3 + 0.16 * rows)))
+    figure = new_figure(max(2.8, min(5.2, 1.3 + 0.16 * (max(steps) + 1))))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
-    styled(left, "Clip fraction per step", "epoch", "step (0 = noise)")
-    palette = colormaps["cividis"].with_extremes(bad=MISSING)
     # A quiet run should look quiet: the scale never ends below 5 %.
-    top = max(0.05, float(np.nanmax(table)))
-    extent = (first - 0.5, last + 0.5, rows - 0.5, -0.5)
-    picture = left.imshow(
-        table, cmap=palette, vmin=0, vmax=top, aspect="auto", extent=extent, interpolation="nearest", origin="upper"
-    )
-    left.grid(False)
-    left.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    left.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    bar = figure.colorbar(picture, ax=left, pad=0.015, aspect=30)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
-    percent(bar.ax.yaxis)
+    bar = _step_map(figure, left, steps, "Clip fraction per step", 0.05)
+    percent(bar.yaxis)
 
     styled(right, "Mean over epochs", "share of clipped images", "")
     means = [sum(curve.values) / len(curve.values) for curve in steps.values()]
@@ -176,6 +153,59 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
     percent(right.xaxis)
     right.tick_params(labelleft=False)
     return figure
+
+
+def stepwise_figure(records: Sequence[Record]) -> "Figure | None":
+    """What each step decided, per epoch, and what its predictions are worth; None without per-step credit."""
+    gains = step_series(records, "stepwise/gain")
+    if not gains:
+        return None
+    figure = new_figure(max(2.8, min(5.2, 1.3 + 0.16 * (max(gains) + 1))))
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    _step_map(figure, left, gains, "What each step decided", 0.1)
+    styled(right, "What its prediction says", "step (0 = noise)", "", with_legend=True)
+    for name, label, colour in (
+        ("correlation", "correlation", BLUE),
+        ("beta", "weight", ORANGE),
+        ("branch_slope", "by branches", GREEN),
+    ):
+        # The last quarter of the epochs: predictions and policy have changed since the first.
+        curves = step_series(records, f"stepwise/{name}")
+        latest = {step: curve.values[-max(1, len(curve.values) // 4) :] for step, curve in curves.items()}
+        means = [sum(values) / len(values) for values in latest.values()]
+        if means:
+            right.plot(list(latest), means, color=colour, marker="o", markersize=4, linewidth=1.5, label=label)
+    right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))
+    legend(right)
+    return figure
+
+
+def _step_map(figure: "Figure", axes: "Axes", steps: dict[int, Series], title: str, least: float) -> "Axes":
+    """Draw a metric of every step and epoch as a map whose scale ends at `least` or above; returns its colour bar."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    first = min(curve.epochs[0] for curve in steps.values())
+    last = max(curve.epochs[-1] for curve in steps.values())
+    rows = max(steps) + 1
+    table = np.full((rows, last - first + 1), np.nan)
+    for step, curve in steps.items():
+        table[step, [epoch - first for epoch in curve.epochs]] = curve.values
+    styled(axes, title, "epoch", "step (0 = noise)")
+    palette = colormaps["cividis"].with_extremes(bad=MISSING)
+    top = max(least, float(np.nanmax(table)))
+    extent = (first - 0.5, last + 0.5, rows - 0.5, -0.5)
+    picture = axes.imshow(
+        table, cmap=palette, vmin=0, vmax=top, aspect="auto", extent=extent, interpolation="nearest", origin="upper"
+    )
+    axes.grid(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    bar = figure.colorbar(picture, ax=axes, pad=0.015, aspect=30)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
+    return bar.ax
 
 
 def credit_figure(

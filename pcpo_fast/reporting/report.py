@@ -43,6 +43,7 @@ def write_report(run_dir: Path | str) -> Path:
         captions_in_short=f": {'; '.join(run.captions[:4])}{more}" if run.captions else "",
         before_after=embedded_sheet(run, run.folder / "images" / "before_after.png"),
         samples=_samples(run),
+        strips=_latest_strips(run),
         figures=_figures(run),
     )
     write_atomically(run.folder / "report.html", page)
@@ -55,6 +56,12 @@ def _subtitle(run: RunFiles, done: int) -> str:
     state = "finished" if run.finished else "not finished"
     credit = f", {run.credit.rule} credit on the {run.credit.sampler} sampler" if run.credit else ""
     return f"PCPO training run, {state}: {done}{of} epochs{credit}"
+
+
+def _latest_strips(run: RunFiles) -> str | None:
+    """The latest ``images/predictions_<epoch>.png``, as a data URL."""
+    found = sorted((run.folder / "images").glob("predictions_*.png"))
+    return embedded_sheet(run, found[-1]) if found else None
 
 
 def _samples(run: RunFiles) -> list[dict[str, str]]:
@@ -83,6 +90,7 @@ def _figures(run: RunFiles) -> dict[str, Markup]:
         "rewards": (plots.reward_parts_figure(records), "Each reward over epochs"),
         "spread": (plots.reward_spread_figure(records), "What each reward has to say in the sum, over epochs"),
         "clip": (plots.clip_fraction_figure(records), "Clip fraction per step and epoch"),
+        "stepwise": (plots.stepwise_figure(records), "What each step decided, and what its prediction says"),
         "diversity": (plots.diversity_figure(records), "Diversity and distance to the base model over epochs"),
         "mismatch": (plots.mismatch_figure(records, clip_range), "Mismatch between rollout and update"),
         "gradient": (plots.gradient_norm_figure(records), "Gradient norm of every update"),

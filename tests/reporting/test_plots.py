@@ -86,6 +86,23 @@ def test_steps_that_are_not_trained_are_holes_in_the_map() -> None:
     assert np.isnan(table).tolist() == [[True, True], [True, True], [False, True], [True, False]]
 
 
+def test_what_steps_decided_is_a_map_and_what_predictions_say_a_mean_of_late_epochs() -> None:
+    lines = [
+        {"kind": "epoch", "epoch": e}
+        | {f"stepwise/gain_step_{step}": 0.1 * step + 0.01 * e for step in range(3)}
+        | {f"stepwise/correlation_step_{step}": 0.2 * step + 0.01 * e for step in range(3)}
+        | ({"stepwise/branch_slope_step_1": 0.9} if e == 5 else {})
+        for e in range(8)
+    ]
+    figure = plots.stepwise_figure(lines)
+    assert figure is not None
+    table = figure.axes[0].images[0].get_array()
+    assert table is not None and float(table[2, 7]) == pytest.approx(0.27)
+    correlation, branches = figure.axes[1].get_lines()
+    assert correlation.get_ydata() == pytest.approx([0.2 * step + 0.065 for step in range(3)])
+    assert (list(branches.get_xdata()), list(branches.get_ydata())) == ([1], [0.9])
+
+
 def test_credit_figure_has_a_bar_for_every_credit() -> None:
     data = credit()
     figure = plots.credit_figure(
@@ -169,6 +186,7 @@ DRAWINGS = [
     plots.mismatch_figure,
     plots.gradient_norm_figure,
     plots.time_figure,
+    plots.stepwise_figure,
 ]
 
 
@@ -191,8 +209,9 @@ def test_one_epoch_and_zeros_can_be_drawn(draw: Any, records: list[dict[str, Any
 
 
 def test_axes_are_labelled(records: list[dict[str, Any]]) -> None:
+    stepwise = {"stepwise/gain_step_0": 0.5, "stepwise/correlation_step_0": 0.1}
     for draw in DRAWINGS:
-        figure = draw(records)
+        figure = draw([*records, {"kind": "epoch", "epoch": 20, **stepwise}])
         for axes in figure.axes if figure is not None else []:
             colorbar = hasattr(axes, "_colorbar")
             assert colorbar or axes.get_xlabel(), draw.__name__
