@@ -6,6 +6,7 @@ centred and divided by what divides the final advantages ("in units"), all arith
 sees the images of all ranks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,7 @@ class StepAdvantages:
         predictions: regression of final rewards on those of predictions, both in units.
         branches: regression of what an audit's noise has changed on what it has changed in the next prediction.
         moments: [N, N] sums of products of the gains of pairs of steps.
-        seen: steps whose prediction some epoch has scored.
+        seen: steps whose prediction some epoch has scored, of images that were not all equal.
     """
 
     def __init__(self, settings: AdvantageConfig, steps: int) -> None:
@@ -162,18 +163,19 @@ class StepAdvantages:
         return 1.0 if self.settings.steps == "baseline" else self.settings.gain_lambda
 
     def learn_spreads(self, spreads: Sequence[float]) -> None:
-        """Remember an epoch's mean standard deviations, after they have been used."""
-        if not self.spreads:
-            self.spreads = list(spreads)
-        else:
-            self.spreads = [KEPT * old + (1 - KEPT) * new for old, new in zip(self.spreads, spreads, strict=True)]
+        """Remember an epoch's mean standard deviations, after they have been used; 0 says nothing of a reward's."""
+        before = self.spreads if len(self.spreads) == len(spreads) else [0.0] * len(spreads)
+        self.spreads = [
+            KEPT * old + (1 - KEPT) * new if old and new else old or new
+            for old, new in zip(before, spreads, strict=True)
+        ]
 
     def compute(
         self, final: Tensor, predicted: Tensor, segments: Segments, equal: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """Advantages of an epoch by earlier epochs' regression; then this epoch's pairs are added to it.
 
-        Until every scored step has been seen in an earlier epoch, all steps have the final advantage.
+        Until every step scored here has been in the regression of an earlier epoch, all steps have the final advantage.
 
         Args:
             final: [B], final rewards in units.
@@ -185,12 +187,13 @@ class StepAdvantages:
             float64 [B, N], clipped, NaN where a prediction that is needed is not scored, and metrics of the steps.
         """
         settings, scored = self.settings, list(segments.scored)
-        known = settings.calibrated is False or self.seen.issuperset(scored)
+        known = settings.calibrated is False or self.seen.issuperset(_steps_in(predicted, scored))
         weights = torch.ones(len(scored), dtype=torch.float64)
         multipliers = None
         if settings.calibrated == "branches":
             audited = self.branches.squares[scored] > SETTLED
             multipliers = torch.where(audited, self.branches.slopes[scored], 1.0)
+            multipliers[-1] = 1.0  # up to the final reward itself, even where another window's audit says otherwise
         elif settings.calibrated:
             weights = self.predictions.slopes[scored]
         if known:
@@ -201,7 +204,7 @@ class StepAdvantages:
         metrics = self._metrics(final, predicted, credit, scored, weights, multipliers, equal)
         pairs = predicted.masked_fill(equal[:, None], torch.nan)
         self.predictions.add(scored, final[:, None].expand_as(pairs), pairs)
-        self.seen |= set(scored)
+        self.seen |= _steps_in(pairs, scored)
         advantages = torch.zeros(len(final), self.steps, dtype=torch.float64)
         for step, segment in enumerate(segments.of_step):
             if segment >= 0:
@@ -232,7 +235,7 @@ class StepAdvantages:
             values = {
                 "correlation": _correlation(final, predicted[:, position]),
                 "gain": _root_mean_square(gains[:, position]),
-                "left": _root_mean_square(credit[:, position]) / _root_mean_square(final),
+                "left": _root_mean_square(credit[:, position]) / (_root_mean_square(final) or math.nan),
                 "beta": float(weights[position] if multipliers is None else multipliers[position]),
             }
             if position + 1 < len(scored):
@@ -251,11 +254,18 @@ class StepAdvantages:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state; one of another number of steps says nothing of these."""
+        if len(state["moments"]) != self.steps:
+            return
         self.spreads, self.seen = list(state["spreads"]), set(state["seen"])
         self.predictions.load_state_dict(state["predictions"])
         self.branches.load_state_dict(state["branches"])
         self.moments = torch.tensor(state["moments"], dtype=torch.float64)
+
+
+def _steps_in(rewards: Tensor, scored: Sequence[int]) -> set[int]:
+    """The steps of which [B, S] holds a reward."""
+    return {step for step, some in zip(scored, rewards.isfinite().any(dim=0).tolist(), strict=True) if some}
 
 
 def _root_mean_square(values: Tensor) -> float:

@@ -54,11 +54,12 @@ class RewardUnits:
 
     Args:
         total, components, specs, groups, settings, normalize: as there, of the final images.
-        running: mean standard deviation of each reward in earlier epochs; empty in the first.
+        running: mean standard deviation of each reward in earlier epochs, 0 where it had none; empty in the first.
 
     Attributes:
         final: float64 [B], the final rewards in units.
-        spreads: this epoch's mean standard deviation of each reward that is normalised.
+        spreads: this epoch's mean standard deviation of each reward that is normalised, over the images that it tells
+            apart; 0 where there are none.
         equal: bool [B], images that have the same final rewards as all that they are compared with.
     """
 
@@ -82,12 +83,13 @@ class RewardUnits:
         for index, values in enumerate(self._normalized(total, components)):
             deviation = centered(values, compared)
             own = spread(deviation, compared, settings.unbiased)
-            self.spreads.append(float(own.mean()))
+            self.spreads.append(float(own[own > 0].mean()) if bool((own > 0).any()) else 0.0)
             divisor = spread_of_others(deviation, compared, settings.unbiased) if settings.scale == "others" else own
-            if running and settings.scale == "earlier":
-                divisor = torch.full_like(own, running[index])
-            if running and settings.steps != "final":
-                divisor = divisor.clamp(min=settings.min_spread * running[index])
+            before = running[index] if running else 0.0
+            if before and settings.scale == "earlier":
+                divisor = torch.full_like(own, before)
+            if settings.steps != "final":
+                divisor = divisor.clamp(min=settings.min_spread * (before or self.spreads[-1]))
             self.divisors.append(divisor + settings.epsilon)
             self.equal &= spread(centered(values, members), members, unbiased=False) == 0
         final = self._weighed(total, components, torch.arange(len(total)))

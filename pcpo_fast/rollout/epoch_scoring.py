@@ -82,7 +82,7 @@ class RolloutScoring:
         self.branches: tuple[Branches, Scores] | None = None
         self.predicted: PredictedImages | None = None
         self.prediction_seconds = 0.0
-        self.strips: dict[int, Tensor] | None = None
+        self.strips: dict[int, dict[int, Tensor]] | None = None  # of the first images, by prediction and position
         if config.advantage.steps != "final":
             everyone = torch.arange(config.images_per_epoch)
             steps = chosen_steps(config, tables.steps, plan.epoch, everyone)
@@ -107,19 +107,21 @@ class RolloutScoring:
     def strips_of(self, images: Tensor) -> tuple[Tensor, list[str]] | None:
         """One row for each of the first images: its predictions, then itself [n, S + 1, 3, H, W], and captions.
 
-        None where predictions were not kept, or not all scored.
+        Steps whose predictions were not scored for each of them are left out; None where no step is left.
         """
-        if self.predicted is None or self.strips is None or len(self.strips) < len(self.predicted.steps):
+        if self.predicted is None or self.strips is None:
             return None
-        columns = [*(self.strips[position] for position in range(len(self.strips))), images[:STRIPS].cpu()]
-        return torch.stack(columns, dim=1), [*(f"step {step}" for step in self.predicted.steps), "image"]
+        last = images[:STRIPS].cpu()
+        whole = {position: rows for position, rows in sorted(self.strips.items()) if len(rows) == len(last)}
+        if not whole:
+            return None
+        columns = [*(torch.stack([rows[row] for row in range(len(last))]) for rows in whole.values()), last]
+        return torch.stack(columns, dim=1), [*(f"step {self.predicted.steps[position]}" for position in whole), "image"]
 
     def _add_predictions(self, position: int, rows: list[int], images: Tensor) -> None:
-        if (
-            self.strips is not None
-            and rows[: min(STRIPS, len(self.numbers))] == list(range(STRIPS))[: len(self.numbers)]
-        ):
-            self.strips[position] = images[:STRIPS].cpu()
+        if self.strips is not None:
+            first = {row: images[index].cpu() for index, row in enumerate(rows) if row < STRIPS}
+            self.strips.setdefault(position, {}).update(first)
         chosen = self._prompts_of(rows)
         self.batches.append((position, rows))
         metadata = [{**p.metadata, PREDICTED_AT: self.times[position]} for p in chosen]
@@ -247,7 +249,7 @@ class RolloutScoring:
         if self.branches is None:
             return {}
         branches, scores = self.branches
-        columns = [scores.total, *(scores.components[spec.column] for spec in specs)]
+        columns = [scores.total, *(clipped(scores.components[spec.column], spec) for spec in specs)]
         table = torch.stack([column.double().cpu() for column in columns], dim=1)
         # Final images of +z and of -z, then their predictions: half of each pair's difference.
         final, predicted = (plus_minus.unflatten(0, (2, -1)) for plus_minus in table.tensor_split(2))

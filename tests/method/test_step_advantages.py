@@ -126,6 +126,65 @@ def test_a_first_epoch_has_the_final_advantages_and_the_next_one_its_regression(
     assert metrics["stepwise/beta_step_3"] == pytest.approx(float(beta[1]))
 
 
+def test_epochs_whose_images_are_all_equal_calibrate_nothing() -> None:
+    """Until some images differ every step has the final advantage, also where a step is never asked for."""
+    stepwise, segments = StepAdvantages(settings_of(), 6), Segments.of((True,) * 6, 2)
+    final, predicted = normal(10), normal(10, 3, seed=1)
+    predicted[:, 2] = torch.nan  # no trained step needs it
+    equal = torch.ones(10, dtype=torch.bool)
+    stepwise.compute(final, predicted, segments, equal)
+    found, _ = stepwise.compute(final, predicted, segments, ~equal)
+    assert torch.equal(found[:, :2], final[:, None].expand(-1, 2))
+    beta = ((final[:, None] * predicted).sum(0) / (predicted**2).sum(0)).clamp(min=0)
+    found, _ = stepwise.compute(final, predicted, segments, ~equal)
+    torch.testing.assert_close(found[:, 0], beta[1] * predicted[:, 1] - beta[0] * predicted[:, 0])
+
+
+def test_rewards_that_cancel_have_no_credit() -> None:
+    """Images with different rewards whose weighted units are all 0."""
+    segments, unequal = Segments.of((True,) * 3, 1), torch.zeros(4, dtype=torch.bool)
+    final, predicted = torch.zeros(4, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)
+    advantages, metrics = StepAdvantages(settings_of(), 3).compute(final, predicted, segments, unequal)
+    assert not advantages.any() and "stepwise/left_step_0" not in metrics
+
+
+def test_the_last_gain_of_a_window_is_taken_as_it_is() -> None:
+    """An audit of the same step inside another window measured what later steps leave of it; here none follow."""
+    stepwise = StepAdvantages(settings_of(calibrated="branches"), 4)
+    stepwise.branches.add([0, 1], torch.full((5, 2), 0.5).double(), torch.ones(5, 2).double())
+    stepwise.seen = {0, 1}
+    final, predicted = normal(6), normal(6, 2, seed=1)
+    found, _ = stepwise.compute(
+        final, predicted, Segments.of((True, True, False, False), 1), torch.zeros(6, dtype=torch.bool)
+    )
+    torch.testing.assert_close(found[:, 0], 0.5 * (predicted[:, 1] - predicted[:, 0]))
+    torch.testing.assert_close(found[:, 1], final - predicted[:, 1])
+
+
+def test_a_state_of_other_steps_or_rewards_says_nothing() -> None:
+    before = StepAdvantages(settings_of(), 4)
+    before.learn_spreads([3.0])
+    before.seen = {0, 1, 2, 3}
+    after = StepAdvantages(settings_of(), 6)
+    after.load_state_dict(before.state_dict())
+    assert not after.seen and after.predictions.slopes.shape == (6,)
+    before.learn_spreads([1.0, 2.0])
+    assert before.spreads == [1.0, 2.0]
+
+
+def test_spreads_are_those_of_images_that_are_told_apart() -> None:
+    stepwise = StepAdvantages(settings_of(), 4)
+    for spreads in ([0.0, 0.2], [0.5, 0.0], [1.5, 0.4]):
+        stepwise.learn_spreads(spreads)
+    assert stepwise.spreads == pytest.approx([0.9 * 0.5 + 0.1 * 1.5, 0.9 * 0.2 + 0.1 * 0.4])
+    total, components = rewards()
+    total[:5] = 0.3
+    units = RewardUnits(total, components, SPECS, GROUPS, settings_of(scale="earlier"), "sum", [0.0])
+    own = total.reshape(3, 5).std(dim=1, correction=0)
+    assert units.spreads == pytest.approx([float(own[1:].mean())])
+    assert float(units.divisors[0][5]) == pytest.approx(float(own[1]), rel=1e-6)
+
+
 def test_a_saved_state_goes_on_as_if_it_had_not_stopped() -> None:
     segments, equal = Segments.of(NOISY, 1), torch.zeros(10, dtype=torch.bool)
     whole = StepAdvantages(settings_of(steps="baseline"), len(NOISY))
@@ -196,6 +255,8 @@ def test_the_spread_of_earlier_epochs_and_the_least_spread() -> None:
     guarded = RewardUnits(nearly, components, SPECS, GROUPS, settings_of(min_spread=0.2), "sum", [2.5])
     assert float(guarded.divisors[0][5]) == pytest.approx(0.5, rel=1e-6)
     assert float(guarded.divisors[0][0]) == pytest.approx(float(total[:5].std(correction=0)), rel=1e-6)
+    first = RewardUnits(nearly, components, SPECS, GROUPS, settings_of(min_spread=0.2), "sum")
+    assert float(first.divisors[0][5]) == pytest.approx(0.2 * first.spreads[0], rel=1e-6)  # of the epoch itself
     same = torch.cat([torch.full((5,), 0.3, dtype=torch.float64), total[5:]])
     assert (
         RewardUnits(same, components, SPECS, GROUPS, settings_of(), "sum").equal.tolist() == [True] * 5 + [False] * 10

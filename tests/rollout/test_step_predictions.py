@@ -140,6 +140,40 @@ def test_windows_and_segments(policy: Policy, config_of: Callable[..., Config]) 
     assert torch.equal(whole[:, 0], whole[:, 1]) and torch.equal(whole[:, 2], whole[:, 3])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [(("rollout.batch_size=3",), [0, 1, 2, 3]), (("credit.steps=[1]",), [1, 2])],
+    ids=["batches", "few_steps"],
+)
+def test_strips_show_what_was_predicted_of_the_first_images(
+    policy: Policy, config_of: Callable[..., Config], overrides: tuple[str, ...], steps: list[int]
+) -> None:
+    config = config_of(*overrides)
+    at = RunTables(config, policy.schedule(5), CPU).at(0)
+    plan = plan_epoch(config, len(PROMPTS), at.steps, 0, 0, 1)
+    prompts, rewards = [Prompt(text) for text in PROMPTS], RewardSet(config.rewards, config.scoring)
+    scoring = RolloutScoring(
+        config, rewards, prompts, RunningAdvantages(), StepAdvantages(config.advantage, 5), at, plan, CPU
+    )
+    scoring.keep_strips()
+    rollout = collect_rollout(
+        policy,
+        lambda indices: policy.encode([PROMPTS[index] for index in indices]),
+        plan,
+        config.rollout,
+        at.sampler,
+        config.seed,
+        scoring.add,
+        scoring.predicted,
+    )
+    rows, captions = scoring.strips_of(rollout.images)  # type: ignore[misc]
+    assert captions == [*(f"step {step}" for step in steps), "image"]
+    for column, step in enumerate(steps):
+        x, f = rollout.trajectories.latents[:4, step], rollout.trajectories.outputs[:4, step]
+        torch.testing.assert_close(rows[:, column], policy.decode(x - at.sampler.times[step] * f), rtol=0, atol=1e-4)
+    assert torch.equal(rows[:, -1], rollout.images[:4])
+
+
 def test_a_group_whose_prediction_cannot_be_scored_is_left_out(
     policy: Policy, config_of: Callable[..., Config]
 ) -> None:
@@ -206,6 +240,13 @@ def test_an_audit_regresses_what_the_noise_changed_on_what_it_changed_in_the_pre
     d, e = final[:4] - final[4:], predicted[:4] - predicted[4:]
     slope = float((d * e).sum() / (e * e).sum())
     assert scored.metrics[f"stepwise/branch_slope_step_{step}"] == pytest.approx(max(slope, 0), rel=1e-4)
+
+
+def test_an_audit_sees_what_the_limits_of_a_reward_leave(policy: Policy, config_of: Callable[..., Config]) -> None:
+    rewards = f"rewards=[{{name: '{__name__}:brightness', clip: [5, 6]}}]"
+    config = config_of(rewards, "scoring.normalize=each", "advantage.audit_every=1", "advantage.audit_images=4")
+    effects = [value for name, value in epoch_of(policy, config)[0].metrics.items() if "branch_effect" in name]
+    assert effects == [0.0]
 
 
 @pytest.mark.parametrize(("images", "wanted"), [(48, 8), (24, 24), (12, 4)])
