@@ -80,7 +80,10 @@ class RewardUnits:
         self.members = members
         self.spreads, self.divisors = [], []
         self.equal = torch.ones(len(total), dtype=torch.bool)
-        for index, values in enumerate(self._normalized(total, components)):
+        normalized = self._normalized(total, components)
+        if len(running) != len(normalized):
+            running = ()  # of a run with other rewards
+        for index, values in enumerate(normalized):
             deviation = centered(values, compared)
             own = spread(deviation, compared, settings.unbiased)
             self.spreads.append(float(own[own > 0].mean()) if bool((own > 0).any()) else 0.0)

@@ -180,6 +180,8 @@ def test_spreads_are_those_of_images_that_are_told_apart() -> None:
     total, components = rewards()
     total[:5] = 0.3
     units = RewardUnits(total, components, SPECS, GROUPS, settings_of(scale="earlier"), "sum", [0.0])
+    other = RewardUnits(total, components, SPECS, GROUPS, settings_of(), "each", [7.0])  # of a run with one reward
+    assert torch.equal(other.final, RewardUnits(total, components, SPECS, GROUPS, settings_of(), "each").final)
     own = total.reshape(3, 5).std(dim=1, correction=0)
     assert units.spreads == pytest.approx([float(own[1:].mean())])
     assert float(units.divisors[0][5]) == pytest.approx(float(own[1]), rel=1e-6)
