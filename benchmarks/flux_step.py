@@ -3,42 +3,49 @@
     python benchmarks/flux_step.py --size cpu --json step.json
     python benchmarks/flux_step.py --size full --finetune lora --json step.json --budget-seconds 400
 
-Sizes: ``full`` is FLUX.1-dev at 720 x 720 (DanceGRPO's 12 images x 16 steps x 9 trained), ``small`` a fifth of its
-depth, ``cpu`` a miniature. ``ours`` has every lever for this machine, ``baseline`` is the public trainers' way,
-``strong`` a batched and compiled plain PyTorch loop (benchmarks/step_paths.py says what they do); the ladder goes from
-the public way to ours, one lever at a time. Before a path is timed its outputs and log-ratios are checked against plain
-eager PyTorch in a wider type; one that fails gets no time. On a GPU the file is written anew after each measurement,
-the most valuable first; on a CPU, whose clock drifts, the paths take turns.
+Sizes: ``full`` is FLUX.1-dev at 720 x 720 (DanceGRPO's 12 images x 16 steps x 9 trained), in micro-batches that the GPU
+has memory for; ``small`` a fifth of its depth, ``cpu`` a miniature, ``dry`` two tiny blocks that try the script.
+``ours`` has every lever up to compiled blocks, ``baseline`` is the public trainers' way, ``strong`` a batched and
+compiled plain PyTorch loop (benchmarks/step_paths.py says what they do); the ladder goes from the public way to ours,
+one lever at a time, and on a GPU beyond, to levers that no GPU has proved (``unproved``). Before a path is timed its
+outputs and log-ratios are checked against plain eager PyTorch in a wider type; one that fails gets no time, and a path
+that raises costs no other. On a GPU the file is written anew after each measurement, the most valuable first; on a CPU,
+whose clock drifts, the paths take turns.
 """
 
 import argparse
 import gc
+import json
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
 from kernel_times import device_facts, write
 from step_checking import Check
-from step_measuring import Bare, Timed, launches, seconds
-from step_model import SIZES, Size, model_costs
-from step_paths import Ours, Public, StepPath, Strong
+from step_measuring import Bare, Timed, launches, operations, seconds
+from step_model import SIZES, Size
+from step_paths import Ours, Public, StepPath, Strong, WithEngine
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.engine.engine import start_distributed, stop_distributed
 from pcpo_fast.errors import UserError
-from pcpo_fast.planning.work import work_of_epoch
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.rollout.epoch_plan import steps_per_image
 
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 """Dense bf16 TFLOP/s of the datasheet, by a part of the GPU's name."""
+PATHS = ("ours", "strong", "baseline", "unproved", "ladder", "extras")
+"""What ``--only`` takes, in the order of measurement."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,13 @@ class Rung:
         name: of the lever.
         overrides: settings that switch it on.
         gpu: it is for GPUs only.
+        unproved: it has not run on a GPU, and ``ours`` is measured without it.
     """
 
     name: str
     overrides: tuple[str, ...]
     gpu: bool = False
+    unproved: bool = False
 
 
 def ladder(size: Size) -> list[Rung]:
@@ -65,8 +74,8 @@ def ladder(size: Size) -> list[Rung]:
         Rung("nothing recomputed", ("model.gradient_checkpointing=false",)),
         Rung("equal first steps predicted once", ("rollout.share_first_steps=true",)),
         Rung("compiled blocks", ("model.compile=true",)),
-        Rung("block kernels", ("model.block_kernels=true",), gpu=True),
-        Rung("cuDNN attention", ("model.attention=_native_cudnn",), gpu=True),
+        Rung("block kernels", ("model.block_kernels=true",), gpu=True, unproved=True),
+        Rung("cuDNN attention", ("model.attention=_native_cudnn",), gpu=True, unproved=True),
     ]
 
 
@@ -84,6 +93,10 @@ class Session:
     def __init__(self, chosen: argparse.Namespace, device: torch.device) -> None:
         self.size, self.device, self.chosen = SIZES[chosen.size], device, chosen
         self.gpu = device.type == "cuda"
+        if self.gpu:
+            self.size = self.size.fitting(torch.cuda.get_device_properties(device).total_memory / 2**30)
+        self.only = chosen.only.split(",") if chosen.only else PATHS
+        self.failed, self.left_out, self.late_for = list[str](), list[str](), list[str]()
         self.started = time.monotonic()
         self.waiting: list[tuple[str, dict[str, Any], Timed]] = []
         self.base = ("optimizer.moments=8bit",) * chosen.eight_bit
@@ -91,7 +104,7 @@ class Session:
             self.base = (*self.base, f"deepspeed={chosen.deepspeed}")
         config = self.config(())
         self.work = self._work(config)
-        self.check = Check(self.size, config, device)
+        self.checker: Check | None = None
         self.content: dict[str, Any] = facts(device) | {
             "size": chosen.size,
             "finetune": chosen.finetune,
@@ -101,10 +114,13 @@ class Session:
             "resolution": self.size.image,
             "model_tflop": {name: self.work[name] / 1e12 for name in ("rollout", "update")},
             "peak_tflops": self.peak,
+            "micro_batch": self.size.together,
             "complete": False,
             "ladder": [],
             "extras": [],
         }
+        if chosen.add and chosen.json.exists():
+            self.content |= self._measured_before()
 
     @property
     def peak(self) -> float | None:
@@ -120,48 +136,90 @@ class Session:
         settings: dict[str, str] = {}
         climbed = []
         for rung in ladder(self.size):
-            if rung.gpu and not self.gpu:
+            tried = self.chosen.size == "dry" and "model.block_kernels=true" in rung.overrides
+            if rung.gpu and not self.gpu and not tried:
                 continue
             settings |= dict(override.split("=", 1) for override in rung.overrides)
             climbed.append((rung, tuple(f"{key}={value}" for key, value in settings.items())))
         return climbed
 
     def run(self) -> None:
-        """Everything, the most valuable first, until the time is up."""
+        """Everything that was asked for, the most valuable first, until the time is up."""
         rungs = self.rungs()
-        best = rungs[-1][1]
-        strong = tuple(s for s in best if not s.startswith(("rollout.share", "model.block_kernels", "model.attention")))
+        proved = [climbed for climbed in rungs if not climbed[0].unproved]
+        best = proved[-1][1]
+        strong = tuple(setting for setting in best if not setting.startswith("rollout.share"))
+        public = replace(self.size, images=self.chosen.public_images or self.size.images)
         self._record("ours", lambda: Ours(self.size, self.config(best), self.device), best)
-        self._record("baseline", lambda: Public(self.size, self.config(rungs[0][1]), self.device), rungs[0][1])
         self._record("strong", lambda: Strong(self.size, self.config(strong), self.device), strong)
-        if not self.gpu or self.chosen.size == "small":
+        first = proved[0][1]
+        self._record(
+            "baseline",
+            lambda: Public(public, public.config(self.chosen.finetune, *self.base, *first), self.device),
+            first,
+        )
+        if "ours" in self.only and (not self.gpu or self.chosen.size == "small"):
             self._overhead(best)
-        for rung, settings in rungs[:-1]:
-            self._record("ladder", lambda s=settings: Ours(self.size, self.config(s), self.device), settings, rung.name)
+        for climbed in rungs:
+            if climbed != proved[-1]:
+                self._climb("unproved" if climbed[0].unproved else "ladder", "ladder", *climbed)
         for rung in EXTRAS:
             if (rung.gpu and not self.gpu) or ("merge" in rung.name and self.chosen.finetune != "lora"):
                 continue
-            settings = (*best, *rung.overrides)
-            self._record("extras", lambda s=settings: Ours(self.size, self.config(s), self.device), settings, rung.name)
+            self._climb("extras", "extras", rung, (*best, *rung.overrides))
         self._take_turns()
-        if "ours" in self.content:
-            self.content["ladder"].append(self.content["ours"] | {"name": rungs[-1][0].name})
-        self.content["complete"] = not self.late()
+        self.content["complete"] = not self.left_out and not self.failed
         self.write()
+
+    def _climb(self, group: str, key: str, rung: Rung, settings: tuple[str, ...]) -> None:
+        self._record(group, lambda: Ours(self.size, self.config(settings), self.device), settings, rung.name, key)
+
+    def check(self, config: Config) -> dict[str, Any]:
+        """Whether a configuration computes what eager PyTorch does; the first one computes the references."""
+        if self.checker is None:
+            self.checker = Check(self.size, self.config(()), self.device)
+        return self.checker(config)
 
     def late(self) -> bool:
         return time.monotonic() - self.started > self.chosen.budget_seconds
 
-    def _record(self, key: str, build: Callable[[], StepPath], settings: tuple[str, ...], name: str = "") -> None:
-        """Check and build one path; measure it now on a GPU, and later in turns with the others on a CPU."""
-        if self.late():
-            print(f"left out, the time is up: {name or key}")
+    def _record(
+        self, group: str, build: Callable[[], StepPath], settings: tuple[str, ...], name: str = "", key: str = ""
+    ) -> None:
+        """Measure one path if it was asked for; what fails is written down, and the next one's turn comes."""
+        key, name = key or group, name or group
+        if group not in self.only or self.late():
+            self.left_out.append(name)
+            self.late_for += [name] * (group in self.only)
             return
-        record: dict[str, Any] = {"name": name or key, "settings": list(settings)}
+        record = {"name": name, "settings": list(settings)}
+        with self._noting_failure(key, record):
+            self._measure(key, build, settings, record)
+        if self.gpu:
+            free(self.device)
+            torch._dynamo.reset()  # past a few shapes dynamo would silently stop compiling
+
+    @contextmanager
+    def _noting_failure(self, key: str, record: dict[str, Any]) -> Iterator[None]:
+        """Write down what is raised, and go on."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            print(f"error: {record['name']}: {' '.join(reason.split())[:300]}", file=sys.stderr, flush=True)
+            self.failed.append(record["name"])
+            self._keep(key, record | {"failed": reason[:2000]})
+
+    def _measure(
+        self, key: str, build: Callable[[], StepPath], settings: tuple[str, ...], record: dict[str, Any]
+    ) -> None:
+        """Check and build one path; time it now on a GPU, and later in turns with the others on a CPU."""
         if key != "baseline":  # that one is eager PyTorch itself
             record["numerics"] = self.check(self.config(settings))
             if not record["numerics"]["passed"]:
-                print(f"{name or key}: NOT TIMED, its outputs are not those of eager PyTorch: {record['numerics']}")
+                why = f"its outputs are not those of eager PyTorch: {record['numerics']}"
+                print(f"error: {record['name']}: not timed, {why}", file=sys.stderr, flush=True)
+                self.failed.append(record["name"])
                 self._keep(key, record | {"refused": True})
                 return
         if self.gpu:
@@ -172,31 +230,41 @@ class Session:
             return
         left = self.chosen.budget_seconds - (time.monotonic() - self.started)
         timed.repeat()
-        while len(timed.rollouts) < self.chosen.repeats and timed.first * (len(timed.rollouts) + 1) < max(left / 4, 1):
+        while len(timed.rollouts) < self.chosen.repeats and timed.spent() * (1 + 1 / len(timed.rollouts)) < left / 4:
             timed.repeat()
         self._finish(key, record, timed)
-        del timed
-        free(self.device)
 
     def _take_turns(self) -> None:
         """Time all that waits in turns: a CPU's clock drifts by more than what is compared."""
         for _ in range(self.chosen.repeats):
             if self.late() and self.waiting and self.waiting[0][2].rollouts:
                 break
-            for _, _, timed in self.waiting:
-                timed.repeat()
-        for waits in self.waiting:
-            self._finish(*waits)
+            for waits in tuple(self.waiting):
+                key, record, timed = waits
+                with self._noting_failure(key, record):
+                    timed.repeat()
+                    continue
+                self.waiting.remove(waits)
+        for key, record, timed in self.waiting:
+            with self._noting_failure(key, record):
+                self._finish(key, record, timed)
 
     def _finish(self, key: str, record: dict[str, Any], timed: Timed) -> None:
         record |= timed.record()
+        if key == "baseline" and self.chosen.public_images:  # one image at a time: twice the images take twice as long
+            record["measured_images"] = self.chosen.public_images
+            for phase in ("rollout_s", "update_s"):
+                record[phase] *= self.size.images / self.chosen.public_images
         record |= self._rates(record)
-        if key in ("ours", "baseline", "strong"):
-            record |= launches(timed.path, self.device)
+        if key in ("ours", "baseline", "strong") and not self.gpu:
+            record |= operations(timed.path)
         self._keep(key, record)
         line = f"rollout {record['rollout_s']:8.3f} s  update {record['update_s']:8.3f} s  "
         mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
         print(f"{line}{record['images_per_second']:7.2f} images/s{mfu}  {record['name']}", flush=True)
+        if key in ("ours", "strong") and self.gpu and isinstance(timed.path, WithEngine):
+            record |= launches(timed.path, self.device)
+            self._keep(key, record)
 
     def _rates(self, record: dict[str, Any]) -> dict[str, Any]:
         total, work = record["rollout_s"] + record["update_s"], self.work
@@ -213,15 +281,39 @@ class Session:
 
     def _keep(self, key: str, record: dict[str, Any]) -> None:
         if key in ("ladder", "extras"):
-            self.content[key].append(record)
+            self._insert(key, record)
         else:
             self.content[key] = record
+        if key == "ours":
+            self._insert("ladder", record | {"name": [rung.name for rung, _ in self.rungs() if not rung.unproved][-1]})
         ours = self.content.get("ours", {}).get("step_s")
         for other, name in (("baseline", "ratio"), ("strong", "ratio_strong")):
             theirs = self.content.get(other, {}).get("step_s")
             if ours and theirs:
                 self.content[name] = theirs / ours
         self.write()
+
+    def _insert(self, key: str, record: dict[str, Any]) -> None:
+        """Into one of the lists, in the order of its rungs, and instead of a record of the same name."""
+        names = [rung.name for rung in (ladder(self.size) if key == "ladder" else EXTRAS)]
+        others = [other for other in self.content[key] if other["name"] != record["name"]]
+        self.content[key] = sorted([*others, record], key=lambda one: names.index(one["name"]))
+
+    def _measured_before(self) -> dict[str, Any]:
+        """The paths that a file has already.
+
+        Raises:
+            UserError: they are of another step, or of another machine.
+        """
+        before = json.loads(self.chosen.json.read_text())
+        for fact in ("device", "size", "finetune", "images", "micro_batch"):
+            if before.get(fact) != self.content[fact]:
+                raise UserError(
+                    f"{self.chosen.json}: {fact} is {before.get(fact)!r} there and {self.content[fact]!r} here: "
+                    "add to a file of the same step on the same machine"
+                )
+        kept = ("ours", "strong", "baseline", "ratio", "ratio_strong", "overhead", "ladder", "extras")
+        return {key: before[key] for key in kept if key in before}
 
     def _overhead(self, settings: tuple[str, ...]) -> None:
         """The share of our step that is not the network's own forward and backward, from interleaved runs."""
@@ -243,10 +335,9 @@ class Session:
         )
 
     def _work(self, config: Config) -> dict[str, Any]:
-        trainable = self.size.steps - 1
-        work = work_of_epoch(config, model_costs(self.size, config), trainable, checkpointed=0)
-        pairs = self.size.images * steps_per_image(config, trainable)
-        return {"rollout": work["rollout"].flops, "update": work["update"].flops, "pairs": pairs}
+        forward, training = self.size.operations(config)
+        pairs = self.size.images * steps_per_image(config, self.size.steps - 1)
+        return {"rollout": self.size.images * self.size.steps * forward, "update": pairs * training, "pairs": pairs}
 
     def write(self) -> None:
         self.content["seconds"] = time.monotonic() - self.started
@@ -260,7 +351,6 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    torch._dynamo.reset()
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -278,6 +368,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--finetune", choices=("lora", "full"), default="lora", help="what is trained (%(default)s)")
     parser.add_argument("--eight-bit", action="store_true", help="8-bit moments (bitsandbytes)")
     parser.add_argument("--deepspeed", help="DeepSpeed JSON of our path and the strong one, ZeRO stage 1 or 2")
+    parser.add_argument("--only", default="", metavar="PATHS", help=f"some of {','.join(PATHS)} (all of them)")
+    parser.add_argument("--add", action="store_true", help="keep the paths that the file has already")
+    parser.add_argument(
+        "--public-images", type=int, default=0, help="measure the public way on so many images, and scale its times"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="steps per median (%(default)s)")
     parser.add_argument(
         "--budget-seconds", type=float, default=900.0, help="time after which nothing new starts (%(default)s)"
@@ -285,20 +380,26 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.repeats < 1 or not chosen.budget_seconds > 0:
         parser.error("--repeats and --budget-seconds must be above 0")
-    if chosen.size != "cpu" and not torch.cuda.is_available():
+    if unknown := set(filter(None, chosen.only.split(","))) - set(PATHS):
+        parser.error(f"--only takes {', '.join(PATHS)}, not {', '.join(sorted(unknown))}")
+    if chosen.size not in ("cpu", "dry") and not torch.cuda.is_available():
         print(f"error: --size {chosen.size} needs a GPU; --size cpu does not", file=sys.stderr)
         return 2
     try:
         device = start_distributed()
-        with quiet_libraries():
-            Session(chosen, device).run()
+        # A dry run traces what is compiled, and leaves out the compiler, which takes a CPU minutes.
+        traced = patch.object(torch, "compile", partial(torch.compile, backend="eager"))
+        with quiet_libraries(), traced if chosen.size == "dry" else nullcontext():
+            session = Session(chosen, device)
+            session.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         stop_distributed()
-    print(f"wrote {chosen.json}")
-    return 0
+    late = f", no time was left for {', '.join(session.late_for)}" if session.late_for else ""
+    print(f"wrote {chosen.json}{late}")
+    return int(bool(session.failed))
 
 
 if __name__ == "__main__":

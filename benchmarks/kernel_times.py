@@ -29,19 +29,20 @@ Call = Callable[[], Any]
 class Clock:
     """Median time of a call on a device, with the second-level cache flushed before every run."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
+    def __init__(self, device: torch.device, seconds: float, tiny: bool = False) -> None:
         self.device, self.seconds = device, seconds
+        self.warm, self.least, self.host = (1, 1, 1) if tiny else (3, 5, 20)
         self.gpu = device.type == "cuda"
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if self.gpu else 1
         self.flush = torch.empty(max(size, 1), dtype=torch.int8, device=device)
 
     def milliseconds(self, call: Call) -> float:
-        """Median over as many runs as fit the time, 5 to 200."""
-        for _ in range(3):
+        """Median over as many runs as fit the time, 5 to 200; tiny, of one run or more."""
+        for _ in range(self.warm):
             call()
         self.wait()
         times, started = [], time.perf_counter()
-        while len(times) < 5 or (len(times) < 200 and time.perf_counter() - started < self.seconds):
+        while len(times) < self.least or (len(times) < 200 and time.perf_counter() - started < self.seconds):
             self.flush.zero_()
             if self.gpu:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -77,13 +78,12 @@ class Clock:
     def host_microseconds(self, call: Call) -> float:
         """How long a call keeps the CPU, not waiting for the device."""
         self.wait()
-        runs = 20
         begin = time.perf_counter()
-        for _ in range(runs):
+        for _ in range(self.host):
             call()
         spent = time.perf_counter() - begin
         self.wait()
-        return 1e6 * spent / runs
+        return 1e6 * spent / self.host
 
     def launches(self, call: Call) -> int | None:
         """Kernels, copies and fills on the device in one call."""
@@ -142,7 +142,19 @@ def baseline_loss_call(case: Case, function: Callable[..., Any]) -> Callable[[],
 
 
 def measure(clock: Clock, name: str, call: Call, traffic: int | None, copy: float, **facts: Any) -> dict[str, Any]:
-    """All numbers of one call."""
+    """All numbers of one call, or why there are none: a call that raises must not cost the others."""
+    try:
+        return _measure(clock, name, call, traffic, copy, **facts)
+    except Exception as error:
+        return failure(name, error, **facts)
+
+
+def failure(name: str, error: Exception, **facts: Any) -> dict[str, Any]:
+    """The record of a call that raises."""
+    return facts | {"name": name, "failed": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def _measure(clock: Clock, name: str, call: Call, traffic: int | None, copy: float, **facts: Any) -> dict[str, Any]:
     milliseconds = clock.milliseconds(call)
     record = facts | {
         "name": name,
@@ -294,22 +306,30 @@ def run(
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
-    clock = Clock(device, chosen.seconds)
+    clock = Clock(device, chosen.seconds, chosen.tiny)
     chosen.out.mkdir(parents=True, exist_ok=True)
     copy = copy_bandwidth(clock, 1 << 30 if device.type == "cuda" else 1 << 20)
     content = device_facts(device) | {"copy_bytes_per_second": copy, "complete": False, "records": []}
-    path = chosen.out / file
+    path, failures = chosen.out / file, 0
     for record in records(clock, copy):
         content["records"].append(record)
         write(path, content)
+        if "failed" in record:
+            failures += 1
+            reason = " ".join(record["failed"].split())[:200]
+            print(f"error: {label(record)} {record['name']}: {reason}", file=sys.stderr, flush=True)
+            if "CUDA error" in reason:  # the process has lost the device
+                return 1
+            continue
         share = f"{record['share_of_copy']:6.1%} of copy" if "share_of_copy" in record else ""
-        measured = f"{record['name']:9} {record['milliseconds']:9.4f} ms  launches {record['launches']}  {share}"
+        measured = f"{record['name']:9} {record['milliseconds']:9.4f} ms  launches {record.get('launches')}  {share}"
         print(label(record), measured, flush=True)
         if time.monotonic() - started > chosen.budget:
-            print(f"stopped after {chosen.budget:.0f} s; {path} holds what was measured")
-            return 0
-    write(path, content | {"complete": True})
-    return 0
+            print(f"{len(content['records'])} calls, {failures} failed; stopped after {chosen.budget:.0f} s")
+            return int(failures > 0)
+    write(path, content | {"complete": failures == 0})
+    print(f"{len(content['records'])} calls, {failures} failed")
+    return int(failures > 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

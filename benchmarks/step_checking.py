@@ -52,7 +52,7 @@ class Check:
         path = Parts(self.size, config, self.device, self.dtype)
         move(path.policy.module)
         with path.policy.sampling(config.rollout):
-            outputs = self._outputs(path, min(ROWS, config.rollout.batch_size))
+            outputs = self._outputs(path, config.rollout.batch_size)
         error = rms(outputs.to(self.wide.dtype) - self.wide)
         rounding = torch.finfo(self.dtype).eps * rms(self.wide)
         kernel = self._log_ratio_of_the_loss(outputs)
@@ -73,8 +73,13 @@ class Check:
 
     @torch.no_grad()
     def _outputs(self, path: Parts, batch: int) -> Tensor:
+        """Of all rows, in batches of the rollout's size: what is compiled here is compiled for the rollout, too."""
         parts = zip(self.latents.split(batch), self.times.split(batch), strict=True)
-        return torch.cat([path.policy.predict(x, t, path.conditioning(len(x))) for x, t in parts])
+        found = []
+        for x, t in parts:
+            rows = torch.arange(batch, device=self.device) % len(x)
+            found.append(path.policy.predict(x[rows], t[rows], path.conditioning(batch))[: len(x)])
+        return torch.cat(found)
 
     def _log_ratio(self, new: Tensor) -> Tensor:
         linear, quadratic = (rate.double() for rate in self.rates)
@@ -100,8 +105,9 @@ def rms(values: Tensor) -> float:
 @torch.no_grad()
 def move(network: torch.nn.Module) -> None:
     """Add the same noise to the trained weights every time."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            scale = MOVED * (float(parameter.float().std()) if parameter.numel() > 1 else 1.0) or MOVED
-            parameter += (scale * torch.randn(parameter.shape, generator=generator)).to(parameter)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    generator = torch.Generator(trained[0].device).manual_seed(5)
+    for parameter in trained:
+        scale = MOVED * (float(parameter.float().std()) if parameter.numel() > 1 else 1.0) or MOVED
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        parameter += (scale * noise).to(parameter)

@@ -1,15 +1,15 @@
 """Seconds, memory, launches and host gaps of a training step, and the model's own share of the time."""
 
-import gc
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from statistics import median
 from typing import Any
 
 import torch
 from allocations import allocations
 from step_model import Size
-from step_paths import Parts, StepPath
+from step_paths import Parts, StepPath, WithEngine
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,26 +32,42 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
-    """GiB at the peak of a call: all that is allocated on the GPU; on a CPU, what PyTorch allocates for it on top."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory(call: Callable[[], Any]) -> float:
+    """GiB that PyTorch allocates on a CPU for a call, at its peak, on top of what is there."""
     return allocations(call).peak / 2**30
 
 
-def launches(path: StepPath, device: torch.device) -> dict[str, float]:
-    """Operations that one step hands to the device, and on a GPU the share of the time in which it was idle."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities, acc_events=True) as profiler:
-        took = seconds(lambda: (path.rollout(), path.update()), device)
+def operations(path: StepPath) -> dict[str, float]:
+    """Operations of one step on a CPU."""
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        path.rollout()
+        path.update()
+    return {"operations": len([e for e in profiler.events() if e.name.startswith("aten::") and _outermost(e)])}
+
+
+class _Enough(Exception):
+    """A micro-step has been recorded."""
+
+
+def one_micro_step(path: WithEngine) -> None:
+    """The update up to its first micro-step's backward. The path is of no further use."""
+
+    def enough() -> None:
+        raise _Enough
+
+    path.engine.step = enough  # type: ignore[method-assign]
+    with suppress(_Enough):
+        path.update()
+
+
+def launches(path: WithEngine, device: torch.device) -> dict[str, float]:
+    """Kernels of one micro-step, and the share of the time in which the GPU was idle.
+
+    Nothing but the GPU is recorded: each of a CPU's millions of events a step would cost 50 microseconds and 4 KB.
+    """
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        took = seconds(lambda: one_micro_step(path), device)
     events = profiler.events()
-    if device.type != "cuda":
-        operations = [e for e in events if e.name.startswith("aten::") and _outermost(e)]
-        return {"operations": len(operations)}
     kernels = sorted(
         (e.time_range.start, e.time_range.end) for e in events if e.device_type == torch.autograd.DeviceType.CUDA
     )
@@ -59,7 +75,7 @@ def launches(path: StepPath, device: torch.device) -> dict[str, float]:
     for start, end in kernels:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return {"launches": len(kernels), "idle_share": max(0.0, 1 - busy / 1e6 / took)}
+    return {"micro_step_launches": len(kernels), "idle_share": max(0.0, 1 - busy / 1e6 / took)}
 
 
 def _outermost(event: Any) -> bool:
@@ -102,8 +118,12 @@ class Timed:
     """A path and the times of its steps, after one that warms up."""
 
     def __init__(self, path: StepPath, device: torch.device) -> None:
-        self.path, self.device = path, device
+        self.path, self.device, self.peak = path, device, 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.first = seconds(path.rollout, device) + seconds(path.update, device)
+        if device.type == "cuda":  # of the step that warms up: at full size another one takes most of a minute
+            self.peak = torch.cuda.max_memory_allocated() / 2**30
         self.rollouts, self.updates = list[float](), list[float]()
 
     def repeat(self) -> None:
@@ -111,8 +131,12 @@ class Timed:
         self.rollouts.append(seconds(self.path.rollout, self.device))
         self.updates.append(seconds(self.path.update, self.device))
 
+    def spent(self) -> float:
+        """Seconds of the steps timed so far."""
+        return sum(self.rollouts) + sum(self.updates)
+
     def record(self) -> dict[str, Any]:
-        """Medians, and the memory of one more step."""
+        """Medians, and the memory of a step: on a CPU of one more, since recording it slows it."""
 
         def step() -> None:
             self.path.rollout()
@@ -123,5 +147,5 @@ class Timed:
             "repeats": len(self.rollouts),
             "rollout_s": median(self.rollouts),
             "update_s": median(self.updates),
-            "peak_gib": peak_memory(step, self.device),
+            "peak_gib": self.peak or peak_memory(step),
         }

@@ -1,5 +1,6 @@
-"""FLUX with random weights in three sizes, and what a training step needs around it: no download, no text encoder."""
+"""FLUX with random weights in four sizes, and what a training step needs around it: no download, no text encoder."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.models import Architecture
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.flux import FluxPolicy
 
+SHARE_OF_MEMORY = 0.92
+"""What a plan may need of a GPU's memory: the rest is the context's, the libraries' and fragments."""
 FLUX = PUBLISHED["black-forest-labs/FLUX.1-dev"]
 TRANSFORMER, VAE = (dict(FLUX["parts"][name][1]) for name in ("transformer", "vae"))
 
@@ -32,6 +36,11 @@ class Size:
         trained: share of the steps that are trained, of each image.
         together: (image, step) pairs in a micro-batch of the fast paths.
         dtype: of the model.
+        lora: settings of the adapters.
+        counted: operations of one image's (forward, training step) by way of fine-tuning; without them they are counted
+            when they are asked for, which takes seconds at FLUX's size.
+        memory: GiB that the plan needs with LoRA and nothing recomputed: for everything but the micro-batch, and for
+            each of its pairs.
     """
 
     transformer: Mapping[str, Any]
@@ -44,6 +53,30 @@ class Size:
     together: int
     dtype: str
     lora: tuple[str, ...] = field(default=())
+    counted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    memory: tuple[float, float] | None = None
+
+    def fitting(self, gib: float) -> "Size":
+        """The same step in micro-batches that a GPU with this much memory has room for.
+
+        Raises:
+            UserError: it has none for a single pair.
+        """
+        if self.memory is None:
+            return self
+        base, each = self.memory
+        fits = math.floor((SHARE_OF_MEMORY * gib - base) / each)
+        if fits < 1:
+            raise UserError(f"this size needs {(base + each) / SHARE_OF_MEMORY:.0f} GiB, and this GPU has {gib:.0f}")
+        return replace(self, together=min(self.together, fits))
+
+    def operations(self, config: Config) -> tuple[float, float]:
+        """Of one image's forward, and of one trained pair: recomputation is never among them."""
+        found = self.counted.get(config.model.finetune)
+        if found is None:
+            costs = model_costs(self, config)
+            found = costs.forward(1).flops, costs.training(1, False).flops
+        return found
 
     def config(self, finetune: str, *overrides: str) -> Config:
         """A run of PCPO with one prompt and one update in an epoch, and nothing fast switched on."""
@@ -83,6 +116,8 @@ FULL = Size(
     together=4,
     dtype="bfloat16",
     lora=("model.lora.rank=128", "model.lora.alpha=256"),
+    counted={"lora": (38419263762432.0, 82314038022144.0), "full": (37282012311552.0, 111832347906048.0)},
+    memory=(27.9, 12.5),
 )
 SIZES = {
     "cpu": Size(
@@ -117,10 +152,26 @@ SIZES = {
         lora=("model.lora.rank=8", "model.lora.alpha=16"),
     ),
     # A fifth of FLUX's depth at its full width, for GPUs of 24 GB.
-    "small": replace(FULL, transformer=TRANSFORMER | {"num_layers": 4, "num_single_layers": 8}, image=512),
+    "small": replace(
+        FULL,
+        transformer=TRANSFORMER | {"num_layers": 4, "num_single_layers": 8},
+        image=512,
+        counted={"lora": (4682707107840.0, 9752916000768.0), "full": (4537751961600.0, 13599960465408.0)},
+        memory=None,
+    ),
     "full": FULL,
 }
 """What ``--size`` takes."""
+# Two blocks and four tiny images: every line of the benchmark in seconds, and no number that says anything.
+SIZES["dry"] = replace(
+    SIZES["cpu"],
+    transformer={**SIZES["cpu"].transformer, "num_layers": 1, "num_single_layers": 1},
+    image=16,
+    text=4,
+    images=4,
+    steps=4,
+    together=2,
+)
 
 
 def random_network(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
@@ -139,7 +190,8 @@ def random_network(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
 def random_policy(size: Size, config: Config, device: torch.device, network: Any) -> FluxPolicy:
     """A policy around a network, with a random VAE."""
     torch.manual_seed(1)
-    vae: Any = AutoencoderKL(**size.vae)
+    with device:  # drawn where they are used: a CPU takes seconds for what a GPU does at once
+        vae: Any = AutoencoderKL(**size.vae)
     return FluxPolicy(
         network,
         vae.to(device, network.dtype).requires_grad_(False).eval(),

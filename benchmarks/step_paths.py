@@ -48,7 +48,8 @@ class Parts:
         self.size, self.config, self.device = size, config, device
         network = random_network(size, device, dtype)
         self.policy = random_policy(size, config, device, network)
-        FluxPolicy.prepare_network(network, config.model, device)
+        with device:  # adapters are drawn where they are used
+            FluxPolicy.prepare_network(network, config.model, device)
         self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
         self.at: EpochTables = self.tables.at(0)
         self.plan: EpochPlan = plan_epoch(config, 1, self.at.steps, 0, 0, 1)

@@ -43,6 +43,20 @@ def triton_installed() -> bool:
     return _TRITON_INSTALLED
 
 
+def interpreter_lacks() -> str:
+    """Why Triton's interpreter fails here on any kernel with a loop; empty where it does not."""
+    import numpy
+    import triton
+
+    old, new = (tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy))
+    if old >= (3, 7) or new < (2, 4):
+        return ""
+    return (
+        f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}: "
+        "install numpy below 2.4, or Triton 3.7 or newer"
+    )
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -8,6 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
+from pcpo_kernels.dispatch import interpreter_lacks, interpreting
+
+if interpreting() and (_reason := interpreter_lacks()):
+    raise ImportError(_reason)
+
 SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 SCHEMA_TYPES |= {torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?"}
 _counters: dict[int, Tensor] = {}

@@ -1,7 +1,6 @@
 """The benchmark of a training step: its paths compute the same step, and none is timed that does not."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from pcpo_kernels import policy_loss
 from step_model import SIZES, Size
 from torch import Tensor
 
+from pcpo_fast.errors import UserError
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -24,9 +25,8 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @pytest.fixture(scope="module")
 def size() -> Size:
-    """The CPU's size, smaller."""
-    transformer = {**SIZES["cpu"].transformer, "num_layers": 1, "num_single_layers": 1}
-    return replace(SIZES["cpu"], transformer=transformer, image=16, text=4, images=4, steps=4, together=2)
+    """Two tiny blocks."""
+    return SIZES["dry"]
 
 
 LEVERS = ("rollout.batch_size=4", "train.micro_batch_size=2", "rollout.share_first_steps=true")
@@ -156,6 +156,58 @@ def test_a_path_that_computes_something_else_gets_no_time(tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("two_rungs")
+def test_a_path_that_raises_costs_no_other_and_a_second_call_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: Any) -> None:
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(step_paths.Strong, "update", broken)
+    file = tmp_path / "step.json"
+    common = ["--size", "cpu", "--json", str(file), "--repeats", "1", "--add"]
+    assert flux_step.main([*common, "--only", "ours,strong"]) == 1
+    assert "error: strong: RuntimeError: out of something" in capsys.readouterr().err
+    content = json.loads(file.read_text())
+    assert content["strong"]["failed"] == "RuntimeError: out of something" and content["ours"]["step_s"] > 0
+    assert "baseline" not in content and not content["complete"]
+    assert flux_step.main([*common, "--only", "baseline", "--public-images", "2"]) == 0
+    added = json.loads(file.read_text())
+    assert added["ours"] == content["ours"] and added["ladder"] == content["ladder"]
+    assert added["baseline"]["measured_images"] == 2
+    assert added["ratio"] == pytest.approx(added["baseline"]["step_s"] / added["ours"]["step_s"])
+    assert flux_step.main(["--size", "dry", *common[2:], "--only", "baseline"]) == 2
+    assert "size is 'cpu' there and 'dry' here" in capsys.readouterr().err
+
+
+def test_a_micro_step_is_one_forward_and_backward(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = step_paths.Ours(size, size.config("lora", *LEVERS), CPU)
+    path.rollout()
+    predicted = []
+    predict = step_paths.FluxPolicy.predict_halves
+    monkeypatch.setattr(step_paths.FluxPolicy, "predict_halves", lambda *a: predicted.append(1) or predict(*a))
+    step_measuring.one_micro_step(path)
+    assert len(predicted) == 1 < path.plan.steps[0].numel() // size.together
+    gradients = [p.grad for p in path.policy.module.parameters() if p.requires_grad]
+    assert path.engine.updates == 0 and gradients
+
+
+def test_micro_batches_fit_the_memory_there_is() -> None:
+    assert [SIZES["full"].fitting(gib).together for gib in (139.8, 79.2, 79.6, 60.0, 44.5)] == [4, 3, 3, 2, 1]
+    assert SIZES["small"].fitting(23.0) == SIZES["small"]
+    with pytest.raises(UserError, match="this size needs 44 GiB, and this GPU has 40"):
+        SIZES["full"].fitting(39.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+@pytest.mark.parametrize("name", ["full", "small"])
+def test_counted_operations_are_those_of_the_planner(name: str, finetune: str) -> None:
+    config = SIZES[name].config(finetune)
+    costs = step_model.model_costs(SIZES[name], config)
+    assert SIZES[name].operations(config) == (costs.forward(1).flops, costs.training(1, False).flops)
+
+
+@pytest.mark.usefixtures("two_rungs")
 def test_nothing_new_starts_when_the_time_is_up(tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     assert flux_step.main(["--size", "cpu", "--json", str(file), "--budget-seconds", "0.001"]) == 0
@@ -177,7 +229,7 @@ def test_memory_of_a_call_is_counted() -> None:
         del one
         kept.append(torch.ones(1 << 20) + 1)  # two at a time
 
-    assert step_measuring.peak_memory(call, CPU) == pytest.approx(8 / 1024, rel=0.01)
+    assert step_measuring.peak_memory(call) == pytest.approx(8 / 1024, rel=0.01)
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])

@@ -1,5 +1,7 @@
 """Which backend is taken, and that nothing but tensors on a GPU needs Triton."""
 
+import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -44,6 +46,31 @@ def test_triton_missing(monkeypatch) -> None:
     monkeypatch.setenv("PCPO_KERNELS", "triton")
     with pytest.raises(ValueError, match="triton is not installed"):
         dispatch.backend_for(torch.zeros(2))
+
+
+@pytest.mark.skipif(not dispatch.triton_installed(), reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("of_triton", "of_numpy", "works"),
+    [("3.6.0", "2.4.0", False), ("3.6.0", "2.5.2", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.10.0rc1", True)],
+)
+def test_the_interpreter_of_triton_3_6_and_a_new_numpy(monkeypatch, of_triton, of_numpy, works) -> None:
+    import numpy
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", of_triton)
+    monkeypatch.setattr(numpy, "__version__", of_numpy)
+    reason = dispatch.interpreter_lacks()
+    assert reason == (
+        ""
+        if works
+        else f"the interpreter of Triton {of_triton} fails with numpy {of_numpy}: "
+        "install numpy below 2.4, or Triton 3.7 or newer"
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = importlib.util.find_spec("pcpo_kernels.launch")
+    assert spec is not None and spec.loader is not None
+    with contextlib.nullcontext() if works else pytest.raises(ImportError, match="fails with numpy"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_imports_and_runs_without_triton() -> None:

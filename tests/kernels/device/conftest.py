@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcpo_kernels.dispatch import interpreting, triton_installed
+from pcpo_kernels.dispatch import interpreter_lacks, interpreting, triton_installed
 
 INTERPRETED = interpreting()
 LACKING = ""
 if not triton_installed():
     LACKING = "triton is not installed"
-elif not INTERPRETED and not torch.cuda.is_available():
+elif INTERPRETED:
+    LACKING = interpreter_lacks()
+elif not torch.cuda.is_available():
     LACKING = "no GPU, and not in Triton's interpreter: tests/kernels/test_interpreter.py runs this file there"
 
 

@@ -1,0 +1,100 @@
+"""The table at the end of the GPU suite: what was measured, what failed and why, in at most 60 lines."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LINES, WIDTH = 60, 150
+
+
+def table(out: Path, suite: dict[str, Any]) -> str:
+    """Parts first, then their numbers from the files in ``out``."""
+    lines = [f"{suite['device']}, {suite['minutes']:g} minutes"]
+    if suite.get("dry"):
+        lines.append("A dry run in Triton's interpreter: no time below says anything of a GPU.")
+    if any(part["name"] == "kernel tests" and part["status"] != "done" for part in suite["parts"]):
+        lines.append("The kernel tests did not pass: no time of our kernels below may be published.")
+    for part in suite["parts"]:
+        lines.append(f"{part['status']:9}{part['seconds']:6.0f} s  {part['name']}: {part['why']}")
+    groups = [ceilings(_read(out / "ceilings.json")), step(_read(out / "flux_step.json"))]
+    groups += [ops(_read(out / name)) for name in ("kernels.json", "block_ops.json")]
+    room = (LINES - 1 - len(lines)) // 2
+    for group in groups:
+        found = list(group)
+        # The first groups are short; the last two share what they leave.
+        kept = found[: max(room, 0)] if found and found[0].startswith("ops") else found
+        lines += kept
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], "... the rest is in the JSON files"]
+    return "\n".join(line[:WIDTH].rstrip() for line in lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A part's file; empty where the part has not written one."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def ceilings(content: dict[str, Any]) -> Iterator[str]:
+    """Copy, matrix product, attention."""
+    if content:
+        yield f"copy {content['copy_bytes_per_second'] / 1e9:.0f} GB/s read and written"
+    for record in content.get("records", ()):
+        what = " ".join(str(record[key]) for key in ("op", "name", "size", "way") if key in record)
+        what += f" x{record['rows']}" if "rows" in record else ""
+        yield f"{what}: " + (f"FAILED, {record['failed']}" if "failed" in record else f"{record['tflops']:.0f} TFLOP/s")
+
+
+def step(content: dict[str, Any]) -> Iterator[str]:
+    """Seconds, rates and memory of each path."""
+    if not content:
+        return
+    facts = f"{content['images']} images, micro-batches of {content['micro_batch']}, {content['finetune']}"
+    yield f"training step, size {content['size']} ({facts}): rollout s, update s, TFLOP/s, MFU, GiB"
+    paths = [content[name] for name in ("ours", "strong", "baseline") if name in content]
+    for record in (*paths, *content["ladder"], *content["extras"]):
+        if "step_s" not in record:
+            why = record.get("failed", "its outputs are not those of eager PyTorch")
+            yield f"  {record['name']}: FAILED, {' '.join(why.split())}"
+            continue
+        mfu = "-" if record["mfu"] is None else f"{record['mfu']:.1%}"
+        scaled = f", scaled from {record['measured_images']} images" if "measured_images" in record else ""
+        yield (
+            f"  {record['rollout_s']:8.2f} {record['update_s']:8.2f} {record['tflops']:7.1f} {mfu:>6} "
+            f"{record['peak_gib']:6.1f}  {record['name']}{scaled}"
+        )
+    for name, other in (("ratio", "the public way"), ("ratio_strong", "the strong path")):
+        if name in content:
+            yield f"  ours is {content[name]:.2f} times as fast as {other}"
+
+
+def ops(content: dict[str, Any]) -> Iterator[str]:
+    """Our calls beside eager and compiled ones of the same op, way and size: milliseconds of a graph."""
+    if not content:
+        return
+    yield "ops: graph ms (ours, eager, compiled), share of the copy, launches"
+    grouped: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in content["records"]:
+        key = record["op"], record["way"], record["size"], record["rows"]
+        name = record["name"] if record["name"] != "ours" else f"ours {record['form']}"
+        grouped.setdefault(key, {})[name] = record
+    for (op, way, size, rows), records in grouped.items():
+        others = " ".join(_time(records.get(name)) for name in ("eager", "compiled"))
+        for name, record in records.items():
+            if name.startswith("ours"):
+                share = f"{record['share_of_copy']:6.1%}" if "share_of_copy" in record else "     -"
+                form = "" if record["form"] == size else f" {record['form']}"
+                what = f"{op} {way} {size} x{rows}{form}"
+                yield f"  {_time(record)} {others} {share} {record.get('launches')!s:>4}  {what}"
+
+
+def _time(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "       -"
+    if "failed" in record:
+        return "  FAILED"
+    return f"{record['graph_milliseconds'] or record['milliseconds']:8.4f}"
