@@ -20,13 +20,14 @@ EXAMPLES = """examples:
       --variant "clip: credit.objective=clip" --variant "hinge: credit.objective=hinge" train.epochs=100
   pcpo-fast compare --output runs/two-files --variant "native: native.yaml" --variant "pcpo: pcpo.yaml"
   pcpo-fast compare --file comparison.yaml                       all of this in a file
-  pcpo-fast compare --output runs/compare                        go on with what is there
-  pcpo-fast compare --output runs/compare --report-only          the report alone, of the runs that are finished
+  pcpo-fast compare --output runs/compare                        continue the comparison
+  pcpo-fast compare --output runs/compare --report-only          only the report, on the finished runs
   pcpo-fast compare --output runs/flux ... --launcher "deepspeed --num_gpus 8"
   pcpo-fast compare --output report --runs "native=runs/n*" --runs "pcpo=runs/p0,runs/p1"      runs made elsewhere
 
-Every run is an ordinary run directory OUTPUT/NAME/seed_S. The command may be interrupted or killed at any time: called
-again it goes on. It writes comparison.md, comparison.json and figures/ into OUTPUT. docs/comparing.md explains them."""
+Every run is an ordinary run directory OUTPUT/NAME/seed_S. The command can be interrupted or killed at any time;
+calling it again continues. It writes comparison.md, comparison.json and figures/ into OUTPUT, which docs/comparing.md
+explains."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,7 +39,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=EXAMPLES,
     )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--config", metavar="FILE", help="YAML configuration of all variants that name none of their own")
+    what.add_argument("--config", metavar="FILE", help="YAML configuration of all variants that do not name their own")
     what.add_argument(
         "--variant",
         action="append",
@@ -50,7 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     what.add_argument("--output", metavar="FOLDER", help="folder of the comparison")
     what.add_argument("--file", metavar="FILE", help="YAML file with output, config, variants, seeds, ...")
     what.add_argument(
-        "--runs", action="append", default=[], metavar="NAME=RUN,RUN", help="compare run directories that are there"
+        "--runs", action="append", default=[], metavar="NAME=RUN,RUN", help="compare existing run directories"
     )
     running = parser.add_argument_group("how it is run")
     running.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
@@ -58,23 +59,32 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     running.add_argument(
         "--launcher", metavar="COMMAND", help="starts a run on several GPUs; {slot} and {port} differ between jobs"
     )
-    running.add_argument("--minutes", type=float, metavar="M", help="begin no run after M minutes; call again to go on")
-    running.add_argument("--report-only", action="store_true", help="train nothing; report what is finished")
+    running.add_argument(
+        "--minutes", type=float, metavar="M", help="start no run after M minutes; call again to continue"
+    )
+    running.add_argument("--report-only", action="store_true", help="train nothing; report on the finished runs")
     report = parser.add_argument_group("what is reported")
     report.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default: the first)")
-    report.add_argument("--target", type=float, metavar="R", help="reward whose reaching is timed (default: see docs)")
     report.add_argument(
-        "--metric", choices=("training", "heldout"), help="the reward that is meant by --target (default training)"
+        "--target", type=float, metavar="R", help="reward to reach; the time to it is measured (default: see docs)"
+    )
+    report.add_argument(
+        "--metric", choices=("training", "heldout"), help="the reward that --target refers to (default training)"
     )
     report.add_argument(
         "--primary", metavar="MEASURE", choices=PRIMARIES, help=f"the measure that decides: {', '.join(PRIMARIES)}"
     )
     report.add_argument("--at-epoch", type=int, metavar="E", help="also compare the rewards after E epochs")
     report.add_argument("--smoothing", type=int, metavar="K", help="epochs of the trailing mean (default 5)")
-    report.add_argument("--include-unfinished", action="store_true", help="use unfinished runs as far as they are")
+    report.add_argument(
+        "--include-unfinished", action="store_true", help="also use unfinished runs, as far as they have got"
+    )
     report.add_argument("--json", action="store_true", help="print comparison.json at the end")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.subkey=value", help="settings of all variants (a variant's own win)"
+        "overrides",
+        nargs="*",
+        metavar="key.subkey=value",
+        help="settings of all variants (a variant's own take precedence)",
     )
     parser.set_defaults(run=run)
 
@@ -112,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
             console=console,
         )
     except Interrupted as interrupt:
-        print(f"{interrupt}: `pcpo-fast compare --output {interrupt.folder}` goes on", file=sys.stderr)
+        print(f"{interrupt}: `pcpo-fast compare --output {interrupt.folder}` continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     except RunsFailed as failed:
         print(f"error: {failed}", file=sys.stderr)
@@ -138,7 +148,7 @@ def _groups(texts: Sequence[str]) -> dict[str, list[str]]:
     for text in texts:
         name, separator, folders = text.partition("=")
         if not (separator and name and folders):
-            raise UserError(f"--runs {text!r}: is written NAME=RUN,RUN, for example native=runs/n0,runs/n1")
+            raise UserError(f"--runs {text!r}: must have the form NAME=RUN,RUN, for example native=runs/n0,runs/n1")
         groups.setdefault(name, []).extend(part.strip() for part in folders.split(","))
     return groups
 

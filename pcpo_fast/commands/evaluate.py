@@ -17,8 +17,8 @@ EXAMPLES = """examples:
       --metric lpips=models/vgg16.safetensors,models/lpips_vgg.pth
   deepspeed --num_gpus 8 --module pcpo_fast evaluate --checkpoint base --checkpoint runs/pcpo
 
-Images that are there are not made again: called again, the command goes on. It writes evaluation.html, evaluation.md,
-evaluation.json and images/ into OUTPUT. docs/evaluating.md explains the numbers."""
+Existing images are not generated again, so calling the command again continues. It writes evaluation.html,
+evaluation.md, evaluation.json and images/ into OUTPUT. docs/evaluating.md explains the numbers."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,7 +39,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="[NAME=]WHAT[@SCALES]",
         help="base, a run directory, a checkpoint or export of one, a pipeline (folder or hub id), or a folder of "
         "finished images; SCALES of reward guidance of a run, for example 0.5,1 or 0,0.25,...,1.5; repeat for each, "
-        "the first is what differences are to",
+        "differences are relative to the first",
     )
     what.add_argument("--config", metavar="FILE", help="model and sampler of all (default: the first run's)")
     what.add_argument("--prompts", metavar="FILE", help="prompt file (default: the configuration's prompts.heldout)")
@@ -63,9 +63,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "one, from the hub)",
     )
     measured.add_argument(
-        "--reference", metavar="base|FOLDER", help="what distances are to (default: base if compared)"
+        "--reference", metavar="base|FOLDER", help="what distances are measured to (default: base if compared)"
     )
-    measured.add_argument("--resamples", type=int, default=200, metavar="N", help="of the distances' bootstrap (200)")
+    measured.add_argument(
+        "--resamples", type=int, default=200, metavar="N", help="bootstrap resamples of the distances (default 200)"
+    )
     measured.add_argument(
         "--preference",
         metavar="A,B",
@@ -73,14 +75,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     running = parser.add_argument_group("how it is run")
     running.add_argument("--output", default="runs/evaluation", metavar="FOLDER", help="default: runs/evaluation")
-    running.add_argument("--cache", metavar="FOLDER", help="of features, shared by evaluations (default: in OUTPUT)")
+    running.add_argument(
+        "--cache", metavar="FOLDER", help="cache of features, can be shared by evaluations (default: in OUTPUT)"
+    )
     running.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
     running.add_argument("--shown", type=int, default=48, metavar="N", help="prompts in evaluation.html (default 48)")
-    running.add_argument("--remake", action="store_true", help="replace images that were made otherwise")
+    running.add_argument("--remake", action="store_true", help="replace images that were made with different settings")
     running.add_argument("--json", action="store_true", help="print evaluation.json at the end")
     # DeepSpeed's launcher adds this; the rank that counts is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
     parser.set_defaults(run=run)
 
 

@@ -9,7 +9,7 @@ EXAMPLES = """examples:
   pcpo-fast export runs/demo --pipeline --output my-flux      a whole pipeline folder
 
 LoRA weights load with the pipeline's load_lora_weights(FOLDER), and in ComfyUI from models/loras, where any file name
-will do. At strength 1 they act as they were trained. A full fine-tune is a folder transformer/ or unet/ that the
+works. At strength 1 they act as they were trained. A full fine-tune is a folder transformer/ or unet/ that the
 network's class takes: FluxTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer")."""
 
 
@@ -26,7 +26,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--output", metavar="FOLDER", help="where to (default: RUN/export, and RUN/pipeline with --pipeline)"
     )
-    parser.add_argument("--pipeline", action="store_true", help="write a whole pipeline with the trained weights in it")
+    parser.add_argument(
+        "--pipeline", action="store_true", help="write a complete pipeline that contains the trained weights"
+    )
     parser.add_argument(
         "--format",
         choices=("diffusers", "comfyui", "kohya"),

@@ -17,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "plan",
         help="memory and time of a run before it starts",
-        description="Say what a run needs on its GPUs, how long its phases take at best, and which settings fit.",
+        description="Estimate what a run needs on its GPUs, how long its phases take at best, and which settings fit.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--config", metavar="FILE", help=f"YAML configuration (default: {DEFAULT_CONFIG})")
@@ -30,7 +30,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--model-config", metavar="FOLDER", help="read the architecture from this pipeline folder; no weights needed"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
     parser.set_defaults(run=run)
 
 

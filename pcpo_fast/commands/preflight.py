@@ -22,12 +22,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--config", metavar="FILE", help=f"YAML configuration (default: {DEFAULT_CONFIG})")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default 1)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that they are in (default 1)")
-    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU (default: as it says)")
+    parser.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="memory of one GPU (default: what the GPU reports)"
+    )
     parser.add_argument("--no-dry-run", action="store_true", help="do not train two steps")
-    parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for the two steps (1800)")
+    parser.add_argument(
+        "--timeout", type=float, default=1800, metavar="SECONDS", help="time limit for the two steps (default 1800)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
     parser.set_defaults(run=run)
 
 

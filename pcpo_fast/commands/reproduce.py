@@ -6,7 +6,7 @@ EXAMPLES = """examples:
   pcpo-fast train && pcpo-fast reproduce check runs/demo
   pcpo-fast reproduce check runs/flux --band examples/8x80gb_flux_full/band.json --json
 
-Exit code 0: inside the band; 1: outside; 3: the run has not trained for long enough to say."""
+Exit code 0: inside the band; 1: outside; 3: the run has not trained long enough to tell."""
 
 EXIT_CODES = {"inside": 0, "outside": 1, "undecided": 3}
 

@@ -17,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "sample",
         help="make images",
-        description="Make images with a pipeline, or with the weights of a run.",
+        description="Generate images with a pipeline or with the weights of a run.",
         epilog=EXAMPLES,
     )
     source = parser.add_mutually_exclusive_group()
@@ -58,11 +58,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--steps", type=int, help="denoising steps (default: the configuration's)")
     parser.add_argument("--stochastic", action="store_true", help="sample with the rollout's noise instead of Euler")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
-    parser.add_argument("--reward", action="append", default=[], help="score the images with this reward, too")
+    parser.add_argument("--reward", action="append", default=[], help="also score the images with this reward")
     parser.add_argument("--output", default="samples.png", metavar="FILE.png", help="grid image (default samples.png)")
-    parser.add_argument("--folder", metavar="FOLDER", help="also write every image by itself (a sweep: by scale)")
+    parser.add_argument("--folder", metavar="FOLDER", help="also write every image as a file (a sweep: by scale)")
     parser.add_argument("--json", action="store_true", help="print files, prompts and scores as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
     parser.set_defaults(run=run)
 
 

@@ -19,7 +19,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=EXAMPLES,
     )
     parser.add_argument("reward", metavar="REWARD", help="a built-in reward, or module:function")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8765, help="port, 0 for a free one (default: 8765)")
     parser.add_argument(
         "--token-env",
@@ -27,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME",
         help="environment variable with the token that clients need; required unless --host is a loopback address",
     )
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="where the images are put")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="device of the images")
     parser.add_argument("--batch-size", type=int, default=32, help="images in one call of the reward (default: 32)")
     parser.add_argument("--most-images", type=int, default=64, help="images in one request (default: 64)")
     parser.add_argument("--most-mib", type=int, default=256, help="MiB of one request (default: 256)")
@@ -91,7 +91,7 @@ def _options(texts: list[str]) -> dict[str, object]:
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator or not name.isidentifier():
-            raise UserError(f"command line ({text}): an option of the reward is written name=value")
+            raise UserError(f"command line ({text}): a reward's option must have the form name=value")
         try:
             options[name] = parse_value(value)
         except ValueError as error:

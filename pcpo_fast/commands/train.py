@@ -14,8 +14,8 @@ EXAMPLES = """examples:
   python train.py --profile train.epochs=2 output_dir=runs/profiled
 
 exit codes:
-  0 trained; 2 an error, in one sentence; 75 stopped by SIGTERM in order, run it again to go on; 130 the same by Ctrl-C;
-  143 or 130, at once, after a second signal"""
+  0 trained; 2 an error, in one sentence; 75 stopped cleanly by SIGTERM, run it again to continue; 130 the same
+  by Ctrl-C; 143 or 130, immediately, after a second signal"""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,13 +31,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--resume",
         default="auto",
         metavar="auto|accept-changes|never|PATH",
-        help="auto: go on where the run in output_dir stopped; accept-changes: also where the content of prompts, "
-        "rewards or model has changed since; never: refuse to touch it; PATH: a checkpoint or a run",
+        help="auto: continue where the run in output_dir stopped; accept-changes: the same, even if the content of "
+        "prompts, rewards or model has changed; never: refuse to touch it; PATH: a checkpoint or a run",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read the model's files anew, instead of knowing those with an unchanged inode, size and times",
+        help="read the model's files again, even those with an unchanged inode, size and times",
     )
     parser.add_argument(
         "--profile",
@@ -56,7 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     # DeepSpeed's launcher adds this; the rank that counts is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON at the end")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
     parser.set_defaults(run=run)
 
 

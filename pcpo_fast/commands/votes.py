@@ -16,8 +16,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Turn the vote files of a blind preference page into a win rate with intervals.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("key", metavar="KEY", help="preference_key.json, which evaluate wrote beside the page")
-    parser.add_argument("votes", nargs="+", metavar="VOTES", help="vote files that the page saved")
+    parser.add_argument("key", metavar="KEY", help="preference_key.json, written by evaluate beside the page")
+    parser.add_argument("votes", nargs="+", metavar="VOTES", help="vote files saved by the page")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.set_defaults(run=run)
 

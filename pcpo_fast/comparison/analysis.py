@@ -31,7 +31,7 @@ WAY_TO_THE_END = 0.9
 """Where the target lies if none is given: this share of the baseline's way from the start to its final reward."""
 
 FEW = 5
-"""Below so many seeds a verdict is hedged; below :data:`VERY_FEW` there is none."""
+"""Below this many seeds a verdict is hedged; below :data:`VERY_FEW` there is none."""
 
 Bound = Literal["", "at least", "at most", "restricted"]
 

@@ -64,16 +64,16 @@ _EXPECTED = {
     "settings": "a mapping of settings",
     "metric": "training or heldout",
     "target": "a number",
-    "at_epoch": "a whole number",
-    "smoothing": "a whole number",
+    "at_epoch": "an integer",
+    "smoothing": "an integer",
     "primary": f"one of {', '.join(get_args(Primary))}",
     "costs": "a mapping of decode and reward to numbers",
     "costs.decode": "a number",
     "costs.reward": "a number",
     "tuning": "a mapping of lr, seeds and max_trials",
     "tuning.lr": "a list of numbers",
-    "tuning.seeds": "a list of whole numbers",
-    "tuning.max_trials": "a whole number",
+    "tuning.seeds": "a list of integers",
+    "tuning.max_trials": "an integer",
 }
 
 
@@ -160,7 +160,7 @@ def tuning_of(file: ComparisonFile, seeds: Sequence[int]) -> Tuning | None:
 
 
 def write_plan_file(plan: ComparisonPlan, settings: ComparisonSettings) -> Path:
-    """Write ``OUTPUT/comparison.yaml``, from which ``pcpo-fast compare --output OUTPUT`` goes on; returns its path."""
+    """Write ``OUTPUT/comparison.yaml``, from which ``compare --output OUTPUT`` continues; returns its path."""
     variants = {
         variant.name: ({"config": variant.config} if variant.config else {})
         | settings_mapping(variant.settings)

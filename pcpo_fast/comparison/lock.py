@@ -27,8 +27,8 @@ def only_one(folder: Path) -> Iterator[int | None]:
         if attempt.holder is not None:
             who = f" ({attempt.holder})" if attempt.holder else ""
             raise UserError(
-                f"{folder}: another comparison is at work here, or runs that it left behind{who}; wait for them, or "
-                "end them"
+                f"{folder}: another comparison, or runs that it left behind, are still running here{who}; wait for "
+                "them, or end them"
             )
         if attempt.refused:
             yield None

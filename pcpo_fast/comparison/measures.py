@@ -86,7 +86,7 @@ class Measure:
     of: Callable[[RunCurves, Reading], float | None]
 
     def text(self, value: float, *, signed: bool = False) -> str:
-        """A value as it stands in a table."""
+        """A value as shown in a table."""
         return format(value, f"{'+' if signed else ''}{self.form}")
 
 

@@ -27,7 +27,7 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 @dataclass
 class RunningRun:
-    """A run at work.
+    """A running process.
 
     Attributes:
         run: which.

@@ -23,7 +23,7 @@ _TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold some whole lines
 
 
 class RunProgress:
-    """Epochs and reward of a run at work."""
+    """Epochs and reward of a run in progress."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
@@ -63,7 +63,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 class Running(Protocol):
-    """What is shown of a run at work."""
+    """What is shown of a run in progress."""
 
     @property
     def run(self) -> "PlannedRun": ...
@@ -73,7 +73,7 @@ class Running(Protocol):
 
 
 class ComparisonProgress:
-    """Runs done, the epochs of those at work, and the time that is left.
+    """Finished runs, the epochs of those in progress, and the time left.
 
     On a terminal a live display at the bottom of the screen; elsewhere plain lines when a run begins or ends, and one
     every `plain_interval` seconds. There is no thread behind it: `tick` draws.
@@ -136,7 +136,7 @@ class ComparisonProgress:
         self.message(f"{job.run.name}: finished{reward} ({self._counts()})")
 
     def tick(self, running: Sequence[Running]) -> None:
-        """Look at the runs at work, and show them."""
+        """Poll the runs in progress and show them."""
         for job in running:
             job.progress.update()
         self._running = running

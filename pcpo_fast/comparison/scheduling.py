@@ -1,4 +1,4 @@
-"""All runs of a comparison, some at a time; what is finished is left alone, what was interrupted goes on."""
+"""All runs of a comparison, some at a time; finished runs are left alone, interrupted ones resume."""
 
 import math
 import os
@@ -42,7 +42,7 @@ class Failure:
 
 
 class Interrupted(Exception):
-    """The runs were stopped from outside; they go on with the next call.
+    """The runs were stopped from outside; the next call resumes them.
 
     Attributes:
         folder: of the comparison.
@@ -58,7 +58,7 @@ class HowToRun:
     """How runs are started.
 
     Attributes:
-        jobs: runs at work at the same time.
+        jobs: how many runs run at the same time.
         threads: CPU threads of each; None: the machine's, divided among the jobs, unless OMP_NUM_THREADS is set.
         launcher: command that starts a run on several GPUs; None: a plain process.
         until: no run is begun after this time (of ``time.monotonic``); infinite: there is none.
@@ -105,7 +105,7 @@ def run_all(
         poll: seconds between looks.
 
     Raises:
-        UserError: another comparison is at work in the folder, or the launcher cannot be started.
+        UserError: another comparison is using the folder, or the launcher cannot be started.
         Interrupted: Ctrl-C, or the system asked this process to end; the children have ended.
     """
     queue, running, failures = list(runs), list[RunningRun](), list[Failure]()

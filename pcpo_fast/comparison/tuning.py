@@ -3,7 +3,7 @@
 Every variant begins with the same learning rates, each with every combination of the settings that it searches. A
 variant whose best rate is the lowest or the highest of its list gets another one beyond it, until that is no longer so;
 the others then get as many trials more, between their best rate and its neighbours. What comes next follows from the
-results on disk alone, so that a search that was interrupted goes on as if it had not been.
+results on disk alone, so that an interrupted search continues as if nothing had happened.
 """
 
 import itertools
@@ -63,7 +63,7 @@ class Search:
 
     Attributes:
         trials: of every variant, in the order in which they came.
-        waiting: runs that have to be finished before it goes on, all of them known beforehand.
+        waiting: runs that must finish before it continues, all known beforehand.
         scores: the primary measure of each search seed; None as long as the first trials are not all finished.
         chosen: the best trial of every variant; empty until the search is over.
         at_edge: variants whose best rate still lies at the end of their list, because they have had every trial
@@ -184,7 +184,7 @@ def write_search(plan: ComparisonPlan, settings: ComparisonSettings, search: Sea
             rows.append((name + mark, " ".join(trial.settings), *cells))
     parts = ["# Tuning", f"Chosen by: {measure.label} ({measure.meaning})."]
     if search.waiting:
-        parts.append(f"The search is not over: {len(search.waiting)} runs have to be finished before it goes on.")
+        parts.append(f"The search is not over: {len(search.waiting)} runs must finish before it continues.")
     parts += [Grid("", header, tuple(rows)).markdown()]
     parts += [f"- {note}" for note in tuning_notes(plan, search) if search.chosen]
     paths = [plan.output / JSON_FILE, plan.output / MARKDOWN_FILE]

@@ -31,35 +31,35 @@ A run is described by a YAML file and by settings on the command line:
 
     python train.py --config configs/tiny_flux.yaml train.epochs=20 optimizer.lr=3e-4
 
-A value comes from the first of these that has one: the command line (`key.subkey=value`, the value as in YAML; the last
-one wins), the YAML file, the preset named by `algorithm`, the default below. Lists are given whole
+A value comes from the first of these that has one: the command line (`key.subkey=value` in YAML; the last one wins),
+the YAML file, the preset named by `algorithm`, the default below. Lists are given whole
 (`credit.steps=[0,1,2]`) or by position (`rewards.0.weight=2`). An unknown key, a wrong type or a value out of range
-stops the program before anything is loaded. The run directory's `config.yaml` holds every value that was used.
+stops the program before anything is loaded. The run directory's `config.yaml` records every value that was used.
 
-Paths are relative to the folder that the program is called in; `~` is the home folder. Numbers are written in plain
-digits: `0123`, `1:30` and `0_7`, which YAML 1.1 takes for 83, 90 and 7, are none. On the command line a text needs no
-quotes for a `#` or a colon in it. Counts are below 2^31.
+Paths are relative to the current directory; `~` is the home folder. Numbers are written in plain
+digits: `0123`, `1:30` and `0_7`, which YAML 1.1 reads as 83, 90 and 7, are refused. On the command line a string that
+contains `#` or a colon needs no quotes. Counts are below 2^31.
 """
 
 _RULES_HEAD = """
 ## Settings that need others
 
-A setting that the file or the command line sets to something else than its default, and that has no effect, is
-refused: nobody should wait for what was never switched on. A run's own `config.yaml` always loads. What is turned off
-on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coefficient=0`,
-`model.gradient_checkpointing=false`) takes what the file says of it along.
+A setting that the file or the command line changes from its default, and that would have no effect, is refused, so
+that nobody waits for something that was never switched on. A run's own `config.yaml` always loads. Turning a feature
+off on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coefficient=0`,
+`model.gradient_checkpointing=false`) also turns off the file's other settings for it.
 
-| setting | has an effect only with |
+| setting | only takes effect with |
 |---|---|
 | `model.guidance` | a model with an embedded guidance scale (FLUX.1-dev) |
 | `model.max_sequence_length` | a model that reads prompts with T5 (FLUX, SD3) |
 """
 
 _ROLES_HEAD = """
-## What a setting may do
+## When a setting may differ
 
-Most settings decide what is learnt: a resumed run must have the value that it began with ([resuming](resuming.md)),
-another value makes another variant ([comparing](comparing.md)), and all hosts of a run have the same. What else holds:
+Most settings determine what is learnt: a resumed run must keep the value that it began with ([resuming](resuming.md)),
+a different value makes a different variant ([comparing](comparing.md)), and all hosts of a run share it. Exceptions:
 
 | the setting | |
 |---|---|
@@ -80,7 +80,7 @@ _ROLES: tuple[tuple[str, Callable[[Role], bool]], ...] = (
     ("may differ between the hosts of a run", lambda role: role.per_host),
 )
 
-_NAMES: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+_NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "true or false", str: "string", NoneType: "null"}
 
 
 def render() -> str:

@@ -107,16 +107,16 @@ def _refuse_unused(
             said = place == first or key in commanded
             named.append(key if said else f"{key} ({place.removeprefix(fallback).strip()})")
         clauses.append(
-            f"{listed(named, last='and')} {'has' if len(keys) == 1 else 'have'} an effect only with {condition}"
+            f"{listed(named, last='and')} {'only takes' if len(keys) == 1 else 'only take'} effect with {condition}"
         )
     them = "it" if sum(len(keys) for keys, _ in found) == 1 else "them"
-    raise UserError(f"{first}: {'; '.join(clauses)}: drop {them}")
+    raise UserError(f"{first}: {'; '.join(clauses)}: remove {them}")
 
 
 def _parse_override(text: str, where: str) -> tuple[TextPath, Any]:
     key, separator, value = text.partition("=")
     if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise UserError(f"{where} ({text}): an override is written key.subkey=value")
+        raise UserError(f"{where} ({text}): an override must have the form key.subkey=value")
     try:
         return tuple(key.split(".")), parse_value(value)
     except ValueError as error:

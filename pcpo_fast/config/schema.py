@@ -94,13 +94,13 @@ class ModelConfig(Section):
     transformer: Annotated[str | None, BASE_FILES] = Field(
         None,
         min_length=1,
-        description="single .safetensors file of the transformer (FLUX, SD3) that takes the place of that in `path`",
+        description="single .safetensors file of the transformer (FLUX, SD3) that replaces the one in `path`",
     )
     unet: Annotated[str | None, BASE_FILES] = Field(
         None,
         min_length=1,
-        description="single .safetensors file of the UNet (SD 1.x), or of a whole checkpoint with one, that takes the "
-        "place of that in `path`",
+        description="single .safetensors file of the UNet (SD 1.x), or of a whole checkpoint that contains one; it "
+        "replaces the one in `path`",
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the model's weights and activations")
     finetune: Annotated[Literal["full", "lora"], RESULT] = Field(
@@ -113,11 +113,13 @@ class ModelConfig(Section):
         3.5, description="embedded guidance scale (FLUX.1-dev); unused by every other model"
     )
     cfg_scale: NotNegativeFloat = Field(
-        1.0, description="classifier-free guidance scale, trained through both halves; 1: off (one forward, not two)"
+        1.0,
+        description="classifier-free guidance scale, trained through both halves; 1: off (one forward pass instead of "
+        "two)",
     )
     negative_prompt: str = Field("", description="prompt of the unconditional half")
     max_sequence_length: int = Field(
-        512, ge=1, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are cut"
+        512, ge=1, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are truncated"
     )
     gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
         False, description="recompute activations in the backward to save memory"
@@ -126,21 +128,21 @@ class ModelConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="share of the blocks that gradient_checkpointing recomputes; null: as few as the memory plan says "
-        "the GPU has no room for",
+        description="share of the blocks that gradient_checkpointing recomputes; null: as few as the memory plan "
+        "allows on this GPU",
     )
     compile: Annotated[bool, EXECUTION] = Field(
         False, description="compile the repeated blocks (torch.compile), once for each batch size; not with ZeRO-3"
     )
     block_kernels: Annotated[bool, EXECUTION] = Field(
-        False, description="this package's fused norms, gates and rotary embeddings in the blocks (FLUX, SD3)"
+        False, description="use this package's fused norms, gates and rotary embeddings in the blocks (FLUX, SD3)"
     )
     attention: Annotated[str, EXECUTION] = Field(
         "native",
         description="attention backend by diffusers' name (docs/attention.md): native, flash, xformers, ...",
     )
     embedding_cache: Annotated[HomePath | None, Role(on_resume="free", in_comparison="own", per_host=True)] = Field(
-        None, description="folder of encoded prompts; default: embeddings/ next to the run directories"
+        None, description="folder of encoded prompts; null: embeddings/ next to the run directories"
     )
 
     @property
@@ -155,7 +157,7 @@ class PromptConfig(Section):
     role = RESULT
     train: HomePath = Field("assets/prompts/scenes_train.txt", min_length=1, description="prompts to train on")
     heldout: HomePath | None = Field(
-        "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained; null: no evaluation"
+        "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained on; null: no evaluation"
     )
 
 
@@ -204,16 +206,19 @@ class WindowConfig(Section):
     role = RESULT
     size: NotNegative = Field(0, description="steps in the window; 0: no window, every step has noise")
     schedule: Literal["progressive", "random", "fixed"] = Field(
-        "progressive", description="progressive: from the first step to the last; random: drawn anew; fixed: stays"
+        "progressive",
+        description="progressive: from the first step to the last; random: drawn anew each time; fixed: never moves",
     )
     start: NotNegative = Field(0, description="first step of the window at the beginning")
-    stride: Positive = Field(1, description="steps that a progressive window moves at a time")
+    stride: Positive = Field(1, description="steps by which a progressive window moves")
     interval: Positive = Field(25, description="epochs before the window moves")
     decay: NotNegativeFloat = Field(
         0.0, description="shortens the interval at position p by exp(-decay max(p - decay_after, 0))"
     )
     decay_after: NotNegative = Field(0, description="position from which the interval shortens")
-    wrap: bool = Field(True, description="a progressive window starts again after the last position, or stays there")
+    wrap: bool = Field(
+        True, description="a progressive window starts over after the last position instead of staying there"
+    )
 
 
 class RolloutConfig(Section):
@@ -252,9 +257,9 @@ class CreditConfig(Section):
     clip_range: NotNegativeFloat = Field(1e-4, description="clip range of the log-ratio (hinge) or ratio (clip)")
     divergence_threshold: PositiveFloat = Field(
         1e-5,
-        description="divergence_mask: KL from the old policy from which on no step is trained further away from it",
+        description="divergence_mask: KL from the old policy beyond which no step is trained further away from it",
     )
-    reduction: Literal["mean", "sum"] = Field("mean", description="inner products over latent elements")
+    reduction: Literal["mean", "sum"] = Field("mean", description="reduction of inner products over latent elements")
     steps: tuple[NotNegative, ...] | None = Field(
         None,
         strict=False,
@@ -264,7 +269,7 @@ class CreditConfig(Section):
     fraction: float = Field(1.0, gt=0, le=1, description="share of these steps trained per image, drawn at random")
     kl_coefficient: NotNegativeFloat = Field(0.0, description="beta of the KL to the frozen start; 0: no reference")
     kl: Literal["exact", "published"] = Field(
-        "exact", description="KL of the Gaussians, or Flow-GRPO's without the step"
+        "exact", description="exact KL of the Gaussians, or Flow-GRPO's, which has an extra factor of the step length"
     )
     normalize_scale: bool = Field(
         False,
@@ -272,7 +277,8 @@ class CreditConfig(Section):
         f"({', '.join(rules_taking('normalize_scale'))})",
     )
     normalize_over: Literal["all", "trained"] = Field(
-        "all", description="steps that zeta and means run over: all with noise, or credit.steps and what is left of it"
+        "all",
+        description="steps that zeta and means are taken over: all with noise, or only the trained ones (credit.steps)",
     )
 
 
@@ -281,36 +287,46 @@ class AdvantageConfig(Section):
 
     role = RESULT
     normalization: Literal["group", "flow_grpo", "global", "running"] = Field(
-        "group", description="per group; per-group mean with global std; whole epoch; or a running buffer per prompt"
+        "group",
+        description="mean and std per group; per-group mean with the epoch's std; both over the whole epoch; or from "
+        "a running buffer per prompt",
     )
     clip: PositiveFloat = Field(5.0, description="advantages are clipped to plus or minus this")
     epsilon: PositiveFloat = Field(1e-8, description="added to the standard deviation")
-    unbiased: bool = Field(False, description="sample standard deviation (n - 1); not for running")
+    unbiased: bool = Field(False, description="use the sample standard deviation (n - 1); not for running")
     buffer_size: Positive = Field(16, description="running: rewards remembered of each prompt")
-    min_count: Positive = Field(16, description="running: rewards that a prompt needs before its own statistics count")
+    min_count: Positive = Field(
+        16, description="running: rewards that a prompt needs before its own statistics are used"
+    )
     steps: Literal["final", "baseline", "gain"] = Field(
         "final",
-        description="what a step is credited with: the image's advantage; that minus what the step's own prediction "
-        "let expect; or what the step changed (docs/stepwise.md)",
+        description="what a step is credited with: the image's advantage; the advantage minus what the step's own "
+        "prediction led to expect; or what the step changed (docs/stepwise.md)",
     )
     gain_lambda: float = Field(
-        0.0, ge=0, le=1, description="gain: share of the later steps' gains that a step is credited with, per step"
+        0.0,
+        ge=0,
+        le=1,
+        description="gain: discount at which a step is also credited with the gains of later steps, per step",
     )
     calibrated: bool | Literal["branches"] = Field(
         True,
-        description="count a prediction's reward by its regression on the final reward in earlier epochs, as it is "
-        "(false), or gains by the regression of branches (advantage.audit_every)",
+        description="weight a prediction's reward by the regression of final rewards on it in earlier epochs (true), "
+        "not at all (false), or weight gains by the regression measured on branches (advantage.audit_every)",
     )
     scored_steps: Positive = Field(
-        1, description="score the prediction of every so manieth step with noise; steps between share its gain"
+        1, description="score the prediction of every n-th step with noise; the steps in between share its gain"
     )
     scale: Literal["own", "others", "earlier"] = Field(
         "own",
-        description="standard deviation that divides: of the images compared, of all but the image itself, or the mean "
-        "of earlier epochs",
+        description="standard deviation to divide by: of the images compared, of all of them but the image itself, or "
+        "the mean over earlier epochs",
     )
     min_spread: float = Field(
-        0.1, ge=0, le=1, description="baseline and gain: least standard deviation, as a share of its running mean"
+        0.1,
+        ge=0,
+        le=1,
+        description="baseline and gain: smallest standard deviation to divide by, as a share of its running mean",
     )
     audit_every: NotNegative = Field(
         0, description="epochs between audits by branches, which measure what a step's gain is worth; 0: none"
@@ -329,13 +345,13 @@ class RewardConfig(Section):
     role = RESULT
     name: str = Field(min_length=1, description="a built-in reward, or module:function")
     label: str | None = Field(
-        None, min_length=1, description="its name in metrics, needed where a reward is listed twice; null: `name`"
+        None, min_length=1, description="name in metrics, required if a reward is listed twice; null: `name`"
     )
     weight: float = Field(1.0, allow_inf_nan=False, description="factor in the sum")
     clip: tuple[Finite, Finite] | None = Field(
         None, strict=False, description="lowest and highest score that counts in the sum; null: no limits"
     )
-    evaluation_only: bool = Field(False, description="measured and logged, not trained on")
+    evaluation_only: bool = Field(False, description="measure and log it, but do not train on it")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the reward")
 
     @property
@@ -350,7 +366,7 @@ class RewardConfig(Section):
 
 
 class ScoringConfig(Section):
-    """How the rewards of a set become one, when they run, and what happens where one fails (docs/rewards.md)."""
+    """How several rewards are combined, when they run, and what happens if one fails (docs/rewards.md)."""
 
     role = RESULT
     normalize: Literal["sum", "each"] = Field(
@@ -360,15 +376,15 @@ class ScoringConfig(Section):
         False, description="score a finished batch of the rollout while the next is sampled (rollout.batch_size)"
     )
     on_failure: Literal["stop", "drop_group"] = Field(
-        "stop", description="a reward that fails ends the run, or its prompt's images are left out of the epoch"
+        "stop", description="if a reward fails, stop the run, or leave that prompt's images out of the epoch"
     )
     timeout: Annotated[PositiveFloat | None, EXECUTION] = Field(
-        None, description="seconds that one call of a reward may take; null: any time"
+        None, description="seconds that one call of a reward may take; null: no limit"
     )
 
 
 class OptimizerConfig(Section):
-    """AdamW and what guards it."""
+    """AdamW, warm-up, gradient clipping and precision."""
 
     role = RESULT
     lr: PositiveFloat = Field(1e-5, description="learning rate")
@@ -376,12 +392,14 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NotNegativeFloat = Field(1e-4, description="decoupled weight decay")
     warmup_updates: NotNegative = Field(0, description="updates over which the learning rate rises from 0")
-    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this norm")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
     weights: Literal["fp32_master", "stochastic_rounding"] = Field(
         "fp32_master", description="bf16 models: keep an fp32 copy of the weights, or round bf16 updates stochastically"
     )
     moments: Literal["full", "8bit"] = Field(
-        "full", description="full: both moments in the dtype of the weights stepped; 8bit: a byte each (bitsandbytes)"
+        "full",
+        description="full: both moments in the dtype of the weights that are stepped; 8bit: one byte each "
+        "(bitsandbytes)",
     )
 
 
@@ -389,18 +407,20 @@ class TrainConfig(Section):
     """The loop."""
 
     role = RESULT
-    epochs: Annotated[NotNegative, CHANGEABLE] = Field(300, description="rollout phases, each with its updates")
-    updates_per_epoch: Positive = Field(2, description="optimiser steps on disjoint parts of one rollout")
+    epochs: Annotated[NotNegative, CHANGEABLE] = Field(
+        300, description="epochs, each a rollout followed by its updates"
+    )
+    updates_per_epoch: Positive = Field(2, description="optimiser steps per pass, on disjoint parts of one rollout")
     inner_epochs: Positive = Field(1, description="passes over the same rollout")
     max_rollout_age: Annotated[Positive, EXECUTION] = Field(
         32,
-        description="optimiser steps that a rollout may be trained on; inner_epochs x updates_per_epoch beyond it "
+        description="most optimiser steps on one rollout; a configuration with more (inner_epochs x updates_per_epoch) "
         "is refused",
     )
     max_log_ratio: PositiveFloat | None = Field(
         None,
-        description="a rollout is stale, and no further pass is made over it, once the mean absolute log-ratio of a "
-        "pass is above this; null: never",
+        description="once the mean absolute log-ratio of a pass exceeds this, the rollout is stale and gets no further "
+        "pass; null: never",
     )
     micro_batch_size: Annotated[Positive, EXECUTION] = Field(
         1, description="(image, step) pairs in one forward and backward on each rank"
@@ -410,7 +430,7 @@ class TrainConfig(Section):
     )
     ema_decay: Decay | None = Field(
         None,
-        description="decay of a moving average of the weights, which evaluations and exports then use; null: none",
+        description="decay of a moving average of the weights, used by evaluations and exports; null: none",
     )
     max_skipped_updates: Annotated[Positive, CHANGEABLE] = Field(
         5, description="end the run after this many updates in a row without a finite gradient"
@@ -422,18 +442,18 @@ class EvaluationConfig(Section):
 
     role = RESULT
     every: Annotated[NotNegative, EXECUTION] = Field(
-        10, description="epochs between evaluations; 0: only before and after"
+        10, description="epochs between evaluations; 0: only before and after training"
     )
     prompts: Positive = Field(8, description="held-out prompts used")
     images_per_prompt: Positive = Field(1, description="images of each")
-    seed: int = Field(1_000_003, ge=0, lt=2**63, description="seed of the images, apart from the training seed")
+    seed: int = Field(1_000_003, ge=0, lt=2**63, description="seed of the images, independent of the training seed")
     deterministic: bool = Field(True, description="sample without noise (Euler), or with the rollout's sampler")
     batch_size: Annotated[Positive, EXECUTION] = Field(64, description="images sampled at once on each rank")
     min_diversity: Annotated[float | None, CHANGEABLE] = Field(
         None,
         gt=0,
         lt=1,
-        description="ends the run when the diversity of held-out images falls below this share of that before the "
+        description="stops the run when the diversity of held-out images falls below this share of its value before "
         "training; null: never",
     )
 
@@ -446,13 +466,13 @@ class CheckpointConfig(Section):
     keep: Positive = Field(2, description="newest checkpoints kept")
     keep_best: NotNegative = Field(
         0,
-        description="checkpoints kept, besides the newest, for the highest held-out reward, of those written after an "
-        "epoch that was evaluated (evaluation.every)",
+        description="checkpoints with the highest held-out reward to keep besides the newest, among those written "
+        "after an evaluated epoch (evaluation.every)",
     )
     grace: NotNegativeFloat = Field(
         30.0,
-        description="seconds that SIGTERM or SIGINT leaves the run to finish an epoch and write a checkpoint; then it "
-        "exits immediately",
+        description="seconds that a run has after SIGTERM or SIGINT to finish the epoch and write a checkpoint; then "
+        "it exits immediately",
     )
 
 
@@ -461,12 +481,12 @@ class DistributedConfig(Section):
 
     role = EXECUTION
     start_timeout: PositiveFloat = Field(
-        600.0, description="seconds after which a run does not start, naming the ranks that have not come"
+        600.0, description="seconds to wait at the start for all ranks; then the run ends, naming the missing ones"
     )
     timeout: PositiveFloat = Field(
         7200.0,
-        description="seconds without any progress after which a run ends, naming the rank that the others wait for; "
-        "a download or a slow reward on one rank takes them, too",
+        description="seconds without progress after which a run ends, naming the rank that the others wait for; "
+        "a download or a slow reward on one rank counts as no progress",
     )
 
 
@@ -489,15 +509,15 @@ class Config(Section):
         "runs/demo", min_length=1, description="the run directory"
     )
     seed: Annotated[int, Role(in_comparison="own")] = Field(
-        0, ge=0, lt=2**63, description="fixes every random number of the run"
+        0, ge=0, lt=2**63, description="determines every random number of the run"
     )
     algorithm: Annotated[str, Role(in_comparison="incidental")] = Field(
-        "pcpo", description="preset that fills in what is not set (docs/algorithms.md)"
+        "pcpo", description="preset for everything that is not set (docs/algorithms.md)"
     )
     deepspeed: Annotated[HomePath | None, EXECUTION] = Field(
         None,
-        description="DeepSpeed JSON file (ZeRO stage, offload, ...); batch sizes, optimizer and precision are not set "
-        "there but here",
+        description="DeepSpeed JSON file (ZeRO stage, offload, ...); batch sizes, optimizer and precision are set "
+        "here, not there",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
     prompts: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
@@ -505,7 +525,7 @@ class Config(Section):
     window: WindowConfig = Field(default_factory=WindowConfig)  # type: ignore[arg-type]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # type: ignore[arg-type]
     rewards: Annotated[tuple[RewardConfig, ...], RESULT] = Field(
-        (RewardConfig(name="caption_match"),), strict=False, description="what the policy is trained towards"
+        (RewardConfig(name="caption_match"),), strict=False, description="what the policy is trained to increase"
     )
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)  # type: ignore[arg-type]
@@ -526,11 +546,11 @@ class Config(Section):
 
     def _conflicts(self) -> Iterator[str]:
         """Each conflict as "KEY: what is wrong, and what is allowed"."""
-        # A group needs two images for its mean and spread to say anything.
+        # A group needs two images for its mean and spread to mean anything.
         if self.advantage.within_prompts and self.rollout.images_per_prompt < 2:
             yield (
                 f"rollout.images_per_prompt: {self.advantage.normalization} advantages compare the images of a prompt, "
-                f"so it must be at least 2, got {self.rollout.images_per_prompt} (advantage.normalization=global or "
+                f"so must be at least 2, got {self.rollout.images_per_prompt} (advantage.normalization=global or "
                 "running allows 1)"
             )
         # Something must be trained on, and every reward have its own column in the metrics.
@@ -538,12 +558,12 @@ class Config(Section):
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             yield (
-                f"rewards: {repeated} is listed twice; give it once with the sum of its weights, or each a label of "
-                "its own"
+                f"rewards: {repeated} is listed twice; list it once with the sum of the weights, or give each its "
+                "own label"
             )
         reserved = next((name for name in names if name in TOTALS), None)
         if reserved is not None:
-            yield f"rewards: {reserved} is the name of a metric of the sum ({', '.join(TOTALS)})"
+            yield f"rewards: {reserved} is reserved for a metric of the weighted sum ({', '.join(TOTALS)})"
         if not any(reward.trained_on for reward in self.rewards):
             yield "rewards: at least one must have a weight other than 0 and not be evaluation_only"
         wrong = next((reward for reward in self.rewards if reward.clip and reward.clip[0] >= reward.clip[1]), None)
@@ -561,8 +581,8 @@ class Config(Section):
         # The buffers of running advantages remember one number of an image.
         if self.scoring.normalize == "each" and self.advantage.normalization == "running":
             yield (
-                "scoring.normalize: each makes advantages of every reward, which advantage.normalization=running "
-                "cannot; allowed with it: sum"
+                "scoring.normalize: each normalises every reward separately, which advantage.normalization=running "
+                "does not support; allowed with it: sum"
             )
         # Per-step credit has its conditions.
         advantage, per_prompt = self.advantage, self.rollout.images_per_prompt
@@ -576,54 +596,55 @@ class Config(Section):
         compared = per_prompt if advantage.normalization == "group" else self.images_per_epoch
         if advantage.scale == "others" and compared < 3:
             yield (
-                "advantage.scale: others needs at least 3 images that are compared with each other "
+                "advantage.scale: others needs at least 3 images to compare with each other "
                 f"(rollout.images_per_prompt), got {compared}"
             )
         if stepwise and advantage.calibrated == "branches":
             if advantage.steps == "baseline" or advantage.gain_lambda == 1:
                 yield (
-                    "advantage.calibrated: branches weigh gains, and with steps=baseline or gain_lambda=1 a step's "
-                    "credit has no gain in it; allowed: true, false"
+                    "advantage.calibrated: branches only weights gains, and steps=baseline or gain_lambda=1 uses "
+                    "none; allowed: true, false"
                 )
             if advantage.audit_every == 0:
-                yield "advantage.calibrated: branches needs audits: set advantage.audit_every above 0"
+                yield "advantage.calibrated: branches needs audits; set advantage.audit_every above 0"
         # Stochastic rounding is a property of bf16 weights.
         if self.optimizer.weights == "stochastic_rounding" and self.model.dtype != "bfloat16":
             yield "optimizer.weights: stochastic_rounding needs model.dtype=bfloat16"
         # What makes rollouts faster has its conditions.
         if self.rollout.share_first_steps and not self.rollout.same_initial_noise:
             yield (
-                "rollout.share_first_steps: images of a prompt begin equal only with rollout.same_initial_noise=true"
+                "rollout.share_first_steps: images of a prompt share their first steps only with "
+                "rollout.same_initial_noise=true"
             )
         if self.rollout.merge_lora and self.model.finetune != "lora":
-            yield "rollout.merge_lora: there are adapters to merge only with model.finetune=lora"
+            yield "rollout.merge_lora: needs model.finetune=lora, without which there are no adapters to merge"
         # PCPO's variances are solutions for DDIM, and replace its eta.
         sampler = self.sampler
         if "variance" not in SAMPLERS[sampler.name].takes and (
             sampler.variance != "native" or sampler.weight is not None
         ):
             yield (
-                f"sampler.variance: only the sampler {listed(samplers_taking('variance'))} has a choice of variance, "
-                f"not {sampler.name}"
+                f"sampler.variance: only the sampler {listed(samplers_taking('variance'))} lets you choose the "
+                f"variance, not {sampler.name}"
             )
-        # A rollout that many updates have left behind no longer says what the policy does.
+        # After many updates a rollout no longer represents the policy.
         age, limit = self.train.inner_epochs * self.train.updates_per_epoch, self.train.max_rollout_age
         if age > limit:
             yield (
-                f"train.inner_epochs: {self.train.inner_epochs} passes of {self.train.updates_per_epoch} updates train "
-                f"{age} times on one rollout, more than train.max_rollout_age allows ({limit})"
+                f"train.inner_epochs: {self.train.inner_epochs} passes of {self.train.updates_per_epoch} updates make "
+                f"{age} optimiser steps on one rollout, more than train.max_rollout_age allows ({limit})"
             )
         # A buffer must be able to hold as many rewards as are asked of it.
         if self.advantage.min_count > self.advantage.buffer_size:
             yield (
-                f"advantage.min_count: {self.advantage.min_count} rewards never fit into buffers of "
+                f"advantage.min_count: {self.advantage.min_count} rewards do not fit into buffers of "
                 f"advantage.buffer_size={self.advantage.buffer_size}"
             )
         # The best checkpoints are found by a reward that is measured.
         if self.checkpoint.keep_best and self.prompts.heldout is None:
             yield (
-                "checkpoint.keep_best: needs the reward of held-out prompts, but prompts.heldout is null; name a file "
-                "there, or keep 0"
+                "checkpoint.keep_best: needs the reward on held-out prompts, but prompts.heldout is null; set it to a "
+                "prompt file, or keep_best to 0"
             )
         # Every update of an epoch sees the same number of images.
         images = self.rollout.prompts_per_epoch * self.rollout.images_per_prompt

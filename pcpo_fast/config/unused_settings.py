@@ -1,7 +1,7 @@
-"""Settings that have an effect only under others, each rule stated once; one that is set in vain is refused.
+"""Settings that only take effect together with others, one rule each; setting one that has no effect is refused.
 
-Concerned are values that a user's file or command line sets to something else than they would be without it. What only
-the loaded model can say (``model.guidance``) is said by its family in :mod:`pcpo_fast.policies`.
+A rule applies to values that the user's file or command line changes from what they would be otherwise. Conditions on
+the model itself (``model.guidance``) are checked by its family in :mod:`pcpo_fast.policies`.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -17,11 +17,11 @@ from pcpo_fast.config.schema import Config, RewardConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """Some settings have an effect under a condition only.
+    """Some settings only take effect under a condition.
 
     Attributes:
         keys: the settings, or sections of them.
-        condition: what they need, as it stands after "has an effect only with".
+        condition: what they need, worded to follow "only takes effect with".
         holds: whether a configuration meets it.
         switch: a setting that turns this part of a run off. On the command line it turns off what a file says of the
             part, too: nobody who writes ``prompts.heldout=null`` expects an evaluation.
@@ -141,7 +141,7 @@ RULES = (
         lambda c: c.evaluation.every > 0 and c.checkpoint.every > 0,
     ),
 )
-"""What has an effect under what. Among several rules for a setting the first that does not hold speaks."""
+"""All rules; where several concern one setting, the first that does not hold is reported."""
 
 REWARD_RULES: tuple[tuple[str, str, Callable[[RewardConfig], bool]], ...] = (
     ("weight", "evaluation_only=false", lambda reward: not reward.evaluation_only or reward.weight == 0),
@@ -153,7 +153,7 @@ REWARD_RULES: tuple[tuple[str, str, Callable[[RewardConfig], bool]], ...] = (
 def unused(
     config: Config, unset: Config, given: Collection[str], commanded: Collection[str]
 ) -> Iterator[tuple[list[str], str]]:
-    """Settings that are set in vain, with the condition under which they would have an effect.
+    """Settings that are set without effect, with the condition under which they would take effect.
 
     Args:
         config: the run.

@@ -66,7 +66,7 @@ def parse_value(text: str) -> Any:
         if isinstance(node, yaml.ScalarNode) and node.style is None and node.value != text:
             return text
         if rest := text[node.end_mark.index :].strip():
-            raise ValueError(f"nothing may follow it, got {rest!r}")
+            raise ValueError(f"unexpected text after it: {rest!r}")
         list(_lines(node, (), "", set()))
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -117,7 +117,7 @@ def _read_text(path: Path) -> str:
 
 
 def _lines(node: yaml.Node | None, key: TextPath, file: str, seen: set[int]) -> Iterator[tuple[TextPath, str]]:
-    """Yield the place of every value; refuse a key given twice, of which YAML would silently take the last."""
+    """Yield the place of every value; refuse a key given twice, where YAML would silently use the last."""
     if node is None or id(node) in seen:  # an alias: its lines are those of its anchor
         return
     seen.add(id(node))

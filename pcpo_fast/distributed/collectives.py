@@ -136,7 +136,7 @@ def once_per_machine(compute: Callable[[], T]) -> T:
 
 def lost_rank(error: RuntimeError) -> UserError:
     """What to say of a collective's error where the process at the other end is gone."""
-    return UserError(f"another rank is gone; what it said last says why ({reason_of(error)})")
+    return UserError(f"another rank has died; its last output says why ({reason_of(error)})")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
     """
     for name in (name for name in dict.fromkeys((*NAMES, *NUMBERS)) if name in environment):
         if not environment[name].strip():
-            raise UserError(f"the environment variable {name} is set and empty: {HOW}, or unset it")
+            raise UserError(f"the environment variable {name} is set but empty: {HOW}, or unset it")
         if name in NUMBERS:
             _check_number(name, environment[name])
     if "RANK" not in environment:
@@ -57,8 +57,8 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
     if missing:
         there = [name for name in NAMES if name in environment]
         raise UserError(
-            f"{', '.join(there)} set in the environment and {', '.join(missing)} not, so nothing says which process of "
-            f"the run this is: {HOW}; for a single process unset {', '.join(there)}"
+            f"{', '.join(there)} set in the environment but {', '.join(missing)} not, so it is unknown which process "
+            f"of the run this is: {HOW}; for a single process unset {', '.join(there)}"
         )
     _check(environment)
     return int(environment["WORLD_SIZE"])

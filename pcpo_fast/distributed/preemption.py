@@ -154,7 +154,7 @@ class StopRequest:
 
 def _leave(why: str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.write(2, f"stopped at once: {why}; the run can go on from its newest checkpoint\n".encode())
+        os.write(2, f"stopped at once: {why}; the run can be resumed from its newest checkpoint\n".encode())
     os._exit(code)
 
 

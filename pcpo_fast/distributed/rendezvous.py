@@ -149,7 +149,7 @@ def connect(patience: timedelta, *, may_host: bool = False) -> dist.Store:
     except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
         reason = reason_of(error)
         raise UserError(
-            f"rank {rank} on {socket.gethostname()} cannot meet the others at {address}:{port} (MASTER_ADDR, "
+            f"rank {rank} on {socket.gethostname()} cannot connect to the others at {address}:{port} (MASTER_ADDR, "
             f"MASTER_PORT, where rank 0 listens): {reason}"
         ) from error
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -162,9 +162,7 @@ def _wait_for_all(store: dist.Store, rank: int, world_size: int, patience: timed
             store.set(f"present/{rank}", socket.gethostname())
             missing -= {other for other in missing if store.check([f"present/{other}"])}
         except RuntimeError as error:
-            raise UserError(
-                f"the process of rank 0 is gone; what it said last says why ({reason_of(error)})"
-            ) from error
+            raise UserError(f"the process of rank 0 has died; its last output says why ({reason_of(error)})") from error
         if not missing:
             return
         if time.monotonic() > give_up:

@@ -50,12 +50,12 @@ _FIXED: dict[str, Any] = {
     # In bf16 a sum of a thousand micro-batches loses half of them.
     "data_types.grad_accum_dtype": "fp32",
 }
-"""Keys of which one value alone is right."""
+"""Keys that only work with one value."""
 _CHOICES = {
     "log_level": ("debug", "info", "warning", "error", "critical"),
     "checkpoint.tag_validation": ("ignore", "warn", "fail"),
 }
-"""Strings, in any case, of which DeepSpeed takes these alone."""
+"""Strings, in any case, that DeepSpeed accepts."""
 
 
 class _Strict(BaseModel):
@@ -234,7 +234,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
         raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {path} must hold a JSON object")
+        raise UserError(f"deepspeed: {path} must contain a JSON object")
     return settings
 
 

@@ -322,11 +322,11 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         # Weights are there for the time of their layer's call, which neither compiled blocks nor a merge live by.
         for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
             if asked:
-                raise UserError(f"{key}: needs whole weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
+                raise UserError(f"{key}: needs the full weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
     offload = zero.get("offload_optimizer")
     if config.train.ema_decay is not None and isinstance(offload, dict) and offload.get("device") == "nvme":
         raise UserError(
-            "train.ema_decay: a moving average needs the weights in memory, not on NVMe; set null, or "
+            "train.ema_decay: a moving average needs the weights in memory, not on NVMe; set it to null, or "
             f"offload_optimizer.device to cpu in {config.deepspeed}"
         )
     if config.model.dtype == "bfloat16":
@@ -387,7 +387,8 @@ def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> No
     size, ranks = settings["zero_optimization"].get("zero_hpz_partition_size", 1), world_size()
     if isinstance(size, int) and size > 1 and (size >= ranks or ranks % size):
         raise UserError(
-            f"{file}: zero_optimization.zero_hpz_partition_size is {size}, which must be the ranks of one machine of "
+            f"{file}: zero_optimization.zero_hpz_partition_size is {size}, which must be the number of ranks per "
+            "machine when there are "
             f"several, but the run has {ranks} ranks in all; use ds_configs/zero3.json on one machine"
         )
 

@@ -73,7 +73,7 @@ def read_candidates(texts: Sequence[str], config: str | None, overrides: Sequenc
     for (name, what, scales), text in zip(parsed, texts, strict=True):
         one = _candidate(name, what, shared, overrides, text)
         if scales is not None and one.kind != "run":
-            raise UserError(f"--checkpoint {text!r}: a scale (@) is that of a run; {what} is none")
+            raise UserError(f"--checkpoint {text!r}: a scale (@) needs a run, and {what} is not one")
         for scale in scales or [1.0]:
             label = one.family if scales is None else f"{one.family}@{scale:g}"
             found.append(replace(one, name=label, scale=scale))

@@ -68,7 +68,7 @@ def evaluate(
             return _evaluate(candidates, request, settings, device)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is too small: lower --batch-size, which is {settings.batch_size} ({reason_of(error)})"
+            f"the GPU ran out of memory: lower --batch-size, which is {settings.batch_size} ({reason_of(error)})"
         ) from error
 
 

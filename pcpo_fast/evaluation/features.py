@@ -68,7 +68,7 @@ class DinoV2:
         device: where it runs.
 
     Raises:
-        UserError: it cannot be had, or is another model.
+        UserError: it cannot be loaded, or is a different model.
     """
 
     PUBLISHED = "facebook/dinov2-large"
@@ -97,7 +97,7 @@ class ClipImages:
         device: where it runs.
 
     Raises:
-        UserError: it cannot be had, or is another model.
+        UserError: it cannot be loaded, or is a different model.
     """
 
     PUBLISHED = "openai/clip-vit-large-patch14-336"

@@ -96,7 +96,7 @@ def _pixels(opened: Image.Image) -> np.ndarray:
         grey = np.where(values == clear, np.float32(1), 1 - grey if inverted else grey)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers, of which none is known to be white; save it with 8 or 16 bits")
+        raise ValueError("its pixels are 32-bit numbers without a known value for white; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -56,7 +56,7 @@ class RunsFailed(UserError):
 
 
 class NotFinished(UserError):
-    """The time was over before there was anything to compare; the same call goes on.
+    """The time was up before there was anything to compare; the same call continues.
 
     Attributes:
         reason: what is missing; empty where it has been printed.
@@ -64,7 +64,7 @@ class NotFinished(UserError):
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(
-            f"there is nothing to compare yet: {reason or 'the tuning is not over'}; the same call goes on"
+            f"there is nothing to compare yet: {reason or 'the tuning is not over'}; the same call resumes"
         )
         self.reason = reason
 
@@ -106,7 +106,7 @@ def compare(
         jobs: runs at the same time.
         threads: CPU threads of each; None: divided among them.
         launcher: command that starts a run on several GPUs.
-        minutes: begin no run after so many minutes; call again to go on.
+        minutes: begin no run after so many minutes; call again to continue.
         report_only: train nothing, report what is finished.
         baseline: what the others are compared with, the first if None.
         target: reward whose reaching is timed; None: see docs/comparing.md.
@@ -120,7 +120,7 @@ def compare(
     Raises:
         UserError: a mistake in the arguments or a configuration, or nothing to compare; :class:`RunsFailed` after the
             report, where runs failed; :class:`NotFinished` where the time was over before that.
-        pcpo_fast.comparison.scheduling.Interrupted: stopped by a signal; called again, it goes on.
+        pcpo_fast.comparison.scheduling.Interrupted: stopped by a signal; calling again continues.
     """
     for name, value in (("jobs", jobs), ("threads", threads), ("smoothing", smoothing), ("at-epoch", at_epoch)):
         if value is not None and value < 1:
@@ -157,9 +157,9 @@ def compare(
         unused = {"config": config, "variant": variants, "seeds": seeds, "file": file, "launcher": launcher}
         given = [f"--{name}" for name, value in unused.items() if value] + ["key=value"] * bool(texts)
         if given:
-            raise UserError(f"--runs compares runs that are there, so it does not go with {given[0]}")
+            raise UserError(f"--runs compares existing runs, so it cannot be combined with {given[0]}")
         if output is None:
-            raise UserError("--output: say where the comparison is written to, for example --output runs/comparison")
+            raise UserError("--output: say where to write the comparison, for example --output runs/comparison")
         return _written(compare_runs(_folders_of(runs), reported), Path(output))
 
     plan = _plan(found, variants, config, texts, seeds, output)
@@ -227,8 +227,8 @@ def _plan(
     named = tuple(variants) or variants_of(file)
     if not named:
         raise UserError(
-            f"there is nothing to compare: name variants with --variant 'NAME: key=value', or a --file; {folder} holds "
-            "no comparison to go on with"
+            f"there is nothing to compare: name variants with --variant 'NAME: key=value' or give a --file; {folder} "
+            "holds no comparison to continue"
         )
     if seeds is not None:
         file = file.model_copy(update={"seeds": seeds if isinstance(seeds, int) else list(seeds)})
@@ -326,8 +326,8 @@ def _check(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> None
         own = next((reward.name for reward in run.config.rewards if reward.name.startswith("__main__:")), None)
         if own is not None:
             raise UserError(
-                f"variant {run.variant}: every run is a process of its own, which has no {own}: put the reward into a "
-                "file, and name it module:function"
+                f"variant {run.variant}: every run is a separate process, which cannot import {own}: put the reward "
+                "into a file and name it module:function"
             )
 
 

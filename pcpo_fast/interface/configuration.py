@@ -46,7 +46,7 @@ def load_config(
     texts += _texts(settings)
     if isinstance(config, Config) and any(text.startswith("algorithm=") for text in texts):
         raise UserError(
-            "algorithm: a configuration that is loaded holds the values of its preset already; give the file or "
+            "algorithm: a loaded configuration already holds its preset's values; pass the file or "
             "mapping that it was loaded from instead"
         )
     if rewards is not None:
@@ -58,7 +58,7 @@ def settings_texts(settings: Settings) -> tuple[str, ...]:
     """Settings as the command line writes them.
 
     Raises:
-        UserError: they are neither a mapping nor a list of texts, or a value is none that YAML has.
+        UserError: they are neither a mapping nor a list of strings, or a value is not one that YAML has.
     """
     return tuple(_texts(settings))
 
@@ -124,6 +124,6 @@ def _json(key: str, value: Any) -> str:
     def path(other: Any) -> str:
         if isinstance(other, os.PathLike):
             return os.fspath(other)
-        raise UserError(f"setting {key}: {other!r} of type {type(other).__name__} is no value of a configuration")
+        raise UserError(f"setting {key}: {other!r} of type {type(other).__name__} is not a configuration value")
 
     return json.dumps(value, default=path, ensure_ascii=False)

@@ -92,7 +92,7 @@ def evaluate(
     else:
         texts = [os.fspath(what) for what in checkpoints]
     if not texts:
-        raise UserError("--checkpoint: say what is to be judged, for example --checkpoint base --checkpoint runs/demo")
+        raise UserError("--checkpoint: name what to evaluate, for example --checkpoint base --checkpoint runs/demo")
     for name, value, least in (
         ("count", count, 1),
         ("batch-size", batch_size, 1),

@@ -37,7 +37,7 @@ def for_python(function: Callable[P, R]) -> Callable[P, R]:
             if isinstance(stopped, Stopped) and stopped.number == signal.SIGTERM:
                 raise SystemExit(stopped.exit_code) from None
             if isinstance(stopped, Stopped | Interrupted):
-                raise KeyboardInterrupt(f"{stopped}; the same call goes on") from None
+                raise KeyboardInterrupt(f"{stopped}; the same call resumes") from None
             raise
 
     return called

@@ -75,9 +75,9 @@ def sample(
     if output is not None and Path(output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output: {output} must end in .png, .jpg or .webp")
     if folder is not None and output is None:
-        raise UserError("--folder: also needs --output, the file of the picture")
+        raise UserError("--folder: also needs --output, the image file")
     if runs and config is not None:
-        raise UserError("--config: a run has its own configuration; give one of the two")
+        raise UserError("--config: a run has its own configuration, so --config and --run exclude each other")
     listed = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(listed, os.PathLike) and not (
         listed and all(not isinstance(t, str) or t.strip() for t in listed)

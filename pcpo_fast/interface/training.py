@@ -70,7 +70,7 @@ def train(
 
     Args:
         config, settings, rewards: of the run; see :func:`pcpo_fast.interface.configuration.load_config`.
-        resume: "auto", "accept-changes", "never", or a checkpoint or run to go on from (docs/resuming.md).
+        resume: "auto", "accept-changes", "never", or a checkpoint or run to start from (docs/resuming.md).
         verify: read the files of model and rewards anew, whatever is remembered of their content.
         profile: record where the time of an epoch goes (docs/profiling.md).
         profile_epoch: the epoch to record, the second that is trained if None.

@@ -52,7 +52,9 @@ class CreditTable:
         """
         kept = tuple(sorted(set(steps)))
         if not kept or not set(kept) <= set(self.trained_steps):
-            raise ValueError(f"trained are the steps {list(self.trained_steps)}, and {list(kept)} are not among them")
+            raise ValueError(
+                f"the trained steps are {list(self.trained_steps)}, which do not include all of {list(kept)}"
+            )
         chosen = torch.zeros(len(self.linear), dtype=torch.bool)
         chosen[list(kept)] = True
 

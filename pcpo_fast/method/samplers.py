@@ -81,7 +81,7 @@ def _grid(settings: SamplerConfig, schedule: Schedule | None) -> Tensor:
     if settings.grid == "shifted":
         return shifted_times(settings.steps, settings.shift)
     if not isinstance(schedule, FlowSchedule):
-        raise UserError("sampler.grid: scheduler needs a model whose scheduler gives the grid")
+        raise UserError("sampler.grid: scheduler needs a model whose scheduler defines the grid")
     return schedule.times
 
 
@@ -96,7 +96,9 @@ def steps_to_train(config: Config, transitions: Transitions) -> list[int]:
     last = transitions.steps - 1
     for step in chosen:
         if step > last:
-            raise UserError(f"credit.steps: there is no step {step}; sampler.steps={last + 1} makes steps 0 to {last}")
+            raise UserError(
+                f"credit.steps: there is no step {step}; with sampler.steps={last + 1} they are 0 to {last}"
+            )
         if step not in allowed:
             raise UserError(
                 f"credit.steps: step {step} cannot be trained (it has no noise, or its noise never reaches the image); "
@@ -110,7 +112,7 @@ def steps_to_train(config: Config, transitions: Transitions) -> list[int]:
             "reaches the image (sampler.final_step=noisy decodes the noisy sample of dance and flow)"
         )
     if not chosen:
-        raise UserError("credit.steps: no step is left to train")
+        raise UserError("credit.steps: no steps are left to train")
     return list(chosen)
 
 
@@ -118,7 +120,7 @@ def build_credit(config: Config, transitions: Transitions) -> CreditTable:
     """The credit table of a run.
 
     Raises:
-        UserError: the rule cannot be had with this sampler, for the reason it gives.
+        UserError: the rule does not work with this sampler, for the reason it gives.
     """
     try:
         return credit_table(

@@ -36,7 +36,7 @@ class Segments:
 
     @classmethod
     def of(cls, noisy: Sequence[bool], every: int) -> "Segments":
-        """Score every so manieth step with noise, from the first one on."""
+        """Score every n-th step with noise, starting with the first."""
         random = [step for step, flag in enumerate(noisy) if flag]
         of_step = [-1] * len(noisy)
         for position, step in enumerate(random):
@@ -100,7 +100,7 @@ def segment_credit(
 
 
 class Regression:
-    """A slope through the origin for each of N steps, over epochs of which earlier ones count for less.
+    """A slope through the origin for each of N steps, over epochs, with earlier ones counting less.
 
     Args:
         steps: N.
@@ -127,7 +127,7 @@ class Regression:
         return {"products": self.products.tolist(), "squares": self.squares.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.products, self.squares = (
             torch.tensor(state[name], dtype=torch.float64) for name in ("products", "squares")
         )

@@ -341,7 +341,7 @@ def _native_ddim_std(alpha: Tensor, alpha_next: Tensor, eta: float) -> Tensor:
     largest = float((1 / share).min().sqrt())
     if eta > largest * (1 + 1e-12):  # rounding of the largest eta is no refusal
         limit = math.floor(largest * 1e6) / 1e6
-        raise ValueError(f"eta {eta} asks for more noise than a step can hold: at most {limit:.6f} is possible here")
+        raise ValueError(f"eta {eta} adds more noise than a step allows: at most {limit:.6f} is possible here")
     return eta * ((1 - alpha_next) * share).sqrt()
 
 
@@ -384,7 +384,7 @@ def _check_noise(noise: float, name: str = "noise") -> float:
 
 def _check_steps(steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, SupportsIndex) or operator.index(steps) < 2:
-        raise ValueError(f"a sampler needs a whole number of at least 2 steps, got {steps!r}")
+        raise ValueError(f"a sampler needs a integer number of at least 2 steps, got {steps!r}")
 
 
 def _vector(name: str, values: Any) -> Tensor:

@@ -31,7 +31,7 @@ def window_steps(settings: WindowConfig, trainable: list[int], epoch: int, seed:
     last = len(trainable) - settings.size
     if last < 0:
         raise UserError(
-            f"window.size: {settings.size} steps are more than the {len(trainable)} that can be trained "
+            f"window.size: {settings.size} steps exceed the {len(trainable)} that can be trained "
             f"({', '.join(map(str, trainable))})"
         )
     if settings.start > last:

@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Depth:
-    """How often each kind of block stands in a network, in the order of the forward; no kinds where all blocks differ.
+    """How often each kind of block occurs in a network, in the order of the forward; no kinds where all blocks differ.
 
     Attributes:
         counts: number of blocks of each kind.

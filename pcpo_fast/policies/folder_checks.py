@@ -44,7 +44,7 @@ def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelCo
         part = folder / name
         if not part.is_dir():
             raise UserError(
-                f"model.path: {folder} is not complete: model_index.json names {name}, but there is no {name}/"
+                f"model.path: {folder} is incomplete: model_index.json names {name}, but there is no {name}/"
             )
         if name == "scheduler":
             check_scheduler(part, kind, flow=issubclass(family.schedule_kind, FlowSchedule))

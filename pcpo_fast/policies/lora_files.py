@@ -114,7 +114,7 @@ def find_lora_file(path: str | Path, key: str) -> Path:
             f"{key}: {path} is a folder without {LORA_FILE}, {PEFT_FILE} or another .safetensors file{hint}"
         )
     if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"{key}: {path} is not a .safetensors file, nor a folder with {LORA_FILE} or another one")
+        raise UserError(f"{key}: {path} is neither a .safetensors file nor a folder with {LORA_FILE} or another one")
     return file
 
 
@@ -147,7 +147,7 @@ def read_lora(module: nn.Module, path: str | Path, key: str, family: "type[Pipel
     for name, update in updates.items():
         for layer, part in _split(update.trimmed, *known[flat(name)]).items():
             if layer in found:
-                raise UserError(f"{key}: {file} has the layer {layer} twice, under different names ({name})")
+                raise UserError(f"{key}: {file} has layer {layer} twice, under different names ({name})")
             weight = linear[layer]
             if (part.up.shape[0], part.down.shape[1]) != (weight.out_features, weight.in_features):
                 raise UserError(
@@ -190,12 +190,12 @@ def _parse(file: Path, key: str) -> dict[str, LowRank]:
         for pattern, kind in _OTHER_KINDS.items():
             if re.search(pattern, name):
                 raise UserError(
-                    f"{key}: {file} is {kind} ({name}), and only plain LoRA can be taken: "
+                    f"{key}: {file} is {kind} ({name}), and only plain LoRA is supported: "
                     "two matrices for each linear layer"
                 )
         match = _WEIGHT.fullmatch(name)
         if match is None:
-            raise UserError(f"{key}: {file}: {name} is no LoRA weight")
+            raise UserError(f"{key}: {file}: {name} is not a LoRA weight")
         which = match["alpha"] or match["old"] or {"A": "down", "B": "up"}.get(match["new"], match["new"])
         if which in parts[match["layer"]]:
             raise UserError(f"{key}: {file} holds several adapters of {match['layer']}; keep one of them")
@@ -213,14 +213,14 @@ def _update(name: str, part: Mapping[str, Tensor], settings: Mapping[str, Any], 
         value = part[which]
         matrix = value.is_floating_point() and value.dim() >= 2 and value.numel() > 0
         if not matrix or not value.float().isfinite().all():
-            raise UserError(f"{where}: lora_{which} of {name} is no matrix of finite numbers")
+            raise UserError(f"{where}: lora_{which} of {name} is not a matrix of finite numbers")
     update = LowRank(part["down"], part["up"])
     size = update.down.shape[0]
     if update.up.shape[1] != size:
         raise UserError(f"{where}: lora_down of {name} has rank {size}, but its lora_up has {update.up.shape[1]}")
     if "alpha" in part:
         if part["alpha"].numel() != 1 or not math.isfinite(float(part["alpha"])):
-            raise UserError(f"{where}: alpha of {name} is no number")
+            raise UserError(f"{where}: alpha of {name} is not a number")
         return update._replace(scale=float(part["alpha"]) / size)
     pattern = settings.get("alpha_pattern") or {}
     layer = re.sub(r"^(base_model\.model|transformer|unet)\.", "", name)
@@ -249,14 +249,14 @@ def _adapter_settings(file: Path, key: str, metadata: Mapping[str, str], peft: b
     changed = str(settings.get("init_lora_weights")).lower()
     if kind != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else kind
-        raise UserError(f"{key}: {file} is an adapter of the kind {kind}, and only plain LoRA can be taken")
+        raise UserError(f"{key}: {file} is an adapter of type {kind}, and only plain LoRA is supported")
     pattern = settings.get("alpha_pattern") or {}
     alphas = [settings.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else ["?"])]
     if not all(alpha is None or (isinstance(alpha, int | float) and math.isfinite(alpha)) for alpha in alphas):
-        raise UserError(f"{key}: lora_alpha or alpha_pattern in the settings of {file} is no number")
+        raise UserError(f"{key}: lora_alpha or alpha_pattern in the settings of {file} is not a number")
     if changed.startswith(_CHANGED_BASES):
         raise UserError(
-            f"{key}: {file} was trained on base weights that {changed} had changed; save it as a plain LoRA with "
+            f"{key}: {file} was trained on base weights modified by {changed}; save it as a plain LoRA with "
             "peft's path_initial_model_for_weight_conversion"
         )
     if peft and settings.get("lora_alpha") is None and rank() == 0:

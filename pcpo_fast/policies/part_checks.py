@@ -1,8 +1,7 @@
-"""Whether the parts of a pipeline's folder are whole, before any of them is loaded.
+"""Whether the parts of a pipeline's folder are complete, before any of them is loaded.
 
-diffusers and transformers go on with random weights where a file lacks them or names them otherwise, and with an empty
-tokenizer where there is no vocabulary. The libraries' own rules of which names belong together are asked here, with the
-files' headers in the place of the weights.
+diffusers and transformers continue with random weights where a file lacks them or names them differently, and with an
+empty tokenizer where there is no vocabulary. The libraries' own rules for names are applied here to the files' headers.
 """
 
 import json
@@ -101,7 +100,9 @@ def check_single_file(file: Path, part: Path, kind: Any, key: str) -> None:
             f"{key}: {file} is a folder; give one .safetensors file, or the pipeline's folder in model.path"
         )
     if file.suffix not in (".safetensors", ".sft", ".gguf"):
-        raise UserError(f"{key}: {file} is no .safetensors file, and pickled weights are not read: convert it first")
+        raise UserError(
+            f"{key}: {file} is not a .safetensors file, and pickled weights are not supported: convert it first"
+        )
     config = check_config(part, kind)
     stored = read_headers([file], key)
     refuse_quantised(stored, key)
@@ -134,7 +135,7 @@ def check_config(part: Path, kind: Any, key: str = "model.path") -> dict[str, An
     if quantised:
         raise UserError(
             f"{key}: {part.name} is quantised ({_method(quantised)}; quantization_config in {file}): "
-            "quantised parts cannot be loaded or trained, so take the model as it was before that"
+            "quantised parts cannot be loaded or trained, so use the model before quantisation"
         )
     found = config.get("_class_name")
     if found is None and "model_type" in config and hasattr(kind, "config_class"):
@@ -196,7 +197,7 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
     if len(unmade) > len(vocabulary) // 100:
         raise UserError(
             f"model.path: {files[-1]} lacks merges: no merge makes {unmade[0]!r}{and_more(unmade)}, so words would be "
-            "taken apart into letters"
+            "split into letters"
         )
     config = read_json(encoder / "config.json")
     config = config.get("text_config", config)
@@ -210,7 +211,7 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
     length = tokenizer.model_max_length
     if isinstance(positions, int) and not (isinstance(length, int | float) and length <= positions):
         raise UserError(
-            f"model.path: {part / 'tokenizer_config.json'} must say a model_max_length of at most {positions}, the "
+            f"model.path: {part / 'tokenizer_config.json'} must set model_max_length to at most {positions}, the "
             f"positions that {encoder.name} has (max_position_embeddings)"
         )
 

@@ -46,7 +46,7 @@ def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.pa
     found = read_json(index, key).get("_class_name")
     if isinstance(found, list):  # [module, class] of code that is in the folder
         raise UserError(
-            f"{key}: {folder} is a pipeline with code of its own ({'.'.join(map(str, found))} in model_index.json), "
+            f"{key}: {folder} is a pipeline with custom code ({'.'.join(map(str, found))} in model_index.json), "
             f"which is not run; allowed are {', '.join(known)}"
         )
     if not isinstance(found, str) or found not in known:
@@ -63,11 +63,11 @@ def check_hub_id(path: str) -> None:
     single = path.endswith((".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin"))
     if single or Path(path).expanduser().is_file():
         raise UserError(
-            f"model.path: {path} is a single file; text encoders, VAE and scheduler come from a pipeline folder: name "
-            "that in model.path, and the file in model.transformer (FLUX, SD3) or model.unet (SD 1.x)"
+            f"model.path: {path} is a single file, but text encoders, VAE and scheduler come from a pipeline folder: "
+            "give that as model.path and the file as model.transformer (FLUX, SD3) or model.unet (SD 1.x)"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-        raise UserError(f"model.path: {path} is not a folder, and not a hub id of the form owner/name")
+        raise UserError(f"model.path: {path} is neither a folder nor a hub id of the form owner/name")
 
 
 def part_classes(folder: Path, key: str = "model.path") -> dict[str, str | None]:

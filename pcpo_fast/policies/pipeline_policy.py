@@ -158,14 +158,14 @@ class PipelinePolicy(Policy):
     @classmethod
     def _refuse_unused(cls, folder: Path, settings: ModelConfig) -> None:
         """Refuse settings of the user's that this model has no use for (:mod:`pcpo_fast.config.unused_settings`)."""
-        vain = {}
+        unused = {}
         if not cls.cuts_prompts:
-            vain["max_sequence_length"] = "T5 (FLUX, SD3); CLIP reads as many tokens as it was made for"
+            unused["max_sequence_length"] = "T5 (FLUX, SD3); CLIP reads as many tokens as it was made for"
         if not _config_of(folder, cls.trained_part).get("guidance_embeds"):
-            vain["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
-        for name, what in vain.items():
+            unused["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
+        for name, what in unused.items():
             if name in settings.model_fields_set and getattr(settings, name) != ModelConfig.model_fields[name].default:
-                raise UserError(f"model.{name}: has an effect only with {what}: drop it")
+                raise UserError(f"model.{name}: only takes effect with {what}: remove it")
 
     @classmethod
     def prepare_network(cls, network: Any, settings: ModelConfig, device: torch.device) -> None:
@@ -327,7 +327,7 @@ class PipelinePolicy(Policy):
 
     def _cache(self) -> EmbeddingCache:
         if self.cache is None:
-            raise ValueError("this policy was put together without a pipeline folder, so it has no text encoders")
+            raise ValueError("this policy was built without a pipeline folder, so it has no text encoders")
         return self.cache
 
     def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ class StableDiffusionPolicy(PipelinePolicy):
             )
         count = scheduler.config["num_train_timesteps"]
         if steps >= count:
-            raise UserError(f"sampler.steps: {steps} do not fit the {count} steps that the model was trained on")
+            raise UserError(f"sampler.steps: {steps} steps do not fit the {count} that the model was trained on")
         with about("scheduler/scheduler_config.json"):
             scheduler.set_timesteps(steps)
         alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu()

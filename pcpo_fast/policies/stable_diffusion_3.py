@@ -96,7 +96,8 @@ class StableDiffusion3Policy(PipelinePolicy):
             if limit is not None and count > limit:
                 unit = self.cell * self.vae_scale
                 raise UserError(
-                    f"model.{name}: {count * unit} is more than the {limit * unit} pixels that the model has places for"
+                    f"model.{name}: {count * unit} is more than the {limit * unit} pixels that the model has position "
+                    "embeddings for"
                 )
 
     @classmethod

@@ -67,7 +67,7 @@ def read_json(path: Path, key: str = "model.path") -> dict[str, Any]:
             raise UserError(f"{key}: {path} is {_pointer(path)}") from None
         raise UserError(f"{key}: {path} is not valid JSON: {reason_of(error)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{key}: {path} must hold a JSON object")
+        raise UserError(f"{key}: {path} must contain a JSON object")
     return values
 
 
@@ -93,7 +93,7 @@ def find_weights(folder: Path, library: str, wanted: str | None) -> Weights:
         return only
     if others:
         raise UserError(
-            f"model.path: {folder} holds no {stem}.safetensors, but the variants {', '.join(others)}: choose one with "
+            f"model.path: {folder} holds no {stem}.safetensors, only the variants {', '.join(others)}: choose one with "
             "model.variant"
         )
     raise UserError(f"model.path: {folder} holds no {stem}.safetensors{_instead(folder)}")
@@ -139,7 +139,7 @@ def refuse_quantised(stored: dict[str, Stored], key: str = "model.path") -> None
         one = stored[quantised[0]]
         raise UserError(
             f"{key}: {one.file} is quantised: {quantised[0]}{and_more(quantised)} is stored as {one.dtype}. Quantised "
-            "weights cannot be trained: take the model that was quantised"
+            "weights cannot be trained: use the model before quantisation"
         )
 
 
@@ -157,7 +157,7 @@ def refuse_integers(stored: dict[str, Stored]) -> None:
     if others:
         one = stored[others[0]]
         raise UserError(
-            f"model.path: {one.file}: {others[0]}{and_more(others)} is stored as {one.dtype}, and weights are "
+            f"model.path: {one.file}: {others[0]}{and_more(others)} is stored as {one.dtype}, but weights must be "
             "floating-point numbers"
         )
 
@@ -181,7 +181,7 @@ def _weights(folder: Path, library: str, variant: str | None) -> Weights | None:
         return None
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise UserError(f"model.path: {index} has no weight_map that names a file for each weight")
+        raise UserError(f"model.path: {index} has no weight_map naming a file for each weight")
     for weight, name in listed.items():
         if not (folder / name).is_file():
             raise UserError(f"model.path: {index} says that {weight} is in {name}, but there is no such file")

@@ -23,8 +23,8 @@ def read_dataset(path: Path) -> list[Prompt]:
         raise UserError(f"prompt file {path} is a dataset with splits; name one of them: {', '.join(splits)}")
     if path.is_dir() and not (path / "state.json").is_file():
         raise UserError(
-            f"prompt file {path} is a folder; name a text, JSONL, CSV or Parquet file in it (a folder is read where "
-            "datasets' save_to_disk wrote it)"
+            f"prompt file {path} is a folder; name a text, JSONL, CSV or Parquet file in it (only folders written by "
+            "datasets' save_to_disk are read)"
         )
     if not path.exists():
         raise UserError(f"prompt file {path} does not exist")

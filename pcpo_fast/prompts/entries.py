@@ -18,7 +18,7 @@ class Prompt:
 
     Attributes:
         text: the prompt, not empty.
-        metadata: passed to rewards as it stands in the file; empty for a plain text file.
+        metadata: passed to rewards as it is in the file; empty for a plain text file.
     """
 
     text: str
@@ -35,7 +35,7 @@ def column_of(names: Iterable[str], where: str) -> str | None:
     for wanted in COLUMNS:
         found = [name for name in names if name.lower() == wanted]
         if len(found) > 1:
-            raise UserError(f'{where}: both "{found[0]}" and "{found[1]}" may be the prompt; keep one of them')
+            raise UserError(f'{where}: both "{found[0]}" and "{found[1]}" could be the prompt; keep one of them')
         if found:
             return found[0]
     return None
@@ -66,16 +66,16 @@ def prompt_of(entry: Any, where: str) -> Prompt:
         raise UserError(f'{where}: the key "prompt" (or "text", or "caption") is missing; the keys are {there}')
     text, metadata = entry[key], entry.get("metadata", others)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{where}: "{key}" must be a string that is not empty, got {_kind(text)}')
+        raise UserError(f'{where}: "{key}" must be a non-empty string, got {_kind(text)}')
     if metadata is not None and not isinstance(metadata, dict):
         raise UserError(f'{where}: "metadata" must be a JSON object, got {_kind(metadata)}')
     for name, value in entry.items():
         try:
             json.dumps([name, value], ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"{where}: {json.dumps(name)} holds half a character (a lone surrogate)") from None
+            raise UserError(f"{where}: {json.dumps(name)} contains a lone surrogate (half a character)") from None
     if "\0" in text:
-        raise UserError(f'{where}: "{key}" holds a NUL character')
+        raise UserError(f'{where}: "{key}" contains a NUL character')
     return Prompt(text.strip(), metadata or {})
 
 

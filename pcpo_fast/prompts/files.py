@@ -52,7 +52,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
             listed = _parse_json(lines, path) if suffix in _JSON else _parse_text(lines, path)
     else:
         known = ", ".join((*_TEXT[1:], *_JSON, *SEPARATORS, ".parquet"))
-        raise UserError(f"prompt file {path}: files ending in {suffix} are not read; allowed are {known}")
+        raise UserError(f"prompt file {path}: files ending in {suffix} are not supported; allowed are {known}")
     if not listed:
         raise UserError(f"prompt file {path} is empty; it needs at least one prompt")
     return listed
@@ -71,7 +71,8 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         if encoding != "utf-8":
             raise UserError(
-                f"prompt file {path} is not {encoding.upper()} text, as its first bytes say (byte {error.start} of the "
+                f"prompt file {path} is not valid {encoding.upper()}, although its byte order mark says so (byte "
+                f"{error.start} of the "
                 "file); save it as UTF-8"
             ) from None
         line = data.count(b"\n", 0, error.start) + 1
@@ -81,8 +82,8 @@ def _read_text(path: Path) -> str:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(
-            f"prompt file {path} line {line} holds a NUL character, as UTF-16 without a byte order mark does; save it "
-            "as UTF-8"
+            f"prompt file {path} line {line} contains a NUL character, as UTF-16 without a byte order mark does; save "
+            "it as UTF-8"
         )
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files put together have a mark each
 

@@ -34,7 +34,7 @@ def parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
         raise UserError(f"{where}: the header needs a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f'{where}: the header has the column "{twice}" twice')
+        raise UserError(f'{where}: the header lists the column "{twice}" twice')
     prompts = []
     for where, row in rows:
         if len(row) > len(header):

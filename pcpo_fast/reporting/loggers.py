@@ -20,7 +20,7 @@ WANDB_MODES = ("online", "offline", "disabled")
 
 
 class MetricLogger(Protocol):
-    """Where metrics and images are shown while a run goes on.
+    """Where metrics and images are shown during a run.
 
     `step` is the epoch for everything but updates, and the number of the update since the start of the run for them.
     """
@@ -71,7 +71,7 @@ class Loggers:
         except Exception as error:
             self._open.pop(name, None)
             _LOG.warning(
-                "%s failed (%s: %s); training goes on without it, metrics.jsonl stays complete",
+                "%s failed (%s: %s); training continues without it, metrics.jsonl stays complete",
                 name,
                 type(error).__name__,
                 error,

@@ -29,7 +29,7 @@ _SHOWN = (
 
 
 class TrainingProgress:
-    """Shows epoch, reward, held-out reward, clip fraction, images per second, time left and the phase now at work.
+    """Shows epoch, reward, held-out reward, clip fraction, images per second, time left and the current phase.
 
     On a terminal this is a live display of three lines at the bottom of the screen. Anywhere else (a pipe, a file, CI)
     it is one plain line of ASCII per epoch, but at most one every `plain_interval` seconds; the first and the last
@@ -78,7 +78,7 @@ class TrainingProgress:
             self._live = None
 
     def phase(self, name: str) -> None:
-        """Say what is at work now: "rollout", "reward", "update", "evaluation", …"""
+        """Set the current phase: "rollout", "reward", "update", "evaluation", …"""
         self._phase = name
         note(name)
 

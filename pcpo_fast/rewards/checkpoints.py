@@ -36,8 +36,8 @@ def read_checkpoint(file: Path, where: str) -> dict[str, Tensor]:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise UserError(
-            f"{where}: {file} is not a PyTorch checkpoint, or holds other things than tensors, which are not read for "
-            "safety; allowed are weights alone, in a .pt, .pth, .bin or .safetensors file"
+            f"{where}: {file} is not a PyTorch checkpoint, or holds objects other than tensors, which are not loaded "
+            "for safety; allowed are plain weights in a .pt, .pth, .bin or .safetensors file"
         ) from None
     except Exception as error:  # each library raises its own errors for a file of another kind
         raise UserError(f"{where}: {file} cannot be read as a checkpoint: {reason_of(error)}") from None

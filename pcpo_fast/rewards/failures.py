@@ -1,4 +1,4 @@
-"""A reward that fails: what is said of it, and what is left of a batch when a run goes on without its group."""
+"""A reward that fails: the message, and what remains of a batch when a run continues without the group."""
 
 from collections.abc import Callable, Sequence
 

@@ -52,8 +52,8 @@ class HPSv2(LearnedReward):
         words = load_tokenizer(self.name, tokenizer, None, tokenizer)
         if words.eos_token_id != clip.config.text_config.eos_token_id:
             raise UserError(
-                f"reward {self.name}: the tokenizer {tokenizer} ends texts with the number {words.eos_token_id}, but "
-                f"the checkpoint with {clip.config.text_config.eos_token_id}; allowed is the tokenizer of CLIP"
+                f"reward {self.name}: the tokenizer {tokenizer} ends prompts with token {words.eos_token_id}, but "
+                f"the checkpoint expects {clip.config.text_config.eos_token_id}; allowed is the tokenizer of CLIP"
             )
         size = clip.config.vision_config.image_size
         prepare = Preprocessing(size, None, on_bytes=False, antialias=antialias, pad=True)

@@ -1,4 +1,4 @@
-"""Where a reward's model is: a path, else Hugging Face's cache, else the hub, with a word about the size."""
+"""Where a reward's model is: a path, else Hugging Face's cache, else the hub, announcing the size."""
 
 import contextlib
 import json
@@ -122,8 +122,8 @@ def _local(where: str, path: str, wanted: str) -> Path | None:
     if local.is_dir() or (wanted == "file" and local.is_file()):
         return local
     if local.exists() or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        places = "file or folder" if wanted == "file" else wanted
-        raise UserError(f"{where}: {path} is not a {places}, and not a hub id of the form owner/name")
+        places = "file, a folder" if wanted == "file" else wanted
+        raise UserError(f"{where}: {path} is neither a {places} nor a hub id of the form owner/name")
     return None
 
 

@@ -61,7 +61,7 @@ class OcrAccuracy:
             found = self._read(pixels)
             if not isinstance(found, str):
                 raise UserError(
-                    f"reward {self.name}: the recognizer returned a {type(found).__name__}, it must be a string"
+                    f"reward {self.name}: the recognizer returned a {type(found).__name__}, but must return a string"
                 )
             scores.append(legible(found, text))
         return torch.tensor(scores)
@@ -79,8 +79,8 @@ def requested_text(prompt: str, metadata: dict[str, Any]) -> str:
         text = "\n".join(quotations(prompt))
     if not isinstance(text, str) or not _letters(text):
         raise UserError(
-            f"the reward ocr_accuracy finds no text in the prompt {prompt!r}: allowed are prompts with a text in "
-            "double quotes, or with a text in their metadata"
+            f"the reward ocr_accuracy finds no text to draw in the prompt {prompt!r}: put it in "
+            "double quotes in the prompt, or in the metadata as text"
         )
     return text
 

@@ -50,7 +50,7 @@ def _value(reward: str, path: tuple[str, ...], value: Any) -> Any:
             found = os.environ.get(value["env"], "")
             if not found:
                 raise UserError(
-                    f"reward {reward}: option {name} is to come from the environment variable {value['env']}, which "
+                    f"reward {reward}: option {name} comes from the environment variable {value['env']}, which "
                     "is not set"
                 )
             return found

@@ -27,7 +27,7 @@ class BatchScoring:
         overlap: in a thread of its own, and on a GPU on a stream of its own; else within :meth:`add`.
 
     Attributes:
-        seconds: how long the rewards have been at work.
+        seconds: how long the rewards have been running.
     """
 
     def __init__(self, rewards: RewardSet, overlap: bool) -> None:

@@ -133,8 +133,8 @@ class PatientClient:
             )
         if 300 <= status < 400:
             raise UserError(
-                f"reward {self.name}: {self.url} answers {status} and points to {_target(answer)}, where nothing was "
-                "sent; set url to the address that answers itself"
+                f"reward {self.name}: {self.url} answers {status} with a redirect to {_target(answer)}, which is not "
+                "followed; set url to the final address"
             )
         if status in (404, 405):
             raise UserError(f"reward {self.name}: {answer.url} answers {status} ({self._words(answer)}); check url")

@@ -129,9 +129,11 @@ def read_preprocessing(folder: Path, size: int, where: str) -> Preprocessing:
         settings = settings.get("image_processor", settings)
         made = _from_settings(settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: {file} does not describe CLIP's way to prepare images: {error!r}") from None
+        raise UserError(f"{where}: {file} does not describe CLIP's image preprocessing: {error!r}") from None
     if (made.crop or made.size) not in (size, (size, size)):
-        raise UserError(f"{where}: {file} makes images of {made.crop or made.size}, but the model sees {size} x {size}")
+        raise UserError(
+            f"{where}: {file} produces images of {made.crop or made.size}, but the model sees {size} x {size}"
+        )
     return made
 
 

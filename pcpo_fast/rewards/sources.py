@@ -26,7 +26,7 @@ def noted_sources() -> Iterator[Sources]:
 
 
 def note_source(what: str, place: Path, *, weights: bool = True) -> None:
-    """Note a file, or the folder of a model, of which without ``weights`` only the other files count."""
+    """Note a file, or a model's folder, where without ``weights`` only the other files count."""
     found = _noted.get()
     if found is not None:
         files = part_files(place) if place.is_dir() else {place.name: place}
@@ -34,7 +34,7 @@ def note_source(what: str, place: Path, *, weights: bool = True) -> None:
 
 
 def note_text(what: str, name: str, text: str) -> None:
-    """Note source code that stands in no file."""
+    """Note source code that is not in a file."""
     found = _noted.get()
     if found is not None and text:
         found[what] = {name: text}

@@ -76,7 +76,7 @@ class VisionJudge:
         self._key = "score" if json_key is None else json_key
         if "{prompt}" not in prompt and "{metadata." not in prompt:
             raise UserError(
-                "reward vision_judge: prompt must hold {prompt} or {metadata.NAME}, where the image's stands"
+                "reward vision_judge: prompt must contain {prompt} or {metadata.NAME}, to be replaced by the image's"
             )
         checked_option("vision_judge", "parallel", parallel, PositiveInt, "an integer of at least 1")
         self._lowest = -math.inf if lowest is None else lowest

@@ -213,7 +213,7 @@ class RolloutScoring:
         dropped, cause = int((~kept).sum()), messages[0]
         more = f" ({len(messages) - 1} more failures)" if len(messages) > 1 else ""
         if not bool(kept.any()):
-            raise UserError(f"no image of epoch {self.plan.epoch} has a reward: {cause}{more}")
+            raise UserError(f"no image in epoch {self.plan.epoch} has a reward: {cause}{more}")
         return f"epoch {self.plan.epoch}: {dropped} of {len(kept)} groups left out: {cause}{more}"
 
     def _advantages(

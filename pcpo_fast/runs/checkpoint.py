@@ -121,9 +121,9 @@ def _written(final: Path, together: bool) -> Iterator[None]:
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
             newest = checkpoints(final.parent)[-1:]
-            rest = f"the run can go on from {newest[0].name}" if newest else "there is no earlier one"
+            rest = f"the run can be resumed from {newest[0].name}" if newest else "there is no earlier one"
             raise UserError(
-                f"checkpoint {final} cannot be written: {reason}; {rest}, once there is room and permission"
+                f"checkpoint {final} cannot be written: {reason}; {rest} once there is space and permission"
             ) from error
 
 
@@ -140,7 +140,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     state, now = read_state(path), _engine_record(engine)
     written = {name: state["engine"].get(name) for name in now}
     if written["weights"] != now["weights"]:
-        raise UserError(f"checkpoint {path} is of other trained weights (model.path, model.finetune, model.lora)")
+        raise UserError(f"checkpoint {path} belongs to other trained weights (model.path, model.finetune, model.lora)")
     try:
         if written == now:
             loaded = engine.load(path)
@@ -149,7 +149,8 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     except UnknownLayoutError as error:
         ranks, stage = written["world_size"], written["zero_stage"]
         raise UserError(
-            f"checkpoint {path} can only be resumed on {ranks} ranks with ZeRO stage {stage}, which wrote it: {error}"
+            f"checkpoint {path} can only be resumed on {ranks} ranks with ZeRO stage {stage}, as it was written: "
+            f"{error}"
         ) from None
     except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError, UnpicklingError) as error:
         reason = reason_of(error)

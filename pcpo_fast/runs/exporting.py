@@ -52,11 +52,11 @@ def export_run(
         raise UserError(f"checkpoint {checkpoint} is damaged: {problem}; choose another one with --epoch")
     folder = Path(run) if (Path(run) / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{checkpoint} does not lie in a run directory: there is no {folder / CONFIG_FILE}")
+        raise UserError(f"{checkpoint} is not in a run directory: there is no {folder / CONFIG_FILE}")
     config = load_config(folder / CONFIG_FILE)
     if names is not None and (pipeline or config.model.finetune != "lora"):
         what = "a whole pipeline" if pipeline else "a full fine-tune"
-        raise UserError(f"--format {names}: only LoRA files differ in their layers' names, and this is {what}")
+        raise UserError(f"--format {names}: only LoRA files have layer names to choose, and this is {what}")
     default = folder / ("pipeline" if pipeline else "export")
     target = default if output is None else Path(output)
     if target != default and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -95,7 +95,7 @@ def find_checkpoint(path: Path, epoch: int | None) -> Path:
     """
     if (path / STATE_FILE).is_file():
         if epoch is not None:
-            raise UserError(f"--epoch: {path} is one checkpoint; name its run directory to choose among them")
+            raise UserError(f"--epoch: {path} is a single checkpoint; name its run directory to choose an epoch")
         return path
     if not path.is_dir():
         raise UserError(f"{path} is not a run directory: there is no such folder")

@@ -1,4 +1,4 @@
-"""What a run reads, by its content: recorded when it begins, and held against what is there when it goes on."""
+"""What a run reads, by its content: recorded when it begins, and compared when it resumes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from pcpo_fast.files.content import different, digest
 INPUTS_FILE = "inputs.json"
 VERSION = 1
 ACCEPT = "accept-changes"
-"""The value of ``--resume`` that goes on also where what the run reads has changed."""
+"""The value of ``--resume`` that continues even if what the run reads has changed."""
 
 Input = dict[str, Any]
 """``path`` as the configuration has it, and ``files``, the hash of each; of prompts ``count`` and ``hash``."""
@@ -58,7 +58,7 @@ def read_record(folder: Path) -> dict[str, Input] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{file} is damaged, so nothing says whether prompts, rewards and model are those that the run began with; "
+            f"{file} is damaged, so prompts, rewards and model cannot be compared with those that the run began with; "
             f"accept what is there now with --resume {ACCEPT}"
         ) from None
 
@@ -77,7 +77,7 @@ def read_differently(folders: Sequence[Path]) -> list[str]:
 
 
 def check_unchanged(folder: Path, now: Mapping[str, Input], *, accept: bool) -> list[str]:
-    """Refuse to go on with a run whose inputs are others than when it began; returns what differs where it may.
+    """Refuse to resume a run whose inputs have changed since it began; returns the differences if they are accepted.
 
     Args:
         folder: the run's.
@@ -96,7 +96,7 @@ def check_unchanged(folder: Path, now: Mapping[str, Input], *, accept: bool) -> 
     found = changes(before or {}, now)
     if found and not accept:
         raise UserError(
-            f"the run in {folder} cannot be resumed, since the content of its inputs has changed: {'; '.join(found)}; "
+            f"the run in {folder} cannot be resumed because its inputs have changed: {'; '.join(found)}; "
             f"restore it, choose another output_dir, or accept the change with --resume {ACCEPT}"
         )
     return found

@@ -28,7 +28,7 @@ class RunStart:
         epoch: epochs already trained.
         finished: the run is complete: there is nothing to train.
         restarted: the directory holds a run that left no checkpoint, so it begins again.
-        fresh: the directory held no run; with a checkpoint, the run goes on from one of another run.
+        fresh: the directory held no run; with a checkpoint, the run starts from one of another run.
         earlier: complete checkpoints before ``checkpoint`` that may take its place, oldest first.
         damaged: checkpoints that were skipped, with what is wrong with each.
     """
@@ -52,8 +52,8 @@ class RunStart:
         if not self.earlier:
             what = "; ".join(f"{path}: {text}" for path, text in damaged)
             raise UserError(
-                f"no checkpoint is left to resume from, since every one is damaged ({what}); name another one with "
-                "--resume CHECKPOINT, or begin again in another output_dir"
+                f"every checkpoint is damaged, so there is nothing to resume from ({what}); name another one with "
+                "--resume CHECKPOINT, or start over in another output_dir"
             )
         *earlier, checkpoint = self.earlier
         return replace(self, checkpoint=checkpoint, earlier=tuple(earlier), damaged=damaged)._whole_by_sight()
@@ -72,8 +72,8 @@ def claim(config: Config, resume: str) -> RunStart:
 
     Args:
         config: the run.
-        resume: "auto" (go on where the directory's run stopped), "accept-changes" (the same, also where what it reads
-            has changed), "never", or the path of a checkpoint or a run.
+        resume: "auto" (continue where the directory's run stopped), "accept-changes" (the same, even if what it
+            reads has changed), "never", or the path of a checkpoint or a run.
 
     Raises:
         UserError: the directory holds another run, or cannot hold one, or ``resume`` names no checkpoint.
@@ -160,7 +160,7 @@ def _checkpoints_at(path: Path) -> list[Path]:
     if (path / CONFIG_FILE).is_file() or (path / "checkpoints").is_dir():
         found = checkpoints(path / "checkpoints")
         if not found:
-            raise UserError(f"--resume: the run {path} has no complete checkpoint")
+            raise UserError(f"--resume: run {path} has no complete checkpoint")
         return found
     read_state(path)
     return [path]
@@ -169,7 +169,9 @@ def _checkpoints_at(path: Path) -> list[Path]:
 def _check_newest_of(folder: Path, checkpoint: Path, resume: str) -> None:
     """Going on in the same directory from another run, or from before its end, would overwrite what it holds."""
     if folder.resolve() not in checkpoint.resolve().parents:
-        raise UserError(f"output_dir: {folder} already holds another run than --resume {resume}; choose another one")
+        raise UserError(
+            f"output_dir: {folder} already holds a run other than --resume {resume}; choose another output_dir"
+        )
     newest = checkpoints(folder / "checkpoints")[-1:]
     if newest and newest[0].resolve() != checkpoint.resolve():
         raise UserError(
@@ -193,7 +195,7 @@ def _check_same_run(folder: Path, config: Config) -> None:
         earlier = load_config(path)  # what a newer version added has its default
     except UserError as error:
         raise UserError(
-            f"output_dir: {folder} holds a run that cannot be resumed ({error}); choose another one"
+            f"output_dir: {folder} holds a run that cannot be resumed ({error}); choose another output_dir"
         ) from None
     before, now = (dict(flattened(either.model_dump(mode="json"))) for either in (earlier, config))
     # Where the model's content is compared, a revision is but a name: the way back to it where a branch moved on.

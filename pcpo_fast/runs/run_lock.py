@@ -25,7 +25,7 @@ def only_run(folder: Path) -> Iterator[None]:
     """
     place, is_new = folder.resolve(), not folder.exists()
     if place in _held:  # the lock does not keep out its own process
-        raise UserError(f"output_dir: {folder} is the folder of a run of this process")
+        raise UserError(f"output_dir: {folder} is already in use by a run of this process")
     try:
         attempt = lock_folder(folder, inherited=False)
     except OSError as error:
@@ -36,7 +36,7 @@ def only_run(folder: Path) -> Iterator[None]:
     try:
         if attempt.holder is not None:
             raise UserError(
-                f"output_dir: another run is at work in {folder} ({attempt.holder or 'it has just begun'}); wait for "
+                f"output_dir: another run is using {folder} ({attempt.holder or 'it has just started'}); wait for "
                 "it, end it, or choose another output_dir"
             )
         if attempt.refused:

@@ -60,7 +60,7 @@ class CollapseMonitor:
 class SpreadMonitor:
     """Says, once for each reward, that it has not told the images it compares apart for some epochs in a row.
 
-    Their advantages are 0, or made of rounding errors alone, and the run goes on as if it learned something.
+    Their advantages are 0, or consist of rounding errors only, and the run continues as if it learned something.
 
     Args:
         epochs: after how many.

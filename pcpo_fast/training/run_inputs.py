@@ -49,7 +49,7 @@ class RunInputs:
 
         Raises:
             UserError: a file is missing or malformed; sampler, credit and batch sizes do not go together; a logger or
-                a reward cannot be had.
+                a reward cannot be loaded.
         """
         if torch.cuda.is_available():
             torch.cuda.set_device(own_gpu())  # a reward that loads a model puts it on this rank's GPU

@@ -111,9 +111,9 @@ def _train(
                 return Trainer(config, start, inputs, device, console, contents).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU's memory is too small: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
+            "the GPU ran out of memory: lower rollout.batch_size, train.micro_batch_size or evaluation.batch_size, "
             "set model.gradient_checkpointing=true, or use more GPUs; `pcpo-fast plan --config FILE --gpus N` "
-            f"says what fits ({str(error).splitlines()[0]})"
+            f"shows what fits ({str(error).splitlines()[0]})"
         ) from error
     finally:
         # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
@@ -122,7 +122,7 @@ def _train(
 
 
 def _accepted_changes(start: RunStart, config: Config, contents: dict[str, Input], resume: str) -> list[str]:
-    """In what a run that goes on reads other inputs than when it began; all ranks must call it.
+    """How the inputs of a resumed run differ from those it began with; all ranks must call it.
 
     Raises:
         UserError: it does, and the user has not said that it may.
@@ -139,15 +139,15 @@ def _announce(start: RunStart, config: Config, console: Console, accepted: Seque
         return
     folder = config.output_dir
     if accepted:
-        text = f"warning: the run goes on with inputs whose content has changed: {'; '.join(accepted)}"
+        text = f"warning: continuing with inputs whose content has changed: {'; '.join(accepted)}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     for path, problem in start.damaged:
-        text = f"warning: checkpoint {path} is damaged ({problem}) and is passed over; the one before it is used"
+        text = f"warning: checkpoint {path} is damaged ({problem}) and is skipped; the one before it is used"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if start.finished:
         text = (
             f"The run in {folder} is complete ({start.epoch} epochs): there is nothing left to train. "
-            "Raise train.epochs to go on with it, or choose another output_dir for a new run."
+            "Raise train.epochs to continue it, or choose another output_dir for a new run."
         )
     elif start.checkpoint is not None:
         text = f"Resuming after epoch {start.epoch} from {start.checkpoint}"
@@ -368,8 +368,8 @@ class Trainer:
             where = "gradient" if torch.isfinite(torch.tensor(loss)) else "loss"
             raise UserError(
                 f"training stopped: the {where} was not finite in {self.skipped_in_a_row} updates in a row "
-                "(train.max_skipped_updates); the weights are those before the first of them. Look at the rewards, "
-                "lower optimizer.lr, or go on from an earlier checkpoint in another output_dir (--resume CHECKPOINT)"
+                "(train.max_skipped_updates); the weights are those from before the first of them. Check the rewards, "
+                "lower optimizer.lr, or resume from an earlier checkpoint in another output_dir (--resume CHECKPOINT)"
             )
 
     def _warn_of_mismatch(self, metrics: dict[str, float], epoch: int) -> None:

@@ -72,7 +72,7 @@ def config(tmp_path: Path, pipeline_folder: Path) -> Path:
         ("algorithm=ppo", "algorithm: must be one of pcpo, "),
         (
             "rollout.images_per_prompt=1",
-            "group advantages compare the images of a prompt, so it must be at least 2, got 1",
+            "group advantages compare the images of a prompt, so must be at least 2, got 1",
         ),
         (
             "train.updates_per_epoch=3",
@@ -85,7 +85,7 @@ def config(tmp_path: Path, pipeline_folder: Path) -> Path:
         ),
         ("credit.steps=[9]", "credit.steps: there is no step 9"),
         ("credit.steps=[3]", "credit.steps: step 3 cannot be trained"),
-        ("credit.steps=[]", "credit.steps: no step is left to train"),
+        ("credit.steps=[]", "credit.steps: no steps are left to train"),
         ("credit.train_last_step=true", "credit.train_last_step: the last step of sampler dance"),
         ("sampler={name: cps, noise: 2}", "sampler: "),
         ("deepspeed=nowhere.json", "deepspeed: nowhere.json does not exist"),
@@ -140,7 +140,7 @@ def test_config_file_with_line(config: Path, no_model: None, capsys: Capture) ->
         ("empty.jsonl", b"\n", "is empty; it needs at least one prompt"),
         ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', "line 3: not valid JSON"),
         ("key.jsonl", b'{"prompt": "a"}\n{"promt": "b"}\n', 'line 2: the key "prompt" (or "text", or "caption") is'),
-        ("number.jsonl", b'{"prompt": 3}\n', 'line 1: "prompt" must be a string that is not empty, got a number'),
+        ("number.jsonl", b'{"prompt": 3}\n', 'line 1: "prompt" must be a non-empty string, got a number'),
     ],
 )
 @pytest.mark.parametrize("key", ["train", "heldout"])
@@ -186,7 +186,7 @@ def spoil_index(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: shutil.rmtree(folder), "is not a folder, and not a hub id of the form owner/name"),
+        (lambda folder: shutil.rmtree(folder), "is neither a folder nor a hub id of the form owner/name"),
         (lambda folder: (folder / "model_index.json").unlink(), "so it is not the folder of a diffusers pipeline"),
         (lambda folder: (folder / "model_index.json").write_text("{"), "is not valid JSON"),
         (
@@ -273,7 +273,7 @@ def test_a_hub_model_without_a_network(config: Path, capsys: Capture) -> None:
         ("model={finetune: lora, lora: {targets: [attn.q]}}", "model.lora.targets: attn.q matches no linear layer"),
         (
             "model={finetune: lora, lora: {init: nowhere}}",
-            "model.lora.init: nowhere is not a .safetensors file, nor a folder",
+            "model.lora.init: nowhere is neither a .safetensors file nor a folder",
         ),
     ],
 )
@@ -375,7 +375,7 @@ def test_too_little_gpu_memory_is_a_sentence(config: Path, capsys: Capture, monk
 
     monkeypatch.setattr(pcpo_fast.training.trainer, "collect_rollout", collect)
     message = refused(capsys, "train", "--config", config)
-    assert message.startswith("the GPU's memory is too small: lower rollout.batch_size")
+    assert message.startswith("the GPU ran out of memory: lower rollout.batch_size")
     assert message.endswith("(CUDA out of memory. Tried to allocate 3.00 GiB.)")
 
 

@@ -124,7 +124,7 @@ def test_a_comparison_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err == f"interrupted with 0 of 4 runs done: `pcpo-fast compare --output {output}` goes on\n"
+    assert err == f"interrupted with 0 of 4 runs done: `pcpo-fast compare --output {output}` continues\n"
     assert "the same command resumes the run after epoch 1" in (output / "native" / "seed_0.log").read_text()
 
     # The command is in comparison.yaml now.
@@ -200,17 +200,17 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         (("--variant", "a:", "--primary", "heldout_area", "prompts.heldout=null"),
          "primary: heldout_area needs held-out prompts, and a, seed 0 has no prompts.heldout"),
         (("--variant", "a:", "seed=1"), "variant a: seed is not set here (seed=1): --seeds says which"),
-        ((), "there is nothing to compare: name variants with --variant 'NAME: key=value', or a --file; {} holds no "
-         "comparison to go on with"),
+        ((), "there is nothing to compare: name variants with --variant 'NAME: key=value' or give a --file; {} holds "
+        "no comparison to continue"),
         (("--variant", "a:", "--report-only", "--seeds", "1"),
          "there is no finished run to compare (a: has not been trained)"),
         (("--runs", "a=nowhere"), "nowhere is not a run directory"),
         (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory is called no*where"),
-        (("--runs", "a"), "--runs 'a': is written NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
+        (("--runs", "a"), "--runs 'a': must have the form NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
         (("--runs", "$a$=b"), "variant '$a$': a name is also a folder's name: it must be made of letters, digits, '.', "
          "'_' and '-', and not be embeddings, tuning or figures"),
-        (("--runs", "a=b", "--seeds", "3"), "--runs compares runs that are there, so it does not go with --seeds"),
-        (("--runs", "a=b", "x.y=1"), "--runs compares runs that are there, so it does not go with key=value"),
+        (("--runs", "a=b", "--seeds", "3"), "--runs compares existing runs, so it cannot be combined with --seeds"),
+        (("--runs", "a=b", "x.y=1"), "--runs compares existing runs, so it cannot be combined with key=value"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence_before_anything_runs(
@@ -228,7 +228,7 @@ def test_output_and_the_default_configuration_must_be_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(capsys, "compare", "--variant", "a:").err.startswith("error: --output: say where the runs go")
-    assert call(capsys, "compare", "--runs", "a=b").err.startswith("error: --output: say where the comparison is")
+    assert call(capsys, "compare", "--runs", "a=b").err.startswith("error: --output: say where to write the comparison")
     answer = call(capsys, "compare", "--variant", "a:", "--output", "out")
     assert answer.err.startswith("error: there is no configs/tiny_flux.yaml here")
 

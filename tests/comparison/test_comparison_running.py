@@ -394,7 +394,10 @@ def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path, launcher: str) -> 
     runs = planned_runs(plan(tmp_path, NATIVE))
     with only_one(tmp_path / "out") as lock:
         assert lock is not None
-        with pytest.raises(UserError, match=rf"another comparison is at work here.*\(process {os.getpid()}\)"):
+        with pytest.raises(
+            UserError,
+            match=rf"another comparison, .* still running here.*\(process {os.getpid()}\)",
+        ):
             run_all(runs, 0, tmp_path / "out", HowToRun(1, 1, launcher), shown())
     assert run_all(runs, 0, tmp_path / "out", HowToRun(1, 1, launcher), shown(), poll=0.01) == []
 

@@ -116,7 +116,7 @@ def test_the_first_trials_go_seed_by_seed_and_are_scored_together(tmp_path: Path
         write_planned(run, lambda epoch: 0.5)
     assert [run.name for run in look(whole, SETTINGS).waiting] == ["pcpo with optimizer.lr=0.0001, seed 101"]
     write_search(whole, SETTINGS, look(whole, SETTINGS))
-    assert "1 runs have to be finished" in (tmp_path / "tuning.md").read_text()
+    assert "1 runs must finish" in (tmp_path / "tuning.md").read_text()
     # A run that was made with other settings is refused rather than taken.
     with pytest.raises(UserError, match=r"the run in .* has"):
         look(replace(whole, settings=("train.epochs=20", "credit.clip_range=0.5")), SETTINGS)
@@ -151,7 +151,7 @@ def test_a_plan_with_tuning_is_read_written_and_read_again(tmp_path: Path) -> No
     [
         ("[100, 101]", "[1, 100]", "tuning.seeds: 1 also decides the comparison (seeds), which needs"),
         ("[100, 101]", "[]", "tuning.seeds: must be distinct numbers from 0, got []"),
-        ("[100, 101]", "two", "c.yaml line 7: tuning.seeds: must be a list of whole numbers, got 'two'"),
+        ("[100, 101]", "two", "c.yaml line 7: tuning.seeds: must be a list of integers, got 'two'"),
         ("[1e-4, 1e-5]", "[1e-4]", "tuning.lr: must be two or more distinct numbers above 0, got [0.0001]"),
         ("[1e-4, 1e-5]", "[1e-4, x]", "c.yaml line 7: tuning.lr: must be a list of numbers, got 'x'"),
         ("lr: [1e-4, 1e-5], ", "", "c.yaml line 7: tuning.lr is missing"),

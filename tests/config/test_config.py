@@ -144,7 +144,7 @@ def test_a_text_on_the_command_line_stays_as_it_is(text: str) -> None:
 
 @pytest.mark.parametrize("value", ["'a' # b", "[1, 2] # c", "{a: 1} # c"])
 def test_nothing_follows_a_bracket_or_a_quote(value: str) -> None:
-    with pytest.raises(UserError, match=r"nothing may follow it, got '# .'"):
+    with pytest.raises(UserError, match=r"unexpected text after it: '# .'"):
         load_config(None, [f"rewards.0.options.a={value}"])
 
 
@@ -328,10 +328,10 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("epochs", "command line (epochs): an override is written key.subkey=value"),
-        ("=3", "command line (=3): an override is written key.subkey=value"),
-        ("train..epochs=3", "an override is written key.subkey=value"),
-        ("--epochs=3", "an override is written key.subkey=value"),
+        ("epochs", "command line (epochs): an override must have the form key.subkey=value"),
+        ("=3", "command line (=3): an override must have the form key.subkey=value"),
+        ("train..epochs=3", "an override must have the form key.subkey=value"),
+        ("--epochs=3", "an override must have the form key.subkey=value"),
         ("output_dir=[a", "command line (output_dir=[a): '[a' is not a valid YAML value"),
         ("model={height: 1, height: 2}", "height is given twice"),
         ("epochs=3", "command line (epochs=3): unknown key epochs, did you mean train.epochs?"),

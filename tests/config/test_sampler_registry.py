@@ -79,7 +79,7 @@ def test_a_diffusion_sampler_takes_the_settings_it_names(registered: None, capsy
         build_transitions(settings, schedule).std, ddim(schedule.alphas_cumprod, schedule.timesteps, 0.25).std
     )
     assert main(["credit", "--sampler", "louder", "--weight", "1", "--json"]) == 0
-    with pytest.raises(UserError, match=r"sampler\.shift has an effect only with"):
+    with pytest.raises(UserError, match=r"sampler\.shift only takes effect with"):
         load_config(None, ["sampler.name=louder", "sampler.shift=2"])
     assert main(["credit", "--sampler", "louder", "--variance", "exact"]) == 2
     assert "--variance does not apply to louder, which takes --eta, --weight" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
 ) -> None:
     base = ("sampler.name=ddim",) if setting.startswith("sampler.") else ()
     key = setting.partition("=")[0]
-    expected = f"command line ({setting}): {key} has an effect only with {condition}: drop it"
+    expected = f"command line ({setting}): {key} only takes effect with {condition}: remove it"
     assert refusal(None, *base, setting) == expected
     assert load_config(None, (*base, *needed, setting)) != load_config(None, (*base, *needed))
 
@@ -82,9 +82,12 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
         (("model.path=.", "model.revision=main"), "model.revision .* hub id"),
         (
             ("rewards=[{name: a}, {name: b, evaluation_only: true, clip: [0, 1]}]",),
-            r"rewards\.1\.clip has .*only=false",
+            r"rewards\.1\.clip only takes .*only=false",
         ),
-        (("rewards=[{name: a}, {name: b, evaluation_only: true, weight: 2}]",), r"rewards\.1\.weight has .*only=false"),
+        (
+            ("rewards=[{name: a}, {name: b, evaluation_only: true, weight: 2}]",),
+            r"rewards\.1\.weight only takes .*only=false",
+        ),
     ],
 )
 def test_conditions_that_lie_among_other_settings(overrides: tuple[str, ...], expected: str) -> None:
@@ -114,16 +117,16 @@ def test_all_of_them_are_named_in_one_sentence_with_their_places(tmp_path: Path)
     file.write_text("model:\n  lora:\n    rank: 8\n    alpha: 16\nwindow: {start: 2}\n")
     message = refusal(file, "credit.kl=published")
     assert message == (
-        f"{file} line 3: model.lora.rank and model.lora.alpha (line 4) have an effect only with model.finetune=lora; "
-        "window.start (line 5) has an effect only with window.size above 0; credit.kl has an effect only with "
-        "credit.kl_coefficient above 0: drop them"
+        f"{file} line 3: model.lora.rank and model.lora.alpha (line 4) only take effect with model.finetune=lora; "
+        "window.start (line 5) only takes effect with window.size above 0; credit.kl only takes effect with "
+        "credit.kl_coefficient above 0: remove them"
     )
 
 
 def test_a_shipped_configuration_made_full_names_the_keys_to_drop() -> None:
     file = ROOT / "configs" / "flux_dev_pcpo_lora.yaml"
     message = refusal(file, "model.finetune=full")
-    assert message.endswith("have an effect only with model.finetune=lora: drop them")
+    assert message.endswith("only take effect with model.finetune=lora: remove them")
     assert "model.lora.rank and model.lora.alpha (line" in message
 
 
@@ -153,7 +156,7 @@ def test_a_runs_own_file_always_loads(tmp_path: Path) -> None:
     file.write_text(dump_config(config))
     again = load_config(file)
     assert again == config and not again.model.model_fields_set
-    assert "model.lora.alpha has an effect" in refusal(file, "model.lora.alpha=3")
+    assert "model.lora.alpha only takes effect" in refusal(file, "model.lora.alpha=3")
     older: dict[str, Any] = config.model_dump(mode="json")  # of a version without these
     del older["scoring"], older["distributed"], older["model"]["checkpointed_share"], older["window"]
     file.write_text(dump_yaml(older))

@@ -225,4 +225,4 @@ def test_ranks_stop_at_the_same_point_and_miss_one_that_died(tmp_path: Path) -> 
     assert time.monotonic() - started < 300
     for number in range(2):
         assert json.loads((tmp_path / f"rank{number}.json").read_text()) == {"went_on": True, "code": 75}
-    assert json.loads((tmp_path / "last.json").read_text()).startswith("another rank is gone; what it said last says")
+    assert json.loads((tmp_path / "last.json").read_text()).startswith("another rank has died; its last output says")

@@ -87,7 +87,9 @@ def test_host_names_of_slurm(text: str, hosts: list[str]) -> None:
 
 def test_a_rank_0_that_does_not_listen_is_one_sentence(launched: pytest.MonkeyPatch) -> None:
     launched.setenv("RANK", "1")
-    with pytest.raises(UserError, match=r"^rank 1 on .* cannot meet the others at 127\.0\.0\.1:\d+ \(MASTER_ADDR") as e:
+    with pytest.raises(
+        UserError, match=r"^rank 1 on .* cannot connect to the others at 127\.0\.0\.1:\d+ \(MASTER_ADDR"
+    ) as e:
         meet(SECOND)
     assert "\n" not in str(e.value)
 

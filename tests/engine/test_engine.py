@@ -268,7 +268,7 @@ def write(folder: Path, content: str | bytes | None) -> Path:
     [
         (None, "does not exist"),
         ('{\n "a": 1,\n}', "line 3: not valid JSON"),
-        ("[1]", "must hold a JSON object"),
+        ("[1]", "must contain a JSON object"),
         (b"\xff\xfe", "cannot be read"),
         ("[" * 100_000, "not valid JSON"),
         # the stage

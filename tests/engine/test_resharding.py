@@ -243,5 +243,7 @@ def test_a_state_of_another_kind_names_what_wrote_it(
         raise UnknownLayoutError("its optimiser's state is not AdamW's")
 
     monkeypatch.setattr("pcpo_fast.engine.optimizer_state.SavedState", refuse)
-    with pytest.raises(UserError, match=r"only be resumed on 1 ranks with ZeRO stage 1, which wrote it: its optimiser"):
+    with pytest.raises(
+        UserError, match=r"only be resumed on 1 ranks with ZeRO stage 1, as it was written: its optimiser"
+    ):
         load_checkpoint(path, other.engine)

@@ -245,7 +245,7 @@ def test_finished_images_against_a_folder_and_inception(
     assert answer.code == 2 and "fid is named twice" in answer.err
     named = [f"fid={weights}" if word == "fid" else word for word in common]
     answer = call(capsys, *named, "--count", "2")
-    assert answer.code == 2 and f"{weights} is not a PyTorch checkpoint, or holds other things" in answer.err
+    assert answer.code == 2 and f"{weights} is not a PyTorch checkpoint, or holds objects other" in answer.err
     torch.save({"fc.bias": torch.zeros(3)}, weights)
     monkeypatch.setattr(FakeInception, "__init__", refuse_weights)
     answer = call(capsys, *named, "--count", "2")
@@ -341,7 +341,7 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "--checkpoint: say what is to be judged"),
+        ((), "--checkpoint: name what to evaluate"),
         (("--checkpoint", "RUN", "--count", "0"), "--count: must be at least 1, got 0"),
         (("--checkpoint", "RUN", "--limit", "0"), "--limit: must be at least 1, got 0"),
         (("--checkpoint", "RUN", "--seed", "-1"), "--seed: must lie in"),
@@ -353,7 +353,7 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
         (("--checkpoint", "RUN", "--reference", "nowhere"), "--reference: nowhere is neither base nor a folder"),
         (("--checkpoint", "RUN", "--prompts", "nowhere.txt"), "prompt file nowhere.txt does not exist"),
         (("--checkpoint", "RUN", "--reward", "beauty"), "unknown reward 'beauty'"),
-        (("--checkpoint", "base@0.5", "--config", "RUN/config.yaml"), "a scale (@) is that of a run; base is none"),
+        (("--checkpoint", "base@0.5", "--config", "RUN/config.yaml"), "a scale (@) needs a run, and base is not one"),
         (("--checkpoint", "RUN@x"), "'x' in 'x' is not a finite number"),
         (("--checkpoint", "RUN@1,1"), "names a scale twice"),
         (("--checkpoint", "RUN", "--checkpoint", "RUN"), "two are called run; name them"),

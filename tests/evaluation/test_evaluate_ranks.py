@@ -137,7 +137,7 @@ def test_two_ranks_go_on_after_a_kill_and_make_what_one_makes(
         assert second[0] == -9
         assert first[0] == 2 and "Traceback" not in first[2], first[2]
         (line,) = (line for line in first[2].splitlines() if line.startswith("error: "))
-        assert "another rank is gone" in line
+        assert "another rank has died" in line
         before = pictures(output)
         assert 0 < len(before) < 12 and not (output / "evaluation.json").exists()
 

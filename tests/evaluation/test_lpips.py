@@ -115,8 +115,8 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     for trunk, said in (
         ("shape.pth", r"features.3.weight has the shape \[192, 64, 3, 3\]"),
         ("other.pth", "neither torchvision's AlexNet nor its VGG16"),
-        ("missing.pth", "is not a file or folder"),
-        ("damaged.pth", "is not a PyTorch checkpoint, or holds other things than tensors"),
+        ("missing.pth", "is neither a file, a folder nor a hub id"),
+        ("damaged.pth", "is not a PyTorch checkpoint, or holds objects other than tensors"),
         ("damaged.safetensors", "cannot be read as a checkpoint"),
         ("list.pth", "does not hold a dictionary of tensors"),
     ):
@@ -128,7 +128,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
 
 def test_nothing_in_a_weight_file_is_executed(tmp_path: Path) -> None:
     torch.save({"x": Path}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match="holds other things than tensors, which are not read for safety"):
+    with pytest.raises(UserError, match="holds objects other than tensors, which are not loaded for safety"):
         read_weights(str(tmp_path / "code.pth"), "here")
 
 

@@ -88,8 +88,11 @@ def test_rewards_are_named_by_their_module() -> None:
         (lambda f: f(TINY, {"train.epochs": "x"}), 'setting (train.epochs="x"): train.epochs: must be '),
         (lambda f: f(TINY, ["train.epochs=x"]), "setting (train.epochs=x): train.epochs: must be "),
         (lambda f: f(TINY, "train.epochs=3"), "settings: must be a mapping such as "),
-        (lambda f: f(TINY, {"train.epochs": {1, 2}}), "setting train.epochs: {1, 2} of type set is no value"),
-        (lambda f: f(f(TINY), {"algorithm": "dancegrpo"}), "algorithm: a configuration that is loaded holds "),
+        (
+            lambda f: f(TINY, {"train.epochs": {1, 2}}),
+            "setting train.epochs: {1, 2} of type set is not a configuration value",
+        ),
+        (lambda f: f(f(TINY), {"algorithm": "dancegrpo"}), "algorithm: a loaded configuration already holds "),
         (lambda f: f(TINY, rewards=lambda i, p, m: i), "reward <lambda>.<locals>.<lambda>: must be a function or a "),
         (lambda f: f(TINY, {"rewards": [{"name": redness, "wait": 2}]}), "setting (rewards="),
     ],
@@ -206,13 +209,13 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
         (lambda run: pcpo_fast.sample("a", runs="nowhere"), "runs: nowhere is not a run directory"),
         (lambda run: pcpo_fast.sample("a", runs=run, config=TINY), "config: a run has its own configuration"),
         (lambda run: pcpo_fast.sample("a", config=TINY, scales=1), "scales: scales what a run has learned; name the "),
-        (lambda run: pcpo_fast.sample("a", runs=run, folder="x"), "folder: also needs output, the file of the picture"),
-        (lambda run: pcpo_fast.evaluate([]), "checkpoints: say what is to be judged"),
+        (lambda run: pcpo_fast.sample("a", runs=run, folder="x"), "folder: also needs output, the image file"),
+        (lambda run: pcpo_fast.evaluate([]), "checkpoints: name what to evaluate"),
         (lambda run: pcpo_fast.evaluate("base", shown=-1), "shown: must be at least 0, got -1"),
         (lambda run: pcpo_fast.export(run, format="x"), "format: must be one of diffusers, comfyui, kohya, got 'x'"),
         (lambda run: pcpo_fast.export(run, epoch=9), "epoch: "),
-        (lambda run: pcpo_fast.compare(runs={"a": run}), "output: say where the comparison is written to"),
-        (lambda run: pcpo_fast.compare(runs={"a": run}, seeds=2, output="x"), "runs compares runs that are there, so "),
+        (lambda run: pcpo_fast.compare(runs={"a": run}), "output: say where to write the comparison written to"),
+        (lambda run: pcpo_fast.compare(runs={"a": run}, seeds=2, output="x"), "runs compares existing runs, so "),
         (
             lambda run: pcpo_fast.compare({"a": {}}, metric="x", output="x"),
             "metric: must be one of training, heldout, got 'x'",
@@ -257,5 +260,7 @@ def test_a_reward_of_a_notebook(config_file: Path, tmp_path: Path, monkeypatch: 
     execute(CELL, "<cell 3>", notebook)
     more = pcpo_fast.train(config_file, settings | {"train.epochs": 2}, rewards=rewards(), console=QUIET)
     assert more.summary["epochs"] == 2
-    with pytest.raises(UserError, match="variant a: every run is a process of its own, which has no __main__:Reward"):
+    with pytest.raises(
+        UserError, match="variant a: every run is a separate process, which cannot import __main__:Reward"
+    ):
         pcpo_fast.compare({"a": {"rewards": rewards()}}, config=config_file, output=tmp_path / "comparison", seeds=1)

@@ -92,8 +92,8 @@ def test_the_published_weight_serves_28_steps_and_more(steps: int) -> None:
         (("sampler.weight=4.5",), "^sampler: weight belongs to the variances reshaped and exact"),
         (("sampler.variance=exact", "sampler.weight=3.2"), "^sampler: no variance gives step 48"),
         (("sampler.variance=reshaped", "sampler.noise=0.5"), "^sampler: the variance reshaped replaces eta"),
-        (("sampler.noise=3.0",), "^sampler: eta 3.0 asks for more noise than a step can hold"),
-        (("algorithm=pcpo", "sampler.variance=exact"), "sampler.variance: only the sampler ddim has a choice"),
+        (("sampler.noise=3.0",), "^sampler: eta 3.0 adds more noise than a step allows"),
+        (("algorithm=pcpo", "sampler.variance=exact"), "sampler.variance: only the sampler ddim lets you choose"),
     ],
 )
 def test_variances_that_cannot_be_are_refused(overrides: tuple[str, ...], reason: str) -> None:

@@ -106,7 +106,7 @@ def test_the_kl_coefficient_is_in_the_rows() -> None:
 
 
 def test_windows_are_refused_before_a_run_begins() -> None:
-    with pytest.raises(UserError, match=r"^window\.size: 8 steps are more than the 7 that can be trained"):
+    with pytest.raises(UserError, match=r"^window\.size: 8 steps exceed the 7 that can be trained"):
         tables("flow", "window.size=8")
     with pytest.raises(UserError, match=r"^window\.start: 5 leaves no room"):
         tables("flow", "window.size=3", "window.start=5")

@@ -538,7 +538,7 @@ def test_cps_noise_above_one_is_refused():
 )
 def test_bad_grids_are_refused(steps, shift):
     with pytest.raises(
-        ValueError, match="whole number of at least 2 steps" if steps < 2 else "shift must be a positive number"
+        ValueError, match="integer number of at least 2 steps" if steps < 2 else "shift must be a positive number"
     ):
         shifted_times(steps, shift)
 
@@ -576,7 +576,7 @@ def test_bad_ddim_steps_are_refused(steps):
     [
         ({"eta": -1.0}, "eta must be"),
         ({"eta": NAN}, "eta must be"),
-        ({"eta": 5.0}, r"more noise than a step can hold: at most 1\.0\d+ is possible"),
+        ({"eta": 5.0}, r"more noise than a step allows: at most 1\.0\d+ is possible"),
         ({"eta": 1.0, "weight": 4.5}, "weight belongs to"),
         ({"eta": 0.5, "variance": "exact"}, "replaces eta"),
         ({"eta": 1.0, "variance": "reshaped", "weight": NAN}, "weight must be a positive number"),

@@ -89,7 +89,7 @@ def test_an_interval_never_decays_below_one_epoch() -> None:
     [
         (
             {"size": 9},
-            r"^window\.size: 9 steps are more than the 8 that can be trained \(0, 1, 2, 3, 5, 6, 8, 9\)$",
+            r"^window\.size: 9 steps exceed the 8 that can be trained \(0, 1, 2, 3, 5, 6, 8, 9\)$",
         ),
         (
             {"size": 3, "start": 6},

@@ -387,7 +387,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
         (("rollout.images_per_prompt=2147483644",), "train.micro_batch_size: 120 does not divide the"),
         (("--gpus", "7"), "train.updates_per_epoch: an update has 24 images"),
         (("--model-config", "nowhere"), "--model-config nowhere: not a folder"),
-        (("model.path=nowhere",), "model.path: nowhere is not a folder, and not a hub id"),
+        (("model.path=nowhere",), "model.path: nowhere is neither a folder nor a hub id"),
         (("model.path=some/where",), "model.path: the configuration files of some/where cannot be downloaded"),
         (("model.height=33",), "model.height: 33 is not a multiple of"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),

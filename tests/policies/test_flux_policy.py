@@ -347,7 +347,7 @@ def test_published_flux_on_the_meta_device(policy: FluxPolicy, guidance: bool, p
 
 def test_a_pipeline_without_guidance_refuses_one(tmp_path: Path) -> None:
     build_pipeline(tmp_path / "schnell", guidance_embeds=False)
-    with pytest.raises(UserError, match=r"^model\.guidance: has an effect only with an embedded guidance scale"):
+    with pytest.raises(UserError, match=r"^model\.guidance: only takes effect with an embedded guidance scale"):
         load_policy(tiny_config(tmp_path / "schnell", "model.guidance=5.0"), CPU)
     policy = load_policy(tiny_config(tmp_path / "schnell"), CPU)
     output = policy.predict(random_latents(1), torch.tensor([0.5]), policy.encode(PROMPTS[:1]))
@@ -513,7 +513,7 @@ def test_an_image_size_that_cannot_be_packed_is_refused(pipeline_folder: Path, k
 
 @pytest.mark.parametrize("path", ["nowhere", "./nowhere/at-all", "a/b/c"])
 def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
-    with pytest.raises(UserError, match=f"model.path: {path} is not a folder, and not a hub id"):
+    with pytest.raises(UserError, match=f"model.path: {path} is neither a folder nor a hub id"):
         locate(path, None, ["FluxPipeline"])
 
 

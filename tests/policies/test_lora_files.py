@@ -491,7 +491,7 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
         (f"{LAYER}.oft_blocks", "is an OFT adapter"),
         (f"{LAYER}.diff_b", "is an adapter with changes of whole weights"),
         (f"{LAYER}.lora_B.bias", "is an adapter with biases"),
-        (f"{LAYER}.weight", "is no LoRA weight"),
+        (f"{LAYER}.weight", "is not a LoRA weight"),
         (f"{LAYER}.lora_A.other.weight", "holds several adapters of"),
         (f"{LAYER}.lora_A.weight", "lacks its lora_B (lora_up) weight"),
         (
@@ -543,9 +543,9 @@ def test_convolutions_and_other_models_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"peft_type": "LOHA"}, "of the kind LOHA"),
-        ({"peft_type": "LORA", "use_dora": True}, "of the kind DoRA"),
-        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "base weights that pissa_niter_4 had changed"),
+        ({"peft_type": "LOHA"}, "of type LOHA"),
+        ({"peft_type": "LORA", "use_dora": True}, "of type DoRA"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "base weights modified by pissa_niter_4"),
         ({"lora_alpha": "many"}, "lora_alpha or alpha_pattern in the settings of"),
         ({"alpha_pattern": [1]}, "lora_alpha or alpha_pattern in the settings of"),
         ([], "is not an adapter's settings but a list"),
@@ -564,7 +564,7 @@ def test_settings_of_other_adapters_are_refused(tmp_path: Path, settings: Any, w
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     flux = tiny(FLUX)
-    assert "is not a .safetensors file, nor a folder" in refused(tmp_path / "nowhere", flux)
+    assert "is neither a .safetensors file nor a folder" in refused(tmp_path / "nowhere", flux)
     (tmp_path / "x.bin").write_bytes(b"")
     assert "is not a .safetensors file" in refused(tmp_path / "x.bin", flux)
     assert "is a folder without pytorch_lora_weights.safetensors" in refused(tmp_path, flux)
@@ -580,4 +580,4 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "holds 2 .safetensors files (other.safetensors, style.safetensors, ...)" in refused(whole.parent, flux)
     assert "holds no weights" in refused(saved(tmp_path, {}), flux)
     broken = {name: value * float("nan") for name, value in load_file(whole).items()}
-    assert "is no matrix of finite numbers" in refused(saved(tmp_path, broken), flux)
+    assert "is not a matrix of finite numbers" in refused(saved(tmp_path, broken), flux)

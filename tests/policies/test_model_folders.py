@@ -168,7 +168,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "pointer": (written(ENCODER, POINTER), (f"{ENCODER} is a git-lfs pointer", "git lfs pull")),
     "pointer in the place of JSON": (written("vae/config.json", POINTER), ("vae/config.json is a git-lfs pointer",)),
     "other JSON": (written("vae/config.json", b"{"), ("vae/config.json is not valid JSON",)),
-    "no object": (written("text_encoder/config.json", b"[]"), ("text_encoder/config.json must hold a JSON object",)),
+    "no object": (written("text_encoder/config.json", b"[]"), ("text_encoder/config.json must contain a JSON object",)),
     "no weights": (lambda folder: (folder / NETWORK).unlink(), ("transformer holds no diffusion_pytorch_model.saf",)),
     "pickles": (renamed("transformer", "diffusion_pytorch_model.bin"), ("transformer holds no", "pickled weights are")),
     "other name": (renamed("transformer", "flux.safetensors"), ("transformer holds no", "but flux.safetensors; name")),
@@ -212,7 +212,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "whole numbers": (
         edited(lambda state: {name: value.to(torch.int64) for name, value in state.items()}),
-        (f"{ENCODER}: ", "is stored as I64, and weights are floating-point numbers"),
+        (f"{ENCODER}: ", "is stored as I64, but weights must be floating-point numbers"),
     ),
     "GGUF": (renamed("transformer", "flux.gguf"), ("transformer holds no", "but flux.gguf; quantised weights cannot")),
     "no vocabulary": (
@@ -230,11 +230,11 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "no length": (
         settings_of("tokenizer", "tokenizer_config.json", model_max_length=1000),
-        ("tokenizer_config.json must say a model_max_length of at most 40",),
+        ("tokenizer_config.json must set model_max_length to at most 40",),
     ),
     "a length that is no number": (
         settings_of("tokenizer", "tokenizer_config.json", model_max_length="40"),
-        ("tokenizer_config.json must say a model_max_length of at most 40",),
+        ("tokenizer_config.json must set model_max_length to at most 40",),
     ),
     "a class that is no name": (
         settings_of("", "model_index.json", _class_name={"a": 1}),
@@ -492,7 +492,7 @@ def hollow(file: Path, shapes: dict[str, list[int]]) -> Path:
     [
         ("none.safetensors", None, "does not exist"),
         ("model.gguf", b"GGUF0000", "is a GGUF file: quantised weights cannot be trained"),
-        ("model.ckpt", b"PK", "is no .safetensors file, and pickled weights are not read"),
+        ("model.ckpt", b"PK", "is not a .safetensors file, and pickled weights are not supported"),
         ("model.safetensors", POINTER, "is a git-lfs pointer"),
         ("fp8.safetensors", {TO_Q: torch.zeros(2, 2).to(torch.float8_e4m3fn)}, f"{TO_Q} is stored as F8_E4M3"),
         (
@@ -517,7 +517,7 @@ def test_single_files_that_are_no_network(
 def test_a_single_file_in_the_wrong_place(pipeline_folder: Path, tmp_path: Path) -> None:
     file = weights_of(pipeline_folder / "transformer")
     assert refusal(pipeline_folder, f"model.unet={file}").startswith("model.unet: the model of model.path has no unet")
-    assert refusal(file).startswith(f"model.path: {file} is a single file; ")
+    assert refusal(file).startswith(f"model.path: {file} is a single file, ")
     assert "is a folder; give one" in refusal(pipeline_folder, f"model.transformer={tmp_path}")
 
 

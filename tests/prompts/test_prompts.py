@@ -103,10 +103,10 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, name: str, text: s
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a cat\n".encode("utf-16-le"), "line 1 holds a NUL character, as UTF-16 without a byte order mark does"),
-        ("a cat\n".encode("utf-16-be"), "line 1 holds a NUL character"),
-        (b"a cat\na \0 dog\n", "line 2 holds a NUL character"),
-        ("a cat\n".encode("utf-16") + b"x", "is not UTF-16 text, as its first bytes say"),
+        ("a cat\n".encode("utf-16-le"), "line 1 contains a NUL character, as UTF-16 without a byte order mark does"),
+        ("a cat\n".encode("utf-16-be"), "line 1 contains a NUL character"),
+        (b"a cat\na \0 dog\n", "line 2 contains a NUL character"),
+        ("a cat\n".encode("utf-16") + b"x", "is not valid UTF-16, although its byte order mark says so"),
     ],
 )
 def test_what_only_looks_like_text(tmp_path: Path, content: bytes, message: str) -> None:
@@ -129,7 +129,7 @@ def test_carriage_returns_end_lines(tmp_path: Path, name: str, text: str) -> Non
 @pytest.mark.parametrize("name", ["p.yaml", "p.xlsx", "p.jsonl.gz", "p.md"])
 def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(
-        UserError, match=r"files ending in \.\w+ are not read; allowed are \.txt, \.jsonl, .*\.parquet$"
+        UserError, match=r"files ending in \.\w+ are not supported; allowed are \.txt, \.jsonl, .*\.parquet$"
     ):
         load_prompts(write(tmp_path, name, "a cat"))
     assert load_prompts(write(tmp_path, "prompts", "a cat")) == [Prompt("a cat")]
@@ -144,19 +144,19 @@ def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
         ('"a cat"', 'must be a JSON object with the key "prompt", got a string'),
         ("{}", 'the key "prompt" (or "text", or "caption") is missing; the keys are none'),
         ('{"metadata": {}}', 'the key "prompt" (or "text", or "caption") is missing; the keys are "metadata"'),
-        ('{"prompt": ""}', '"prompt" must be a string that is not empty, got an empty string'),
-        ('{"prompt": "  "}', '"prompt" must be a string that is not empty, got an empty string'),
-        ('{"prompt": null}', '"prompt" must be a string that is not empty, got null'),
-        ('{"prompt": 3}', '"prompt" must be a string that is not empty, got a number'),
-        ('{"prompt": ["a"]}', '"prompt" must be a string that is not empty, got a list'),
+        ('{"prompt": ""}', '"prompt" must be a non-empty string, got an empty string'),
+        ('{"prompt": "  "}', '"prompt" must be a non-empty string, got an empty string'),
+        ('{"prompt": null}', '"prompt" must be a non-empty string, got null'),
+        ('{"prompt": 3}', '"prompt" must be a non-empty string, got a number'),
+        ('{"prompt": ["a"]}', '"prompt" must be a non-empty string, got a list'),
         ('{"prompt": "a cat", "metadata": "x"}', '"metadata" must be a JSON object, got a string'),
         ('{"prompt": "a cat", "metadata": [1]}', '"metadata" must be a JSON object, got a list'),
         ('{"prompt": "a cat", "metadata": false}', '"metadata" must be a JSON object, got true or false'),
         ('{"prompt": "a cat", "meta": {}}', 'unknown key "meta"; allowed: "prompt" and "metadata", .*'),
-        ('{"prompt": "a \\ud83d cat"}', '"prompt" holds half a character (a lone surrogate)'),
-        ('{"prompt": "a cat", "x": ["\\udc00"]}', '"x" holds half a character (a lone surrogate)'),
-        ('{"prompt": "a \\u0000 cat"}', '"prompt" holds a NUL character'),
-        ('{"prompt": "a cat", "Prompt": "a dog"}', 'both "prompt" and "Prompt" may be the prompt; keep one of them'),
+        ('{"prompt": "a \\ud83d cat"}', '"prompt" contains a lone surrogate (half a character)'),
+        ('{"prompt": "a cat", "x": ["\\udc00"]}', '"x" contains a lone surrogate (half a character)'),
+        ('{"prompt": "a \\u0000 cat"}', '"prompt" contains a NUL character'),
+        ('{"prompt": "a cat", "Prompt": "a dog"}', 'both "prompt" and "Prompt" could be the prompt; keep one of them'),
         ('{"prompt": "a cat", "prompt": "a dog"}', 'not valid JSON: the key "prompt" is given twice'),
         ('{"prompt": "a cat", "metadata": {"n": ' + "9" * 5000 + "}}", "not valid JSON: .*"),
         ('{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}", "not valid JSON: .*"),
@@ -295,11 +295,11 @@ def test_published_lists_are_read_as_they_are(name: str, tmp_path: Path) -> None
         ("a.csv", "a,b\n1,2\n", "line 1: the header needs a column prompt, prompts, text or caption$"),
         ("a.tsv", "prompt\tb\nx\ty\tz\n", "line 2: 3 cells, but the header has 2$"),
         ("a.csv", 'prompt\n"abc\n', "line 2: not a valid table: unexpected end of data$"),
-        ("a.csv", "prompt,b\n,2\n", 'line 2: "prompt" must be a string that is not empty, got an empty string$'),
+        ("a.csv", "prompt,b\n,2\n", 'line 2: "prompt" must be a non-empty string, got an empty string$'),
         ("a.csv", "prompt\n", "is empty; it needs at least one prompt$"),
-        ("a.csv", "\nprompt,b,b\nx,1,2\n", 'line 2: the header has the column "b" twice$'),
-        ("a.csv", "prompt,Prompt\nx,y\n", 'line 1: both "prompt" and "Prompt" may be the prompt'),
-        ("a.tsv", "caption\tb\n \tx\n", 'line 2: "caption" must be a string that is not empty, got an empty string$'),
+        ("a.csv", "\nprompt,b,b\nx,1,2\n", 'line 2: the header lists the column "b" twice$'),
+        ("a.csv", "prompt,Prompt\nx,y\n", 'line 1: both "prompt" and "Prompt" could be the prompt'),
+        ("a.tsv", "caption\tb\n \tx\n", 'line 2: "caption" must be a non-empty string, got an empty string$'),
         ("a.jsonl", '["x",\n "y"\n "z"]', "a.jsonl line 3: not valid JSON: .* \\(column 2\\)$"),
         ("a.json", "[]", "is empty; it needs at least one prompt$"),
         ("a.json", '["x", 1]', 'entry 2: must be a JSON object with the key "prompt", got a number$'),

@@ -259,7 +259,7 @@ class Code:
 
 def test_a_checkpoint_with_code_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}, "code": Code()}, tmp_path / "hps.pt")
-    with pytest.raises(UserError, match="holds other things than tensors, which are not read for safety"):
+    with pytest.raises(UserError, match="holds objects other than tensors, which are not loaded for safety"):
         hps(folder, model=str(tmp_path / "hps.pt"))
     (tmp_path / "hps.safetensors").write_text("no")
     with pytest.raises(UserError, match=r"hps.safetensors cannot be read as a checkpoint"):
@@ -269,7 +269,7 @@ def test_a_checkpoint_with_code_is_refused(folder: Path, tmp_path: Path, capsys:
 
 def test_hps_with_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     clip_words(last=False).save_pretrained(tmp_path / "words")
-    with pytest.raises(UserError, match=r"ends texts with the number 1, but the checkpoint with 53"):
+    with pytest.raises(UserError, match=r"ends prompts with token 1, but the checkpoint expects 53"):
         hps(folder, tokenizer=str(tmp_path / "words"))
 
 
@@ -318,7 +318,7 @@ OPTIONS = [
     ({"scale": "much"}, "option scale must be a finite number, got 'much'$"),
     ({"prefix": 3}, "option prefix must be a string, got 3$"),
     ({"size": 3}, r"reward clip_score cannot be made with the options .*'size'"),
-    ({"model": "./nowhere"}, r"option model: ./nowhere is not a folder, and not a hub id of the form owner/name$"),
+    ({"model": "./nowhere"}, r"option model: ./nowhere is neither a folder nor a hub id of the form owner/name$"),
     ({"model": 7}, "option model must be a folder or a hub id of the form owner/name, got 7$"),
     ({"tokenizer": "./nowhere"}, "option tokenizer: ./nowhere is not a folder"),
 ]
@@ -359,7 +359,7 @@ def test_folders_that_are_no_clip_model(folder: Path, tmp_path: Path) -> None:
             load_reward("clip_score", {"model": str(own)})
     (own / "config.json").write_text(config)
     (own / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 56}, "crop_size": 56}')
-    with pytest.raises(UserError, match=r"makes images of \(56, 56\), but the model sees 28 x 28$"):
+    with pytest.raises(UserError, match=r"produces images of \(56, 56\), but the model sees 28 x 28$"):
         load_reward("clip_score", {"model": str(own)})
 
 

@@ -141,7 +141,7 @@ def test_the_recogniser_sees_bytes_and_the_prompt_or_metadata_say_the_text() -> 
 )
 def test_a_prompt_without_text(prompt: str, metadata: dict[str, Any]) -> None:
     reward = load_reward("ocr_accuracy", {"recognizer": lambda pixels: ""})
-    with pytest.raises(UserError, match="ocr_accuracy finds no text in the prompt"):
+    with pytest.raises(UserError, match="ocr_accuracy finds no text to draw in the prompt"):
         reward(torch.rand(1, 3, 4, 4), [prompt], [metadata])
 
 
@@ -150,7 +150,7 @@ def test_recognisers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     scores = load_reward("ocr_accuracy", {"recognizer": "tiny_reader:read"})(torch.rand(1, 3, 4, 4), ['"cat"'], [{}])
     assert torch.as_tensor(scores).tolist() == [1.0]
-    with pytest.raises(UserError, match="the recognizer returned a list, it must be a string"):
+    with pytest.raises(UserError, match="the recognizer returned a list, but must return a string"):
         load_reward("ocr_accuracy", {"recognizer": "tiny_reader:wrong"})(torch.rand(1, 3, 4, 4), ['"cat"'], [{}])
     with pytest.raises(UserError, match=r"tiny_reader.* has no raed, did you mean read"):
         load_reward("ocr_accuracy", {"recognizer": "tiny_reader:raed"})

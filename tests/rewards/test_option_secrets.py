@@ -70,9 +70,7 @@ def test_what_only_sounds_like_one_is_an_option_as_any_other(judge: str) -> None
 
 def test_a_variable_that_is_not_set(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MY_JUDGE_KEY")
-    with pytest.raises(
-        UserError, match=r"option client\.api_key is to come from the environment variable MY_JUDGE_KEY,"
-    ):
+    with pytest.raises(UserError, match=r"option client\.api_key comes from the environment variable MY_JUDGE_KEY,"):
         load_reward(judge, {"client": {"api_key": {"env": "MY_JUDGE_KEY"}}})
 
 

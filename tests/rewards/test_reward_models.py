@@ -73,11 +73,11 @@ def test_old_files_and_no_file(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ('{"size": 32, "crop_size": 48}', "crop_size .* is larger than size"),
-        ('{"size": 32, "crop_size": 32, "resample": 1}', "does not describe CLIP's way to prepare images"),
+        ('{"size": 32, "crop_size": 32, "resample": 1}', "does not describe CLIP's image preprocessing"),
         ('{"do_normalize": false}', "do_normalize is false"),
         ('{"size": 32, "crop_size": 32, "image_mean": [0.5]}', "three channels"),
-        ("[]", "does not describe CLIP's way"),
-        ("{", "does not describe CLIP's way"),
+        ("[]", "does not describe CLIP's image preprocessing"),
+        ("{", "does not describe CLIP's image preprocessing"),
     ],
 )
 def test_files_that_ask_for_something_else(settings: str, message: str, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_paths(cache: Path, tmp_path: Path) -> None:
     assert model_file("x", "model", str(tmp_path), "weights.pt") == tmp_path / "weights.pt"
     for path in ("nothing.pt", "./some/file", "~/file", "a/b/c"):
         with pytest.raises(
-            UserError, match=r"^reward x: option model: .* is not a file or folder, and not a hub id of the"
+            UserError, match=r"^reward x: option model: .* is neither a file, a folder nor a hub id of the"
         ):
             model_file("x", "model", path, "weights.pt")
     with pytest.raises(UserError, match=r"option model: the folder . has no config.json$"):

@@ -404,7 +404,7 @@ def test_something_else_at_the_address(strict: str) -> None:
         (["--port", "0", "--device", "tpu"], "--device: there is no device 'tpu' here; allowed are cpu"),
         (["--port", "0", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--port", "0", "quality=5"], "does not take the options {'quality': 5}"),
-        (["--port", "0", "5=quality"], "an option of the reward is written name=value"),
+        (["--port", "0", "5=quality"], "a reward's option must have the form name=value"),
     ],
 )
 def test_a_server_that_cannot_be(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,7 +236,9 @@ def test_a_redirect_names_its_target_and_nothing_is_sent_there(monkeypatch: pyte
         location = there.replace("//", "//user:pass@") + "/chat/completions?key=secret"
         with (
             endpoint(lambda body: JSONResponse({}, 307, {"Location": location})) as (url, _),
-            pytest.raises(UserError, match=f"{url} answers 307 and points to {there}/chat/completions, ") as caught,
+            pytest.raises(
+                UserError, match=f"{url} answers 307 with a redirect to {there}/chat/completions, "
+            ) as caught,
         ):
             VisionJudge(url, "m")(IMAGES[:1], ["a"], [{}])
     assert "pass" not in str(caught.value) and "secret" not in str(caught.value) and not other.asked
@@ -285,7 +287,7 @@ def test_a_refused_key_and_an_endpoint_that_stays_away(monkeypatch: pytest.Monke
         ({"json_key": "a", "regex": "(b)"}, "json_key and regex are two ways"),
         ({"regex": "("}, r"regex '\(' is not a valid regular expression"),
         ({"regex": "score"}, "must have a group"),
-        ({"prompt": "How nice?"}, r"prompt must hold \{prompt\}"),
+        ({"prompt": "How nice?"}, r"prompt must contain \{prompt\}"),
         ({"parallel": 0}, "parallel must be an integer of at least 1, got 0"),
         ({"url": "host"}, "url must be like http://host:8765, got 'host'"),
         ({"key": "sk-x"}, "unexpected keyword argument 'key'"),

@@ -197,9 +197,12 @@ def test_rewards_whose_sum_is_equal_are_told_apart_when_each_is_normalised() -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["scoring.normalize=each", "advantage.normalization=running"], "scoring.normalize: each makes advantages"),
+        (
+            ["scoring.normalize=each", "advantage.normalization=running"],
+            "scoring.normalize: each normalises every reward",
+        ),
         (["rewards=[{name: a, clip: [1, 0]}]"], r"rewards: clip of a must be \[lowest, highest\], got \[1.0, 0.0\]"),
-        (["rewards=[{name: a, label: group_std}]"], "rewards: group_std is the name of a metric of the sum"),
+        (["rewards=[{name: a, label: group_std}]"], "rewards: group_std is reserved for a metric of the weighted sum"),
         (["rewards=[{name: a}, {name: b, label: a}]"], "rewards: a is listed twice.* label"),
         (["scoring.on_failure=skip"], "scoring.on_failure: must be one of stop, drop_group, got 'skip'"),
         (["scoring.timeout=0"], "scoring.timeout: must be above 0"),
@@ -310,7 +313,7 @@ def test_nothing_is_said_and_counted_zero_where_nothing_fails() -> None:
 def test_an_epoch_without_any_group_ends_the_run() -> None:
     config = config_of("scoring.on_failure=drop_group", rewards=f"[{{name: '{HERE}:picky'}}]")
     SPOILT.update(prompt.text for prompt in PROMPTS)
-    with pytest.raises(UserError, match=rf"no image of epoch 7 has a reward: reward {HERE}:picky .*2 more failures"):
+    with pytest.raises(UserError, match=rf"no image in epoch 7 has a reward: reward {HERE}:picky .*2 more failures"):
         scored_epoch(config)
 
 

@@ -250,7 +250,9 @@ def test_a_disk_that_is_full_or_read_only_is_one_sentence_and_leaves_the_earlier
         patch.setattr(target, full)
         if where == "weights":  # whatever the policy's writer calls
             patch.setattr(bench.policy, "save_weights", full)
-        with pytest.raises(UserError, match=r"cannot be written: .*; the run can go on from epoch_000001") as caught:
+        with pytest.raises(
+            UserError, match=r"cannot be written: .*; the run can be resumed from epoch_000001"
+        ) as caught:
             save(bench, tmp_path, 2)
     assert "\n" not in str(caught.value)
     assert (os.strerror(number) in str(caught.value)) == (where != "shards")
@@ -292,7 +294,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_weights_is_refused(
     pipeline_folder: Path, lora_checkpoint: Path, overrides: tuple[str, ...]
 ) -> None:
-    with pytest.raises(UserError, match="is of other trained weights"):
+    with pytest.raises(UserError, match="belongs to other trained weights"):
         load_checkpoint(lora_checkpoint, bench_of(pipeline_folder, *overrides).engine)
 
 

@@ -72,7 +72,7 @@ def test_a_run_is_never_overwritten(arguments: tuple[str, ...], words: str, full
 def test_another_runs_directory_is_refused_for_a_checkpoint(full: Run, lora: Run, capsys: Capture) -> None:
     answer = call(capsys, "train", "--config", full.config, "--resume", lora.folder)
     assert answer.code == 2
-    assert "already holds another run than --resume" in answer.err
+    assert "already holds a run other than --resume" in answer.err
 
 
 def test_more_epochs_go_on_from_the_end(copy_of_full: Run, capsys: Capture) -> None:
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(copy_of_full: Run, caps
         (run / "checkpoints" / name / "manifest.json").unlink()
     answer = call(capsys, *arguments, "train.epochs=4")
     assert answer.code == 2
-    assert answer.err.startswith("error: no checkpoint is left to resume from, since every one is damaged (")
+    assert answer.err.startswith("error: every checkpoint is damaged, so there is nothing to resume from (")
     assert "epoch_000003: it has no manifest.json" in answer.err and "in another output_dir" in answer.err
     answer = call(capsys, "export", run)
     assert answer.code == 2 and "is damaged: it has no manifest.json; choose another one" in answer.err
@@ -253,7 +253,7 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     answer = call(capsys, *arguments)
     assert answer.code == 2
     assert answer.err == (
-        f"error: the run in {run} cannot be resumed, since the content of its inputs has changed: "
+        f"error: the run in {run} cannot be resumed because its inputs have changed: "
         f"model.path (text_encoder/model.safetensors and 1 more in {own_pipeline}); "
         f"prompts.heldout ({heldout}: 2 prompts then, 2 different ones now); "
         f"prompts.train ({prompts}: 3 prompts then, 4 different ones now); "
@@ -264,12 +264,15 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
 
     answer = call(capsys, *arguments, "--resume", "accept-changes", "--verify")
     assert answer.code == 0, answer.err
-    assert "warning: the run goes on with inputs whose content has changed: model.path (" in answer.out
+    assert "warning: continuing with inputs whose content has changed: model.path (" in answer.out
     assert "Resuming after epoch 1" in answer.out
     assert json.loads((run / "inputs.json").read_text())["since_epoch"] == 1
     (run / "inputs.json").write_text("{")
     answer = call(capsys, *arguments, "train.epochs=3")
-    assert answer.code == 2 and f"{run / 'inputs.json'} is damaged, so nothing says whether" in answer.err
+    assert (
+        answer.code == 2
+        and f"{run / 'inputs.json'} is damaged, so prompts, rewards and model cannot be compared" in answer.err
+    )
     (run / "inputs.json").unlink()  # a run from before there was a record
     answer = call(capsys, *arguments, "train.epochs=3")
     assert answer.code == 0 and "warning" not in answer.out, answer.err

@@ -50,9 +50,7 @@ def held_elsewhere(folder: Path, with_child: bool = False) -> Iterator[int]:
 def test_the_lock_dies_with_its_process(tmp_path: Path, with_child: bool) -> None:
     folder = tmp_path / "new" / "run"
     with held_elsewhere(folder, with_child) as process:
-        words = (
-            rf"another run is at work in {folder} \(process {process} on {socket.gethostname()} since 20.*\); wait for"
-        )
+        words = rf"another run is using {folder} \(process {process} on {socket.gethostname()} since 20.*\); wait for"
         with pytest.raises(UserError, match=words), only_run(folder):
             pass
         assert (folder / LOCK_FILE).exists()
@@ -70,9 +68,7 @@ def test_a_second_run_is_refused_before_anything_is_loaded_and_readers_are_not(
     with held_elsewhere(tmp_path / "run") as process:
         answer = call(capsys, "train", "--config", config)
         assert (answer.code, answer.err.count("\n")) == (2, 1)
-        assert answer.err.startswith(
-            f"error: output_dir: another run is at work in {tmp_path / 'run'} (process {process}"
-        )
+        assert answer.err.startswith(f"error: output_dir: another run is using {tmp_path / 'run'} (process {process}")
         assert claim(load_config(config), "auto").fresh
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -86,9 +82,9 @@ def test_a_folder_that_stays_empty_is_taken_away(tmp_path: Path) -> None:
         (tmp_path / "run" / "config.yaml").touch()
     assert (tmp_path / "run" / LOCK_FILE).read_bytes() == b""
     with only_run(tmp_path / "run"):
-        with pytest.raises(UserError, match="is the folder of a run of this process"), only_run(tmp_path / "run"):
+        with pytest.raises(UserError, match="is already in use by a run of this process"), only_run(tmp_path / "run"):
             pass
-        with pytest.raises(UserError, match="another run is at work"), in_another_process(tmp_path / "run"):
+        with pytest.raises(UserError, match="another run is using"), in_another_process(tmp_path / "run"):
             pass
 
 
@@ -102,9 +98,9 @@ def in_another_process(folder: Path) -> Iterator[None]:
             with only_run(folder):
                 os._exit(0)
         except UserError as error:
-            os._exit(1 if "another run is at work" in str(error) else 2)
+            os._exit(1 if "another run is using" in str(error) else 2)
     if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1:
-        raise UserError("another run is at work")
+        raise UserError("another run is using")
     yield
 
 

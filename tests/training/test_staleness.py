@@ -28,7 +28,8 @@ def ages(inner: int, updates: int, limit: int) -> Config:
 @pytest.mark.parametrize(("inner", "updates", "limit"), [(3, 4, 11), (33, 1, 32), (2, 2, 3)])
 def test_a_rollout_that_would_grow_too_old_is_refused(inner: int, updates: int, limit: int) -> None:
     reason = (
-        rf"train\.inner_epochs: {inner} passes of {updates} updates train {inner * updates} times on one rollout, "
+        rf"train\.inner_epochs: {inner} passes of {updates} updates make {inner * updates} optimiser steps on one "
+        rf"rollout, "
         rf"more than train\.max_rollout_age allows \({limit}\)$"
     )
     with pytest.raises(UserError, match=reason):
