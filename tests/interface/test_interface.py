@@ -214,7 +214,7 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
         (lambda run: pcpo_fast.evaluate("base", shown=-1), "shown: must be at least 0, got -1"),
         (lambda run: pcpo_fast.export(run, format="x"), "format: must be one of diffusers, comfyui, kohya, got 'x'"),
         (lambda run: pcpo_fast.export(run, epoch=9), "epoch: "),
-        (lambda run: pcpo_fast.compare(runs={"a": run}), "output: say where to write the comparison written to"),
+        (lambda run: pcpo_fast.compare(runs={"a": run}), "output: say where to write the comparison, for example"),
         (lambda run: pcpo_fast.compare(runs={"a": run}, seeds=2, output="x"), "runs compares existing runs, so "),
         (
             lambda run: pcpo_fast.compare({"a": {}}, metric="x", output="x"),

@@ -189,7 +189,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "null VAE": (settings_of("", "model_index.json", vae=None), ("model_index.json names no vae",)),
     "own code": (
         settings_of("", "model_index.json", _class_name=["pipeline", "Mine"]),
-        ("code of its own (pipeline.Mi",),
+        ("custom code (pipeline.Mi",),
     ),
     **{
         f"a scale that is {value!r}": (

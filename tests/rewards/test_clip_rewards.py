@@ -320,7 +320,7 @@ OPTIONS = [
     ({"size": 3}, r"reward clip_score cannot be made with the options .*'size'"),
     ({"model": "./nowhere"}, r"option model: ./nowhere is neither a folder nor a hub id of the form owner/name$"),
     ({"model": 7}, "option model must be a folder or a hub id of the form owner/name, got 7$"),
-    ({"tokenizer": "./nowhere"}, "option tokenizer: ./nowhere is not a folder"),
+    ({"tokenizer": "./nowhere"}, "option tokenizer: ./nowhere is neither a folder"),
 ]
 
 
