@@ -566,7 +566,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     flux = tiny(FLUX)
     assert "is neither a .safetensors file nor a folder" in refused(tmp_path / "nowhere", flux)
     (tmp_path / "x.bin").write_bytes(b"")
-    assert "is not a .safetensors file" in refused(tmp_path / "x.bin", flux)
+    assert "is neither a .safetensors file" in refused(tmp_path / "x.bin", flux)
     assert "is a folder without pytorch_lora_weights.safetensors" in refused(tmp_path, flux)
     pointer = tmp_path / "sub" / "adapter_model.safetensors"
     pointer.parent.mkdir()
