@@ -315,7 +315,7 @@ class AdvantageConfig(Section):
         "not at all (false), or weight gains by the regression measured on branches (advantage.audit_every)",
     )
     scored_steps: Positive = Field(
-        1, description="score the prediction of every n-th step with noise; the steps in between share its gain"
+        1, description="score the prediction of every n-th step with noise; steps in between get the same credit"
     )
     scale: Literal["own", "others", "earlier"] = Field(
         "own",
