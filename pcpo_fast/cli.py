@@ -81,10 +81,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; settings (``key=value``) may stand anywhere among the options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    takes_settings = hasattr(arguments, "overrides")
+    takes_settings = hasattr(arguments, "settings")
     if takes_settings:
         # argparse takes one run of settings only, and returns those behind the next option as unknown.
-        arguments.overrides += [text for text in rest if not text.startswith("-")]
+        arguments.settings += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
     if rest:
         words = list(sys.argv[1:] if argv is None else argv)

@@ -5,14 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pcpo_fast.commands import add_settings, show_results, values_of
 from pcpo_fast.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pcpo_fast.interface.comparing import Compared
-
-PRIMARIES = ("heldout_area", "heldout_final", "reward_over_epochs", "reward_final")
 
 EXAMPLES = """examples:
   pcpo-fast compare --variant "native: algorithm=dancegrpo" --variant "pcpo:" --seeds 5 --output runs/compare
@@ -42,6 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     what.add_argument("--config", metavar="FILE", help="YAML configuration of all variants that do not name their own")
     what.add_argument(
         "--variant",
+        dest="variants",
         action="append",
         default=[],
         metavar="'NAME: [FILE] key=value ...'",
@@ -69,10 +69,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--target", type=float, metavar="R", help="reward to reach; the time to it is measured (default: see docs)"
     )
     report.add_argument(
-        "--metric", choices=("training", "heldout"), help="the reward that --target refers to (default training)"
+        "--metric", metavar="{training,heldout}", help="the reward that --target refers to (default training)"
     )
     report.add_argument(
-        "--primary", metavar="MEASURE", choices=PRIMARIES, help=f"the measure that decides: {', '.join(PRIMARIES)}"
+        "--primary",
+        metavar="MEASURE",
+        help="the measure that decides: heldout_area, heldout_final, reward_over_epochs, reward_final",
     )
     report.add_argument("--at-epoch", type=int, metavar="E", help="also compare the rewards after E epochs")
     report.add_argument("--smoothing", type=int, metavar="K", help="epochs of the trailing mean (default 5)")
@@ -80,12 +82,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--include-unfinished", action="store_true", help="also use unfinished runs, as far as they have got"
     )
     report.add_argument("--json", action="store_true", help="print comparison.json at the end")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.subkey=value",
-        help="settings of all variants (a variant's own take precedence)",
-    )
+    add_settings(parser, "settings of all variants (a variant's own take precedence)")
     parser.set_defaults(run=run)
 
 
@@ -100,26 +97,13 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
     try:
         compared = compare(
-            tuple(map(parse_variant, arguments.variant)),
-            config=arguments.config,
-            settings=arguments.overrides,
-            seeds=None if arguments.seeds is None else parse_seeds(arguments.seeds),
-            output=arguments.output,
-            file=arguments.file,
-            runs=_groups(arguments.runs) if arguments.runs else None,
-            jobs=arguments.jobs,
-            threads=arguments.threads,
-            launcher=arguments.launcher,
-            minutes=arguments.minutes,
-            report_only=arguments.report_only,
-            baseline=arguments.baseline,
-            target=arguments.target,
-            metric=arguments.metric,
-            primary=arguments.primary,
-            at_epoch=arguments.at_epoch,
-            smoothing=arguments.smoothing,
-            include_unfinished=arguments.include_unfinished,
-            console=console,
+            **values_of(arguments)
+            | {
+                "variants": tuple(map(parse_variant, arguments.variants)),
+                "seeds": None if arguments.seeds is None else parse_seeds(arguments.seeds),
+                "runs": _groups(arguments.runs) or None,
+                "console": console,
+            }
         )
     except Interrupted as interrupt:
         print(f"{interrupt}: `pcpo-fast compare --output {interrupt.folder}` continues", file=sys.stderr)
@@ -162,16 +146,11 @@ def _say(compared: "Compared", console: "Console", *, as_json: bool) -> None:
     result = compared.result
     if as_json:
         print(json.dumps(comparison_record(result), indent=1, allow_nan=False))
-    if not console.is_terminal:
-        console.width = 240  # a table in a file or pipe is not cut into narrow columns
-    console.print(main_table(result).rich())
-    if result.decisions:
-        console.print(decision_table(result).rich())
     lines = [f"not in these numbers: {line}" for line in missing_lines(result)]
     if result.settings.target is None and result.reading.target is not None:
         lines.append(f"target: {result.target_source}")
     lines += notes(result)
     figures = f"{len(compared.figures)} figures in {compared.report.parent / 'figures'}"
     lines.append(f"Report: {compared.report}, {compared.record.name} and {figures}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    tables = [main_table(result), *([decision_table(result)] if result.decisions else [])]
+    show_results(console, tables, lines)

@@ -1,12 +1,8 @@
 """``pcpo-fast evaluate``: checkpoints judged by their images."""
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pcpo_fast.interface.evaluating import Evaluated
+from pcpo_fast.commands import add_settings, show_results, values_of
 
 EXAMPLES = """examples:
   pcpo-fast evaluate --checkpoint base --checkpoint pcpo=runs/pcpo --checkpoint grpo=runs/grpo --output runs/evaluation
@@ -50,12 +46,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     measured = parser.add_argument_group("what is measured")
     measured.add_argument(
         "--reward",
+        dest="rewards",
+        metavar="REWARD",
         action="append",
         default=[],
         help="score with this reward, by its name or label (default: the configuration's)",
     )
     measured.add_argument(
         "--metric",
+        dest="metrics",
         action="append",
         default=[],
         metavar="NAME[=MODEL]",
@@ -84,7 +83,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     running.add_argument("--json", action="store_true", help="print evaluation.json at the end")
     # DeepSpeed's launcher adds this; the rank that counts is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
+    add_settings(parser)
     parser.set_defaults(run=run)
 
 
@@ -96,47 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pcpo_fast.interface.evaluating import evaluate
 
-    done = evaluate(
-        arguments.checkpoints,
-        config=arguments.config,
-        settings=arguments.overrides,
-        prompts=arguments.prompts,
-        limit=arguments.limit,
-        count=arguments.count,
-        seed=arguments.seed,
-        stochastic=arguments.stochastic,
-        rewards=arguments.reward,
-        metrics=arguments.metric,
-        reference=arguments.reference,
-        resamples=arguments.resamples,
-        preference=arguments.preference,
-        output=arguments.output,
-        cache=arguments.cache,
-        batch_size=arguments.batch_size,
-        shown=arguments.shown,
-        remake=arguments.remake,
-    )
+    done = evaluate(**values_of(arguments))
     if done is None:
         return 0
-    if arguments.json:
-        print(json.dumps(done.record, allow_nan=False))
-    _say(done, Console(stderr=arguments.json))  # with --json, stdout is for the program that reads it
-    return 0
 
-
-def _say(done: "Evaluated", console: "Console") -> None:
     from pcpo_fast.evaluation.evaluator import JSON_FILE, MARKDOWN_FILE
     from pcpo_fast.evaluation.result_tables import evaluation_tables
 
-    result = done.result
-    if not console.is_terminal:
-        console.width = 240  # a table in a file or pipe is not cut into narrow columns
-    for table in evaluation_tables(result):
-        console.print(table.rich())
-    lines = [f"note: {note}" for note in result.notes]
+    if arguments.json:
+        print(json.dumps(done.record, allow_nan=False))
+    lines = [f"note: {note}" for note in done.result.notes]
     lines.append(f"Page: {done.page}, {MARKDOWN_FILE} and {JSON_FILE} beside it")
     if done.preference is not None:
         page, key = done.preference
         lines.append(f"Blind comparison: give people {page}, keep {key}; then: pcpo-fast votes {key} VOTES...")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    # With --json, stdout is for the program that reads it.
+    show_results(Console(stderr=arguments.json), evaluation_tables(done.result), lines)
+    return 0

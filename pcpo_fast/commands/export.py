@@ -2,6 +2,8 @@
 
 import argparse
 
+from pcpo_fast.commands import values_of
+
 EXAMPLES = """examples:
   pcpo-fast export runs/demo                          newest checkpoint, to runs/demo/export
   pcpo-fast export runs/demo --epoch 20 --output my-lora
@@ -31,12 +33,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--format",
-        choices=("diffusers", "comfyui", "kohya"),
+        metavar="{diffusers,comfyui,kohya}",
         help="names of a LoRA's layers (default: those that diffusers and ComfyUI both read)",
     )
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
+        metavar="{bfloat16,float16,float32}",
         help="of the weights (default: bfloat16 for LoRA with --output, else the run's own)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -49,14 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pcpo_fast.interface.exporting import export
 
-    done = export(
-        arguments.run_directory,
-        arguments.output,
-        epoch=arguments.epoch,
-        pipeline=arguments.pipeline,
-        format=arguments.format,
-        dtype=arguments.dtype,
-    )
+    values = values_of(arguments)
+    done = export(values.pop("run_directory"), **values)
     if arguments.json:
         print(json.dumps({"output": str(done.folder), "kind": done.kind, "epoch": done.epoch}))
     else:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from pcpo_fast.commands import add_settings
 from pcpo_fast.config.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
@@ -30,7 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--model-config", metavar="FOLDER", help="read the architecture from this pipeline folder; no weights needed"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
+    add_settings(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.planning.plan_table import show_plan
     from pcpo_fast.planning.run_plan import make_plan
 
-    config = load_config(arguments.config or DEFAULT_CONFIG, arguments.overrides)
+    config = load_config(arguments.config or DEFAULT_CONFIG, arguments.settings)
     plan = make_plan(config, arguments.gpus, arguments.gpu_memory, arguments.peak_tflops, arguments.model_config)
     if arguments.json:
         print(json.dumps(plan, indent=1))

@@ -2,6 +2,7 @@
 
 import argparse
 
+from pcpo_fast.commands import add_settings
 from pcpo_fast.config.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
@@ -33,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--timeout", type=float, default=1800, metavar="SECONDS", help="time limit for the two steps (default 1800)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
+    add_settings(parser)
     parser.set_defaults(run=run)
 
 
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.preflight.run import check_arguments, run_checks
 
     ranks_here = check_arguments(arguments.gpus, arguments.nodes, arguments.timeout)
-    config = load_config(arguments.config or DEFAULT_CONFIG, arguments.overrides)
+    config = load_config(arguments.config or DEFAULT_CONFIG, arguments.settings)
     results = []
     for check in run_checks(
         config, arguments.gpus, ranks_here, arguments.gpu_memory, not arguments.no_dry_run, arguments.timeout

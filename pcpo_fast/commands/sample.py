@@ -2,6 +2,8 @@
 
 import argparse
 
+from pcpo_fast.commands import add_settings, values_of
+
 EXAMPLES = """examples:
   pcpo-fast sample --prompt "a red circle on a blue background" --output circle.png
   pcpo-fast sample --run runs/demo --prompts assets/prompts/scenes_heldout.txt --output heldout.png
@@ -58,11 +60,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--steps", type=int, help="denoising steps (default: the configuration's)")
     parser.add_argument("--stochastic", action="store_true", help="sample with the rollout's noise instead of Euler")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
-    parser.add_argument("--reward", action="append", default=[], help="also score the images with this reward")
+    parser.add_argument(
+        "--reward",
+        dest="rewards",
+        metavar="REWARD",
+        action="append",
+        default=[],
+        help="also score the images with this reward",
+    )
     parser.add_argument("--output", default="samples.png", metavar="FILE.png", help="grid image (default samples.png)")
     parser.add_argument("--folder", metavar="FOLDER", help="also write every image as a file (a sweep: by scale)")
     parser.add_argument("--json", action="store_true", help="print files, prompts and scores as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
+    add_settings(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,22 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pcpo_fast.interface.sampling import sample
 
-    samples = sample(
-        Path(arguments.prompts) if arguments.prompts else arguments.prompt,
-        runs=arguments.runs,
-        config=arguments.config,
-        settings=arguments.overrides,
-        scales=arguments.scales,
-        sweep=arguments.sweep,
-        count=arguments.count,
-        seed=arguments.seed,
-        steps=arguments.steps,
-        stochastic=arguments.stochastic,
-        batch_size=arguments.batch_size,
-        rewards=arguments.reward,
-        output=arguments.output,
-        folder=arguments.folder,
-    )
+    values = values_of(arguments)
+    texts, file = values.pop("prompt"), values.pop("prompts")
+    samples = sample(texts if file is None else Path(file), **values)
     prompts = [prompt.text for prompt in samples.request.prompts]
     common = {"output": arguments.output, "runs": arguments.runs, "prompts": prompts, "seed": arguments.seed}
     result = common | dict(samples.written or {})

@@ -33,7 +33,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--most-mib", type=int, default=256, help="MiB of one request (default: 256)")
     parser.add_argument("--waiting-mib", type=int, default=1024, help="MiB of all requests at once (default: 1024)")
     parser.add_argument("--json", action="store_true", help="print the address and what is served as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="option=value", help="options of the reward")
+    parser.add_argument("settings", nargs="*", metavar="option=value", help="options of the reward")
     parser.set_defaults(run=run)
 
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = checked_device("--device", automatic if arguments.device == "auto" else arguments.device)
     bound = listen(arguments.host, arguments.port)
-    reward = load_reward(arguments.reward, _options(arguments.overrides))
+    reward = load_reward(arguments.reward, _options(arguments.settings))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     url = f"http://{host}:{bound.getsockname()[1]}"
 

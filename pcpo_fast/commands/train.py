@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pcpo_fast.commands import add_settings, values_of
 from pcpo_fast.config.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
@@ -56,7 +57,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     # DeepSpeed's launcher adds this; the rank that counts is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON at the end")
-    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that override the file")
+    add_settings(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,17 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.interface.configuration import load_config
     from pcpo_fast.interface.training import train
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.settings)
     try:
-        run = train(
-            config,
-            resume=arguments.resume,
-            verify=arguments.verify,
-            profile=arguments.profile,
-            profile_epoch=arguments.profile_epoch,
-            profile_updates=arguments.profile_updates,
-            console=Console(stderr=arguments.json),  # with --json, stdout is for the program that reads it
-        )
+        console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
+        run = train(**values_of(arguments) | {"config": config, "settings": (), "console": console})
     except KeyboardInterrupt:
         if launcher_rank() == 0:
             print(_how_to_go_on("interrupted", Path(config.output_dir)), file=sys.stderr)

@@ -7,19 +7,29 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from rich.console import Console
+
+from pcpo_fast.comparison import compare_runs, scheduling, write_comparison
+from pcpo_fast.comparison.analysis import Comparison, ComparisonSettings, Missing
+from pcpo_fast.comparison.analysis import compare as compare_curves
+from pcpo_fast.comparison.comparison_file import (
+    FILE,
+    ComparisonFile,
+    read_plan_file,
+    seeds_of,
+    tuning_of,
+    variants_of,
+    write_plan_file,
+)
+from pcpo_fast.comparison.measures import Metric, Primary
+from pcpo_fast.comparison.reading import read_run
+from pcpo_fast.comparison.scheduling import Failure, HowToRun, check_folders
+from pcpo_fast.comparison.tuning import Search, look, tuned, tuning_notes, write_search
+from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant, check_name, planned_runs, settings_from
 from pcpo_fast.errors import UserError
-from pcpo_fast.interface.configuration import File, Settings, default_file, settings_texts
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pcpo_fast.comparison.analysis import Comparison, ComparisonSettings
-    from pcpo_fast.comparison.comparison_file import ComparisonFile
-    from pcpo_fast.comparison.scheduling import Failure, HowToRun
-    from pcpo_fast.comparison.tuning import Search
-    from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant
+from pcpo_fast.interface.configuration import File, Settings, check_choice, check_least, default_file, settings_texts
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Compared:
         figures: drawn from it.
     """
 
-    result: "Comparison"
+    result: Comparison
     report: Path
     record: Path
     figures: tuple[Path, ...]
@@ -48,7 +58,7 @@ class RunsFailed(UserError):
             printed.
     """
 
-    def __init__(self, failures: "Sequence[Failure]", runs: int, compared: Compared | None, reason: str = "") -> None:
+    def __init__(self, failures: Sequence[Failure], runs: int, compared: Compared | None, reason: str = "") -> None:
         named = ", ".join(f"{failure.run.name} (log: {failure.run.log})" for failure in failures)
         super().__init__(f"{len(failures)} of {runs} runs failed: {named}")
         self.exit_code = 2 if all(failure.code == 2 for failure in failures) else 1
@@ -70,7 +80,7 @@ class NotFinished(UserError):
 
 
 def compare(
-    variants: "Mapping[str, Settings | None] | Sequence[Variant]" = (),
+    variants: Mapping[str, Settings | None] | Sequence[Variant] = (),
     *,
     config: File | None = None,
     settings: Settings = (),
@@ -90,7 +100,7 @@ def compare(
     at_epoch: int | None = None,
     smoothing: int | None = None,
     include_unfinished: bool = False,
-    console: "Console | None" = None,
+    console: Console | None = None,
 ) -> Compared:
     """Run what is missing of a comparison, each run in a process of its own, and report.
 
@@ -122,42 +132,29 @@ def compare(
             report, where runs failed; :class:`NotFinished` where the time was over before that.
         pcpo_fast.comparison.scheduling.Interrupted: stopped by a signal; calling again continues.
     """
-    for name, value in (("jobs", jobs), ("threads", threads), ("smoothing", smoothing), ("at-epoch", at_epoch)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: must be at least 1, got {value}")
+    check_least(1, jobs=jobs, threads=threads, smoothing=smoothing, at_epoch=at_epoch)
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes: must be above 0, got {minutes:g}")
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    check_choice(get_args(Metric), metric=metric)
+    check_choice(get_args(Primary), primary=primary)
 
-    from pcpo_fast.comparison import compare_runs
-    from pcpo_fast.comparison.analysis import ComparisonSettings
-    from pcpo_fast.comparison.comparison_file import ComparisonFile
-    from pcpo_fast.comparison.measures import Costs, Metric, Primary
-
-    for name, word, allowed in (("metric", metric, get_args(Metric)), ("primary", primary, get_args(Primary))):
-        if word is not None and word not in allowed:
-            raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {word!r}")
-
-    texts = settings_texts(settings)
-    found = ComparisonFile() if runs is not None else _file(file, output, given=bool(variants))
-    chosen: dict[str, Any] = {
-        "target": target,
-        "metric": metric,
-        "baseline": baseline,
-        "at_epoch": at_epoch,
-        "smoothing": smoothing,
-        "primary": primary,
-    }
+    texts, found = settings_texts(settings), ComparisonFile()
+    if runs is None and file is not None:
+        found = read_plan_file(Path(file))
+    elif runs is None and output is not None and not variants and (Path(output) / FILE).is_file():
+        found = read_plan_file(Path(output) / FILE)  # of an earlier call
+    chosen: dict[str, Any] = {"baseline": baseline, "metric": metric, "target": target}
+    chosen |= {"at_epoch": at_epoch, "smoothing": smoothing, "primary": primary}
     chosen = {name: getattr(found, name) if value is None else value for name, value in chosen.items()}
-    costs = Costs(**found.costs.model_dump())
-    reported = ComparisonSettings(**chosen, include_unfinished=include_unfinished, costs=costs)
-    if found.tuning is not None and reported.primary is None:
-        reported = replace(reported, primary="heldout_area")
+    if found.tuning is not None and chosen["primary"] is None:
+        chosen["primary"] = "heldout_area"
+    reported = ComparisonSettings(**chosen, include_unfinished=include_unfinished, costs=found.costs)
     if runs is not None:
         unused = {"config": config, "variant": variants, "seeds": seeds, "file": file, "launcher": launcher}
-        given = [f"--{name}" for name, value in unused.items() if value] + ["key=value"] * bool(texts)
-        if given:
-            raise UserError(f"--runs compares existing runs, so it cannot be combined with {given[0]}")
+        stray = [f"--{name}" for name, value in unused.items() if value] + ["key=value"] * bool(texts)
+        if stray:
+            raise UserError(f"--runs compares existing runs, so it cannot be combined with {stray[0]}")
         if output is None:
             raise UserError("--output: say where to write the comparison, for example --output runs/comparison")
         return _written(compare_runs(_folders_of(runs), reported), Path(output))
@@ -166,25 +163,25 @@ def compare(
     names = [variant.name for variant in plan.variants]
     if reported.baseline is not None and reported.baseline not in names:
         raise UserError(f"--baseline: must be one of {', '.join(names)}, got {reported.baseline}")
-
-    from rich.console import Console
-
-    from pcpo_fast.comparison.scheduling import HowToRun
-    from pcpo_fast.comparison.variants import planned_runs
-
     console = Console() if console is None else console
     how = None if report_only else HowToRun(jobs, threads, launcher, until)
     if plan.tuning is not None:
-        from pcpo_fast.comparison.tuning import tuned, tuning_notes
-
         search = _search(plan, reported, how, console)
         planned = planned_runs(tuned(plan, search), twins=True)
         reported = replace(reported, notes=tuning_notes(plan, search))
     else:
         planned = planned_runs(plan)
-    failures = [] if how is None else _train(plan, reported, planned, how, console)
+    failures: list[Failure] = []
+    if how is not None:
+        left = check_folders(planned)
+        _check(planned, reported)
+        write_plan_file(plan, reported)
+        failures = scheduling.run_all(left, len(planned) - len(left), plan.output, how, console)
     try:
-        compared = _written(_read(planned, reported), plan.output)
+        trained = [run for run in planned if (run.folder / "metrics.jsonl").is_file()]
+        missing = [Missing(run.variant, run.seed, "has not been trained") for run in planned if run not in trained]
+        curves = {name: [read_run(run.folder) for run in trained if run.variant == name] for name in names}
+        compared = _written(compare_curves(curves, reported, missing), plan.output)
     except UserError as error:
         if failures:
             raise RunsFailed(failures, len(planned), None, str(error)) from None
@@ -196,29 +193,15 @@ def compare(
     return compared
 
 
-def _file(file: File | None, output: File | None, *, given: bool) -> "ComparisonFile":
-    """The file that was named, or the one that an earlier call left in the output folder, or nothing."""
-    from pcpo_fast.comparison.comparison_file import FILE, ComparisonFile, read_plan_file
-
-    if file is not None:
-        return read_plan_file(Path(file))
-    if output is not None and not given and (Path(output) / FILE).is_file():
-        return read_plan_file(Path(output) / FILE)
-    return ComparisonFile()
-
-
 def _plan(
-    file: "ComparisonFile",
-    variants: "Mapping[str, Settings | None] | Sequence[Variant]",
+    file: ComparisonFile,
+    variants: Mapping[str, Settings | None] | Sequence[Variant],
     config: File | None,
-    settings: tuple[str, ...],
+    settings: Sequence[str],
     seeds: int | Sequence[int] | None,
     output: File | None,
-) -> "ComparisonPlan":
+) -> ComparisonPlan:
     """The comparison as file and arguments say; the arguments win."""
-    from pcpo_fast.comparison.comparison_file import seeds_of, tuning_of, variants_of
-    from pcpo_fast.comparison.variants import ComparisonPlan, settings_from
-
     folder = output or file.output
     if folder is None:
         raise UserError("--output: say where the runs go, for example --output runs/compare")
@@ -239,49 +222,38 @@ def _plan(
     return ComparisonPlan(Path(folder), path, shared, named, chosen, tuning_of(file, chosen))
 
 
-def _variant(name: str, own: Settings | None) -> "Variant":
-    from pcpo_fast.comparison.variants import Variant
-
-    if not isinstance(own, Mapping):
-        return Variant(name, None, settings_texts(own or ()))
-    config = own.get("config")
-    rest = {key: value for key, value in own.items() if key != "config"}
-    return Variant(name, None if config is None else os.fspath(config), settings_texts(rest))
+def _variant(name: str, own: Settings | None) -> Variant:
+    config = None
+    if isinstance(own, Mapping):
+        config, own = own.get("config"), {key: value for key, value in own.items() if key != "config"}
+    return Variant(name, None if config is None else os.fspath(config), tuple(settings_texts(own or ())))
 
 
 def _folders_of(runs: Mapping[str, File | Iterable[File]]) -> dict[str, list[Path]]:
-    from pcpo_fast.comparison.variants import check_name
-
+    """The run directories of each variant, patterns resolved."""
     groups: dict[str, list[Path]] = {}
     for name, folders in runs.items():
         check_name(name)
-        listed = [folders] if isinstance(folders, str | os.PathLike) else folders
-        groups[name] = [path for folder in listed for path in _folders(name, os.fspath(folder))]
+        groups[name] = []
+        for folder in [folders] if isinstance(folders, str | os.PathLike) else folders:
+            pattern = os.fspath(folder)
+            if not any(sign in pattern for sign in "*?["):
+                groups[name].append(Path(pattern))
+                continue
+            found = [Path(one) for one in sorted(glob.glob(pattern)) if Path(one, "metrics.jsonl").is_file()]
+            if not found:
+                raise UserError(f"--runs {f'{name}={pattern}'!r}: no run directory is called {pattern}")
+            groups[name] += found
     return groups
 
 
-def _folders(variant: str, pattern: str) -> list[Path]:
-    if not any(sign in pattern for sign in "*?["):
-        return [Path(pattern)]
-    found = [Path(name) for name in sorted(glob.glob(pattern)) if Path(name, "metrics.jsonl").is_file()]
-    if not found:
-        raise UserError(f"--runs {f'{variant}={pattern}'!r}: no run directory is called {pattern}")
-    return found
-
-
-def _search(
-    plan: "ComparisonPlan", settings: "ComparisonSettings", how: "HowToRun | None", console: "Console"
-) -> "Search":
+def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | None, console: Console) -> Search:
     """Tune the variants as far as the time allows, and write what was found; `how`: None trains nothing.
 
     Raises:
         RunsFailed: some have, and the tuning is not over.
         NotFinished: the tuning is not over.
     """
-    from pcpo_fast.comparison.comparison_file import write_plan_file
-    from pcpo_fast.comparison.scheduling import run_all
-    from pcpo_fast.comparison.tuning import look, write_search
-
     search = look(plan, settings)
     failures: list[Failure] = []
     count = 0
@@ -291,7 +263,7 @@ def _search(
     while search.waiting and not failures and how is not None and time.monotonic() < how.until:
         count = len(search.waiting)
         console.print(f"tuning: {count} runs before the next choice", highlight=False)
-        failures = run_all(search.waiting, 0, plan.output, how, console)
+        failures = scheduling.run_all(search.waiting, 0, plan.output, how, console)
         search = look(plan, settings)
     paths = write_search(plan, settings, search)
     state = f"not over, {len(search.waiting)} runs are left before the next choice" if search.waiting else "over"
@@ -301,23 +273,7 @@ def _search(
     return search
 
 
-def _train(
-    plan: "ComparisonPlan",
-    settings: "ComparisonSettings",
-    runs: "Sequence[PlannedRun]",
-    how: "HowToRun",
-    console: "Console",
-) -> "list[Failure]":
-    from pcpo_fast.comparison.comparison_file import write_plan_file
-    from pcpo_fast.comparison.scheduling import check_folders, run_all
-
-    left = check_folders(runs)
-    _check(runs, settings)
-    write_plan_file(plan, settings)
-    return run_all(left, len(runs) - len(left), plan.output, how, console)
-
-
-def _check(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> None:
+def _check(runs: Sequence[PlannedRun], settings: ComparisonSettings) -> None:
     """Refuse what runs would not be able to do, or would not tell."""
     blind = [run.name for run in runs if run.config.prompts.heldout is None]
     if blind and str(settings.primary).startswith("heldout"):
@@ -331,22 +287,6 @@ def _check(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> None
             )
 
 
-def _read(runs: "Sequence[PlannedRun]", settings: "ComparisonSettings") -> "Comparison":
-    from pcpo_fast.comparison.analysis import Missing, compare
-    from pcpo_fast.comparison.reading import RunCurves, read_run
-
-    found: dict[str, list[RunCurves]] = {run.variant: [] for run in runs}
-    missing: list[Missing] = []
-    for run in runs:
-        if (run.folder / "metrics.jsonl").is_file():
-            found[run.variant].append(read_run(run.folder))
-        else:
-            missing.append(Missing(run.variant, run.seed, "has not been trained"))
-    return compare(found, settings, missing)
-
-
-def _written(result: "Comparison", folder: Path) -> Compared:
-    from pcpo_fast.comparison.writing import write_comparison
-
+def _written(result: Comparison, folder: Path) -> Compared:
     record, report, *figures = write_comparison(result, folder)
     return Compared(result, report, record, tuple(figures))

@@ -40,27 +40,68 @@ def load_config(
         config = default_file()
     where, texts = "command line", []
     if isinstance(config, Mapping):
-        where, texts, config = "setting", _texts(config), None
+        where, texts, config = "setting", settings_texts(config), None
     if isinstance(settings, Mapping) or rewards is not None:
         where = "setting"
-    texts += _texts(settings)
+    texts += settings_texts(settings)
     if isinstance(config, Config) and any(text.startswith("algorithm=") for text in texts):
         raise UserError(
             "algorithm: a loaded configuration already holds its preset's values; pass the file or "
             "mapping that it was loaded from instead"
         )
     if rewards is not None:
-        texts += _texts({"rewards": rewards})
+        texts += settings_texts({"rewards": rewards})
     return load_file(config if config is None or isinstance(config, Config) else os.fspath(config), texts, where)
 
 
-def settings_texts(settings: Settings) -> tuple[str, ...]:
+def check_least(least: int, **numbers: int | None) -> None:
+    """Refuse arguments below `least`; None is one that was not given.
+
+    Raises:
+        UserError: one of them is.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, got {number}")
+
+
+def check_choice(allowed: Sequence[str], **words: str | None) -> None:
+    """Refuse arguments that are not among `allowed`; None is one that was not given.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    for name, word in words.items():
+        if word is not None and word not in allowed:
+            raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {word!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that random generators do not take.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed: must lie in 0..2^63 - 1, got {seed}")
+
+
+def settings_texts(settings: Settings) -> list[str]:
     """Settings as the command line writes them.
 
     Raises:
         UserError: they are neither a mapping nor a list of strings, or a value is not one that YAML has.
     """
-    return tuple(_texts(settings))
+    if isinstance(settings, str) or not isinstance(settings, Mapping | Sequence):
+        raise UserError(
+            f'settings: must be a mapping such as {{"train.epochs": 3}} or a list such as ["train.epochs=3"], '
+            f"got {settings!r}"
+        )
+    if not isinstance(settings, Mapping):
+        return list(settings)
+    if "rewards" in settings:
+        settings = {**settings, "rewards": [_reward_entry(reward) for reward in _listed(settings["rewards"])]}
+    return [f"{key}={_json(key, value)}" for key, value in flattened(settings) if key]
 
 
 def default_file(hint: str = "run from the project's folder, or name a file with --config FILE") -> str:
@@ -105,19 +146,6 @@ def _reward_entry(reward: Reward) -> dict[str, Any]:
 
         entry = {"label": getattr(given, "__qualname__", None)} | entry | {"name": name_of(given)}
     return entry
-
-
-def _texts(settings: Settings) -> list[str]:
-    if isinstance(settings, str) or not isinstance(settings, Mapping | Sequence):
-        raise UserError(
-            f'settings: must be a mapping such as {{"train.epochs": 3}} or a list such as ["train.epochs=3"], '
-            f"got {settings!r}"
-        )
-    if not isinstance(settings, Mapping):
-        return list(settings)
-    if "rewards" in settings:
-        settings = {**settings, "rewards": [_reward_entry(reward) for reward in _listed(settings["rewards"])]}
-    return [f"{key}={_json(key, value)}" for key, value in flattened(settings) if key]
 
 
 def _json(key: str, value: Any) -> str:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.interface.configuration import File, Reward, Settings, load_config, reward_configs, settings_texts
+from pcpo_fast.interface.configuration import (
+    File,
+    Reward,
+    Settings,
+    check_least,
+    check_seed,
+    load_config,
+    reward_configs,
+    settings_texts,
+)
 
 if TYPE_CHECKING:
     from pcpo_fast.evaluation.result import Evaluation
@@ -87,23 +96,14 @@ def evaluate(
     """
     if isinstance(checkpoints, Mapping):
         texts = [f"{name}={os.fspath(what)}" for name, what in checkpoints.items()]
-    elif isinstance(checkpoints, str | os.PathLike):
-        texts = [os.fspath(checkpoints)]
     else:
-        texts = [os.fspath(what) for what in checkpoints]
+        listed = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
+        texts = [os.fspath(what) for what in listed]
     if not texts:
         raise UserError("--checkpoint: name what to evaluate, for example --checkpoint base --checkpoint runs/demo")
-    for name, value, least in (
-        ("count", count, 1),
-        ("batch-size", batch_size, 1),
-        ("limit", limit, 1),
-        ("shown", shown, 0),
-        ("resamples", resamples, 0),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"--{name}: must be at least {least}, got {value}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed: must lie in 0..2^63 - 1, got {seed}")
+    check_least(1, count=count, batch_size=batch_size, limit=limit)
+    check_least(0, shown=shown, resamples=resamples)
+    check_seed(seed)
 
     from pcpo_fast.evaluation.metrics import parse_metrics
 
@@ -134,9 +134,8 @@ def evaluate(
         resamples=resamples,
         shown=shown,
     )
-    overrides = settings_texts(settings)
     file = None if config is None else os.fspath(config)
-    candidates = with_reference(texts, file, overrides, measured)
+    candidates = with_reference(texts, file, settings_texts(settings), measured)
     pair = None
     if preference is not None:
         text = preference if isinstance(preference, str) else ",".join(preference)
@@ -145,10 +144,9 @@ def evaluate(
     source = shared.prompts.heldout if prompts is None else os.fspath(prompts)
     if source is None:
         raise UserError("--prompts: the configuration has no prompts.heldout; name a prompt file")
-    listed = load_prompts(source)[:limit]
     scored = reward_configs(rewards, shared.rewards) or list(shared.rewards)
     measured = replace(measured, rewards=scored, timeout=shared.scoring.timeout)
-    request = Request(listed, count, seed, stochastic, batch_size, remake)
+    request = Request(load_prompts(source)[:limit], count, seed, stochastic, batch_size, remake)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from pcpo_fast.engine.engine import start_distributed
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pcpo_fast.interface.configuration import check_choice
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -43,15 +45,10 @@ def export(
     Raises:
         UserError: no such run or checkpoint, its weights are damaged, or the folder cannot take them.
     """
-    from pcpo_fast.errors import UserError
     from pcpo_fast.runs.exporting import export_run
 
-    for name, value, allowed in (
-        ("format", format, ("diffusers", "comfyui", "kohya")),
-        ("dtype", dtype, ("bfloat16", "float16", "float32")),
-    ):
-        if value is not None and value not in allowed:
-            raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {value!r}")
+    check_choice(("diffusers", "comfyui", "kohya"), format=format)
+    check_choice(("bfloat16", "float16", "float32"), dtype=dtype)
     target = None if output is None else os.fspath(output)
     written = export_run(os.fspath(run), target, epoch, pipeline, format, dtype)
     return Exported(Path(written["output"]), written["kind"], written["epoch"])

@@ -12,6 +12,8 @@ from pcpo_fast.interface.configuration import (
     Reward,
     Settings,
     Source,
+    check_least,
+    check_seed,
     default_file,
     load_config,
     reward_configs,
@@ -67,11 +69,8 @@ def sample(
     scales = [scales] if isinstance(scales, int | float) else scales
     if sweep is not None and not isinstance(sweep, str):
         sweep = ",".join(map(str, sweep))
-    for name, value in (("count", count), ("batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"--{name}: must be at least 1, got {value}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed: must lie in 0..2^63 - 1, got {seed}")
+    check_least(1, count=count, batch_size=batch_size)
+    check_seed(seed)
     if output is not None and Path(output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output: {output} must end in .png, .jpg or .webp")
     if folder is not None and output is None:

@@ -116,7 +116,7 @@ def test_settings_may_stand_anywhere() -> None:
     arguments = parse(
         ["train", "a.b=1", "--config", "f", "c=2", "--resume", "never", "d=-1", "--local_rank=3", "--json", "e=x y"]
     )
-    assert arguments.overrides == ["a.b=1", "c=2", "d=-1", "e=x y"]
+    assert arguments.settings == ["a.b=1", "c=2", "d=-1", "e=x y"]
     assert (arguments.config, arguments.resume, arguments.json, arguments.local_rank) == ("f", "never", True, 3)
 
 

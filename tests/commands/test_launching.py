@@ -60,7 +60,7 @@ def test_a_launcher_passes_on_settings_that_train_takes(
         }
     monkeypatch.chdir(ROOT)
     parsed = parse(["train", *passed])
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_config(parsed.config, parsed.settings)
     assert config.optimizer.lr == 2e-6 and Path(str(config.deepspeed)).is_file()
     assert config.output_dir == "runs/flux_two_machines"
 
