@@ -65,7 +65,7 @@ class ComparisonSettings:
     @property
     def primary_measure(self) -> Measure:
         """The measure that `primary` names; there is one."""
-        return next(measure for measure in MEASURES if measure.key == self.primary)
+        return MEASURES[str(self.primary)]
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,15 @@ def compare(
     baseline = next(iter(runs), "") if settings.baseline is None else settings.baseline
     if baseline not in runs:
         raise UserError(f"--baseline: must be one of {', '.join(runs)}, got {baseline}")
-    chosen, left_out = _select(runs, settings.include_unfinished)
+    chosen: dict[str, list[RunCurves]] = {name: [] for name in runs}
+    absent = list(missing)
+    for name, run in ((name, run) for name, group in runs.items() for run in group):
+        if run.epochs > 0 and (run.finished or settings.include_unfinished):
+            chosen[name].append(run)
+        else:
+            planned = "" if run.config is None else f" of {run.config.train.epochs}"
+            absent.append(Missing(name, run.seed, f"{run.folder} is not finished ({run.epochs}{planned} epochs)"))
     everything = [run for group in chosen.values() for run in group]
-    absent = (*missing, *left_out)
     if not everything:
         reasons = "; ".join(f"{run.variant}: {run.reason}" for run in absent[:3])
         raise UserError(f"there is no finished run to compare ({reasons or 'none was given'})")
@@ -183,7 +189,8 @@ def compare(
     target, source = _target(chosen, baseline, reading, settings)
     reading = replace(reading, target=target)
     judges = dict.fromkeys(name for run in everything for name in run.judges)
-    measures = (*MEASURES, *map(judge_measure, judges))
+    named = (replace(one, label=one.label.format(at_epoch=reading.at_epoch)) for one in MEASURES.values())
+    measures = (*named, *map(judge_measure, judges))
     values = {
         name: {measure.key: tuple(measure.of(run, reading) for run in group) for measure in measures}
         for name, group in chosen.items()
@@ -195,7 +202,7 @@ def compare(
         if (key := settings.primary) is not None and name != baseline
     }
     decisions = decide({name: both for name, both in sides.items() if all(both[0])})
-    return Comparison(settings, reading, source, baseline, results, absent, measures, decisions)
+    return Comparison(settings, reading, source, baseline, results, tuple(absent), measures, decisions)
 
 
 def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> str:
@@ -207,22 +214,6 @@ def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> 
     direction = "higher" if difference.value > 0 else "lower"
     word = direction if better is None else "better" if direction == better else "worse"
     return word if difference.n >= FEW else f"probably {word}"
-
-
-def _select(
-    runs: Mapping[str, Sequence[RunCurves]], include_unfinished: bool
-) -> tuple[dict[str, list[RunCurves]], list[Missing]]:
-    chosen: dict[str, list[RunCurves]] = {}
-    left_out = []
-    for name, group in runs.items():
-        chosen[name] = []
-        for run in group:
-            if run.epochs > 0 and (run.finished or include_unfinished):
-                chosen[name].append(run)
-            else:
-                planned = "" if run.config is None else f" of {run.config.train.epochs}"
-                left_out.append(Missing(name, run.seed, f"{run.folder} is not finished ({run.epochs}{planned} epochs)"))
-    return chosen, left_out
 
 
 def reading_of(runs: Sequence[RunCurves], settings: ComparisonSettings) -> Reading:
@@ -276,39 +267,44 @@ def _target(
     )
 
 
-_Values = Mapping[str, Mapping[str, tuple[float | None, ...]]]
-
-
 def _result(
     name: str,
     baseline: str,
     chosen: Mapping[str, Sequence[RunCurves]],
-    values: _Values,
+    values: Mapping[str, Mapping[str, tuple[float | None, ...]]],
     reading: Reading,
     measures: Sequence[Measure],
 ) -> VariantResult:
-    own = values[name]
-    known = {key: [value for value in column if value is not None] for key, column in own.items()}
+    known = {key: [value for value in column if value is not None] for key, column in values[name].items()}
     times = {key: [timed(run, reading) for run in chosen[key]] for key in (name, baseline)}
     reached = {key: [time.reached for time in column if time is not None] for key, column in times.items()}
     against, speed_up = {}, None
-    if name != baseline:
-        for measure in measures:
-            sides, paired = _sides(chosen[name], own[measure.key], chosen[baseline], values[baseline][measure.key])
-            if min(map(len, sides)) == 0:
-                continue
-            against[measure.key] = _against(measure, *sides, paired)
-            if measure is EPOCHS_TO_TARGET:
-                speed_up = ratio_of_means(sides[1], sides[0], paired=paired)
+    for measure in measures if name != baseline else ():
+        columns = values[name][measure.key], values[baseline][measure.key]
+        (own, other), paired = _sides(chosen[name], columns[0], chosen[baseline], columns[1])
+        if not own or not other:
+            continue
+        difference = mean_difference(own, other, paired=paired)
+        signs = [_sign(x, y) for x, y in zip(own, other, strict=True)] if paired else []
+        counts = (signs.count(1), signs.count(-1), signs.count(0))
+        against[measure.key] = Against(difference, paired, *counts, verdict(difference, measure.better))
+        if measure == EPOCHS_TO_TARGET:
+            speed_up = ratio_of_means(other, own, paired=paired)
+    bounds: dict[tuple[bool, bool], Bound] = {
+        (True, True): "",
+        (True, False): "at most",
+        (False, True): "at least",
+        (False, False): "restricted",
+    }
     return VariantResult(
         name=name,
         runs=tuple(chosen[name]),
-        values=own,
+        values=values[name],
         means={key: mean(column) for key, column in known.items() if column},
         reached=sum(reached[name]) if reached[name] else None,
         against=against,
         speed_up=speed_up,
-        speed_up_bound=_bound(all(reached[baseline]), all(reached[name])),
+        speed_up_bound=bounds[all(reached[baseline]), all(reached[name])],
     )
 
 
@@ -331,25 +327,6 @@ def _sides(
     return ([value for _, value in own], [value for _, value in other]), False
 
 
-def _against(measure: Measure, own: list[float], other: list[float], paired: bool) -> Against:
-    difference = mean_difference(own, other, paired=paired)
-    signs = [_sign(x, y) for x, y in zip(own, other, strict=True)] if paired else []
-    return Against(
-        difference=difference,
-        paired=paired,
-        higher=signs.count(1),
-        lower=signs.count(-1),
-        ties=signs.count(0),
-        verdict=verdict(difference, measure.better),
-    )
-
-
 def _sign(x: float, y: float) -> int:
     """Values that differ by rounding alone are a tie."""
     return 0 if math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-15) else 1 if x > y else -1
-
-
-def _bound(baseline_reached: bool, variant_reached: bool) -> Bound:
-    if baseline_reached:
-        return "" if variant_reached else "at most"
-    return "at least" if variant_reached else "restricted"

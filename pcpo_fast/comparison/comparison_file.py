@@ -1,11 +1,10 @@
 """comparison.yaml: a comparison as a file, written by people and into every comparison's folder."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from pcpo_fast.comparison.analysis import ComparisonSettings
@@ -21,60 +20,31 @@ from pcpo_fast.files.atomic import write_atomically
 FILE = "comparison.yaml"
 
 
-class _Section(BaseModel):
+REPORTED = ("baseline", "metric", "target", "at_epoch", "smoothing", "primary")
+"""What both a file and :class:`ComparisonSettings` hold, under the same names."""
+
+
+class ComparisonFile(BaseModel):
+    """What a file may hold; what has an option on the command line may also be given there, and that wins.
+
+    Descriptions say what a value must be.
+    """
+
     model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TuningSection(_Section):
-    """How variants are tuned: see :class:`pcpo_fast.comparison.variants.Tuning`."""
-
-    lr: list[float]
-    seeds: list[int]
-    max_trials: int | None = None
-
-
-class CostsSection(_Section):
-    """What decodes and reward calls count: see :class:`pcpo_fast.comparison.measures.Costs`."""
-
-    decode: float = 1.0
-    reward: float = 1.0
-
-
-class ComparisonFile(_Section):
-    """What a file may hold; what has an option on the command line may also be given there, and that wins."""
 
     output: HomePath | None = None
     config: HomePath | None = None
-    seeds: int | list[int] = 3
-    settings: dict[str, Any] = {}
-    variants: dict[str, dict[str, Any] | None] = {}
+    seeds: int | list[int] = Field(3, description="a number of seeds, or a list of them")
+    settings: dict[str, Any] = Field({}, description="a mapping of settings")
+    variants: dict[str, dict[str, Any] | None] = Field({}, description="a mapping of names to settings (or to nothing)")
     baseline: str | None = None
-    metric: Metric = "training"
-    target: float | None = None
-    at_epoch: int | None = None
-    smoothing: int = 5
-    primary: Primary | None = None
-    costs: CostsSection = CostsSection()
-    tuning: TuningSection | None = None
-
-
-_EXPECTED = {
-    "seeds": "a number of seeds, or a list of them",
-    "variants": "a mapping of names to settings (or to nothing)",
-    "settings": "a mapping of settings",
-    "metric": "training or heldout",
-    "target": "a number",
-    "at_epoch": "an integer",
-    "smoothing": "an integer",
-    "primary": f"one of {', '.join(get_args(Primary))}",
-    "costs": "a mapping of decode and reward to numbers",
-    "costs.decode": "a number",
-    "costs.reward": "a number",
-    "tuning": "a mapping of lr, seeds and max_trials",
-    "tuning.lr": "a list of numbers",
-    "tuning.seeds": "a list of integers",
-    "tuning.max_trials": "an integer",
-}
+    metric: Metric = Field("training", description="training or heldout")
+    target: float | None = Field(None, description="a number")
+    at_epoch: int | None = Field(None, description="an integer")
+    smoothing: int = Field(5, description="an integer")
+    primary: Primary | None = Field(None, description=f"one of {', '.join(get_args(Primary))}")
+    costs: Costs = Field(Costs(), description="a mapping of decode and reward to numbers")
+    tuning: Tuning | None = Field(None, description="a mapping of lr, seeds and max_trials")
 
 
 def read_plan_file(path: Path) -> ComparisonFile:
@@ -94,18 +64,17 @@ def read_plan_file(path: Path) -> ComparisonFile:
 
 
 def _sentence(problem: ErrorDetails) -> str:
-    *above, last = (part for part in map(str, problem["loc"]) if part != "int" and not part.startswith("list["))
+    first, *below = (part for part in map(str, problem["loc"]) if part != "int" and not part.startswith("list["))
+    sections: dict[str, type[BaseModel]] = {"tuning": Tuning, "costs": Costs}
+    fields = sections[first].model_fields if below and first in sections else ComparisonFile.model_fields
+    last = below[-1] if below else first
     if problem["type"] == "extra_forbidden":
-        sections: dict[str, type[BaseModel]] = {"tuning": TuningSection, "costs": CostsSection}
-        section = sections.get(above[0] if above else "", ComparisonFile)
-        allowed = list(section.model_fields)
-        hint = did_you_mean(last, allowed) or f"; {above[0] if above else 'a comparison'} takes {', '.join(allowed)}"
-        return f"unknown key {'.'.join([*above, last])}{hint}"
+        hint = did_you_mean(last, list(fields)) or f"; {first if below else 'a comparison'} takes {', '.join(fields)}"
+        return f"unknown key {'.'.join([first, *below])}{hint}"
     if problem["type"] == "missing":
-        return f"{'.'.join([*above, last])} is missing"
-    keys = [".".join([*above, last][:length]) for length in (2, 1)]
-    key = next((key for key in keys if key in _EXPECTED), keys[-1])
-    return f"{key}: must be {_EXPECTED.get(key, 'a text')}, got {problem['input']!r}"
+        return f"{'.'.join([first, *below])} is missing"
+    key = f"{first}.{below[0]}" if below and first in sections else first
+    return f"{key}: must be {fields[key.rpartition('.')[2]].description or 'a string'}, got {problem['input']!r}"
 
 
 def variants_of(file: ComparisonFile) -> tuple[Variant, ...]:
@@ -147,16 +116,16 @@ def tuning_of(file: ComparisonFile, seeds: Sequence[int]) -> Tuning | None:
         return None
     rates = sorted(set(given.lr))
     if len(rates) < 2 or len(rates) < len(given.lr) or not (rates[0] > 0 and rates[-1] < float("inf")):
-        raise UserError(f"tuning.lr: must be two or more distinct numbers above 0, got {given.lr}")
+        raise UserError(f"tuning.lr: must be two or more distinct numbers above 0, got {list(given.lr)}")
     if not given.seeds or min(given.seeds) < 0 or len(set(given.seeds)) < len(given.seeds):
-        raise UserError(f"tuning.seeds: must be distinct numbers from 0, got {given.seeds}")
+        raise UserError(f"tuning.seeds: must be distinct numbers from 0, got {list(given.seeds)}")
     both = sorted(set(given.seeds) & set(seeds))
     if both:
         raise UserError(
             f"tuning.seeds: {', '.join(map(str, both))} also decides the comparison (seeds), which needs seeds that "
             "nothing was chosen on"
         )
-    return Tuning(tuple(rates), tuple(given.seeds), given.max_trials)
+    return given.model_copy(update={"lr": tuple(rates)})
 
 
 def write_plan_file(plan: ComparisonPlan, settings: ComparisonSettings) -> Path:
@@ -174,21 +143,10 @@ def write_plan_file(plan: ComparisonPlan, settings: ComparisonSettings) -> Path:
         "seeds": len(seeds) if seeds == list(range(len(seeds))) else seeds,
         "settings": settings_mapping(plan.settings),
         "variants": variants,
-        "baseline": settings.baseline,
-        "metric": settings.metric,
-        "target": settings.target,
-        "at_epoch": settings.at_epoch,
-        "smoothing": settings.smoothing,
-        "primary": settings.primary,
-        "costs": None if settings.costs == Costs() else asdict(settings.costs),
-        "tuning": None if plan.tuning is None else _without_none(asdict(plan.tuning)),
+        **{name: getattr(settings, name) for name in REPORTED},
+        "costs": None if settings.costs == Costs() else settings.costs.model_dump(),
+        "tuning": plan.tuning and plan.tuning.model_dump(mode="json", exclude_none=True),
     }
     path = plan.output / FILE
     write_atomically(path, dump_yaml({key: value for key, value in values.items() if value not in (None, {})}))
     return path
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None
-    }

@@ -1,6 +1,6 @@
 """What differs between configurations, and what that does to a comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pcpo_fast.config.dotted_keys import flattened
@@ -48,11 +48,7 @@ def consequences(found: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing variants that differ in these keys, one sentence each."""
     sentences = []
     for names, consequence in _CONSEQUENCES:
-        keys = [key for key in found if _is_one_of(key, names)]
+        keys = [key for key in found if any(key == name or key.startswith(f"{name}.") for name in names)]
         if keys:
             sentences.append(f"The variants differ in {', '.join(keys)}: {consequence}.")
     return sentences
-
-
-def _is_one_of(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)

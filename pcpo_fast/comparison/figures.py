@@ -1,11 +1,12 @@
 """The figures of a comparison, in the style of a run's report. A colour stands for the same variant in all of them."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from statistics import median_high
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcpo_fast.comparison.analysis import Comparison, VariantResult
+from pcpo_fast.comparison.analysis import Comparison
 from pcpo_fast.comparison.curves import until
 from pcpo_fast.comparison.measures import (
     EPOCHS_TO_TARGET,
@@ -30,7 +31,9 @@ from pcpo_fast.reporting.style import (
     SOFT,
     epoch_axis,
     legend,
+    marker,
     new_figure,
+    percent,
     styled,
 )
 
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 # The first colours of the style, then the rest of the same palette, then the same again with dashed lines.
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", "#8a8f98", "#20242c")
 _DASHES = ("-", "--", ":")
+
+Curve = Callable[[RunCurves], Series]
 
 # How many letters fit into a row over a whole figure, and how many the mark of an entry takes.
 _LETTERS, _HANDLE = 120, 7
@@ -62,23 +67,19 @@ def comparison_figures(result: Comparison) -> dict[str, "Figure"]:
 def reward_figure(result: Comparison) -> "Figure | None":
     """Reward over epochs: every seed thin, the mean thick, its interval as a band; training, and held-out if any."""
     reading = result.reading
-    sides: list[tuple[str, str, Callable[[RunCurves], Series]]] = []
-    if any(run.reward for _, variant in _shown(result) for run in variant.runs):
-        title = f"Training reward, mean over {reading.smoothing} epochs"
-        sides.append(("training", title, lambda run: smoothed_reward(run, reading)))
-    if any(run.heldout for _, variant in _shown(result) for run in variant.runs):
-        sides.append(("heldout", "Held-out reward", lambda run: until(run.heldout, reading.horizon)))
-    if not sides:
+    training, heldout = f"Training reward, mean over {reading.smoothing} epochs", "Held-out reward"
+    curves: dict[str, Curve] = {
+        training: lambda run: smoothed_reward(run, reading),
+        heldout: lambda run: until(run.heldout, reading.horizon),
+    }
+    figure = _curves_figure(result, curves, "epochs trained", "mean reward", 3.7)
+    if figure is None:
         return None
-    figure = new_figure(3.7)
-    for place, (metric, title, curve) in enumerate(sides, start=1):
-        axes = figure.add_subplot(1, len(sides), place)
-        styled(axes, title, "epochs trained", "mean reward", with_legend=True)
-        for index, variant in _shown(result):
-            _curves(axes, [found for run in variant.runs if (found := curve(run))], index, variant.name)
-        if reading.target is not None and metric == reading.metric:
-            axes.axhline(reading.target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="target", zorder=1)
+    for axes in figure.axes:
         epoch_axis(axes, 0, reading.horizon)
+        timed_here = axes.get_title(loc="left") == (heldout if reading.metric == "heldout" else training)
+        if reading.target is not None and timed_here:
+            axes.axhline(reading.target, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="target", zorder=1)
     _legend(figure)
     return figure
 
@@ -89,42 +90,57 @@ def compute_figure(result: Comparison) -> "Figure | None":
     if reading.compute is None:
         return None
     grid = np.linspace(0, reading.compute, 61)
-    figure = new_figure(3.3)
+
+    def curve(run: RunCurves) -> Series:
+        spent, held = compute_spent(run, reading.costs), until(run.heldout, run.epochs)
+        if not spent or not held:
+            return Series([], [])
+        values = np.interp(grid, [spent[epoch] for epoch in held.epochs], held.values)
+        return Series(grid.tolist(), values.tolist())
+
     title = "Held-out reward over compute"
-    axes = styled(figure.add_subplot(), title, "forward passes of an image", "mean reward", with_legend=True)
-    for index, variant in _shown(result):
-        curves = []
-        for run in variant.runs:
-            spent, held = compute_spent(run, reading.costs), until(run.heldout, run.epochs)
-            if spent and held:
-                values = np.interp(grid, [spent[epoch] for epoch in held.epochs], held.values)
-                curves.append(Series(grid.tolist(), values.tolist()))
-        _curves(axes, curves, index, variant.name)
-    _legend(figure)
-    return figure if axes.lines else None
+    figure = _curves_figure(result, {title: curve}, "forward passes of an image", "mean reward", 3.3)
+    if figure is not None:
+        _legend(figure)
+    return figure
 
 
-def _curves(axes: "Axes", curves: list[Series], index: int, name: str) -> None:
-    if not curves:
-        return
+def _curves_figure(result: Comparison, curves: Mapping[str, Curve], x: str, y: str, height: float) -> "Figure | None":
+    """A plot for each title whose curve at least one run has: the seeds, and their mean; None without any."""
+    found = {
+        title: [[found for run in variant.runs if (found := curve(run))] for variant in result.variants]
+        for title, curve in curves.items()
+    }
+    found = {title: groups for title, groups in found.items() if any(groups)}
+    if not found:
+        return None
+    figure = new_figure(height)
+    for place, (title, groups) in enumerate(found.items(), start=1):
+        axes = styled(figure.add_subplot(1, len(found), place), title, x, y, with_legend=True)
+        for index, (variant, group) in enumerate(zip(result.variants, groups, strict=True)):
+            if group:
+                _draw(axes, group, index, variant.name)
+    return figure
+
+
+def _draw(axes: "Axes", curves: list[Series], index: int, name: str) -> None:
     colour, line = _look(index)
-    common = sorted(set.intersection(*(set(curve.epochs) for curve in curves)))
-    table = [[curve.by_epoch()[epoch] for epoch in common] for curve in curves]
-    dots = "o" if len(common) <= 12 else ""
     if len(curves) > 1:
         for curve in curves:
             axes.plot(curve.epochs, curve.values, color=colour, linewidth=0.7, alpha=0.35, linestyle=line)
+    common = sorted(set.intersection(*(set(curve.epochs) for curve in curves)))
     if not common:
         return
-    mean, low, high = mean_curve(table)
+    mean, low, high = mean_curve([[curve.by_epoch()[epoch] for epoch in common] for curve in curves])
     if low is not None and high is not None and len(curves) > 2:
         axes.fill_between(common, low, high, color=colour, alpha=0.15, linewidth=0)
+    dots = marker(common)
     axes.plot(common, mean, color=colour, linewidth=2, linestyle=line, marker=dots, markersize=3.5, label=name)
 
 
 def target_figure(result: Comparison) -> "Figure | None":
     """Epochs to the target: a dot per seed (hollow where it was not reached), the mean and its interval."""
-    shown = [(index, variant) for index, variant in _shown(result) if EPOCHS_TO_TARGET.key in variant.means]
+    shown = [one for one in enumerate(result.variants) if EPOCHS_TO_TARGET.key in one[1].means]
     if not shown:
         return None
     reading = result.reading
@@ -160,22 +176,16 @@ def clip_figure(result: Comparison) -> "Figure | None":
     """Clip fraction of each sampler step, mean over epochs: every seed thin, the mean thick with its interval."""
     from matplotlib.ticker import MaxNLocator
 
-    reading = result.reading
-    steps = {v.name: [found for run in v.runs if (found := clip_by_step(run, reading))] for v in result.variants}
-    if not any(steps.values()):
+    def curve(run: RunCurves) -> Series:
+        steps = clip_by_step(run, result.reading)
+        return Series(list(steps), list(steps.values()))
+
+    title = "Clip fraction per sampler step, mean over epochs"
+    figure = _curves_figure(result, {title: curve}, "step (0 = noise)", "share clipped", 3.3)
+    if figure is None:
         return None
-    figure = new_figure(3.3)
-    axes = styled(
-        figure.add_subplot(),
-        "Clip fraction per sampler step, mean over epochs",
-        "step (0 = noise)",
-        "share clipped",
-        with_legend=True,
-    )
-    for index, variant in _shown(result):
-        curves = [Series(list(found), list(found.values())) for found in steps[variant.name]]
-        _curves(axes, curves, index, variant.name)
-    _percent(axes)
+    (axes,) = figure.axes
+    percent(axes.yaxis)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     _legend(figure)
@@ -186,30 +196,22 @@ def gradient_figure(result: Comparison) -> "Figure | None":
     """How gradient norms are spread: the share of updates above each multiple of their run's median, both axes log."""
     from matplotlib.ticker import FuncFormatter
 
-    reading = result.reading
-    figure = new_figure(3.3)
-    axes = styled(
-        figure.add_subplot(),
-        "Spread of the gradient norm over updates",
-        "gradient norm / median of its run",
-        "share of updates above",
-        with_legend=True,
-    )
-    drawn, top = 0, 1.0
-    for index, variant in _shown(result):
-        colour, line = _look(index)
+    figure, top = new_figure(3.3), 0.0
+    title, x = "Spread of the gradient norm over updates", "gradient norm / median of its run"
+    axes = styled(figure.add_subplot(), title, x, "share of updates above", with_legend=True)
+    for index, variant in enumerate(result.variants):
         pooled: list[float] = []
         for run in variant.runs:
-            norms = sorted(norms_after_warm_up(run, reading))
-            middle = norms[len(norms) // 2] if norms else 0.0
+            norms = norms_after_warm_up(run, result.reading)
+            middle = median_high(norms) if norms else 0.0
             pooled += [norm / middle for norm in norms] if middle > 0 else []
-        if not pooled:
-            continue
-        pooled.sort()
-        above = [1 - i / len(pooled) for i in range(len(pooled))]
-        axes.plot(pooled, above, color=colour, linewidth=1.8, linestyle=line, label=variant.name, drawstyle="steps-pre")
-        drawn, top = drawn + 1, max(top, pooled[-1])
-    if not drawn:
+        if pooled:
+            pooled.sort()
+            above = [1 - i / len(pooled) for i in range(len(pooled))]
+            colour, line = _look(index)
+            axes.step(pooled, above, where="pre", color=colour, linewidth=1.8, linestyle=line, label=variant.name)
+            top = max(top, pooled[-1])
+    if not top:
         return None
     axes.axvline(SPIKE, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=f"spike: above {SPIKE:g}")
     axes.set_yscale("log")
@@ -221,11 +223,6 @@ def gradient_figure(result: Comparison) -> "Figure | None":
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.3g}"))
     _legend(figure)
     return figure
-
-
-def _shown(result: Comparison) -> list[tuple[int, VariantResult]]:
-    """The variants that have runs, each with its place in the order of all, which gives it its colour."""
-    return [(index, variant) for index, variant in enumerate(result.variants) if variant.runs]
 
 
 def _look(index: int) -> tuple[str, str]:
@@ -243,18 +240,5 @@ def _legend(figure: "Figure") -> None:
     entries = {}
     for axes in figure.axes:
         entries.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
-    figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside right upper",
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        handlelength=1.4,
-    )
-
-
-def _percent(axes: "Axes") -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    look: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 1.4}
+    figure.legend(list(entries.values()), list(entries), loc="outside right upper", **look)

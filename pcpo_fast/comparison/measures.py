@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from pcpo_fast.comparison.curves import Reached, first_reached, interpolated, last_value, trailing_mean, until
 from pcpo_fast.comparison.reading import WORK, RunCurves
@@ -27,8 +28,7 @@ WARM_UP = 0.1
 """Share of the updates, at the beginning, that gradient norms are not taken from."""
 
 
-@dataclass(frozen=True)
-class Costs:
+class Costs(BaseModel):
     """What the parts of the work cost, in passes of an image through the network without a gradient.
 
     Attributes:
@@ -36,8 +36,10 @@ class Costs:
         reward: an image scored by one reward.
     """
 
-    decode: float = 1.0
-    reward: float = 1.0
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    decode: float = Field(1.0, description="a number")
+    reward: float = Field(1.0, description="a number")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Reading:
     metric: Metric
     smoothing: int
     at_epoch: int | None
-    costs: Costs = Costs()
+    costs: Costs = field(default_factory=Costs)
     compute: float | None = None
     seconds: float | None = None
 
@@ -104,28 +106,6 @@ def timed(run: RunCurves, reading: Reading) -> Reached | None:
     return first_reached(curve, reading.target, reading.horizon, between=heldout)
 
 
-def _epochs_to_target(run: RunCurves, reading: Reading) -> float | None:
-    reached = timed(run, reading)
-    return None if reached is None else reached.epochs
-
-
-def _reward_at(run: RunCurves, reading: Reading) -> float | None:
-    return None if reading.at_epoch is None else last_value(smoothed_reward(run, reading), reading.at_epoch)
-
-
-def _reward_over_epochs(run: RunCurves, reading: Reading) -> float | None:
-    values = until(run.reward, reading.horizon - 1).values
-    return statistics.fmean(values) if values else None
-
-
-def _heldout_final(run: RunCurves, reading: Reading) -> float | None:
-    return last_value(run.heldout, reading.horizon) if len(until(run.heldout, reading.horizon).values) > 1 else None
-
-
-def _heldout_at(run: RunCurves, reading: Reading) -> float | None:
-    return None if reading.at_epoch is None else interpolated(run.heldout, reading.at_epoch)
-
-
 def compute_spent(run: RunCurves, costs: Costs) -> list[float] | None:
     """Work of a run after 0, 1, 2, ... epochs, in forward passes; None where an epoch has not counted it."""
     parts = [run.work[name] for name in WORK]
@@ -150,32 +130,10 @@ def _mean_height(run: RunCurves, spent: list[float] | None, budget: float | None
     return float(np.trapezoid(np.interp(inside, x, y), inside)) / budget
 
 
-def _heldout_best_epoch(run: RunCurves, reading: Reading) -> float | None:
-    curve = until(run.heldout, reading.horizon)
-    return max(zip(curve.values, (-epoch for epoch in curve.epochs), strict=True))[1] * -1.0 if curve else None
-
-
-def _diversity_at_target(run: RunCurves, reading: Reading) -> float | None:
-    time = timed(run, reading) if reading.metric == "heldout" else None
-    return interpolated(run.diversity, time.epochs) if time is not None and time.reached else None
-
-
 def clip_by_step(run: RunCurves, reading: Reading) -> dict[int, float]:
     """Mean clip fraction of each sampler step over the epochs."""
     curves = {step: until(curve, reading.horizon - 1).values for step, curve in run.clip_steps.items()}
     return {step: statistics.fmean(values) for step, values in curves.items() if values}
-
-
-def _clip_fraction(run: RunCurves, reading: Reading) -> float | None:
-    values = until(run.clip_fraction, reading.horizon - 1).values
-    return statistics.fmean(values) if values else None
-
-
-def _clip_unevenness(run: RunCurves, reading: Reading) -> float | None:
-    values = list(clip_by_step(run, reading).values())
-    if len(values) < 2 or not any(values):
-        return None
-    return statistics.pstdev(values) / statistics.fmean(values)
 
 
 def norms_after_warm_up(run: RunCurves, reading: Reading) -> list[float]:
@@ -185,158 +143,181 @@ def norms_after_warm_up(run: RunCurves, reading: Reading) -> list[float]:
     return norms[max(math.ceil(WARM_UP * len(norms)), warm_up) :]
 
 
-def _grad_variation(run: RunCurves, reading: Reading) -> float | None:
-    norms = norms_after_warm_up(run, reading)
-    if len(norms) < 2 or not any(norms):
-        return None
-    return statistics.stdev(norms) / statistics.fmean(norms)
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
-def _grad_spikes(run: RunCurves, reading: Reading) -> float | None:
-    norms = norms_after_warm_up(run, reading)
-    if not norms:
-        return None
-    limit = SPIKE * statistics.median(norms)
-    return sum(norm > limit for norm in norms) / len(norms)
+MEASURES: dict[str, Measure] = {}
+"""All measures by their keys, in the order of their definitions below, which is that of the tables."""
+
+Direction = Literal["higher", "lower"] | None
+Function = Callable[[RunCurves, Reading], float | None]
 
 
-EPOCHS_TO_TARGET = Measure(
-    "epochs_to_target",
+def _measure(label: str, better: Direction, meaning: str, form: str = ".4f") -> Callable[[Function], Function]:
+    """Make a function the measure of its own name; see :class:`Measure`."""
+
+    def add(of: Function) -> Function:
+        MEASURES[of.__name__] = Measure(of.__name__, label, better, form, meaning, of)
+        return of
+
+    return add
+
+
+@_measure(
     "epochs to target",
     "lower",
-    ".1f",
     "epochs trained until the reward first reaches the target; a run that never does counts with the epochs that it "
     "was watched for, and the mean is then a lower bound",
-    _epochs_to_target,
+    ".1f",
 )
+def epochs_to_target(run: RunCurves, reading: Reading) -> float | None:
+    reached = timed(run, reading)
+    return None if reached is None else reached.epochs
 
-MEASURES = (
-    EPOCHS_TO_TARGET,
-    Measure(
-        "reward_final",
-        "training reward at the end",
-        "higher",
-        ".4f",
-        "trailing mean of the training reward after the last epoch that all runs have",
-        lambda run, reading: last_value(smoothed_reward(run, reading), reading.horizon),
-    ),
-    Measure(
-        "reward_at_epoch",
-        "training reward at epoch {at_epoch}",
-        "higher",
-        ".4f",
-        "trailing mean of the training reward after as many epochs as --at-epoch says",
-        _reward_at,
-    ),
-    Measure(
-        "reward_over_epochs",
-        "training reward, mean over epochs",
-        "higher",
-        ".4f",
-        "mean of the training reward over all epochs: speed and level in one number, without a target",
-        _reward_over_epochs,
-    ),
-    Measure(
-        "heldout_final",
-        "held-out reward at the end",
-        "higher",
-        ".4f",
-        "reward on held-out prompts and fixed seeds, last evaluation",
-        _heldout_final,
-    ),
-    Measure(
-        "heldout_at_epoch",
-        "held-out reward at epoch {at_epoch}",
-        "higher",
-        ".4f",
-        "reward on held-out prompts after as many epochs as --at-epoch says, between evaluations on a straight line",
-        _heldout_at,
-    ),
-    Measure(
-        "heldout_area",
-        "held-out reward over compute",
-        "higher",
-        ".4f",
-        "area under the held-out reward against compute, up to the compute that all runs have spent, divided by it; "
-        "compute is counted in forward passes of an image: a backward pass is 2, a decode and a reward call are "
-        "what the plan's `costs` says, 1 if nothing",
-        lambda run, reading: _mean_height(run, compute_spent(run, reading.costs), reading.compute),
-    ),
-    Measure(
-        "heldout_area_seconds",
-        "held-out reward over seconds",
-        "higher",
-        ".4f",
-        "the same against the seconds of rollout, reward and update, as slow as the jobs beside it made them",
-        lambda run, reading: _mean_height(run, seconds_spent(run), reading.seconds),
-    ),
-    Measure(
-        "heldout_best_epoch",
-        "epoch of the best held-out reward",
-        None,
-        ".1f",
-        "epochs trained at the best evaluation; the last one: the reward was still rising",
-        _heldout_best_epoch,
-    ),
-    Measure(
-        "diversity_at_target",
-        "diversity at the target",
-        "higher",
-        ".4f",
-        "diversity where the held-out reward reaches the target, between evaluations on a straight line; of the runs "
-        "that reached it",
-        _diversity_at_target,
-    ),
-    Measure(
-        "base_distance",
-        "distance from the base model",
-        None,
-        ".4f",
-        "root mean square pixel distance of held-out images from the base model's of the same noise, last evaluation",
-        lambda run, reading: last_value(run.base_distance, reading.horizon),
-    ),
-    Measure(
-        "diversity",
-        "diversity at the end",
-        "higher",
-        ".4f",
-        "mean distance between images of the same held-out prompt, last evaluation",
-        lambda run, reading: last_value(run.diversity, reading.horizon),
-    ),
-    Measure(
-        "clip_fraction",
-        "clip fraction",
-        None,
-        ".4f",
-        "share of (image, step) pairs that the clip range leaves without a gradient, mean over epochs",
-        _clip_fraction,
-    ),
-    Measure(
-        "clip_unevenness",
-        "clip fraction, unevenness over steps",
-        None,
-        ".3f",
-        "standard deviation over sampler steps of each step's mean clip fraction, divided by their mean; 0: flat",
-        _clip_unevenness,
-    ),
-    Measure(
-        "grad_variation",
-        "gradient norm, variation",
-        None,
-        ".3f",
-        "standard deviation of the gradient norm over updates divided by its mean, without the first tenth of the "
-        "updates (or the learning rate's warm-up)",
-        _grad_variation,
-    ),
-    Measure(
-        "grad_spikes",
-        "gradient norm, share of spikes",
-        None,
-        ".4f",
-        f"share of these updates whose gradient norm is above {SPIKE:g} times the run's median",
-        _grad_spikes,
-    ),
+
+EPOCHS_TO_TARGET = MEASURES["epochs_to_target"]
+
+
+@_measure(
+    "training reward at the end",
+    "higher",
+    "trailing mean of the training reward after the last epoch that all runs have",
 )
+def reward_final(run: RunCurves, reading: Reading) -> float | None:
+    return last_value(smoothed_reward(run, reading), reading.horizon)
+
+
+@_measure(
+    "training reward at epoch {at_epoch}",
+    "higher",
+    "trailing mean of the training reward after as many epochs as --at-epoch says",
+)
+def reward_at_epoch(run: RunCurves, reading: Reading) -> float | None:
+    return None if reading.at_epoch is None else last_value(smoothed_reward(run, reading), reading.at_epoch)
+
+
+@_measure(
+    "training reward, mean over epochs",
+    "higher",
+    "mean of the training reward over all epochs: speed and level in one number, without a target",
+)
+def reward_over_epochs(run: RunCurves, reading: Reading) -> float | None:
+    return _mean(until(run.reward, reading.horizon - 1).values)
+
+
+@_measure("held-out reward at the end", "higher", "reward on held-out prompts and fixed seeds, last evaluation")
+def heldout_final(run: RunCurves, reading: Reading) -> float | None:
+    values = until(run.heldout, reading.horizon).values
+    return values[-1] if len(values) > 1 else None
+
+
+@_measure(
+    "held-out reward at epoch {at_epoch}",
+    "higher",
+    "reward on held-out prompts after as many epochs as --at-epoch says, between evaluations on a straight line",
+)
+def heldout_at_epoch(run: RunCurves, reading: Reading) -> float | None:
+    return None if reading.at_epoch is None else interpolated(run.heldout, reading.at_epoch)
+
+
+@_measure(
+    "held-out reward over compute",
+    "higher",
+    "area under the held-out reward against compute, up to the compute that all runs have spent, divided by it; "
+    "compute is counted in forward passes of an image: a backward pass is 2, a decode and a reward call are "
+    "what the plan's `costs` says, 1 if nothing",
+)
+def heldout_area(run: RunCurves, reading: Reading) -> float | None:
+    return _mean_height(run, compute_spent(run, reading.costs), reading.compute)
+
+
+@_measure(
+    "held-out reward over seconds",
+    "higher",
+    "the same against the seconds of rollout, reward and update, as slow as the jobs beside it made them",
+)
+def heldout_area_seconds(run: RunCurves, reading: Reading) -> float | None:
+    return _mean_height(run, seconds_spent(run), reading.seconds)
+
+
+@_measure(
+    "epoch of the best held-out reward",
+    None,
+    "epochs trained at the best evaluation; the last one: the reward was still rising",
+    ".1f",
+)
+def heldout_best_epoch(run: RunCurves, reading: Reading) -> float | None:
+    curve = until(run.heldout, reading.horizon)
+    return float(curve.epochs[curve.values.index(max(curve.values))]) if curve else None
+
+
+@_measure(
+    "diversity at the target",
+    "higher",
+    "diversity where the held-out reward reaches the target, between evaluations on a straight line; of the runs "
+    "that reached it",
+)
+def diversity_at_target(run: RunCurves, reading: Reading) -> float | None:
+    time = timed(run, reading) if reading.metric == "heldout" else None
+    return interpolated(run.diversity, time.epochs) if time is not None and time.reached else None
+
+
+@_measure(
+    "distance from the base model",
+    None,
+    "root mean square pixel distance of held-out images from the base model's of the same noise, last evaluation",
+)
+def base_distance(run: RunCurves, reading: Reading) -> float | None:
+    return last_value(run.base_distance, reading.horizon)
+
+
+@_measure("diversity at the end", "higher", "mean distance between images of the same held-out prompt, last evaluation")
+def diversity(run: RunCurves, reading: Reading) -> float | None:
+    return last_value(run.diversity, reading.horizon)
+
+
+@_measure(
+    "clip fraction",
+    None,
+    "share of (image, step) pairs that the clip range leaves without a gradient, mean over epochs",
+)
+def clip_fraction(run: RunCurves, reading: Reading) -> float | None:
+    return _mean(until(run.clip_fraction, reading.horizon - 1).values)
+
+
+@_measure(
+    "clip fraction, unevenness over steps",
+    None,
+    "standard deviation over sampler steps of each step's mean clip fraction, divided by their mean; 0: flat",
+    ".3f",
+)
+def clip_unevenness(run: RunCurves, reading: Reading) -> float | None:
+    values = list(clip_by_step(run, reading).values())
+    return statistics.pstdev(values) / statistics.fmean(values) if len(values) > 1 and any(values) else None
+
+
+@_measure(
+    "gradient norm, variation",
+    None,
+    "standard deviation of the gradient norm over updates divided by its mean, without the first tenth of the "
+    "updates (or the learning rate's warm-up)",
+    ".3f",
+)
+def grad_variation(run: RunCurves, reading: Reading) -> float | None:
+    norms = norms_after_warm_up(run, reading)
+    return statistics.stdev(norms) / statistics.fmean(norms) if len(norms) > 1 and any(norms) else None
+
+
+@_measure(
+    "gradient norm, share of spikes",
+    None,
+    f"share of these updates whose gradient norm is above {SPIKE:g} times the run's median",
+)
+def grad_spikes(run: RunCurves, reading: Reading) -> float | None:
+    norms = norms_after_warm_up(run, reading)
+    limit = SPIKE * statistics.median(norms) if norms else math.inf
+    return _mean([float(norm > limit) for norm in norms])
 
 
 def judge_measure(name: str) -> Measure:

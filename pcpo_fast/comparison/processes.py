@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import pcpo_fast
 from pcpo_fast.comparison.run_progress import RunProgress
@@ -84,7 +83,9 @@ def start_run(
     command = command_of(run, launcher, slot)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with open(run.log, "ab") as log:
-        _headline(log, command)
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        log.write(f"--- {when}  {shlex.join(command)}\n".encode())
+        log.flush()
         try:
             process = subprocess.Popen(
                 command,
@@ -136,11 +137,6 @@ def _script() -> list[str]:
     if installed.is_file():
         return [str(installed), "train"]
     raise UserError("--launcher: found neither train.py next to pcpo_fast/ nor the pcpo-fast command to start with it")
-
-
-def _headline(log: BinaryIO, command: Sequence[str]) -> None:
-    when = time.strftime("%Y-%m-%d %H:%M:%S")
-    log.write(f"--- {when}  {shlex.join(command)}\n".encode())
 
 
 def _before_start(parent: int) -> Callable[[], None]:

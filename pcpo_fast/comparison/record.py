@@ -1,17 +1,15 @@
 """comparison.json: every number of a comparison, with what it was made from."""
 
 import importlib.metadata
-import math
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import median_high
 from typing import Any
 
 import pcpo_fast
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.differences import consequences, differences
 from pcpo_fast.comparison.measures import timed
-from pcpo_fast.config.schema import Config
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import LEVEL, RESAMPLES, attainable
 from pcpo_fast.runs.input_record import read_differently
@@ -35,23 +33,28 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
             "at_epoch": reading.at_epoch,
             "smoothing_epochs": reading.smoothing,
             "primary": result.settings.primary,
-            "costs": asdict(reading.costs),
+            "costs": reading.costs.model_dump(),
             "compute": reading.compute,
             "include_unfinished": result.settings.include_unfinished,
             "interval_level": LEVEL,
             "bootstrap_resamples": RESAMPLES,
         },
         "measures": {
-            measure.key: {
-                "label": measure.label.format(at_epoch=reading.at_epoch),
-                "better": measure.better,
-                "meaning": measure.meaning,
-            }
+            measure.key: {"label": measure.label, "better": measure.better, "meaning": measure.meaning}
             for measure in result.measures
         },
         "decisions": {name: asdict(decision) for name, decision in result.decisions.items()},
         "differences": variant_differences(result),
-        "variants": {variant.name: _variant(variant, result) for variant in result.variants},
+        "variants": {
+            variant.name: {
+                "runs": [_run(variant, index, result) for index in range(len(variant.runs))],
+                "reached_target": variant.reached,
+                "means": {key: asdict(estimate) for key, estimate in variant.means.items()},
+                "against_baseline": {key: asdict(against) for key, against in variant.against.items()},
+                "speed_up": variant.speed_up and asdict(variant.speed_up) | {"bound": variant.speed_up_bound},
+            }
+            for variant in result.variants
+        },
         "missing": [asdict(run) for run in result.missing],
         "notes": notes(result),
     }
@@ -78,7 +81,14 @@ def notes(result: Comparison) -> list[str]:
     if result.reading.target is None:
         found.append(f"Epochs to target are left out: {result.target_source}.")
     found += consequences(variant_differences(result))
-    found += [_inner_differences(variant) for variant in result.variants if _varying(variant)]
+    for variant in result.variants:
+        configs = {str(index): run.config for index, run in enumerate(variant.runs) if run.config is not None}
+        varying = [
+            f"{key} ({', '.join(dict.fromkeys(map(str, values.values())))})"
+            for key, values in differences(configs).items()
+        ]
+        if varying:
+            found.append(f"{variant.name}: its runs do not have the same settings: {'; '.join(varying)}.")
     changed = read_differently([run.folder for run in runs])
     if changed:
         found.append(f"Not all runs read the same: the content of {', '.join(changed)} changed between them.")
@@ -108,16 +118,6 @@ def _about_intervals(result: Comparison) -> list[str]:
     return found
 
 
-def _variant(variant: VariantResult, result: Comparison) -> dict[str, Any]:
-    return {
-        "runs": [_run(variant, index, result) for index in range(len(variant.runs))],
-        "reached_target": variant.reached,
-        "means": {key: asdict(estimate) for key, estimate in variant.means.items()},
-        "against_baseline": {key: asdict(against) for key, against in variant.against.items()},
-        "speed_up": None if variant.speed_up is None else asdict(variant.speed_up) | {"bound": variant.speed_up_bound},
-    }
-
-
 def _run(variant: VariantResult, index: int, result: Comparison) -> dict[str, Any]:
     run = variant.runs[index]
     reached = timed(run, result.reading)
@@ -129,35 +129,13 @@ def _run(variant: VariantResult, index: int, result: Comparison) -> dict[str, An
         "reached_target": None if reached is None else reached.reached,
         "values": {measure.key: variant.values[measure.key][index] for measure in result.measures},
         "skipped_updates": sum(run.skipped.values()),
-        "seconds_per_epoch": _median(run.seconds),
+        "seconds_per_epoch": round(median_high(run.seconds.values), 4) if run.seconds else None,
         "curves": {"reward": _curve(run.reward), "heldout_reward": _curve(run.heldout)},
     }
 
 
 def _curve(curve: Series) -> dict[str, list[float]]:
     return {"epochs": list(curve.epochs), "values": [float(f"{value:.7g}") for value in curve.values]}
-
-
-def _median(curve: Series) -> float | None:
-    ordered = sorted(curve.values)
-    return round(ordered[len(ordered) // 2], 4) if ordered and math.isfinite(ordered[-1]) else None
-
-
-def _varying(variant: VariantResult) -> dict[str, dict[str, Any]]:
-    """Settings in which the runs of a variant differ though they should not."""
-    configs: dict[str, Config] = {
-        str(index): run.config for index, run in enumerate(variant.runs) if run.config is not None
-    }
-    return differences(configs)
-
-
-def _inner_differences(variant: VariantResult) -> str:
-    parts = [f"{key} ({', '.join(_shown_values(values))})" for key, values in _varying(variant).items()]
-    return f"{variant.name}: its runs do not have the same settings: {'; '.join(parts)}."
-
-
-def _shown_values(values: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(str(value) for value in values.values()))
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -45,21 +45,16 @@ class RunProgress:
         except OSError:
             return
         for line in reversed(lines):
-            record = _record(line)
-            if record.get("kind") == "epoch":
+            try:
+                record = json.loads(line)
+            except ValueError:  # half a line, at either end
+                continue
+            if isinstance(record, dict) and record.get("kind") == "epoch":
                 reward = record.get("reward/mean")
                 self.epochs = int(record["epoch"]) + 1
                 self.reward = reward if isinstance(reward, float) else None
                 return
         self.epochs = 0
-
-
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 class Running(Protocol):

@@ -119,7 +119,13 @@ def run_all(
                         progress.message(f"time is up: {len(queue)} runs are left for the next call")
                         queue.clear()
                     while queue and len(running) < how.jobs:
-                        running.append(_start(queue.pop(0), running, how, lock))
+                        slot = min(set(range(how.jobs)) - {job.slot for job in running})
+                        environment = environment_of(how, slot, os.environ)
+                        running.append(
+                            start_run(
+                                queue.pop(0), slot, launcher=how.launcher, environment=environment, keep_open=lock
+                            )
+                        )
                         progress.began(running[-1])
                     for job in [job for job in running if job.process.poll() is not None]:
                         running.remove(job)
@@ -158,13 +164,6 @@ def environment_of(how: HowToRun, slot: int, outside: Mapping[str, str]) -> dict
         if len(gpus) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment
-
-
-def _start(run: PlannedRun, running: Sequence[RunningRun], how: HowToRun, lock: int | None) -> RunningRun:
-    taken = {job.slot for job in running}
-    slot = next(number for number in range(how.jobs) if number not in taken)
-    environment = environment_of(how, slot, os.environ)
-    return start_run(run, slot, launcher=how.launcher, environment=environment, keep_open=lock)
 
 
 def _failure(job: RunningRun) -> Failure | None:

@@ -17,7 +17,7 @@ from statistics import fmean
 
 from pcpo_fast.comparison.analysis import ComparisonSettings, reading_of
 from pcpo_fast.comparison.measures import Reading
-from pcpo_fast.comparison.reading import RunCurves, read_run
+from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.scheduling import check_folders
 from pcpo_fast.comparison.variants import (
     TUNING,
@@ -87,7 +87,11 @@ def look(plan: ComparisonPlan, settings: ComparisonSettings) -> Search:
     assert tuning is not None
     planned_runs(plan, twins=True)  # checks the names, and the settings of the comparison itself
     tried = {variant.name: _grid(plan, variant) for variant in plan.variants}
-    limit = _limit(plan, max(map(len, tried.values())))
+    largest = max(map(len, tried.values()))
+    limit = 2 * largest if tuning.max_trials is None else tuning.max_trials
+    if limit < largest:
+        raise UserError(f"tuning.max_trials: must be at least {largest}, the trials of the largest grid, got {limit}")
+    measure = settings.primary_measure
     reading: Reading | None = None
     scores: dict[Trial, tuple[float, ...]] = {}
     while True:
@@ -100,7 +104,13 @@ def look(plan: ComparisonPlan, settings: ComparisonSettings) -> Search:
             return Search(_frozen(tried), tuple(waiting), scores, {}, ())
         curves = {trial: [read_run(run.folder) for run in runs[trial]] for trial in new}
         reading = reading or reading_of([run for group in curves.values() for run in group], settings)
-        scores |= {trial: tuple(_score(run, reading, settings) for run in group) for trial, group in curves.items()}
+        for trial, group in curves.items():
+            values = [measure.of(run, reading) for run in group]
+            known = [value for value in values if value is not None]
+            if len(known) < len(values):
+                folder = group[values.index(None)].folder
+                raise UserError(f"primary: {folder} has no value of {measure.key} ({measure.meaning})")
+            scores[trial] = tuple(known)
         best = {name: max(own, key=lambda trial: fmean(scores[trial])) for name, own in tried.items()}
         beyond = {name: _beyond(best[name], own, tuning.lr) for name, own in tried.items()}
         for name, own in tried.items():
@@ -204,22 +214,6 @@ def _grid(plan: ComparisonPlan, variant: Variant) -> list[Trial]:
         raise UserError(f"variant {variant.name}: {key} is searched ({where}), so nothing else may set it")
     columns = [[settings_from({key: value})[0] for value in values] for key, values in variant.search.items()]
     return [Trial(variant.name, chosen, lr) for chosen in itertools.product(*columns) for lr in plan.tuning.lr]
-
-
-def _limit(plan: ComparisonPlan, largest: int) -> int:
-    assert plan.tuning is not None
-    limit = plan.tuning.max_trials
-    if limit is not None and limit < largest:
-        raise UserError(f"tuning.max_trials: must be at least {largest}, the trials of the largest grid, got {limit}")
-    return 2 * largest if limit is None else limit
-
-
-def _score(run: RunCurves, reading: Reading, settings: ComparisonSettings) -> float:
-    measure = settings.primary_measure
-    value = measure.of(run, reading)
-    if value is None:
-        raise UserError(f"primary: {run.folder} has no value of {measure.key} ({measure.meaning})")
-    return value
 
 
 def _beyond(best: Trial, own: Sequence[Trial], rates: Sequence[float]) -> Trial | None:

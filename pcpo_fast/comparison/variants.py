@@ -6,6 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from pcpo_fast.comparison.differences import decisive, differences
 from pcpo_fast.config.dotted_keys import flattened
@@ -42,8 +45,7 @@ class Variant:
     search: Mapping[str, Sequence[object]] = field(default_factory=dict, hash=False)
 
 
-@dataclass(frozen=True)
-class Tuning:
+class Tuning(BaseModel):
     """How every variant is tuned before the comparison.
 
     Attributes:
@@ -52,9 +54,11 @@ class Tuning:
         max_trials: trials of each variant at most; None: twice those of the largest grid.
     """
 
-    lr: tuple[float, ...]
-    seeds: tuple[int, ...]
-    max_trials: int | None = None
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    lr: Annotated[tuple[float, ...], Strict(False)] = Field(description="a list of numbers")
+    seeds: Annotated[tuple[int, ...], Strict(False)] = Field(description="a list of integers")
+    max_trials: int | None = Field(None, description="an integer")
 
 
 @dataclass(frozen=True)

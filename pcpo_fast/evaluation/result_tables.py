@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from pcpo_fast.evaluation.result import Evaluation
-from pcpo_fast.reporting.tables import Grid, estimate_text, number_text
+from pcpo_fast.reporting.tables import Grid, bullets, estimate_text, number_text
 
 _ARROWS = {"higher": "↑", "lower": "↓"}
 
@@ -59,9 +59,8 @@ def evaluation_markdown(result: Evaluation, figures: Sequence[str]) -> str:
     if result.reference is not None:
         parts.append(f"Distances are to {result.reference}.")
     parts.append(main.markdown())
-    for table in others:
-        parts += [f"## {table.title}", table.markdown()]
+    parts += [table.section() for table in others]
     parts += [f"![{name}]({name})" for name in figures]
     if result.notes:
-        parts += ["## What to know", "\n".join(f"- {note}" for note in result.notes)]
+        parts += ["## What to know", bullets(result.notes)]
     return "\n\n".join(parts) + "\n"

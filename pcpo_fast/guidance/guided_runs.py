@@ -115,14 +115,9 @@ def read_fine_tune(
     if not weights.is_dir():
         raise UserError(f"{option}: {folder} holds no exported weights yet; write them with: pcpo-fast export {folder}")
     config = load_config(folder / CONFIG_FILE, overrides)
-    return FineTune(_moved(config, folder), weights)
-
-
-def _moved(config: Config, folder: Path) -> Config:
-    """The run may have been moved, and weights that it started from are in its own by now."""
-    lora = config.model.lora.model_copy(update={"init": None})
-    model = config.model.model_copy(update={"lora": lora})
-    return config.model_copy(update={"output_dir": str(folder), "model": model})
+    # The run may have been moved, and weights that it started from are in its own by now.
+    model = config.model.model_copy(update={"lora": config.model.lora.model_copy(update={"init": None})})
+    return FineTune(config.model_copy(update={"output_dir": str(folder), "model": model}), weights)
 
 
 def _same_folder(path: str) -> str:

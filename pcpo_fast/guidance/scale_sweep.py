@@ -75,11 +75,6 @@ def _number(word: str, text: str) -> Decimal:
     return number
 
 
-def plot_path(output: Path) -> Path:
-    """Where the plot of the rewards goes: next to the picture."""
-    return output.with_name(f"{output.stem}_reward.png")
-
-
 def sweep_numbers(columns: Sequence[ScaleResult], count: int) -> list[dict[str, Any]]:
     """For each scale its rewards: mean, its 95 % bootstrap interval, standard deviation over images, and all scores.
 
@@ -126,9 +121,10 @@ def sweep_picture(columns: Sequence[ScaleResult], captions: Sequence[str], count
     """
     rows = shown_rows(len(captions) // count, count)
     reward = next(iter(columns[0].scores), None)
+    meanings = {0.0: " (base)", 1.0: " (tuned)"}
     return image_table(
         [column.images[rows] for column in columns],
-        columns=[_heading(column.scale) for column in columns],
+        columns=[f"\u03bb = {column.scale:g}{meanings.get(column.scale, '')}" for column in columns],
         rows=[captions[row] for row in rows],
         scores=None if reward is None else [column.scores[reward][rows].tolist() for column in columns],
         title=None if len(rows) == len(captions) else f"{len(rows)} of {len(captions)} images",
@@ -145,16 +141,10 @@ def write_reward_plot(
     """
     if not columns[0].scores:
         return None
-    points = {name: [_point(entry, name) for entry in numbers] for name in columns[0].scores}
-    save_figure(scale_figure(points, images), plot_path(output))
-    return plot_path(output)
-
-
-def _heading(scale: float) -> str:
-    meaning = {0.0: " (base)", 1.0: " (tuned)"}.get(scale, "")
-    return f"\u03bb = {scale:g}{meaning}"
-
-
-def _point(entry: Mapping[str, Any], reward: str) -> ScalePoint:
-    summary = entry["rewards"][reward]
-    return ScalePoint(entry["guidance_scale_reward"], *(summary[key] for key in ("mean", "low", "high", "std")))
+    points: dict[str, list[ScalePoint]] = {}
+    for name in columns[0].scores:
+        found = [(entry["guidance_scale_reward"], entry["rewards"][name]) for entry in numbers]
+        points[name] = [ScalePoint(scale, one["mean"], one["low"], one["high"], one["std"]) for scale, one in found]
+    plot = output.with_name(f"{output.stem}_reward.png")
+    save_figure(scale_figure(points, images), plot)
+    return plot

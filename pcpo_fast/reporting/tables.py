@@ -1,6 +1,6 @@
 """Tables of numbers and their intervals, written as Markdown or for a terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,10 @@ class Grid:
         lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
+    def section(self) -> str:
+        """As Markdown, below its title."""
+        return f"## {self.title}\n\n{self.markdown()}"
+
     def rich(self) -> "Table":
         """For a terminal; verdicts are coloured."""
         from rich.table import Table
@@ -36,6 +40,11 @@ class Grid:
         for row in self.rows:
             table.add_row(*(Text(cell, style=_STYLES.get(cell.removeprefix("probably "), "")) for cell in row))
         return table
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list in Markdown."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def number_text(value: float, *, signed: bool = False) -> str:

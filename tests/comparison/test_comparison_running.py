@@ -240,11 +240,11 @@ def test_the_command_of_a_run_is_the_trainers_and_gives_its_configuration(tmp_pa
     command = command_of(run, None, 0)
     assert command[:4] == [sys.executable, "-m", "pcpo_fast", "train"]
     arguments = parse(command[3:])
-    assert load_config(arguments.config, arguments.overrides) == run.config
+    assert load_config(arguments.config, arguments.settings) == run.config
     (tmp_path / "base.yaml").write_text("sampler: {steps: 5}")
     run = planned_runs(ComparisonPlan(tmp_path, str(tmp_path / "base.yaml"), (), (NATIVE,), (2,)))[0]
     arguments = parse(command_of(run, None, 0)[3:])
-    assert load_config(arguments.config, arguments.overrides) == run.config
+    assert load_config(arguments.config, arguments.settings) == run.config
     assert run.config.sampler.steps == 5
 
 

@@ -23,7 +23,7 @@ NATIVE, PCPO = Variant("native", None, ("credit.rule=native",)), Variant("pcpo")
 
 
 def plan(folder: Path, *variants: Variant, lr: tuple[float, ...] = (1e-5, 1e-4), **tuning: int) -> ComparisonPlan:
-    tuned = Tuning(lr, (100, 101), **tuning)
+    tuned = Tuning(lr=lr, seeds=(100, 101), **tuning)
     return ComparisonPlan(folder, None, ("train.epochs=20",), variants or (NATIVE, PCPO), (0, 1), tuned)
 
 
@@ -136,7 +136,7 @@ costs: {{decode: 0.5}}
 def test_a_plan_with_tuning_is_read_written_and_read_again(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(PLAN.format(output=tmp_path / "out"))
     file = read_plan_file(tmp_path / "c.yaml")
-    assert tuning_of(file, seeds_of(file)) == Tuning((1e-5, 1e-4), (100, 101), 5)
+    assert tuning_of(file, seeds_of(file)) == Tuning(lr=(1e-5, 1e-4), seeds=(100, 101), max_trials=5)
     assert dict(variants_of(file)[1].search) == {"credit.clip_range": [1e-4, 1e-3]}
     whole = ComparisonPlan(
         tmp_path / "out", None, (), variants_of(file), seeds_of(file), tuning_of(file, seeds_of(file))
