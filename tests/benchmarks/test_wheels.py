@@ -15,8 +15,8 @@ KNOWN_TO_DIFFER = {
     "transformers": "required for the learned rewards; the benchmark builds FLUX without a text encoder",
 }
 """Of the project's own requirements."""
-OLD_ENOUGH = {"packaging>=20.0", "matplotlib<4,>=3.9", "peft<0.23,>=0.20", "pyyaml<7,>=6", "scipy<2,>=1.13"}
-OLD_ENOUGH |= {"pillow>=11.3", "rich>=13.9", "tensorboard<3,>=2.19", "regex!=2019.12.17"}
+OLD_ENOUGH = {"packaging>=20.0", "matplotlib<4,>=3.9", "peft<0.23,>=0.20", "pyyaml<7,>=6", "scipy<2,>=1.15"}
+OLD_ENOUGH |= {"jinja2<4,>=3.1", "pillow>=11.3", "rich>=13.9", "tensorboard<3,>=2.19", "regex!=2019.12.17"}
 """Requirements of packages there whose version is not known."""
 
 

@@ -19,6 +19,7 @@ from pcpo_fast.cli import main
 from pcpo_fast.comparison import scheduling
 from pcpo_fast.comparison.scheduling import Failure, HowToRun
 from pcpo_fast.comparison.variants import PlannedRun
+from pcpo_fast.files.locks import lock_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest_plugins = ["cli_fixtures"]
@@ -107,6 +108,13 @@ def waiting(folder: Path) -> list[Path]:
     return list(folder.glob("waiting.*"))
 
 
+def is_unlocked(folder: Path) -> bool:
+    attempt = lock_folder(folder, inherited=True)
+    assert attempt is not None
+    os.close(attempt.descriptor)
+    return attempt.holder is None
+
+
 def test_a_comparison_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     project: Path,
     launcher: str,
@@ -138,6 +146,7 @@ def test_a_comparison_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     process.communicate()
     at_work = [int(path.suffix[1:]) for path in waiting(project)]
     wait_for(lambda: not any(map(alive, at_work)))  # the runs end with the command
+    wait_for(lambda: is_unlocked(output))  # and so do the launchers that started them
 
     (project / "gate.seed=1").unlink()
     answer = call(capsys, "compare", *options)

@@ -481,13 +481,13 @@ def test_lora_weights_that_do_not_fit_are_refused(pipeline_folder: Path, tmp_pat
             load_policy(tiny_config(pipeline_folder, *SMALL_LORA, f"model.lora.init={init}", *overrides), CPU)
         assert str(caught.value).startswith("model.lora.init: ") and "\n" not in str(caught.value)
 
-    refused("is not a .safetensors file", init=tmp_path / "nowhere")
+    refused("is neither a .safetensors file nor a folder with", init=tmp_path / "nowhere")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(file.read_bytes()[:100])
     refused("cannot be read as LoRA weights", init=damaged)
     pickled = tmp_path / "weights.bin"
     torch.save({}, pickled)
-    refused("is not a .safetensors file", init=pickled)
+    refused("is neither a .safetensors file nor a folder with", init=pickled)
 
 
 def test_weights_of_another_kind_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_another_prediction_is_refused(policy: Any, kind: str) -> None:
 @pytest.mark.parametrize(("steps", "trained"), [(1000, 1000), (100, 64)])
 def test_more_steps_than_the_model_knows_are_refused(policy: Any, steps: int, trained: int) -> None:
     scheduler = PNDMScheduler.from_config(SCHEDULER, num_train_timesteps=trained)
-    with pytest.raises(UserError, match=rf"^sampler\.steps: {steps} do not fit the {trained} steps"):
+    with pytest.raises(UserError, match=rf"^sampler\.steps: {steps} steps do not fit the {trained} that the model"):
         with_scheduler(policy, scheduler).schedule(steps)
 
 
