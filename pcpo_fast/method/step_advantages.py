@@ -146,7 +146,6 @@ class StepAdvantages:
         spreads: running mean of the standard deviation of each reward that is normalised; empty before the first epoch.
         predictions: regression of final rewards on those of predictions, both in units.
         branches: regression of what an audit's noise has changed on what it has changed in the next prediction.
-        moments: [N, N] sums of products of the gains of pairs of steps.
         seen: steps whose prediction some epoch has scored, of images that were not all equal.
     """
 
@@ -154,7 +153,6 @@ class StepAdvantages:
         self.settings, self.steps = settings, steps
         self.spreads: list[float] = []
         self.predictions, self.branches = Regression(steps), Regression(steps)
-        self.moments = torch.zeros(steps, steps, dtype=torch.float64)
         self.seen: set[int] = set()
 
     @property
@@ -225,11 +223,6 @@ class StepAdvantages:
         rows = ~equal
         final, predicted, credit = final[rows], predicted[rows], credit[rows]
         gains = torch.cat([predicted, final[:, None]], dim=1).diff(dim=1)
-        products = gains[:, :, None] * gains[:, None, :]
-        moments = torch.nan_to_num(products).sum(dim=0)
-        grid = torch.tensor(scored)
-        self.moments *= KEPT
-        self.moments[grid[:, None], grid] += moments
         metrics: dict[str, float] = {}
         for position, step in enumerate(scored):
             values = {
@@ -249,18 +242,16 @@ class StepAdvantages:
             "spreads": list(self.spreads),
             "predictions": self.predictions.state_dict(),
             "branches": self.branches.state_dict(),
-            "moments": self.moments.tolist(),
             "seen": sorted(self.seen),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; one of another number of steps says nothing of these."""
-        if len(state["moments"]) != self.steps:
+        if len(state["predictions"]["products"]) != self.steps:
             return
         self.spreads, self.seen = list(state["spreads"]), set(state["seen"])
         self.predictions.load_state_dict(state["predictions"])
         self.branches.load_state_dict(state["branches"])
-        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
 
 
 def _steps_in(rewards: Tensor, scored: Sequence[int]) -> set[int]:

@@ -73,7 +73,8 @@ class RewardUnits:
         normalize: str,
         running: Sequence[float] = (),
     ) -> None:
-        self.specs, self.groups, self.settings, self.normalize = specs, groups, settings, normalize
+        self.specs, self.normalize, self.epsilon = specs, normalize, settings.epsilon
+        self.weights = [1.0] if normalize == "sum" else [spec.weight for spec in specs]
         everyone = torch.zeros_like(groups)
         members = groups if settings.within_prompts else everyone
         compared = groups if settings.normalization == "group" else everyone
@@ -96,7 +97,9 @@ class RewardUnits:
             self.divisors.append(divisor + settings.epsilon)
             self.equal &= spread(centered(values, members), members, unbiased=False) == 0
         final = self._weighed(total, components, torch.arange(len(total)))
-        self.divisor = 1.0 if normalize == "sum" else float(final.std(correction=int(settings.unbiased)))
+        self.divisor = 1.0  # of the weighted sum, once more
+        if normalize == "each":
+            self.divisor = float(final.std(correction=int(settings.unbiased))) + settings.epsilon
         self.final = self._brought_together(final)
 
     def of(self, total: Tensor, components: Tensor, rows: Tensor) -> Tensor:
@@ -116,12 +119,11 @@ class RewardUnits:
             total: [n], of weighted sums.
             components: [n, R], of the scores of the rewards trained on.
         """
-        columns, weights = (
-            ([total], [1.0]) if self.normalize == "sum" else (components.T, [s.weight for s in self.specs])
+        columns = total[:, None] if self.normalize == "sum" else components
+        factors = torch.tensor(self.weights, dtype=torch.float64) / (
+            torch.tensor(self.spreads, dtype=torch.float64) + self.epsilon
         )
-        parts = zip(columns, weights, self.spreads, strict=True)
-        summed = sum(weight * column / (spread + self.settings.epsilon) for column, weight, spread in parts)
-        return torch.as_tensor(summed) / (self.divisor + (0.0 if self.normalize == "sum" else self.settings.epsilon))
+        return (columns * factors).sum(dim=1) / self.divisor
 
     def _normalized(self, total: Tensor, components: Tensor) -> list[Tensor]:
         if self.normalize == "sum":
@@ -129,16 +131,17 @@ class RewardUnits:
         return [clipped(scores, spec) for spec, scores in zip(self.specs, components.T, strict=True)]
 
     def _weighed(self, total: Tensor, components: Tensor, rows: Tensor) -> Tensor:
-        weights = [1.0] if self.normalize == "sum" else [spec.weight for spec in self.specs]
         summed = torch.zeros(len(rows), dtype=torch.float64)
-        for values, weight, divisor in zip(self._normalized(total, components), weights, self.divisors, strict=True):
+        for values, weight, divisor in zip(
+            self._normalized(total, components), self.weights, self.divisors, strict=True
+        ):
             summed += weight * centered(values, self.members[rows]) / divisor[rows]
         return summed
 
     def _brought_together(self, summed: Tensor) -> Tensor:
         if self.normalize == "sum":
             return summed
-        return (summed - summed.mean()) / (self.divisor + self.settings.epsilon)
+        return (summed - summed.mean()) / self.divisor
 
 
 def clipped(scores: Tensor, spec: RewardConfig) -> Tensor:

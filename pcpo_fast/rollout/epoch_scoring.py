@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,9 +97,8 @@ class RolloutScoring:
     def add(self, rows: Sequence[int], images: Tensor) -> None:
         """Take a finished batch of the rollout: with ``scoring.overlap`` its scoring begins."""
         if self.overlap:
-            chosen = self._prompts_of(rows)
             self.batches.append((None, list(rows)))
-            self.jobs.add(images, [p.text for p in chosen], [p.metadata for p in chosen])
+            self.jobs.add(images, *self._prompts_of(rows))
 
     def keep_strips(self) -> None:
         """Keep what the steps predict of the first images, for :meth:`strips_of`; before the rollout begins."""
@@ -122,22 +122,21 @@ class RolloutScoring:
         if self.strips is not None:
             first = {row: images[index].cpu() for index, row in enumerate(rows) if row < STRIPS}
             self.strips.setdefault(position, {}).update(first)
-        chosen = self._prompts_of(rows)
         self.batches.append((position, rows))
-        metadata = [{**p.metadata, PREDICTED_AT: self.times[position]} for p in chosen]
+        texts, metadata = self._prompts_of(rows, self.times[position])
         before = self.jobs.seconds
-        self.jobs.add(images, [p.text for p in chosen], metadata, predictions=True)
+        self.jobs.add(images, texts, metadata, predictions=True)
         if not self.overlap:
             self.prediction_seconds += self.jobs.seconds - before
 
     def add_branches(self, branches: Branches) -> None:
         """Score an audit's branches, whose rewards :meth:`finish` compares."""
         with shared_errors():
-            chosen = self._prompts_of(branches.rows * 2)
-            texts, metadata = [p.text for p in chosen] * 2, [p.metadata for p in chosen]
-            metadata += [{**given, PREDICTED_AT: branches.time} for given in metadata]
+            texts, metadata = self._prompts_of(branches.rows * 2)
+            metadata += self._prompts_of(branches.rows * 2, branches.time)[1]
             images = torch.cat([branches.images, branches.predictions])
-            self.branches = branches, self.rewards.score(images, texts, metadata, evaluation=False, predictions=True)
+            scores = self.rewards.score(images, texts * 2, metadata, evaluation=False, predictions=True)
+            self.branches = branches, scores
 
     def finish(self, images: Tensor) -> ScoredEpoch:
         """Wait for the scores of all images [n, 3, H, W] of the rollout. All ranks must call it.
@@ -178,25 +177,30 @@ class RolloutScoring:
     def _scores(self, images: Tensor, specs: Sequence[RewardConfig]) -> tuple[Scores, Tensor]:
         """Scores of the images, and float64 [n, S, 1 + R] total and scores of predictions, NaN where not scored."""
         done = self.jobs.results()
-        final = [scores for (position, _), scores in zip(self.batches, done, strict=True) if position is None]
+        final: list[Scores] = []
         if not self.overlap:
-            chosen = self._prompts_of(range(len(images)))
-            texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
-            final = [self.rewards.score(images, texts, metadata, evaluation=False)]
+            final = [self.rewards.score(images, *self._prompts_of(range(len(images))), evaluation=False)]
         scored = 0 if self.predicted is None else len(self.predicted.steps)
         predictions = torch.full((len(images), scored, 1 + len(specs)), torch.nan, dtype=torch.float64)
         failures: list[RewardFailure] = []
         for (position, rows), scores in zip(self.batches, done, strict=True):
-            if position is not None:
+            if position is None:
+                final.append(scores)
+            else:
                 columns = (scores.total, *(scores.components[spec.column] for spec in specs))
                 predictions[rows, position] = torch.stack([column.double().cpu() for column in columns], dim=1)
                 failures += scores.failures
         joined = Scores.joined(final)
         return replace(joined, failures=(*joined.failures, *failures)), predictions
 
-    def _prompts_of(self, rows: Sequence[int]) -> list[Prompt]:
+    def _prompts_of(
+        self, rows: Sequence[int], predicted_at: float | None = None
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """Texts and metadata of some images, or of what a step at a time predicts of them."""
         groups = (self.numbers // self.per_group).tolist()
-        return [self.group_prompts[groups[row]] for row in rows]
+        prompts = [self.group_prompts[groups[row]] for row in rows]
+        mark = {} if predicted_at is None else {PREDICTED_AT: predicted_at}
+        return [prompt.text for prompt in prompts], [{**prompt.metadata, **mark} for prompt in prompts]
 
     def _kept_groups(self, trained: Tensor, predictions: Tensor) -> Tensor:
         """bool [P]: all images of the group have all the scores that the advantage is made of."""
