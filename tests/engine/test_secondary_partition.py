@@ -1,15 +1,12 @@
 """ZeRO++'s second copy of the weights within a machine: the same run. Two pairs of CPU ranks stand for two machines."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_runs import ROOT, records, write_config
+from launched_ranks import launch_ranks
 
 
 def launched(folder: Path, pipeline: Path, name: str, zero: dict[str, Any], finetune: str) -> list[dict[str, Any]]:
@@ -26,18 +23,9 @@ def launched(folder: Path, pipeline: Path, name: str, zero: dict[str, Any], fine
         "train__micro_batch_size": 3,
     }
     config = write_config(folder, pipeline, **changes)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "4", "--master_port", str(port)]
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in dropped}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"PYTHONPATH": f"{ROOT / 'tests' / 'support'}:{ROOT}"}
-    done = subprocess.run(
-        [*command, str(ROOT / "train.py"), "--config", str(config)],
-        capture_output=True, text=True, env=environment, cwd=folder, timeout=600,
-    )  # fmt: skip
+    path = f"{ROOT / 'tests' / 'support'}:{ROOT}"
+    script = ROOT / "train.py"
+    done = launch_ranks(4, script, "--config", config, folder=folder, timeout=600, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     timed = ("time", "throughput", "memory")
     return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in records(folder / name)]

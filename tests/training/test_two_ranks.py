@@ -4,15 +4,13 @@ They are launched once, for all tests of the file.
 """
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from launched_ranks import launch_ranks
 from rich.console import Console
 from tiny_pipeline import PROMPTS, tiny_config
 from two_ranks import GROUP, MODES, SMALL
@@ -75,15 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> P
 @pytest.fixture(scope="module")
 def launched(folder: Path, pipeline_folder: Path) -> "subprocess.CompletedProcess[str]":
     """The launch of ``two_ranks.py``, which has come to its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
-    command += [str(ROOT / "tests" / "training" / "two_ranks.py"), str(folder), str(pipeline_folder)]
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    script = ROOT / "tests" / "training" / "two_ranks.py"
+    return launch_ranks(2, script, folder, pipeline_folder, folder=folder, timeout=400)
 
 
 @pytest.mark.usefixtures("process_group")

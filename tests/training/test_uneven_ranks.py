@@ -1,14 +1,11 @@
 """Two CPU ranks with unequally many pairs that teach: as many forwards on each, and the weights of running them all."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched_ranks import launch_ranks
 from safetensors.torch import load_file
 from tiny_pipeline import PROMPTS
 from uneven_ranks import STAGES
@@ -26,17 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> P
     folder = tmp_path_factory.mktemp("uneven")
     (folder / "uneven_reward.py").write_text(REWARD)
     (folder / "train.txt").write_text("\n".join(PROMPTS[:2]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder), str(pipeline_folder)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    done = launch_ranks(2, SCRIPT, folder, pipeline_folder, folder=folder, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
