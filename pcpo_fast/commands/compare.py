@@ -63,6 +63,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--minutes", type=float, metavar="M", help="start no run after M minutes; call again to continue"
     )
     running.add_argument("--report-only", action="store_true", help="train nothing; report on the finished runs")
+    running.add_argument(
+        "--records", metavar="FOLDER", help="copy what a comparison needs of the finished runs, to continue elsewhere"
+    )
     report = parser.add_argument_group("what is reported")
     report.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default: the first)")
     report.add_argument(

@@ -1,16 +1,32 @@
 """A run directory as the comparison sees it: its curves, its seed, and whether it is finished."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting.metrics_file import Record, read_metrics
+from pcpo_fast.reporting.metrics_file import Record, find_metrics, read_metrics
 from pcpo_fast.reporting.series import Series, epochs_trained, series, skipped_updates, step_series
 
 WORK = ("forwards", "trained", "decodes", "reward_calls")
+
+_READ = {
+    "epoch": re.compile(
+        r"reward/mean|policy/(clip_fraction(_step_\d+)?|skipped_updates)|time/(rollout|reward|update)|compute/.+"
+    ),
+    "update": re.compile(r"policy/(grad_norm|skipped_updates)"),
+    "evaluation": re.compile(r".+"),
+}
+
+
+def what_is_read(record: Record) -> Record:
+    """A line of the metrics without the numbers that no comparison looks at."""
+    read = _READ.get(record.get("kind", ""), _READ["evaluation"])
+    fixed = ("kind", "epoch", "update", "time")
+    return {name: value for name, value in record.items() if name in fixed or read.fullmatch(name)}
 
 
 @dataclass(frozen=True)
@@ -62,13 +78,14 @@ def read_run(folder: Path | str) -> RunCurves:
     """Read a run directory, finished or not.
 
     Raises:
-        UserError: it holds no metrics.jsonl, or one that is damaged.
+        UserError: it holds no metrics.jsonl (or metrics.jsonl.gz), or one that is damaged.
     """
     folder = Path(folder)
-    if not (folder / "metrics.jsonl").is_file():
+    metrics = find_metrics(folder)
+    if metrics is None:
         what = "holds no run (there is no metrics.jsonl in it)" if folder.is_dir() else "is not a run directory"
         raise UserError(f"{folder} {what}")
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(metrics)
     config, problem = _config_of(folder)
     epochs = epochs_trained(records)
     judges = [] if config is None else [reward.column for reward in config.rewards if reward.evaluation_only]

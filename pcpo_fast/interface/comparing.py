@@ -26,10 +26,12 @@ from pcpo_fast.comparison.comparison_file import (
 from pcpo_fast.comparison.measures import Metric, Primary
 from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.scheduling import Failure, HowToRun, check_folders
+from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tuning import Search, look, tuned, tuning_notes, write_search
 from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant, check_name, planned_runs, settings_from
 from pcpo_fast.errors import UserError
 from pcpo_fast.interface.configuration import File, Settings, check_choice, check_least, default_file, settings_texts
+from pcpo_fast.reporting.metrics_file import find_metrics
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def compare(
     launcher: str | None = None,
     minutes: float | None = None,
     report_only: bool = False,
+    records: File | None = None,
     baseline: str | None = None,
     target: float | None = None,
     metric: str | None = None,
@@ -118,6 +121,7 @@ def compare(
         launcher: command that starts a run on several GPUs.
         minutes: begin no run after so many minutes; call again to continue.
         report_only: train nothing, report what is finished.
+        records: folder for what a comparison needs of the finished runs, in little space, to continue elsewhere.
         baseline: what the others are compared with, the first if None.
         target: reward whose reaching is timed; None: see docs/comparing.md.
         metric: the reward meant, "training" (the default) or "heldout".
@@ -152,6 +156,7 @@ def compare(
     reported = ComparisonSettings(**chosen, include_unfinished=include_unfinished, costs=found.costs)
     if runs is not None:
         unused = {"config": config, "variant": variants, "seeds": seeds, "file": file, "launcher": launcher}
+        unused["records"] = records
         stray = [f"--{name}" for name, value in unused.items() if value] + ["key=value"] * bool(texts)
         if stray:
             raise UserError(f"--runs compares existing runs, so it cannot be combined with {stray[0]}")
@@ -165,6 +170,20 @@ def compare(
         raise UserError(f"--baseline: must be one of {', '.join(names)}, got {reported.baseline}")
     console = Console() if console is None else console
     how = None if report_only else HowToRun(jobs, threads, launcher, until)
+    try:
+        return _run_and_report(plan, reported, how, console)
+    finally:
+        if records is not None:
+            new = write_small_records(plan.output, Path(records))
+            text = f"records: {len(new)} finished runs added to {os.fspath(records)}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _run_and_report(
+    plan: ComparisonPlan, reported: ComparisonSettings, how: HowToRun | None, console: Console
+) -> Compared:
+    """Run what is left, unless `how` is None, and report; raises as :func:`compare`."""
+    names = [variant.name for variant in plan.variants]
     if plan.tuning is not None:
         search = _search(plan, reported, how, console)
         planned = planned_runs(tuned(plan, search), twins=True)
@@ -178,14 +197,14 @@ def compare(
         write_plan_file(plan, reported)
         failures = scheduling.run_all(left, len(planned) - len(left), plan.output, how, console)
     try:
-        trained = [run for run in planned if (run.folder / "metrics.jsonl").is_file()]
+        trained = [run for run in planned if find_metrics(run.folder)]
         missing = [Missing(run.variant, run.seed, "has not been trained") for run in planned if run not in trained]
         curves = {name: [read_run(run.folder) for run in trained if run.variant == name] for name in names}
         compared = _written(compare_curves(curves, reported, missing), plan.output)
     except UserError as error:
         if failures:
             raise RunsFailed(failures, len(planned), None, str(error)) from None
-        if time.monotonic() < until:
+        if how is None or time.monotonic() < how.until:
             raise
         raise NotFinished(str(error)) from None
     if failures:
@@ -240,7 +259,7 @@ def _folders_of(runs: Mapping[str, File | Iterable[File]]) -> dict[str, list[Pat
             if not any(sign in pattern for sign in "*?["):
                 groups[name].append(Path(pattern))
                 continue
-            found = [Path(one) for one in sorted(glob.glob(pattern)) if Path(one, "metrics.jsonl").is_file()]
+            found = [Path(one) for one in sorted(glob.glob(pattern)) if find_metrics(Path(one))]
             if not found:
                 raise UserError(f"--runs {f'{name}={pattern}'!r}: no run directory is called {pattern}")
             groups[name] += found

@@ -1,8 +1,10 @@
 """The file metrics.jsonl: one JSON object per line, whole lines only."""
 
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,14 @@ def encode(record: Mapping[str, Any]) -> bytes:
     return json.dumps(clean, allow_nan=False).encode("utf-8") + b"\n"
 
 
+def find_metrics(folder: Path) -> Path | None:
+    """A run directory's ``metrics.jsonl``, or ``metrics.jsonl.gz`` of a small record; None: it has neither."""
+    paths = (folder / "metrics.jsonl", folder / "metrics.jsonl.gz")
+    return next((path for path in paths if path.is_file()), None)
+
+
 def read_metrics(path: Path | str) -> list[Record]:
-    """All records of a metrics.jsonl file, in the order in which they were written.
+    """All records of a metrics.jsonl file, in the order in which they were written; ``metrics.jsonl.gz`` is read alike.
 
     A last line that was cut off in the middle (the run was killed, or is writing right now) is left out. ``null``
     becomes NaN. Raises `UserError` if there is no such file, or if another line is not a JSON object (with its number).
@@ -99,8 +107,10 @@ def _lines(path: Path) -> list[tuple[bytes, Record]]:
     """The non-empty lines (without line ends) and what they say."""
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     *whole, tail = content.split(b"\n")
     result = []
     for number, line in enumerate(whole, start=1):

@@ -24,7 +24,7 @@ class RunStart:
     """How a run begins.
 
     Attributes:
-        checkpoint: what to resume from, or None for a run from its beginning.
+        checkpoint: what to resume from; None for a run from its beginning, or a complete one that has none left.
         epoch: epochs already trained.
         finished: the run is complete: there is nothing to train.
         restarted: the directory holds a run that left no checkpoint, so it begins again.
@@ -96,10 +96,12 @@ def claim(config: Config, resume: str) -> RunStart:
             "--resume auto"
         )
     _check_same_run(folder, config)
-    newest = checkpoints(folder / "checkpoints")
-    if not newest:
-        return RunStart(None, 0, restarted=True)
-    return _from_newest(newest, finished=_is_finished(folder, config))
+    newest, finished = checkpoints(folder / "checkpoints"), _is_finished(folder, config)
+    if newest:
+        return _from_newest(newest, finished=finished)
+    if finished:  # its checkpoints have been removed, or were never copied
+        return RunStart(None, int(read_summary(folder)["epochs"]), finished=True)
+    return RunStart(None, 0, restarted=True)
 
 
 def _from_newest(candidates: list[Path], *, finished: bool, fresh: bool = False) -> RunStart:

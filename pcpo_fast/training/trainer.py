@@ -152,7 +152,7 @@ def _announce(start: RunStart, config: Config, console: Console, accepted: Seque
     elif start.checkpoint is not None:
         text = f"Resuming after epoch {start.epoch} from {start.checkpoint}"
     elif start.restarted:
-        text = f"{folder} holds a run that was stopped before its first checkpoint: it begins again"
+        text = f"{folder} holds a run without a checkpoint: it begins again"
     else:
         return
     console.print(text, markup=False, highlight=False, soft_wrap=True)

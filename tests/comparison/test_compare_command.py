@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,6 +347,38 @@ def test_a_tuned_comparison_goes_on_in_portions_and_decides_on_its_own_seeds(
     assert call(capsys, "compare", "--file", tmp_path / "c.yaml", "--minutes", "0").err.startswith(
         "error: --minutes: must be above 0, got 0"
     )
+
+
+def test_a_comparison_continues_elsewhere_from_its_small_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    made: list[Path] = []
+
+    def train_three(runs: list[PlannedRun], done: int, folder: Path, how: HowToRun, console: Console) -> list[Failure]:
+        for run in runs[:3]:
+            made.append(run.folder.relative_to(tmp_path))
+            write_planned(run, lambda epoch, end=0.6 + run.seed / 10: end if epoch else 0.5)  # type: ignore[misc]
+        return []
+
+    monkeypatch.setattr(scheduling, "run_all", train_three)
+    (tmp_path / "c.yaml").write_text(
+        f"output: {tmp_path}/out\nseeds: 2\nsettings: {{train.epochs: 20}}\nprimary: heldout_area\n"
+        "variants: {native: {credit.rule: native}, pcpo: }\n"
+    )
+    answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--records", tmp_path / "kept")
+    assert answer.code == 0 and f"records: 3 finished runs added to {tmp_path}/kept" in answer.out
+    shutil.copytree(tmp_path / "kept", tmp_path / "elsewhere")
+    assert not list((tmp_path / "elsewhere").rglob("checkpoints"))
+    reports = [
+        call(capsys, "compare", "--output", tmp_path / name, "--report-only", "--json").out
+        for name in ("out", "elsewhere")
+    ]
+    assert reports[0] == reports[1]
+    answer = call(capsys, "compare", "--output", tmp_path / "elsewhere", "--json", "--records", tmp_path / "kept")
+    assert [len(variant["runs"]) for variant in json.loads(answer.out)["variants"].values()] == [2, 2]
+    assert made[3:] == [Path("elsewhere/pcpo/seed_1")]
+    assert (tmp_path / "kept" / "pcpo" / "seed_1" / "summary.json").is_file()
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from pcpo_fast.comparison.figures import comparison_figures
 from pcpo_fast.comparison.measures import Costs
 from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.record import comparison_record, notes
+from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tables import difference_table, main_table, seed_table
 from pcpo_fast.errors import UserError
+from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.runs.input_record import write_record
 
 
@@ -44,6 +47,30 @@ def test_reading_a_run(tmp_path: Path) -> None:
     assert [curve.values[0] for curve in run.clip_steps.values()] == pytest.approx([0.1, 0.12, 0.14, 0.16, 0.18])
     assert run.grad_norms == [(number // 2, 1.0) for number in range(50)]
     assert run.seconds.values == [1.0] * 25
+
+
+def test_a_small_record_of_a_run_reads_the_same(tmp_path: Path) -> None:
+    settings = {"rewards": [{"name": "caption_match"}, {"name": "jpeg_compressibility", "evaluation_only": True}]}
+    run = write_run(
+        tmp_path / "out" / "a" / "seed_0", lambda e: 0.1 + e / 3,
+        norms=lambda u: 1 / (u + 3), slope=0.01, diversity=True, work=7.0, **settings,
+    )  # fmt: skip
+    with RunRecorder(run, tensorboard=False, wandb=None) as recorder:
+        recorder.log(
+            "evaluation", {"heldout/reward/jpeg_compressibility": 1 / 7, "heldout/base_distance": 0.2}, epoch=9
+        )
+        recorder.log("update", {"policy/grad_norm": float("nan"), "policy/skipped_updates": 1.0}, epoch=9, update=2)
+    write_run(tmp_path / "out" / "a" / "seed_1", lambda e: 0.5, seed=1, planned=40)  # not finished
+    for new in (["seed_0"], []):  # a record that is there stays
+        assert [path.name for path in write_small_records(tmp_path / "out", tmp_path / "kept")] == new
+    kept = tmp_path / "kept" / "a" / "seed_0"
+    assert sorted(path.name for path in kept.iterdir()) == ["config.yaml", "metrics.jsonl.gz", "summary.json"]
+    assert read_run(kept) == replace(read_run(run), folder=kept)
+    with pytest.raises(UserError, match=r"--records: .* lies in the comparison's own folder"):
+        write_small_records(tmp_path / "out", tmp_path / "out" / "kept")
+    (kept / "metrics.jsonl.gz").write_bytes((kept / "metrics.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"cannot read .*metrics\.jsonl\.gz"):
+        read_run(kept)
 
 
 def test_the_area_over_compute_ends_where_the_cheaper_run_has_spent_all(tmp_path: Path) -> None:

@@ -145,12 +145,15 @@ def test_resume_path_goes_on_in_a_new_directory(full: Run, tmp_path: Path, capsy
     assert full.folder.exists() and len(list((full.folder / "checkpoints").glob("epoch_*"))) == 2
 
 
-def test_a_run_without_a_checkpoint_begins_again(copy_of_full: Run, capsys: Capture) -> None:
+def test_a_run_without_a_checkpoint_begins_again_unless_it_is_complete(copy_of_full: Run, capsys: Capture) -> None:
     run = copy_of_full.folder
     shutil.rmtree(run / "checkpoints")
+    answer = call(capsys, "train", "--config", copy_of_full.config)
+    assert (answer.code, answer.err) == (0, "") and "is complete (2 epochs)" in answer.out
+    (run / "summary.json").unlink()
     answer = call(capsys, "train", "--config", copy_of_full.config, "train.epochs=1", "logging.tensorboard=false")
     assert answer.code == 0, answer.err
-    assert "was stopped before its first checkpoint: it begins again" in answer.out
+    assert "holds a run without a checkpoint: it begins again" in answer.out
     assert [line["epoch"] for line in records(run) if line["kind"] == "epoch"] == [0]
 
 
