@@ -322,6 +322,12 @@ class AdvantageConfig(Section):
         description="standard deviation to divide by: of the images compared, of all of them but the image itself, or "
         "the mean over earlier epochs",
     )
+    control: Literal["none", "rescaled", "permuted"] = Field(
+        "none",
+        description="experiment control of baseline and gain: rescaled credits each step with the final advantage in "
+        "the size that the credit has there; permuted makes the credit from the predictions of another image of the "
+        "group (docs/stepwise.md)",
+    )
     min_spread: float = Field(
         0.1,
         ge=0,

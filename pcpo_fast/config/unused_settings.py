@@ -108,6 +108,7 @@ RULES = (
         (
             "advantage.calibrated",
             "advantage.scored_steps",
+            "advantage.control",
             "advantage.min_spread",
             "advantage.audit_every",
             "advantage.audit_images",

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     WINDOW = 8
     AUDIT = 9
     AUDIT_NOISE = 10
+    CONTROL = 11
 
 
 def random_key(purpose: Purpose, *parts: int) -> int:

@@ -169,7 +169,7 @@ class StepAdvantages:
         ]
 
     def compute(
-        self, final: Tensor, predicted: Tensor, segments: Segments, equal: Tensor
+        self, final: Tensor, predicted: Tensor, segments: Segments, equal: Tensor, order: Tensor | None = None
     ) -> tuple[Tensor, dict[str, float]]:
         """Advantages of an epoch by earlier epochs' regression; then this epoch's pairs are added to it.
 
@@ -180,6 +180,8 @@ class StepAdvantages:
             predicted: [B, S], predictions' in the same units; NaN where not scored.
             segments: which steps these are.
             equal: bool [B], images whose group has equal final rewards: their advantages are exactly 0.
+            order: int64 [B], of which image the predictions are that make the credit of each; None: its own. What is
+                learnt and measured stays each image's own.
 
         Returns:
             float64 [B, N], clipped, NaN where a prediction that is needed is not scored, and metrics of the steps.
@@ -195,10 +197,13 @@ class StepAdvantages:
         elif settings.calibrated:
             weights = self.predictions.slopes[scored]
         if known:
-            credit = segment_credit(final, predicted, weights, self.gain_lambda, multipliers)
+            seen = predicted if order is None else predicted[order]
+            credit = segment_credit(final, seen, weights, self.gain_lambda, multipliers)
         else:
             credit = final[:, None].expand(-1, len(scored))
         credit = credit.masked_fill(equal[:, None], 0.0)
+        if settings.control == "rescaled":
+            credit = _in_size_of(final.masked_fill(equal, 0.0), credit)
         metrics = self._metrics(final, predicted, credit, scored, weights, multipliers, equal)
         pairs = predicted.masked_fill(equal[:, None], torch.nan)
         self.predictions.add(scored, final[:, None].expand_as(pairs), pairs)
@@ -257,6 +262,15 @@ class StepAdvantages:
 def _steps_in(rewards: Tensor, scored: Sequence[int]) -> set[int]:
     """The steps of which [B, S] holds a reward."""
     return {step for step, some in zip(scored, rewards.isfinite().any(dim=0).tolist(), strict=True) if some}
+
+
+def _in_size_of(final: Tensor, credit: Tensor) -> Tensor:
+    """``final`` [B] times a factor for each column of ``credit`` [B, S], so that their root mean squares are equal."""
+    known = credit.isfinite()
+    finals = final[:, None].where(known, 0.0)
+    squares = finals.square().sum(dim=0)
+    factors = (credit.where(known, 0.0).square().sum(dim=0) / squares.where(squares > 0, 1.0)).sqrt()
+    return (finals * factors).where(known, torch.nan)
 
 
 def _root_mean_square(values: Tensor) -> float:

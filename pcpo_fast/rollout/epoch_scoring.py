@@ -11,6 +11,7 @@ from pcpo_fast.config.schema import Config, RewardConfig
 from pcpo_fast.distributed.collectives import gather_objects, gather_rows, shared_errors
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages
+from pcpo_fast.method.noise_keys import Purpose, random_key
 from pcpo_fast.method.step_advantages import Segments, StepAdvantages
 from pcpo_fast.method.step_tables import EpochTables
 from pcpo_fast.prompts import Prompt
@@ -243,10 +244,17 @@ class RolloutScoring:
                 scores = predictions[known, position]
                 predicted[known, position] = units.of(scores[:, 0], scores[:, 1:], known)
                 metrics[f"stepwise/predicted_reward_step_{step}"] = float(scores[:, 0].mean())
-        advantages, steps = self.stepwise.compute(units.final, predicted, self.segments, units.equal)
+        order = self._permutation(len(rows)) if settings.control == "permuted" else None
+        advantages, steps = self.stepwise.compute(units.final, predicted, self.segments, units.equal, order)
         unknown = advantages.isnan()
         assert not bool((unknown & self.trained[rows]).any()), "a trained step's advantage needs an unscored prediction"
         return advantages.masked_fill(unknown, 0.0), metrics | steps
+
+    def _permutation(self, count: int) -> Tensor:
+        """int64 [count], the images of every group in an order that seed and epoch say, the same on all ranks."""
+        generator = torch.Generator().manual_seed(random_key(Purpose.CONTROL, self.config.seed, self.plan.epoch))
+        drawn = torch.rand(count // self.per_group, self.per_group, generator=generator).argsort(dim=1)
+        return (drawn + self.per_group * torch.arange(len(drawn))[:, None]).flatten()
 
     def _audited(self, units: RewardUnits, specs: Sequence[RewardConfig]) -> dict[str, float]:
         """Let an audit say what a step's gain is worth."""

@@ -126,6 +126,26 @@ def test_a_first_epoch_has_the_final_advantages_and_the_next_one_its_regression(
     assert metrics["stepwise/beta_step_3"] == pytest.approx(float(beta[1]))
 
 
+def test_the_rescaled_control_is_the_final_advantage_in_the_size_of_the_gain() -> None:
+    segments = Segments.of((True,) * 4, 1)
+    final, predicted, equal = normal(12), normal(12, 4, seed=1), torch.arange(12) < 3
+    predicted[6:, 0] = torch.nan  # a step that no image of these groups trains
+    gain, rescaled = (
+        StepAdvantages(settings_of(calibrated=False, control=control), 4).compute(final, predicted, segments, equal)[0]
+        for control in ("none", "rescaled")
+    )
+    assert torch.equal(gain.isnan(), rescaled.isnan()) and bool((rescaled[equal] == 0).all())
+    for step in range(4):
+        rows = ~equal & ~gain[:, step].isnan()
+        ratio = rescaled[rows, step] / final[rows]
+        torch.testing.assert_close(ratio, ratio[0].expand_as(ratio))
+        assert float(ratio[0]) == pytest.approx(float(gain[rows, step].norm() / final[rows].norm()))
+    nothing, _ = StepAdvantages(settings_of(calibrated=False, control="rescaled"), 4).compute(
+        final, predicted, segments, equal | True
+    )
+    assert bool((nothing.nan_to_num() == 0).all())
+
+
 def test_epochs_whose_images_are_all_equal_calibrate_nothing() -> None:
     """Until some images differ every step has the final advantage, also where a step is never asked for."""
     stepwise, segments = StepAdvantages(settings_of(), 6), Segments.of((True,) * 6, 2)

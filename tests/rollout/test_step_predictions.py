@@ -120,6 +120,23 @@ def test_a_step_is_credited_with_the_change_of_the_predicted_reward(
     assert len(seen) == 8 * 5
 
 
+def test_permuted_predictions_are_those_of_another_image_of_the_group(
+    policy: Policy, config_of: Callable[..., Config]
+) -> None:
+    own, rollout, _ = epoch_of(policy, config_of())
+    permuted = [epoch_of(policy, config_of("advantage.control=permuted"))[0].advantages for _ in range(2)]
+    assert torch.equal(*permuted)  # the key of the epoch, whenever it is asked
+    finals = rollout.images.mean(dim=(1, 2, 3))
+    final = units(rollout, finals, finals)
+    early = own.advantages[:, :3]  # gains from prediction to prediction; the fourth ends in the final reward
+    same = (permuted[0][:, None, :3] == early[None]).all(dim=2)
+    order = same.long().argmax(dim=1)
+    assert bool((same.sum(dim=1) == 1).all()) and order.sort().values.tolist() == list(range(8))
+    assert torch.equal(rollout.groups[order], rollout.groups) and order.tolist() != list(range(8))
+    last = final - (final - own.advantages[:, 3])[order]
+    torch.testing.assert_close(permuted[0][:, 3], last.clamp(-5, 5), rtol=1e-3, atol=1e-3)
+
+
 def test_only_needed_predictions_are_scored(policy: Policy, config_of: Callable[..., Config]) -> None:
     scored, _, _ = epoch_of(policy, config_of("credit.steps=[2]", "advantage.gain_lambda=0"))
     times = [data["predicted_at"] for data in seen if "predicted_at" in data]
