@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TextIO
 from pcpo_fast import __version__
 from pcpo_fast.commands import (
     compare,
+    configs,
     credit,
     evaluate,
     export,
@@ -29,7 +30,21 @@ from pcpo_fast.commands import (
 from pcpo_fast.distributed.launching import adopt_launch
 from pcpo_fast.errors import UserError
 
-COMMANDS = (train, plan, preflight, reproduce, sample, evaluate, votes, compare, credit, report, export, serve_reward)
+COMMANDS = (
+    train,
+    configs,
+    plan,
+    preflight,
+    reproduce,
+    sample,
+    evaluate,
+    votes,
+    compare,
+    credit,
+    report,
+    export,
+    serve_reward,
+)
 NEEDED = ("deepspeed", "diffusers", "numpy", "peft", "pydantic", "rich", "safetensors", "torch", "transformers", "yaml")
 """What commands import: without one of them, Python is another than the project was installed for."""
 EXIT_USER_ERROR = 2

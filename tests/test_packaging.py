@@ -22,14 +22,12 @@ import torch
 import pcpo_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILT = shutil.ignore_patterns(
-    ".*_cache", ".git", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "tiny-*"
-)
+BUILT = shutil.ignore_patterns(".*_cache", ".git", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist")
 
 
 def not_source(folder: str, names: list[str]) -> set[str]:
-    """What a copy of the sources leaves out; runs/ at the root only: pcpo_fast/runs is a part of the package."""
-    return BUILT(folder, names) | ({"runs"} if Path(folder) == ROOT else set())
+    """What a copy of the sources leaves out; some at the root only: pcpo_fast/runs is a part of the package."""
+    return BUILT(folder, names) | ({"runs", "tests", "benchmarks"} if Path(folder) == ROOT else set())
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,14 +50,32 @@ def python_files(folder: Path) -> set[str]:
     return {path.relative_to(folder.parent).as_posix() for path in folder.rglob("*.py")}
 
 
+SHIPPED = ("configs", "ds_configs", "examples", "assets/prompts", "assets/tiny-*")
+
+
+def shipped_files() -> set[str]:
+    """What a wheel carries besides modules, by its path in the checkout."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", *SHIPPED]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return {name for name in listing.stdout.splitlines() if (ROOT / name).is_file()}
+
+
 # Wheel and sdist.
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(sdist, wheel built from that sdist), made from a copy, so that nothing is left in the working tree."""
-    source = tmp_path_factory.mktemp("source") / "pcpo_fast"
-    shutil.copytree(ROOT, source, ignore=not_source)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that nothing is left in the working tree."""
+    folder = tmp_path_factory.mktemp("source") / "pcpo_fast"
+    shutil.copytree(ROOT, folder, ignore=not_source)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(sdist, wheel built from that sdist)."""
     out = tmp_path_factory.mktemp("dist")
     # Without isolation: the build backend is one of the development dependencies, and nothing is downloaded.
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
@@ -73,7 +89,7 @@ def test_names_and_version(distributions: tuple[Path, Path]) -> None:
     assert wheel.name == f"pcpo_fast-{pcpo_fast.__version__}-py3-none-any.whl"
 
 
-def test_wheel_holds_both_packages_and_nothing_else(distributions: tuple[Path, Path]) -> None:
+def test_wheel_holds_both_packages_and_what_a_run_needs(distributions: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(distributions[1]) as archive:
         names = set(archive.namelist())
     inside = {name for name in names if ".dist-info/" not in name}
@@ -81,18 +97,19 @@ def test_wheel_holds_both_packages_and_nothing_else(distributions: tuple[Path, P
     templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pcpo_fast").glob("*/templates/*")}
     assert templates >= {"pcpo_fast/reporting/templates/page.html", "pcpo_fast/evaluation/templates/evaluation.html"}
     typed = {"pcpo_fast/py.typed", "pcpo_fast/__init__.pyi", "pcpo_kernels/py.typed"}
-    assert inside == expected | templates | typed | {"pcpo_fast/planning/published.json"}
+    shipped = {f"pcpo_fast/shipped/{name}" for name in shipped_files()}
+    assert inside == expected | templates | typed | shipped | {"pcpo_fast/planning/published.json"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert distributions[1].stat().st_size < 1_000_000
+    assert distributions[1].stat().st_size < 40_000_000
 
 
-def test_sdist_builds_without_tests_and_weights(distributions: tuple[Path, Path]) -> None:
+def test_sdist_holds_what_the_wheel_is_built_from(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= {"pyproject.toml", "README.md", "LICENSE", "constraints.txt", "train.py"}
-    assert names >= python_files(ROOT / "pcpo_fast")
-    assert not {name for name in names if name.startswith(("tests/", "assets/")) or name.endswith(".safetensors")}
-    assert distributions[0].stat().st_size < 2_000_000
+    assert names >= {"pyproject.toml", "setup.py", "README.md", "LICENSE", "constraints.txt", "train.py"}
+    assert names >= python_files(ROOT / "pcpo_fast") | shipped_files()
+    assert not {name for name in names if name.startswith(("tests/", "benchmarks/"))}
+    assert distributions[0].stat().st_size < 40_000_000
 
 
 def test_metadata(distributions: tuple[Path, Path]) -> None:
@@ -110,34 +127,29 @@ def test_metadata(distributions: tuple[Path, Path]) -> None:
     assert len(str(fields.get_payload())) > 1000, "the README is missing"
 
 
-def test_wheel_from_the_tree_is_the_wheel_from_the_sdist(distributions: tuple[Path, Path], tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=not_source)
-    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, source, cwd=tmp_path)
-    (direct,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(direct) as one, zipfile.ZipFile(distributions[1]) as other:
-        assert sorted(one.namelist()) == sorted(other.namelist())
-
-
 # Installed in an environment of its own.
 
 
-@pytest.fixture(scope="module")
-def installed(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an empty environment with the wheel; other packages are those of the environment under test.
+def environment_with(folder: Path, *what: str | Path) -> Path:
+    """The bin folder of an empty environment with what pip installs into it; the rest is the environment under test's.
 
     A path in a .pth file is searched after the environment's own packages, and .pth files in there are not read, so
     an editable install of this project in the environment under test does not come along.
     """
-    folder = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    run(*pip, "install", "--no-deps", "--no-index", "--quiet", distributions[1], cwd=folder)
     own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
     other = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path[1:]])
     (own / "dependencies.pth").write_text("\n".join(path for path in other if path.endswith("-packages")) + "\n")
+    run(*pip, "install", "--no-deps", "--no-index", "--no-compile", "--quiet", *what, cwd=folder)
     return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def installed(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment with the wheel."""
+    return environment_with(tmp_path_factory.mktemp("environment") / "venv", distributions[1])
 
 
 def test_both_packages_are_imported_from_the_wheel(installed: Path, tmp_path: Path) -> None:
@@ -158,11 +170,24 @@ def test_command_line_starts(installed: Path, tmp_path: Path, command: list[str]
     assert pcpo_fast.__version__ in run(*program, "--version", cwd=tmp_path).stdout
 
 
-def test_credit_command_of_the_wheel(installed: Path, tmp_path: Path) -> None:
-    arguments = ["--sampler", "dance", "--steps", "16", "--noise", "0.3", "--shift", "3", "--json"]
-    table = json.loads(run(installed / "pcpo-fast", "credit", *arguments, cwd=tmp_path).stdout)
-    assert table["zeta"] == pytest.approx(13.343190914766362, rel=1e-12)
-    assert [len(table[key]) for key in ("times", "native", "proportionate")] == [17, 16, 16]
+def test_the_wheel_trains_the_demo_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    """Configuration, model and prompts are the wheel's; the run's own record names them as any checkout does."""
+    small = ["train.epochs=1", "evaluation.prompts=1", "evaluation.images_per_prompt=1", "logging.tensorboard=false"]
+    run(installed / "pcpo-fast", "train", *small, cwd=tmp_path, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    assert json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())["epochs"] == 1
+    assert "path: assets/tiny-flux\n" in (tmp_path / "runs" / "demo" / "config.yaml").read_text()
+
+
+def test_an_editable_install_finds_what_the_checkout_has(source: Path, tmp_path: Path) -> None:
+    installed = environment_with(tmp_path / "venv", "--no-build-isolation", "--editable", source)
+    assert not (source / "pcpo_fast" / "shipped").exists()
+    code = (
+        "from pcpo_fast.config.shipped import find\n"
+        "from pcpo_fast.config.loading import load_config\n"
+        "print(load_config('1x24gb_flux_lora').deepspeed, find('ds_configs/zero3_offload.json'), sep='\\n')"
+    )
+    name, found = run(installed / "python", "-c", code, cwd=tmp_path).stdout.splitlines()
+    assert (name, Path(found)) == ("ds_configs/zero3_offload.json", source / "ds_configs" / "zero3_offload.json")
 
 
 # The kernels by themselves.

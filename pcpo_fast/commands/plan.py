@@ -21,7 +21,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Estimate what a run needs on its GPUs, how long its phases take at best, and which settings fit.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML configuration (default: {DEFAULT_CONFIG})")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})"
+    )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one (default 80)")
     parser.add_argument(

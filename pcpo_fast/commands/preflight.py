@@ -21,7 +21,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Check versions, GPUs, prompts, rewards, model access, memory and disk, and train two steps.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML configuration (default: {DEFAULT_CONFIG})")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})"
+    )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default 1)")
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"

@@ -8,11 +8,11 @@ from pcpo_fast.commands import add_settings, values_of
 from pcpo_fast.config.presets import DEFAULT_CONFIG
 
 EXAMPLES = """examples:
-  python train.py                                            the demo: tiny FLUX on a CPU
-  python train.py --config configs/flux_dev_pcpo.yaml output_dir=runs/flux
-  deepspeed train.py --config configs/flux_dev_pcpo.yaml     one process per GPU
-  python train.py train.epochs=20 credit.rule=native output_dir=runs/native
-  python train.py --profile train.epochs=2 output_dir=runs/profiled
+  pcpo-fast train                                            the demo: tiny FLUX on a CPU
+  pcpo-fast train --config flux_dev_pcpo prompts.train=P.txt prompts.heldout=H.txt output_dir=runs/flux
+  deepspeed --module pcpo_fast train --config mine.yaml      one process per GPU
+  pcpo-fast train train.epochs=20 credit.rule=native output_dir=runs/native
+  pcpo-fast train --profile train.epochs=2 output_dir=runs/profiled
 
 exit codes:
   0 trained; 2 an error, in one sentence; 75 stopped cleanly by SIGTERM, run it again to continue; 130 the same
@@ -27,7 +27,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Train a policy; without arguments, the demo.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML configuration (default: {DEFAULT_CONFIG})")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})"
+    )
     parser.add_argument(
         "--resume",
         default="auto",

@@ -13,6 +13,7 @@ from pcpo_fast.comparison.variants import ComparisonPlan, Tuning, Variant, setti
 from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.messages import did_you_mean, place_of
 from pcpo_fast.config.schema import HomePath
+from pcpo_fast.config.shipped import find
 from pcpo_fast.config.yaml_text import dump_yaml, read_yaml
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
@@ -53,7 +54,7 @@ def read_plan_file(path: Path) -> ComparisonFile:
     Raises:
         UserError: it cannot be read, or a key or value is wrong; one sentence with the line.
     """
-    values, places = read_yaml(path)
+    values, places = read_yaml(find(path))
     try:
         return ComparisonFile.model_validate(values)
     except ValidationError as error:

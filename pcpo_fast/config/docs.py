@@ -36,8 +36,10 @@ the YAML file, the preset named by `algorithm`, the default below. Lists are giv
 (`credit.steps=[0,1,2]`) or by position (`rewards.0.weight=2`). An unknown key, a wrong type or a value out of range
 stops the program before anything is loaded. The run directory's `config.yaml` records every value that was used.
 
-Paths are relative to the current directory; `~` is the home folder. Numbers are written in plain
-digits: `0123`, `1:30` and `0_7`, which YAML 1.1 reads as 83, 90 and 7, are refused. On the command line a string that
+Paths are relative to the current directory; `~` is the home folder. A path below `configs/`, `ds_configs/`,
+`examples/` or `assets/` that is not there is the one that comes with pcpo_fast, in a wheel as in a checkout; `--config`
+also takes the name of a configuration that `pcpo-fast configs` lists. Numbers are written in plain digits: `0123`,
+`1:30` and `0_7`, which YAML 1.1 reads as 83, 90 and 7, are refused. On the command line a string that
 contains `#` or a colon needs no quotes. Counts are below 2^31.
 """
 

@@ -13,6 +13,7 @@ from pcpo_fast.config.presets import PRESETS
 from pcpo_fast.config.roles import sections_in
 from pcpo_fast.config.sampler_registry import listed
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.shipped import find_configuration
 from pcpo_fast.config.unused_settings import unused
 from pcpo_fast.config.yaml_text import TextPath, dump_yaml, parse_value, read_yaml
 from pcpo_fast.errors import UserError
@@ -31,7 +32,8 @@ def load_config(
     (``rewards.0.weight=2``).
 
     Args:
-        source: the YAML file, a configuration that is loaded already, or None for defaults alone.
+        source: the YAML file or the name of a shipped one, a configuration that is loaded already, or None for defaults
+            alone.
         overrides: settings; values are YAML.
         where: what messages call the place that the overrides come from.
 
@@ -43,7 +45,7 @@ def load_config(
     if isinstance(source, Config):
         values = source.model_dump(mode="json")
     elif source is not None:
-        values, places = read_yaml(Path(source).expanduser())
+        values, places = read_yaml(find_configuration(source))
     given = {".".join(key) for key in places}
     if given >= _WRITTEN_OUT:
         given.clear()  # a run's own file: what it holds was checked when the run began, or is what it has trained with

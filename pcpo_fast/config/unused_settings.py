@@ -6,13 +6,13 @@ the model itself (``model.guidance``) are checked by its family in :mod:`pcpo_fa
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pcpo_fast.config.credit_rules import CREDIT_RULES, rules_taking
 from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.sampler_registry import SAMPLERS, listed, samplers_taking
 from pcpo_fast.config.schema import Config, RewardConfig
+from pcpo_fast.config.shipped import find
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ RULES = (
         lambda c: c.model.gradient_checkpointing,
         switch="model.gradient_checkpointing",
     ),
-    Rule(("model.revision",), "a hub id as model.path, not a folder", lambda c: not Path(c.model.path).is_dir()),
+    Rule(("model.revision",), "a hub id as model.path, not a folder", lambda c: not find(c.model.path).is_dir()),
     Rule(
         ("sampler.shift", "sampler.grid"),
         f"sampler.name {listed(samplers_taking('shift'))}",

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pcpo_fast.config.schema import Config, DistributedConfig
+from pcpo_fast.config.shipped import find
 from pcpo_fast.distributed.collectives import launcher_rank, own_gpu, rank, world_size
 from pcpo_fast.distributed.launching import adopt_launch
 from pcpo_fast.distributed.rendezvous import connect, meet
@@ -315,7 +316,7 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     if config.deepspeed is not None:
-        settings = read_deepspeed_file(Path(config.deepspeed), _section_models())
+        settings = read_deepspeed_file(find(config.deepspeed), _section_models())
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage", 1)
     if zero["stage"] == 3:

@@ -107,18 +107,12 @@ def _parse(text: str) -> tuple[str | None, str, list[float] | None]:
 
 
 def shared_config_file(texts: Sequence[str]) -> str:
-    """The configuration file of the first run that is named, or the project's.
-
-    Raises:
-        UserError: there is neither.
-    """
+    """The configuration file of the first run that is named, or the demo's."""
     for text in texts:
         _, what, _ = _parse(text)
         folder = _run_of(Path(what).expanduser())
         if what != BASE and folder is not None:
             return str(folder / CONFIG_FILE)
-    if not Path(DEFAULT_CONFIG).is_file():
-        raise UserError(f"there is no {DEFAULT_CONFIG} here; name a --checkpoint RUN or a --config FILE")
     return DEFAULT_CONFIG
 
 

@@ -9,6 +9,7 @@ import torch
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.roles import roles
 from pcpo_fast.config.schema import Config, ModelConfig
+from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError
 from pcpo_fast.guidance.reward_guidance import RewardGuided
 from pcpo_fast.policies.fine_tunes import FineTune, load_fine_tunes
@@ -122,5 +123,5 @@ def read_fine_tune(
 
 def _same_folder(path: str) -> str:
     """One spelling for a folder; a hub id as it is."""
-    folder = Path(path).expanduser()
+    folder = find(path)
     return str(folder.resolve()) if folder.is_dir() else path

@@ -29,8 +29,9 @@ from pcpo_fast.comparison.scheduling import Failure, HowToRun, check_folders
 from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tuning import Search, look, tuned, tuning_notes, write_search
 from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant, check_name, planned_runs, settings_from
+from pcpo_fast.config.presets import DEFAULT_CONFIG
 from pcpo_fast.errors import UserError
-from pcpo_fast.interface.configuration import File, Settings, check_choice, check_least, default_file, settings_texts
+from pcpo_fast.interface.configuration import File, Settings, check_choice, check_least, settings_texts
 from pcpo_fast.reporting.metrics_file import find_metrics
 
 
@@ -236,7 +237,7 @@ def _plan(
         file = file.model_copy(update={"seeds": seeds if isinstance(seeds, int) else list(seeds)})
     path = os.fspath(config) if config is not None else file.config
     if path is None and any(variant.config is None for variant in named):
-        path = default_file("run from the project's folder, or name a file with --config")
+        path = DEFAULT_CONFIG
     shared, chosen = (*settings_from(file.settings), *settings), seeds_of(file)
     return ComparisonPlan(Path(folder), path, shared, named, chosen, tuning_of(file, chosen))
 

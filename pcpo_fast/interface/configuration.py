@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,7 +28,7 @@ def load_config(
     """Read and check a configuration.
 
     Args:
-        config: YAML file, mapping, or a loaded configuration; None: the demo's, ``configs/tiny_flux.yaml``.
+        config: YAML file or the name of a shipped one, mapping, or a loaded configuration; None: the demo's.
         settings: they win over ``config``.
         rewards: instead of the configuration's own; see :data:`Reward`.
 
@@ -37,7 +36,7 @@ def load_config(
         UserError: one sentence for the first problem, with its place and what is allowed.
     """
     if config is None:
-        config = default_file()
+        config = DEFAULT_CONFIG
     where, texts = "command line", []
     if isinstance(config, Mapping):
         where, texts, config = "setting", settings_texts(config), None
@@ -102,17 +101,6 @@ def settings_texts(settings: Settings) -> list[str]:
     if "rewards" in settings:
         settings = {**settings, "rewards": [_reward_entry(reward) for reward in _listed(settings["rewards"])]}
     return [f"{key}={_json(key, value)}" for key, value in flattened(settings) if key]
-
-
-def default_file(hint: str = "run from the project's folder, or name a file with --config FILE") -> str:
-    """The demo's configuration, if the working directory is the project's.
-
-    Raises:
-        UserError: it is not; ``hint`` says what to do.
-    """
-    if not Path(DEFAULT_CONFIG).is_file():
-        raise UserError(f"there is no {DEFAULT_CONFIG} here; {hint}")
-    return DEFAULT_CONFIG
 
 
 def reward_configs(rewards: Reward | Sequence[Reward], known: Sequence[RewardConfig] = ()) -> list[RewardConfig]:

@@ -14,7 +14,6 @@ from pcpo_fast.interface.configuration import (
     Source,
     check_least,
     check_seed,
-    default_file,
     load_config,
     reward_configs,
     settings_texts,
@@ -94,8 +93,7 @@ def sample(
         own = tunes[0].config
     else:
         tunes = []
-        hint = "name a model with --run RUN or --config FILE"
-        own = load_config(default_file(hint) if config is None else config, texts)
+        own = load_config(config, texts)
     if isinstance(listed, os.PathLike):
         found, place = load_prompts(os.fspath(listed)), f"--prompts {listed}"
     else:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pcpo_fast.config.schema import ModelConfig
+from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.families import FAMILIES, family_of
@@ -94,7 +95,7 @@ def find_architecture(settings: ModelConfig, folder: str | None = None) -> Archi
     Raises:
         UserError: nothing is known about the model, or a file is missing or malformed.
     """
-    path = Path(settings.path if folder is None else folder).expanduser()
+    path = find(settings.path if folder is None else folder)
     if folder is not None and not path.is_dir():
         raise UserError(f"--model-config {folder}: not a folder; give one with model_index.json and */config.json")
     if path.is_dir():

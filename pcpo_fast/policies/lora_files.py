@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pcpo_fast import __version__
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.shipped import find
 from pcpo_fast.distributed.collectives import rank
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.lora_names import (
@@ -291,7 +292,9 @@ def _split(update: LowRank, original: str, layers: tuple[str, ...]) -> dict[str,
 def describe_run(config: Config) -> dict[str, str]:
     """What a LoRA file's header says of the run that made it."""
     path = Path(config.model.path)
-    model = path.name if path.is_absolute() or path.exists() else config.model.path  # nobody's folders are published
+    model = (
+        path.name if path.is_absolute() or find(path).exists() else config.model.path
+    )  # nobody's folders are published
     revision = "" if config.model.revision is None else f"@{config.model.revision}"
     file = config.model.transformer or config.model.unet
     single = "" if file is None else f" with {Path(file).name}"

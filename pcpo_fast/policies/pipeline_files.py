@@ -5,6 +5,7 @@ from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
+from pcpo_fast.config.shipped import find
 from pcpo_fast.distributed.collectives import local_rank, shared_errors
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.weight_files import read_json
@@ -24,7 +25,7 @@ def pipeline_folder(
     Raises:
         UserError: not found, gated, no network, a single file, or a pipeline of none of these classes.
     """
-    folder = Path(path).expanduser()
+    folder = find(path)
     if not folder.is_dir():
         check_hub_id(path)
         with shared_errors():

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pcpo_fast.config.schema import Config, ModelConfig
+from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.run_plan import GB
 from pcpo_fast.planning.states import WEIGHT_BYTES, optimizer_bytes
@@ -78,7 +79,7 @@ def check_gpus(wanted: int) -> tuple[Status, str]:
 def check_model(config: Config) -> tuple[Status, str]:
     """Whether the model is here, or can be downloaded with the rights of this user."""
     path = config.model.path
-    folder = Path(path).expanduser()
+    folder = find(path)
     if folder.is_dir():
         _, family = find_family(config.model)
         check_folder(folder, family, config.model)
@@ -115,7 +116,7 @@ def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:
     """Free space where the run writes, and for a download where the hub's cache is."""
     counts = plan["parameters"]
     needs = {_existing(Path(config.output_dir)): needed_bytes(config, counts["trained"], counts["network"])}
-    if not Path(config.model.path).expanduser().is_dir() and not _is_cached(config.model):
+    if not find(config.model.path).is_dir() and not _is_cached(config.model):
         everything = counts["network"] + counts["vae"] + sum(counts["text_encoders"].values())
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts.datasets_files import read_dataset
 from pcpo_fast.prompts.entries import Prompt, column_of, prompt_of
@@ -39,7 +40,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         UserError: the file is missing, unreadable, empty, of an unknown kind or not UTF-8; a line or an entry is not
             what it should be; ``datasets`` is needed and not installed.
     """
-    path = Path(path).expanduser()
+    path = find(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet" or os.path.isdir(path):
         listed = read_dataset(path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pcpo_fast.config.shipped import find, root
 from pcpo_fast.config.yaml_text import read_yaml
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
@@ -10,7 +11,6 @@ from pcpo_fast.reporting.series import Series, epochs_trained, series
 from pcpo_fast.reproduction.bands import Band, Reaches, Within, read_band, shipped_bands
 
 Verdict = Literal["inside", "outside", "undecided"]
-RECIPES = Path("examples")
 
 
 class PointResult(NamedTuple):
@@ -20,13 +20,13 @@ class PointResult(NamedTuple):
     says: str
 
 
-def check_run(run: Path, band_file: Path | None = None, recipes: Path = RECIPES) -> dict[str, Any]:
+def check_run(run: Path, band_file: Path | None = None, recipes: Path | None = None) -> dict[str, Any]:
     """Whether a run lies in its band, for JSON.
 
     Args:
         run: a run directory, finished or not.
         band_file: the band; None: the first shipped one whose settings are the run's.
-        recipes: folder of the shipped bands.
+        recipes: folder of the bands to choose from; None: the shipped one.
 
     Raises:
         UserError: the run or the band cannot be read, the band is about another configuration, or none is about this.
@@ -36,9 +36,9 @@ def check_run(run: Path, band_file: Path | None = None, recipes: Path = RECIPES)
     records = read_metrics(run / "metrics.jsonl")
     config = read_yaml(run / "config.yaml")[0]
     if band_file is None:
-        band_file, band = _matching(config, recipes, run)
+        band_file, band = _matching(config, root() / "examples" if recipes is None else recipes, run)
     else:
-        band = read_band(band_file)
+        band = read_band(find(band_file))
         different = band.unmet_settings(config)
         if different:
             raise UserError(f"{run}: {band_file} is about another configuration: {different[0]}")
@@ -100,7 +100,7 @@ def _reaches(point: Reaches, curve: Series, trained: int) -> PointResult:
 def _matching(config: dict[str, Any], recipes: Path, run: Path) -> tuple[Path, Band]:
     bands = shipped_bands(recipes)
     if not bands:
-        raise UserError(f"{recipes} holds no */band.json; run from the project's folder, or name one with --band FILE")
+        raise UserError(f"{recipes} holds no */band.json; name a band with --band FILE")
     for path, band in bands.items():
         if not band.unmet_settings(config):
             return path, band

@@ -44,6 +44,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
         assert re.search(rf"\n    {name}[ \n]", answer.out)  # argparse puts the longest name on a line of its own
     assert NAMES == (
         "train",
+        "configs",
         "plan",
         "preflight",
         "reproduce",

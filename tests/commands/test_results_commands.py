@@ -119,18 +119,6 @@ def test_sample_without_an_export_says_how_to_get_one(full: Run, tmp_path: Path,
     assert f"holds no exported weights yet; write them with: pcpo-fast export {tmp_path}" in answer.err
 
 
-def test_sample_without_a_model_outside_the_project(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    answer = call(capsys, "sample", "--prompt", "a")
-    assert answer.code == 2
-    assert "there is no configs/tiny_flux.yaml here; name a model with --run RUN or --config FILE" in answer.err
-    answer = call(capsys, "train")
-    assert answer.code == 2
-    assert "run from the project's folder, or name a file with --config FILE" in answer.err
-
-
 # export
 
 
