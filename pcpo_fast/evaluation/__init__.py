@@ -1,8 +1,8 @@
-"""Judging a policy by finished images: distances, diversity, rewards, and pages to look at.
+"""Evaluating a policy on finished images: distances, diversity, rewards, and HTML pages.
 
     from pcpo_fast.evaluation import frechet_distance
 
-docs/evaluating.md explains every number; ``pcpo-fast evaluate`` makes them.
+docs/evaluating.md explains every number; ``pcpo-fast evaluate`` computes them.
 """
 
 from pcpo_fast.evaluation.diversity import feature_diversity, pixel_diversity

@@ -1,4 +1,4 @@
-"""Images of a prompt set with fixed noise, for each candidate; what is there already is not made again."""
+"""Images of a prompt set with fixed noise, for each candidate; images that already exist are reused."""
 
 import json
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ from pcpo_fast.rollout.generation import sample_rows
 
 RECIPE_FILE = "recipe.json"
 BASE_KEYS = ("path", "revision", "variant", "transformer", "unet")
-"""Settings that say where the base model's weights are: not these are compared, but what is there."""
+"""Settings that locate the base model's weights. They are not compared; the contents they point to are."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be sampled.
+    """The images to sample.
 
     Attributes:
-        prompts: P of them.
-        count: images of each.
+        prompts: the P prompts.
+        count: images per prompt.
         seed: fixes all noise.
-        stochastic: sample with the rollout's noise instead of without.
-        batch_size: images at once on each rank.
-        remake: throw away images that were made otherwise, instead of refusing to mix them.
+        stochastic: sample with the rollout's noise; otherwise without noise.
+        batch_size: images per batch on each rank.
+        remake: delete existing images that were made with other settings, instead of raising an error.
     """
 
     prompts: Sequence[Prompt]
@@ -53,29 +53,29 @@ class Request:
 
     @property
     def names(self) -> list[tuple[int, int]]:
-        """(prompt, image) of all images, prompt-major."""
+        """(prompt index, image index) of all images, prompt-major."""
         return [(prompt, image) for prompt in range(len(self.prompts)) for image in range(self.count)]
 
     @property
     def texts(self) -> list[str]:
-        """The prompts of all images, prompt-major."""
+        """The prompt text of every image, prompt-major."""
         return [prompt.text for prompt in self.prompts for _ in range(self.count)]
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured, besides the images of a :class:`Request`.
+    """What is measured on the images of a :class:`Request`, and where the results go.
 
     Attributes:
-        output: folder of everything.
-        metrics: of :func:`pcpo_fast.evaluation.metrics.parse_metrics`.
-        reference: ``base``, or a folder of images; None: the base model where it is among the candidates.
-        rewards: what the images are scored with.
-        cache: folder of features; None: ``features/`` in the output.
-        batch_size: images at once through rewards and metrics.
-        resamples: of the bootstrap of distances.
-        shown: prompts in the page.
-        timeout: seconds that one call of a reward may take; None: any time.
+        output: folder for everything that is written.
+        metrics: from :func:`pcpo_fast.evaluation.metrics.parse_metrics`.
+        reference: ``base``, or a folder of images; None: the base model if it is among the candidates.
+        rewards: the rewards that score the images.
+        cache: folder of cached features; None: ``features/`` in the output.
+        batch_size: images per batch in rewards and metrics.
+        resamples: bootstrap resamples for the intervals of distances.
+        shown: number of prompts shown on the page.
+        timeout: time limit of one reward call in seconds; None: no limit.
     """
 
     output: Path
@@ -92,16 +92,16 @@ class EvaluationSettings:
 def make_images(
     candidates: Sequence[Candidate], request: Request, folder: Path, device: torch.device
 ) -> list[ImageSet]:
-    """Make what is missing and return every candidate's images. All ranks must call it, and share the work.
+    """Sample the missing images and return every candidate's images. All ranks must call it; they share the work.
 
     Args:
-        candidates: whose images.
-        request: what of.
-        folder: ``folder/NAME/`` gets the images, ``PROMPT_IMAGE.png`` counted from 0, and ``recipe.json``.
-        device: this rank's.
+        candidates: the models to sample from; folders of finished images are only read.
+        request: which images.
+        folder: ``folder/NAME/`` receives the images, ``PROMPT_IMAGE.png`` numbered from 0, and ``recipe.json``.
+        device: this rank's device.
 
     Raises:
-        UserError: a model cannot be loaded, or a folder holds images that were made otherwise.
+        UserError: a model cannot be loaded, or a folder holds images made with other settings.
     """
     sets: dict[str, ImageSet] = {}
     for group in _groups(candidates):
@@ -122,7 +122,7 @@ def make_images(
                     _open_folder(folder / one.name, made, request.remake)
         barrier()
         missing = [[name for name in request.names if not _file(folder / one.name, name).is_file()] for one in group]
-        missing = gather_objects(missing)[0]  # as the first rank sees them: all must divide the same list
+        missing = gather_objects(missing)[0]  # the first rank's view, so that all ranks split the same list
         if any(missing):
             _make(group, missing, request, folder, device)
         barrier()
@@ -133,7 +133,7 @@ def make_images(
 
 
 def recipe(one: Candidate, request: Request) -> dict[str, Any]:
-    """Everything that an image of a candidate depends on besides its own number."""
+    """All settings that determine a candidate's images."""
     assert one.config is not None
     model = one.config.model
     base, _ = find_family(model)
@@ -152,7 +152,7 @@ def recipe(one: Candidate, request: Request) -> dict[str, Any]:
 
 
 def contents_of(candidates: Sequence[Candidate]) -> list[str]:
-    """A hash for each of every byte that it is made from."""
+    """For each candidate, a hash of the contents of all files that its images depend on."""
     found = []
     for one in candidates:
         assert one.config is not None
@@ -164,7 +164,7 @@ def contents_of(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Those that need the same weights in memory, together."""
+    """Candidates grouped by the weights that they load."""
     groups: dict[tuple[str, str, str], list[Candidate]] = {}
     for one in candidates:
         groups.setdefault((one.kind, one.path, str(one.weights)), []).append(one)
@@ -176,8 +176,9 @@ def _open_folder(folder: Path, made: dict[str, Any], remake: bool) -> None:
     kept = dict(made)
     if any(folder.glob("*.png")):
         try:
-            before = {"content": made["content"]} | json.loads(file.read_text(encoding="utf-8"))  # old ones lack it
-            # More or fewer prompts of the same list change no image.
+            # Older recipes have no content hash.
+            before = {"content": made["content"]} | json.loads(file.read_text(encoding="utf-8"))
+            # A longer or shorter list with the same beginning leaves the common images unchanged.
             shared = min(len(before["prompts"]), len(made["prompts"]))
             changed = different(
                 before | {"prompts": before["prompts"][:shared]}, made | {"prompts": made["prompts"][:shared]}
@@ -187,8 +188,8 @@ def _open_folder(folder: Path, made: dict[str, Any], remake: bool) -> None:
             changed = [RECIPE_FILE]
         if changed and not remake:
             raise UserError(
-                f"{folder} holds images that were made otherwise ({', '.join(changed)} changed); choose another "
-                "--output, or make them again with --remake"
+                f"{folder} holds images made with other settings ({', '.join(changed)} changed); choose another "
+                "--output, or replace them with --remake"
             )
         if changed:
             kept = made

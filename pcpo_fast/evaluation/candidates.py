@@ -1,4 +1,4 @@
-"""What an evaluation compares: base model, runs at scales of reward guidance, exports, pipelines, finished images."""
+"""What an evaluation compares: the base model, runs at reward guidance scales, exports, pipelines, finished images."""
 
 import re
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One column of the result.
+    """One entry of ``--checkpoint`` at one scale: a row of the result.
 
     Attributes:
-        name: in tables and file names.
-        family: the name without a scale: scales of one run are a curve.
-        kind: where its images come from.
+        name: shown in tables, used in file names.
+        family: the name without a scale; the scales of one run form a curve.
+        kind: where the images come from.
         path: of the run, pipeline or images; "" for the base model.
-        scale: of reward guidance, of a run; 1 otherwise.
+        scale: reward guidance scale of a run; 1 otherwise.
         config: model and sampler; None for finished images.
-        weights: of a run.
+        weights: folder of a run's weights; None otherwise.
     """
 
     name: str
@@ -48,24 +48,24 @@ class Candidate:
 
     @property
     def fine_tune(self) -> FineTune | None:
-        """What a run made of its model."""
+        """The run's configuration and weights; None for other kinds."""
         return None if self.weights is None or self.config is None else FineTune(self.config, self.weights)
 
 
 def read_candidates(texts: Sequence[str], config: str | None, overrides: Sequence[str]) -> list[Candidate]:
-    """The candidates of ``[NAME=]WHAT[@SCALES]``, in their order.
+    """Parse ``[NAME=]WHAT[@SCALES]`` arguments into candidates, in their order.
 
-    All sample with the sampler and the image size of ``config``, or of the first run's configuration where none is
-    named: they differ in their weights alone.
+    All use the sampler and image size of ``config`` (default: the first run's configuration), so that they differ only
+    in their weights.
 
     Args:
         texts: WHAT is ``base``, a run directory, a checkpoint or export of one, a pipeline (folder or hub id) or a
-            folder of finished images; SCALES are those of reward guidance, such as ``0.5,1`` or ``0,0.25,...,1.5``.
+            folder of finished images; SCALES are reward guidance scales, such as ``0.5,1`` or ``0,0.25,...,1.5``.
         config: configuration file.
-        overrides: ``key=value`` settings that win over all configurations.
+        overrides: ``key=value`` settings that take precedence over all configurations.
 
     Raises:
-        UserError: something is not there, is named twice, or has another base model.
+        UserError: a path does not exist, a name is used twice, or a run has another base model.
     """
     parsed = [_parse(text) for text in texts]
     shared = load_config(shared_config_file(texts) if config is None else config, overrides)
@@ -80,7 +80,7 @@ def read_candidates(texts: Sequence[str], config: str | None, overrides: Sequenc
     names = [one.name for one in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"--checkpoint: two are called {twice}; name them, for example NAME={texts[-1]}")
+        raise UserError(f"--checkpoint: the name {twice} is used twice; choose names, for example NAME={texts[-1]}")
     return found
 
 
@@ -90,8 +90,8 @@ def _parse(text: str) -> tuple[str | None, str, list[float] | None]:
         name, what = "", text
     elif not _NAME.fullmatch(name):
         raise UserError(
-            f"--checkpoint {text!r}: a name has letters, digits, dots, dashes and underscores, at most 60, and begins "
-            f"with a letter or digit; got {name!r}"
+            f"--checkpoint {text!r}: a name consists of at most 60 letters, digits, dots, dashes and underscores, and "
+            f"starts with a letter or digit; got {name!r}"
         )
     scales = None
     before, at, behind = what.rpartition("@")
@@ -102,12 +102,12 @@ def _parse(text: str) -> tuple[str | None, str, list[float] | None]:
         except UserError as error:
             raise UserError(str(error).replace("--sweep:", f"--checkpoint {text!r}:", 1)) from None
     if not what:
-        raise UserError(f"--checkpoint {text!r}: is written [NAME=]WHAT[@SCALES], for example pcpo=runs/pcpo@0.5,1")
+        raise UserError(f"--checkpoint {text!r}: expected [NAME=]WHAT[@SCALES], for example pcpo=runs/pcpo@0.5,1")
     return name or None, what, scales
 
 
 def shared_config_file(texts: Sequence[str]) -> str:
-    """The configuration file of the first run that is named, or the demo's."""
+    """The configuration file of the first run among the arguments, or the project's default."""
     for text in texts:
         _, what, _ = _parse(text)
         folder = _run_of(Path(what).expanduser())
@@ -117,7 +117,7 @@ def shared_config_file(texts: Sequence[str]) -> str:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run directory that a folder is or belongs to."""
+    """The run directory that ``path`` is, or whose checkpoint or export it is; None if neither."""
     if (path / CONFIG_FILE).is_file():
         return path
     checkpoint = (path / STATE_FILE).is_file()
@@ -155,18 +155,18 @@ def _candidate(name: str | None, what: str, shared: Config, overrides: Sequence[
     if path.is_dir() and ((path / MANIFEST_FILE).is_file() or any(map(is_image, path.iterdir()))):
         return Candidate(label, label, "images", what, 1.0, None, None)
     raise UserError(
-        f"--checkpoint {text!r}: {what} is neither base, nor a run directory, a checkpoint or export of one, a "
-        "pipeline, or a folder of images"
+        f"--checkpoint {text!r}: {what} is not 'base', a run directory, a checkpoint or export of one, a pipeline, or "
+        "a folder of images"
     )
 
 
 def _same_base(own: Config, shared: Config, text: str) -> Config:
-    """A run's configuration with the sampler of all; its base model must be theirs."""
+    """A run's configuration with the shared sampler; its base model must be the shared one."""
     different = base_difference(shared, own)
     if different is not None:
         key, first, other = different
         raise UserError(
-            f"--checkpoint {text!r}: all sample from one base model, but model.{key} is {other!r} here and {first!r} "
-            f"in the configuration (a setting on the command line, model.{key}=..., holds for all)"
+            f"--checkpoint {text!r}: all checkpoints must share one base model, but model.{key} is {other!r} here and "
+            f"{first!r} in the configuration (model.{key}=... on the command line sets it for all)"
         )
     return own.model_copy(update={"sampler": shared.sampler})

@@ -1,4 +1,4 @@
-"""How different the images of one prompt are: the first thing that a policy loses when it collapses."""
+"""How different the images of one prompt are: the first thing a collapsing policy loses."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def feature_diversity(features: Tensor) -> float:
     _check(len(features))
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     count = len(unit)
-    # All ordered pairs but those of an image with itself.
+    # The sum over all ordered pairs, without each image paired with itself.
     together = unit.sum(dim=0).square().sum() - unit.square().sum()
     return float(1 - together / (count * (count - 1)))
 

@@ -1,4 +1,4 @@
-"""evaluation.html: the numbers, and image grids side by side to flip through; one file, nothing from the network."""
+"""evaluation.html: the numbers, and image grids side by side; a single file that loads nothing from the network."""
 
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from pcpo_fast.reporting.tables import number_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_IMAGES = 4
-"""Images of a prompt that the page shows."""
+"""Images per prompt that the page shows."""
 
 _SMALL = 128
 _LARGE = 512
 
 
 def evaluation_page(result: Evaluation, shown: int) -> str:
-    """The document.
+    """The HTML document.
 
     Args:
-        result: what was found.
-        shown: prompts whose images are in the page.
+        result: the evaluation.
+        shown: number of prompts whose images are on the page.
 
     Raises:
         UserError: an image cannot be read.
@@ -58,7 +58,7 @@ def evaluation_page(result: Evaluation, shown: int) -> str:
 
 
 def embedded_image(images: ImageSet, row: int) -> dict[str, object]:
-    """A data URL, and whether the image is so small that its pixels are to be seen: then it is kept exactly."""
+    """The image as a data URL. Images of at most 128 pixels are stored losslessly and shown with visible pixels."""
     image = to_image(images.read(row))
     small = max(image.size) <= _SMALL
     if small:

@@ -1,4 +1,4 @@
-"""An evaluation from the beginning to the end: images, scores, metrics, and what is written about them."""
+"""A whole evaluation: sampling, scores, metrics, and the files written."""
 
 import itertools
 import json
@@ -31,10 +31,10 @@ FIGURE_FILE = "reward_distance.png"
 def with_reference(
     texts: Sequence[str], config: str | None, overrides: Sequence[str], settings: EvaluationSettings
 ) -> list[Candidate]:
-    """The candidates, with the base model added where distances to it are asked for.
+    """The candidates, with the base model added if it is the reference.
 
     Raises:
-        UserError: as :func:`pcpo_fast.evaluation.candidates.read_candidates`, or distances have nothing to be to.
+        UserError: as :func:`pcpo_fast.evaluation.candidates.read_candidates`, or a distance has no reference.
     """
     found = read_candidates(texts, config, overrides)
     base = any(one.kind == "base" for one in found)
@@ -45,8 +45,8 @@ def with_reference(
         asked = [name for name in settings.metrics if name in OF_REFERENCE]
         if asked:
             raise UserError(
-                f"--metric {asked[0]}: say what the distance is to: --reference FOLDER of images, --reference base, or "
-                "--checkpoint base among the others"
+                f"--metric {asked[0]}: a distance needs a reference: --reference FOLDER of images, --reference base, "
+                "or --checkpoint base among the checkpoints"
             )
     return found
 
@@ -54,14 +54,14 @@ def with_reference(
 def evaluate(
     candidates: Sequence[Candidate], request: Request, settings: EvaluationSettings, device: torch.device
 ) -> Evaluation | None:
-    """Make the images, measure them and write everything; all ranks must call it.
+    """Sample the images, measure them and write all files; all ranks must call it.
 
     Returns:
-        The result on the first rank, None on the others, whose work is over when the images are made.
+        The result on the first rank; None on the others, which only help to sample.
 
     Raises:
-        UserError: a model, reward or folder of images is not as it should be, the GPU's memory is too small, or another
-            rank has died.
+        UserError: a model, reward or folder of images is unusable, the GPU runs out of memory, or another rank has
+            died.
     """
     try:
         with naming_lost_ranks():
@@ -86,7 +86,7 @@ def _evaluate(
     sets = make_images(candidates, request, settings.output / "images", device)
     barrier()
     if world_size() > 1:
-        stop_distributed()  # nobody waits for the scores, which take longer than ranks wait for each other
+        stop_distributed()  # scoring may take longer than the collectives' timeout, and needs no other rank
     if not first:
         return None
     base = next((images for one, images in zip(candidates, sets, strict=True) if one.kind == "base"), None)
@@ -114,7 +114,7 @@ def _evaluate(
 def matched(
     candidates: Sequence[Candidate], rewards: Sequence[RewardColumn], columns: Sequence[MetricColumn]
 ) -> list[Matched]:
-    """The distances of all runs at equal reward, for every reward and distance."""
+    """The runs' distances at equal reward, for every pair of a reward and a distance."""
     members = curves(candidates)
     found = [
         match(reward.name, column.key, {name: points(ordered, reward, column) for name, ordered in members.items()})
@@ -126,7 +126,7 @@ def matched(
 
 
 def write_evaluation(result: Evaluation, folder: Path, shown: int) -> None:
-    """Write evaluation.json, evaluation.md, evaluation.html and the figure, each in one step."""
+    """Write evaluation.json, evaluation.md, evaluation.html and the figure, each file atomically."""
     write_atomically(folder / JSON_FILE, json.dumps(result.record(), indent=1, allow_nan=False, ensure_ascii=False))
     figure = trade_off_figure(result)
     if figure is not None:
@@ -159,9 +159,9 @@ def _notes(measured: Sequence[str], request: Request, reference: ImageSet | None
     notes = list(dict.fromkeys(measured))
     if reference is not None and reference is base:
         notes.append(
-            "Distances are to the base model's images of the same prompts and noise: 0 is the base model itself, and "
-            "less does not mean better than it."
+            "Distances are to the base model's images for the same prompts and noise: the base model itself has 0, and "
+            "a smaller distance does not mean better images than the base model's."
         )
     if len(request.prompts) < 5:
-        notes.append(f"{len(request.prompts)} prompts: intervals over so few hold the truth less often than they say.")
+        notes.append(f"{len(request.prompts)} prompts: with so few, the 95 % intervals are too narrow.")
     return notes

@@ -1,4 +1,4 @@
-"""Features of image sets, computed once: named by a hash of the images and of the model that saw them."""
+"""Cached features of image sets, keyed by a hash of the images and of the feature extractor."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from pcpo_fast.reporting.progress import StepProgress
 
 
 def features_of(images: ImageSet, extractor: Extractor, folder: Path, batch_size: int) -> dict[str, Tensor]:
-    """Features of all images of a set, from the cache or computed and kept there.
+    """Features of all images of a set, read from the cache or computed and cached.
 
     Args:
         images: the set.
-        extractor: makes them.
-        folder: of the cache; ``HASH.safetensors``, whose metadata say what they are of.
-        batch_size: images at once.
+        extractor: computes the features.
+        folder: the cache; it holds ``HASH.safetensors`` files whose metadata describe the images and the extractor.
+        batch_size: images per batch.
 
     Returns:
         Named features [n, d], float32 on the CPU.
@@ -49,5 +49,5 @@ def _read(file: Path, count: int) -> dict[str, Tensor] | None:
         with safe_open(file, framework="pt") as opened:
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
     except (OSError, SafetensorError):
-        return None  # damaged: computed again
+        return None  # damaged: recompute
     return found if found and all(len(value) == count for value in found.values()) else None

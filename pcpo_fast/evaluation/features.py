@@ -1,4 +1,4 @@
-"""What vision models see in an image: the features that distances and diversity are measured on."""
+"""Image features of vision models, on which distances and diversity are measured."""
 
 import sys
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Extractor(Protocol):
     """Features of images.
 
     Attributes:
-        identity: what determines them, for the cache.
+        identity: everything that determines the features; part of the cache key.
     """
 
     identity: dict[str, Any]
@@ -36,12 +36,12 @@ class Extractor(Protocol):
 
 
 def resized_batch(images: Sequence[Tensor], size: int, to_bytes: bool) -> Tensor:
-    """Images stretched to size x size with the antialiased bicubic filter of Pillow and JAX; [B, 3, size, size].
+    """Stretch images to size x size with the antialiased bicubic filter of Pillow and JAX; [B, 3, size, size].
 
     Args:
         images: [3, H, W] in 0..1 each.
-        size: pixels.
-        to_bytes: round to 256 levels and clip, as a resized 8-bit image is.
+        size: side length in pixels.
+        to_bytes: round to 256 levels and clip, as resizing an 8-bit image does.
     """
     done = []
     for image in images:
@@ -53,22 +53,22 @@ def resized_batch(images: Sequence[Tensor], size: int, to_bytes: bool) -> Tensor
 
 
 def normalized(images: Tensor, constants: tuple[Sequence[float], Sequence[float]]) -> Tensor:
-    """Channels minus their mean, over their standard deviation."""
+    """Normalize channels with (means, standard deviations)."""
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in constants)
     return (images - mean) / std
 
 
 class DinoV2:
-    """The class token of DINOv2 after the last layer norm, as FD-DINOv2 takes it from ViT-L/14 at 224 x 224.
+    """DINOv2's class token after the final layer norm; FD-DINOv2 uses that of ViT-L/14 at 224 x 224.
 
-    Stein et al., arXiv 2306.04675, and their public code: images are stretched to a square, not cropped.
+    As in the public code of Stein et al. (arXiv 2306.04675), images are stretched to a square, not cropped.
 
     Args:
-        path: folder or hub id of a ``Dinov2Model`` of transformers.
+        path: folder or hub id of a transformers ``Dinov2Model``.
         device: where it runs.
 
     Raises:
-        UserError: it cannot be loaded, or is a different model.
+        UserError: it cannot be loaded, or is another kind of model.
     """
 
     PUBLISHED = "facebook/dinov2-large"
@@ -88,16 +88,16 @@ class DinoV2:
 
 
 class ClipImages:
-    """CLIP's image embeddings of unit length, as CMMD takes them from ViT-L/14 at 336 x 336.
+    """CLIP's unit-length image embeddings; CMMD uses those of ViT-L/14 at 336 x 336.
 
-    Jayasumana et al., arXiv 2401.09603, and their public code: images are stretched to a square in floating point.
+    As in the public code of Jayasumana et al. (arXiv 2401.09603), images are stretched to a square in floating point.
 
     Args:
-        path: folder or hub id of a CLIP model of transformers, with or without its text half.
+        path: folder or hub id of a transformers CLIP model, with or without its text tower.
         device: where it runs.
 
     Raises:
-        UserError: it cannot be loaded, or is a different model.
+        UserError: it cannot be loaded, or is another kind of model.
     """
 
     PUBLISHED = "openai/clip-vit-large-patch14-336"
@@ -119,10 +119,10 @@ class ClipImages:
 
 
 class Inception:
-    """Pool features and class logits of the Inception network of FID, from torch-fidelity with its own weights.
+    """Pooled features and class logits of FID's Inception network, as implemented in torch-fidelity.
 
     Args:
-        weights: file of the weights; None: torch-fidelity downloads them (about 95 MB).
+        weights: weights file; None: torch-fidelity downloads it (about 95 MB).
         device: where it runs.
 
     Raises:
@@ -134,7 +134,7 @@ class Inception:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise UserError(
-                "--metric fid and is need torch-fidelity, and torchvision, which it asks for: run "
+                "--metric fid and --metric is need torch-fidelity, which needs torchvision: run "
                 f"`pip install torch-fidelity` ({error})"
             ) from None
         file = None
@@ -154,20 +154,20 @@ class Inception:
             ).to(device)
         except OSError as error:
             raise UserError(
-                f"--metric fid: the Inception weights could not be downloaded ({reason_of(error)}); without a network "
-                f"name their file, {_INCEPTION_FILE} of torch-fidelity's releases: --metric fid=FILE"
+                f"--metric fid: the Inception weights could not be downloaded ({reason_of(error)}); offline, give "
+                f"their file ({_INCEPTION_FILE} from torch-fidelity's releases): --metric fid=FILE"
             ) from None
         except (RuntimeError, AttributeError, TypeError):
             raise UserError(
-                f"--metric fid={weights}: {file} does not hold the Inception weights of torch-fidelity "
-                f"({_INCEPTION_FILE} of its releases)"
+                f"--metric fid={weights}: {file} does not hold torch-fidelity's Inception weights "
+                f"({_INCEPTION_FILE} from its releases)"
             ) from None
         self._device = device
         self.identity = {"features": "inception", "weights": "published" if file is None else Contents().of_file(file)}
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``{"inception": [B, 2048], "logits": [B, 1008]}``; images of several sizes one by one."""
+        """``{"inception": [B, 2048], "logits": [B, 1008]}``; images of different sizes are run one at a time."""
         sizes = {tuple(image.shape) for image in images}
         batches = [torch.stack(list(images))] if len(sizes) == 1 else [image[None] for image in images]
         parts = [self._model((part.to(self._device) * 255).round().clamp(0, 255).to(torch.uint8)) for part in batches]
@@ -176,10 +176,10 @@ class Inception:
 
 
 def _pretrained(kind: Any, path: str, option: str, *types: str) -> Any:
-    """A model of transformers with all its weights.
+    """A transformers model with all its weights.
 
     Raises:
-        UserError: it cannot be loaded, is of none of these types, or lacks weights.
+        UserError: it cannot be loaded, is of another type, or lacks weights.
     """
     where = f"{option}={path}"
     folder = pretrained_folder(where, option.removeprefix("--"), path)

@@ -1,4 +1,4 @@
-"""The Fréchet distance of two Gaussians, safe for singular covariances and for fewer samples than dimensions."""
+"""The Fréchet distance between two Gaussians, accurate also for singular covariances."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PUBLISHED_SAMPLES = 10_000
-"""Images below which the authors of FID call their distance biased (Heusel et al., arXiv 1706.08500, public code)."""
+"""Number of images below which the authors of FID call it biased (Heusel et al., arXiv 1706.08500, public code)."""
 
 _SYMMETRY = 1e-6
 _NEGATIVE = 1e-6
@@ -16,7 +16,7 @@ _NEGATIVE = 1e-6
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A mean and a factor of a covariance. Both float64.
+    """A mean and a factor of the covariance, both float64.
 
     Attributes:
         mean: [d].
@@ -36,12 +36,13 @@ class Gaussian:
         """From a mean [d] and a symmetric, positive semi-definite covariance [d, d].
 
         Raises:
-            ValueError: shapes do not fit, a number is not finite, or the covariance is none.
+            ValueError: shapes do not match, a value is not finite, or the covariance is asymmetric or has a negative
+                eigenvalue.
         """
         mu, sigma = (torch.as_tensor(value).detach().to("cpu", torch.float64) for value in (mean, covariance))
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
             raise ValueError(
-                f"a mean [d] and a covariance [d, d] are needed, got {list(mu.shape)}, {list(sigma.shape)}"
+                f"expected a mean [d] and a covariance [d, d], got {list(mu.shape)} and {list(sigma.shape)}"
             )
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise ValueError("mean and covariance must be finite")
@@ -50,18 +51,18 @@ class Gaussian:
             raise ValueError("the covariance is not symmetric")
         values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
         if float(values[0]) < -_NEGATIVE * size:
-            raise ValueError(f"the covariance has the negative eigenvalue {float(values[0]):.3g}")
+            raise ValueError(f"the covariance has a negative eigenvalue, {float(values[0]):.3g}")
         return cls(mu, values.clamp_min(0).sqrt()[:, None] * vectors.T)
 
     @classmethod
     def of_features(cls, features: Tensor) -> "Gaussian":
         """From samples [n, d], with the unbiased covariance (divided by n - 1) that all published distances use.
 
-        With fewer samples than dimensions the centred samples are the factor: no covariance is formed, and nothing is
-        lost to the square root of a singular matrix.
+        With fewer samples than dimensions the scaled, centred samples are themselves the factor, which avoids the
+        square root of a singular matrix and its loss of accuracy.
 
         Raises:
-            ValueError: fewer than two samples, or a number is not finite.
+            ValueError: there are fewer than two samples, or a value is not finite.
         """
         if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
             raise ValueError(f"a covariance needs at least two samples [n, d], got {list(features.shape)}")
@@ -78,8 +79,8 @@ class Gaussian:
 def distance(first: Gaussian, second: Gaussian) -> float:
     """``|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)`` (Dowson and Landau, 1982; Heusel et al., 2017, eq. 6).
 
-    With S = F^T F the eigenvalues of S1 S2 are the squared singular values of F1 F2^T, so the last trace is their sum:
-    no square root of a matrix that is not symmetric, and no complex numbers.
+    With S = F^T F the eigenvalues of S1 S2 are the squared singular values of F1 F2^T, so the last trace is the sum of
+    these singular values: no square root of a nonsymmetric matrix, and no complex numbers.
 
     Raises:
         ValueError: the dimensions differ.
@@ -88,12 +89,12 @@ def distance(first: Gaussian, second: Gaussian) -> float:
         raise ValueError(f"dimensions differ: {len(first.mean)} and {len(second.mean)}")
     cross = float(torch.linalg.svdvals(first.factor @ second.factor.T).sum())
     means = float((first.mean - second.mean).square().sum())
-    # What is left below 0 is rounding: the distance is a squared metric.
+    # A squared metric cannot be negative: anything below 0 is rounding.
     return max(0.0, means + first.trace + second.trace - 2 * cross)
 
 
 def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of two Gaussians, the formula of FID and FD-DINOv2.
+    """Squared Fréchet (2-Wasserstein) distance between two Gaussians, the formula of FID and FD-DINOv2.
 
     Args:
         mean1: [d], tensor or array; computed in float64.
@@ -102,23 +103,23 @@ def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
         cov2: as ``cov1``.
 
     Raises:
-        ValueError: shapes do not fit, a number is not finite, or a covariance is not symmetric or has a negative
+        ValueError: shapes do not match, a value is not finite, or a covariance is not symmetric or has a negative
             eigenvalue beyond rounding.
     """
     return distance(Gaussian.of_moments(mean1, cov1), Gaussian.of_moments(mean2, cov2))
 
 
 def sample_notes(samples: int, dimensions: int) -> list[str]:
-    """What a reader has to know about a Fréchet distance of this many samples, one sentence each."""
+    """Caveats for a Fréchet distance computed from this many samples, one sentence each."""
     notes = []
     if samples <= dimensions:
         notes.append(
-            f"{samples} images for {dimensions} dimensions: the covariance is singular, so the distance sees only a "
-            "part of the space; compare it between equal numbers of images, and with nothing published"
+            f"{samples} images for {dimensions} dimensions: the covariance is singular, so the distance covers only "
+            "part of the space; compare it only between equal numbers of images, and not with published values"
         )
     elif samples < PUBLISHED_SAMPLES:
         notes.append(
-            f"{samples} images: a Fréchet distance grows as samples get fewer (published ones use 10,000 to 50,000); "
-            "compare it between equal numbers of images only"
+            f"{samples} images: a Fréchet distance grows as the number of images shrinks (published values use 10,000 "
+            "to 50,000); compare it only between equal numbers of images"
         )
     return notes

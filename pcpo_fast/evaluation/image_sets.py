@@ -1,4 +1,4 @@
-"""Finished images on the disk: those of a candidate, and those of a reference folder."""
+"""Image files on disk: those of a candidate, or of a reference folder."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ MANIFEST_FILE = "prompts.jsonl"
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one origin.
+    """The image files of one candidate or reference.
 
     Attributes:
-        name: for people.
-        files: of a candidate prompt-major, k of each prompt.
-        identity: hash of what made them.
+        name: shown to users.
+        files: prompt-major for a candidate, k per prompt.
+        identity: hash of everything that determines the images.
     """
 
     name: str
@@ -35,7 +35,7 @@ class ImageSet:
         """One image, float32 [3, H, W] in 0..1.
 
         Raises:
-            UserError: the file is damaged or no image; see :func:`pcpo_fast.files.image_files.read_image`.
+            UserError: the file is damaged or not an image; see :func:`pcpo_fast.files.image_files.read_image`.
         """
         return read_image(self.files[index])
 
@@ -48,20 +48,20 @@ class ImageSet:
 def folder_of_images(
     folder: Path, name: str, option: str, expected: int | None = None, texts: Sequence[str] | None = None
 ) -> ImageSet:
-    """All images in a folder and below it.
+    """All images in a folder and its subfolders.
 
-    Where their order matters it is that of their names, with numbers as numbers, or that of a manifest in the folder:
-    ``prompts.jsonl``, whose lines have a ``file_name`` each, says which image was made of which prompt.
+    Files are matched to prompts by a manifest in the folder (``prompts.jsonl`` with a ``file_name`` in every line) or,
+    without one, by the natural order of their names.
 
     Args:
-        folder: where they are.
-        name: of the set.
-        option: begins the message of an error.
-        expected: how many there must be; None: any number from two on, in any order.
-        texts: the prompts of those expected, one for each.
+        folder: the folder.
+        name: name of the set.
+        option: prefix of error messages.
+        expected: required number of images; None: two or more, in any order.
+        texts: the prompt of each expected image.
 
     Raises:
-        UserError: there is no such folder, it holds another number of images, or its manifest does not fit.
+        UserError: the folder does not exist, holds another number of images, or its manifest does not match.
     """
     if not folder.is_dir():
         raise UserError(f"{option}: {folder} is not a folder")
@@ -74,20 +74,21 @@ def folder_of_images(
         without = f" (besides {unread} that are not read: {', '.join(UNREAD_SUFFIXES)})" if unread else ""
         if expected is not None and len(files) != expected:
             raise UserError(
-                f"{option}: {folder} holds {len(files)} images{without}, but the prompts ask for {expected}: in the "
-                "order of their names, all images of the first prompt, then those of the second, and so on"
+                f"{option}: {folder} holds {len(files)} images{without}, but the prompts require {expected}: sorted "
+                "by name, all images of the first prompt, then those of the second, and so on"
             )
         if len(files) < 2:
             raise UserError(
-                f"{option}: {folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}){without}; two are needed"
+                f"{option}: {folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}){without}; at least 2 "
+                "are needed"
             )
         if rank() == 0 and unread:
             warnings.warn(f"{folder} holds {len(files)} images{without}", stacklevel=2)
         odd = next((pair for pair in pairwise(files) if pair[0] > pair[1]), None)
         if rank() == 0 and expected is not None and listed is None and odd is not None:
             warnings.warn(
-                f"numbers in the names of {folder} are sorted as numbers: {odd[0].relative_to(folder)} comes before "
-                f"{odd[1].relative_to(folder)}, which letter by letter it would not",
+                f"the images of {folder} are sorted by the numbers in their names: {odd[0].relative_to(folder)} comes "
+                f"before {odd[1].relative_to(folder)}, unlike in alphabetical order",
                 stacklevel=2,
             )
     try:
@@ -97,7 +98,7 @@ def folder_of_images(
 
 
 def _manifest(folder: Path) -> list[tuple[Path, str]] | None:
-    """(image, prompt) of every line; None where there is no manifest, or only a list of prompts."""
+    """(image, prompt) of every line; None without a manifest, or if it only lists prompts."""
     manifest = folder / MANIFEST_FILE
     if not manifest.is_file():
         return None
@@ -118,7 +119,7 @@ def _manifest(folder: Path) -> list[tuple[Path, str]] | None:
 
 
 def _of_prompts(listed: Sequence[tuple[Path, str]], texts: Sequence[str], where: str) -> list[Path]:
-    """The images in the order of the prompts that they were made of; those of one prompt in the manifest's."""
+    """The images in the order of ``texts``; images of the same prompt in the order of the manifest."""
     waiting: dict[str, list[Path]] = {}
     for file, text in listed:
         waiting.setdefault(text, []).append(file)
@@ -133,6 +134,7 @@ def _of_prompts(listed: Sequence[tuple[Path, str]], texts: Sequence[str], where:
     left = next((found for found in waiting.items() if found[1]), None)
     if left is not None:
         raise UserError(
-            f"{where} has more images of the prompt {left[0]!r} than the evaluation asks for: {left[1][0].name} is left"
+            f"{where} has more images of the prompt {left[0]!r} than the evaluation asks for; {left[1][0].name} is "
+            "left over"
         )
     return files

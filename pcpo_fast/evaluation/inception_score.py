@@ -12,8 +12,8 @@ _SEED = 2020
 def inception_score(logits: Tensor) -> float:
     """``exp(mean KL(p(y|x) || p(y)))`` (Salimans et al., arXiv 1606.03498, section 4).
 
-    From 10,000 images on, the mean over ten parts in random order, as published, and in the order that torch-fidelity
-    draws; below, of all images at once: a part of n images cannot score more than n.
+    From 10,000 images, the mean over ten random splits as published (torch-fidelity's permutation); below that, one
+    score over all images, because a split of n images cannot score more than n.
 
     Args:
         logits: [n, classes].

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over prompts: the images of one prompt are alike, so prompts are what is resampled."""
+"""Bootstrap intervals over prompts: images of one prompt are not independent, so whole prompts are resampled."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,15 @@ _SEED = 20_250  # the same intervals every time
 def over_prompts(statistic: Callable[[NDArray[np.int64]], float], prompts: int, count: int, resamples: int) -> Estimate:
     """A statistic of all images and its 95 % interval.
 
-    For a distance the plain percentile interval is wrong: a resampled set repeats images, so its distance is larger
-    than that of the set itself by a bias of the same size as the spread. The bootstrap distribution is therefore moved
-    so that its mean is the estimate; its width is what is used of it.
+    For a distance the plain percentile interval is wrong: a resampled set repeats images, so its distance is biased
+    upwards by about as much as the spread. The bootstrap distribution is therefore shifted so that its mean is the
+    estimate; only its width is used.
 
     Args:
-        statistic: takes the rows of the images that count (with repetition).
+        statistic: takes the row numbers of the images to use (with repetition).
         prompts: P; the rows of prompt p are ``p * count`` to ``p * count + count - 1``.
-        count: images of a prompt.
-        resamples: 0: no interval.
+        count: images per prompt.
+        resamples: bootstrap resamples; 0: no interval.
     """
     value = float(statistic(np.arange(prompts * count)))
     if resamples < 1 or prompts < 2:

@@ -1,7 +1,7 @@
-"""LPIPS, the learned perceptual distance, from weight files of the published layouts and without torchvision.
+"""LPIPS, the learned perceptual distance, from the published weight files and without torchvision.
 
-The trunk is torchvision's AlexNet or VGG16 (``features.N.weight``), a ``.pth`` or safetensors file; on the hub, the
-repository ``timm/vgg16.tv_in1k`` holds VGG16 in this layout. The linear weights are the files of the package ``lpips``
+The trunk is torchvision's AlexNet or VGG16 (``features.N.weight``) in a ``.pth`` or safetensors file; on the hub,
+``timm/vgg16.tv_in1k`` holds VGG16 in this layout. The linear weights are files of the package ``lpips``
 (``weights/v0.1/alex.pth`` and ``vgg.pth``, ``linN.model.1.weight``).
 """
 
@@ -24,11 +24,11 @@ class Trunk(NamedTuple):
     """A published feature extractor.
 
     Attributes:
-        name: in the package ``lpips``.
-        layers: (channels, kernel, stride, padding) of a convolution and its ReLU; None: a pooling.
-        window: kernel of the poolings; their stride is 2.
-        taps: numbers in ``features`` of the ReLUs whose output is read.
-        smallest: pixels of a side below which nothing is left to read.
+        name: its name in the package ``lpips``.
+        layers: (channels, kernel, stride, padding) of a convolution followed by a ReLU; None: max pooling.
+        window: kernel size of the max pooling, whose stride is 2.
+        taps: indices in ``features`` of the ReLUs whose outputs are compared.
+        smallest: smallest supported image side in pixels.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Trunk(NamedTuple):
     smallest: int
 
     def build(self) -> nn.Sequential:
-        """Its ``features``, without memory until the weights are there: drawing random ones takes seconds."""
+        """Its ``features`` on the meta device: initializing random weights would take seconds."""
         layers: list[nn.Module] = []
         before = 3
         for layer in self.layers:
@@ -60,8 +60,8 @@ class Lpips(nn.Module):
     """The distance (Zhang et al., arXiv 1801.03924), version 0.1.
 
     Args:
-        backbone: file, folder or hub id of the trunk; which one it is, its shapes say.
-        linear: file of the linear weights; None: from the installed package ``lpips``.
+        backbone: file, folder or hub id of the trunk, recognized by its shapes.
+        linear: file of the linear weights; None: taken from the installed package ``lpips``.
 
     Raises:
         UserError: a file is missing or damaged, or holds other weights.
@@ -85,7 +85,7 @@ class Lpips(nn.Module):
             found = weights.get(f"features.{name}")
             if found is None or found.shape != value.shape:
                 has = "is missing" if found is None else f"has the shape {list(found.shape)}"
-                raise UserError(f"{where}: features.{name} {has}; {list(value.shape)} is expected")
+                raise UserError(f"{where}: features.{name} {has}; expected {list(value.shape)}")
         self.layers.load_state_dict({name: weights[f"features.{name}"].float() for name in expected}, assign=True)
         self.linear = nn.ParameterList(self._linear_weights(linear))
         self.requires_grad_(False).eval()
@@ -105,7 +105,7 @@ class Lpips(nn.Module):
         return found
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Of images [B, 3, H, W] in 0..1: for each tap, [B, C, h, w] of unit length over C.
+        """Features of images [B, 3, H, W] in 0..1: for each tap [B, C, h, w], normalized to unit length over C.
 
         Raises:
             UserError: the images are too small for the trunk.
@@ -125,7 +125,7 @@ class Lpips(nn.Module):
         return found
 
     def distance(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
-        """[B] distances between images whose :meth:`features` these are."""
+        """Distances [B] between two batches of images, given their :meth:`features`."""
         total = torch.zeros(len(first[0]), device=first[0].device)
         for a, b, weight in zip(first, second, self.linear, strict=True):
             total += torch.einsum("bchw,c->bhw", (a - b).square(), weight).mean(dim=(1, 2))
@@ -133,12 +133,12 @@ class Lpips(nn.Module):
 
 
 def _packaged(name: str) -> str:
-    """The weights within the package, which is not imported: it would ask for torchvision."""
+    """The weights file inside the package ``lpips``, which is not imported because it needs torchvision."""
     origin = getattr(importlib.util.find_spec("lpips"), "origin", None)
     file = Path(origin).parent / "weights" / "v0.1" / f"{name}.pth" if origin else None
     if file is None or not file.is_file():
         raise UserError(
-            f"--metric lpips: the linear weights of {name} are not here; install them with `pip install --no-deps "
-            "lpips`, or name the file: --metric lpips=BACKBONE,LINEAR"
+            f"--metric lpips: the linear weights of {name} are not installed; run `pip install --no-deps lpips`, or "
+            "give the file: --metric lpips=BACKBONE,LINEAR"
         )
     return str(file)

@@ -1,4 +1,4 @@
-"""How far each run is from the reference at the same reward: the comparison that the paper makes."""
+"""Each run's distance from the reference at equal reward: the comparison made in the paper."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Matched:
     """Distances at one level of one reward.
 
     Attributes:
-        reward: its name.
-        level: the highest that every run reaches.
+        reward: name of the reward.
+        level: the highest reward that every run reaches.
         distance: key of the distance.
-        at: by run, its distance there, on the straight line between the neighbouring scales.
+        at: each run's distance at that reward, interpolated linearly between neighbouring scales.
     """
 
     reward: str
@@ -30,10 +30,10 @@ def match(reward: str, distance: str, curves: Mapping[str, Sequence[Point]]) -> 
 
     Args:
         reward, distance: names.
-        curves: by run, its points in the order of their scale, beginning with the base model where it is there.
+        curves: each run's points in order of scale, starting with the base model if it was evaluated.
 
     Returns:
-        None for fewer than two curves, or where one of them does not pass the level.
+        None for fewer than two curves, or if one of them does not cross the level.
     """
     if len(curves) < 2:
         return None
@@ -45,7 +45,7 @@ def match(reward: str, distance: str, curves: Mapping[str, Sequence[Point]]) -> 
 
 
 def _first_at(points: Sequence[Point], level: float) -> float | None:
-    """The distance where a curve first has a reward of ``level``; None where it begins above."""
+    """The distance at which a curve first reaches the reward ``level``; None if it starts above."""
     if points[0][0] == level:
         return points[0][1]
     if points[0][0] > level:

@@ -1,4 +1,4 @@
-"""Reading weights from files that a user may have downloaded: tensors only, nothing is executed."""
+"""Reading weights from untrusted files: tensors only, nothing is executed."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from pcpo_fast.rewards.model_files import pretrained_file
 
 
 def weights_file(path: str, where: str) -> Path:
-    """Where the weights are that :func:`read_weights` reads, whose arguments it takes.
+    """The file that :func:`read_weights` would read for the same arguments.
 
     Raises:
-        UserError: there is no such thing.
+        UserError: it does not exist.
     """
     return pretrained_file(where, where.removeprefix("--").partition("=")[0], path, "model.safetensors")
 
 
 def read_weights(path: str, where: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors or ``.pth`` file, of a folder's ``model.safetensors``, or of such a hub repository.
+    """The tensors of a safetensors or ``.pth`` file, or of ``model.safetensors`` in a folder or hub repository.
 
     Args:
         path: file, folder or hub id "owner/name".
-        where: begins the message of an error.
+        where: prefix of error messages.
 
     Raises:
-        UserError: there is no such thing, or it holds something else than tensors.
+        UserError: the file does not exist, or holds anything other than tensors.
     """
     return read_checkpoint(weights_file(path, where), where)

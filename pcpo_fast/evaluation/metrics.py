@@ -1,4 +1,4 @@
-"""The metrics of ``--metric``: what each needs, and what it makes of the images."""
+"""The metrics of ``--metric``: which model each needs, and how it is computed from the images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,14 +30,14 @@ _LPIPS_TRUNK = "timm/vgg16.tv_in1k"
 
 @dataclass(frozen=True)
 class MetricColumn:
-    """One number of every candidate.
+    """One metric of every candidate.
 
     Attributes:
-        key: its name in the JSON.
-        label: in tables.
-        better: which direction is better.
+        key: its key in the JSON.
+        label: its heading in tables.
+        better: whether higher or lower values are better.
         kind: distance, diversity or score.
-        estimates: by candidate.
+        estimates: the value by candidate.
     """
 
     key: str
@@ -48,10 +48,10 @@ class MetricColumn:
 
 
 def parse_metrics(texts: Sequence[str]) -> dict[str, str | None]:
-    """``NAME[=MODEL]`` of the command line as {name: model}.
+    """Parse ``NAME[=MODEL]`` arguments into {name: model}; None stands for the default model.
 
     Raises:
-        UserError: no such metric, or one is named twice.
+        UserError: a metric is unknown or given twice.
     """
     found: dict[str, str | None] = {}
     for text in texts:
@@ -59,26 +59,26 @@ def parse_metrics(texts: Sequence[str]) -> dict[str, str | None]:
         if name not in METRICS:
             raise UserError(f"--metric {text!r}: must be one of {', '.join(METRICS)}")
         if name in found:
-            raise UserError(f"--metric: {name} is named twice")
+            raise UserError(f"--metric: {name} is given twice")
         if separator and not model:
-            raise UserError(f"--metric {text!r}: name a model behind the sign, or leave the sign out")
+            raise UserError(f"--metric {text!r}: the model after '=' is missing (omit '=' for the default model)")
         found[name] = model or None
     networks = {found[name] for name in ("fid", "is") if found.get(name)}
     if len(networks) > 1:
-        raise UserError("--metric: fid and is use one Inception network; name its weights once")
+        raise UserError("--metric: fid and is share one Inception network; give its weights only once")
     return found
 
 
 @dataclass
 class Measuring:
-    """Measures image sets against a reference; models are loaded once, and what they see is kept on the disk.
+    """Computes the metrics of image sets; models are loaded once, and their features are cached on disk.
 
     Attributes:
         settings: which metrics, and how.
         request: the images of each set.
-        reference: what distances are to; None where no metric asks.
+        reference: reference images of distances; None if no metric needs them.
         device: where models run.
-        notes: what a reader of the numbers must know.
+        notes: caveats for the reader, collected while measuring.
 
     Raises:
         UserError: a model cannot be loaded.
@@ -91,7 +91,7 @@ class Measuring:
     notes: list[str] = field(default_factory=list)
 
     def columns(self, sets: Sequence[ImageSet]) -> list[MetricColumn]:
-        """Every metric of every set, one model in memory at a time."""
+        """Every metric of every set; at most one model is in memory at a time."""
         metrics = self.settings.metrics
         found: list[MetricColumn] = []
         if "fd-dinov2" in metrics:
@@ -121,7 +121,7 @@ class Measuring:
         return found
 
     def _features(self, sets: Sequence[ImageSet], extractor: Extractor) -> dict[str, dict[str, Tensor]]:
-        """{set: {feature: [n, d]}}, the reference under the name ""."""
+        """{set: {feature: [n, d]}}; the reference has the name ""."""
         cache, size = self.settings.cache or self.settings.output / "features", self.settings.batch_size
         named = {one.name: one for one in sets} | ({} if self.reference is None else {"": self.reference})
         return {name: features_of(one, extractor, cache, size) for name, one in named.items()}
@@ -140,7 +140,7 @@ class Measuring:
         prepare: Callable[[Tensor], T],
         measure: Callable[[T, T], float],
     ) -> dict[str, Estimate]:
-        """Distances to the reference; if it is of the same prompts, the two are resampled in pairs."""
+        """Distances to the reference, which is resampled together with the set if it is one of the candidates."""
         reference = features[""][feature]
         paired = any(one is self.reference for one in sets)
         whole = prepare(reference)
@@ -186,7 +186,7 @@ class Measuring:
             rows = range(prompt * self.request.count, (prompt + 1) * self.request.count)
             images = [one.read(row) for row in rows]
             if len({tuple(image.shape) for image in images}) > 1:
-                raise UserError(f"--checkpoint {one.name}: the images of a prompt must have one size")
+                raise UserError(f"--checkpoint {one.name}: all images of a prompt must have the same size")
             values.append(measure(torch.stack(images)))
         return mean(values)
 

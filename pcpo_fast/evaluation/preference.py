@@ -1,4 +1,4 @@
-"""A blind preference study: one HTML file with pairs of images, and a key that says which side is whose."""
+"""A blind preference study: one HTML file with pairs of images, and a key that identifies the two sides."""
 
 import json
 import random
@@ -18,20 +18,20 @@ def parse_pair(value: str, names: list[str]) -> tuple[str, str]:
     """The two checkpoints of ``--preference A,B``.
 
     Raises:
-        UserError: they are not two of the names.
+        UserError: the value does not give two different names.
     """
     chosen = [name.strip() for name in value.split(",")]
     wrong = next((name for name in chosen if name not in names), None)
     if len(chosen) != 2 or chosen[0] == chosen[1] or wrong is not None:
-        raise UserError(f"--preference {value!r}: is written A,B with two of {', '.join(names)}")
+        raise UserError(f"--preference {value!r}: expected A,B with two of {', '.join(names)}")
     return chosen[0], chosen[1]
 
 
 def write_preference(result: Evaluation, pair: tuple[str, str], folder: Path) -> tuple[Path, Path]:
-    """Write the page, which does not tell the checkpoints apart, and the key, which does; returns their paths.
+    """Write the page, which does not identify the checkpoints, and the key, which does; return both paths.
 
-    Order and sides are drawn from the names and the seed: the same evaluation makes the same page, and votes of an
-    earlier page of it still count.
+    Order and sides are drawn from the image sets and the seed, so repeating an evaluation gives the same page and
+    earlier votes remain valid.
 
     Raises:
         UserError: an image cannot be read.
@@ -41,7 +41,7 @@ def write_preference(result: Evaluation, pair: tuple[str, str], folder: Path) ->
     draw = random.Random(identity)
     rows = list(range(len(result.prompts) * result.count))
     draw.shuffle(rows)
-    # As many pairs with the first on the left as on the right: who always takes one side decides nothing.
+    # The first checkpoint is on the left in half of the pairs: voters who always choose one side change nothing.
     sides = [pair, pair[::-1]] * (len(rows) // 2) + [pair] * (len(rows) % 2)
     draw.shuffle(sides)
     entries, pairs = [], []

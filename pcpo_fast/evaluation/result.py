@@ -1,4 +1,4 @@
-"""What an evaluation found, and its record for programs."""
+"""The result of an evaluation, and its JSON record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +17,9 @@ class RewardColumn:
     """One reward of every candidate.
 
     Attributes:
-        name: of the reward.
-        scores: [P k] by candidate, prompt-major.
-        count: k.
+        name: name of the reward.
+        scores: by candidate, P * k scores, prompt-major.
+        count: k, images per prompt.
     """
 
     name: str
@@ -27,11 +27,11 @@ class RewardColumn:
     count: int
 
     def estimate(self, candidate: str) -> Estimate:
-        """Mean over images; interval over prompts."""
+        """Mean over images, with an interval over prompts."""
         return mean(self._by_prompt(candidate))
 
     def difference(self, candidate: str, baseline: str) -> Estimate:
-        """Of the means; prompts are resampled as pairs, so that what makes a prompt easy drops out."""
+        """Difference of the means, paired by prompt so that differences in prompt difficulty cancel."""
         return mean_difference(self._by_prompt(candidate), self._by_prompt(baseline), paired=True)
 
     def _by_prompt(self, candidate: str) -> list[float]:
@@ -44,15 +44,15 @@ class Evaluation:
     """Everything that tables, figures and pages show.
 
     Attributes:
-        prompts: P.
-        count: images of each.
-        seed: of the noise.
+        prompts: the P prompts.
+        count: images per prompt.
+        seed: seed of the noise.
         candidates: in the order of the command line; the first is the baseline.
         sets: their images, in the same order.
-        reference: name of what distances are to; None without one.
-        rewards, columns: the numbers.
-        matched: the distances at equal reward.
-        notes: sentences that a reader must know.
+        reference: name of the reference of distances; None without one.
+        rewards, columns: scores and metrics.
+        matched: distances at equal reward.
+        notes: caveats for the reader, one sentence each.
     """
 
     prompts: Sequence[Prompt]
@@ -68,16 +68,16 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """Of the candidates."""
+        """Names of the candidates."""
         return [one.name for one in self.candidates]
 
     @property
     def baseline(self) -> str:
-        """What differences are to."""
+        """Name of the candidate from which differences are taken."""
         return self.names[0]
 
     def record(self) -> dict[str, Any]:
-        """As evaluation.json holds it; docs/evaluating.md names the keys."""
+        """The content of evaluation.json; docs/evaluating.md explains the keys."""
         return {
             "prompts": [prompt.text for prompt in self.prompts],
             "images_per_prompt": self.count,

@@ -1,4 +1,4 @@
-"""An evaluation in words: the tables on the terminal, and evaluation.md."""
+"""An evaluation as text: tables for the terminal, and evaluation.md."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,10 +10,10 @@ _ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def evaluation_tables(result: Evaluation) -> list[Grid]:
-    """All numbers; then, where there is something to compare, differences to the baseline and distances at one reward.
+    """The table of all numbers and, with several candidates, reward differences and distances at equal reward.
 
-    The first has a row for each candidate and a column for each reward and metric. Differences are of rewards, on the
-    same prompts and noise.
+    The first table has a row for each candidate and a column for each reward and metric. Differences are paired by
+    prompt.
     """
     header = ["checkpoint", *(f"{column.name} ↑" for column in result.rewards)]
     header += [f"{column.label} {_ARROWS[column.better]}" for column in result.columns]
@@ -33,7 +33,7 @@ def evaluation_tables(result: Evaluation) -> list[Grid]:
                 cells.append(estimate_text(difference, partial(number_text, signed=True)) + mark)
             rows.append((name, *cells))
         names = ("checkpoint", *(column.name for column in result.rewards))
-        tables.append(Grid(f"Rewards minus those of {result.baseline}, in pairs", names, tuple(rows)))
+        tables.append(Grid(f"Reward differences from {result.baseline}, paired by prompt", names, tuple(rows)))
     if result.matched:
         labels = {column.key: column.label for column in result.columns}
         rows = [
@@ -48,12 +48,12 @@ def evaluation_tables(result: Evaluation) -> list[Grid]:
 
 
 def images_text(result: Evaluation) -> str:
-    """How many images the numbers are of."""
+    """Number of images, as text."""
     return f"{len(result.prompts)} prompts x {result.count} images, seed {result.seed}"
 
 
 def evaluation_markdown(result: Evaluation, figures: Sequence[str]) -> str:
-    """The document, with pictures by their relative names."""
+    """The text of evaluation.md; ``figures`` are file names relative to it."""
     main, *others = evaluation_tables(result)
     parts = ["# Evaluation", f"{main.title}."]
     if result.reference is not None:
@@ -62,5 +62,5 @@ def evaluation_markdown(result: Evaluation, figures: Sequence[str]) -> str:
     parts += [table.section() for table in others]
     parts += [f"![{name}]({name})" for name in figures]
     if result.notes:
-        parts += ["## What to know", bullets(result.notes)]
+        parts += ["## Notes", bullets(result.notes)]
     return "\n\n".join(parts) + "\n"

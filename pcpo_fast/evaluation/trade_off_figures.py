@@ -1,4 +1,4 @@
-"""Rewards against distances: how much a checkpoint gained, and what it paid for it."""
+"""Figures of reward against distance: the gain of each checkpoint and its cost."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ _MARKERS = ("o", "s", "^", "D", "v")
 
 
 def curves(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
-    """Runs with their scales in order, each beginning at the base model where that was evaluated, too."""
+    """Candidates by family in order of scale; a run's curve starts at the base model if that was evaluated."""
     base = [one for one in candidates if one.kind == "base"]
     found: dict[str, list[Candidate]] = {}
     for one in candidates:
@@ -33,12 +33,12 @@ def curves(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
 
 
 def points(members: Sequence[Candidate], reward: RewardColumn, column: MetricColumn) -> list[Point]:
-    """(reward, distance) of each."""
+    """(reward, distance) of each candidate."""
     return [(reward.estimate(one.name).value, column.estimates[one.name].value) for one in members]
 
 
 def trade_off_figure(result: Evaluation) -> "Figure | None":
-    """Reward over distance, a panel for each pair of them; None without a distance or a reward."""
+    """Reward over distance, one panel per pair of a reward and a distance; None without either."""
     distances = [column for column in result.columns if column.kind == "distance"]
     if not distances or not result.rewards:
         return None
@@ -49,7 +49,7 @@ def trade_off_figure(result: Evaluation) -> "Figure | None":
             axes = styled(
                 figure.add_subplot(rows, columns, row * columns + place + 1),
                 f"{reward.name} against {column.label}",
-                f"{column.label} to {result.reference} (less is closer)",
+                f"{column.label} to {result.reference} (lower is closer)",
                 reward.name,
                 with_legend=True,
             )

@@ -1,4 +1,4 @@
-"""Win rates from the vote files of a preference page."""
+"""Win rates from the votes on a preference page."""
 
 import json
 import math
@@ -20,13 +20,13 @@ class WinRate:
     """How often the first checkpoint was preferred to the second.
 
     Attributes:
-        first, second: names.
-        wins, losses, ties: votes, as seen from the first.
+        first, second: names of the checkpoints.
+        wins, losses, ties: votes, from the first checkpoint's point of view.
         win_rate: (wins + ties / 2) / votes.
-        wilson_interval: 95 % interval that takes every vote for independent.
-        prompt_interval: 95 % bootstrap interval over prompts, whose votes belong together; None for one prompt.
-        left_share: share of the left side among votes that chose one: far from 0.5, people did not look.
-        voters: votes by person.
+        wilson_interval: 95 % interval that assumes independent votes.
+        prompt_interval: 95 % bootstrap interval over prompts, whose votes are correlated; None for one prompt.
+        left_share: share of the left side among votes without ties; far from 0.5, voters did not look.
+        voters: number of votes by voter.
     """
 
     first: str
@@ -42,7 +42,7 @@ class WinRate:
 
     @property
     def verdict(self) -> str:
-        """In words; the wider of the two intervals decides."""
+        """Which checkpoint is preferred, if both intervals exclude 0.5."""
         intervals = [self.wilson_interval, self.prompt_interval or self.wilson_interval]
         if min(low for low, _ in intervals) > 0.5:
             return f"{self.first} is preferred"
@@ -51,7 +51,7 @@ class WinRate:
         return "undecided"
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The JSON record."""
         return asdict(self) | {"verdict": self.verdict}
 
 
@@ -60,10 +60,10 @@ def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
 
     Args:
         key_file: ``preference_key.json`` of the page.
-        vote_files: what people saved, one file each.
+        vote_files: the saved votes, one file per voter.
 
     Raises:
-        UserError: a file is missing or malformed, belongs to another page, or two are by the same person.
+        UserError: a file is missing or malformed, belongs to another page, or two files have the same voter.
     """
     key = _read_json(key_file)
     try:
@@ -80,7 +80,7 @@ def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
     for file in vote_files:
         voter, votes = _votes(file, page, len(pairs))
         if voter in files:
-            raise UserError(f"{files[voter]} and {file} are both by {voter!r}: keep one of them")
+            raise UserError(f"{files[voter]} and {file} are both by {voter!r}; keep one of them")
         files[voter], voters[voter] = file, len(votes)
         for place, choice in votes.items():
             prompt, left = pairs[place]
@@ -90,7 +90,7 @@ def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
             points.setdefault(prompt, []).append(0.5 if choice == "tie" else float(won))
     total = sum(counts.values())
     if not total:
-        raise UserError("the vote files hold no votes")
+        raise UserError("the vote files contain no votes")
     rate = (counts["win"] + counts["tie"] / 2) / total
     decided = sides["left"] + sides["right"]
     sums, numbers = [sum(votes) for votes in points.values()], [len(votes) for votes in points.values()]
@@ -112,7 +112,7 @@ def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
 
 
 def wilson_interval(rate: float, count: int, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson, JASA 22, 1927); also for rates that count a tie as a half."""
+    """Wilson's score interval of a proportion (Wilson, JASA 22, 1927); a tie may count as half a win."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
@@ -123,9 +123,9 @@ def _votes(file: Path, page: str, pairs: int) -> tuple[str, dict[int, str]]:
     data = _read_json(file)
     voter, votes = (data.get("voter"), data.get("votes")) if isinstance(data, dict) else (None, None)
     if not isinstance(voter, str) or not voter or not isinstance(votes, dict):
-        raise UserError(f"{file} is not a vote file of a preference page")
+        raise UserError(f"{file} is not a file of votes from a preference page")
     if data.get("page") != page:
-        raise UserError(f"{file} holds votes of another page ({data.get('page')}, not {page})")
+        raise UserError(f"{file} holds votes on another page ({data.get('page')}, not {page})")
     found = {}
     for place, choice in votes.items():
         if not (isinstance(place, str) and place.isascii() and place.isdigit() and int(place) < pairs):

@@ -17,18 +17,18 @@ from pcpo_fast.runs.input_record import read_differently
 from pcpo_fast.runs.run_directory import CONFIG_FILE
 
 SHARED = tuple(key for key, role in roles(ModelConfig) if role is not None and role.base_model)
-"""Settings of the model that composed runs must share: whatever the base model's output depends on."""
+"""Model settings that composed runs must share: everything that the base model's output depends on."""
 
 
 def read_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[FineTune]:
-    """Configuration and exported weights of run directories; reads no weights.
+    """Configurations and weight folders of run directories; does not read weights.
 
     Args:
-        folders: run directories. The first one's sampler is the one to sample with.
-        overrides: ``key=value`` settings that win over each run's own.
+        folders: run directories. The sampler of the first one is used.
+        overrides: ``key=value`` settings that take precedence over each run's own.
 
     Raises:
-        UserError: a folder is no run or holds no export, or the runs have different base models.
+        UserError: a folder is not a run or has no export, or the runs have different base models.
     """
     runs = [read_fine_tune(Path(folder), overrides) for folder in folders]
     for run, folder in zip(runs[1:], folders[1:], strict=True):
@@ -36,21 +36,21 @@ def read_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
         if different is not None:
             key, first, other = different
             raise UserError(
-                f"--run: runs are composed over one base model, but model.{key} is {first!r} in {folders[0]} and "
-                f"{other!r} in {folder} (a setting on the command line, model.{key}=..., holds for all of them)"
+                f"--run: composed runs must share one base model, but model.{key} is {first!r} in {folders[0]} and "
+                f"{other!r} in {folder} (model.{key}=... on the command line sets it for all)"
             )
         changed = read_differently([Path(folders[0]), Path(folder)])
         base = next((text for text in changed if text.startswith("model.path ")), None)
         if base is not None and not any(text.startswith("model.path=") for text in overrides):
             raise UserError(
-                f"--run: runs are composed over one base model, but the content of {base} changed between {folders[0]} "
-                f"and {folder} (a setting on the command line, model.path=..., holds for both)"
+                f"--run: composed runs must share one base model, but the content of {base} changed between "
+                f"{folders[0]} and {folder} (model.path=... on the command line sets it for both)"
             )
     return runs
 
 
 def base_difference(first: Config, second: Config) -> tuple[str, object, object] | None:
-    """The first setting of ``model`` in which two base models differ, and its values; None: the base is the same."""
+    """The first ``model`` setting in which the base models differ, with both values; None if they are the same."""
     for key in SHARED:
         one, other = (getattr(config.model, key) for config in (first, second))
         if key == "path":
@@ -66,24 +66,24 @@ def guided_policies(
     device: torch.device,
     prompts: Sequence[str] = (),
 ) -> list[RewardGuided]:
-    """A policy for each setting of the scales; all share one base model in memory.
+    """One policy per combination of scales; all share one base model in memory.
 
-    What no setting needs is not loaded: the base model's weights where every setting is one full fine-tune at scale 1,
-    a fine-tune whose scale is always 0.
+    Weights that no combination needs are not loaded: the base model's if every combination is one full fine-tune at
+    scale 1, and those of a fine-tune whose scale is always 0.
 
     Args:
-        runs: of :func:`read_runs`.
-        settings: scales, one for each run; see :class:`pcpo_fast.guidance.reward_guidance.RewardGuided`.
-        device: where the models go.
-        prompts: encoded before the models are loaded.
+        runs: from :func:`read_runs`.
+        settings: combinations with one scale per run; see :class:`pcpo_fast.guidance.reward_guidance.RewardGuided`.
+        device: where the models are placed.
+        prompts: prompts to encode before the models are loaded.
 
     Raises:
         UserError: a model or its weights cannot be loaded.
-        ValueError: a setting has not one finite scale for each run.
+        ValueError: a combination does not have one finite scale per run.
     """
     for scales in settings:
         if len(scales) != len(runs) or not all(map(math.isfinite, scales)):
-            raise ValueError(f"{len(runs)} runs need as many finite scales, got {list(scales)}")
+            raise ValueError(f"expected {len(runs)} finite scales, one per run, got {list(scales)}")
     wanted = [any(column) for column in zip(*settings, strict=True)]
     keep_base = any(math.fsum(scales) != 1 for scales in settings)
     policy, predictions = load_fine_tunes(runs, wanted, device, prompts, keep_base=keep_base)
@@ -99,29 +99,29 @@ def guided_policies(
 def read_fine_tune(
     folder: Path, overrides: Sequence[str] = (), *, weights: Path | None = None, option: str = "--run"
 ) -> FineTune:
-    """A run's configuration and weights; reads no weights.
+    """A run's configuration and weight folder; does not read weights.
 
     Args:
         folder: run directory.
-        overrides: ``key=value`` settings that win over the run's own.
+        overrides: ``key=value`` settings that take precedence over the run's own.
         weights: folder of the weights; None: the run's export.
-        option: begins the message of an error.
+        option: prefix of error messages.
 
     Raises:
-        UserError: the folder is no run or holds no export.
+        UserError: the folder is not a run or has no export.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{option}: {folder} is not a run directory (no {CONFIG_FILE} in it)")
     weights = folder / "export" if weights is None else weights
     if not weights.is_dir():
-        raise UserError(f"{option}: {folder} holds no exported weights yet; write them with: pcpo-fast export {folder}")
+        raise UserError(f"{option}: {folder} has no exported weights yet; write them with: pcpo-fast export {folder}")
     config = load_config(folder / CONFIG_FILE, overrides)
-    # The run may have been moved, and weights that it started from are in its own by now.
+    # The run may have been moved, and its weights already include the adapter it started from (model.lora.init).
     model = config.model.model_copy(update={"lora": config.model.lora.model_copy(update={"init": None})})
     return FineTune(config.model_copy(update={"output_dir": str(folder), "model": model}), weights)
 
 
 def _same_folder(path: str) -> str:
-    """One spelling for a folder; a hub id as it is."""
+    """The resolved path of a folder, so that spellings compare equal; a hub id unchanged."""
     folder = find(path)
     return str(folder.resolve()) if folder.is_dir() else path

@@ -1,4 +1,4 @@
-"""Implicit reward guidance: a tuned model's output pushed towards, or beyond, what its reward taught it."""
+"""Implicit reward guidance: interpolate or extrapolate between the base model's output and a tuned model's."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ from pcpo_fast.policies.fine_tunes import Predict, predicting
 
 
 class RewardGuided(Policy):
-    """Fine-tunes of a model composed at inference, as a policy that samplers take like any other.
+    """Fine-tunes of one model composed at inference; samplers use it like any other policy.
 
     The output is ``f_ref + sum_k scale_k (f_k - f_ref)``, every ``f`` after classifier-free guidance of the same scale
     (implicit reward guidance; Lee and Ye, PCPO, 2026). One fine-tune at scale 0 is the base model and at 1 the tuned
     one, bit for bit; between them it interpolates, above 1 it extrapolates, and below 0 it moves away from the reward.
 
-    Only what counts is run: no fine-tune of scale 0, and no reference where the scales add up to 1.
+    Networks that contribute nothing are not run: a fine-tune at scale 0, or the base model if the scales sum to 1.
     """
 
     family: ClassVar[str] = "reward_guided"
@@ -33,9 +33,9 @@ class RewardGuided(Policy):
         """Compose outputs.
 
         Args:
-            policy: encodes prompts, decodes images and knows the times.
-            terms: what each fine-tune predicts, and its scale.
-            reference: what the base model predicts; ``policy.predict`` by default.
+            policy: encodes prompts, decodes images and provides the schedule.
+            terms: each fine-tune's prediction function, and its scale.
+            reference: the base model's prediction function; ``policy.predict`` by default.
 
         Raises:
             ValueError: a scale is not finite.
@@ -51,27 +51,27 @@ class RewardGuided(Policy):
 
     @classmethod
     def of(cls, policy: Policy, scale: float) -> "RewardGuided":
-        """A policy under training against its own reference: adapters off, or the kept copy of its start."""
+        """Guidance of a policy in training over its own reference (adapters off, or the frozen copy of its start)."""
         return cls(policy, [(policy.predict, scale)], predicting(policy, policy.as_reference))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The policy's."""
+        """As in the wrapped policy."""
         return self.policy.latent_shape
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """The policy's."""
+        """As in the wrapped policy."""
         self.policy.prepare_prompts(prompts)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The policy's."""
+        """As in the wrapped policy."""
         return self.policy.encode(prompts)
 
     def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
-        """The composed output as the only half: classifier-free guidance is inside it.
+        """The composed output as the conditional half; it already includes classifier-free guidance.
 
         Returns:
-            [B, *latent_shape]: in float32 (float64 where an output is), or, where one model alone is run, as it says.
+            [B, *latent_shape] in float32 (float64 if an output is), or in the model's dtype if only one model is run.
         """
         terms = [] if self._as_reference else self._terms
         origin = self._reference
@@ -90,15 +90,15 @@ class RewardGuided(Policy):
         return PolicyOutput(output, None)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The policy's."""
+        """As in the wrapped policy."""
         return self.policy.decode(latents)
 
     def schedule(self, steps: int) -> Schedule:
-        """The policy's."""
+        """As in the wrapped policy."""
         return self.policy.schedule(steps)
 
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Refused: outputs are composed, not weights.
+        """Not supported: outputs are composed, not weights.
 
         Raises:
             ValueError: always.
@@ -107,7 +107,7 @@ class RewardGuided(Policy):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within the block, the output is the base model's."""
+        """Predict the base model's output within the block."""
         self._as_reference, before = True, self._as_reference
         try:
             yield

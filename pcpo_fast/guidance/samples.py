@@ -1,4 +1,4 @@
-"""Images for a person to look at: of a pipeline, of trained runs, or of a sweep over the scales of reward guidance."""
+"""Sample images from a pipeline, from trained runs, or over a sweep of reward guidance scales."""
 
 import json
 import math
@@ -29,16 +29,16 @@ from pcpo_fast.rollout.generation import generate
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Which images are made, whatever makes them.
+    """Which images to sample, independent of the model.
 
     Attributes:
-        prompts: P.
-        count: images of each.
-        seed: of the noise.
-        stochastic: with the rollout's noise instead of without.
-        batch_size: images at once.
-        rewards: what the images are scored with.
-        place: where the prompts come from, for messages.
+        prompts: the P prompts.
+        count: images per prompt.
+        seed: seed of the noise.
+        stochastic: sample with the rollout's noise; otherwise without noise.
+        batch_size: images per batch.
+        rewards: rewards that score the images.
+        place: where the prompts come from, for error messages.
     """
 
     prompts: Sequence[Prompt]
@@ -55,11 +55,11 @@ class Samples:
     """The images, with their prompts and scores.
 
     Attributes:
-        request: what was asked for.
-        scales: of every run, for each column; empty where there are no runs.
-        columns: one, or one for each scale of a sweep.
-        sweep: whether it is a sweep.
-        written: files and numbers, of :func:`write_samples`; None where nothing has been written.
+        request: the request.
+        scales: for each column, the scale of every run; empty without runs.
+        columns: one column, or one per scale of a sweep.
+        sweep: whether this is a sweep.
+        written: what :func:`write_samples` returned; None if nothing has been written.
     """
 
     request: SampleRequest
@@ -70,23 +70,23 @@ class Samples:
 
     @property
     def captions(self) -> list[str]:
-        """The prompt of each image of a column, [P x count], prompt-major."""
+        """The prompt of each image of a column, P * count entries, prompt-major."""
         return [prompt.text for prompt in self.request.prompts for _ in range(self.request.count)]
 
     @property
     def images(self) -> list[Image]:
-        """All images in the order of :attr:`captions`; those of a sweep scale after scale."""
+        """All images in the order of :attr:`captions`; for a sweep one scale after the other."""
         return [to_image(image) for column in self.columns for image in column.images]
 
     @property
     def scores(self) -> dict[str, list[float]]:
-        """The scores of :attr:`images`, by the name of the reward."""
+        """The scores of :attr:`images` by reward name."""
         names = self.columns[0].scores
         return {name: [score for one in self.columns for score in one.scores[name].tolist()] for name in names}
 
     @property
     def picture(self) -> Image:
-        """The images in one picture, with prompts and the first reward's scores."""
+        """A grid of the images, with prompts and the first reward's scores."""
         count, captions = self.request.count, self.captions
         if self.sweep:
             return sweep_picture(self.columns, captions, count)
@@ -99,20 +99,20 @@ class Samples:
 
 
 def scale_settings(runs: int, scales: Sequence[float], sweep: str | None) -> list[tuple[float, ...]]:
-    """The scales of each run, for one or more settings.
+    """The combinations of scales to sample with, each with one scale per run.
 
     Args:
-        runs: how many are composed; 0: the model itself, which has no scale.
-        scales: one for each, or one for all; none means 1 for a single run.
-        sweep: all runs at each of these scales; see :func:`pcpo_fast.guidance.scale_sweep.sweep_scales`.
+        runs: number of composed runs; 0: the base model alone, which has no scale.
+        scales: one per run, or one for all; empty means 1 for a single run.
+        sweep: use each of these scales for all runs; see :func:`pcpo_fast.guidance.scale_sweep.sweep_scales`.
 
     Raises:
-        UserError: they do not go together.
+        UserError: the arguments contradict each other.
     """
     if not runs:
         for option, given in (("--guidance-scale-reward", scales), ("--sweep", sweep is not None)):
             if given:
-                raise UserError(f"{option}: scales what a run has learned; name the run with --run RUN")
+                raise UserError(f"{option}: needs a trained run to scale; give one with --run RUN")
         return []
     if sweep is not None:
         return [(scale,) * runs for scale in sweep_scales(sweep)]
@@ -120,11 +120,11 @@ def scale_settings(runs: int, scales: Sequence[float], sweep: str | None) -> lis
     if wrong is not None:
         raise UserError(f"--guidance-scale-reward: must be a finite number, got {wrong}")
     if not scales and runs > 1:
-        raise UserError(f"--guidance-scale-reward: {runs} runs need a scale each, or one for all of them (or --sweep)")
+        raise UserError(f"--guidance-scale-reward: {runs} runs need one scale each, or one for all (or --sweep)")
     if len(scales) not in (0, 1, runs):
         raise UserError(
-            f"--guidance-scale-reward: {len(scales)} scales for {runs} {'run' if runs == 1 else 'runs'}; give one for "
-            "each --run in its order, or one for all"
+            f"--guidance-scale-reward: {len(scales)} scales for {runs} {'run' if runs == 1 else 'runs'}; give one per "
+            "--run, in the same order, or one for all"
         )
     return [tuple(scales) if len(scales) == runs else tuple(scales or [1.0]) * runs]
 
@@ -132,17 +132,17 @@ def scale_settings(runs: int, scales: Sequence[float], sweep: str | None) -> lis
 def make_samples(
     config: Config, runs: Sequence[FineTune], settings: Sequence[tuple[float, ...]], request: SampleRequest, sweep: bool
 ) -> Samples:
-    """Sample and score.
+    """Sample and score the images.
 
     Args:
-        config: model and sampler; of ``runs`` the first one's.
-        runs: whose weights are used; none: the model itself.
-        settings: of :func:`scale_settings`, a column for each.
-        request: what is made.
-        sweep: whether the settings are those of a sweep.
+        config: model and sampler; with ``runs``, the first run's.
+        runs: the runs whose weights are used; empty: the base model.
+        settings: from :func:`scale_settings`; each gives a column.
+        request: which images.
+        sweep: whether the settings form a sweep.
 
     Raises:
-        UserError: a model, a reward or a prompt is not as it should be.
+        UserError: a model, a reward or a prompt is unusable.
     """
     rewards = RewardSet(request.rewards)
     rewards.check_prompts(request.prompts, request.place)
@@ -170,11 +170,11 @@ def make_samples(
 
 
 def write_samples(samples: Samples, output: Path, folder: Path | None) -> dict[str, Any]:
-    """Write the picture, every image by itself into ``folder``, and of a sweep with rewards a plot.
+    """Write the grid to ``output``, single images to ``folder``, and the plot of a sweep with rewards.
 
     Returns:
-        ``{"guidance_scale_reward", "images", "rewards": {name: {"mean", "scores"}}}`` with a scale for each run; of a
-        sweep ``{"plot", "sweep"}`` with an entry for each scale: ``{"guidance_scale_reward", "images", "diversity",
+        ``{"guidance_scale_reward", "images", "rewards": {name: {"mean", "scores"}}}`` with one scale per run; for a
+        sweep ``{"plot", "sweep"}`` with one entry per scale: ``{"guidance_scale_reward", "images", "diversity",
         "rewards": {name: {"mean", "low", "high", "std", "scores"}}}``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One set of prompts and noise at many scales of reward guidance: the numbers, the picture and the plot."""
+"""The same prompts and noise at several reward guidance scales: parsing, numbers, image grid and plot."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,18 @@ from pcpo_fast.reporting.statistics import mean
 from pcpo_fast.training.heldout import diversity
 
 SHOWN_ROWS = 24
-"""Rows of the picture; with more images, the first image of each prompt comes first."""
+"""Rows of the grid; with more images than rows, the first image of each prompt is shown first."""
 MOST_SCALES = 64
 
 
 @dataclass(frozen=True)
 class ScaleResult:
-    """What came of one scale.
+    """The images and scores of one scale.
 
     Attributes:
-        scale: of every run.
-        images: [prompts x count, 3, H, W], prompt-major.
-        scores: [prompts x count] of each reward.
+        scale: scale of every run.
+        images: [prompts * count, 3, H, W] in 0..1, prompt-major.
+        scores: [prompts * count] by reward.
     """
 
     scale: float
@@ -38,10 +38,10 @@ class ScaleResult:
 
 
 def sweep_scales(text: str) -> list[float]:
-    """The scales of ``--sweep``: numbers with commas, ``...`` for those that go on with the same distance.
+    """Parse ``--sweep``: numbers separated by commas; ``...`` continues with the same step, as in ``0,0.25,...,1.5``.
 
     Raises:
-        UserError: what is written is not that, or names a scale twice, or more than 64 of them.
+        UserError: the text is malformed, repeats a scale, or has more than 64 of them.
     """
     words = [word.strip() for word in text.split(",")]
     found: list[Decimal] = []
@@ -50,18 +50,18 @@ def sweep_scales(text: str) -> list[float]:
             found.append(_number(word, text))
             continue
         if place < 2 or place != len(words) - 2:
-            raise UserError(f"--sweep: in {text!r} the dots need two numbers or more before them and one behind")
+            raise UserError(f"--sweep: in {text!r} the dots need at least two numbers before them and one after")
         step, rest = found[-1] - found[-2], _number(words[-1], text) - found[-1]
         if step == 0 or rest % step or rest / step < 1:
             raise UserError(f"--sweep: in {text!r} steps of {step} do not lead from {found[-1]} to {words[-1]}")
         if rest / step > MOST_SCALES:
-            raise UserError(f"--sweep: {text!r} names more than {MOST_SCALES} scales")
+            raise UserError(f"--sweep: {text!r} has more than {MOST_SCALES} scales")
         found += [found[-1] + step * number for number in range(1, int(rest / step))]
     scales = [float(number) for number in found]
     if len(set(scales)) < len(scales):
-        raise UserError(f"--sweep: {text!r} names a scale twice")
+        raise UserError(f"--sweep: {text!r} repeats a scale")
     if len(scales) > MOST_SCALES:
-        raise UserError(f"--sweep: {text!r} names more than {MOST_SCALES} scales")
+        raise UserError(f"--sweep: {text!r} has more than {MOST_SCALES} scales")
     return scales
 
 
@@ -71,16 +71,16 @@ def _number(word: str, text: str) -> Decimal:
     except InvalidOperation:
         number = Decimal("nan")
     if not (number.is_finite() and math.isfinite(float(number))):
-        raise UserError(f"--sweep: {word!r} in {text!r} is not a finite number; write for example 0,0.25,...,1.5")
+        raise UserError(f"--sweep: {word!r} in {text!r} is not a finite number; example: 0,0.25,...,1.5")
     return number
 
 
 def sweep_numbers(columns: Sequence[ScaleResult], count: int) -> list[dict[str, Any]]:
-    """For each scale its rewards: mean, its 95 % bootstrap interval, standard deviation over images, and all scores.
+    """For each scale and reward: mean with 95 % bootstrap interval, standard deviation over images, and all scores.
 
     Args:
-        columns: one for each scale.
-        count: images of a prompt; from two on, their diversity is measured, too.
+        columns: one per scale.
+        count: images per prompt; with two or more their diversity is measured too.
     """
     return [
         {
@@ -105,19 +105,19 @@ def _summary(scores: Tensor) -> dict[str, Any]:
 
 
 def shown_rows(prompts: int, count: int) -> list[int]:
-    """The images that the picture shows: all of them, or the first of each prompt, then the next of each."""
+    """The images that the grid shows: all, or first the first image of each prompt, then the second of each, ..."""
     if prompts * count <= SHOWN_ROWS:
         return list(range(prompts * count))
     return [prompt * count + image for image in range(count) for prompt in range(prompts)][:SHOWN_ROWS]
 
 
 def sweep_picture(columns: Sequence[ScaleResult], captions: Sequence[str], count: int) -> Image:
-    """A row for each image and a column for each scale.
+    """A grid with one row per image and one column per scale.
 
     Args:
-        columns: one for each scale.
-        captions: of each image.
-        count: images of a prompt.
+        columns: one per scale.
+        captions: caption of each image.
+        count: images per prompt.
     """
     rows = shown_rows(len(captions) // count, count)
     reward = next(iter(columns[0].scores), None)
@@ -134,7 +134,7 @@ def sweep_picture(columns: Sequence[ScaleResult], captions: Sequence[str], count
 def write_reward_plot(
     columns: Sequence[ScaleResult], numbers: Sequence[Mapping[str, Any]], images: int, output: Path
 ) -> Path | None:
-    """Write the rewards against the scale next to the picture ``output``; returns the path, None without rewards.
+    """Plot the rewards over the scale into a file next to the grid ``output``; return its path, None without rewards.
 
     Raises:
         OSError: the file cannot be written.

@@ -1,1 +1,1 @@
-"""What a run needs before it starts: memory per GPU, floating-point operations, and which settings fit."""
+"""Estimates before a run starts: memory per GPU, floating-point operations, and which settings fit."""

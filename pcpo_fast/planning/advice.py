@@ -1,4 +1,4 @@
-"""Which settings make a run fit, the fastest first; and what has to change where none does."""
+"""The fastest settings with which a run fits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.states import SHIPPED, Zero
 
 RESERVE, RESERVE_SHARE = 1.5e9, 0.04
-"""Kept free: CUDA's context, NCCL's buffers and what fragmentation costs; an assumption."""
+"""Bytes, and share of a GPU's memory, kept free for the CUDA context, NCCL buffers and fragmentation (assumed)."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that fit, and their memory."""
+    """Candidate settings and their memory plan."""
 
     zero: Zero
     checkpointed: bool
@@ -24,7 +24,7 @@ class Choice:
     memory: MemoryPlan
 
     def settings(self) -> list[str]:
-        """The settings as the command line takes them."""
+        """The settings as command-line arguments."""
         return [
             f"deepspeed=ds_configs/{self.zero.name}.json",
             f"model.gradient_checkpointing={str(self.checkpointed).lower()}",
@@ -34,7 +34,7 @@ class Choice:
 
 
 def usable(memory: float) -> float:
-    """Bytes of a GPU's ``memory`` that a plan may use."""
+    """Bytes of a GPU's ``memory`` that a plan may use: all but the reserve."""
     return memory - max(RESERVE, RESERVE_SHARE * memory)
 
 
@@ -43,10 +43,10 @@ def choose(config: Config, costs: ModelCosts, ranks: int, memory: float, pairs: 
 
     Args:
         config: the run.
-        costs: of its model.
+        costs: costs of its model.
         ranks: number of GPUs.
-        memory: bytes of one.
-        pairs: (image, step) pairs that a rank trains in an update; micro-batches divide them.
+        memory: bytes of one GPU.
+        pairs: (image, step) pairs per rank and update; the micro-batch size must divide it.
     """
     return next((c for c in _choices(config, costs, ranks, pairs) if c.memory.peak <= usable(memory)), None)
 
@@ -57,16 +57,16 @@ def least_memory(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> C
 
 
 def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Iterator[Choice]:
-    """All choices, in the order of preference: nothing offloaded, weights whole, nothing recomputed, large batches.
+    """All choices in order of preference: no offloading, unpartitioned weights, no recomputation, large batches.
 
-    Gathering the weights anew for every forward costs more than recomputing one, unless the batch is large: where they
-    come from host memory, large batches are preferred to not recomputing.
+    With offloaded parameters large batches are preferred to avoiding recomputation, because gathering the weights from
+    host memory for every forward costs more than recomputing a forward, unless the batch is large.
     """
     own = config.train.micro_batch_size
     sizes = [size for size in sorted({1, 2, 3, 4, 6, 8, own}, reverse=True) if pairs % size == 0]
     for zero, again, size in sorted(product(SHIPPED.values(), (False, True), sizes), key=_preference):
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
-            continue  # the engine takes stage 2 for it
+            continue  # the engine replaces stage 1 with stage 2
         own_batch = config.rollout.batch_size
         for rollout_batch in (own_batch >> halvings for halvings in range(own_batch.bit_length())):
             memory = plan_memory(
@@ -74,7 +74,7 @@ def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Itera
             )
             yield Choice(zero, again, size, rollout_batch, memory)
             if memory.worst != "rollout":
-                break  # a smaller batch of rollouts would not help
+                break  # a smaller rollout batch would not help
 
 
 def _preference(choice: tuple[Zero, bool, int]) -> tuple[float, ...]:

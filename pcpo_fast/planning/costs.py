@@ -1,4 +1,4 @@
-"""What the network and the VAE of a configuration cost: one forward, one forward and backward, one decoding."""
+"""Operations and memory of a configuration's network and VAE: a forward, a forward and backward, a decoding."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,16 +13,16 @@ from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.pipeline_policy import DECODED_PIXELS
 
 FEW = 2
-"""Blocks of each kind in the shallowest network: the first may save less than the others, the last differ from them."""
+"""Blocks of each kind in the shallowest traced network: the first and the last block may differ from the others."""
 
 
 class ModelCosts:
-    """Counted costs of a model, each counted once.
+    """Costs of a model, traced on the meta device and cached.
 
     Args:
         architecture: from :func:`pcpo_fast.planning.models.find_architecture`.
-        settings: the configuration's ``model`` section; its checkpointing plays no part here.
-        on_gpu: count RMS norms as GPUs run them, or as CPUs do.
+        settings: the configuration's ``model`` section; ``gradient_checkpointing`` is ignored.
+        on_gpu: count RMS norms and convolutions as run on GPUs; False: as run on CPUs.
     """
 
     def __init__(self, architecture: Architecture, settings: ModelConfig, *, on_gpu: bool = True) -> None:
@@ -36,7 +36,7 @@ class ModelCosts:
         self.decoding = cache(self._decoding)
 
     def _forward(self, batch: int) -> Cost:
-        """One prediction without gradients for ``batch`` images (both halves of guidance)."""
+        """One prediction without gradients for ``batch`` images (with classifier-free guidance, both halves)."""
 
         def measure(counts: tuple[int, ...]) -> Cost:
             model = self._shallow(counts)
@@ -45,7 +45,7 @@ class ModelCosts:
         return from_shallow(self.depth, measure)
 
     def _training(self, batch: int, checkpointed: bool, keep_gradients: bool = False) -> Cost:
-        """One prediction and its backward; with checkpointing what it computes twice is in ``recomputed``."""
+        """One prediction and its backward; operations repeated by checkpointing are in ``recomputed``."""
 
         def measure(counts: tuple[int, ...]) -> Cost:
             model = self._shallow(counts)
@@ -69,9 +69,9 @@ class ModelCosts:
         return _affine(lambda count: self.training(count, checkpointed, keep_gradients).peak, batch)
 
     def partial_peak(self, batch: int, share: float, keep_gradients: bool = False) -> float:
-        """Peak bytes of a training pass that recomputes a share of the blocks, spread evenly.
+        """Peak bytes of a training pass that recomputes a share of the blocks, spread evenly over the network.
 
-        The backward begins with everything that was kept, and recomputes one block on top of that.
+        At the start of the backward all saved activations are alive, plus one block that is being recomputed.
         """
         if share in (0, 1):
             return self.training_peak(batch, bool(share), keep_gradients)
@@ -85,7 +85,7 @@ class ModelCosts:
         return _affine(lambda count: self.forward(count).peak, batch)
 
     def decoding_peak(self, batch: int) -> float:
-        """Peak bytes of :attr:`decoding`: the images that are decoded at once, and all images as they are joined."""
+        """Peak bytes of :attr:`decoding`: while one chunk is decoded, or while all images are concatenated."""
         policy = self.model.policy
         image = 4 * 3 * policy.rows * policy.columns * (policy.cell * policy.vae_scale) ** 2
         at_once = min(batch, self.decoded_at_once)
@@ -94,14 +94,14 @@ class ModelCosts:
         )
 
     def _decoding(self, batch: int) -> Cost:
-        """Images of ``batch`` latents, as many at once as the policy takes."""
+        """Decoding ``batch`` latents, in chunks as the policy does."""
         policy = self.model.policy
         latents = torch.empty(batch, *policy.latent_shape, device=META)
         return trace_forward(policy.vae, lambda: policy.decode(latents), fused_norms=self.on_gpu)
 
     @property
     def decoded_at_once(self) -> int:
-        """Images that the VAE takes at a time."""
+        """Number of images that the VAE decodes at a time."""
         policy = self.model.policy
         return max(1, DECODED_PIXELS // (policy.rows * policy.columns * (policy.cell * policy.vae_scale) ** 2))
 
@@ -112,7 +112,7 @@ class ModelCosts:
 
 
 def from_shallow(depth: Depth, measure: Callable[[tuple[int, ...]], Cost]) -> Cost:
-    """The cost at ``depth.counts``, of costs measured with few blocks of each kind and with one more of each."""
+    """Extrapolate the cost to ``depth.counts`` from shallow networks and from those with one more block of a kind."""
     base = tuple(min(count, FEW) for count in depth.counts)
     start = total = measure(base)
     for kind, (count, few) in enumerate(zip(depth.counts, base, strict=True)):
@@ -124,7 +124,7 @@ def from_shallow(depth: Depth, measure: Callable[[tuple[int, ...]], Cost]) -> Co
 
 
 def _affine(measure: Callable[[int], float], batch: int) -> float:
-    """What grows by the same amount with every image, from its values at one and two images."""
+    """Extrapolate linearly in the batch size from the values at one and two images."""
     one = measure(1)
     return one if batch == 1 else one + (measure(2) - one) * (batch - 1)
 

@@ -1,4 +1,4 @@
-"""The expected peak of each phase of a run on one GPU, part by part."""
+"""The expected peak memory of each phase of a run on one GPU, and its parts."""
 
 from dataclasses import dataclass
 from math import prod
@@ -13,8 +13,8 @@ class MemoryPlan:
     """Bytes on one GPU.
 
     Attributes:
-        parts: what is in the memory at some time, by name.
-        phases: the sum of the parts that are there together, for each phase of a run.
+        parts: bytes by part; not all parts are alive at the same time.
+        phases: peak bytes by phase: the sum of the parts alive in it.
     """
 
     parts: dict[str, float]
@@ -22,20 +22,20 @@ class MemoryPlan:
 
     @property
     def peak(self) -> float:
-        """The highest phase."""
+        """Peak bytes of the whole run."""
         return max(self.phases.values())
 
     @property
     def worst(self) -> str:
-        """Name of the highest phase."""
+        """The phase with the highest peak."""
         return max(self.phases, key=lambda name: self.phases[name])
 
 
 def rollout_buffers(config: Config, costs: ModelCosts, ranks: int) -> dict[str, float]:
-    """Bytes that a rank keeps of its images until the update is done.
+    """Bytes of rollout data that a rank keeps until the end of the update.
 
-    Latents are float32, [images, steps + 1, ...]; outputs have the model's dtype, float32 under classifier-free
-    guidance; images are float32; embeddings are those of all prompts of the epoch, in the model's dtype.
+    Latents are float32 [images, steps + 1, ...]; outputs have the model's dtype, or float32 with classifier-free
+    guidance; images are float32; embeddings of all prompts of the epoch have the model's dtype.
     """
     policy, width = costs.model.policy, WEIGHT_BYTES[config.model.dtype]
     images, elements = config.images_per_epoch // ranks, prod(policy.latent_shape)
@@ -59,10 +59,10 @@ def plan_memory(
     micro_batch: int | None = None,
     rollout_batch: int | None = None,
 ) -> MemoryPlan:
-    """The memory of a run on each of ``ranks`` GPUs; what is not given is the configuration's.
+    """The memory of a run on each of ``ranks`` GPUs. Arguments that are None are taken from the configuration.
 
-    Text encoders come first and leave; then network and VAE are loaded, the network whole but under ZeRO-3, which
-    takes its weights from host memory one at a time; the rest repeats every epoch. Models of rewards are not counted.
+    The text encoders run first and are freed. Then the network and the VAE are loaded: the network as a whole, or with
+    ZeRO-3 one weight at a time from host memory. The other phases repeat every epoch. Reward models are not counted.
 
     ``checkpointed`` is the share of the blocks that are recomputed in the backward.
     """
@@ -114,7 +114,7 @@ def plan_memory(
     phases = {
         "encode prompts": parts["text encoders"],
         "load": loaded + reference + parts["vae"],
-        # At the end the batches' trajectories are joined, and are there twice.
+        # At the end the batches' trajectories are concatenated, and exist twice.
         "rollout": rolling + max(kept + max(forward + states.gathered, decode), 2 * kept),
         "update": standing + states.gradients + kept + activations + states.communication + states.gathered,
         "optimizer step": standing + states.gradients + kept + states.step,

@@ -1,4 +1,4 @@
-"""The model of a configuration without its weights: the real classes on PyTorch's meta device."""
+"""A configuration's model without weights: the real classes on PyTorch's meta device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,13 +28,13 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pipeline's parts by name: class and configuration of each.
+    """The class and configuration of each part of a pipeline.
 
     Attributes:
         pipeline: name of the diffusers pipeline.
-        parts: networks, VAE, text encoders and scheduler; tokenizers only lend ``clip_tokens``.
-        clip_tokens: tokens that CLIP reads.
-        source: where the numbers come from, for the reader.
+        parts: (class name, configuration) by part: networks, VAE, text encoders and scheduler.
+        clip_tokens: sequence length of CLIP's tokenizer.
+        source: where the configuration was read, shown to the user.
     """
 
     pipeline: str
@@ -45,13 +45,13 @@ class Architecture:
 
 @dataclass(frozen=True)
 class ModelOnMeta:
-    """A policy whose tensors have shapes and no memory.
+    """A policy on the meta device.
 
     Attributes:
-        policy: predicts and decodes on the meta device, with adapters where LoRA is trained.
-        architecture: what it was made from.
+        policy: predicts and decodes on the meta device, with adapters if LoRA is trained.
+        architecture: what it was built from.
         settings: the configuration's ``model`` section.
-        encoders: parameters of each text encoder.
+        encoders: number of parameters of each text encoder.
     """
 
     policy: PipelinePolicy
@@ -71,12 +71,12 @@ class ModelOnMeta:
 
     @cached_property
     def largest_weight(self) -> int:
-        """Elements of the largest of the network's parameters."""
+        """Elements of the network's largest parameter."""
         return max(p.numel() for p in self.policy.module.parameters())
 
     @cached_property
     def trained_parameters(self) -> int:
-        """Parameters that the optimiser changes."""
+        """Number of trained parameters."""
         return sum(p.numel() for p in self.policy.module.parameters() if p.requires_grad)
 
     @cached_property
@@ -90,14 +90,14 @@ def find_architecture(settings: ModelConfig, folder: str | None = None) -> Archi
 
     Args:
         settings: the configuration's ``model`` section.
-        folder: a pipeline's folder to read instead; its weights need not be there.
+        folder: a pipeline folder to read instead; it needs no weights.
 
     Raises:
-        UserError: nothing is known about the model, or a file is missing or malformed.
+        UserError: the model is unknown, or a file is missing or malformed.
     """
     path = find(settings.path if folder is None else folder)
     if folder is not None and not path.is_dir():
-        raise UserError(f"--model-config {folder}: not a folder; give one with model_index.json and */config.json")
+        raise UserError(f"--model-config {folder}: not a folder; expected one with model_index.json and */config.json")
     if path.is_dir():
         return _read_folder(path, "model.path" if folder is None else "--model-config")
     if settings.path in PUBLISHED:
@@ -109,7 +109,7 @@ def find_architecture(settings: ModelConfig, folder: str | None = None) -> Archi
 def build_on_meta(
     architecture: Architecture, settings: ModelConfig, overrides: Mapping[str, Any] | None = None
 ) -> ModelOnMeta:
-    """Build the policy of an architecture without memory for its weights.
+    """Build the policy of an architecture on the meta device.
 
     Args:
         architecture: from :func:`find_architecture`.
@@ -117,8 +117,8 @@ def build_on_meta(
         overrides: changes to the trained network's configuration, such as fewer blocks.
 
     Raises:
-        UserError: the image size or a LoRA target does not fit the model, or it has no block to compile or recompute
-            where that is asked for.
+        UserError: the image size or a LoRA target does not match the model, or compilation or recomputation is enabled
+            but the model has no blocks for it.
     """
     import diffusers
 
@@ -128,7 +128,7 @@ def build_on_meta(
     vae_name, vae_config = architecture.parts["vae"]
     vae = _network(vae_name, vae_config, DTYPES[settings.dtype]).requires_grad_(False)
     scheduler_name, scheduler_config = architecture.parts["scheduler"]
-    with about(f"{architecture.source}: scheduler_config.json makes no {scheduler_name}"):
+    with about(f"{architecture.source}: scheduler_config.json is not valid for {scheduler_name}"):
         scheduler = getattr(diffusers, scheduler_name).from_config(dict(scheduler_config))
     policy = family(network, vae, scheduler, settings)
     if settings.gradient_checkpointing:
@@ -138,7 +138,7 @@ def build_on_meta(
     if settings.finetune == "lora":
         with META:
             add_lora(network, settings.lora, settings.lora.targets or family.lora_targets)
-        with quiet_libraries():  # diffusers warns of layers kept in float32, and names none
+        with quiet_libraries():  # diffusers warns about layers kept in float32 although there are none
             network.to(DTYPES[settings.dtype])  # peft gives adapters the weights' dtype, but not on the meta device
     else:
         network.requires_grad_(True)
@@ -150,7 +150,7 @@ def build_on_meta(
 def _network(name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     import diffusers
 
-    with about(f"diffusers makes no {name} of its configuration"), META:
+    with about(f"the configuration is not valid for diffusers' {name}"), META:
         return getattr(diffusers, name).from_config(dict(config)).to(dtype)
 
 
@@ -163,7 +163,7 @@ def _encoder_parameters(architecture: Architecture, family: type[PipelinePolicy]
             continue
         name, config = architecture.parts[part]
         kind = getattr(transformers, name)
-        with about(f"{part}/config.json makes no {name}"), META:
+        with about(f"{part}/config.json is not valid for {name}"), META:
             encoder: nn.Module = kind(kind.config_class.from_dict(dict(config)))
         counts[part] = sum(p.numel() for p in encoder.parameters())
     return counts
@@ -194,9 +194,9 @@ def _download_configs(settings: ModelConfig) -> Path:
     patterns = ["model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json"]
     try:
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client has many kinds, and every one of them means the same here
+    except Exception as error:  # the hub's client raises many kinds, which all mean the same here
         raise UserError(
             f"model.path: the configuration files of {settings.path} cannot be downloaded from the hub "
-            f"({reason_of(error)}); known without a network: {', '.join(PUBLISHED)}; or give a folder with "
+            f"({reason_of(error)}); available offline: {', '.join(PUBLISHED)}; or give a folder with "
             "--model-config"
         ) from None

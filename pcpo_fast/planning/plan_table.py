@@ -1,4 +1,4 @@
-"""A plan in tables for a terminal."""
+"""A plan as tables for the terminal."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     own, gpus = plan["configured"], f"{plan['gpus']} x {plan['gpu_memory_gb']:g} GB"
     peak = f"{own['peak']:.1f} GB at its peak ({own['worst_phase']})"
     verdict = "fits" if own["fits"] else "does not fit"
-    _say(console, f"This configuration ({own['zero']}) needs {peak}: it {verdict} {gpus}")
+    _say(console, f"This configuration ({own['zero']}) needs {peak}; it {verdict} {gpus}")
     advice = plan["recommendation"]
     _say(console, ("Recommended: " if advice["fits"] else "Does not fit: ") + advice["reason"])
     if advice["fits"]:
@@ -40,7 +40,7 @@ def _parameters(plan: dict[str, Any]) -> Table:
 
 def _work(plan: dict[str, Any]) -> Table:
     flops = plan["flops"]
-    table = Table(title=f"An epoch's work, and its ideal time on {plan['gpus']} x {plan['peak_tflops']:g} TFLOP/s")
+    table = Table(title=f"Operations per epoch, and ideal time on {plan['gpus']} x {plan['peak_tflops']:g} TFLOP/s")
     table.add_column("phase")
     for name in ("model TFLOP", "recomputed TFLOP", "ideal time"):
         table.add_column(name, justify="right")
@@ -50,16 +50,16 @@ def _work(plan: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("epoch", _number(flops["epoch_tflops"]), "", _seconds(flops["epoch_ideal_seconds"]))
     table.caption = (
-        f"one image and step: forward {_number(flops['forward_tflops'])} TFLOP, forward and backward "
-        f"{_number(flops['forward_backward_tflops'])}, checkpointing {_number(flops['checkpointing_tflops'])} more; "
-        "an evaluation is not part of the epoch"
+        f"per image and step: forward {_number(flops['forward_tflops'])} TFLOP, forward and backward "
+        f"{_number(flops['forward_backward_tflops'])}, checkpointing adds {_number(flops['checkpointing_tflops'])}; "
+        "the epoch does not include an evaluation"
     )
     return table
 
 
 def _memory(plan: dict[str, Any]) -> Table:
     stages, own = plan["memory_gb"], plan["configured"]
-    table = Table(title="Memory of one GPU in GB, with the configuration's batches and checkpointing")
+    table = Table(title="Memory per GPU in GB, with the configuration's batch sizes and checkpointing")
     table.add_column("part")
     columns = {**stages, f"this config ({own['zero']})": own}
     for name in columns:
@@ -73,7 +73,7 @@ def _memory(plan: dict[str, Any]) -> Table:
     table.add_section()
     fits = ("[green]yes[/]", "[red]no[/]")
     table.add_row("fits", *(fits[not column["fits"]] for column in columns.values()))
-    table.caption = "a phase holds some of the parts at a time; models of rewards are not counted"
+    table.caption = "not all parts are alive in every phase; reward models are not counted"
     return table
 
 

@@ -1,9 +1,9 @@
 """Architectures of the published models that the shipped configurations train, so that planning needs no download.
 
-``published.json`` holds the numbers of the ``config.json`` files that the models' authors publish on the hub under the
-same names, in diffusers' and transformers' terms. Three of these models are gated; their configurations are also stated
-in the libraries' own defaults and conversion scripts, and the parameter counts that follow from them in the model cards
-and papers: FLUX.1-dev 11,901,408,320; SD3.5-medium 2.24 billion; Stable Diffusion 1.x 859,520,964.
+``published.json`` holds the values of the ``config.json`` files that the models' authors publish on the hub, with the
+keys of diffusers and transformers. Three of these models are gated; their configurations are also given by the
+libraries' defaults and conversion scripts. The resulting parameter counts agree with model cards and papers:
+FLUX.1-dev 11,901,408,320; SD3.5-medium 2.24 billion; Stable Diffusion 1.x 859,520,964.
 """
 
 import json
@@ -17,4 +17,4 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "CompVis/stable-diffusion-v1-4": _ARCHITECTURES["sd1"],
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _ARCHITECTURES["sd1"],
 }
-"""By hub id: the pipeline's class, the tokens that CLIP reads, and each part's class and configuration."""
+"""By hub id: pipeline class, sequence length of CLIP's tokenizer, and each part's class and configuration."""

@@ -1,4 +1,4 @@
-"""How many blocks have to be recomputed in the backward for a run to fit, and what a share of them saves."""
+"""The smallest share of blocks that must be recomputed in the backward for a run to fit."""
 
 import os
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from pcpo_fast.planning.states import Zero
 
 
 class Recomputing(NamedTuple):
-    """A share of the blocks and what the plan says of it.
+    """A share of recomputed blocks and the resulting memory plan.
 
     Attributes:
-        share: of the blocks, 0 to 1.
-        peak: bytes at the peak of the run with it.
-        memory: bytes that the device has.
-        fits: the peak is within what a plan may use of the memory.
+        share: share of the blocks, 0 to 1.
+        peak: planned peak in bytes.
+        memory: the device's memory in bytes.
+        fits: whether the peak is within the usable part of the memory.
     """
 
     share: float
@@ -32,18 +32,18 @@ class Recomputing(NamedTuple):
         amount = f"{self.peak / 1e9:.1f} of {self.memory / 1e9:.1f} GB"
         what = f"{self.share:.0%} of the blocks are recomputed in the backward"
         if self.fits:
-            return f"{what}: the plan is {amount} at the peak"
-        return f"{what}, and yet the plan is {amount} at the peak: `pcpo-fast plan` says what would fit"
+            return f"{what}: planned peak {amount}"
+        return f"{what}, but the planned peak is still {amount}: `pcpo-fast plan` shows what would fit"
 
 
 def least_recomputing(config: Config, ranks: int, memory: float, costs: ModelCosts | None = None) -> Recomputing:
-    """The smallest share of blocks, in steps of one of sixteen, whose recomputation makes the run fit.
+    """The smallest share of recomputed blocks, in steps of 1/16, with which the run fits.
 
     Args:
         config: the run.
-        ranks: number of processes, each with a device of its own.
+        ranks: number of processes, each with its own device.
         memory: bytes of one device.
-        costs: of the run's model, None to count them.
+        costs: costs of the run's model; None: trace it.
     """
     costs = ModelCosts(find_architecture(config.model), config.model) if costs is None else costs
     zero = Zero.of(config)
@@ -56,7 +56,7 @@ def least_recomputing(config: Config, ranks: int, memory: float, costs: ModelCos
 
 
 def device_memory(device: torch.device, ranks_here: int) -> float:
-    """Bytes that one rank may count on: those of its GPU, or its part of the machine's memory."""
+    """Bytes available to one rank: its GPU's memory, or its share of the machine's."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks_here

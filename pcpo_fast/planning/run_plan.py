@@ -1,4 +1,4 @@
-"""``pcpo-fast plan``: memory, operations and a recommendation for a configuration, before anything is loaded."""
+"""``pcpo-fast plan``: memory, operations and recommended settings for a configuration, without loading it."""
 
 import math
 from typing import Any
@@ -18,20 +18,20 @@ from pcpo_fast.planning.work import work_of_epoch
 from pcpo_fast.rollout.epoch_plan import accumulation_steps
 
 GB = 1e9
-"""Decimal, as GPUs are sold; CUDA's tools report GiB of 1.074e9 bytes."""
+"""Decimal, as GPU memory is advertised; CUDA's tools report GiB of 1.074e9 bytes."""
 
 
 def make_plan(
     config: Config, gpus: int, memory_gb: float, peak_tflops: float = 989.0, model_config: str | None = None
 ) -> dict[str, Any]:
-    """The plan as JSON takes it.
+    """The plan as a JSON-compatible dictionary.
 
     Args:
         config: the run.
         gpus: number of GPUs, each a rank.
-        memory_gb: memory of one, in 1e9 bytes.
-        peak_tflops: rate of one for the ideal times, in 1e12 operations per second.
-        model_config: a pipeline's folder to read the architecture from, instead of ``model.path``.
+        memory_gb: memory of one GPU, in 1e9 bytes.
+        peak_tflops: rate of one GPU for the ideal times, in 1e12 operations per second.
+        model_config: pipeline folder to read the architecture from, instead of ``model.path``.
 
     Raises:
         UserError: a number is out of range, the model is unknown, or images and batches do not divide over the GPUs.
@@ -98,7 +98,7 @@ def _check(gpus: int, memory_gb: float, peak_tflops: float) -> None:
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{option}: must be a number above 0, got {value:g}")
         if not 1e-3 <= value <= 1e6:
-            raise UserError(f"{option}: must lie within 0.001 and 1000000, got {value:g}")
+            raise UserError(f"{option}: must be between 0.001 and 1000000, got {value:g}")
 
 
 def _memory_record(memory: MemoryPlan, memory_gb: float) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, p
     if choice is not None:
         reason = (
             f"{choice.zero.name} {'with' if choice.checkpointed else 'without'} gradient checkpointing, micro-batches "
-            f"of {choice.micro_batch}: {choice.memory.peak / GB:.1f} of {memory_gb:g} GB at the peak, in the phase "
+            f"of {choice.micro_batch}: peak {choice.memory.peak / GB:.1f} of {memory_gb:g} GB, in the phase "
             f"{choice.memory.worst!r}"
         )
         return {"fits": True, **_choice_record(choice), "reason": reason}
@@ -127,21 +127,21 @@ def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, p
         adapted = ModelCosts(costs.architecture, lora.model)
         small = choose(lora, adapted, gpus, memory_gb * GB, pairs)
         if small is not None:
-            ways.append(f"train adapters: model.finetune=lora fits with {' '.join(small.settings())}")
-    for more in (2, 4, 8, 16, 32, 64):  # how the images divide over them is left open
+            ways.append(f"train LoRA adapters: model.finetune=lora fits with {' '.join(small.settings())}")
+    for more in (2, 4, 8, 16, 32, 64):  # whether the images divide evenly over them is not checked
         if more > gpus and choose(config, costs, more, memory_gb * GB, 1) is not None:
             ways.append(f"use {more} such GPUs")
             break
     needed = least.memory.peak / GB
     usual = (16.0, 24.0, 32.0, 40.0, 48.0, 80.0, 96.0, 141.0, 180.0, 192.0, 288.0)
     large = next((size for size in usual if usable(size * GB) >= needed * GB), math.ceil(needed * 1.05))
-    ways.append(f"use GPUs of {large:.0f} GB")
+    ways.append(f"use GPUs with {large:.0f} GB")
     if least.memory.worst in ("rollout", "update"):
-        ways.append("make smaller images (model.height, model.width)")
+        ways.append("use smaller images (model.height, model.width)")
     reason = (
-        f"nothing fits {gpus} x {memory_gb:g} GB: the smallest plan ({' '.join(least.settings())}) needs "
-        f"{needed:.1f} GB in the phase {least.memory.worst!r}, and "
-        f"{usable(memory_gb * GB) / GB:.1f} GB can be used"
+        f"no settings fit {gpus} x {memory_gb:g} GB: the smallest plan ({' '.join(least.settings())}) needs "
+        f"{needed:.1f} GB in the phase {least.memory.worst!r}, but only "
+        f"{usable(memory_gb * GB) / GB:.1f} GB are usable"
     )
     return {"fits": False, **_choice_record(least), "reason": reason, "ways_out": ways}
 

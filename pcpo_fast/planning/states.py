@@ -1,7 +1,7 @@
-"""Bytes per GPU of weights, gradients and optimiser state under each ZeRO stage, as this project's engine keeps them.
+"""Bytes per GPU of weights, gradients and optimizer state for each ZeRO stage, as this project's engine keeps them.
 
-ZeRO (Rajbhandari et al. 2020) divides over the ranks: stage 1 the optimiser's state, stage 2 the gradients as well,
-stage 3 the weights as well.
+ZeRO (Rajbhandari et al. 2020) partitions over the ranks: in stage 1 the optimizer state, in stage 2 also the
+gradients, in stage 3 also the weights.
 """
 
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from pcpo_fast.engine.engine import deepspeed_config
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 CHUNK_BYTES = (1 << 24) * 24
-"""What the optimisers that work chunk by chunk hold of a chunk in float32."""
+"""Temporaries of the optimizers that step in chunks: 24 bytes for each of the 2^24 elements of a chunk."""
 
 
 class OptimizerBytes(NamedTuple):
     """Bytes per trained parameter.
 
     Attributes:
-        gradient: of the accumulated gradient.
-        master: of the copy of the weights that is stepped.
-        moments: of both moments.
-        step: of temporaries while the optimiser steps; none where it works in chunks.
-        average: of the moving average of the weights.
+        gradient: the accumulated gradient.
+        master: the copy of the weights that the optimizer updates.
+        moments: both moments.
+        step: temporaries during the optimizer step; 0 if it steps in chunks.
+        average: the moving average of the weights.
     """
 
     gradient: float
@@ -35,13 +35,13 @@ class OptimizerBytes(NamedTuple):
 
 
 def optimizer_bytes(config: Config) -> OptimizerBytes:
-    """What the configuration's optimiser keeps."""
+    """Bytes per trained parameter of the configuration's optimizer."""
     stochastic = config.optimizer.weights == "stochastic_rounding"
     eight_bit = getattr(config.optimizer, "moments", "full") == "8bit"
     master = 2.0 if stochastic else 4.0
     moments = 2.0 if eight_bit else 2 * master
     chunked = stochastic or eight_bit
-    # DeepSpeed turns the fp32 gradient sum into the dtype of the weights stepped.
+    # DeepSpeed casts the fp32 gradient sum to the dtype of the master weights.
     step = (2.0 if stochastic else 0.0) if chunked else 4.0
     average = 4.0 if getattr(config.train, "ema_decay", None) is not None else 0.0
     return OptimizerBytes(4.0, master, moments, step, average)
@@ -49,15 +49,15 @@ def optimizer_bytes(config: Config) -> OptimizerBytes:
 
 @dataclass(frozen=True)
 class Zero:
-    """What matters of a DeepSpeed configuration.
+    """The settings of a DeepSpeed configuration that determine memory.
 
     Attributes:
-        stage: 1, 2 or 3.
-        offload_optimizer, offload_parameters: what is kept in the memory of the host.
-        reduce_bucket: elements that are reduced at once.
-        buffers: reduction buffers held at a time, 2 where communication overlaps.
-        live_parameters: ZeRO-3: gathered parameters that may be alive.
-        prefetch: ZeRO-3: parameters gathered ahead.
+        stage: ZeRO stage 1, 2 or 3.
+        offload_optimizer, offload_parameters: what is kept in host memory.
+        reduce_bucket: elements per reduction bucket.
+        buffers: reduction buffers alive at a time; 2 if communication overlaps.
+        live_parameters: ZeRO-3: maximum number of gathered parameters.
+        prefetch: ZeRO-3: number of prefetched parameters.
     """
 
     stage: int
@@ -70,7 +70,7 @@ class Zero:
 
     @classmethod
     def of(cls, config: Config) -> "Zero":
-        """The stage and offloading that a configuration asks for, with DeepSpeed's defaults.
+        """The ZeRO settings of a configuration, with DeepSpeed's defaults.
 
         Raises:
             UserError: as :func:`pcpo_fast.engine.engine.deepspeed_config`.
@@ -90,7 +90,7 @@ class Zero:
 
     @property
     def name(self) -> str:
-        """As the files under ds_configs are called."""
+        """Name of the corresponding file in ds_configs."""
         return f"zero{self.stage}" + ("_offload" if self.offload_optimizer else "")
 
 
@@ -109,22 +109,22 @@ SHIPPED = {
         Zero(3, offload_optimizer=True, offload_parameters=True, buffers=2, prefetch=200_000_000),
     )
 }
-"""The shipped DeepSpeed configurations (ds_configs), fastest first."""
+"""The shipped DeepSpeed configurations (ds_configs), from fastest to slowest."""
 
 
 class States(NamedTuple):
     """Bytes on one GPU.
 
     Attributes:
-        weights: of the network, or this rank's share.
-        gradients: accumulated.
-        flat_gradient: whether they are one flat tensor, which stays during rollouts and is there beside all gradients
-            of a backward at its end.
-        master, moments: of the optimiser.
+        weights: the network's weights, or this rank's share.
+        gradients: accumulated gradients.
+        flat_gradient: whether these are one flat tensor, which stays allocated during rollouts and, at the end of a
+            backward, exists in addition to that backward's gradients.
+        master, moments: optimizer state.
         average: the moving average of the weights.
         communication: reduction buffers during a backward.
-        gathered: ZeRO-3: weights of other ranks, while they are used.
-        step: temporaries of the optimiser's step.
+        gathered: ZeRO-3: gathered weights of other ranks.
+        step: temporaries of the optimizer step.
     """
 
     weights: float
@@ -141,18 +141,18 @@ class States(NamedTuple):
 def states_of(
     zero: Zero, ranks: int, *, total: int, trained: int, weight_bytes: int, optimizer: OptimizerBytes
 ) -> States:
-    """States of a network on each of ``ranks`` GPUs.
+    """Memory of weights, gradients and optimizer state on each of ``ranks`` GPUs.
 
     Args:
         zero: stage and offloading.
         ranks: number of GPUs.
         total: parameters of the network, with adapters.
-        trained: parameters that are trained.
-        weight_bytes: bytes of a weight, 2 for bf16.
+        trained: number of trained parameters.
+        weight_bytes: bytes per weight, 2 for bf16.
         optimizer: from :func:`optimizer_bytes`.
     """
     share = trained / ranks
-    # bf16 weights in stage 1 take DeepSpeed's other optimiser, which holds one flat fp32 gradient of all weights.
+    # For bf16 weights in stage 1 DeepSpeed uses its BF16 optimizer, with one flat fp32 gradient of all weights.
     flat = zero.stage == 1 and weight_bytes == 2 and not zero.offload_optimizer
     on_gpu = 0 if zero.offload_optimizer else 1
     gathered = 0.0

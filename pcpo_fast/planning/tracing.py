@@ -1,8 +1,8 @@
 """Floating-point operations and memory of a forward and backward, counted operation by operation on the meta device.
 
-Tensors there have shapes and storages but no memory, so FLUX is counted on a laptop. What an operation needs inside is
-not seen: of convolutions on a CPU it is known and added, on a GPU cuDNN chooses it. Attention and RMS norms are counted
-as the fused operations that a GPU runs.
+Meta tensors have shapes and storages but no memory, so FLUX can be traced on a laptop. Workspace inside an operation is
+not seen: for convolutions on a CPU it is known and added; on a GPU cuDNN chooses it. Attention and RMS norms are
+counted as the fused operations that a GPU runs.
 """
 
 import weakref
@@ -21,19 +21,19 @@ from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""Takes any device, saves what a GPU's flash attention saves (inputs, output, log-sum-exp), and has no S x S matrix."""
+"""Runs on the meta device; like flash attention it saves inputs, output and log-sum-exp, but no S x S matrix."""
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Cost(NamedTuple):
-    """What was counted.
+    """Operations and memory of a traced pass.
 
     Attributes:
-        flops: floating-point operations of the model: two per multiplication and addition, matrix products,
-            convolutions and attention; an attention backward counts twice its forward.
-        recomputed: what was computed a second time: scores in the backward of attention.
-        saved: bytes alive at the end of the forward, that is, saved for the backward, and the output.
-        peaks: highest number of bytes alive in each segment of the pass, over what was there before it.
+        flops: floating-point operations of matrix products, convolutions and attention, two per multiply-add; the
+            backward of attention counts twice its forward.
+        recomputed: operations done a second time: the scores in the backward of attention.
+        saved: bytes alive at the end of the forward: the output and what is saved for the backward.
+        peaks: for each segment of the pass, the highest number of bytes alive beyond those alive before the pass.
     """
 
     flops: float
@@ -59,9 +59,9 @@ class Cost(NamedTuple):
 
 @contextmanager
 def fused_operations(fused_norms: bool) -> Iterator[None]:
-    """Within the block attention, and on GPUs RMS norms, are one operation each: the meta device would take them apart.
+    """Count attention, and on GPUs RMS norms, as one operation each; the meta device would decompose them.
 
-    A function mode would not do: within a backward it is off, and a recomputation would escape it.
+    A ``TorchFunctionMode`` cannot do this: it is inactive during the backward, so it would miss recomputation.
     """
     attention, norm = F.scaled_dot_product_attention, F.rms_norm
     F.scaled_dot_product_attention = _attention
@@ -93,7 +93,7 @@ def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None
 
 
 class _FusedRmsNorm(torch.autograd.Function):
-    """Shapes of CUDA's fused RMS norm: it saves its input and one float32 number per row."""
+    """Has the memory behaviour of CUDA's fused RMS norm, which saves its input and one float32 per row."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, dimensions: int) -> Tensor:
@@ -113,11 +113,11 @@ class _FusedRmsNorm(torch.autograd.Function):
 
 
 class Accountant(TorchDispatchMode):
-    """Counts operations, and the bytes of every storage from its making to its end.
+    """Counts operations, and the bytes of all live storages.
 
     Args:
-        known: storages that were there before, such as weights; they count nothing.
-        on_gpu: False adds what convolutions need inside on a CPU.
+        known: storages to ignore, such as those of weights.
+        on_gpu: False adds the workspace of convolutions on a CPU.
     """
 
     def __init__(self, known: set[int], *, on_gpu: bool) -> None:
@@ -130,7 +130,7 @@ class Accountant(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def enter(self, segment: str) -> None:
-        """What follows belongs to another segment."""
+        """Start a new segment."""
         self.segment = segment
         self.peaks[segment] = max(self.peaks.get(segment, 0), self.live)
 
@@ -171,10 +171,10 @@ class Accountant(TorchDispatchMode):
 
 
 def _blocked_copies(operation: Any, args: Any, result: Any) -> int:
-    """Bytes that a convolution needs besides its outputs on a CPU: oneDNN copies tensors into a layout of its own.
+    """Workspace bytes of a convolution on a CPU, where oneDNN copies tensors into its blocked layout.
 
-    Not for kernels of one pixel. Forward: input and weights, or the output. Backward: input and gradient for the
-    weights' gradient, or the weights for the input's. (Measured with PyTorch's allocator; the sizes are exact.)
+    1 x 1 kernels need none. Forward: input and weights, or the output. Backward: input and output gradient for the
+    weight gradient, or the weights for the input gradient. (Measured with PyTorch's allocator; the sizes are exact.)
     """
     if operation not in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
         return 0
@@ -188,12 +188,12 @@ def _blocked_copies(operation: Any, args: Any, result: Any) -> int:
 
 
 def trace_forward(module: nn.Module, forward: Callable[[], Tensor], *, fused_norms: bool = True) -> Cost:
-    """Count a forward without gradients.
+    """Trace a forward without gradients.
 
     Args:
-        module: whose weights count nothing.
-        forward: what is counted; its inputs are made before.
-        fused_norms: RMS norms and convolutions as GPUs run them; False: as CPUs do.
+        module: its weights are not counted.
+        forward: the function to trace; its inputs must already exist.
+        fused_norms: count RMS norms and convolutions as run on GPUs; False: as run on CPUs.
     """
     with (
         torch.no_grad(),
@@ -214,14 +214,14 @@ def trace_training(
     keep_gradients: bool = False,
     fused_norms: bool = True,
 ) -> Cost:
-    """Count a forward and the backward of its sum.
+    """Trace a forward and the backward of its sum.
 
     Args:
-        module: whose weights count nothing.
-        forward: what is counted; its inputs are made before.
-        kinds: blocks that repeat, by kind, in the order of the forward; each kind's backward is a segment of its own.
-        keep_gradients: the gradients of the parameters stay until the end, or are taken away as soon as they are there.
-        fused_norms: RMS norms and convolutions as GPUs run them; False: as CPUs do.
+        module: its weights are not counted.
+        forward: the function to trace; its inputs must already exist.
+        kinds: repeated blocks by kind, in forward order; the backward of each kind is a segment of its own.
+        keep_gradients: keep parameter gradients until the end; False: free each as soon as it is accumulated.
+        fused_norms: count RMS norms and convolutions as run on GPUs; False: as run on CPUs.
     """
     handles, parameters = [], [p for p in module.parameters() if p.requires_grad]
     if not keep_gradients:
@@ -266,7 +266,7 @@ def _storages(module: nn.Module) -> set[int]:
 
 @contextmanager
 def checkpointing(policy: Policy, enabled: bool) -> Iterator[None]:
-    """Within the block the network recomputes its blocks in the backward, or does not; without blocks it never does."""
+    """Turn the network's gradient checkpointing on or off within the block; no effect if it has no blocks."""
     network: Any = policy.module
     blocks = policy.recomputed_blocks(network)
     before = bool(getattr(network, "is_gradient_checkpointing", False))

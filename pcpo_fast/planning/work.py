@@ -1,4 +1,4 @@
-"""Floating-point operations of an epoch, phase by phase. Recomputation is never part of a model's operations."""
+"""Floating-point operations of an epoch by phase. Recomputation does not count as model operations."""
 
 import math
 from typing import NamedTuple
@@ -9,32 +9,32 @@ from pcpo_fast.rollout.epoch_plan import steps_per_image
 
 
 class Work(NamedTuple):
-    """Operations of a phase over all GPUs.
+    """Operations of a phase, summed over all GPUs.
 
     Attributes:
-        flops: of the model; a multiplication and an addition are two.
-        recomputed: computed a second time, by checkpointing and in the backward of attention.
+        flops: model operations, two per multiply-add.
+        recomputed: operations repeated by checkpointing and in the backward of attention.
     """
 
     flops: float
     recomputed: float = 0.0
 
     def seconds(self, rate: float) -> float:
-        """Time of the model's operations at ``rate`` operations per second."""
+        """Seconds that the model operations take at ``rate`` operations per second."""
         return self.flops / rate
 
 
 def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpointed: float) -> dict[str, Work]:
-    """Operations of each phase of an epoch; an evaluation happens every ``evaluation.every`` epochs only.
+    """Operations of each phase of an epoch, and of one evaluation.
 
     Args:
         config: the run.
-        costs: of its model.
-        trainable: steps that may be trained in an epoch.
+        costs: costs of its model.
+        trainable: number of steps that may be trained in an epoch.
         checkpointed: share of the blocks whose activations the update recomputes.
 
     Returns:
-        "rollout", "decode", "predictions" where per-step credit decodes them, "update", "evaluation".
+        Keys "rollout", "decode", "predictions" (only with per-step credit), "update" and "evaluation".
     """
     images, steps = config.images_per_epoch, config.sampler.steps
     forward, decode = costs.forward(1).flops, costs.decoding(1).flops
@@ -53,7 +53,7 @@ def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpoi
     settings = config.advantage
     if settings.steps != "final":
         predictions = images * math.ceil(trainable / settings.scored_steps) * decode
-        if settings.audit_every:  # two branches of each image, from a step halfway on average
+        if settings.audit_every:  # two branches per image, starting halfway on average
             predictions += settings.audit_images * (steps * forward + 4 * decode) / settings.audit_every
         phases["predictions"] = Work(predictions)
     shown = config.evaluation.prompts * config.evaluation.images_per_prompt

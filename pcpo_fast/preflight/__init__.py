@@ -1,1 +1,1 @@
-"""What can be known to be wrong with a run before it takes a GPU for days."""
+"""Checks that find problems of a run before it occupies GPUs."""

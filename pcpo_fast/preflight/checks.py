@@ -1,4 +1,4 @@
-"""The single checks before a run; each says in a sentence what it found."""
+"""The individual preflight checks."""
 
 import importlib.metadata
 import os
@@ -24,11 +24,11 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetens
 
 
 class Check(NamedTuple):
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        name: of the check.
-        status: a run starts with warnings, and not with anything failed.
+        name: name of the check.
+        status: "failed" means that the run would not start.
         says: one sentence.
     """
 
@@ -38,7 +38,7 @@ class Check(NamedTuple):
 
 
 def attempt(name: str, check: Callable[[], tuple[Status, str]]) -> Check:
-    """Run a check; a user's mistake is its failure."""
+    """Run a check; a ``UserError`` counts as failed."""
     try:
         return Check(name, *check())
     except UserError as error:
@@ -46,7 +46,7 @@ def attempt(name: str, check: Callable[[], tuple[Status, str]]) -> Check:
 
 
 def check_versions() -> tuple[Status, str]:
-    """Installed libraries against the ranges that this project declares."""
+    """Compare installed library versions with the ranges that this project declares."""
     from packaging.requirements import Requirement
 
     declared = map(Requirement, importlib.metadata.requires("pcpo-fast") or ())
@@ -61,23 +61,23 @@ def check_versions() -> tuple[Status, str]:
         allowed = required.get(package)
         found.append(f"{package} {version}")
         if allowed and not allowed.contains(version, prereleases=True):
-            wrong.append(f"{package} {version} is installed, and {allowed} is tested")
+            wrong.append(f"{package} {version} is installed, but {allowed} is tested")
     return ("warning", "; ".join(wrong)) if wrong else ("ok", ", ".join(found))
 
 
 def check_gpus(wanted: int) -> tuple[Status, str]:
-    """GPUs that PyTorch sees on this machine against those that are wanted."""
+    """Check that PyTorch sees as many GPUs on this machine as requested."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        return "warning", "PyTorch sees no GPU here: the run would train on the CPU, which is for tiny models only"
+        return "warning", "PyTorch sees no GPU: the run would train on the CPU, which is only practical for tiny models"
     name = torch.cuda.get_device_name(0)
     if count < wanted:
-        return "failed", f"{wanted} GPUs are asked for, and PyTorch sees {count} ({name})"
+        return "failed", f"{wanted} GPUs are requested, but PyTorch sees {count} ({name})"
     return "ok", f"{count} x {name}"
 
 
 def check_model(config: Config) -> tuple[Status, str]:
-    """Whether the model is here, or can be downloaded with the rights of this user."""
+    """Check that the model is available locally, or that this user may download it."""
     path = config.model.path
     folder = find(path)
     if folder.is_dir():
@@ -90,22 +90,22 @@ def check_model(config: Config) -> tuple[Status, str]:
 
     try:
         auth_check(path)
-    except Exception as error:  # the hub's client has many kinds of error
+    except Exception as error:  # the hub's client raises many kinds
         return "failed", (
-            f"model.path: {path} is not in the cache and cannot be downloaded from the hub: {reason_of(error)} (a "
-            "gated model needs its license accepted on its page, and `hf auth login`)"
+            f"model.path: {path} is not in the cache and cannot be downloaded from the hub: {reason_of(error)} (for a "
+            "gated model accept its license on its page and run `hf auth login`)"
         )
-    return "ok", f"{path} may be downloaded"
+    return "ok", f"{path} can be downloaded"
 
 
 def check_inputs(config: Config) -> tuple[Status, str]:
-    """Prompts, rewards, loggers and the DeepSpeed file, as the run itself reads them."""
+    """Load prompts, rewards, loggers and the DeepSpeed file as the run would."""
     inputs = RunInputs.load(config)
     return "ok", f"{len(inputs.prompts)} prompts to train on, {len(inputs.heldout)} held out; rewards load"
 
 
 def needed_bytes(config: Config, trained: int, network: int) -> float:
-    """What a run writes: its checkpoints (one more than are kept, while it is written) and the exported weights."""
+    """Bytes that a run writes: the kept checkpoints, one more while it is being written, and the exported weights."""
     optimizer, width = optimizer_bytes(config), WEIGHT_BYTES[config.model.dtype]
     checkpoint = trained * (width + optimizer.master + optimizer.moments + width)
     kept = config.checkpoint.keep + getattr(config.checkpoint, "keep_best", 0) + 1
@@ -113,7 +113,7 @@ def needed_bytes(config: Config, trained: int, network: int) -> float:
 
 
 def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:
-    """Free space where the run writes, and for a download where the hub's cache is."""
+    """Check the free space of the output directory and, if the model must be downloaded, of the hub's cache."""
     counts = plan["parameters"]
     needs = {_existing(Path(config.output_dir)): needed_bytes(config, counts["trained"], counts["network"])}
     if not find(config.model.path).is_dir() and not _is_cached(config.model):
@@ -126,10 +126,10 @@ def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:
     for folder, needed in needs.items():
         free = shutil.disk_usage(folder).free
         if not os.access(folder, os.W_OK):
-            return "failed", f"{folder} cannot be written"
+            return "failed", f"{folder} is not writable"
         if free < needed:
             return "failed", (
-                f"{folder} has {free / GB:.1f} GB free, and the run needs {needed / GB:.1f} (lower checkpoint.keep, or "
+                f"{folder} has {free / GB:.1f} GB free, but the run needs {needed / GB:.1f} (lower checkpoint.keep, or "
                 "choose another output_dir)"
             )
         sentences.append(f"{folder}: {free / GB:.1f} GB free, {needed / GB:.2g} needed")
@@ -137,26 +137,24 @@ def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:
 
 
 def check_memory(plan: dict[str, Any]) -> tuple[Status, str]:
-    """The memory plan of the configuration as it stands."""
+    """Check that the configuration fits according to the memory plan."""
     own, advice = plan["configured"], plan["recommendation"]
     if own["fits"]:
-        return "ok", (
-            f"{own['peak']:.2f} of {plan['gpu_memory_gb']:.0f} GB at the peak ({own['worst_phase']}, {own['zero']})"
-        )
+        return "ok", (f"peak {own['peak']:.2f} of {plan['gpu_memory_gb']:.0f} GB ({own['worst_phase']}, {own['zero']})")
     what = f"set {' '.join(advice['settings'])}" if advice["fits"] else "; ".join(advice["ways_out"])
     return "failed", (
-        f"{own['peak']:.1f} GB are needed at the peak ({own['worst_phase']}, {own['zero']}), more than "
-        f"{plan['gpu_memory_gb']:.0f} GB allow: {what}"
+        f"the peak of {own['peak']:.1f} GB ({own['worst_phase']}, {own['zero']}) does not fit into "
+        f"{plan['gpu_memory_gb']:.0f} GB: {what}"
     )
 
 
 def _is_cached(settings: ModelConfig) -> bool:
-    """Whether the hub's cache holds the pipeline, with weights of the network that is trained."""
+    """Whether the hub's cache holds the pipeline with the weights of the trained network."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         index = try_to_load_from_cache(settings.path, "model_index.json", revision=settings.revision)
-    except ValueError:  # no hub id
+    except ValueError:  # not a hub id
         return False
     if not isinstance(index, str):
         return False
@@ -165,7 +163,7 @@ def _is_cached(settings: ModelConfig) -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """The folder, or its nearest existing parent."""
     folder = folder.absolute()
     while not folder.is_dir():
         folder = folder.parent

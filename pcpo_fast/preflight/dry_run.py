@@ -1,4 +1,4 @@
-"""Two optimiser steps of the real configuration on a handful of images, in a process of their own."""
+"""Two optimizer steps of the real configuration on a few images, in a separate process."""
 
 import subprocess
 import sys
@@ -13,9 +13,9 @@ OUTCOME_LINES = 3
 
 
 def shrunk(config: Config, folder: Path, ranks: int) -> Config:
-    """The run with one epoch of two optimiser steps, one micro-batch's worth of images each on every rank.
+    """The run with one epoch of two optimizer steps, each with one micro-batch of images per rank.
 
-    Model, sampler, rewards, batch sizes and ZeRO stage stay, since those are what can fail.
+    Model, sampler, rewards, batch sizes and ZeRO stage are unchanged, since they are what the dry run tests.
     """
     images = 2 * ranks * config.train.micro_batch_size
     changes = [
@@ -40,12 +40,12 @@ def shrunk(config: Config, folder: Path, ranks: int) -> Config:
 
 
 def dry_run(config: Config, gpus: int, timeout: float) -> tuple[Status, str]:
-    """Train two steps as the run would, with DeepSpeed's launcher where there are several GPUs.
+    """Train two steps, with DeepSpeed's launcher for several GPUs.
 
     Args:
         config: the run; its output_dir is not touched.
         gpus: ranks on this machine.
-        timeout: seconds after which the dry run is given up.
+        timeout: seconds after which the dry run is stopped and fails.
     """
     with tempfile.TemporaryDirectory(prefix="pcpo-preflight-") as name:
         folder = Path(name)
@@ -58,9 +58,9 @@ def dry_run(config: Config, gpus: int, timeout: float) -> tuple[Status, str]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
-            return "failed", f"the dry run did not end within {timeout:.0f} seconds (--timeout)"
+            return "failed", f"the dry run did not finish within {timeout:.0f} seconds (--timeout)"
         if done.returncode:
             lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
             reason = next((line for line in reversed(lines) if line.startswith("error:")), None)
             return "failed", reason or " / ".join(lines[-OUTCOME_LINES:]) or f"exit code {done.returncode}"
-    return "ok", "two optimiser steps, an evaluation, a checkpoint and an export"
+    return "ok", "two optimizer steps, an evaluation, a checkpoint and an export"

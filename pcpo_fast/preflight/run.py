@@ -1,4 +1,4 @@
-"""All checks before a run, in the order of what they cost."""
+"""All preflight checks, from cheap to expensive."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -26,15 +26,15 @@ from pcpo_fast.preflight.dry_run import dry_run
 def run_checks(
     config: Config, gpus: int, ranks_here: int, memory_gb: float | None = None, dry: bool = True, timeout: float = 1800
 ) -> Iterator[Check]:
-    """Yield each check as it is done; the dry run only where nothing before it failed.
+    """Yield the result of each check; the dry run is skipped if an earlier check failed.
 
     Args:
         config: the run.
         gpus: GPUs of the whole run.
-        ranks_here: those of this machine.
-        memory_gb: of one GPU in 1e9 bytes; None: ask it, and without one plan for 80.
+        ranks_here: GPUs of this machine.
+        memory_gb: memory of one GPU in 1e9 bytes; None: query the GPU, or assume 80 without one.
         dry: whether to train two steps at the end.
-        timeout: seconds that these may take.
+        timeout: time limit of the dry run in seconds.
     """
     failed = False
 
@@ -55,24 +55,24 @@ def run_checks(
         failed = failed or result.status == "failed"
         yield result
     if not dry:
-        yield Check("dry run", "skipped", "not asked for (--no-dry-run)")
+        yield Check("dry run", "skipped", "turned off (--no-dry-run)")
     elif failed:
-        yield Check("dry run", "skipped", "something before it failed")
+        yield Check("dry run", "skipped", "an earlier check failed")
     else:
         yield attempt("dry run", lambda: dry_run(config, ranks_here, timeout))
 
 
 def check_arguments(gpus: int, nodes: int, timeout: float) -> int:
-    """GPUs of each machine.
+    """Check the numeric options and return the number of GPUs per machine.
 
     Raises:
-        UserError: the numbers do not go together.
+        UserError: a number is out of range, or the GPUs do not divide evenly over the machines.
     """
     for option, value in (("--gpus", gpus), ("--nodes", nodes)):
         if value < 1:
             raise UserError(f"{option}: must be at least 1, got {value}")
     if gpus % nodes:
-        raise UserError(f"--gpus: {gpus} GPUs do not divide over {nodes} machines (--nodes)")
+        raise UserError(f"--gpus: {gpus} GPUs do not divide evenly over {nodes} machines (--nodes)")
     if not timeout > 0:
-        raise UserError(f"--timeout: must be above 0 seconds, got {timeout:g}")
+        raise UserError(f"--timeout: must be more than 0 seconds, got {timeout:g}")
     return gpus // nodes

@@ -1,4 +1,4 @@
-"""A profile on one screen of a terminal."""
+"""A profile summary as tables for the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ def show_summary(summary: dict[str, Any], trace: Path, console: Console) -> None
     console.print(ranges)
     for kind in ("operations", "kernels"):
         if summary[kind]:
-            console.print(_longest(f"{kind}, time of their own", summary[kind]))
+            console.print(_longest(f"{kind} by self time", summary[kind]))
     texts = []
     if summary["micro_step_ms"] is not None:
         step, python = summary["micro_step_ms"], summary["python_ms"]
-        texts.append(f"A micro-step takes {step:.1f} ms; {python:.1f} ms of it are Python.")
+        texts.append(f"A micro-step takes {step:.1f} ms, {python:.1f} ms of it in Python.")
     if summary["device_busy"] is not None:
-        texts.append(f"The GPU computes {summary['device_busy']:.1%} of the time.")
+        texts.append(f"The GPU is busy {summary['device_busy']:.1%} of the time.")
     texts.append(f"Trace: {trace} ({summary['events']:,} events; open it in https://ui.perfetto.dev)")
     for text in texts:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

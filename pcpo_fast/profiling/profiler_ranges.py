@@ -1,4 +1,4 @@
-"""Named stretches of a run, for a profile: nothing where none is being made."""
+"""Named ranges of a run for the profiler; nearly free when no profile is being recorded."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,14 +21,14 @@ Name = Literal[
     "checkpoint",
 ]
 NAMES: tuple[str, ...] = get_args(Name)
-"""What :func:`named` takes, from the outside in."""
+"""The names that :func:`named` accepts, from the outermost to the innermost."""
 
 Item = TypeVar("Item")
 NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Listener(Protocol):
-    """What is told where ranges begin and end."""
+    """Is notified when a range begins and ends."""
 
     def begin(self, name: Name) -> None: ...
 
@@ -39,12 +39,12 @@ _listener: Listener | None = None
 
 
 def named(name: Name) -> AbstractContextManager[None]:
-    """The block is a range of this name; where nobody listens it costs a function call."""
+    """Mark the block as a range; without a listener this costs one function call."""
     return NOTHING if _listener is None else _told(_listener, name)
 
 
 def each(name: Name, items: Iterable[Item]) -> Iterator[Item]:
-    """The items; what the loop does with one of them is a range of this name."""
+    """Yield the items; each iteration of the consuming loop is a range."""
     for item in items:
         with named(name):
             yield item
@@ -52,14 +52,14 @@ def each(name: Name, items: Iterable[Item]) -> Iterator[Item]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within the block the listener is told of every range of this process.
+    """Notify the listener of all ranges of this process within the block.
 
     Raises:
-        RuntimeError: somebody listens already.
+        RuntimeError: there already is a listener.
     """
     global _listener
     if _listener is not None:
-        raise RuntimeError("ranges have a listener already")
+        raise RuntimeError("ranges already have a listener")
     _listener = listener
     try:
         yield

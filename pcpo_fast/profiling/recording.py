@@ -1,4 +1,4 @@
-"""Record one epoch of a run with PyTorch's profiler: a few of every kind of range, so that the trace stays small."""
+"""Record one epoch of a run with PyTorch's profiler, with only a few ranges of each kind to keep the trace small."""
 
 import contextlib
 import json
@@ -25,22 +25,22 @@ from pcpo_fast.profiling.trace_summary import summarize
 TRACE_FILE = "trace.json.gz"
 SUMMARY_FILE = "summary.json"
 LIMITS: dict[str, int] = {"batch": 1, "sampler step": 8, "update": 1, "micro-step": 4}
-"""How many of a kind are recorded within the range around them; of the others all.
+"""Maximum number of recorded ranges of a kind within their parent range; other kinds are all recorded.
 
-The profiler pauses for the rest. A step of a transformer as large as FLUX is tens of thousands of events, a micro-step
-hundreds of thousands: this keeps its trace at about two million.
+The profiler pauses during the rest. A sampler step of a model as large as FLUX has tens of thousands of events, a
+micro-step hundreds of thousands; these limits keep its trace at about two million.
 """
 PHASES = ("rollout", "reward", "update", "evaluation", "checkpoint")
 
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What the user asked for.
+    """What to record.
 
     Attributes:
-        epoch: which epoch of the run, counted from 1 as the progress display counts; None: the second that this process
-            trains, so that the first has warmed everything up, or its only one.
-        updates: optimiser steps to record; None: as :data:`LIMITS` says.
+        epoch: the epoch, counted from 1 as in the progress display; None: the second epoch that this process trains
+            (the first is warm-up), or its only one.
+        updates: optimizer steps to record; None: see :data:`LIMITS`.
     """
 
     epoch: int | None = None
@@ -49,7 +49,7 @@ class ProfileRequest:
 
 @dataclass
 class _Open:
-    """A range that has not ended: its names from the outside in, the profiler's record of it, and what was in it."""
+    """An open range: the names of its parents and its own, its profiler record, and counts of its children by name."""
 
     path: tuple[str, ...]
     record: Any
@@ -57,19 +57,19 @@ class _Open:
 
 
 class Recorder:
-    """Listens to the ranges of a run and lets the profiler run in those of one epoch that are to be recorded.
+    """Listens to the ranges of a run and runs the profiler during the selected ones of one epoch.
 
     Args:
-        request: which epoch and how much of it.
+        request: which epoch and how many updates.
         config: the run.
-        start: epochs that are trained already.
+        start: number of epochs trained before.
 
     Attributes:
-        happened: how often each range came, by its names from the outside in, whether recorded or not.
-        problem: why there is no trace although there was something to record.
+        happened: how often each range occurred, recorded or not, by its path of names.
+        problem: why the trace could not be written; None otherwise.
 
     Raises:
-        UserError: the run does not train that epoch, or the folder ``profile`` of the run cannot be written.
+        UserError: the run does not train that epoch, or its folder ``profile`` is not writable.
     """
 
     def __init__(self, request: ProfileRequest, config: Config, start: int) -> None:
@@ -100,7 +100,7 @@ class Recorder:
             raise UserError(f"--profile: {self.folder} cannot be written: {error.strerror}") from None
 
     def begin(self, name: profiler_ranges.Name) -> None:
-        """A range begins."""
+        """Begin a range."""
         if name == "epoch":
             self._epochs += 1
             if self._epochs == self.epoch:
@@ -120,13 +120,13 @@ class Recorder:
         self._open.append(_Open(path, record))
 
     def end(self, name: profiler_ranges.Name) -> None:
-        """A range ends, and those within it that an exception left open: a loop's ends when its generator is freed."""
+        """End a range, and those inside it that an exception left open (a loop's range ends with its generator)."""
         while any(entry.path[-1] == name for entry in self._open):
             entry = self._open.pop()
             if entry.record is not None:
                 self._pause(False)
                 if entry.path[-1] in PHASES:
-                    _wait_for_device()  # the phase's time is the device's, too
+                    _wait_for_device()  # so that the phase includes its work on the device
                 entry.record.__exit__(None, None, None)
             if entry.path[-1] == name:
                 break
@@ -134,7 +134,7 @@ class Recorder:
             self.stop()
 
     def stop(self) -> None:
-        """End the recording, if there is one, and write the trace; what fails is kept in :attr:`problem`."""
+        """End the recording, if there is one, and write the trace; a failure is kept in :attr:`problem`."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
@@ -151,9 +151,9 @@ class Recorder:
                 unfinished.unlink(missing_ok=True)
 
     def _is_wanted(self, name: profiler_ranges.Name) -> bool:
-        """Whether a range that begins is within a recorded one, and not one too many there."""
+        """Whether to record a range that begins: its parent is recorded and the limit is not reached."""
         around = self._open[-1:]
-        if name == "optimizer":  # it is in the last micro-step, which may be one too many, of an update that is not
+        if name == "optimizer":  # its parent, the last micro-step, may be beyond the limit: the update decides
             around = self._open[-2:-1]
         if not around:
             return name == "epoch"
@@ -171,16 +171,16 @@ class Recorder:
 
 @contextmanager
 def recorded(request: ProfileRequest | None, config: Config, start: int, console: Console) -> Iterator[None]:
-    """Within the block the run is recorded, by its first rank; after it, the summary is written and shown.
+    """Record the run within the block, on the first rank; afterwards write and print the summary.
 
     Args:
-        request: None records nothing, and costs nothing.
+        request: None: record nothing, at no cost.
         config: the run.
-        start: epochs that are trained already.
-        console: of the first rank.
+        start: number of epochs trained before.
+        console: console of the first rank.
 
     Raises:
-        UserError: as :class:`Recorder`, on every rank; all must enter the block.
+        UserError: as :class:`Recorder`, on all ranks; all must enter the block.
     """
     recorder = None
     if request is not None:
@@ -217,7 +217,7 @@ def _wait_for_device() -> None:
 
 @contextmanager
 def _without_kinetos_notes() -> Iterator[None]:
-    """Kineto tells the terminal when it starts, pauses and stops, and no setting keeps it from that."""
+    """Silence stderr: Kineto prints when it starts, pauses and stops, and has no setting to turn that off."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

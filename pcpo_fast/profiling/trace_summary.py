@@ -1,4 +1,4 @@
-"""What a trace says: time per range and operation, and what is left between the operations."""
+"""Summary of a trace: time per range and per operation, and Python time between the operations."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from pcpo_fast.profiling.profiler_ranges import NAMES
 
 WORK = ("cpu_op", "cuda_runtime", "cuda_driver")
-"""Categories of events in which a thread of the CPU is not in Python."""
+"""Event categories during which a CPU thread is not running Python."""
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 SHOWN = 10
 
@@ -27,7 +27,7 @@ def read_trace(path: Path) -> list[Event]:
 
 
 def ranges_of(events: Iterable[Event]) -> list[Event]:
-    """The run's own ranges, in the order in which they begin, the outer of two first."""
+    """The run's own ranges by start time, outer before inner."""
     found = [event for event in events if event.get("cat") == "user_annotation" and event["name"] in NAMES]
     return sorted(found, key=lambda event: (event["ts"], -event["dur"]))
 
@@ -37,14 +37,14 @@ def summarize(path: Path, happened: Mapping[tuple[str, ...], int] | None = None)
 
     Args:
         path: the trace.
-        happened: how often each range came, by its names from the outside in; None: as often as it was recorded.
+        happened: how often each range occurred, by its path of names; None: as often as it was recorded.
 
     Returns:
-        ``events`` and ``seconds`` in all; ``ranges`` (``path`` of names, ``count``, ``happened``, ``seconds``);
-        ``operations`` and ``kernels`` with the most time of their own (``name``, ``count``, ``seconds``);
-        ``micro_step_ms`` without the optimiser's and, of these, ``python_ms`` in no operation of any thread, both None
-        where no micro-step was recorded; ``device_busy``, the share of the recorded micro-steps and sampler steps in
-        which the GPU computes, None without one.
+        ``events`` and ``seconds`` in total; ``ranges`` (``path`` of names, ``count``, ``happened``, ``seconds``);
+        ``operations`` and ``kernels`` with the most self time (``name``, ``count``, ``seconds``); ``micro_step_ms``
+        without the optimizer step and ``python_ms``, the part of it outside operations of any thread, both None without
+        a recorded micro-step; ``device_busy``, the share of the recorded micro-steps and sampler steps in which the GPU
+        computes, None without a GPU.
     """
     events = read_trace(path)
     own = ranges_of(events)
@@ -68,7 +68,7 @@ def _interval(event: Event) -> Interval:
 
 
 def _tree(own: Sequence[Event], happened: Mapping[tuple[str, ...], int]) -> list[dict[str, Any]]:
-    """Ranges with the same names around them, taken together; in the order of their first."""
+    """Ranges with the same path of names, combined; outer names first."""
     totals: dict[tuple[str, ...], list[float]] = {}
     around: list[Event] = []
     for event in own:
@@ -91,7 +91,7 @@ def _tree(own: Sequence[Event], happened: Mapping[tuple[str, ...], int]) -> list
 
 
 def _times(path: tuple[str, ...], happened: Mapping[tuple[str, ...], int]) -> int:
-    """How often a range came; one whose neighbour around it was not recorded is found by the rest of its names."""
+    """How often a range occurred; parents that were not recorded may be missing from ``path``."""
     total = 0
     for other, count in happened.items():
         names = iter(other)
@@ -100,7 +100,7 @@ def _times(path: tuple[str, ...], happened: Mapping[tuple[str, ...], int]) -> in
 
 
 def _self_times(operations: Iterable[Event]) -> list[tuple[str, float]]:
-    """(name, µs in it and in no operation that it calls), of each operation."""
+    """(name, self time in µs) of each operation: its duration without that of the operations it calls."""
     threads: dict[Any, list[Event]] = defaultdict(list)
     for event in operations:
         threads[event["pid"], event["tid"]].append(event)
@@ -128,7 +128,7 @@ def _longest(times: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
 
 
 def _micro_steps(own: Sequence[Event], work: Iterable[Event]) -> dict[str, float | None]:
-    """A micro-step's time without an optimiser step, all of it and that in no operation of any thread."""
+    """Mean time of a micro-step without the optimizer step: in total, and outside operations of any thread."""
     count = sum(event["name"] == "micro-step" for event in own)
     if not count:
         return {"micro_step_ms": None, "python_ms": None}
@@ -142,7 +142,7 @@ def _micro_steps(own: Sequence[Event], work: Iterable[Event]) -> dict[str, float
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same stretches of time without overlaps, in order."""
+    """Merge overlapping intervals; sorted."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
@@ -157,7 +157,7 @@ def _length(merged: Iterable[Interval]) -> float:
 
 
 def _overlap(merged: Sequence[Interval], others: Iterable[Interval]) -> float:
-    """How long both are, of two unions."""
+    """Total length of the intersection of two unions of intervals."""
     ends = [end for _, end in merged]
     total = 0.0
     for begin, end in others:

@@ -1,1 +1,1 @@
-"""Whether a run reproduces what was published, or what this project committed: acceptance bands as data."""
+"""Checks whether a run reproduces published results or this project's own: acceptance bands as data."""

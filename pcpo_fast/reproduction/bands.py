@@ -1,4 +1,4 @@
-"""Acceptance bands: JSON files that say what a run of a configuration should reach, and where the numbers come from."""
+"""Acceptance bands: JSON files with the results that runs of a configuration should reach, and their sources."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Part(BaseModel):
-    """A part of a band file: unknown keys are errors."""
+    """Base of all parts of a band file: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Within(Part):
-    """A metric lies between two numbers after a number of epochs."""
+    """After ``epochs`` epochs the metric lies between ``low`` and ``high``."""
 
     kind: Literal["within"]
     metric: str = Field(min_length=1)
@@ -28,14 +28,14 @@ class Within(Part):
 
     @model_validator(mode="after")
     def check_order(self) -> "Within":
-        """A band has an inside."""
+        """``low`` must be below ``high``."""
         if not self.low < self.high:
             raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
         return self
 
 
 class Reaches(Part):
-    """The mean of a metric over some epochs reaches a number no later than after some epochs."""
+    """The mean of the metric over ``average`` epochs reaches ``value`` by epoch ``by_epochs``."""
 
     kind: Literal["reaches"]
     metric: str = Field(min_length=1)
@@ -48,11 +48,11 @@ class Band(Part):
     """What a run should reach.
 
     Attributes:
-        name: for the reader.
-        source: where the numbers come from, and how the limits were made from them.
-        verified: whether a run of this project has ever lain in the band.
-        settings: values that a run's configuration has where the band applies, by ``section.key``.
-        points: what is checked.
+        name: shown to the user.
+        source: where the numbers come from, and how the limits were derived.
+        verified: whether a run of this project has ever been inside the band.
+        settings: the configuration values, by ``section.key``, for which the band applies.
+        points: the conditions to check.
     """
 
     name: str = Field(min_length=1)
@@ -62,7 +62,7 @@ class Band(Part):
     points: tuple[Annotated[Within | Reaches, Field(discriminator="kind")], ...] = Field(min_length=1)
 
     def unmet_settings(self, config: dict[str, Any]) -> list[str]:
-        """One sentence for each setting in which a run differs from what the band is about."""
+        """One sentence for each setting in which a run's configuration differs from the band's."""
         differences = []
         for key, wanted in self.settings.items():
             found: Any = config
@@ -77,7 +77,7 @@ def read_band(path: Path) -> Band:
     """Read a band file.
 
     Raises:
-        UserError: it is missing, malformed, or not a band.
+        UserError: it is missing, malformed, or not a band file.
     """
     try:
         return Band.model_validate_json(path.read_text(encoding="utf-8"))
@@ -92,5 +92,5 @@ def read_band(path: Path) -> Band:
 
 
 def shipped_bands(folder: Path) -> dict[Path, Band]:
-    """The bands below a folder of recipes (``*/band.json``), by their path."""
+    """The bands of a folder of recipes (``*/band.json``) by path."""
     return {path: read_band(path) for path in sorted(folder.glob("*/band.json"))}

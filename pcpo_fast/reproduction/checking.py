@@ -1,4 +1,4 @@
-"""A run against an acceptance band."""
+"""Check a run against an acceptance band."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,25 +14,25 @@ Verdict = Literal["inside", "outside", "undecided"]
 
 
 class PointResult(NamedTuple):
-    """One point of a band and what the run says to it; undecided where it has not trained for long enough."""
+    """Result for one point of a band; undecided if the run has not trained long enough or did not measure it."""
 
     verdict: Verdict
     says: str
 
 
 def check_run(run: Path, band_file: Path | None = None, recipes: Path | None = None) -> dict[str, Any]:
-    """Whether a run lies in its band, for JSON.
+    """Check a run against its band; returns a JSON-compatible dictionary.
 
     Args:
         run: a run directory, finished or not.
-        band_file: the band; None: the first shipped one whose settings are the run's.
+        band_file: the band; None: the first shipped one whose settings match the run's.
         recipes: folder of the bands to choose from; None: the shipped one.
 
     Raises:
-        UserError: the run or the band cannot be read, the band is about another configuration, or none is about this.
+        UserError: the run or the band cannot be read, or no band applies to the run's configuration.
     """
     if not (run / "metrics.jsonl").is_file():
-        raise UserError(f"{run}: not a run directory: it holds no metrics.jsonl")
+        raise UserError(f"{run} is not a run directory (no metrics.jsonl in it)")
     records = read_metrics(run / "metrics.jsonl")
     config = read_yaml(run / "config.yaml")[0]
     if band_file is None:
@@ -41,7 +41,7 @@ def check_run(run: Path, band_file: Path | None = None, recipes: Path | None = N
         band = read_band(find(band_file))
         different = band.unmet_settings(config)
         if different:
-            raise UserError(f"{run}: {band_file} is about another configuration: {different[0]}")
+            raise UserError(f"{run}: {band_file} is for another configuration: {different[0]}")
     results = [check_point(point, records) for point in band.points]
     return {
         "run": str(run),
@@ -58,12 +58,12 @@ def check_run(run: Path, band_file: Path | None = None, recipes: Path | None = N
 
 
 def overall(verdicts: list[Verdict]) -> Verdict:
-    """Outside if any point is; else undecided if any is."""
+    """Outside if any point is outside; otherwise undecided if any is undecided."""
     return min(verdicts, key=("outside", "undecided", "inside").index)
 
 
 def check_point(point: Within | Reaches, records: list[Record]) -> PointResult:
-    """One point of a band against a run's records."""
+    """Check one point of a band against a run's records."""
     curve = series(records, point.metric)
     trained = epochs_trained(records)
     return _within(point, curve, trained) if isinstance(point, Within) else _reaches(point, curve, trained)
@@ -74,7 +74,7 @@ def _within(point: Within, curve: Series, trained: int) -> PointResult:
     wanted = f"{point.metric} after {point.epochs} epochs: {point.low:.4g} to {point.high:.4g}"
     if found is None:
         if trained < point.epochs:
-            return PointResult("undecided", f"{wanted}; the run has trained {trained}")
+            return PointResult("undecided", f"{wanted}; the run has trained {trained} epochs")
         return PointResult("undecided", f"{wanted}; the run did not measure it then")
     inside = point.low <= found <= point.high
     return PointResult("inside" if inside else "outside", f"{wanted}; the run has {found:.4g}")
@@ -93,19 +93,20 @@ def _reaches(point: Reaches, curve: Series, trained: int) -> PointResult:
             if mean >= point.value:
                 return PointResult("inside", f"{wanted}; the run reached it at epoch {epoch:g}")
     if trained <= point.by_epochs:
-        return PointResult("undecided", f"{wanted}; the run has trained {trained}")
-    return PointResult("outside", f"{wanted}; the run reached {'nothing' if best is None else f'{best:.4g}'} by then")
+        return PointResult("undecided", f"{wanted}; the run has trained {trained} epochs")
+    reached = "the run has no values by then" if best is None else f"the run's best is {best:.4g}"
+    return PointResult("outside", f"{wanted}; {reached}")
 
 
 def _matching(config: dict[str, Any], recipes: Path, run: Path) -> tuple[Path, Band]:
     bands = shipped_bands(recipes)
     if not bands:
-        raise UserError(f"{recipes} holds no */band.json; name a band with --band FILE")
+        raise UserError(f"{recipes} has no */band.json; give a band with --band FILE")
     for path, band in bands.items():
         if not band.unmet_settings(config):
             return path, band
     closest, band = min(bands.items(), key=lambda item: len(item[1].unmet_settings(config)) / len(item[1].settings))
     raise UserError(
-        f"{run}: no shipped band is about its configuration; from the closest, {closest}, it differs: "
+        f"{run}: no shipped band is for its configuration; it differs from the closest, {closest}, in: "
         f"{'; '.join(band.unmet_settings(config)[:3])}"
     )

@@ -116,7 +116,7 @@ def test_sample_without_an_export_says_how_to_get_one(full: Run, tmp_path: Path,
     shutil.copy(full.folder / "config.yaml", tmp_path)
     answer = call(capsys, "sample", "--run", tmp_path, "--prompt", "a")
     assert answer.code == 2
-    assert f"holds no exported weights yet; write them with: pcpo-fast export {tmp_path}" in answer.err
+    assert f"has no exported weights yet; write them with: pcpo-fast export {tmp_path}" in answer.err
 
 
 # export

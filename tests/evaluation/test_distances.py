@@ -123,7 +123,7 @@ def test_float32_features_far_from_zero_keep_their_digits() -> None:
     [
         (torch.zeros(3), torch.eye(4), "covariance"),
         (torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "not symmetric"),
-        (torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "negative eigenvalue -1"),
+        (torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "negative eigenvalue, -1"),
         (torch.tensor([0.0, math.nan]), torch.eye(2), "finite"),
     ],
 )
@@ -177,7 +177,7 @@ def test_kernel_distance_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel_distance_refuses_what_does_not_fit() -> None:
     for x, y, said in (
         (torch.zeros(2, 3), torch.zeros(2, 4), "got"),
-        (torch.zeros(0, 3), torch.zeros(2, 3), "no embeddings"),
+        (torch.zeros(0, 3), torch.zeros(2, 3), "is empty"),
         (torch.full((2, 3), math.inf), torch.zeros(2, 3), "finite"),
     ):
         with pytest.raises(ValueError, match=said):

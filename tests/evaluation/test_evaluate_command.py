@@ -200,13 +200,13 @@ def test_images_made_otherwise_are_refused_or_remade(
     file = output / "images" / "base" / "recipe.json"
     recipe = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(recipe | {"content": "of other weights"}), encoding="utf-8")
-    assert "images that were made otherwise (content changed)" in call(capsys, *other).err
+    assert "images made with other settings (content changed)" in call(capsys, *other).err
     del recipe["content"]  # as it was before it held every byte
     file.write_text(json.dumps(recipe), encoding="utf-8")
     other[other.index("--seed") + 1] = "8"
     answer = call(capsys, *other)
     assert answer.code == 2
-    assert "images that were made otherwise (seed changed)" in answer.err and "--remake" in answer.err
+    assert "images made with other settings (seed changed)" in answer.err and "--remake" in answer.err
     before = images_of(output, "base")
     assert call(capsys, *other, "--remake").code == 0
     assert all(not torch.equal(a, b) for a, b in zip(before, images_of(output, "base"), strict=True))
@@ -242,7 +242,7 @@ def test_finished_images_against_a_folder_and_inception(
     weights = tmp_path / "inception.pth"  # torch-fidelity would unpickle it
     weights.write_bytes(b"cos\nsystem\n(S'echo run'\ntR.")
     answer = call(capsys, *common, "--count", "2", "--metric", f"fid={weights}")
-    assert answer.code == 2 and "fid is named twice" in answer.err
+    assert answer.code == 2 and "fid is given twice" in answer.err
     named = [f"fid={weights}" if word == "fid" else word for word in common]
     answer = call(capsys, *named, "--count", "2")
     assert answer.code == 2 and f"{weights} is not a PyTorch checkpoint, or holds objects other" in answer.err
@@ -269,7 +269,7 @@ def test_finished_images_against_a_folder_and_inception(
     assert one["metrics"]["fid"]["low"] is None
     assert 1 <= one["metrics"]["inception_score"]["mean"] <= 6
     answer = call(capsys, *common, "--count", "3")
-    assert answer.code == 2 and "holds 6 images, but the prompts ask for 9" in answer.err
+    assert answer.code == 2 and "holds 6 images, but the prompts require 9" in answer.err
 
 
 def test_two_ranks_divide_the_images(
@@ -346,19 +346,19 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
         (("--checkpoint", "RUN", "--limit", "0"), "--limit: must be at least 1, got 0"),
         (("--checkpoint", "RUN", "--seed", "-1"), "--seed: must lie in"),
         (("--checkpoint", "RUN", "--metric", "fvd"), "--metric 'fvd': must be one of fd-dinov2"),
-        (("--checkpoint", "RUN", "--metric", "cmmd="), "name a model behind the sign"),
-        (("--checkpoint", "RUN", "--metric", "cmmd", "--metric", "cmmd=x"), "cmmd is named twice"),
+        (("--checkpoint", "RUN", "--metric", "cmmd="), "the model after '=' is missing"),
+        (("--checkpoint", "RUN", "--metric", "cmmd", "--metric", "cmmd=x"), "cmmd is given twice"),
         (("--checkpoint", "RUN", "--metric", "fid=a", "--metric", "is=b"), "fid and is use one Inception network"),
-        (("--checkpoint", "RUN", "--metric", "cmmd"), "--metric cmmd: say what the distance is to"),
+        (("--checkpoint", "RUN", "--metric", "cmmd"), "--metric cmmd: a distance needs a reference"),
         (("--checkpoint", "RUN", "--reference", "nowhere"), "--reference: nowhere is neither base nor a folder"),
         (("--checkpoint", "RUN", "--prompts", "nowhere.txt"), "prompt file nowhere.txt does not exist"),
         (("--checkpoint", "RUN", "--reward", "beauty"), "unknown reward 'beauty'"),
         (("--checkpoint", "base@0.5", "--config", "RUN/config.yaml"), "a scale (@) needs a run, and base is not one"),
         (("--checkpoint", "RUN@x"), "'x' in 'x' is not a finite number"),
-        (("--checkpoint", "RUN@1,1"), "names a scale twice"),
-        (("--checkpoint", "RUN", "--checkpoint", "RUN"), "two are called run; name them"),
-        (("--checkpoint", "a b=RUN"), "a name has letters, digits"),
-        (("--checkpoint", "x=", "--config", "RUN/config.yaml"), "is written [NAME=]WHAT[@SCALES]"),
+        (("--checkpoint", "RUN@1,1"), "repeats a scale"),
+        (("--checkpoint", "RUN", "--checkpoint", "RUN"), "the name run is used twice; choose names"),
+        (("--checkpoint", "a b=RUN"), "a name consists of at most 60 letters, digits"),
+        (("--checkpoint", "x=", "--config", "RUN/config.yaml"), "expected [NAME=]WHAT[@SCALES]"),
         (("--checkpoint", "./nowhere", "--config", "RUN/config.yaml"), "nowhere is neither base, nor a run directory"),
         (
             ("--checkpoint", "base", "--checkpoint", "RUN", "--metric", "fd-dinov2=nowhere/at-all", "--limit", "1"),

@@ -95,7 +95,7 @@ def test_linear_weights_come_from_the_package_without_importing_it(
     (package / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
     torch.save({f"features.{k}": v for k, v in alexnet().state_dict().items()}, tmp_path / "trunk.pth")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match="linear weights of alex are not here"):
+    with pytest.raises(UserError, match="linear weights of alex are not installed"):
         Lpips(str(tmp_path / "trunk.pth"))
     linear = write_linear(package / "weights" / "v0.1", "alex")
     model = Lpips(str(tmp_path / "trunk.pth"))

@@ -73,13 +73,13 @@ def test_a_clear_case_is_decided(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("votes", "said"),
     [
-        ({"page": "p2", "voter": "a", "votes": {"0": "left"}}, "votes of another page"),
+        ({"page": "p2", "voter": "a", "votes": {"0": "left"}}, "votes on another page"),
         ({"page": "p1", "voter": "a", "votes": {"6": "left"}}, "there is no pair '6'"),
         ({"page": "p1", "voter": "a", "votes": {"-1": "left"}}, "there is no pair '-1'"),
         ({"page": "p1", "voter": "a", "votes": {"0": "A"}}, "must be one of left, right, tie"),
-        ({"page": "p1", "voter": "a", "votes": {}}, "hold no votes"),
-        ({"page": "p1", "voter": "", "votes": {"0": "left"}}, "is not a vote file"),
-        ([1], "is not a vote file"),
+        ({"page": "p1", "voter": "a", "votes": {}}, "contain no votes"),
+        ({"page": "p1", "voter": "", "votes": {"0": "left"}}, "is not a file of votes"),
+        ([1], "is not a file of votes"),
     ],
 )
 def test_wrong_vote_files_are_refused(votes: Any, said: str, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def places(folder: Path, names: tuple[str, ...], **options: Any) -> list[int]:
     ],
 )
 def test_numbers_in_names_are_sorted_as_numbers(tmp_path: Path, names: tuple[str, ...]) -> None:
-    with pytest.warns(UserWarning, match=r"are sorted as numbers: \S.* comes before "):
+    with pytest.warns(UserWarning, match=r"are sorted by the numbers in their names: \S.* comes before "):
         assert places(folder_with(tmp_path, *names), names) == list(range(len(names)))
 
 
@@ -252,7 +252,7 @@ def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
     folder_with(tmp_path, "0.png", "1.png", "2.heic")
     with pytest.warns(UserWarning, match=r"holds 2 images \(besides 1 that are not read: \.gif, \.heic"):
         folder_of_images(tmp_path, "x", "--reference")
-    with pytest.raises(UserError, match=r"holds 2 images \(besides 1 .*\), but the prompts ask for 3"):
+    with pytest.raises(UserError, match=r"holds 2 images \(besides 1 .*\), but the prompts require 3"):
         folder_of_images(tmp_path, "x", "--checkpoint", 3)
 
 
@@ -281,7 +281,7 @@ def test_a_manifest_says_which_image_is_whose(tmp_path: Path) -> None:
     ):
         places(tmp_path, names, texts=["one", "one", "two"])
     with pytest.raises(
-        UserError, match=r"more images of the prompt 'two' than the evaluation asks for: c\.png is left"
+        UserError, match=r"more images of the prompt 'two' than the evaluation asks for; c\.png is left over"
     ):
         places(tmp_path, names, texts=["one", "two"])
     assert len(folder_of_images(tmp_path, "x", "--reference").files) == len(find_images(tmp_path)) == 4

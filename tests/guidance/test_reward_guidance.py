@@ -363,7 +363,7 @@ def test_nothing_is_loaded_that_no_scale_needs(
 def test_settings_need_a_scale_for_each_run(pipeline_folder: Path, tmp_path: Path) -> None:
     runs = read_runs([make_run(tmp_path / "run", pipeline_folder)])
     for scales in ([1.0, 0.5], [float("nan")]):
-        with pytest.raises(ValueError, match="1 runs need as many finite scales"):
+        with pytest.raises(ValueError, match="expected 1 finite scales"):
             guided_policies(runs, [scales], CPU)
 
 
@@ -386,7 +386,7 @@ def test_runs_of_different_base_models_are_refused(
         (tmp_path / name / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     with pytest.raises(UserError) as refused:
         read_runs([tmp_path / "a", tmp_path / "b"])
-    assert f"--run: runs are composed over one base model, but {key}" in str(refused.value)
+    assert f"--run: composed runs must share one base model, but {key}" in str(refused.value)
     assert str(tmp_path / "b") in str(refused.value)
     both = read_runs([tmp_path / "a", tmp_path / "b"], [change])  # a setting holds for all
     assert both[0].config.model == both[1].config.model
@@ -437,17 +437,17 @@ def test_scales_of_a_sweep(text: str, scales: list[float]) -> None:
     ("text", "words"),
     [
         ("", "'' in '' is not a finite number"),
-        ("0,x", "'x' in '0,x' is not a finite number; write for example 0,0.25,...,1.5"),
+        ("0,x", "'x' in '0,x' is not a finite number; example: 0,0.25,...,1.5"),
         ("0,nan", "'nan' in"),
         ("0,1e999", "'1e999' in"),
-        ("0,...,1", "the dots need two numbers or more before them and one behind"),
-        ("0,1,...", "the dots need two numbers"),
-        ("0,1,...,2,3", "the dots need two numbers"),
+        ("0,...,1", "the dots need at least two numbers before them and one after"),
+        ("0,1,...", "the dots need at least two numbers"),
+        ("0,1,...,2,3", "the dots need at least two numbers"),
         ("0,0.2,...,0.5", "steps of 0.2 do not lead from 0.2 to 0.5"),
         ("0,1,...,-3", "steps of 1 do not lead from 1 to -3"),
         ("1,1,...,3", "steps of 0 do not lead"),
-        ("0,1,0", "names a scale twice"),
-        ("0,1,...,1000000000", "names more than 64 scales"),
+        ("0,1,0", "repeats a scale"),
+        ("0,1,...,1000000000", "has more than 64 scales"),
     ],
 )
 def test_what_is_no_sweep(text: str, words: str) -> None:
@@ -595,9 +595,9 @@ SCALE = "--guidance-scale-reward"
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((SCALE, "0.5"), "--guidance-scale-reward: scales what a run has learned; name the run with --run RUN"),
-        (("--sweep", "0,1"), "--sweep: scales what a run has learned; name the run with --run RUN"),
-        (("--config", "x.yaml", SCALE, "0.5"), "name the run with --run RUN"),
+        ((SCALE, "0.5"), "--guidance-scale-reward: needs a trained run to scale; give one with --run RUN"),
+        (("--sweep", "0,1"), "--sweep: needs a trained run to scale; give one with --run RUN"),
+        (("--config", "x.yaml", SCALE, "0.5"), "give one with --run RUN"),
         (("--run", "{lora}", "--run", "{full}"), "--guidance-scale-reward: 2 runs need a scale each, or one for all"),
         (("--run", "{lora}", SCALE, "1", SCALE, "2"), "--guidance-scale-reward: 2 scales for 1 run; give one for each"),
         (("--run", "{lora}", *("--run", "{full}") * 2, SCALE, "1", SCALE, "2"), "2 scales for 3 runs"),
@@ -608,7 +608,7 @@ SCALE = "--guidance-scale-reward"
             "--sweep: not allowed with argument --guidance-scale-reward",
         ),
         (("--run", "{lora}", "--config", "x"), "--config: not allowed with argument --run"),
-        (("--run", "{lora}", "--sweep", "0,0"), "--sweep: '0,0' names a scale twice"),
+        (("--run", "{lora}", "--sweep", "0,0"), "--sweep: '0,0' repeats a scale"),
         (("--run", "{lora}", "--run", "{lora}/export", SCALE, "1"), "export is not a run directory"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_wrong_configuration_is_one_sentence(call: Callable[[Any], object], me
     ("message", "python"),
     [
         ("--batch-size: must be at least 1, got 0", "batch_size: must be at least 1, got 0"),
-        ("--guidance-scale-reward: name the run with --run RUN", "scales: name the run with runs=RUN"),
+        ("--guidance-scale-reward: give one with --run RUN", "scales: give one with runs=RUN"),
         ("accept it with --resume accept-changes", "accept it with resume=accept-changes"),
         ("it with --epoch; or --resume auto", "it with epoch; or resume=auto"),
         ("lower --batch-size; `pcpo-fast plan --run A` says", "lower batch_size; `pcpo-fast plan --run A` says"),
@@ -208,7 +208,7 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
         (lambda run: pcpo_fast.sample([], runs=run), "prompts: must not be empty"),
         (lambda run: pcpo_fast.sample("a", runs="nowhere"), "runs: nowhere is not a run directory"),
         (lambda run: pcpo_fast.sample("a", runs=run, config=TINY), "config: a run has its own configuration"),
-        (lambda run: pcpo_fast.sample("a", config=TINY, scales=1), "scales: scales what a run has learned; name the "),
+        (lambda run: pcpo_fast.sample("a", config=TINY, scales=1), "scales: needs a trained run to scale; give one "),
         (lambda run: pcpo_fast.sample("a", runs=run, folder="x"), "folder: also needs output, the image file"),
         (lambda run: pcpo_fast.evaluate([]), "checkpoints: name what to evaluate"),
         (lambda run: pcpo_fast.evaluate("base", shown=-1), "shown: must be at least 0, got -1"),

@@ -97,7 +97,7 @@ def test_a_share_of_the_blocks_is_recomputed_and_gradients_stay(pipeline_folder:
 @pytest.mark.usefixtures("process_group")
 def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     settings = ("model.gradient_checkpointing=true", "model.checkpointed_share=null", "train.epochs=0")
-    for memory, words in ((100e9, "0% of the blocks are recomputed"), (1e9, "100% .* `pcpo-fast plan` says what")):
+    for memory, words in ((100e9, "0% of the blocks are recomputed"), (1e9, "100% .* `pcpo-fast plan` shows what")):
         monkeypatch.setattr("pcpo_fast.training.trainer.device_memory", lambda *_, memory=memory: memory)
         shown, chosen = io.StringIO(), list[float]()
         monkeypatch.setattr(

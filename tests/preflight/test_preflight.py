@@ -59,7 +59,7 @@ def test_an_old_library_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.importlib.metadata, "version", lambda name: "0.1.0" if name == "diffusers" else true(name)
     )
     status, says = checks.check_versions()
-    assert status == "warning" and says.startswith("diffusers 0.1.0 is installed, and ") and "peft" not in says
+    assert status == "warning" and says.startswith("diffusers 0.1.0 is installed, but ") and "peft" not in says
 
 
 def test_a_missing_library_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_gpus_are_counted(there: int, status: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     found, says = checks.check_gpus(8)
     assert found == status
-    assert status != "failed" or says == "8 GPUs are asked for, and PyTorch sees 4 (H100)"
+    assert status != "failed" or says == "8 GPUs are requested, but PyTorch sees 4 (H100)"
 
 
 def test_a_model_without_weights_fails(own_pipeline: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_model_that_the_hub_refuses_fails(config: Config, monkeypatch: pytest.
     status, says = checks.check_model(remote)
     assert status == "failed" and "401 Client Error" in says and "hf auth login" in says and "\n" not in says
     monkeypatch.setattr("huggingface_hub.auth_check", lambda path: None)
-    assert checks.check_model(remote) == ("ok", f"{HUB_MODEL} may be downloaded")
+    assert checks.check_model(remote) == ("ok", f"{HUB_MODEL} can be downloaded")
 
 
 def test_a_model_in_the_cache_needs_the_weights_of_its_network(
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_written_fails(
 ) -> None:
     monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
     status, says = checks.check_disk(config, plan)
-    assert status == "failed" and says.endswith("cannot be written")
+    assert status == "failed" and says.endswith("is not writable")
 
 
 def test_disk_space_covers_the_checkpoints_that_a_run_writes(config: Config) -> None:
@@ -148,7 +148,7 @@ def test_disk_space_covers_the_checkpoints_that_a_run_writes(config: Config) -> 
 
 def test_too_little_memory_fails_with_what_to_set(config: Config, plan: dict[str, Any]) -> None:
     status, says = checks.check_memory(make_plan(config, 1, 1.5002))
-    assert status == "failed" and "are needed at the peak" in says
+    assert status == "failed" and "does not fit into" in says
     assert checks.check_memory(plan)[0] == "ok"
 
 
@@ -179,7 +179,7 @@ def test_a_dry_run_that_fails_says_why(
 
 def test_a_dry_run_that_hangs_is_given_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_runs.subprocess, "run", raising(subprocess.TimeoutExpired("train", 60)))
-    assert dry_run(config, 1, 60) == ("failed", "the dry run did not end within 60 seconds (--timeout)")
+    assert dry_run(config, 1, 60) == ("failed", "the dry run did not finish within 60 seconds (--timeout)")
 
 
 def test_several_gpus_are_launched_by_deepspeed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_the_command(config: Config, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert answer["checks"][-1] == {
         "name": "dry run",
         "status": "ok",
-        "says": "two optimiser steps, an evaluation, a checkpoint and an export",
+        "says": "two optimizer steps, an evaluation, a checkpoint and an export",
     }
     assert answer["passed"] and output.code == 0 and not (tmp_path / "run").exists()
     failing = call(capsys, "preflight", "--config", tmp_path / "run.yaml", "prompts.train=nowhere.txt")
@@ -222,7 +222,7 @@ def test_the_command(config: Config, tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "says"),
     [
         (("--gpus", "0"), "--gpus: must be at least 1, got 0"),
-        (("--gpus", "9", "--nodes", "2"), "--gpus: 9 GPUs do not divide over 2 machines"),
+        (("--gpus", "9", "--nodes", "2"), "--gpus: 9 GPUs do not divide evenly over 2 machines"),
         (("--timeout", "0"), "--timeout: must be above 0 seconds"),
     ],
 )

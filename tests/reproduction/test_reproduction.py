@@ -87,7 +87,7 @@ def test_a_band_is_chosen_by_the_settings_of_the_run(tmp_path: Path) -> None:
     result = check_run(folder, recipes=tmp_path / "recipes")
     assert (result["verdict"], Path(result["band"]).parent.name) == ("inside", "b")
     (folder / "config.yaml").write_text("model: {path: other}\nseed: 0\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r'no shipped band.*differs: model.path is "other", not "m"'):
+    with pytest.raises(UserError, match=r'no shipped band.*differs .*, in: model.path is "other", not "m"'):
         check_run(folder, recipes=tmp_path / "recipes")
 
 
