@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks, hashes of what files hold, images read from files."""
+"""Files: atomic writes, locks, content hashes, reading images."""

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all."""
+"""Atomic file writes."""
 
 import contextlib
 import os
@@ -6,13 +6,12 @@ from pathlib import Path
 
 
 def write_atomically(path: Path | str, data: bytes | str) -> None:
-    """Replace the file `path` by `data` so that a reader, or a process killed half-way, never meets a part of it.
+    """Replace the file `path` by `data` so that no reader ever sees a part of it, even if the process is killed.
 
-    The data go to a hidden temporary file in the same folder (created when missing), are flushed to the disk, and the
-    file is then renamed over `path` and the folder flushed, so that a power cut undoes nothing. Text is written as
-    UTF-8 without any change of line endings. The new file has the permissions that an ordinary new file gets. If
-    anything fails the temporary file is removed, `path` keeps its old content, and the error (an `OSError`) is passed
-    on.
+    The data are written to a hidden temporary file in the same folder (created if missing) and flushed to disk; the
+    file is then renamed to `path` and the folder flushed, so that the write survives a power failure. Text is written
+    as UTF-8 with unchanged line endings. The new file has the permissions of an ordinary new file. If anything fails,
+    the temporary file is removed, `path` keeps its old content, and the error (an `OSError`) propagates.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,10 +29,10 @@ def write_atomically(path: Path | str, data: bytes | str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk.
+    """Flush a file or a folder's entries to disk.
 
     Raises:
-        OSError: the file system cannot.
+        OSError: the file system does not support it.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -43,6 +42,6 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names: only then has a rename in it happened for good."""
-    with contextlib.suppress(OSError):  # some file systems cannot, and need not
+    """Flush a folder's entries, which makes a rename in it durable."""
+    with contextlib.suppress(OSError):  # some file systems do not support this, and do not need it
         sync(folder)

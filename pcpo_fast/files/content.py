@@ -1,8 +1,8 @@
-"""What files, folders and settings hold, as short hashes: so that nothing is made twice and nothing stale is used.
+"""Short hashes of files, folders and settings, used as cache keys and to detect changes.
 
-:class:`Contents` reads every byte of a file once and remembers its hash. It recognises the file by path, inode, size,
-mtime and ctime. A copy that keeps size and date still has its own inode or ctime, so it is read, too. Bytes that change
-behind all of these (on a store mounted without real inodes and times) are found only by reading anew.
+:class:`Contents` reads every byte of a file once and remembers its hash. It recognizes the file by path, inode, size,
+mtime and ctime. A copy with the same size and date still has another inode or ctime, so it is read as well. Changes
+that leave all of these alone (on a store mounted without real inodes and times) are only found by reading again.
 """
 
 import hashlib
@@ -23,28 +23,28 @@ from pcpo_fast.files.atomic import write_atomically
 
 INDEX = "model_index.json"
 RECORD_FOLDER = "content"
-"""Name of the record's folder, next to the encoded prompts."""
+"""Name of the folder of remembered hashes, next to the encoded prompts."""
 ANNOUNCED = 10**9
-"""Reading at least this many bytes is announced."""
+"""Reading at least this many bytes is announced on stderr."""
 SETTLED = 2.0
-"""Seconds for which a file must have been unchanged before its hash is remembered: the coarsest tick of a file system's
-clock, since a second change within one tick would leave no trace."""
+"""Seconds for which a file must be unchanged before its hash is remembered: the coarsest timestamp resolution of a file
+system, since a second change within one tick would leave no trace."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NEVER_READ = (".md", ".msgpack", ".h5", ".ot", ".onnx", ".onnx_data", ".xml", ".tflite", ".png", ".jpg", ".lock")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 _BLOCK, _BLOCKS = 1 << 16, 64
-"""Of a large file, :func:`weights_digest` reads so many blocks of so many bytes."""
+"""Block size in bytes and number of blocks that :func:`weights_digest` reads of a large file."""
 
 
 class Contents:
-    """Hashes of files, with a record on the disk that any number of processes and machines may share.
+    """Hashes of files, with a record on disk that processes and machines can share.
 
-    The record is a file per hashed file, written whole or not at all, and with a checksum: one that is damaged counts
-    as none. Where it cannot be written, nothing is remembered.
+    The record has one file per hashed file, written atomically and with a checksum; a damaged one is ignored. If the
+    record is not writable, nothing is remembered.
 
     Args:
-        record: its folder; None: every call reads the files.
-        anew: read the files whatever the record says of them, and correct it.
+        record: folder of the record; None: every call reads the files.
+        anew: read the files even if the record has them, and correct the record.
     """
 
     def __init__(self, record: Path | None = None, *, anew: bool = False) -> None:
@@ -55,10 +55,10 @@ class Contents:
         """The hash of a file's bytes: BLAKE2b, 32 hexadecimal digits.
 
         Raises:
-            UserError: it cannot be read, or a record that is wrong cannot be corrected.
+            UserError: the file cannot be read, or a wrong record cannot be corrected.
         """
         try:
-            # The status of an open file is never a network disk's old one.
+            # On a network disk the status of an open file is up to date, unlike that of its path.
             with open(file, "rb", buffering=0) as stream:
                 began, status = time.time(), os.fstat(stream.fileno())
                 key = _key(file, status)
@@ -66,18 +66,18 @@ class Contents:
                 if remembered is not None and not self.anew:
                     return remembered
                 found = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-                # Someone may have written to it meanwhile; and what is too fresh may be written to unseen.
+                # Not remembered if it changed meanwhile, or is so new that a change would leave no trace.
                 settled = max(status.st_mtime, status.st_ctime) < began - SETTLED
                 if settled and _identity(os.fstat(stream.fileno())) == _identity(status):
                     self._remember(key, found, remembered)
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or reason_of(error)}") from None
         if remembered not in (None, found):
-            warnings.warn(f"{file} changed without a trace in its size and times", stacklevel=2)
+            warnings.warn(f"{file} changed although its size and times did not", stacklevel=2)
         return found
 
     def of_files(self, files: Mapping[str, Path]) -> dict[str, str]:
-        """:meth:`of_file` of several files, by the same names; a line to stderr where that takes a while.
+        """:meth:`of_file` for several files, by the same names; reading many bytes is announced on stderr.
 
         Raises:
             UserError: as :meth:`of_file`.
@@ -86,10 +86,10 @@ class Contents:
         distinct = sorted(set(paths.values()))  # parts of a hub's snapshot share files
         unknown = sum(map(self._bytes_to_read, distinct))
         if unknown >= ANNOUNCED and launcher_rank() == 0:
-            kept = "" if self.record is None else f", once: {self.record} remembers what is in them"
-            text = f"Reading {unknown / 1e9:.1f} GB of model files to know them by their content{kept}"
+            kept = "" if self.record is None else f" (once: the hashes are kept in {self.record})"
+            text = f"Hashing {unknown / 1e9:.1f} GB of model files{kept}"
             print(text, file=sys.stderr, flush=True)
-        with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock to others
+        with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
             found = dict(zip(distinct, pool.map(self.of_file, distinct), strict=True))
         return {name: found[path] for name, path in paths.items()}
 
@@ -97,7 +97,7 @@ class Contents:
         try:
             status = os.stat(file)
         except OSError:
-            return 0  # reading it says why
+            return 0  # reading it reports the error
         known = not self.anew and self._remembered(_key(file, status)) is not None
         return 0 if known else status.st_size
 
@@ -116,19 +116,20 @@ class Contents:
         try:
             write_atomically(self.record / key, f"{found} {_digest(key + found)}\n")
         except OSError as error:
-            if before is not None:  # a disk that is full or read-only does no harm, a record that is wrong would
+            if before is not None:  # a missing record is harmless, a wrong one is not
                 raise UserError(f"{self.record / key} is out of date and cannot be written: {error.strerror}") from None
 
 
 def part_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
-    """The files that loading a part of a pipeline, or a model of transformers, may read; by name.
+    """The files, by name, that may be read when a part of a pipeline or a transformers model is loaded.
 
-    Of weights in several formats those count that are loaded, so that a later download of the others changes nothing:
-    plain safetensors where there are any, unless a variant is asked for. What is not known counts.
+    If there are weights in several formats, only those that would be loaded are included, so that downloading the
+    others later changes nothing: plain safetensors if there are any, unless a variant is requested. Files of unknown
+    kinds are included.
 
     Args:
-        folder: the part's; a missing one has no files.
-        variant: of the weights, for example "fp16".
+        folder: folder of the part; a missing folder has no files.
+        variant: variant of the weights, for example "fp16".
     """
     if not folder.is_dir():
         return {}
@@ -140,43 +141,43 @@ def part_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
 
 
 def pipeline_files(folder: Path, parts: Iterable[str], variant: str | None = None) -> dict[str, Path]:
-    """:func:`part_files` of several parts of a pipeline, by "part/name"."""
+    """:func:`part_files` of several parts of a pipeline, with names "part/name"."""
     return {f"{part}/{name}": file for part in parts for name, file in part_files(folder / part, variant).items()}
 
 
 def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names whose content differs, or that only one of the two has, sorted."""
+    """Sorted names whose values differ or that occur in only one of the two."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def digest(value: Any) -> str:
-    """A hash of anything that is JSON: 16 hexadecimal digits."""
+    """A hash of a JSON-compatible value: 16 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def weights_digest(folder: Path) -> str:
-    """A hash of the weights and settings below a folder, by file name and content, wherever the folder is.
+    """A hash of the weights and settings in a folder by relative file name and content; independent of its location.
 
-    Of a large file only its size and 64 blocks spread over it are read, which is enough to notice training;
+    For a large file only the size and 64 blocks spread over it are hashed, which is enough to detect training;
     :class:`Contents` reads everything.
     """
     found = {}
     for file in folder.rglob("*"):
         name = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)  # a download's own records
+        hidden = any(part.startswith(".") for part in name.parts)  # bookkeeping of downloads
         if not hidden and file.suffix in (".safetensors", ".json", ".bin", ".pth") and file.is_file():
             found[name.as_posix()] = _sample(file)
     return digest(found)
 
 
 def files_digest(files: Iterable[Path], root: Path) -> str:
-    """A hash of files by name, inode, size and times; nothing is read."""
+    """A hash of files by name, inode, size and times; their content is not read."""
     return digest([[file.relative_to(root).as_posix(), *_identity(file.stat())] for file in files])
 
 
 def is_weights(file: Path) -> bool:
-    """Whether a file holds weights, or says which do, by its name."""
+    """Whether a file is a weights file or a weights index, judging by its name."""
     return file.suffix in _WEIGHTS or ".index." in file.name
 
 

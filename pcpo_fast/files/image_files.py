@@ -1,4 +1,4 @@
-"""Image files of any origin: which there are in a folder, in which order, and the pixels in them."""
+"""Image files: finding them in a folder, natural order, and reading pixels."""
 
 import os
 import re
@@ -15,24 +15,24 @@ from pcpo_fast.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 UNREAD_SUFFIXES = (".gif", ".heic", ".heif", ".jp2", ".jxl")
-"""Images as well, which are left out."""
-# By content, whatever the name says; Pillow would also run Ghostscript for a PostScript file of such a name.
+"""Image formats that are not supported."""
+# Formats are detected by content. Restricting them keeps Pillow from running Ghostscript on a renamed PostScript file.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 _ANIMATED = ("PNG", "WEBP", "AVIF")  # a TIFF's or MPO's further images are thumbnails, gain maps or pages
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 def is_image(file: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
-    """Whether the name is that of an image; hidden files are none, such as macOS's ``._0.png``."""
+    """Whether the name is that of an image and not hidden (such as macOS's ``._0.png``)."""
     return file.suffix.lower() in suffixes and not file.name.startswith(".")
 
 
 def find_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """All images in a folder and below it, but for hidden files and folders, in the order of :func:`by_number`.
+    """All images in a folder and its subfolders, without hidden files and folders, in the order of :func:`by_number`.
 
     Args:
-        folder: where they are.
-        suffixes: lower-case endings of the files to find.
+        folder: where to search.
+        suffixes: lower-case extensions of the files to find.
 
     Raises:
         UserError: a folder cannot be read.
@@ -49,10 +49,10 @@ def find_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
 
 
 def by_number(path: Path) -> tuple[object, ...]:
-    """What sorts names as people do: 2.png is before 10.png, folders likewise."""
+    """Sort key for natural order: 2.png comes before 10.png, and folders likewise."""
     *folders, name = path.parts
     parts = (*folders, Path(name).stem)
-    # re.split puts the text between numbers at even places: texts are compared with texts, numbers with numbers.
+    # re.split puts text at even and numbers at odd places, so text is compared with text and numbers with numbers.
     numbers = tuple(
         tuple(int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", text)))
         for text in parts
@@ -61,13 +61,13 @@ def by_number(path: Path) -> tuple[object, ...]:
 
 
 def read_image(file: Path) -> Tensor:
-    """The pixels as they are shown, float32 [3, H, W] in 0..1.
+    """The pixels as displayed, float32 [3, H, W] in 0..1.
 
-    Turned as EXIF says; what is transparent lies on white; 16 bits per pixel of grey keep their value.
+    EXIF orientation is applied, transparency is composited over white, and 16-bit grey keeps its precision.
 
     Raises:
-        UserError: the file is missing, damaged, an animation, no image of the formats that are read, or so large that
-            decoding it may fill the memory (more than ``PIL.Image.MAX_IMAGE_PIXELS``).
+        UserError: the file is missing, damaged, an animation, not in a supported format, or so large that decoding may
+            exhaust memory (more than ``PIL.Image.MAX_IMAGE_PIXELS``).
     """
     try:
         with warnings.catch_warnings():
@@ -86,7 +86,7 @@ def read_image(file: Path) -> Tensor:
 def _pixels(opened: Image.Image) -> np.ndarray:
     """float32 [H, W, 3]."""
     tags = getattr(opened, "tag_v2", {})
-    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]  # of a TIFF, which may have 12 in 16
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]  # a TIFF may store 12 bits in 16
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     clear = opened.info.get("transparency")
     image = ImageOps.exif_transpose(opened)
@@ -96,7 +96,7 @@ def _pixels(opened: Image.Image) -> np.ndarray:
         grey = np.where(values == clear, np.float32(1), 1 - grey if inverted else grey)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers without a known value for white; save it with 8 or 16 bits")
+        raise ValueError("it has 32-bit pixels, whose white value is unknown; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

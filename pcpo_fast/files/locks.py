@@ -1,4 +1,4 @@
-"""Locks on folders that the system releases when the process that holds them ends, however it ends."""
+"""Folder locks that the operating system releases when the holding process ends, even if it is killed."""
 
 import errno
 import os
@@ -10,12 +10,12 @@ LOCK_FILE = ".lock"
 
 
 class LockAttempt(NamedTuple):
-    """What came of an attempt to lock a folder.
+    """The result of an attempt to lock a folder.
 
     Attributes:
-        descriptor: of the open lock file; closing it releases the lock.
-        holder: what the other process that holds the lock has written into it; None: we hold it, if anyone can.
-        refused: why the file system has no locks; empty where it has.
+        descriptor: descriptor of the open lock file; closing it releases the lock.
+        holder: what the process that holds the lock wrote into the file; None: no other process holds it.
+        refused: why the file system does not support locks; empty if it does.
     """
 
     descriptor: int
@@ -24,14 +24,14 @@ class LockAttempt(NamedTuple):
 
 
 def lock_folder(folder: Path, *, inherited: bool) -> LockAttempt | None:
-    """Try to lock a folder, which is created if it does not exist; None where the system has no such locks.
+    """Try to lock a folder, which is created if missing; None if the operating system has no such locks.
 
     Args:
-        folder: what to lock.
-        inherited: child processes that inherit the descriptor hold the lock, too (``flock``). Otherwise it is this
-            process's alone, a POSIX record lock, which NFS, Lustre, GPFS and CephFS keep for all machines, unless they
-            are mounted with locks local to each machine (``nolock``, ``localflock``). Such a lock does not keep out the
-            process that holds it, and closing the file anywhere in that process releases it.
+        folder: the folder to lock.
+        inherited: use ``flock``: child processes that inherit the descriptor hold the lock too. Otherwise use a POSIX
+            record lock, held by this process alone; NFS, Lustre, GPFS and CephFS enforce it across machines unless
+            mounted with local locks (``nolock``, ``localflock``). It does not exclude the process that holds it, and
+            closing the file anywhere in that process releases it.
 
     Raises:
         OSError: the lock file cannot be opened.
@@ -53,10 +53,10 @@ def lock_folder(folder: Path, *, inherited: bool) -> LockAttempt | None:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK_FILE)):
                 return LockAttempt(descriptor)
-        os.close(descriptor)  # a process that left the folder empty has removed it meanwhile
+        os.close(descriptor)  # the lock file was removed meanwhile by a process that left the folder empty
 
 
 def write_holder(descriptor: int, text: str) -> None:
-    """Write into a lock file who holds the lock, for the message of the next process that wants it."""
+    """Write the holder into a lock file, for the error message of the next process that wants the lock."""
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text.encode(), 0)

@@ -1,4 +1,4 @@
-"""Prompts: reading them from a file, and choosing those of an epoch."""
+"""Prompts: reading prompt files, and choosing the prompts of an epoch."""
 
 from pcpo_fast.prompts.entries import Prompt, prompt_of
 from pcpo_fast.prompts.epochs import epoch_prompts

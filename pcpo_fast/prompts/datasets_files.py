@@ -1,4 +1,4 @@
-"""Prompts in Parquet files, and in folders that the library ``datasets`` saved."""
+"""Prompts from Parquet files, and from folders saved by the library ``datasets``."""
 
 import json
 import tempfile
@@ -10,21 +10,21 @@ from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
 
 
 def read_dataset(path: Path) -> list[Prompt]:
-    """The rows of a Parquet file or of a folder written by ``Dataset.save_to_disk``, in their order.
+    """The prompts of a Parquet file or of a folder written by ``Dataset.save_to_disk``, in order.
 
-    The other columns are the metadata, but for what JSON cannot hold (images, dates).
+    The other columns become metadata, except values that JSON cannot represent (images, dates).
 
     Raises:
-        UserError: there is no such file; the folder is no such dataset, or has several splits; ``datasets`` is not
-            installed; there is no column for the prompt.
+        UserError: the file does not exist, the folder is not such a dataset or has several splits, ``datasets`` is not
+            installed, or there is no prompt column.
     """
     if path.is_dir() and (path / "dataset_dict.json").is_file():
         splits = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
-        raise UserError(f"prompt file {path} is a dataset with splits; name one of them: {', '.join(splits)}")
+        raise UserError(f"prompt file {path} is a dataset with splits; give the folder of one: {', '.join(splits)}")
     if path.is_dir() and not (path / "state.json").is_file():
         raise UserError(
-            f"prompt file {path} is a folder; name a text, JSONL, CSV or Parquet file in it (only folders written by "
-            "datasets' save_to_disk are read)"
+            f"prompt file {path} is a folder; give a text, JSONL, CSV or Parquet file in it (only folders written by "
+            "datasets' save_to_disk are supported)"
         )
     if not path.exists():
         raise UserError(f"prompt file {path} does not exist")
@@ -44,7 +44,7 @@ def read_dataset(path: Path) -> list[Prompt]:
                 table = datasets.load_from_disk(str(path), keep_in_memory=True)
             else:
                 table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-            # Metadata are neither columns that are decoded from files (images, sound) nor what JSON cannot hold.
+            # Leave out columns that would be decoded (images, audio) and values that JSON cannot represent.
             kept = [name for name, feature in table.features.items() if not hasattr(feature, "decode")]
             rows = [{name: cell for name, cell in row.items() if _is_json(cell)} for row in table.select_columns(kept)]
     except Exception as error:  # Arrow and datasets raise many kinds of errors for damaged files

@@ -1,4 +1,4 @@
-"""One prompt, from whatever a file has of it: an object of a JSON file, a row of a table."""
+"""One prompt from an entry of a file: a JSON object or a row of a table."""
 
 import difflib
 import json
@@ -9,16 +9,16 @@ from typing import Any
 from pcpo_fast.errors import UserError
 
 COLUMNS = ("prompt", "prompts", "text", "caption")
-"""Keys and columns that hold the prompt, in any case; where there are several, the first of these is meant."""
+"""Keys and column names of the prompt (case-insensitive); the first of these that is present is used."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, and what a reward may want to know besides.
+    """A prompt and its metadata.
 
     Attributes:
         text: the prompt, not empty.
-        metadata: passed to rewards as it is in the file; empty for a plain text file.
+        metadata: passed to rewards unchanged; empty for plain text files.
     """
 
     text: str
@@ -26,10 +26,10 @@ class Prompt:
 
 
 def column_of(names: Iterable[str], where: str) -> str | None:
-    """That of the names which holds the prompt (:data:`COLUMNS`), None if none does.
+    """The name of the prompt's column (:data:`COLUMNS`); None if there is none.
 
     Raises:
-        UserError: two differ in case only.
+        UserError: two candidates differ only in case.
     """
     names = list(names)
     for wanted in COLUMNS:
@@ -42,20 +42,20 @@ def column_of(names: Iterable[str], where: str) -> str | None:
 
 
 def prompt_of(entry: Any, where: str) -> Prompt:
-    """The prompt of ``{"prompt": "...", "metadata": {...}}``; without ``metadata`` the other keys are the metadata.
+    """Parse ``{"prompt": "...", "metadata": {...}}``; without ``metadata`` the other keys become the metadata.
 
     Args:
-        entry: as JSON has it.
-        where: begins the message of an error.
+        entry: a parsed JSON value.
+        where: prefix of error messages.
 
     Raises:
-        UserError: it is something else, has no prompt, or holds something that is not text.
+        UserError: the entry is not such an object, has no prompt, or contains invalid text.
     """
     if not isinstance(entry, dict):
         raise UserError(f'{where}: must be a JSON object with the key "prompt", got {_kind(entry)}')
     key = column_of(entry, where)
     others = {name: value for name, value in entry.items() if name not in (key, "metadata")}
-    # Beside "metadata" there is nothing else, and what is nearly that name is meant to be it.
+    # Next to "metadata" no other key is allowed, and a key that nearly reads "metadata" is a typo.
     unknown = next(
         (name for name in others if "metadata" in entry or difflib.get_close_matches(name, ["metadata"])), None
     )
@@ -80,7 +80,7 @@ def prompt_of(entry: Any, where: str) -> Prompt:
 
 
 def _kind(value: object) -> str:
-    """A JSON value's type in words."""
+    """The type of a JSON value, in words."""
     if isinstance(value, str) and not value.strip():
         return "an empty string"
     names = {str: "a string", bool: "true or false", dict: "an object", list: "a list", type(None): "null"}

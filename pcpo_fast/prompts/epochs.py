@@ -1,18 +1,18 @@
-"""Which prompts an epoch samples."""
+"""Choosing the prompts of an epoch."""
 
 import numpy as np
 
 
 def epoch_prompts(count: int, per_epoch: int, epoch: int, seed: int) -> list[int]:
-    """The prompts of an epoch: indices into a list of ``count`` prompts.
+    """The prompts of an epoch, as indices into a list of ``count`` prompts.
 
-    The epochs read one endless sequence, ``per_epoch`` entries each: a shuffle of all prompts, then another shuffle,
-    and so on. So every prompt is used once before any is used again, also where ``per_epoch`` does not divide
-    ``count`` or is larger, and an epoch's prompts follow from its number alone, whatever ran before it.
+    Epochs read consecutive parts of one endless sequence: a shuffle of all prompts, then another shuffle, and so on.
+    Every prompt is therefore used once before any is repeated, even if ``per_epoch`` does not divide ``count`` or is
+    larger, and the prompts depend only on seed and epoch.
 
     Args:
-        count: prompts to choose from, at least 1.
-        per_epoch: prompts in an epoch, at least 1.
+        count: number of prompts to choose from, at least 1.
+        per_epoch: prompts per epoch, at least 1.
         epoch: counted from 0.
         seed: not negative.
 

@@ -1,4 +1,4 @@
-"""Prompt files: plain text, JSON and JSONL; tables and datasets have modules of their own."""
+"""Prompt files: plain text, JSON and JSONL; tables and datasets have their own modules."""
 
 import codecs
 import json
@@ -16,7 +16,7 @@ _TEXT = ("", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_LE, "utf-32"),  # starts with UTF-16's mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -24,21 +24,24 @@ _MARKS = (
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read a text file with one prompt per line, JSONL, or one of the forms in which benchmarks are published.
+    """Read prompts from a text file, JSON, a table, or one of the formats in which benchmarks are published.
 
-    The name's ending says what a file is. ``.txt``, or none: one prompt per line. ``.jsonl``, ``.ndjson`` and
-    ``.json``: ``{"prompt": "...", "metadata": {...}}`` on each line; without ``metadata`` the line's other keys are the
-    metadata, as in GenEval's file; or one list of texts or of such objects (HPDv2); or COCO's captions, of which every
-    image's first is taken. ``.csv`` and ``.tsv``: tables with a header (DrawBench, PartiPrompts), whose other columns
-    are the metadata. ``.parquet``, and a folder that the library ``datasets`` saved: the same, read by that library.
-    Everywhere the key or column ``prompt`` is the prompt, or else ``prompts``, ``text`` or ``caption``, in any case.
+    The format follows from the extension:
 
-    Texts are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Blank lines are skipped, and blanks around a prompt
-    are cut. A prompt may occur more than once.
+    - ``.txt`` or none: one prompt per line.
+    - ``.jsonl``, ``.ndjson``, ``.json``: ``{"prompt": "...", "metadata": {...}}`` on each line, where without
+      ``metadata`` the other keys become the metadata (GenEval); or one list of strings or of such objects (HPDv2); or
+      COCO's captions, of which the first of each image is used.
+    - ``.csv``, ``.tsv``: tables with a header (DrawBench, PartiPrompts); the other columns become the metadata.
+    - ``.parquet``, or a folder saved by the library ``datasets``: likewise, read with that library.
+
+    The prompt's key or column is ``prompt``, ``prompts``, ``text`` or ``caption`` (case-insensitive, in this order).
+    Files are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Blank lines are skipped, surrounding whitespace is
+    stripped, and prompts may repeat.
 
     Raises:
-        UserError: the file is missing, unreadable, empty, of an unknown kind or not UTF-8; a line or an entry is not
-            what it should be; ``datasets`` is needed and not installed.
+        UserError: the file is missing, unreadable, empty, of an unknown format or not UTF-8; a line or an entry is
+            invalid; or ``datasets`` is needed but not installed.
     """
     path = find(path)
     suffix = path.suffix.lower()
@@ -72,9 +75,8 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         if encoding != "utf-8":
             raise UserError(
-                f"prompt file {path} is not valid {encoding.upper()}, although its byte order mark says so (byte "
-                f"{error.start} of the "
-                "file); save it as UTF-8"
+                f"prompt file {path} is not valid {encoding.upper()} despite its byte order mark (byte {error.start} "
+                "of the file); save it as UTF-8"
             ) from None
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -86,12 +88,12 @@ def _read_text(path: Path) -> str:
             f"prompt file {path} line {line} contains a NUL character, as UTF-16 without a byte order mark does; save "
             "it as UTF-8"
         )
-    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files put together have a mark each
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # concatenated files have one mark each
 
 
 def _numbered(text: str, path: Path) -> list[tuple[str, str]]:
-    """(place, line) of the lines that are not blank. Only "\\n" ends a line: prompts and JSON strings may hold the
-    other characters that str.splitlines breaks at."""
+    """(location, line) of all lines that are not blank. Only "\\n" ends a line: prompts and JSON strings may contain
+    the other characters at which str.splitlines breaks."""
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
     return [(f"{path} line {number}", line) for number, line in lines if line]
 
@@ -117,7 +119,7 @@ def _is_prompt(line: str) -> bool:
 
 
 def _parse_json(text: str, path: Path) -> list[Prompt]:
-    """One list or one object as a whole, whatever the name says; otherwise line by line."""
+    """Parse the file as a single list or object if it is one, otherwise line by line."""
     whole = _loads(text, str(path)) if text.lstrip().startswith("[") else _json_or_none(text)
     if isinstance(whole, list):
         entries = ({"prompt": entry} if isinstance(entry, str) else entry for entry in whole)
@@ -133,7 +135,7 @@ def _of_coco(annotations: list[Any], path: Path) -> list[Prompt]:
     for number, entry in enumerate(annotations):
         where = f"{path} annotations[{number}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
-            raise UserError(f'{where}: must be an object with "caption" and "image_id", as in COCO\'s captions')
+            raise UserError(f'{where}: must be an object with "caption" and "image_id", as in COCO\'s caption files')
         image = entry["image_id"]
         if image not in first:
             first[image] = prompt_of({"caption": entry.get("caption"), "metadata": {"image_id": image}}, where)
@@ -146,7 +148,7 @@ def _loads(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f" line {error.lineno}" if error.lineno > 1 else ""
         raise UserError(f"{where}{line}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a key given twice; too many digits; brackets nested too deep
+    except (ValueError, RecursionError) as error:  # duplicate key; too many digits; nesting too deep
         raise UserError(f"{where}: not valid JSON: {error}") from None
 
 

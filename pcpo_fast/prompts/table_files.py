@@ -1,4 +1,4 @@
-"""Prompt files that are tables: separated by commas, semicolons or tabs, with or without quoting."""
+"""Prompt tables separated by commas, semicolons or tabs, with or without quoting."""
 
 import csv
 import io
@@ -9,20 +9,20 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""What separates the columns, by the ending of the file's name."""
+"""The column separator by file extension."""
 
 
 def parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
-    """The prompts of a table with a header; the other columns are the metadata.
+    """The prompts of a table with a header; the other columns become the metadata.
 
     Args:
-        text: the whole file.
-        separator: what its name promises. Where the header has no column for the prompt so, a comma, a semicolon
-            (spreadsheets in much of Europe write it) or a tab is taken if it has one then.
-        path: of the file, for messages.
+        text: the content of the file.
+        separator: the separator expected from the extension. If the header has no prompt column with it, the first of
+            comma, semicolon (written by spreadsheets in much of Europe) and tab that gives one is used.
+        path: path of the file, for error messages.
 
     Raises:
-        UserError: the header has no such column or has one twice; a row does not fit.
+        UserError: the header has no prompt column or a duplicate column, or a row has too many cells.
     """
     rows = _rows_of(text, _separator(text, separator, path), path)
     if not rows:
@@ -34,7 +34,7 @@ def parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
         raise UserError(f"{where}: the header needs a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f'{where}: the header lists the column "{twice}" twice')
+        raise UserError(f'{where}: duplicate column "{twice}" in the header')
     prompts = []
     for where, row in rows:
         if len(row) > len(header):
@@ -56,11 +56,11 @@ def _separator(text: str, promised: str, path: Path) -> str:
 
 
 def _rows_of(text: str, separator: str, path: Path) -> list[tuple[str, list[str]]]:
-    """(place, cells) of the rows that are not blank.
+    """(location, cells) of all rows that are not blank.
 
-    Tab-separated lists such as PartiPrompts are mostly written without quoting, and a quotation mark that begins a
-    cell belongs to the prompt. Such a file is read without quoting where it is not a valid quoted table, or where its
-    quoted cells would run over tabs and lines although every row is whole without quoting.
+    Tab-separated files such as PartiPrompts are mostly written without quoting, so a quotation mark at the start of a
+    cell belongs to the prompt. A file is read without quoting if it is not a valid quoted table, or if quoted cells
+    would span tabs or lines although without quoting all rows have equally many cells.
     """
     if separator != "\t":
         return _read(text, separator, path, quoted=True)

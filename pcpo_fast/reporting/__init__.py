@@ -1,1 +1,1 @@
-"""Records of a training run and how people look at them: metrics, live display, grids, figures, the report."""
+"""Recording and presenting training runs: metrics, live display, image grids, figures, tables, HTML pages."""

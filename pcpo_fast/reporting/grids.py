@@ -1,4 +1,4 @@
-"""Sheets of images with captions: sample grids, before/after pairs, and tables with a heading for each column."""
+"""Image sheets with captions: sample grids, before/after pairs, and tables with row and column headings."""
 
 import io
 import math
@@ -28,7 +28,11 @@ _MAX_SHEET_WIDTH = 2400
 
 
 def to_image(image: ImageLike) -> Image.Image:
-    """An 8-bit RGB image; values outside 0..1 are clipped, NaN is black. Raises ValueError for a wrong shape."""
+    """Convert to an 8-bit RGB image; values outside 0..1 are clipped, NaN becomes black.
+
+    Raises:
+        ValueError: the shape is not [3, H, W] or [1, H, W].
+    """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     pixels = _array(image)
@@ -39,7 +43,7 @@ def to_image(image: ImageLike) -> Image.Image:
 
 
 def image_bytes(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
-    """An image as a file of this kind ("png", "jpeg") holds it; `options` are those of PIL."""
+    """Encode an image as "png" or "jpeg"; `options` are passed to PIL."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -55,8 +59,8 @@ def image_grid(
 ) -> Image.Image:
     """A sheet of `images` ([B, 3, H, W] in 0..1, or a sequence of images), row by row, each with its caption below.
 
-    `scale` multiplies the size of the images; None chooses: small ones are enlarged by a whole number to about 160
-    pixels, large ones shrunk to at most 320. Enlarging repeats pixels (nearest neighbour) so that nothing is made up.
+    `scale` multiplies the size of the images; by default small ones are enlarged by an integer factor to about 160
+    pixels and large ones shrunk to at most 320. Enlarging repeats pixels (nearest neighbour) instead of interpolating.
     Captions are wrapped to the image and cut after four lines. Raises ValueError if there are no images, if the
     number of captions differs, or if `columns` or `scale` is not positive.
     """
@@ -77,10 +81,10 @@ def before_after(
     scale: float | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """A sheet of pairs: what the policy made of a caption before training (left) and after (right), from one seed.
+    """A sheet of pairs of images with the same caption and seed: before training (left) and after (right).
 
     `before` and `after` are [B, 3, H, W] in 0..1. `columns` counts pairs (None: up to three, about square); `scores`
-    are the rewards before and after, written below the caption, in blue where they rose and in orange where they fell.
+    are the rewards before and after, written below the caption, blue if they rose and orange if they fell.
     Sizes and errors as in `image_grid`.
     """
     first, second = _images(before), _images(after)
@@ -114,21 +118,21 @@ def image_table(
     scores: Sequence[Sequence[float]] | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """Images side by side, to be compared along a row.
+    """A table of images to compare along its rows.
 
     Args:
-        cells: for each column its images, one for each row: a tensor [rows, 3, H, W] in 0..1, or PIL images.
+        cells: the images of each column, one per row: a tensor [rows, 3, H, W] in 0..1, or PIL images.
         columns: heading of each column.
-        rows: what stands left of each row; one like that above is not repeated.
-        scores: written below each image, by column like ``cells``.
-        title: a line above all.
+        rows: label of each row; not repeated if equal to the one above.
+        scores: numbers below the images, by column like ``cells``.
+        title: a line at the top.
 
     Raises:
-        ValueError: there are no images, or lengths do not fit.
+        ValueError: there are no images, or the lengths differ.
     """
     lengths = {len(rows), *map(len, cells), *(map(len, scores) if scores is not None else ())}
     if len(lengths) != 1 or 0 in lengths or not cells or len(columns) != len(cells):
-        raise ValueError(f"{len(cells)} columns of {[len(column) for column in cells]} images do not fit the headings")
+        raise ValueError(f"{len(cells)} columns of {[len(column) for column in cells]} images do not match headings")
     pictures = [[resized(to_image(image), len(cells) + 1, None) for image in column] for column in cells]
     width = max(picture.width for column in pictures for picture in column)
     height = max(picture.height for column in pictures for picture in column)
@@ -171,7 +175,7 @@ def _sheet(
     title: str | None,
     headings: tuple[str, str] | None = None,
 ) -> Image.Image:
-    """Lay out cells of one size in rows, with lines of text below each, headings on top of each column, and a title."""
+    """Lay out cells in rows, with lines of text below each, headings above each column, and a title."""
     columns = min(columns, len(cells))
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     line_height = _line_height(font)
@@ -212,13 +216,13 @@ def _wrapped(captions: Sequence[str] | None, count: int, width: int, font: Any) 
 
 
 def wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
-    """Break text into lines of at most `width` pixels; a word too long is broken, text too long ends in "..."."""
+    """Break text into lines of at most `width` pixels; long words are broken, and text that is cut ends in "..."."""
     lines = [""]
-    for word in plain_letters(str(text)).split():
+    for word in printable(str(text)).split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
-        while font.getlength(lines[-1]) > width and len(lines) <= max_lines + 1:  # one word alone is too long
+        while font.getlength(lines[-1]) > width and len(lines) <= max_lines + 1:  # a single word is too long
             line = lines.pop()
             cut = max(1, sum(font.getlength(line[:end]) <= width for end in range(1, len(line))))
             lines += [line[:cut], line[cut:]]
@@ -233,10 +237,10 @@ def wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
     return lines
 
 
-def plain_letters(text: str) -> str:
-    """What PIL's own font can draw of a text: accents are dropped, dashes and arrows become those of ASCII.
+def printable(text: str) -> str:
+    """Reduce text to what PIL's default font can draw: accents are dropped, dashes and arrows become ASCII.
 
-    Letters of other scripts stay, and are drawn as boxes: a font that has them would have to be shipped.
+    Letters of other scripts are kept, but drawn as boxes: a font with their glyphs would have to be bundled.
     """
     text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     return text.translate({0x2010: "-", 0x2011: "-", 0x2013: "-", 0x2014: "-", 0x2212: "-", 0x2192: "->"})
@@ -256,7 +260,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 def resized(image: Image.Image, columns: int, scale: float | None) -> Image.Image:
-    """An image at the size of a sheet's cell; see `image_grid` for `scale`."""
+    """Resize an image to a cell of the sheet; see `image_grid` for `scale`."""
     longest = max(image.size)
     if scale is None:
         most = max(32, min(320, _MAX_SHEET_WIDTH // max(columns, 1)))
@@ -280,13 +284,13 @@ def _font_size(width: int) -> int:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """PIL's own font: the same picture on every machine."""
+    """PIL's default font, for the same result on every machine."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
 
 
 @cache
 def _greek_font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own font, the same on every machine: PIL's has no Greek letters."""
+    """The font bundled with matplotlib; PIL's has no Greek letters."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: places that show the same numbers as metrics.jsonl, and may fail without harm."""
+"""TensorBoard and Weights & Biases loggers: they mirror metrics.jsonl, and their failures never stop training."""
 
 import logging
 import uuid
@@ -20,9 +20,9 @@ WANDB_MODES = ("online", "offline", "disabled")
 
 
 class MetricLogger(Protocol):
-    """Where metrics and images are shown during a run.
+    """Receives metrics and images during a run.
 
-    `step` is the epoch for everything but updates, and the number of the update since the start of the run for them.
+    `step` is the number of the update since the start of the run for updates, and the epoch for everything else.
     """
 
     def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None: ...
@@ -32,33 +32,32 @@ class MetricLogger(Protocol):
 
 
 def tags(kind: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The names under which a logger shows metrics: those of updates have a prefix, because their axis is another."""
+    """The names of metrics in a logger: updates have a different x axis, so their metrics get a prefix."""
     return {f"update/{name}" if kind == "update" else name: value for name, value in metrics.items()}
 
 
 class Loggers:
-    """The loggers of a run. One that fails is left out from then on, with a warning: it never stops training.
+    """The loggers of a run. One that fails is dropped with a warning; training continues.
 
-    Whatever a third-party logger raises, the training run is worth more; only a `UserError` when it is made (not
-    installed, wrong options) comes through.
+    Only a `UserError` raised when a logger is created (not installed, wrong options) propagates.
     """
 
     def __init__(self) -> None:
         self._open: dict[str, MetricLogger] = {}
 
     def add(self, name: str, make: Callable[[], MetricLogger]) -> None:
-        """Use what `make` returns, under this name."""
+        """Create a logger with `make` and register it under `name`."""
         with self._guarded(name):
             self._open[name] = make()
 
     def each(self, action: Callable[[MetricLogger], None]) -> None:
-        """Do something with every logger."""
+        """Call `action` with every logger."""
         for name, logger in list(self._open.items()):
             with self._guarded(name):
                 action(logger)
 
     def close(self) -> None:
-        """Close all; may be called twice."""
+        """Close all loggers; may be called twice."""
         self.each(lambda logger: logger.close())
         self._open.clear()
 
@@ -71,7 +70,7 @@ class Loggers:
         except Exception as error:
             self._open.pop(name, None)
             _LOG.warning(
-                "%s failed (%s: %s); training continues without it, metrics.jsonl stays complete",
+                "%s failed (%s: %s); training continues without it, metrics.jsonl remains complete",
                 name,
                 type(error).__name__,
                 error,
@@ -87,7 +86,7 @@ class TensorBoardLogger:
         except ImportError as error:
             raise UserError(
                 "TensorBoard logging is on but the package tensorboard is not installed: "
-                "run `pip install tensorboard`, or switch it off in the config"
+                "run `pip install tensorboard`, or turn it off in the config"
             ) from error
         self._make = SummaryWriter
         self._folder = folder
@@ -110,7 +109,7 @@ class TensorBoardLogger:
         self._writer("epochs").add_image(tag, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
 
     def rewind(self, *, epoch: int, update_step: int) -> None:
-        """From here on, hide what was recorded at this step or later (TensorBoard's own mechanism for restarts)."""
+        """Hide everything recorded at these steps or later (TensorBoard's ``purge_step``, made for restarts)."""
         self.close()
         self._purge = {"epochs": epoch, "updates": update_step}
 
@@ -123,11 +122,10 @@ class TensorBoardLogger:
 class WandbLogger:
     """A Weights & Biases run, in ``output_dir/wandb``, continued when the training run is resumed.
 
-    `options` are the arguments of `wandb.init` named in `WANDB_OPTIONS`. Only metrics and images are sent: no config,
-    no command line, no environment, no console output, no code, no git remote, no list of packages,
-    no machine description. Who may log
-    is W&B's own affair (`wandb login`); a key in `options` is refused. Without a network, or without a login, the run
-    is written to the disk instead (`wandb sync` uploads it later), after at most 30 seconds of waiting.
+    `options` are the arguments of `wandb.init` listed in `WANDB_OPTIONS`. Only metrics and images are sent: no config,
+    command line, environment, console output, code, git remote, package list or machine description. Authentication is
+    left to W&B (`wandb login`); a key in `options` is an error. Without a network or a login the run is written to disk
+    after at most 30 seconds, and `wandb sync` uploads it later.
     """
 
     def __init__(self, output_dir: Path, options: Mapping[str, Any]) -> None:
@@ -157,7 +155,7 @@ class WandbLogger:
                 error,
                 output_dir / "wandb",
             )
-            # A new id: the attempt that failed may still hold the old one.
+            # A new id, because the failed attempt may still hold the old one.
             again = {"mode": "offline", "resume": None, "id": _new_id(), "settings": _wandb_settings(wandb)}
             self._run = wandb.init(**{**arguments, **again})
         self._axes: dict[str, str] = {}
@@ -179,14 +177,14 @@ class WandbLogger:
             self._axes[tag] = axis
 
     def rewind(self, *, epoch: int, update_step: int) -> None:
-        """Nothing: W&B cannot forget. On its axes (epoch, update) what is run again lies over what was there."""
+        """Does nothing, because W&B cannot delete points; repeated epochs and updates are drawn over the old ones."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def check_wandb_options(options: Mapping[str, Any]) -> None:
-    """Raise `UserError` for an option that `WandbLogger` does not take (above all: a key)."""
+    """Raise `UserError` for an option that `WandbLogger` does not accept, such as an API key."""
     for name in options:
         if name not in WANDB_OPTIONS:
             raise UserError(f"wandb: unknown option {name!r} (allowed: {', '.join(WANDB_OPTIONS)})")
@@ -208,7 +206,7 @@ def _new_id() -> str:
 
 
 def _wandb_settings(wandb: Any) -> Any:
-    """Settings that keep private things private and never wait for long; those this version lacks are left out."""
+    """Settings for privacy and short timeouts, without those that the installed version lacks."""
     wanted = {
         "console": "off",
         "save_code": False,

@@ -1,4 +1,4 @@
-"""The file metrics.jsonl: one JSON object per line, whole lines only."""
+"""Reading and writing metrics.jsonl: one JSON object per line, complete lines only."""
 
 import gzip
 import json
@@ -18,12 +18,11 @@ Record = dict[str, Any]
 class MetricsFile:
     """Appends records to a metrics.jsonl file.
 
-    Every record is one `write` call on a file opened for appending, so it is in the hands of the operating system when
-    `append` returns and survives the death of the process. If a run was killed in the middle of a line, opening the
-    file again removes that half line.
+    Every record is one `write` call on a file opened for appending, so it survives the death of the process once
+    `append` has returned. If a run was killed in the middle of a line, opening the file again removes the partial line.
 
-    JSON knows no NaN and no infinity: a number that is not finite is written as ``null``, and `read_metrics` gives it
-    back as NaN. Every line is therefore valid JSON for any reader.
+    JSON has neither NaN nor infinity: a number that is not finite is written as ``null``, and `read_metrics` returns it
+    as NaN. Every line is therefore valid JSON for any reader.
 
     Raises `UserError` if the file cannot be written.
     """
@@ -42,7 +41,7 @@ class MetricsFile:
             raise UserError(f"cannot open {self.path} for writing: {error.strerror or error}") from error
 
     def _repair(self, descriptor: int) -> None:
-        """End the file with a whole line: drop a half-written last line, or add the line end that is missing."""
+        """Make the file end with a complete line: drop a partial last line, or add its missing newline."""
         content = self.path.read_bytes()
         tail = content[content.rfind(b"\n") + 1 :]
         if not tail:
@@ -53,7 +52,7 @@ class MetricsFile:
             os.write(descriptor, b"\n")
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line. On failure (a full disk) nothing of the line remains in the file."""
+        """Append one line. If that fails (a full disk), no part of the line remains in the file."""
         if self._descriptor is None:
             raise ValueError(f"{self.path} is closed")
         line = encode(record)
@@ -67,7 +66,7 @@ class MetricsFile:
             raise UserError(f"cannot write to {self.path}: {error.strerror or error}") from error
 
     def keep(self, condition: Callable[[Record], bool]) -> None:
-        """Rewrite the file with only the lines whose record meets `condition`; the lines kept are unchanged."""
+        """Rewrite the file with only the lines whose record meets `condition`; they are kept byte for byte."""
         lines = [line for line, record in _lines(self.path) if condition(record)]
         self.close()
         write_atomically(self.path, b"".join(line + b"\n" for line in lines))
@@ -80,7 +79,7 @@ class MetricsFile:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of JSON with its line end; numbers that are not finite become null."""
+    """One line of JSON including its newline; numbers that are not finite become null."""
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -94,17 +93,17 @@ def find_metrics(folder: Path) -> Path | None:
 
 
 def read_metrics(path: Path | str) -> list[Record]:
-    """All records of a metrics.jsonl file, in the order in which they were written; ``metrics.jsonl.gz`` is read alike.
+    """All records of a ``metrics.jsonl`` or ``metrics.jsonl.gz`` file, in file order.
 
-    A last line that was cut off in the middle (the run was killed, or is writing right now) is left out. ``null``
-    becomes NaN. Raises `UserError` if there is no such file, or if another line is not a JSON object (with its number).
+    A partial last line (the run was killed, or is writing right now) is ignored. ``null`` becomes NaN. Raises
+    `UserError` if the file cannot be read, or if any other line is not a JSON object.
     """
     records = [record for _, record in _lines(Path(path))]
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
 
 
 def _lines(path: Path) -> list[tuple[bytes, Record]]:
-    """The non-empty lines (without line ends) and what they say."""
+    """The non-empty lines (without newlines) and their records."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -127,7 +126,7 @@ def _lines(path: Path) -> list[tuple[bytes, Record]]:
 
 
 def _parse(line: bytes) -> Record | None:
-    """The JSON object on a line, or None. (No proper beginning of an object is itself one, so a cut line is None.)"""
+    """The JSON object on a line, or None. (A truncated object is never itself a valid object.)"""
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Pages of one file: Jinja2 templates with everything inside, asking nothing of the network."""
+"""Self-contained HTML pages from Jinja2 templates; they load nothing from the network."""
 
 import base64
 import hashlib
@@ -12,11 +12,11 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_page(template: Path, **values: object) -> str:
-    """The document that a template makes of values.
+    """Render a template that extends ``page.html``.
 
-    It extends ``page.html``, whose content security policy allows embedded images, the page's own style and its one
-    script (by its hash) and nothing else: the browser makes no request, and a script smuggled in by a value would not
-    be executed. Values are escaped, but for ``markupsafe.Markup``.
+    The content security policy of ``page.html`` allows only embedded images, the page's own style and its one script
+    (by hash): the browser makes no request, and a script injected through a value would not run. Values are escaped
+    unless they are ``markupsafe.Markup``.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _TEMPLATES]),
@@ -30,5 +30,5 @@ def render_page(template: Path, **values: object) -> str:
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """An image of this kind ("png", "jpeg") for the ``src`` of an ``<img>``."""
+    """A "png" or "jpeg" image as a data URL for the ``src`` of an ``<img>``."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -1,6 +1,6 @@
-"""The figures of a training run. Each takes plain numbers and returns a matplotlib Figure, or None if there are none.
+"""The figures of a training run. Each function takes plain numbers and returns a matplotlib Figure; None without data.
 
-A figure is saved with `save_figure`, or put into a page with `pcpo_fast.reporting.svg.inline_svg`.
+Save a figure with `save_figure`, or embed it into a page with `pcpo_fast.reporting.svg.inline_svg`.
 """
 
 import io
@@ -38,7 +38,7 @@ _PHASES = (("time/rollout", "rollout", BLUE), ("time/reward", "reward", ORANGE),
 
 
 def save_figure(figure: "Figure", path: Path | str, dpi: int = 160) -> None:
-    """Write a figure as PNG, in one step. Raises ValueError if the file name does not end in .png."""
+    """Write a figure as PNG, atomically. Raises ValueError if the file name does not end in .png."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"a figure is written as PNG, so the file name must end in .png: {path.name!r}")
@@ -48,7 +48,7 @@ def save_figure(figure: "Figure", path: Path | str, dpi: int = 160) -> None:
 
 
 def mean_reward_figure(records: Sequence[Record]) -> "Figure | None":
-    """Mean reward of the rollouts with a band of one standard deviation, and the reward on held-out prompts."""
+    """Mean reward of the rollouts with a band of one standard deviation, and mean reward on held-out prompts."""
     train, heldout = series(records, "reward/mean"), series(records, "heldout/reward/mean")
     if not train and not heldout:
         return None
@@ -92,25 +92,25 @@ def reward_parts_figure(records: Sequence[Record]) -> "Figure | None":
 
 
 def reward_spread_figure(records: Sequence[Record]) -> "Figure | None":
-    """Spread of each reward within a group times its weight, over epochs; None where there is one reward."""
+    """Each reward's spread within a group times its weight, over epochs; None with a single reward."""
     names = reward_names(records, "reward_spread/")
     colours = (BLUE, ORANGE, GREEN, PURPLE)
     looks = [(colours[i % len(colours)], ("-", "--", ":")[i // len(colours) % 3]) for i in range(len(names))]
     curves = [(series(records, f"reward_spread/{name}"), name, *look) for name, look in zip(names, looks, strict=True)]
-    return _lines_figure(curves, "Say of each reward in the sum", "weight × spread")
+    return _lines_figure(curves, "Influence of each reward on the sum", "weight × spread")
 
 
 def diversity_figure(records: Sequence[Record]) -> "Figure | None":
-    """Held-out diversity and distance to the base model over epochs; None where neither was measured."""
+    """Held-out diversity and distance to the base model over epochs; None if neither was measured."""
     curves = [
-        (series(records, "heldout/diversity"), "between images of a prompt (diversity)", BLUE, "-"),
-        (series(records, "heldout/base_distance"), "to the image before the training", ORANGE, "--"),
+        (series(records, "heldout/diversity"), "between images of the same prompt (diversity)", BLUE, "-"),
+        (series(records, "heldout/base_distance"), "to the image before training", ORANGE, "--"),
     ]
     return _lines_figure(curves, "Distances of held-out images", "RMS over pixels")
 
 
 def _lines_figure(curves: Sequence[tuple[Series, str, str, str]], title: str, y: str) -> "Figure | None":
-    """Curves with their labels, colours and line styles, from 0 up; None where all are empty."""
+    """Plot curves with their labels, colours and line styles on an axis that starts at 0; None if all are empty."""
     curves = [curve for curve in curves if curve[0]]
     if not curves:
         return None
@@ -125,7 +125,7 @@ def _lines_figure(curves: Sequence[tuple[Series, str, str, str]], title: str, y:
 
 
 def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
-    """Share of clipped images per step and epoch as a map, with the mean over epochs of each step beside it."""
+    """Heat map of the share of clipped images per step and epoch, next to each step's mean over epochs."""
     steps = step_series(records, "policy/clip_fraction")
     mean = series(records, "policy/clip_fraction")
     if not steps and not mean:
@@ -140,7 +140,7 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
         return figure
     figure = new_figure(max(2.8, min(5.2, 1.3 + 0.16 * (max(steps) + 1))))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
-    # A quiet run should look quiet: the scale never ends below 5 %.
+    # The colour scale covers at least 5 %, so that a run with little clipping looks that way.
     bar = _step_map(figure, left, steps, "Clip fraction per step", 0.05)
     percent(bar.yaxis)
 
@@ -156,20 +156,20 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
 
 
 def stepwise_figure(records: Sequence[Record]) -> "Figure | None":
-    """What each step decided, per epoch, and what its predictions are worth; None without per-step credit."""
+    """Gain of each step per epoch, and how well its predictions agree with the result; None without per-step credit."""
     gains = step_series(records, "stepwise/gain")
     if not gains:
         return None
     figure = new_figure(max(2.8, min(5.2, 1.3 + 0.16 * (max(gains) + 1))))
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    _step_map(figure, left, gains, "What each step decided", 0.1)
-    styled(right, "What its prediction says", "step (0 = noise)", "", with_legend=True)
+    _step_map(figure, left, gains, "Gain of each step", 0.1)
+    styled(right, "Quality of its prediction", "step (0 = noise)", "", with_legend=True)
     for name, label, colour in (
         ("correlation", "correlation", BLUE),
         ("beta", "weight", ORANGE),
-        ("branch_slope", "by branches", GREEN),
+        ("branch_slope", "slope from branches", GREEN),
     ):
-        # The last quarter of the epochs: predictions and policy have changed since the first.
+        # Only the last quarter of the epochs, since predictions and policy change during training.
         curves = step_series(records, f"stepwise/{name}")
         latest = {step: curve.values[-max(1, len(curve.values) // 4) :] for step, curve in curves.items()}
         means = [sum(values) / len(values) for values in latest.values()]
@@ -181,7 +181,7 @@ def stepwise_figure(records: Sequence[Record]) -> "Figure | None":
 
 
 def _step_map(figure: "Figure", axes: "Axes", steps: dict[int, Series], title: str, least: float) -> "Axes":
-    """Draw a metric of every step and epoch as a map whose scale ends at `least` or above; returns its colour bar."""
+    """Draw a heat map of a metric over steps and epochs; its scale ends at `least` or above. Returns the colour bar."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
@@ -220,19 +220,18 @@ def credit_figure(
 ) -> "Figure":
     """Native and proportionate credit of every step, side by side.
 
-    `times` [N+1] from 1 (noise) to 0 (image), `native` and `proportionate` [N], `zeta` their common constant (the
-    proportionate credit of a step is zeta times its length). Steps not in `trained_steps` are pale. `used` [N] is
-    drawn as well where the run trained with a credit that is neither of the two. Raises ValueError if the lengths do
-    not fit.
+    `times` [N+1] run from 1 (noise) to 0 (image); `native` and `proportionate` are [N]; the proportionate credit of a
+    step is `zeta` times its length in time. Steps not in `trained_steps` are pale. `used` [N], the run's own credit, is
+    drawn if it is neither of the two. Raises ValueError if the lengths do not match.
     """
     count = len(native)
     from matplotlib.patches import Patch
 
     if len(times) != count + 1 or len(proportionate) != count or (used is not None and len(used) != count):
-        raise ValueError(f"credit of {count} steps needs {count + 1} times and as many values in every column")
+        raise ValueError(f"credit of {count} steps needs {count + 1} times and {count} values in every column")
     figure = new_figure(3.5, max(WIDTH, min(16.0, 0.3 * count)))
     steps = list(range(count))
-    x = "step, and the time it starts at (1 = noise, 0 = image)"
+    x = "step, and the time at which it starts (1 = noise, 0 = image)"
     axes = styled(figure.add_subplot(), title, x, "credit", with_legend=True)
     trained = set(steps if trained_steps is None else trained_steps) & set(steps)
     columns = [(native, "native: |b| / std", ORANGE), (proportionate, f"proportionate: ζ Δt, ζ = {zeta:.5g}", BLUE)]
@@ -253,9 +252,9 @@ def credit_figure(
 
 
 def mismatch_figure(records: Sequence[Record], clip_range: float | None = None) -> "Figure | None":
-    """How far the update's fresh outputs are from those stored in the rollout, before the first optimizer step.
+    """Difference between the update's outputs and those stored in the rollout, before the first optimizer step.
 
-    `clip_range` adds the line of a tenth of it, above which the log-ratio is no longer harmless.
+    `clip_range` adds a line at a tenth of it; a log-ratio above that line distorts clipping.
     """
     outputs, ratios = series(records, "rollout/mismatch_output"), series(records, "rollout/mismatch_log_ratio")
     if not outputs and not ratios:
@@ -264,7 +263,7 @@ def mismatch_figure(records: Sequence[Record], clip_range: float | None = None) 
     left, right = figure.subplots(1, 2)
     styled(left, "Outputs: relative difference", "epoch", "relative difference", with_legend=True)
     _logarithmic(left, outputs)
-    styled(right, "Log-ratio caused by it", "epoch", "|log-ratio|", with_legend=True)
+    styled(right, "Resulting log-ratio", "epoch", "|log-ratio|", with_legend=True)
     _logarithmic(right, ratios)
     if clip_range and any(ratios.values):
         right.axhline(0.1 * clip_range, color=ORANGE, linewidth=1.2, linestyle="--", label="a tenth of the clip range")
@@ -273,7 +272,7 @@ def mismatch_figure(records: Sequence[Record], clip_range: float | None = None) 
 
 
 def _logarithmic(axes: "Axes", curve: Series) -> None:
-    """Absolute values on a logarithmic axis, which also shows exact zeros; if there is nothing else, says so."""
+    """Plot absolute values on a logarithmic axis that includes 0; a note instead if all are 0 or none was recorded."""
     values = [abs(value) for value in curve.values]
     if any(values):
         axes.plot(curve.epochs, values, color=PURPLE, linewidth=1.5, marker=marker(values))
@@ -290,7 +289,7 @@ def _logarithmic(axes: "Axes", curve: Series) -> None:
 
 
 def gradient_norm_figure(records: Sequence[Record]) -> "Figure | None":
-    """Norm of the gradient before clipping, of every update; updates that were skipped are marked."""
+    """Gradient norm before clipping for every update; skipped updates are marked."""
     positions, norms = update_values(records, "policy/grad_norm")
     if not positions:
         whole = series(records, "policy/grad_norm")

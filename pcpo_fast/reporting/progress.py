@@ -1,4 +1,4 @@
-"""What is shown of work that takes a while: a live display on a terminal, plain lines elsewhere."""
+"""Progress display: live on a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -15,8 +15,8 @@ from rich.text import Text
 
 from pcpo_fast.distributed.watchdog import note
 
-_RECENT = 10  # epochs that the time left is estimated from
-_HISTORY = 40  # epochs in the little curve
+_RECENT = 10  # epochs from which the time left is estimated
+_HISTORY = 40  # epochs in the sparkline
 _BARS = "▁▂▃▄▅▆▇█"
 
 # name in the metrics, short label, format
@@ -32,11 +32,11 @@ class TrainingProgress:
     """Shows epoch, reward, held-out reward, clip fraction, images per second, time left and the current phase.
 
     On a terminal this is a live display of three lines at the bottom of the screen. Anywhere else (a pipe, a file, CI)
-    it is one plain line of ASCII per epoch, but at most one every `plain_interval` seconds; the first and the last
-    epoch always get theirs. With `enabled` False (every rank but 0) nothing is shown.
+    it prints one line of plain ASCII per epoch, at most one every `plain_interval` seconds; the first and the last
+    epoch are always printed. With `enabled` False (all ranks but 0) nothing is shown.
 
-    `epochs` is the epoch at which training ends and `start_epoch` the one at which it starts (above 0 for a resumed
-    run). Use it as a context manager; `console` and `clock` are for tests and for output elsewhere than stdout.
+    Training goes from `start_epoch` (above 0 for a resumed run) to `epochs`. Use it as a context manager; `console` and
+    `clock` serve tests and output to other streams than stdout.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainingProgress:
         note(name)
 
     def epoch(self, metrics: Mapping[str, float]) -> None:
-        """One epoch is over; `metrics` are its numbers by their fixed names (any of them may be missing)."""
+        """Report a finished epoch with its metrics (any of the displayed ones may be missing)."""
         self.done += 1
         self._ends.append(self._clock())
         self._remember(metrics)
@@ -98,11 +98,11 @@ class TrainingProgress:
             _print(self._console, self._plain_line())
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Numbers of an evaluation on held-out prompts; they stay on display until the next one."""
+        """Report metrics of a held-out evaluation; they are displayed until the next one."""
         self._remember(metrics)
 
     def message(self, text: str) -> None:
-        """Print a line (or lines) that stays, above the live display; the text is taken as it is, without markup."""
+        """Print permanent lines above the live display; the text is not interpreted as markup."""
         if self.enabled:
             _print(self._console, text)
 
@@ -113,7 +113,7 @@ class TrainingProgress:
                 self._first.setdefault(name, self._latest[name])
 
     def seconds_left(self) -> float | None:
-        """An estimate from the last ten epochs; None before the first epoch of this process is over."""
+        """Estimate the time left from the last ten epochs; None before this process has finished an epoch."""
         if len(self._ends) < 2:
             return None
         per_epoch = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
@@ -171,13 +171,13 @@ class TrainingProgress:
 
 
 class StepProgress:
-    """Counts steps of equal length: a bar on a terminal, a line now and then elsewhere, all on stderr.
+    """Progress over steps of equal length: a bar on a terminal, occasional lines elsewhere, always on stderr.
 
     Args:
-        total: how many there will be.
-        what: what is done, for people.
-        console: default: stderr, so that answers on stdout stay clean.
-        plain_interval: seconds between lines where there is no terminal; work that is over before says nothing.
+        total: number of steps.
+        what: description of the work.
+        console: stderr by default, to keep stdout for results.
+        plain_interval: seconds between lines without a terminal; shorter work prints nothing.
         clock: for tests.
     """
 
@@ -212,13 +212,13 @@ class StepProgress:
             self._bar = None
 
     def describe(self, what: str) -> None:
-        """Say what is done now."""
+        """Change the description."""
         self.what = what
         if self._bar is not None:
             self._bar.update(self._task, description=what)
 
     def advance(self) -> None:
-        """One step is over; ranks that wait for this one learn that it works."""
+        """Count one step, and tell the watchdog of waiting ranks that this rank is making progress."""
         self.done += 1
         note(self.what)
         if self._bar is not None:
@@ -236,14 +236,14 @@ def _print(console: Console, text: str) -> None:
 
 
 def sparkline(values: deque[float] | list[float]) -> str:
-    """A curve one line high, from the lowest value to the highest."""
+    """A one-line curve, scaled from the lowest to the highest value."""
     low, high = min(values), max(values)
     span = high - low
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1)) if span > 0 else 0] for value in values)
 
 
 def duration(seconds: float) -> str:
-    """For people: "8 s", "3 min 20 s", "5 h 07 min", "2 d 3 h"."""
+    """Format a duration: "8 s", "3 min 20 s", "5 h 07 min", "2 d 3 h"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

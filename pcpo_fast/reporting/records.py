@@ -1,4 +1,4 @@
-"""What a training run writes down: metrics and images, on the disk and to the loggers."""
+"""Recording a training run: metrics and images, on disk and in the loggers."""
 
 import re
 import time
@@ -17,14 +17,14 @@ _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class RunRecorder:
-    """Writes metrics.jsonl and images/ in `output_dir`, and shows the same to TensorBoard and Weights & Biases.
+    """Writes metrics.jsonl and images/ in `output_dir`, and sends the same to TensorBoard and Weights & Biases.
 
-    `tensorboard` asks for event files in ``output_dir/tensorboard``; `wandb` is None or the options of a W&B run (see
-    `pcpo_fast.reporting.loggers.WandbLogger`). With `enabled` False (every rank but 0) all methods do nothing and no
-    file is touched. An existing metrics.jsonl is continued, and so is its ``time``.
+    `tensorboard` turns on event files in ``output_dir/tensorboard``; `wandb` is None or the options of a W&B run (see
+    `pcpo_fast.reporting.loggers.WandbLogger`). With `enabled` False (all ranks but 0) all methods do nothing and no
+    file is touched. An existing metrics.jsonl is continued, including its ``time``.
 
-    Raises `UserError` if `output_dir` cannot be written, or a logger is asked for that is not installed. A logger that
-    fails later warns once and is left out from then on: it never stops training.
+    Raises `UserError` if `output_dir` is not writable or a requested logger is not installed. A logger that fails later
+    is dropped with one warning; training continues.
     """
 
     def __init__(
@@ -48,19 +48,19 @@ class RunRecorder:
             self._loggers.add("Weights & Biases", lambda: WandbLogger(self.output_dir, options))
 
     def _count(self, records: list[dict[str, Any]]) -> None:
-        """Take over what an earlier part of the run recorded: how many updates, and how many seconds."""
+        """Continue the number of updates and the seconds from earlier records of the run."""
         self._updates = sum(record.get("kind") == "update" for record in records)
         self._earlier = max((float(record.get("time", 0.0)) for record in records), default=0.0)
 
     def seconds(self) -> float:
-        """Seconds since the start of the run; a resumed run counts on from its last recorded line."""
+        """Seconds since the start of the run; a resumed run continues from its last recorded line."""
         return self._earlier + time.monotonic() - self._start
 
     def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, update: int | None = None) -> None:
-        """Append one line: ``{"kind", "epoch", "update", "time", …metrics}`` (no "update" where it is None).
+        """Append one line: ``{"kind", "epoch", "update", "time", …metrics}`` (without "update" if it is None).
 
-        `kind` is "update", "epoch" or "evaluation". A value is a number or a tensor or array with one element; NaN and
-        infinities are written as null. Raises ValueError for a metric named like one of the fixed fields.
+        `kind` is "update", "epoch" or "evaluation". Values are numbers or one-element tensors or arrays; NaN and
+        infinities are written as null. Raises ValueError for a metric with the name of a fixed field.
         """
         if not self.enabled:
             return
@@ -75,10 +75,10 @@ class RunRecorder:
         self._loggers.each(lambda logger: logger.log(kind, values, epoch=epoch, step=step))
 
     def image(self, name: str, image: ImageLike, epoch: int) -> Path | None:
-        """Write ``images/<name>.png`` and show the image to the loggers; returns the path (None where disabled).
+        """Write ``images/<name>.png`` and send the image to the loggers; returns the path (None if disabled).
 
-        `image` is a PIL image or [3, H, W] in 0..1. Numbered names (``epoch_0010``) share one place in the loggers, so
-        that they can be looked through over time. Raises ValueError unless `name` is a plain file name.
+        `image` is a PIL image or [3, H, W] in 0..1. Numbered names (``epoch_0010``) share one tag in the loggers, which
+        show them over time. Raises ValueError unless `name` is a plain file name.
         """
         if not self.enabled:
             return None
@@ -93,11 +93,11 @@ class RunRecorder:
         return path
 
     def truncate_after(self, epoch: int, *, keep_evaluation: bool = False) -> None:
-        """Before a run is resumed at `epoch`: drop what was recorded for the epochs that will be run again.
+        """Before a run is resumed at `epoch`, drop the records of all epochs that will be run again.
 
-        Lines with this or a later epoch go; the others stay byte for byte. A half-written last line goes too. The
-        evaluation recorded *at* `epoch` looked at the very weights the run resumes with; it is dropped as well, unless
-        `keep_evaluation` says that it will not be made again. The file is replaced in one step, never half rewritten.
+        Lines of this or a later epoch and a partial last line are removed; the others are kept byte for byte. The
+        evaluation *at* `epoch` used the same weights that the run resumes with; it is removed unless `keep_evaluation`
+        says that it will not be repeated. The file is replaced atomically.
         """
         if not self.enabled:
             return
@@ -113,14 +113,14 @@ class RunRecorder:
         def rewind(logger: MetricLogger) -> None:
             logger.rewind(epoch=epoch, update_step=self._updates)
             for record in records:
-                if record.get("epoch", -1) >= epoch:  # the evaluation that was kept: the logger has just dropped it
+                if record.get("epoch", -1) >= epoch:  # the kept evaluation, which the logger has just dropped
                     values = {name: value for name, value in record.items() if name not in _RESERVED}
                     logger.log(record["kind"], values, epoch=epoch, step=epoch)
 
         self._loggers.each(rewind)
 
     def close(self) -> None:
-        """Flush and close everything; may be called twice."""
+        """Close the file and the loggers; may be called twice."""
         if not self.enabled:
             return
         self._file.close()

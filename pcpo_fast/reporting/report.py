@@ -1,4 +1,4 @@
-"""report.html: a training run on one page, made from nothing but the files in its run directory."""
+"""report.html: a training run on one page, made from the files of its run directory."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write ``report.html`` into a run directory (also of a run that is still going on or was stopped); returns it.
+    """Write ``report.html`` into a run directory, finished or not; returns its path.
 
-    One self-contained file: images and figures are inside, no request goes out when it is opened, and everything that
-    comes from the run's files is escaped. Parts whose files are missing say so. Values of config keys that look like
-    passwords or keys are not shown. Raises `UserError` if `run_dir` is not a run directory, or metrics.jsonl is damaged
-    in the middle (a cut last line is fine).
+    The file is self-contained: images and figures are embedded, opening it causes no network request, and everything
+    from the run's files is escaped. Sections whose files are missing say so. Values of config keys that look like
+    passwords or API keys are hidden. Raises `UserError` if `run_dir` is not a run directory, or if metrics.jsonl is
+    damaged (a partial last line is fine).
     """
     run = read_run_files(Path(run_dir))
     numbers = summarize_run(run.records) | {key: value for key, value in run.summary.items() if is_number(value)}
@@ -81,16 +81,16 @@ def _samples(run: RunFiles) -> list[dict[str, str]]:
 
 
 def _figures(run: RunFiles) -> dict[str, Markup]:
-    """The figures that there are numbers for, as SVG."""
+    """All figures for which there are data, as SVG."""
     records, credit = run.records, run.credit
-    masks = bool(series(records, "rollout/mismatch_divergence"))  # the log-ratio then has no clip range
+    masks = bool(series(records, "rollout/mismatch_divergence"))  # has no clip range
     clip_range = None if masks else number_at(run.config, "credit", "clip_range")
     drawn = {
         "reward": (plots.mean_reward_figure(records), "Reward over epochs"),
         "rewards": (plots.reward_parts_figure(records), "Each reward over epochs"),
-        "spread": (plots.reward_spread_figure(records), "What each reward has to say in the sum, over epochs"),
+        "spread": (plots.reward_spread_figure(records), "Influence of each reward on the sum, over epochs"),
         "clip": (plots.clip_fraction_figure(records), "Clip fraction per step and epoch"),
-        "stepwise": (plots.stepwise_figure(records), "What each step decided, and what its prediction says"),
+        "stepwise": (plots.stepwise_figure(records), "Gain of each step, and quality of its prediction"),
         "diversity": (plots.diversity_figure(records), "Diversity and distance to the base model over epochs"),
         "mismatch": (plots.mismatch_figure(records, clip_range), "Mismatch between rollout and update"),
         "gradient": (plots.gradient_norm_figure(records), "Gradient norm of every update"),

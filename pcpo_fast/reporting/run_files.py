@@ -1,4 +1,4 @@
-"""Reading a run directory that may be unfinished or damaged: what can be read is used, what cannot is noted."""
+"""Reading a run directory that may be unfinished or damaged; what cannot be read is noted."""
 
 import io
 import json
@@ -24,12 +24,12 @@ _SECRET = re.compile(
     r"(?!null\b|~)\S.*$",
     re.IGNORECASE | re.MULTILINE,
 )
-_EMBED_LIMIT = 400_000  # bytes of a PNG above which a report takes a JPEG
+_EMBED_LIMIT = 400_000  # larger PNG files (in bytes) are embedded as JPEG
 _EMBED_WIDTH = 1600
 
 
 class Credit(BaseModel):
-    """credit.json, checked: N steps, N+1 times."""
+    """The validated content of credit.json: N steps, N+1 times."""
 
     sampler: str = ""
     rule: str = ""
@@ -50,7 +50,7 @@ class Credit(BaseModel):
 
 @dataclass
 class RunFiles:
-    """What a run directory says; `notes` has a sentence for everything that could not be read."""
+    """The content of a run directory; `notes` has one sentence for everything that could not be read."""
 
     folder: Path
     records: list[Record] = field(default_factory=list)
@@ -63,7 +63,7 @@ class RunFiles:
     notes: list[str] = field(default_factory=list)
 
     def grids(self) -> list[tuple[int, Path]]:
-        """The sample grids by number of epochs trained. Those later than anything recorded are left out: they are
+        """The sample grids by number of epochs trained, without those later than the last record: they are left over
         from before the run was resumed at an earlier epoch."""
         found = [
             (int(match[1]), path)
@@ -75,18 +75,22 @@ class RunFiles:
 
 
 def read_run_files(folder: Path) -> RunFiles:
-    """Raises `UserError` if `folder` is not a directory or holds neither metrics.jsonl nor config.yaml, or if a line
-    in the middle of metrics.jsonl is damaged."""
+    """Read a run directory.
+
+    Raises:
+        UserError: ``folder`` is not a folder or has neither metrics.jsonl nor config.yaml, or a line of metrics.jsonl
+            other than the last is damaged.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a run directory: there is no such folder")
+        raise UserError(f"{folder} is not a run directory: the folder does not exist")
     run = RunFiles(folder)
     metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
     if not metrics.exists() and not config.exists():
-        raise UserError(f"{folder} is not a run directory: it holds neither metrics.jsonl nor config.yaml")
+        raise UserError(f"{folder} is not a run directory: it contains neither metrics.jsonl nor config.yaml")
     if metrics.exists():
         run.records = read_metrics(metrics)
     else:
-        run.notes.append("There is no metrics.jsonl: nothing was recorded yet.")
+        run.notes.append("There is no metrics.jsonl: nothing has been recorded yet.")
     if config.exists():
         raw = config.read_text(encoding="utf-8", errors="replace")
         run.config_text = _SECRET.sub(r"\g<key>(not shown)", raw)
@@ -94,7 +98,7 @@ def read_run_files(folder: Path) -> RunFiles:
             loaded = yaml.safe_load(raw)
             run.config = loaded if isinstance(loaded, dict) else {}
         except yaml.YAMLError:
-            run.notes.append("config.yaml is not valid YAML; it is shown as it is.")
+            run.notes.append("config.yaml is not valid YAML; it is shown unchanged.")
     else:
         run.notes.append("There is no config.yaml.")
     credit = _read_json(run, "credit.json")
@@ -102,7 +106,7 @@ def read_run_files(folder: Path) -> RunFiles:
         try:
             run.credit = Credit.model_validate(credit)
         except ValidationError:
-            run.notes.append("credit.json is incomplete or has columns that do not fit; the credit figure is left out.")
+            run.notes.append("credit.json is incomplete or its columns differ in length; the credit figure is omitted.")
     captions = _read_json(run, "images/captions.json")
     if isinstance(captions, list):
         run.captions = [str(caption) for caption in captions]
@@ -124,7 +128,7 @@ def _read_json(run: RunFiles, name: str) -> Any:
 
 
 def embedded_sheet(run: RunFiles, path: Path) -> str | None:
-    """A PNG file as a data URL (a JPEG for files above 400 kB); None, with a note, if it is missing or damaged."""
+    """A PNG file as a data URL (as JPEG above 400 kB); None if it is missing, or with a note if it is damaged."""
     if not path.exists():
         return None
     try:
@@ -134,7 +138,7 @@ def embedded_sheet(run: RunFiles, path: Path) -> str | None:
             image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
             image.load()
     except Exception:  # PIL raises many kinds of errors for damaged files
-        run.notes.append(f"{path.relative_to(run.folder)} is not a whole PNG image; it is left out.")
+        run.notes.append(f"{path.relative_to(run.folder)} is not a valid PNG image; it is omitted.")
         return None
     if len(data) <= _EMBED_LIMIT:
         return data_url(data, "png")
@@ -146,12 +150,12 @@ def embedded_sheet(run: RunFiles, path: Path) -> str | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Whether the value is a finite number and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number_at(config: Any, *keys: str) -> float | None:
-    """The number in a nested config under these keys; None if there is none."""
+    """The number at these nested keys of a config; None if there is none."""
     for key in keys:
         config = config.get(key) if isinstance(config, dict) else None
     return float(config) if is_number(config) else None

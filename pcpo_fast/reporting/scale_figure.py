@@ -1,4 +1,4 @@
-"""Rewards against the scale of reward guidance."""
+"""The figure of rewards over the reward guidance scale."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,10 +13,10 @@ class ScalePoint(NamedTuple):
     """Scores at one scale.
 
     Attributes:
-        scale: of the guidance.
-        mean: over the images.
-        low, high: interval of the mean; None from a single image.
-        std: standard deviation over the images; None from a single one.
+        scale: reward guidance scale.
+        mean: mean over the images.
+        low, high: interval of the mean; None for a single image.
+        std: standard deviation over the images; None for a single image.
     """
 
     scale: float
@@ -27,22 +27,22 @@ class ScalePoint(NamedTuple):
 
 
 def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "Figure":
-    """One plot for each reward, below one another: mean, its interval as bars, the spread over the images as a band.
+    """One plot per reward: mean, its interval as bars, and the standard deviation over images as a band.
 
     Args:
         rewards: the points of each reward, in any order.
-        images: how many images each mean is of.
+        images: number of images of each mean, for the legend.
 
     Raises:
-        ValueError: there is no reward or no point.
+        ValueError: there are no rewards or no points.
     """
     if not rewards or not all(rewards.values()):
-        raise ValueError("there is nothing to draw")
+        raise ValueError("there is nothing to plot")
     figure = new_figure(0.3 + 3.2 * len(rewards), 6.2)
     for place, (name, unsorted) in enumerate(rewards.items(), start=1):
         points = sorted(unsorted)
         axes = styled(
-            figure.add_subplot(len(rewards), 1, place), name, "scale of reward guidance λ", "score", with_legend=True
+            figure.add_subplot(len(rewards), 1, place), name, "reward guidance scale λ", "score", with_legend=True
         )
         scales, means = [point.scale for point in points], [point.mean for point in points]
         for scale in (0.0, 1.0):

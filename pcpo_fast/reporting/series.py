@@ -1,4 +1,4 @@
-"""Curves over epochs, read out of metric records."""
+"""Curves over epochs, extracted from metric records."""
 
 import math
 import re
@@ -8,12 +8,12 @@ from typing import Any, TypeGuard
 
 Record = dict[str, Any]
 
-_STATISTICS = ("mean", "std", "group_std")  # of the total, below reward/ and heldout/reward/: not names of rewards
+_STATISTICS = ("mean", "std", "group_std")  # statistics of the total in reward/ and heldout/reward/, not reward names
 
 
 @dataclass(frozen=True)
 class Series:
-    """Finite values of one metric by epoch, in the order of the epochs."""
+    """The finite values of one metric, in order of the epochs."""
 
     epochs: list[int]
     values: list[float]
@@ -31,8 +31,8 @@ class Series:
 def series(records: Iterable[Record], name: str) -> Series:
     """The value of a metric in every epoch that has one.
 
-    A line of the whole epoch (kind "epoch" or "evaluation") counts, the last one if there are several; where there is
-    none, the mean over the epoch's updates. Values that are not finite are left out.
+    This is the value of the last line for the whole epoch (kind "epoch" or "evaluation") or, without such a line, the
+    mean over the epoch's updates. Values that are not finite are ignored.
     """
     whole: dict[int, float] = {}
     parts: dict[int, list[float]] = {}
@@ -50,7 +50,7 @@ def series(records: Iterable[Record], name: str) -> Series:
 
 
 def update_values(records: Iterable[Record], name: str) -> tuple[list[float], list[float]]:
-    """A metric of the single updates: positions on the axis of epochs (an epoch's updates share it evenly), values."""
+    """A metric of the individual updates: positions on the epoch axis (evenly spaced within an epoch), and values."""
     by_epoch: dict[int, list[float]] = {}
     for record in records:
         if record.get("kind") == "update" and isinstance(record.get("epoch"), int) and name in record:
@@ -65,7 +65,7 @@ def update_values(records: Iterable[Record], name: str) -> tuple[list[float], li
 
 
 def step_series(records: Sequence[Record], prefix: str) -> dict[int, Series]:
-    """The curves of ``<prefix>_step_<i>``, by step i."""
+    """The curves of the metrics ``<prefix>_step_<i>`` by step i."""
     pattern = re.compile(re.escape(prefix) + r"_step_(\d+)")
     found = {int(match[1]) for record in records for key in record if (match := pattern.fullmatch(key))}
     curves = {step: series(records, f"{prefix}_step_{step}") for step in sorted(found)}
@@ -73,15 +73,15 @@ def step_series(records: Sequence[Record], prefix: str) -> dict[int, Series]:
 
 
 def reward_names(records: Iterable[Record], prefix: str) -> list[str]:
-    """The rewards that have a metric of their own below `prefix` ("reward/"), in the order of their appearance."""
+    """The rewards with their own metric under `prefix` ("reward/"), in order of appearance."""
     names = dict.fromkeys(key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix))
     return [name for name in names if name not in _STATISTICS]
 
 
 def skipped_updates(records: Iterable[Record]) -> dict[int, int]:
-    """How many updates were skipped, by epoch: what the epoch's line says, or else what its updates say."""
+    """Number of skipped updates by epoch, from the epoch's own line or, without one, from its updates."""
     counts: dict[int, int] = {}
-    said: dict[int, int] = {}
+    reported: dict[int, int] = {}
     for record in records:
         epoch = record.get("epoch")
         if not isinstance(epoch, int):
@@ -90,19 +90,19 @@ def skipped_updates(records: Iterable[Record]) -> dict[int, int]:
             skipped = record.get("policy/skipped_updates", 0) != 0
             counts[epoch] = counts.get(epoch, 0) + skipped
         elif _finite(record.get("policy/skipped_updates")):
-            said[epoch] = round(record["policy/skipped_updates"])
-    return {epoch: count for epoch, count in (counts | said).items() if count > 0}
+            reported[epoch] = round(record["policy/skipped_updates"])
+    return {epoch: count for epoch, count in (counts | reported).items() if count > 0}
 
 
 def epochs_trained(records: Iterable[Record]) -> int:
-    """How many epochs were finished: one more than the last epoch with a line of its own."""
+    """Number of finished epochs: one more than the last epoch that has its own line."""
     return max(
         (r["epoch"] + 1 for r in records if r.get("kind") == "epoch" and isinstance(r.get("epoch"), int)), default=0
     )
 
 
 def seconds_trained(records: Iterable[Record]) -> float:
-    """The ``time`` of the last line, in seconds."""
+    """The largest ``time`` of all lines, in seconds."""
     return max((float(r["time"]) for r in records if _finite(r.get("time"))), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""How all figures look: colours that the colour-blind can tell apart, thin axes, a light grid, figure objects only."""
+"""The common style of all figures: a colour-blind safe palette, thin axes, a light grid; no pyplot."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, "Color Universal Design" (2008), slightly darkened where it has to be read on white.
+# Okabe and Ito's palette, "Color Universal Design" (2008), slightly darkened for legibility on white.
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
 GREEN = "#009e73"
@@ -20,7 +20,7 @@ GRID = "#e3e6eb"
 PAPER = "#ffffff"
 MISSING = "#eceef2"
 
-# What each colour becomes on a dark page; a figure in the report takes the column that the reader's system asks for.
+# Each colour's counterpart on a dark page; figures in the report follow the reader's light or dark setting.
 DARK = {
     BLUE: "#58b1ee",
     ORANGE: "#f0904e",
@@ -33,21 +33,21 @@ DARK = {
     MISSING: "#242932",
 }
 
-WIDTH = 10.2  # inches; a report is as wide
+WIDTH = 10.2  # inches; the width of the report
 HEIGHT = 3.0
 
 
 def new_figure(height: float = HEIGHT, width: float = WIDTH) -> "Figure":
-    """An empty figure in inches, not known to pyplot (nothing global, safe in threads and servers)."""
+    """An empty figure, size in inches, without pyplot (no global state, safe in threads and servers)."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
 def styled(axes: "Axes", title: str, x: str, y: str, *, with_legend: bool = False) -> "Axes":
-    """Give axes their title (left), labels, grid and colours; `with_legend` leaves room for `legend`."""
+    """Set title (left), labels, grid and colours of axes; `with_legend` leaves room for `legend`."""
     axes.set_facecolor(PAPER)
-    # Titles may be names from a user's config: a dollar sign is a dollar sign, not mathematics.
+    # Titles may be names from a user's config, in which a dollar sign does not start mathematics.
     pad = 26 if with_legend else 10
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=pad, parse_math=False)
     axes.set_xlabel(x, fontsize=9, color=SOFT)
@@ -63,7 +63,7 @@ def styled(axes: "Axes", title: str, x: str, y: str, *, with_legend: bool = Fals
 
 
 def epoch_axis(axes: "Axes", first: float, last: float) -> None:
-    """An x axis of whole epochs, without empty room at its ends."""
+    """Set up an x axis with integer epochs and narrow margins."""
     from matplotlib.ticker import MaxNLocator
 
     room = max(0.5, 0.02 * (last - first))
@@ -72,20 +72,20 @@ def epoch_axis(axes: "Axes", first: float, last: float) -> None:
 
 
 def point_label(axes: "Axes", text: str, point: tuple[float, float], offset: tuple[float, float], **look: Any) -> None:
-    """A small text beside a point of the axes, `offset` in points; `look` are arguments of ``Axes.annotate``."""
+    """Write a small label next to a data point; `offset` in points, `look` are arguments of ``Axes.annotate``."""
     arguments: dict[str, Any] = {"fontsize": 8, "color": SOFT} | look
     axes.annotate(text, point, xytext=offset, textcoords="offset points", **arguments)
 
 
 def percent(axis: "Axis") -> None:
-    """Write the shares on an axis as percentages."""
+    """Format the shares on an axis as percentages."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def legend(axes: "Axes", extra: "Sequence[Artist]" = ()) -> None:
-    """A legend in one row between the title and the axes, where it covers nothing; `extra` entries come last."""
+    """Add a one-row legend between title and axes, where it covers no data; `extra` entries come last."""
     entries = [*axes.get_legend_handles_labels()[0], *extra]
     if not entries:
         return
@@ -105,5 +105,5 @@ def legend(axes: "Axes", extra: "Sequence[Artist]" = ()) -> None:
 
 
 def marker(points: Sequence[float], always: bool = False) -> str:
-    """Dots where there are few points to see."""
+    """The marker style: dots for at most 12 points, otherwise none unless ``always``."""
     return "o" if always or len(points) <= 12 else ""

@@ -1,4 +1,4 @@
-"""summary.json: what a finished run comes to, for scripts."""
+"""summary.json: the results of a finished run, for scripts."""
 
 import json
 import statistics
@@ -12,12 +12,12 @@ from pcpo_fast.reporting.series import epochs_trained, reward_names, seconds_tra
 
 
 def summarize_run(records: list[Record]) -> dict[str, Any]:
-    """The numbers of a run, from its metric records; None where they do not say.
+    """Summary numbers of a run from its metric records; None for those that were not recorded.
 
     ``heldout_reward_before`` and ``_after`` are the first and the last of at least two held-out evaluations
     (``heldout_rewards`` has the same for each reward), ``reward_before`` and ``_after`` the mean reward of the
-    rollouts in the first and the last epoch. Then ``epochs``, ``updates``, ``skipped_updates``, ``seconds``, and the
-    median of ``images_per_second`` over epochs.
+    rollouts in the first and the last epoch. The others are ``epochs``, ``updates``, ``skipped_updates``, ``seconds``,
+    and ``images_per_second``, the median over epochs.
     """
     heldout = series(records, "heldout/reward/mean")
     reward = series(records, "reward/mean")
@@ -40,9 +40,9 @@ def summarize_run(records: list[Record]) -> dict[str, Any]:
 
 
 def write_summary(run_dir: Path | str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Write ``summary.json`` from the run directory's metrics.jsonl, in one step; returns what was written.
+    """Write ``summary.json`` from the run directory's metrics.jsonl, atomically; returns its content.
 
-    `extra` (JSON values) is added, and wins over a computed number of the same name. Numbers that are not finite become
+    `extra` (JSON values) is added and overrides computed numbers of the same name. Numbers that are not finite become
     null. Raises `UserError` if metrics.jsonl is missing or damaged.
     """
     run_dir = Path(run_dir)

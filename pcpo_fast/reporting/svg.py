@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG inside a page: no references to anywhere, no clashing ids, colours of the page."""
+"""Matplotlib figures as inline SVG: no external references, unique ids, colours set by the page."""
 
 import io
 import re
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def inline_svg(figure: "Figure", name: str, description: str) -> Markup:
     """An ``<svg>`` element for an HTML page.
 
-    `name` (letters and digits) makes its ids its own; `description` is what a screen reader says. Colours of
-    `pcpo_fast.reporting.style` become CSS variables (see `color_variables`), so that the page decides on light or dark.
-    Text stays text in the page's font. Width follows the page.
+    `name` (letters and digits) makes its ids unique; `description` is for screen readers. Colours of
+    `pcpo_fast.reporting.style` become CSS variables (see `color_variables`), so that the page chooses light or dark.
+    Text remains text, in the page's font. The width adapts to the page.
     """
     import matplotlib
 
@@ -43,7 +43,7 @@ def inline_svg(figure: "Figure", name: str, description: str) -> Markup:
 
 
 def variable(colour: str) -> str:
-    """The CSS variable that stands for a colour of the figures."""
+    """The CSS variable of a figure colour."""
     return f"--plot-{colour.lstrip('#').lower()}"
 
 

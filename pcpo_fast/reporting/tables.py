@@ -1,4 +1,4 @@
-"""Tables of numbers and their intervals, written as Markdown or for a terminal."""
+"""Tables of numbers with intervals, as Markdown or for the terminal."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ _STYLES = {"better": "green", "worse": "red"}
 
 @dataclass(frozen=True)
 class Grid:
-    """A table before it is written."""
+    """A table of strings."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """As Markdown, the first column to the left and the others to the right."""
+        """As Markdown; the first column is left-aligned, the others right-aligned."""
         lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
     def section(self) -> str:
-        """As Markdown, below its title."""
+        """As Markdown with the title as a heading."""
         return f"## {self.title}\n\n{self.markdown()}"
 
     def rich(self) -> "Table":
-        """For a terminal; verdicts are coloured."""
+        """For the terminal, with coloured verdicts."""
         from rich.table import Table
         from rich.text import Text
 
@@ -43,12 +43,12 @@ class Grid:
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A list in Markdown."""
+    """A Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def number_text(value: float, *, signed: bool = False) -> str:
-    """Four significant digits where they matter, never an exponent for ordinary sizes."""
+    """Format with about four significant digits; an exponent only below 1e-3 or from 1e6."""
     sign = "+" if signed else ""
     if value == 0:
         return "0"
@@ -59,7 +59,7 @@ def number_text(value: float, *, signed: bool = False) -> str:
 
 
 def estimate_text(estimate: Estimate, text: Callable[[float], str] = number_text) -> str:
-    """A value and its interval, each written by `text`."""
+    """A value and its interval, each formatted by `text`."""
     if estimate.low is None or estimate.high is None:
         return text(estimate.value)
     return f"{text(estimate.value)} [{text(estimate.low)}, {text(estimate.high)}]"

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its directory, checkpoints with manifests, and exports."""
+"""The files of a run: run directory, checkpoints with manifests, and exports."""

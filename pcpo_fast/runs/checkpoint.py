@@ -1,8 +1,8 @@
-"""Checkpoints: DeepSpeed's state, the trained weights as diffusers loads them, and where the loop stood.
+"""Checkpoints: DeepSpeed's state, the trained weights in diffusers' format, and the state of the training loop.
 
-A checkpoint is written under a hidden name, gets a manifest of its files' checksums, and is renamed when it is whole,
-so a folder ``epoch_000010`` is complete or not there. Everything random in a run is keyed by its seed and the epoch, so
-no generator state needs saving.
+A checkpoint is written under a hidden name, gets a manifest with checksums of its files, and is renamed once complete,
+so a folder ``epoch_000010`` is either complete or absent. All randomness in a run is keyed by seed and epoch, so no
+generator state has to be saved.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # looking at a run directory need not load the models' librar
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
-"""Holds the name of the newest complete checkpoint, for scripts; resuming looks at the checkpoints themselves."""
+"""Contains the name of the newest complete checkpoint, for scripts; resuming does not use it."""
 
 WEIGHTS = "weights"
 _NAME = re.compile(r"epoch_(\d{6,})")
@@ -48,19 +48,19 @@ def save_checkpoint(
     keep: int,
     keep_best: int = 0,
 ) -> Path:
-    """Write ``folder/epoch_<epoch>`` and drop the checkpoints that need not stay; all ranks must call it.
+    """Write ``folder/epoch_<epoch>`` and delete obsolete checkpoints; all ranks must call it.
 
     Args:
         folder: the run's ``checkpoints`` folder.
-        engine, policy: what is saved.
+        engine, policy: what to save.
         epoch: epochs trained so far.
-        state: the loop's own state, JSON values only; ``heldout_reward`` in it, a number or None, is what
-            ``keep_best`` goes by.
-        keep: newest checkpoints that stay.
-        keep_best: checkpoints that stay for their held-out reward, whatever their age.
+        state: the training loop's state, JSON values only; ``keep_best`` compares its ``heldout_reward``, a number or
+            None.
+        keep: number of newest checkpoints to keep.
+        keep_best: number of checkpoints with the highest held-out reward to keep, whatever their age.
 
     Raises:
-        UserError: it cannot be written; the earlier checkpoints are as they were.
+        UserError: the checkpoint cannot be written; earlier checkpoints are unchanged.
     """
     final = folder / f"epoch_{epoch:06d}"
     temporary = folder / f".{final.name}.tmp"
@@ -69,7 +69,7 @@ def save_checkpoint(
             folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
             temporary.mkdir()
-    with _written(final, together=False):  # DeepSpeed's ranks wait for each other within
+    with _written(final, together=False):  # has collectives inside, so ranks cannot exchange errors here
         engine.save(temporary)
     weights = engine.full_state()
     with _written(final, together=True):
@@ -90,12 +90,12 @@ def save_checkpoint(
 
 
 def obsolete(oldest_first: Sequence[tuple[Path, float | None]], keep: int, keep_best: int) -> list[Path]:
-    """Which checkpoints may go: all but the newest ``keep`` and, of all, the ``keep_best`` with the highest reward.
+    """Checkpoints to delete: all but the newest ``keep`` and the ``keep_best`` with the highest reward of all.
 
     Args:
-        oldest_first: each checkpoint and the mean held-out reward of its weights, None where it was not measured. Of
-            equal rewards the newer checkpoint counts as better.
-        keep, keep_best: how many stay.
+        oldest_first: each checkpoint with the mean held-out reward of its weights, None if not measured. Of equal
+            rewards the newer checkpoint counts as better.
+        keep, keep_best: how many to keep.
     """
     measured = [(reward, number) for number, (_, reward) in enumerate(oldest_first) if reward is not None]
     best = {number for _, number in sorted(measured, reverse=True)[:keep_best]}
@@ -103,44 +103,44 @@ def obsolete(oldest_first: Sequence[tuple[Path, float | None]], keep: int, keep_
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, then point ``latest`` at it."""
+    """Rename a complete checkpoint to its final name, then update ``latest``."""
     sync_folder(temporary)
     if final.exists():  # a resumed run reaches the same epoch again
         final.rename(final.with_name(f".{final.name}.old"))
     temporary.rename(final)
-    write_atomically(final.parent / LATEST_FILE, final.name + "\n")  # flushes the folder, too
+    write_atomically(final.parent / LATEST_FILE, final.name + "\n")  # also flushes the folder
     _remove_leftovers(final.parent)
 
 
 @contextmanager
 def _written(final: Path, together: bool) -> Iterator[None]:
-    """Make what fails on the way to a checkpoint one sentence, on every rank where they can be told ``together``."""
+    """Turn errors while writing a checkpoint into a ``UserError``, on all ranks if they can be ``together``."""
     with shared_errors() if together else nullcontext():
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
             newest = checkpoints(final.parent)[-1:]
-            rest = f"the run can be resumed from {newest[0].name}" if newest else "there is no earlier one"
+            rest = f"resume from {newest[0].name}" if newest else "start the run again (there is no checkpoint)"
             raise UserError(
-                f"checkpoint {final} cannot be written: {reason}; {rest} once there is space and permission"
+                f"checkpoint {final} cannot be written: {reason}; once there is space and permission, {rest}"
             ) from error
 
 
 def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
-    """Restore engine and optimiser from a checkpoint folder; returns the loop's state with its ``epoch``.
+    """Restore engine and optimizer from a checkpoint folder; returns the loop's state including ``epoch``.
 
-    The same number of ranks and ZeRO stage restore it bit for bit. Where they differ, weights and moments are
-    resharded: the training state is the same, and what follows differs by how sums are rounded.
+    With the same number of ranks and the same ZeRO stage the state is restored bit for bit. Otherwise weights and
+    moments are resharded: the training state is the same, but later sums may be rounded differently.
 
     Raises:
-        UserError: the folder is no checkpoint, is damaged, or was written for other weights, or in a form that other
-            ranks or another ZeRO stage cannot take up.
+        UserError: the folder is not a checkpoint, is damaged, belongs to other weights, or has a layout that cannot be
+            resharded.
     """
     state, now = read_state(path), _engine_record(engine)
     written = {name: state["engine"].get(name) for name in now}
     if written["weights"] != now["weights"]:
-        raise UserError(f"checkpoint {path} belongs to other trained weights (model.path, model.finetune, model.lora)")
+        raise UserError(f"checkpoint {path} is for other trained weights (model.path, model.finetune, model.lora)")
     try:
         if written == now:
             loaded = engine.load(path)
@@ -149,14 +149,14 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     except UnknownLayoutError as error:
         ranks, stage = written["world_size"], written["zero_stage"]
         raise UserError(
-            f"checkpoint {path} can only be resumed on {ranks} ranks with ZeRO stage {stage}, as it was written: "
+            f"checkpoint {path} can only be resumed on {ranks} ranks with ZeRO stage {stage}, as when it was written: "
             f"{error}"
         ) from None
     except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError, UnpicklingError) as error:
         reason = reason_of(error)
         raise UserError(f"checkpoint {path} cannot be read: {reason}") from None
     if not loaded:
-        raise UserError(f"checkpoint {path} holds no engine state")
+        raise UserError(f"checkpoint {path} has no engine state")
     engine.updates = int(state["updates"])
     return state
 
@@ -165,7 +165,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's ``state.json``.
 
     Raises:
-        UserError: it is missing or not what this file writes.
+        UserError: it is missing or invalid.
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -176,10 +176,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints under ``folder``, oldest first, by their names and state files: nothing else is read."""
+    """Complete checkpoints in ``folder``, oldest first, judged by their names and the presence of a state file."""
     if not folder.is_dir():
         return []
-    # One killed between the two renames of a checkpoint that is written again has left its former self.
+    # A run killed between the two renames while rewriting a checkpoint has left only the old version.
     found = {_epoch_of(path, _FORMER): path for path in folder.iterdir()}
     found |= {_epoch_of(path, _NAME): path for path in folder.iterdir()}
     return [found[epoch] for epoch in sorted(epoch for epoch in found if epoch is not None)]
@@ -195,9 +195,9 @@ def _epoch_of(path: Path, pattern: re.Pattern[str]) -> int | None:
 
 
 def visible_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint by its state and its files' names and sizes, in a few words; None: nothing.
+    """Describe damage visible from a checkpoint's state file, file names and sizes; None if there is none.
 
-    :func:`pcpo_fast.runs.manifest.damage_of` reads all of it.
+    :func:`pcpo_fast.runs.manifest.damage_of` also checks the contents.
     """
     try:
         read_state(path)
@@ -207,7 +207,7 @@ def visible_damage(path: Path) -> str | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it counts no more but can be looked at; returns the new path."""
+    """Rename a damaged checkpoint so that it is ignored but can be inspected; returns the new path."""
     target = path.with_name(f"damaged_{_plain_name(path)}")
     shutil.rmtree(target, ignore_errors=True)
     path.rename(target)
@@ -223,7 +223,7 @@ def _heldout_reward(path: Path) -> float | None:
 
 
 def _engine_record(engine: Engine) -> dict[str, Any]:
-    """What a run must share with a checkpoint to take up its state: weights by name and shape, ranks, ZeRO stage."""
+    """What identifies the engine's layout: trained weights (names, shapes, dtypes), ranks, ZeRO stage."""
     digest = hashlib.sha256()
     for name, parameter in engine.deepspeed.module.named_parameters():
         if parameter.requires_grad:
@@ -234,14 +234,14 @@ def _engine_record(engine: Engine) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; killed in the middle, what is left of it does not look like one."""
+    """Delete a checkpoint; if interrupted, the rest is not mistaken for a checkpoint."""
     hidden = path.with_name(f".{_plain_name(path)}.removed")
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what an interrupted save left behind, but for a checkpoint that lost its successor."""
+    """Delete what an interrupted save left behind, except an old version without its replacement."""
     for path in folder.iterdir():
         leftover = _LEFTOVER.fullmatch(path.name)
         if leftover and (leftover[2] != "old" or (folder / leftover[1]).exists()):

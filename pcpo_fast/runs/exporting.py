@@ -1,4 +1,4 @@
-"""Trained weights out of a run's checkpoint, in the formats that other programs load."""
+"""Exporting a checkpoint's weights in formats that other programs load."""
 
 import os
 import shutil
@@ -27,20 +27,19 @@ def export_run(
 
     Args:
         run: run directory or checkpoint folder.
-        output: target folder; None is ``export`` in the run directory, or ``pipeline`` for a whole pipeline, and there
-            what an earlier export left is replaced.
-        epoch: which checkpoint, the newest if None.
-        pipeline: write a whole pipeline folder with the weights in place (LoRA is merged).
-        names: of LoRA's layers; see :func:`pcpo_fast.policies.lora_files.write_lora`.
-        dtype: PyTorch's name; None is bfloat16 for LoRA, but what the run has for its own ``export``, which sampling
-            reads, and for a full fine-tune.
+        output: target folder; None: ``export`` in the run directory, or ``pipeline`` for a whole pipeline, where an
+            earlier export is replaced.
+        epoch: epoch of the checkpoint; None: the newest.
+        pipeline: write a whole pipeline folder that includes the weights (LoRA is merged).
+        names: naming scheme of the LoRA layers; see :func:`pcpo_fast.policies.lora_files.write_lora`.
+        dtype: PyTorch's name of the dtype; None: bfloat16 for LoRA in ``output``, otherwise the run's own dtype.
 
     Returns:
         ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA", "transformer" or "unet".
 
     Raises:
-        UserError: no such run or checkpoint, its weights are damaged, names for weights that are no LoRA, or the output
-            folder holds something else or cannot be written.
+        UserError: the run or checkpoint does not exist, its weights are damaged, ``names`` is given for weights that
+            are not a LoRA, or the output folder is not empty or not writable.
     """
     import torch
 
@@ -56,7 +55,7 @@ def export_run(
     config = load_config(folder / CONFIG_FILE)
     if names is not None and (pipeline or config.model.finetune != "lora"):
         what = "a whole pipeline" if pipeline else "a full fine-tune"
-        raise UserError(f"--format {names}: only LoRA files have layer names to choose, and this is {what}")
+        raise UserError(f"--format {names}: only applies to LoRA files, but this is {what}")
     default = folder / ("pipeline" if pipeline else "export")
     target = default if output is None else Path(output)
     if target != default and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -72,7 +71,7 @@ def export_run(
         else:
             save_network(weights, temporary, given)
         for file in temporary.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # libraries let nobody else read what they write
+            file.chmod(0o755 if file.is_dir() else 0o644)  # libraries write files that only the owner can read
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except OSError as error:
@@ -88,20 +87,20 @@ def export_run(
 
 
 def find_checkpoint(path: Path, epoch: int | None) -> Path:
-    """A run's checkpoint: the one after ``epoch`` epochs, or the newest.
+    """A run's checkpoint after ``epoch`` epochs, or the newest.
 
     Raises:
-        UserError: there is none; says which there are.
+        UserError: there is none.
     """
     if (path / STATE_FILE).is_file():
         if epoch is not None:
-            raise UserError(f"--epoch: {path} is a single checkpoint; name its run directory to choose an epoch")
+            raise UserError(f"--epoch: {path} is a single checkpoint; give its run directory to choose an epoch")
         return path
     if not path.is_dir():
-        raise UserError(f"{path} is not a run directory: there is no such folder")
+        raise UserError(f"{path} is not a run directory: the folder does not exist")
     found = checkpoints(path / "checkpoints")
     if not found:
-        raise UserError(f"{path} holds no complete checkpoint (checkpoints/epoch_...)")
+        raise UserError(f"{path} has no complete checkpoint (checkpoints/epoch_...)")
     if epoch is None:
         return found[-1]
     by_epoch = {int(read_state(checkpoint)["epoch"]): checkpoint for checkpoint in found}

@@ -1,4 +1,4 @@
-"""What a run reads, by its content: recorded when it begins, and compared when it resumes."""
+"""Content hashes of a run's inputs: recorded when it starts, compared when it resumes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from pcpo_fast.files.content import different, digest
 INPUTS_FILE = "inputs.json"
 VERSION = 1
 ACCEPT = "accept-changes"
-"""The value of ``--resume`` that continues even if what the run reads has changed."""
+"""The value of ``--resume`` that continues even if the run's inputs have changed."""
 
 Input = dict[str, Any]
-"""``path`` as the configuration has it, and ``files``, the hash of each; of prompts ``count`` and ``hash``."""
+"""``path`` from the configuration and ``files`` with the hash of each; for prompts ``count`` and ``hash`` instead."""
 
 
 def hashes(inputs: Mapping[str, Input]) -> dict[str, str]:
-    """One hash of each input, by a name to be shown."""
+    """One hash per input, by a name to show to the user."""
     return {
         f"content of {name}": given["hash"] if "hash" in given else digest(given["files"])
         for name, given in inputs.items()
@@ -28,12 +28,12 @@ def hashes(inputs: Mapping[str, Input]) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, Input], now: Mapping[str, Input]) -> list[str]:
-    """What differs in the inputs that both have, in a few words each."""
+    """A short description of every input that both have and that differs."""
     found = []
     for name in now.keys() & before.keys():
         old, new = before[name], now[name]
         if "hash" in new and old["hash"] != new["hash"]:
-            found.append(f"{name} ({new['path']}: {old['count']} prompts then, {new['count']} different ones now)")
+            found.append(f"{name} ({new['path']}: {old['count']} prompts before, {new['count']} different ones now)")
         elif "files" in new and (names := different(old["files"], new["files"])):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(f"{name} ({names[0]}{more} in {new['path']})")
@@ -41,7 +41,7 @@ def changes(before: Mapping[str, Input], now: Mapping[str, Input]) -> list[str]:
 
 
 def read_record(folder: Path) -> dict[str, Input] | None:
-    """What a run read when it began; None of a run from before this was recorded, or of another version's record.
+    """The inputs that a run recorded when it started; None for an old run without a record or an unknown version.
 
     Raises:
         UserError: the record is damaged.
@@ -58,13 +58,13 @@ def read_record(folder: Path) -> dict[str, Input] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{file} is damaged, so prompts, rewards and model cannot be compared with those that the run began with; "
-            f"accept what is there now with --resume {ACCEPT}"
+            f"{file} is damaged, so prompts, rewards and model cannot be compared with those at the start of the run; "
+            f"accept the current ones with --resume {ACCEPT}"
         ) from None
 
 
 def read_differently(folders: Sequence[Path]) -> list[str]:
-    """Inputs that runs name alike, with another content in each; a run without a record says nothing."""
+    """Inputs with the same name and path but different content among runs; runs without a record are ignored."""
     records = []
     for folder in folders:
         with suppress(UserError):
@@ -77,15 +77,15 @@ def read_differently(folders: Sequence[Path]) -> list[str]:
 
 
 def check_unchanged(folder: Path, now: Mapping[str, Input], *, accept: bool) -> list[str]:
-    """Refuse to resume a run whose inputs have changed since it began; returns the differences if they are accepted.
+    """Check that a run's inputs are the same as when it started; returns the differences if they are accepted.
 
     Args:
-        folder: the run's.
-        now: of :func:`read_contents`.
-        accept: the user has said that it may.
+        folder: the run directory.
+        now: the current inputs.
+        accept: accept changes.
 
     Raises:
-        UserError: they are, with all that differ, or nothing can be known.
+        UserError: inputs have changed, or the record is damaged, and changes are not accepted.
     """
     try:
         before = read_record(folder)
@@ -97,13 +97,13 @@ def check_unchanged(folder: Path, now: Mapping[str, Input], *, accept: bool) -> 
     if found and not accept:
         raise UserError(
             f"the run in {folder} cannot be resumed because its inputs have changed: {'; '.join(found)}; "
-            f"restore it, choose another output_dir, or accept the change with --resume {ACCEPT}"
+            f"restore them, choose another output_dir, or accept the changes with --resume {ACCEPT}"
         )
     return found
 
 
 def write_record(folder: Path, inputs: Mapping[str, Input], epoch: int) -> None:
-    """Record what a run reads from an epoch on, unless that is on record already.
+    """Record a run's inputs from ``epoch`` on, unless the same inputs are already recorded.
 
     Raises:
         UserError: the folder cannot be written.
@@ -111,7 +111,7 @@ def write_record(folder: Path, inputs: Mapping[str, Input], epoch: int) -> None:
     try:
         before = read_record(folder)
     except UserError:
-        before = None  # said or accepted already
+        before = None  # already reported or accepted
     if before == inputs and epoch:
         return
     record = {"version": VERSION, "since_epoch": epoch, "inputs": inputs}

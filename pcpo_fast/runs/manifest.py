@@ -1,6 +1,6 @@
-"""A folder's manifest: size and SHA-256 of every file in it, so that damage is seen before anything is loaded.
+"""A folder's manifest: size and SHA-256 of every file, to detect damage before anything is loaded.
 
-All ranks share the reading of large folders; a function that does so says it, and every rank must call it.
+Large folders are read by all ranks together; the functions that do so must be called by every rank.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ VERSION = 1
 
 
 def files_of(folder: Path) -> list[str]:
-    """Relative names of all files under a folder but its manifest, sorted, with ``/`` between their parts."""
+    """Sorted relative names (with ``/``) of all files in a folder and its subfolders, without the manifest."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST_FILE)
 
 
 def write_manifest(folder: Path) -> None:
-    """Flush every file under ``folder`` to the disk, read it back, and record it; all ranks must call it.
+    """Flush every file in ``folder`` to disk, read it back, and record it in the manifest; all ranks must call it.
 
-    PyTorch's archives carry a checksum of each tensor that was made before writing, and are held against it.
+    PyTorch's archives contain a checksum of each tensor, computed in memory before writing; they are checked as well.
 
     Raises:
-        OSError: a file is not what was written to it, or cannot be read; on every rank alike.
+        OSError: a file differs from what was written to it, or cannot be read; raised on all ranks.
     """
-    names = gather_objects(files_of(folder) if rank() == 0 else None)[0]  # one list, however a shared disk is cached
+    names = gather_objects(files_of(folder) if rank() == 0 else None)[0]  # one list, even if a shared disk is cached
     mine: dict[str, dict[str, Any]] = {}
     problem = None
     try:
@@ -56,7 +56,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def missing_or_resized(folder: Path) -> str | None:
-    """What is wrong with a folder by its files' names and sizes alone, in a few words; None: nothing."""
+    """Describe damage visible from file names and sizes alone; None if there is none."""
     listed = _listed(folder)
     if isinstance(listed, str):
         return listed
@@ -73,9 +73,9 @@ def missing_or_resized(folder: Path) -> str | None:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a folder, its content read and compared, in a few words; None: nothing.
+    """Describe damage to a folder after reading and comparing all contents; None if there is none.
 
-    All ranks must call it, and all get the same answer.
+    All ranks must call it and get the same result.
     """
     problem = missing_or_resized(folder)
     listed = _listed(folder)
@@ -85,7 +85,7 @@ def damage_of(folder: Path) -> str | None:
 
 
 def changed_file(folder: Path, below: str) -> str | None:
-    """As :func:`damage_of`, of the files in one folder below only, and by this process alone."""
+    """As :func:`damage_of`, but only for the files in the subfolder ``below``, and in this process alone."""
     listed = _listed(folder)
     if isinstance(listed, str):
         return listed
@@ -101,12 +101,12 @@ def _first_changed(folder: Path, files: dict[str, dict[str, Any]]) -> str | None
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"
         if now != {key: record[key] for key in now}:
-            return f"{name} is not what was written: its checksum differs"
+            return f"{name} is corrupt: its checksum differs from the one recorded when it was written"
     return None
 
 
 def _listed(folder: Path) -> dict[str, dict[str, Any]] | str:
-    """The manifest's files, or what is wrong with it."""
+    """The files in the manifest, or what is wrong with it."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         files = {str(name): dict(record) for name, record in manifest["files"].items()}
@@ -128,19 +128,19 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _check_content(path: Path) -> None:
-    """Hold an archive or a weights file against what it says of itself.
+    """Check an archive or a weights file against its own checksums or header.
 
     Raises:
-        OSError: they do not agree.
+        OSError: it is inconsistent.
     """
     try:
         if path.suffix == ".pt":
             with zipfile.ZipFile(path) as archive:
                 wrong = archive.testzip()
             if wrong is not None:
-                raise OSError(f"{wrong} in it was written wrongly")
+                raise OSError(f"{wrong} in it is corrupt")
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt"):
                 pass
     except (zipfile.BadZipFile, SafetensorError, EOFError) as error:
-        raise OSError(f"not a whole file: {str(error).splitlines()[0]}") from None
+        raise OSError(f"incomplete or corrupt file: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""Taking possession of a run directory: new, to be resumed, or already complete; never overwritten in silence."""
+"""Claiming a run directory: new, to be resumed, or already finished; never silently overwritten."""
 
 import json
 import os
@@ -21,16 +21,16 @@ CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.j
 
 @dataclass(frozen=True)
 class RunStart:
-    """How a run begins.
+    """How a run starts.
 
     Attributes:
-        checkpoint: what to resume from; None for a run from its beginning, or a complete one that has none left.
+        checkpoint: checkpoint to resume from; None: start from the beginning, or a finished run without checkpoints.
         epoch: epochs already trained.
-        finished: the run is complete: there is nothing to train.
-        restarted: the directory holds a run that left no checkpoint, so it begins again.
-        fresh: the directory held no run; with a checkpoint, the run starts from one of another run.
-        earlier: complete checkpoints before ``checkpoint`` that may take its place, oldest first.
-        damaged: checkpoints that were skipped, with what is wrong with each.
+        finished: the run is finished; there is nothing to train.
+        restarted: the directory holds a run without a checkpoint, which starts again from the beginning.
+        fresh: the directory held no run; with a checkpoint, this is another run's.
+        earlier: earlier complete checkpoints to fall back to, oldest first.
+        damaged: skipped checkpoints with a description of the damage.
     """
 
     checkpoint: Path | None
@@ -41,42 +41,42 @@ class RunStart:
     earlier: tuple[Path, ...] = ()
     damaged: tuple[tuple[Path, str], ...] = ()
 
-    def passing_over(self, problem: str) -> "RunStart":
-        """The start from the checkpoint before, since this one's is damaged.
+    def fall_back(self, problem: str) -> "RunStart":
+        """The start from the previous checkpoint, because this one is damaged.
 
         Raises:
-            UserError: there is none before it.
+            UserError: there is no undamaged earlier one.
         """
         assert self.checkpoint is not None
         damaged = (*self.damaged, (self.checkpoint, problem))
         if not self.earlier:
             what = "; ".join(f"{path}: {text}" for path, text in damaged)
             raise UserError(
-                f"every checkpoint is damaged, so there is nothing to resume from ({what}); name another one with "
-                "--resume CHECKPOINT, or start over in another output_dir"
+                f"every checkpoint is damaged, so there is nothing to resume from ({what}); give another one with "
+                "--resume CHECKPOINT, or start again in another output_dir"
             )
         *earlier, checkpoint = self.earlier
-        return replace(self, checkpoint=checkpoint, earlier=tuple(earlier), damaged=damaged)._whole_by_sight()
+        return replace(self, checkpoint=checkpoint, earlier=tuple(earlier), damaged=damaged)._skip_visible_damage()
 
-    def _whole_by_sight(self) -> "RunStart":
-        """Pass over what is damaged by its files' names and sizes; sets :attr:`epoch`."""
+    def _skip_visible_damage(self) -> "RunStart":
+        """Fall back until file names and sizes match the manifest; sets :attr:`epoch`."""
         assert self.checkpoint is not None
         problem = visible_damage(self.checkpoint)
         if problem is not None:
-            return self.passing_over(problem)
+            return self.fall_back(problem)
         return replace(self, epoch=int(read_state(self.checkpoint)["epoch"]))
 
 
 def claim(config: Config, resume: str) -> RunStart:
-    """Look at ``output_dir`` and decide how the run begins; changes nothing.
+    """Inspect ``output_dir`` and decide how the run starts; changes nothing.
 
     Args:
         config: the run.
-        resume: "auto" (continue where the directory's run stopped), "accept-changes" (the same, even if what it
-            reads has changed), "never", or the path of a checkpoint or a run.
+        resume: "auto" (continue the run in the directory), "accept-changes" (the same, even if its inputs have
+            changed), "never", or the path of a checkpoint or a run.
 
     Raises:
-        UserError: the directory holds another run, or cannot hold one, or ``resume`` names no checkpoint.
+        UserError: the directory holds another run or is not writable, or ``resume`` is not a checkpoint.
     """
     folder = Path(config.output_dir)
     _check_writable(folder)
@@ -106,25 +106,25 @@ def claim(config: Config, resume: str) -> RunStart:
 
 def _from_newest(candidates: list[Path], *, finished: bool, fresh: bool = False) -> RunStart:
     *earlier, newest = candidates
-    return RunStart(newest, 0, finished=finished, fresh=fresh, earlier=tuple(earlier))._whole_by_sight()
+    return RunStart(newest, 0, finished=finished, fresh=fresh, earlier=tuple(earlier))._skip_visible_damage()
 
 
 def verified(start: RunStart) -> RunStart:
-    """Read the checkpoint of a start and hold it against its manifest; where it is damaged, go back to one that is not.
+    """Compare the checkpoint's contents with its manifest, and fall back to an earlier one if it is damaged.
 
-    All ranks must call it, and share the reading.
+    All ranks must call it; they share the reading.
 
     Raises:
-        UserError: none is whole.
+        UserError: all checkpoints are damaged.
     """
     while start.checkpoint is not None and (problem := damage_of(start.checkpoint)) is not None:
-        start = start.passing_over(problem)
+        start = start.fall_back(problem)
     return start
 
 
 def open_run(config: Config, start: RunStart) -> None:
-    """Record the resolved configuration in the run directory, and take away what the run has left behind: the summary
-    of an earlier, shorter run, and damaged checkpoints, which get another name.
+    """Write the resolved configuration into the run directory, and clean up after an earlier part of the run: delete
+    its summary, and rename damaged checkpoints.
 
     Raises:
         UserError: the directory cannot be written.
@@ -134,7 +134,7 @@ def open_run(config: Config, start: RunStart) -> None:
         write_atomically(path, dump_config(config))
         (path.parent / SUMMARY_FILE).unlink(missing_ok=True)
         for damaged, _ in start.damaged:
-            if damaged.parent.resolve() == (path.parent / "checkpoints").resolve():  # another run's are its own affair
+            if damaged.parent.resolve() == (path.parent / "checkpoints").resolve():  # not another run's
                 set_aside(damaged)
     except OSError as error:
         raise UserError(f"output_dir: {path.parent} cannot be written: {error.strerror}") from None
@@ -154,7 +154,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _checkpoints_at(path: Path) -> list[Path]:
-    """What ``--resume`` names: a run's checkpoints, oldest first, or the one."""
+    """The checkpoints that ``--resume`` refers to: all of a run, oldest first, or a single one."""
     if not path.is_dir():
         raise UserError(
             f"--resume: {path} is not a folder; allowed: auto, {ACCEPT}, never, or the path of a checkpoint or a run"
@@ -169,7 +169,7 @@ def _checkpoints_at(path: Path) -> list[Path]:
 
 
 def _check_newest_of(folder: Path, checkpoint: Path, resume: str) -> None:
-    """Going on in the same directory from another run, or from before its end, would overwrite what it holds."""
+    """Refuse to continue a directory from another run or from an earlier checkpoint, which would overwrite it."""
     if folder.resolve() not in checkpoint.resolve().parents:
         raise UserError(
             f"output_dir: {folder} already holds a run other than --resume {resume}; choose another output_dir"
@@ -194,13 +194,13 @@ def _check_same_run(folder: Path, config: Config) -> None:
     if not path.is_file():
         raise UserError(f"output_dir: {folder} holds a run without {CONFIG_FILE}; choose another output_dir")
     try:
-        earlier = load_config(path)  # what a newer version added has its default
+        earlier = load_config(path)  # settings added by newer versions get their defaults
     except UserError as error:
         raise UserError(
             f"output_dir: {folder} holds a run that cannot be resumed ({error}); choose another output_dir"
         ) from None
     before, now = (dict(flattened(either.model_dump(mode="json"))) for either in (earlier, config))
-    # Where the model's content is compared, a revision is but a name: the way back to it where a branch moved on.
+    # If the model's content is compared, its revision may change: that is the way back if a branch has moved on.
     free = ("free", "by_content") if (folder / INPUTS_FILE).is_file() else ("free",)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and role_of(Config, key).on_resume not in free:

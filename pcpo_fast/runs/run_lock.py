@@ -1,4 +1,4 @@
-"""Never two runs in one folder: a lock that is released when its process ends."""
+"""A lock that prevents two runs from using one folder; released when the process ends."""
 
 import os
 import socket
@@ -16,15 +16,15 @@ _held: set[Path] = set()
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock within the block; a folder that is created for it and stays empty is removed again.
+    """Hold the folder's lock within the block; a folder that was created for it and is still empty is removed.
 
-    Where the system has no locks nothing is held; where the file system has none, a warning says so.
+    Without locks in the operating system nothing is done; without locks in the file system a warning is issued.
 
     Raises:
-        UserError: another run holds it; says which process on which machine, since when.
+        UserError: another run holds the lock; the message names its process, machine and start.
     """
     place, is_new = folder.resolve(), not folder.exists()
-    if place in _held:  # the lock does not keep out its own process
+    if place in _held:  # the lock does not exclude its own process
         raise UserError(f"output_dir: {folder} is already in use by a run of this process")
     try:
         attempt = lock_folder(folder, inherited=False)
@@ -37,12 +37,12 @@ def only_run(folder: Path) -> Iterator[None]:
         if attempt.holder is not None:
             raise UserError(
                 f"output_dir: another run is using {folder} ({attempt.holder or 'it has just started'}); wait for "
-                "it, end it, or choose another output_dir"
+                "it, stop it, or choose another output_dir"
             )
         if attempt.refused:
             warnings.warn(
-                f"output_dir: the file system of {folder} has no locks ({attempt.refused}): nothing but you keeps a "
-                "second run out of it",
+                f"output_dir: the file system of {folder} does not support locks ({attempt.refused}): make sure "
+                "yourself that no second run uses it",
                 stacklevel=3,
             )
         else:

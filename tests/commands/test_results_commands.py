@@ -265,16 +265,16 @@ def test_export_of_an_earlier_epoch_a_checkpoint_and_the_default_folders(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nowhere",), "nowhere is not a run directory: there is no such folder"),
-        (("{run}/images",), "holds no complete checkpoint"),
+        (("nowhere",), "nowhere is not a run directory: the folder does not exist"),
+        (("{run}/images",), "has no complete checkpoint"),
         (("{run}", "--epoch", "7"), "has no checkpoint after 7 epochs; it has 1, 2"),
-        (("{run}/checkpoints/epoch_000001", "--epoch", "1"), "is a single checkpoint; name its run directory"),
+        (("{run}/checkpoints/epoch_000001", "--epoch", "1"), "is a single checkpoint; give its run directory"),
         (("{run}", "--output", "{run}/images"), "is not an empty folder; choose another one or remove it"),
         (("{run}", "--output", "{run}/config.yaml"), "is not an empty folder"),
         (("{run}", "--output", "{run}/config.yaml/x"), "cannot be written"),
         (
             ("{run}", "--format", "kohya"),
-            "--format kohya: only LoRA files have layer names to choose, and this is a full",
+            "--format kohya: only applies to LoRA files, but this is a full",
         ),
         (("{run}", "--format", "kohya", "--pipeline"), "and this is a whole pipeline"),
     ],

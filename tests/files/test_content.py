@@ -150,7 +150,7 @@ def test_reading_anew_finds_what_left_no_trace(tmp_path: Path, monkeypatch: pyte
         patch.setattr(pcpo_fast.files.content, "write_atomically", refuse)
         with pytest.raises(UserError, match=r"record/\w+ is out of date and cannot be written: No space left"):
             Contents(record, anew=True).of_file(file)
-    with pytest.warns(UserWarning, match=r"model.safetensors changed without a trace in its size and times"):
+    with pytest.warns(UserWarning, match=r"model.safetensors changed although its size and times did not"):
         assert Contents(record, anew=True).of_file(file) == true_hash(NEW)
     assert Contents(record).of_file(file) == true_hash(NEW)
 
@@ -177,8 +177,8 @@ def test_much_to_read_is_announced_until_it_is_known(
     Contents(tmp_path / "record").of_files(files)
     said = capsys.readouterr().err
     assert said == (
-        "Reading 0.0 GB of model files to know them by their content, once: "
-        f"{tmp_path / 'record'} remembers what is in them\n"
+        "Hashing 0.0 GB of model files (once: the hashes are kept in "
+        f"{tmp_path / 'record'})\n"
     )
     Contents(tmp_path / "record").of_files(files)
     assert capsys.readouterr().err == ""

@@ -106,7 +106,7 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, name: str, text: s
         ("a cat\n".encode("utf-16-le"), "line 1 contains a NUL character, as UTF-16 without a byte order mark does"),
         ("a cat\n".encode("utf-16-be"), "line 1 contains a NUL character"),
         (b"a cat\na \0 dog\n", "line 2 contains a NUL character"),
-        ("a cat\n".encode("utf-16") + b"x", "is not valid UTF-16, although its byte order mark says so"),
+        ("a cat\n".encode("utf-16") + b"x", "is not valid UTF-16 despite its byte order mark"),
     ],
 )
 def test_what_only_looks_like_text(tmp_path: Path, content: bytes, message: str) -> None:
@@ -297,7 +297,7 @@ def test_published_lists_are_read_as_they_are(name: str, tmp_path: Path) -> None
         ("a.csv", 'prompt\n"abc\n', "line 2: not a valid table: unexpected end of data$"),
         ("a.csv", "prompt,b\n,2\n", 'line 2: "prompt" must be a non-empty string, got an empty string$'),
         ("a.csv", "prompt\n", "is empty; it needs at least one prompt$"),
-        ("a.csv", "\nprompt,b,b\nx,1,2\n", 'line 2: the header lists the column "b" twice$'),
+        ("a.csv", "\nprompt,b,b\nx,1,2\n", 'line 2: duplicate column "b" in the header$'),
         ("a.csv", "prompt,Prompt\nx,y\n", 'line 1: both "prompt" and "Prompt" could be the prompt'),
         ("a.tsv", "caption\tb\n \tx\n", 'line 2: "caption" must be a non-empty string, got an empty string$'),
         ("a.jsonl", '["x",\n "y"\n "z"]', "a.jsonl line 3: not valid JSON: .* \\(column 2\\)$"),
@@ -346,7 +346,7 @@ def test_without_datasets_parquet_is_a_sentence(tmp_path: Path, monkeypatch: pyt
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         write(tmp_path / split, "state.json", "{}")
-    with pytest.raises(UserError, match=r"is a dataset with splits; name one of them: test, train$"):
+    with pytest.raises(UserError, match=r"is a dataset with splits; give the folder of one: test, train$"):
         load_prompts(tmp_path)
 
 

@@ -198,7 +198,7 @@ def test_a_missing_piece_is_no_obstacle(small: Path, piece: str) -> None:
     page = report(small)
     assert len(page.all("section")) == 10
     if piece == "credit.json":
-        assert "There is no credit.json" in page.text
+        assert "There is no readable credit.json" in page.text
     if piece == "images":
         assert page.all("img") == []
     if piece == "summary.json":
@@ -244,8 +244,8 @@ def test_damaged_images_are_left_out_and_named(small: Path) -> None:
     (small / "images" / "before_after.png").write_text("<svg onload=alert(1)>")
     page = report(small)
     assert len(page.all("img")) == 1
-    assert "images/epoch_0001.png is not a whole PNG image" in page.text
-    assert "images/before_after.png is not a whole PNG image" in page.text
+    assert "images/epoch_0001.png is not a valid PNG image" in page.text
+    assert "images/before_after.png is not a valid PNG image" in page.text
 
 
 def test_grids_of_a_future_that_was_given_up_are_left_out(run: Path) -> None:
@@ -270,7 +270,7 @@ def test_long_runs_and_large_images_stay_small(tmp_path: Path) -> None:
 
 
 def test_not_a_run_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="folder does not exist"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"neither metrics\.jsonl nor config\.yaml"):
         write_report(tmp_path)

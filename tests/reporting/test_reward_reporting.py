@@ -43,7 +43,7 @@ def test_the_report_counts_groups_that_were_left_out(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     page = write_report(folder).read_text(encoding="utf-8")
     assert "Groups left out because a reward failed: 6." in page
-    assert "What each reward has to say in the sum, over epochs" in page
+    assert "Influence of each reward on the sum, over epochs" in page
 
 
 def half_nan(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

@@ -81,9 +81,9 @@ def test_rewards_against_the_scale(tmp_path: Path) -> None:
     assert [len(axes.texts) for axes in (second, third)] == [0, 0]
     assert [text.get_text() for text in third.get_legend().get_texts()] == ["mean of 12 images"]
     save_figure(figure, tmp_path / "plot.png")
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="nothing to plot"):
         scale_figure({}, 1)
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="nothing to plot"):
         scale_figure({"one": []}, 1)
 
 

@@ -251,7 +251,7 @@ def test_a_disk_that_is_full_or_read_only_is_one_sentence_and_leaves_the_earlier
         if where == "weights":  # whatever the policy's writer calls
             patch.setattr(bench.policy, "save_weights", full)
         with pytest.raises(
-            UserError, match=r"cannot be written: .*; the run can be resumed from epoch_000001"
+            UserError, match=r"cannot be written: .*; once there is space and permission, resume from epoch_000001"
         ) as caught:
             save(bench, tmp_path, 2)
     assert "\n" not in str(caught.value)
@@ -294,7 +294,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_weights_is_refused(
     pipeline_folder: Path, lora_checkpoint: Path, overrides: tuple[str, ...]
 ) -> None:
-    with pytest.raises(UserError, match="belongs to other trained weights"):
+    with pytest.raises(UserError, match="is for other trained weights"):
         load_checkpoint(lora_checkpoint, bench_of(pipeline_folder, *overrides).engine)
 
 
@@ -302,7 +302,7 @@ def test_a_shard_for_every_rank_must_be_there(pipeline_folder: Path, tmp_path: P
     bench = bench_of(pipeline_folder, *LORA)
     path = save(bench, tmp_path, 1)
     edit_state(path, world_size=8)
-    with pytest.raises(UserError, match="holds no engine state"):
+    with pytest.raises(UserError, match="has no engine state"):
         load_checkpoint(path, bench.engine)
 
 

@@ -44,9 +44,9 @@ def test_a_whole_folder_has_no_damage(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words", "visible"),
     [
-        (lambda f: flip(f / "engine" / "shard.pt", 3000), "engine/shard.pt is not what was written", False),
+        (lambda f: flip(f / "engine" / "shard.pt", 3000), "engine/shard.pt is corrupt", False),
         (lambda f: flip(f / "weights" / "w.safetensors", -1), "weights/w.safetensors is not what was", False),
-        (lambda f: (f / "state.json").write_text("[]"), "state.json is not what was written", False),
+        (lambda f: (f / "state.json").write_text("[]"), "state.json is corrupt", False),
         (lambda f: (f / "state.json").write_text("{} "), "state.json has 3 bytes, not 2", True),
         (lambda f: (f / "weights" / "w.safetensors").unlink(), "weights/w.safetensors is missing", True),
         (lambda f: (f / "engine" / "other.pt").touch(), "engine/other.pt is not in its manifest", True),
@@ -67,7 +67,7 @@ def test_one_part_of_a_folder_can_be_read_alone(folder: Path) -> None:
     flip(folder / "engine" / "shard.pt", 3000)
     assert changed_file(folder, "weights") is None
     flip(folder / "weights" / "w.safetensors", -1)
-    assert "weights/w.safetensors is not what was written" in str(changed_file(folder, "weights"))
+    assert "weights/w.safetensors is corrupt" in str(changed_file(folder, "weights"))
     (folder / "weights" / "w.safetensors").unlink()
     assert changed_file(folder, "weights") == "weights/w.safetensors is missing"
 

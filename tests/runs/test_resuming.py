@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(copy_of_full: Run, caps
     arguments = ("train", "--config", copy_of_full.config, "train.epochs=3", "logging.tensorboard=false")
     answer = call(capsys, *arguments)
     assert answer.code == 0, answer.err
-    assert f"warning: checkpoint {newest} is damaged (engine/{shard.name} is not what was written" in answer.out
+    assert f"warning: checkpoint {newest} is damaged (engine/{shard.name} is corrupt" in answer.out
     assert f"Resuming after epoch 1 from {run / 'checkpoints' / 'epoch_000001'}" in answer.out
     assert [line["epoch"] for line in records(run) if line["kind"] == "epoch"] == [0, 1, 2]
     names = {path.name for path in (run / "checkpoints").iterdir()}
@@ -258,10 +258,10 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     assert answer.err == (
         f"error: the run in {run} cannot be resumed because its inputs have changed: "
         f"model.path (text_encoder/model.safetensors and 1 more in {own_pipeline}); "
-        f"prompts.heldout ({heldout}: 2 prompts then, 2 different ones now); "
-        f"prompts.train ({prompts}: 3 prompts then, 4 different ones now); "
+        f"prompts.heldout ({heldout}: 2 prompts before, 2 different ones now); "
+        f"prompts.train ({prompts}: 3 prompts before, 4 different ones now); "
         f"reward rewards_of_this_test:redness, module rewards_of_this_test (rewards_of_this_test.py in {tmp_path}); "
-        "restore it, choose another output_dir, or accept the change with --resume accept-changes\n"
+        "restore them, choose another output_dir, or accept the changes with --resume accept-changes\n"
     )
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

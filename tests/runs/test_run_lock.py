@@ -127,7 +127,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with (
-        pytest.warns(UserWarning, match=r"the file system of .* has no locks \(No locks available\)"),
+        pytest.warns(UserWarning, match=r"the file system of .* does not support locks \(No locks available\)"),
         only_run(tmp_path),
     ):
         pass
