@@ -7,7 +7,7 @@ For notebooks and scripts (docs/python.md)::
     run = pcpo_fast.train("configs/tiny_flux.yaml", {"train.epochs": 20})
     run.before_after
 
-Importing this loads neither PyTorch nor any other library; the first call does.
+Importing the package loads neither PyTorch nor any other library; the first call does.
 """
 
 import logging
@@ -28,7 +28,7 @@ _FUNCTIONS = {
     "compare": "comparing",
     "export": "exporting",
 }
-"""Function -> its module in :mod:`pcpo_fast.interface`."""
+"""Public functions, and their modules in :mod:`pcpo_fast.interface`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -45,7 +45,7 @@ def __dir__() -> list[str]:
 
 
 def _check_kernels() -> None:
-    """pcpo_kernels comes with this package, and a copy of another version may have been installed over it."""
+    """Check the version of pcpo_kernels, which this package bundles: another copy may have been installed over it."""
     spec = find_spec("pcpo_kernels")  # importing it would load PyTorch
     if spec is None or spec.origin is None:
         return
@@ -53,15 +53,15 @@ def _check_kernels() -> None:
     found = run_path(str(file))["__version__"] if file.is_file() else "of unknown version"
     if found != __version__:
         raise ImportError(
-            f"pcpo_fast {__version__} needs pcpo_kernels {__version__}, and {file.parent} is {found}: uninstall "
-            "pcpo-kernels, and install pcpo-fast again, which brings its own"
+            f"pcpo_fast {__version__} needs pcpo_kernels {__version__}, but {file.parent} is {found}: uninstall "
+            "pcpo-kernels, then reinstall pcpo-fast, which bundles the right version"
         )
 
 
 _check_kernels()
 
 # Importing peft imports bitsandbytes, which on a CPU with AVX512-BF16 looks for a 4-bit kernel on the Hugging Face hub
-# and warns where there is none. Nothing here uses that kernel.
+# and warns if there is none. Nothing here uses that kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward from kernels-community" not in str(record.msg)
 )

@@ -1,4 +1,4 @@
-"""The command line: ``pcpo-fast COMMAND``; a user's mistake is one sentence and exit code 2, never a traceback."""
+"""The command line ``pcpo-fast COMMAND``: user errors end with one sentence and exit code 2, without a traceback."""
 
 import argparse
 import atexit
@@ -46,13 +46,13 @@ COMMANDS = (
     serve_reward,
 )
 NEEDED = ("deepspeed", "diffusers", "numpy", "peft", "pydantic", "rich", "safetensors", "torch", "transformers", "yaml")
-"""What commands import: without one of them, Python is another than the project was installed for."""
+"""Packages that the commands import; if one is missing, this is not the Python that the project was installed into."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in the same way as the rest of the program, and takes options by their whole name only."""
+    """Reports errors like the rest of the program, and does not accept abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter  # keeps the lines of examples
@@ -61,12 +61,12 @@ class Parser(argparse.ArgumentParser):
             self.register("type", kind, _number(kind))
 
     def error(self, message: str) -> NoReturn:
-        """Leave with one sentence."""
-        self.exit(EXIT_USER_ERROR, f"error: {message} ({self.prog} --help shows what it takes)\n")
+        """Exit with one sentence."""
+        self.exit(EXIT_USER_ERROR, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """Numbers as configurations take them: Python would read ``0_7`` as 7, and ``0123`` as 123."""
+    """Parse numbers as in configurations, without Python's ``0_7`` (read as 7) and ``0123`` (read as 123)."""
 
     def read(text: str) -> float:
         if "_" in text or re.match(r"[-+]?0\d", text.strip()):
@@ -84,7 +84,7 @@ def build_parser() -> Parser:
         epilog="example:\n  pcpo-fast train            the demo: tiny FLUX on a CPU, in about two minutes",
     )
     parser.add_argument("--version", action="version", version=f"pcpo-fast {__version__}")
-    # `deepspeed --module pcpo_fast COMMAND` puts it before the command; the rank that counts is in the environment.
+    # `deepspeed --module pcpo_fast COMMAND` puts this before the command; the actual rank is in the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -93,12 +93,12 @@ def build_parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line; settings (``key=value``) may stand anywhere among the options."""
+    """Parse a command line; settings (``key=value``) may appear anywhere among the options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     takes_settings = hasattr(arguments, "settings")
     if takes_settings:
-        # argparse takes one run of settings only, and returns those behind the next option as unknown.
+        # argparse accepts only one contiguous group of settings, and returns those after the next option as unknown.
         arguments.settings += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
     if rest:
@@ -107,13 +107,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         hint = _as_setting(rest[0], following) if takes_settings else ""
         parser.error(f"unknown arguments: {' '.join(rest)}{hint}")
     for name, value in vars(arguments).items():
-        if isinstance(value, str) and value.startswith("~/"):  # as in --config=~/run.yaml, which shells leave alone
+        if isinstance(value, str) and value.startswith("~/"):  # as in --config=~/run.yaml, which shells do not expand
             setattr(arguments, name, os.path.expanduser(value))
     return arguments
 
 
 def _as_setting(option: str, following: list[str]) -> str:
-    """A hint for a setting that is written as an option; other trainers take ``--deepspeed FILE``."""
+    """A hint for a setting that was written as an option, such as ``--deepspeed FILE`` in other trainers."""
     from pcpo_fast.config.messages import dotted_keys
     from pcpo_fast.config.schema import Config
 
@@ -127,12 +127,12 @@ def _as_setting(option: str, following: list[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = parse(argv)
-    # transformers reports at import what it does without; none of it concerns this program.
+    # transformers reports missing optional packages at import; they do not matter here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     ranks = 1
     try:
         with _short_messages():
-            if getattr(arguments, "local_rank", None) is not None:  # of a command that a launcher may start
+            if getattr(arguments, "local_rank", None) is not None:  # commands that a launcher may start
                 ranks = adopt_launch()
             code = int(arguments.run(arguments))
             sys.stdout.flush()
@@ -160,11 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone (``| head``): no more to say, and nothing to flush into.
+        # The reader of our output has closed it (``| head``); flushing at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # A full disk, a folder without permission: the machine's state, not a fault of the program.
+        # A full disk or missing permission: a problem of the machine, not of the program.
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -173,19 +173,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command, and end the process with its exit code."""
+    """Run a command and exit with its code."""
     end = _End()
-    # What is registered first runs last: after what libraries have to finish.
+    # The first registered handler runs last, after those of the libraries.
     atexit.register(end.leave_threads)
     try:
         end.code = main(argv)
     except Exception as error:
-        print(f"error: {_last_resort(error)}", file=sys.stderr)
+        print(f"error: {_report_bug(error)}", file=sys.stderr)
     sys.exit(end.code)
 
 
-def _last_resort(error: Exception) -> str:
-    """One sentence on a fault of the program's own, whose traceback goes into a file."""
+def _report_bug(error: Exception) -> str:
+    """Write the traceback of an unexpected error to a file; returns one sentence about it."""
     import tempfile
     import traceback
 
@@ -199,13 +199,13 @@ def _last_resort(error: Exception) -> str:
     except OSError:
         traceback.print_exception(error)
         return summary
-    return f"{summary} (a fault of pcpo-fast, not of yours: the traceback is in {file.name}; please report it)"
+    return f"{summary} (a bug in pcpo-fast; please report it with the traceback in {file.name})"
 
 
 class _End:
-    """The end of the process. A run that is stopped leaves threads behind: a reward at work, the ranks' watchdog.
+    """Ends the process if threads are left, such as a running reward or the watchdog after a run was stopped.
 
-    One that comes back from C++ while Python is being taken down would abort the process, whatever its exit code was.
+    A thread that returns from C++ while Python shuts down would abort the process and change its exit code.
     """
 
     code = 1
@@ -219,7 +219,7 @@ class _End:
 
 @contextmanager
 def _short_messages() -> Iterator[None]:
-    """Warnings, and threads that cannot write, in one line each; libraries' notes to developers not at all."""
+    """Print warnings, and I/O errors of threads, on one line each; hide deprecation warnings of libraries."""
 
     def show(
         message: Warning | str,
@@ -233,7 +233,7 @@ def _short_messages() -> Iterator[None]:
             print("warning:", " ".join(str(message).split()), file=sys.stderr)
 
     def show_in_thread(thrown: threading.ExceptHookArgs) -> None:
-        if isinstance(thrown.exc_value, OSError):  # TensorBoard writes from a thread of its own, and the disk is full
+        if isinstance(thrown.exc_value, OSError):  # for example TensorBoard's writer thread on a full disk
             print(f"warning: {thrown.exc_value}", file=sys.stderr)
         else:
             threading.__excepthook__(thrown)

@@ -1,7 +1,7 @@
 """Fused ops for policy-gradient training of diffusion and flow models.
 
-Knows tensors only: a sampler step is a row of (a, b, std), a credit rule a row of (linear, quadratic, scale).
-The transformer's own elementwise chains are here too.
+All arguments are tensors: a sampler step is a row of (a, b, std), a credit rule a row of (linear, quadratic, scale).
+The package also fuses the elementwise operations inside diffusion transformers.
 """
 
 from pcpo_kernels.accelerate import accelerate, restore

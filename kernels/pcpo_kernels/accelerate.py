@@ -1,4 +1,4 @@
-"""Fused ops inside an unmodified diffusers transformer: in by one call, out by another."""
+"""Install the fused ops in an unmodified diffusers transformer, and remove them again."""
 
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -9,8 +9,8 @@ from torch import nn
 from pcpo_kernels import block_forwards
 from pcpo_kernels.attention_processors import FluxProcessor, JointProcessor, head_norm
 
-# By the name of the class, and here rather than in a model family: each function repeats the forward of just that
-# class, and this package imports neither diffusers nor pcpo_fast.
+# By class name, and here rather than in a model family: each function reimplements the forward of one class, and this
+# package imports neither diffusers nor pcpo_fast.
 BLOCKS: dict[str, Callable[..., Any]] = {
     "FluxTransformerBlock": block_forwards.flux_double_block,
     "FluxSingleTransformerBlock": block_forwards.flux_single_block,
@@ -30,33 +30,33 @@ FORWARDS = (*BLOCKS.values(), *NORMS.values(), head_norm)
 
 
 def accelerate(transformer: nn.Module) -> int:
-    """Let the blocks of a diffusers transformer compute with this package's ops; :func:`restore` undoes it.
+    """Make the blocks of a diffusers transformer use this package's ops; :func:`restore` undoes it.
 
-    The transformer is changed in place: its blocks, their adaptive norms and the norms of their heads get another
-    ``forward``, their attention another processor. Weights, names, hooks and adapters (LoRA) stay as they are, and
-    every layer with weights is still called as a module. An attention whose processor or norms are not the model's own
-    (an IP adapter's, say) is left as it is. A second call does nothing more.
+    The transformer is changed in place: its blocks, their adaptive norms and the norms of their attention heads get
+    another ``forward``, their attention another processor. Weights, names, hooks and adapters (LoRA) are unchanged, and
+    every layer with weights is still called as a module. Attention with another processor or other norms than the
+    model's own (for example an IP adapter's) is not changed. Calling it again has no effect.
 
     Args:
-        transformer: a FLUX or Stable Diffusion 3 transformer of diffusers, or a module that contains one.
+        transformer: a diffusers FLUX or Stable Diffusion 3 transformer, or a module that contains one.
 
     Returns:
-        How many blocks compute with the ops.
+        Number of accelerated blocks.
 
     Raises:
-        ValueError: there is no block that is known, or something else has replaced a block's ``forward``.
+        ValueError: there is no supported block, or another library has replaced a block's ``forward``.
     """
     blocks = list(_blocks(transformer))
     if not blocks:
         raise ValueError(
-            f"{type(transformer).__name__} has no block that can be accelerated; known are {', '.join(BLOCKS)}"
+            f"{type(transformer).__name__} has no block that can be accelerated; supported: {', '.join(BLOCKS)}"
         )
     parts = [part for block in blocks for part in _parts(block)]
     for module, _ in parts:
         own = vars(module).get("forward")
         if own is not None and not _is_ours(own):
             raise ValueError(
-                f"the forward of a {type(module).__name__} has been replaced by another library; accelerate it earlier"
+                f"another library has replaced the forward of a {type(module).__name__}; call accelerate before it"
             )
     for module, forward in parts:
         module.forward = MethodType(forward, module)
@@ -72,7 +72,7 @@ def restore(transformer: nn.Module) -> int:
     """Undo :func:`accelerate` completely.
 
     Returns:
-        How many blocks are diffusers' own again; 0 where none was changed.
+        Number of restored blocks; 0 if none was accelerated.
     """
     count = 0
     for module in transformer.modules():
@@ -81,7 +81,7 @@ def restore(transformer: nn.Module) -> int:
             count += type(module).__name__ in BLOCKS
         processor = vars(module).get("processor")
         if isinstance(processor, FluxProcessor | JointProcessor):
-            if isinstance(processor, FluxProcessor):  # what was set in the meantime
+            if isinstance(processor, FluxProcessor):  # keep what was set in the meantime
                 processor.original._attention_backend = processor._attention_backend
                 processor.original._parallel_config = processor._parallel_config
             module.processor = processor.original
@@ -89,7 +89,7 @@ def restore(transformer: nn.Module) -> int:
 
 
 def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
-    """Blocks of known classes whose norms have no weights, as those of the published models."""
+    """Blocks of supported classes whose layer norms have no weights, as in the published models."""
     for module in transformer.modules():
         if type(module).__name__ in BLOCKS:
             norms = [getattr(module, name, None) for name in ("norm2", "norm2_context")]
@@ -99,7 +99,7 @@ def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _parts(block: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """The modules of a block that get another forward, and which."""
+    """The modules of a block whose forward is replaced, each with the replacement."""
     yield block, BLOCKS[type(block).__name__]
     for child in block.children():
         if type(child).__name__ in NORMS:
@@ -110,7 +110,7 @@ def _parts(block: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
 
 
 def _attentions(block: nn.Module) -> Iterator[Any]:
-    """The block's attentions whose processor is the model's own, and whose heads have RMS norms."""
+    """The block's attention modules that have the model's own processor and RMS norms of the heads."""
     for name in ("attn", "attn2"):
         attention = getattr(block, name, None)
         if attention is None:

@@ -1,4 +1,4 @@
-"""What the plain references share: the dtype that they compute in, values per row, and reductions over a row."""
+"""Shared by the reference implementations: the dtype of the arithmetic, per-row values, and reductions over a row."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from pcpo_kernels.types import Reduction
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where a tensor is float64, otherwise float32."""
+    """float64 if any tensor is float64, otherwise float32."""
     kinds = [tensor.dtype for tensor in tensors if tensor is not None]
     return functools.reduce(torch.promote_types, kinds, torch.float32)
 

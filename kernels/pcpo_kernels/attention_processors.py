@@ -1,4 +1,4 @@
-"""Attention of diffusers' FLUX and Stable Diffusion 3 in which heads are normed, turned and joined at once."""
+"""Attention processors for FLUX and Stable Diffusion 3 that fuse norm, rotation and concatenation of heads."""
 
 import sys
 from typing import Any
@@ -19,16 +19,16 @@ def head_norm(
     following: tuple[Any, Tensor] | None = None,
     before: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """Forward of an RMS norm of heads, with rotation, and joined with a second sequence that another module norms.
+    """Forward of the heads' RMS norm, fused with rotation and with a second sequence that another module normalizes.
 
-    The second module is called while the first one is, so that a hook which gathers a weight for the time of its
-    module's call (ZeRO-3) has both there.
+    The second module is called inside the call of the first, so that hooks which gather a module's weight only during
+    its call (ZeRO-3) have gathered both weights.
 
     Args:
         x: [B, S, H, D].
-        cos, sin: [S, D] of the joined sequence.
+        cos, sin: [S, D] of the concatenated sequence.
         following: the other module, and the tokens that come after ``x``.
-        before: the tokens that come before ``x`` and their weight; what the first module passes to the second.
+        before: the tokens that come before ``x`` and their weight, passed from the first module to the second.
     """
     if following is not None:
         module, tokens = following
@@ -40,7 +40,7 @@ def head_norm(
 
 
 class FluxProcessor:
-    """In place of ``FluxAttnProcessor``; keeps the original, and its choice of attention backend."""
+    """Replaces ``FluxAttnProcessor``; keeps the original and its attention backend."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -96,7 +96,7 @@ class FluxProcessor:
 
 
 class JointProcessor:
-    """In place of ``JointAttnProcessor2_0``; keeps the original."""
+    """Replaces ``JointAttnProcessor2_0``; keeps the original."""
 
     def __init__(self, original: Any) -> None:
         self.original = original

@@ -1,7 +1,7 @@
-"""Forwards of diffusers' transformer blocks and their norms with the fused ops in place of their elementwise chains.
+"""Forwards of diffusers' transformer blocks and norms that use the fused ops for the elementwise operations.
 
-Each takes the arguments of the method whose place it takes, as diffusers 0.42 has it, and returns the same. Layers with
-weights are called as modules, so that LoRA and hooks (ZeRO-3, offloading) see them.
+Each has the signature and the result of the method that it replaces (diffusers 0.42). Layers with weights are called as
+modules, so that LoRA and hooks (ZeRO-3, offloading) keep working.
 """
 
 import sys
@@ -16,7 +16,7 @@ LARGEST_HALF = 65504.0
 
 
 def _clip_half(hidden: Tensor) -> Tensor:
-    """fp16 without infinities, as diffusers returns it."""
+    """Clip fp16 to its finite range, as diffusers does."""
     return hidden.clip(-LARGEST_HALF, LARGEST_HALF) if hidden.dtype == torch.float16 else hidden
 
 
@@ -28,7 +28,7 @@ def ada_layer_norm_zero(
     hidden_dtype: torch.dtype | None = None,
     emb: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """``AdaLayerNormZero``: the normed tokens, and the modulation that the block needs later."""
+    """``AdaLayerNormZero``: the normalized tokens, and the modulation for the rest of the block."""
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
@@ -42,7 +42,7 @@ def ada_layer_norm_zero_single(self: Any, x: Tensor, emb: Tensor | None = None) 
 
 
 def sd35_ada_layer_norm_zero_x(self: Any, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
-    """``SD35AdaLayerNormZeroX``: two modulations of one norm, which is taken twice (it is read, not stored)."""
+    """``SD35AdaLayerNormZeroX``: two modulations of one norm, which is computed twice instead of being stored."""
     rows = self.linear(self.silu(emb)).chunk(9, dim=1)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = rows
     first, second = (modulated_norm(hidden_states, *pair, self.norm.eps) for pair in ((shift, scale), (shift2, scale2)))
@@ -57,7 +57,7 @@ def flux_double_block(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``FluxTransformerBlock``: text and image, each with weights of its own."""
+    """``FluxTransformerBlock``: text and image with separate weights."""
     normed, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
     text_normed, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
     image, text, *adapter = self.attn(
@@ -68,7 +68,7 @@ def flux_double_block(
     )
     hidden_states, normed = gated_residual_norm(hidden_states, image, gate, shift_mlp, scale_mlp, self.norm2.eps)
     hidden_states = gated_residual(hidden_states, self.ff(normed), gate_mlp)
-    for output in adapter:  # of images as prompts
+    for output in adapter:  # of an IP adapter
         hidden_states = hidden_states + output
     encoder_hidden_states, normed = gated_residual_norm(
         encoder_hidden_states, text, text_gate, text_shift, text_scale, self.norm2_context.eps
@@ -103,7 +103,7 @@ def joint_block(
     temb: Tensor,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """``JointTransformerBlock`` of Stable Diffusion 3 and 3.5; the last one drops its text."""
+    """``JointTransformerBlock`` of Stable Diffusion 3 and 3.5; the last block drops the text."""
     named = joint_attention_kwargs or {}
     normed, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(hidden_states, emb=temb)
     if self.context_pre_only:
@@ -129,7 +129,7 @@ def joint_block(
 
 
 def _feed_forward(block: Any, layer: Any, normed: Tensor) -> Tensor:
-    """The layer, in chunks where the block was told so."""
+    """The feed-forward layer, in chunks if the block is set up for that."""
     if block._chunk_size is None:
         result: Tensor = layer(normed)
     else:

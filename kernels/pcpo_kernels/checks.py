@@ -1,4 +1,4 @@
-"""Argument checks shared by every backend: one clear sentence each."""
+"""Argument checks shared by all ops and backends."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError for a number, a list or None where a tensor belongs."""
+    """Raise TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
@@ -49,13 +49,13 @@ def check_integer_rows(name: str, tensor: Tensor, output: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, output: Tensor) -> None:
-    """Raise ValueError where two tensors are on different devices."""
+    """Raise ValueError if the two tensors are on different devices."""
     if tensor.device != output.device:
         raise ValueError(f"{name} is on {tensor.device} but the output is on {output.device}")
 
 
 def check_batched(name: str, tensor: Tensor) -> None:
-    """Raise for anything but a tensor with a row axis and at least one element axis."""
+    """Raise unless ``tensor`` is a tensor with a row axis and at least one more axis."""
     check_tensor(name, tensor)
     if tensor.dim() < 2:
         raise ValueError(f"{name} must be [B, ...] with at least two axes, got shape {tuple(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""Which implementation an op runs on: Triton where the tensor's device has it, the reference elsewhere."""
+"""Choice of implementation: Triton for tensors on a GPU, the reference otherwise."""
 
 import importlib.util
 import os
@@ -14,12 +14,12 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 def backend_for(tensor: Tensor, *others: Tensor | None) -> Backend:
     """The backend for an op on tensors of one device.
 
-    Triton for tensors on a GPU where Triton is installed, the reference for everything else and where one of them is
-    float64, which the kernels do not know. The environment variable ``PCPO_KERNELS`` (``triton`` or ``reference``)
-    overrides the choice; ``triton`` for tensors on the CPU needs Triton's interpreter.
+    Triton for tensors on a GPU if it is installed; the reference otherwise, and if any tensor is float64, which the
+    kernels do not support. The environment variable ``PCPO_KERNELS`` (``triton`` or ``reference``) overrides the
+    choice; ``triton`` for tensors on the CPU needs Triton's interpreter.
 
     Raises:
-        ValueError: ``PCPO_KERNELS`` is neither ``triton`` nor ``reference``, or asks for Triton where it cannot run.
+        ValueError: ``PCPO_KERNELS`` is neither ``triton`` nor ``reference``, or requests Triton where it cannot run.
     """
     choice = os.environ.get("PCPO_KERNELS", "")
     if choice not in ("", "triton", "reference"):
@@ -32,19 +32,19 @@ def backend_for(tensor: Tensor, *others: Tensor | None) -> Backend:
         raise ValueError("PCPO_KERNELS=triton, but triton is not installed")
     if not tensor.is_cuda and not interpreting():
         raise ValueError(
-            f"PCPO_KERNELS=triton, but the tensors are on {tensor.device}, where Triton runs in its interpreter only: "
+            f"PCPO_KERNELS=triton, but the tensors are on {tensor.device}, where Triton only runs in its interpreter: "
             "set TRITON_INTERPRET=1 or PCPO_KERNELS=reference"
         )
     return "triton"
 
 
 def triton_installed() -> bool:
-    """Whether Triton can be imported; looked up once, without importing it."""
+    """Whether Triton is installed; checked once, without importing it."""
     return _TRITON_INSTALLED
 
 
 def interpreter_lacks() -> str:
-    """Why Triton's interpreter fails here on any kernel with a loop; empty where it does not."""
+    """Why Triton's interpreter fails here on every kernel with a loop; empty if it works."""
     import numpy
     import triton
 

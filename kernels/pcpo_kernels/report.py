@@ -1,4 +1,4 @@
-"""Compile every kernel variant ahead of time, without a GPU, and print what it needs of one.
+"""Compile every kernel variant ahead of time, without a GPU, and print the resources that it uses.
 
 python -m pcpo_kernels.report            a table
 python -m pcpo_kernels.report --json     the same for a script
@@ -22,7 +22,7 @@ THIN_TARGETS = ("sm_90", "gfx942")
 
 
 class Compiled(NamedTuple):
-    """A compiled variant's resources and its assembly (PTX, or AMD's)."""
+    """A compiled variant's resources and its assembly (PTX or AMDGCN)."""
 
     kernel: str
     variant: str
@@ -59,7 +59,7 @@ def compile_variant(variant: Any, target: str) -> Compiled:
 
 
 def gpu_target(name: str) -> Any:
-    """Triton's description of a target."""
+    """Triton's ``GPUTarget`` for a target name."""
     from triton.backends.compiler import GPUTarget
 
     if name not in TARGETS:
@@ -70,7 +70,7 @@ def gpu_target(name: str) -> Any:
 
 
 def nvidia_resources(asm: Any) -> tuple[int, int, bool, str]:
-    """Registers and stack bytes per thread from the cubin, by the cuobjdump that Triton ships; double use from PTX."""
+    """Registers and stack bytes per thread from the cubin (read by Triton's cuobjdump); float64 use from the PTX."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -80,7 +80,7 @@ def nvidia_resources(asm: Any) -> tuple[int, int, bool, str]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump said nothing about registers: {usage!r}")
+        raise RuntimeError(f"cuobjdump did not report registers: {usage!r}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local, ".f64" in asm["ptx"], asm["ptx"]
 
@@ -88,14 +88,14 @@ def nvidia_resources(asm: Any) -> tuple[int, int, bool, str]:
 def amd_resources(asm: Any) -> tuple[int, int, bool, str]:
     """Vector registers and scratch bytes per lane from the assembly's metadata.
 
-    A scalar that waits in a lane of a vector register (``sgpr_spill_count``) costs no memory and is none of them.
+    Scalars spilled to lanes of vector registers (``sgpr_spill_count``) use no memory and are not counted.
     """
     text: str = asm["amdgcn"]
 
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
         if found is None:
-            raise RuntimeError(f"the assembly says nothing about {name}")
+            raise RuntimeError(f"the assembly does not contain .{name}")
         return int(found[1])
 
     spilled = 4 * number("vgpr_spill_count")
@@ -104,9 +104,9 @@ def amd_resources(asm: Any) -> tuple[int, int, bool, str]:
 
 
 def bulk_accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
-    """How many loads and stores of each width (bytes) the program makes in global memory, per thread.
+    """Number of global memory loads and stores per thread, by width in bytes.
 
-    Widths up to 8 bytes include the row vectors' scalars.
+    Widths up to 8 bytes include scalars of the row vectors.
     """
     counts: dict[str, dict[int, int]] = {"load": {}, "store": {}}
     if compiled.target.startswith("gfx"):
@@ -123,10 +123,10 @@ def bulk_accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
 
 
 def pairs(targets: Iterable[str], thin: bool) -> list[tuple[Any, str]]:
-    """What there is to compile, as (variant, target).
+    """All (variant, target) pairs to compile.
 
-    Thin, the variants that are not bf16's are left out for sm_80 and sm_100: they differ from bf16's in the width of
-    the outputs alone, and are compiled for one target of each vendor.
+    With ``thin`` only bf16 variants are compiled for sm_80 and sm_100: the others differ from them only in the width of
+    the outputs, and are compiled for one target per vendor.
     """
     from pcpo_kernels.variant import all_variants
 
@@ -146,7 +146,7 @@ def _compile_all(targets: Iterable[str], thin: bool, share: int, shares: int) ->
 def compile_all(
     targets: tuple[str, ...] = TARGETS, processes: int | None = None, *, thin: bool = False
 ) -> tuple[Compiled, ...]:
-    """Every variant for every target (see :func:`pairs` for ``thin``), sorted; shared by a process per core."""
+    """Compile every variant for every target (see :func:`pairs` for ``thin``) on all cores; sorted."""
     if processes is None:
         processes = len(os.sched_getaffinity(0))
     if processes == 1:
@@ -159,7 +159,7 @@ def compile_all(
 
 
 def rows(results: Iterable[Compiled]) -> list[dict[str, Any]]:
-    """The report's records."""
+    """The records of the JSON report."""
     import triton
 
     names = ("kernel", "variant", "target", "registers", "spill_bytes", "shared_bytes", "uses_f64")
@@ -167,7 +167,7 @@ def rows(results: Iterable[Compiled]) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One line per variant, registers per target; what spills or uses doubles is marked."""
+    """One line per variant with registers per target; spills and float64 use are marked."""
     targets = [target for target in TARGETS if any(record["target"] == target for record in records)]
     lines = [f"registers per thread, triton {records[0]['triton']}; ! spills, D uses float64"]
     lines.append(f"{'kernel':24}{'variant':34}" + "".join(f"{target:>10}" for target in targets) + f"{'shared':>10}")
@@ -186,12 +186,12 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def as_json(records: list[dict[str, Any]]) -> str:
-    """A JSON list with a record per line, so that a change shows in review."""
+    """A JSON list with one record per line, which gives readable diffs."""
     return "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit status is 1 where a variant spills or uses float64."""
+    """The command line; the exit status is 1 if a variant spills registers or uses float64."""
     parser = argparse.ArgumentParser(
         prog="python -m pcpo_kernels.report",
         description="Compile every kernel variant ahead of time, without a GPU: registers, spills, shared memory.",
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("error: unset TRITON_INTERPRET: kernels of the interpreter cannot be compiled", file=sys.stderr)
+        print("error: unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     records = rows(compile_all(tuple(chosen.target or TARGETS)))
     print(as_json(records) if chosen.json else table(records))

@@ -1,4 +1,4 @@
-"""Sums of stored partial sums, in a fixed order."""
+"""Adding stored partial sums in a fixed order, for bitwise reproducible results."""
 
 # Kernels are compiled from their source; Triton's types are not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -15,7 +15,7 @@ SUM_ROWS, SUM_COLUMNS = 32, 64
 
 @triton.jit
 def ordered_sum(values, count, BLOCK: tl.constexpr):
-    """Sum of ``count`` stored floats in an order that depends on ``count`` alone, read past the first-level cache."""
+    """Sum of ``count`` stored floats in an order that depends only on ``count``; the loads bypass the L1 cache."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -25,7 +25,7 @@ def ordered_sum(values, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def token_sums_kernel(partials, result, count, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[G, count, C] to [G, C]: sums over the second axis in an order that depends on ``count`` alone."""
+    """[G, count, C] to [G, C]: sum over the second axis in an order that depends only on ``count``."""
     group = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < channels
@@ -40,7 +40,7 @@ def token_sums_kernel(partials, result, count, channels, ROWS: tl.constexpr, COL
 
 
 def token_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum [..., P, C] float32 over its last axis but one, in a fixed order, to [..., C] of ``dtype``."""
+    """Sum float32 [..., P, C] over P in a fixed order; the result is [..., C] in ``dtype``."""
     *groups, count, channels = partials.shape
     result = torch.empty((*groups, channels), dtype=dtype, device=partials.device)
     if result.numel() == 0:

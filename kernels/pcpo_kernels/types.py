@@ -1,4 +1,4 @@
-"""What the ops take and return besides plain tensors."""
+"""Argument and result types of the ops."""
 
 from typing import Literal, NamedTuple
 
@@ -9,10 +9,10 @@ Reduction = Literal["mean", "sum"]
 
 
 class NoiseKey(NamedTuple):
-    """Standard normal noise by name instead of by value.
+    """Standard normal noise specified by a random stream instead of a tensor.
 
     Element ``j`` of row ``r`` is element ``offset[r] + j`` of the Philox4x32-10 stream with key ``seed[r]``
-    (:func:`pcpo_kernels.philox_normal`), so it depends on neither batch size, launch grid nor device.
+    (:func:`pcpo_kernels.philox_normal`), so it does not depend on batch size, launch grid or device.
 
     Attributes:
         seed: int64 [B], one key per image.
@@ -24,11 +24,11 @@ class NoiseKey(NamedTuple):
 
 
 class Endpoints(NamedTuple):
-    """The two ends of a sampled step, from which its noise is recovered: ``z = (x' - a x - b f_old) / std``.
+    """The start and end of a sampled step, from which its noise is recovered: ``z = (x' - a x - b f_old) / std``.
 
     Attributes:
-        latents: ``x`` [B, ...], where the step started.
-        next_latents: ``x'`` [B, ...], where it ended, as stored (a rounded ``x'`` gives the rounded ``z``).
+        latents: ``x`` [B, ...], the start of the step.
+        next_latents: ``x'`` [B, ...], its end as stored (if ``x'`` was rounded, ``z`` includes the rounding).
         a, b, std: [B], the step's transition; ``std`` must be positive.
     """
 
@@ -43,12 +43,13 @@ class PolicyLoss(NamedTuple):
     """Result of :func:`pcpo_kernels.policy_loss`.
 
     Attributes:
-        loss: scalar, mean over rows; differentiable in the output (and in ``unconditional`` where given).
+        loss: scalar, mean over rows; differentiable in the output (and in ``unconditional`` if given).
         log_ratio: [B], the log importance ratio of each row; exactly 0 where the output is unchanged.
         clipped: bool [B], rows whose policy term has zero gradient because the ratio left the clip range, or, with
             ``divergence_mask``, because they are masked.
-        taylor_error: [B], ``|l - (e^l - 1)| / |e^l - 1|``, 0 where ``l`` is 0: what the log-hinge leaves out.
-        kl: [B], the KL term of each row before its sum into the loss, or None without a reference.
+        taylor_error: [B], ``|l - (e^l - 1)| / |e^l - 1|``, 0 where ``l`` is 0: the relative error of the hinge's
+            log-ratio in place of the ratio minus 1.
+        kl: [B], each row's KL term in the loss; None without a reference.
         divergence: [B], the KL divergence of each row's step from the old policy's; exactly 0 where the output is
             unchanged.
     """

@@ -1,4 +1,4 @@
-"""A kernel variant: one kernel as one kind of call compiles it, as a signature for ahead-of-time compilation."""
+"""Kernel variants: the signature of a kernel for one kind of call, for ahead-of-time compilation."""
 
 # mypy: disallow-any-generics=False
 
@@ -14,22 +14,22 @@ from pcpo_kernels.launch import plan_for
 LATENTS = 128 * 128 * 16  # elements of a row of FLUX latents at 1024 x 1024
 TILE = ("ROWS", "COLUMNS", "HEADS", "SIZE")  # sides of a block with two axes
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-LENGTHS = ("elements", "channels", "size")  # of a row, and divisible by 16
+LENGTHS = ("elements", "channels", "size")  # lengths of a row, divisible by 16
 
 
 class Variant(NamedTuple):
-    """One kernel as one kind of call compiles it.
+    """A kernel as it is compiled for one kind of call.
 
     Attributes:
         kernel: name of the kernel.
         name: what distinguishes the variant.
         function: the Triton function.
-        signature: type of every parameter, as Triton writes it.
-        constants: value of every constexpr parameter, None for a missing pointer.
+        signature: type of every parameter in Triton's notation.
+        constants: value of every constexpr parameter; None for a missing pointer.
         aligned: positions of the parameters divisible by 16 (bulk pointers, and lengths and strides of full rows).
         warps: warps per program.
-        loaded_bytes: bulk bytes that a program reads for one of its blocks.
-        stored_bytes: bulk bytes that it writes for one.
+        loaded_bytes: bulk bytes that a program reads per block.
+        stored_bytes: bulk bytes that a program writes per block.
     """
 
     kernel: str
@@ -44,7 +44,7 @@ class Variant(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Elements of a block."""
+        """Elements per block."""
         return int(
             self.constants.get("BLOCK") or math.prod(self.constants[side] for side in TILE if side in self.constants)
         )
@@ -60,9 +60,9 @@ def build(
     warps: int | None = None,
     **constants: Any,
 ) -> Variant:
-    """A variant from the pointers it is given; every other pointer is None.
+    """Build a variant from the pointers that are passed to it; all others are None.
 
-    Blocks and warps are those of a row's plan unless they are given.
+    Block size and warps default to those of the plan for ``elements``.
     """
     plan = plan_for(elements)
     constants = {"BLOCK": plan.BLOCK, "ITERATIONS": plan.ITERATIONS} | constants
@@ -100,6 +100,6 @@ def build(
 
 
 def all_variants() -> Iterator[Variant]:
-    """Every variant that a trainer launches (bf16 or fp32 models), and some of other callers, of every operation."""
+    """The variants of all ops: those launched by the trainer (bf16 or fp32 models), and some for other callers."""
     for op in pkgutil.iter_modules(ops.__path__):
         yield from importlib.import_module(f"{ops.__name__}.{op.name}.variants").variants()

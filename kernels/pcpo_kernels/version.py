@@ -1,3 +1,3 @@
-"""The version, in a file that can be read without importing PyTorch; pcpo_fast has the same one."""
+"""The version, readable without importing PyTorch; pcpo_fast has the same version."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""``pcpo-fast compare``: several configurations over several seeds, and which of them learns faster."""
+"""``pcpo-fast compare``: run several configurations over several seeds and compare how fast they learn."""
 
 import argparse
 import sys
@@ -90,14 +90,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run what is missing, and report."""
+    """Run the missing runs, and report."""
     from rich.console import Console
 
     from pcpo_fast.comparison.scheduling import Interrupted
     from pcpo_fast.comparison.variants import parse_seeds, parse_variant
     from pcpo_fast.interface.comparing import NotFinished, RunsFailed, compare
 
-    console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
+    console = Console(stderr=arguments.json)  # with --json, stdout carries only the JSON
     try:
         compared = compare(
             **values_of(arguments)
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"error: {failed}", file=sys.stderr)
         if failed.compared is not None:
             _say(failed.compared, console, as_json=arguments.json)
-        elif failed.reason:  # after those that failed, of which one may be a fault of ours
+        elif failed.reason:
             print(f"error: {failed.reason}", file=sys.stderr)
         return failed.exit_code
     except NotFinished as unfinished:
@@ -149,7 +149,7 @@ def _say(compared: "Compared", console: "Console", *, as_json: bool) -> None:
     result = compared.result
     if as_json:
         print(json.dumps(comparison_record(result), indent=1, allow_nan=False))
-    lines = [f"not in these numbers: {line}" for line in missing_lines(result)]
+    lines = [f"not included: {line}" for line in missing_lines(result)]
     if result.settings.target is None and result.reading.target is not None:
         lines.append(f"target: {result.target_source}")
     lines += notes(result)

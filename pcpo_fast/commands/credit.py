@@ -1,4 +1,4 @@
-"""``pcpo-fast credit``: what each step of a sampler counts for."""
+"""``pcpo-fast credit``: the credit of each step of a sampler."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   pcpo-fast credit --sampler ddim --steps 50 --variance reshaped --weight 4.5"""
 
 OPTIONS = ("noise", "shift", "eta", "variance", "weight")
-"""Options that some samplers take: the level of noise by the name of their literature, and settings by their own."""
+"""Options that apply to some samplers only; the noise level is called ``noise`` or ``eta``, as in the literature."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -48,7 +48,7 @@ def _usual_noise(kind: Kind) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table, and draw it where asked to."""
+    """Print the table, and plot it if requested."""
     import json
     from pathlib import Path
 
@@ -90,7 +90,7 @@ def _transitions(arguments: argparse.Namespace) -> "Transitions":
     takes = (level, *(name for name in sampler.takes if name in OPTIONS))
     for name in OPTIONS:
         if getattr(arguments, name) is not None and name not in takes:
-            raise UserError(f"--{name} does not apply to {arguments.sampler}, which takes --{', --'.join(takes)}")
+            raise UserError(f"--{name} does not apply to {arguments.sampler}, which accepts --{', --'.join(takes)}")
     given = {name: getattr(arguments, name) for name in takes if getattr(arguments, name) is not None}
     noise, shift = given.pop(level, sampler.noise), given.pop("shift", 3.0)
     steps = arguments.steps

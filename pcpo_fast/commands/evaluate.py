@@ -1,4 +1,4 @@
-"""``pcpo-fast evaluate``: checkpoints judged by their images."""
+"""``pcpo-fast evaluate``: compare checkpoints by their images."""
 
 import argparse
 
@@ -21,7 +21,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declare the command."""
     parser = commands.add_parser(
         "evaluate",
-        help="judge checkpoints by their images",
+        help="compare checkpoints by their images",
         description="Sample the same prompts and noise from several checkpoints, and measure rewards, distances to a "
         "reference and diversity.",
         epilog=EXAMPLES,
@@ -81,14 +81,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     running.add_argument("--shown", type=int, default=48, metavar="N", help="prompts in evaluation.html (default 48)")
     running.add_argument("--remake", action="store_true", help="replace images that were made with different settings")
     running.add_argument("--json", action="store_true", help="print evaluation.json at the end")
-    # DeepSpeed's launcher adds this; the rank that counts is in the environment.
+    # DeepSpeed's launcher adds this; the actual rank is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     add_settings(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, and say where everything is."""
+    """Evaluate, and print the results and where they are."""
     import json
 
     from rich.console import Console
@@ -105,10 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(done.record, allow_nan=False))
     lines = [f"note: {note}" for note in done.result.notes]
-    lines.append(f"Page: {done.page}, {MARKDOWN_FILE} and {JSON_FILE} beside it")
+    lines.append(f"Page: {done.page}, with {MARKDOWN_FILE} and {JSON_FILE} in the same folder")
     if done.preference is not None:
         page, key = done.preference
         lines.append(f"Blind comparison: give people {page}, keep {key}; then: pcpo-fast votes {key} VOTES...")
-    # With --json, stdout is for the program that reads it.
+    # With --json, stdout carries only the JSON.
     show_results(Console(stderr=arguments.json), evaluation_tables(done.result), lines)
     return 0

@@ -1,4 +1,4 @@
-"""``pcpo-fast preflight``: what can be known to be wrong before a run starts."""
+"""``pcpo-fast preflight``: checks before a run starts."""
 
 import argparse
 
@@ -41,7 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print each check; 1 where one failed."""
+    """Print each check; the exit code is 1 if one failed."""
     import json
 
     from pcpo_fast.config.loading import load_config

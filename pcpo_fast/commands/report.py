@@ -1,4 +1,4 @@
-"""``pcpo-fast report``: write a run's report again."""
+"""``pcpo-fast report``: write a run's report.html."""
 
 import argparse
 
@@ -17,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     import json
     from pathlib import Path
 

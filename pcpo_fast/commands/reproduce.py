@@ -1,4 +1,4 @@
-"""``pcpo-fast reproduce check RUN``: does a run lie where it should?"""
+"""``pcpo-fast reproduce check RUN``: check a run against an acceptance band."""
 
 import argparse
 
@@ -27,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the verdict; the exit code says it, too."""
+    """Print the verdict, and return it as the exit code."""
     import json
     from pathlib import Path
 

@@ -76,7 +76,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make the images and say where they are."""
+    """Sample the images and print where they are."""
     import json
     from pathlib import Path
 

@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   pcpo-fast train --profile train.epochs=2 output_dir=runs/profiled
 
 exit codes:
-  0 trained; 2 an error, in one sentence; 75 stopped cleanly by SIGTERM, run it again to continue; 130 the same
-  by Ctrl-C; 143 or 130, immediately, after a second signal"""
+  0 trained; 2 an error; 75 stopped cleanly by SIGTERM, run it again to continue; 130 the same by Ctrl-C; 143 or 130
+  immediately after a second signal"""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,9 +54,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--profile-updates",
         type=int,
         metavar="N",
-        help="optimiser steps of the epoch to record (default: 1)",
+        help="optimizer steps of the epoch to record (default: 1)",
     )
-    # DeepSpeed's launcher adds this; the rank that counts is in the environment.
+    # DeepSpeed's launcher adds this; the actual rank is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON at the end")
     add_settings(parser)
@@ -64,7 +64,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train and say what came of it."""
+    """Train, and print the results."""
     import json
     import signal
     import sys
@@ -78,28 +78,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.settings)
     try:
-        console = Console(stderr=arguments.json)  # with --json, stdout is for the program that reads it
+        console = Console(stderr=arguments.json)  # with --json, stdout carries only the JSON
         run = train(**values_of(arguments) | {"config": config, "settings": (), "console": console})
     except KeyboardInterrupt:
         if launcher_rank() == 0:
-            print(_how_to_go_on("interrupted", Path(config.output_dir)), file=sys.stderr)
+            print(_how_to_continue("interrupted", Path(config.output_dir)), file=sys.stderr)
         return 130
     except Stopped as stopped:
         if launcher_rank() == 0:
             word = "interrupted" if stopped.number == signal.SIGINT else str(stopped)
-            print(_how_to_go_on(word, Path(config.output_dir)), file=sys.stderr)
+            print(_how_to_continue(word, Path(config.output_dir)), file=sys.stderr)
         return stopped.exit_code
     if launcher_rank() == 0:
         print(json.dumps(run.summary, indent=2) if arguments.json else _closing_words(run.summary, run.folder))
     return 0
 
 
-def _how_to_go_on(stopped: str, folder: Path) -> str:
+def _how_to_continue(stopped: str, folder: Path) -> str:
     from pcpo_fast.runs.checkpoint import checkpoints, read_state
 
     found = checkpoints(folder / "checkpoints")
     if not found:
-        return f"{stopped} before the first checkpoint: the same command begins the run again"
+        return f"{stopped} before the first checkpoint: the same command starts the run again"
     return f"{stopped}: the same command resumes the run after epoch {read_state(found[-1])['epoch']}"
 
 

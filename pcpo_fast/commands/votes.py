@@ -1,10 +1,10 @@
-"""``pcpo-fast votes``: what people preferred."""
+"""``pcpo-fast votes``: win rates from people's votes."""
 
 import argparse
 
 EXAMPLES = """example:
   pcpo-fast evaluate --checkpoint base --checkpoint pcpo=runs/pcpo --preference pcpo,base
-  (people open runs/evaluation/preference.html, judge, and send back the file that it saves)
+  (people open runs/evaluation/preference.html, vote, and send back the file that it saves)
   pcpo-fast votes runs/evaluation/preference_key.json votes-anna.json votes-ben.json"""
 
 
@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count and print."""
+    """Count the votes and print the win rate."""
     import json
     from pathlib import Path
 
@@ -36,13 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     total = found.wins + found.losses + found.ties
     low, high = found.wilson_interval
     print(f"{found.first} against {found.second}: {found.wins} won, {found.losses} lost, {found.ties} ties")
-    print(f"Win rate of {found.first}, a tie counted as half: {found.win_rate:.1%} of {total} votes")
-    print(f"  95 % interval, every vote by itself (Wilson): {low:.1%} to {high:.1%}")
+    print(f"Win rate of {found.first}, ties counted as half: {found.win_rate:.1%} of {total} votes")
+    print(f"  95 % interval, votes independent (Wilson):    {low:.1%} to {high:.1%}")
     if found.prompt_interval is not None:
         low, high = found.prompt_interval
         print(f"  95 % interval over prompts (bootstrap):       {low:.1%} to {high:.1%}")
     if found.left_share is not None:
-        print(f"The left side was chosen in {found.left_share:.0%} of the votes that chose one")
+        print(f"The left side was chosen in {found.left_share:.0%} of the votes that were not ties")
     print("Voters: " + ", ".join(f"{name} ({count})" for name, count in found.voters.items()))
     print(f"Verdict: {found.verdict}")
     return 0

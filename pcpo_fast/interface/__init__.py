@@ -1,4 +1,4 @@
-"""What notebooks, scripts and commands call: one function per subject, on values, with results (docs/python.md).
+"""The Python interface for notebooks, scripts and commands: functions of plain values that return results.
 
-``import pcpo_fast`` hands these out one by one, so that nothing is loaded before it is needed.
+``import pcpo_fast`` loads these functions lazily. See docs/python.md.
 """

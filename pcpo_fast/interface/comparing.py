@@ -1,4 +1,4 @@
-"""Several configurations over several seeds, as one call."""
+"""``compare``: several configurations over several seeds."""
 
 import glob
 import math
@@ -40,10 +40,10 @@ class Compared:
     """A comparison and its files.
 
     Attributes:
-        result: numbers per seed, means, differences to the baseline, and a verdict on each.
-        report: comparison.md.
-        record: comparison.json.
-        figures: drawn from it.
+        result: numbers per seed, means, differences from the baseline, and verdicts.
+        report: path of comparison.md.
+        record: path of comparison.json.
+        figures: paths of the figures.
     """
 
     result: Comparison
@@ -56,9 +56,9 @@ class RunsFailed(UserError):
     """Some runs of a comparison ended with an error.
 
     Attributes:
-        exit_code: 2 where all are mistakes that the user can mend, else 1.
-        compared: the others; None where there is nothing to compare, which ``reason`` explains if it has not been
-            printed.
+        exit_code: 2 if all errors are user errors, otherwise 1.
+        compared: the comparison of the other runs; None if there is nothing to compare.
+        reason: why there is nothing to compare, unless it has been printed.
     """
 
     def __init__(self, failures: Sequence[Failure], runs: int, compared: Compared | None, reason: str = "") -> None:
@@ -69,15 +69,15 @@ class RunsFailed(UserError):
 
 
 class NotFinished(UserError):
-    """The time was up before there was anything to compare; the same call continues.
+    """The time ran out before there was anything to compare; the same call continues.
 
     Attributes:
-        reason: what is missing; empty where it has been printed.
+        reason: what is missing; empty if it has been printed.
     """
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(
-            f"there is nothing to compare yet: {reason or 'the tuning is not over'}; the same call resumes"
+            f"there is nothing to compare yet: {reason or 'tuning has not finished'}; the same call resumes"
         )
         self.reason = reason
 
@@ -106,35 +106,35 @@ def compare(
     include_unfinished: bool = False,
     console: Console | None = None,
 ) -> Compared:
-    """Run what is missing of a comparison, each run in a process of its own, and report.
+    """Run the missing runs of a comparison, each in its own process, and write the report.
 
     Args:
-        variants: settings by the variant's name, where ``config`` is its own YAML file; none: those of the file, or of
-            the comparison that is in ``output`` already.
+        variants: settings by name of the variant, in which ``config`` is the variant's own YAML file; empty: the
+            variants of ``file``, or of the comparison that already is in ``output``.
         config: YAML file of all variants without their own; None: the demo's.
-        settings: of all variants; a variant's own win.
-        seeds: their number, or a list; None: 3.
+        settings: settings of all variants; a variant's own take precedence.
+        seeds: number of seeds, or a list; None: 3.
         output: folder of the comparison.
-        file: YAML file with all of this; arguments win over it.
-        runs: instead of running anything: run directories (or patterns such as ``runs/n*``) by the variant's name.
-        jobs: runs at the same time.
-        threads: CPU threads of each; None: divided among them.
+        file: YAML file with all of this; arguments take precedence.
+        runs: instead of running anything: run directories (or patterns such as ``runs/n*``) by name of the variant.
+        jobs: number of runs at the same time.
+        threads: CPU threads per run; None: all, divided among the runs.
         launcher: command that starts a run on several GPUs.
-        minutes: begin no run after so many minutes; call again to continue.
-        report_only: train nothing, report what is finished.
-        records: folder for what a comparison needs of the finished runs, in little space, to continue elsewhere.
-        baseline: what the others are compared with, the first if None.
-        target: reward whose reaching is timed; None: see docs/comparing.md.
-        metric: the reward meant, "training" (the default) or "heldout".
+        minutes: start no run after this many minutes; call again to continue.
+        report_only: train nothing; report on the finished runs.
+        records: folder for small records of the finished runs, with which the comparison can continue elsewhere.
+        baseline: the variant that the others are compared with; None: the first.
+        target: reward to reach; the time to it is measured; None: see docs/comparing.md.
+        metric: the reward that ``target`` refers to, "training" (the default) or "heldout".
         primary: the measure that decides (docs/comparing.md).
-        at_epoch: also compare the rewards after so many epochs.
-        smoothing: epochs of the trailing mean, 5 if None.
-        include_unfinished: use unfinished runs as far as they are.
-        console: where the progress is shown; None: stdout.
+        at_epoch: also compare the rewards after this many epochs.
+        smoothing: epochs of the trailing mean; None: 5.
+        include_unfinished: also use unfinished runs, as far as they have got.
+        console: where progress is shown; None: stdout.
 
     Raises:
-        UserError: a mistake in the arguments or a configuration, or nothing to compare; :class:`RunsFailed` after the
-            report, where runs failed; :class:`NotFinished` where the time was over before that.
+        UserError: an argument or configuration is invalid, or there is nothing to compare; :class:`RunsFailed` after
+            the report if runs failed; :class:`NotFinished` if the time ran out.
         pcpo_fast.comparison.scheduling.Interrupted: stopped by a signal; calling again continues.
     """
     check_least(1, jobs=jobs, threads=threads, smoothing=smoothing, at_epoch=at_epoch)
@@ -162,7 +162,9 @@ def compare(
         if stray:
             raise UserError(f"--runs compares existing runs, so it cannot be combined with {stray[0]}")
         if output is None:
-            raise UserError("--output: say where to write the comparison, for example --output runs/comparison")
+            raise UserError(
+                "--output: missing; give the folder of the comparison, for example --output runs/comparison"
+            )
         return _written(compare_runs(_folders_of(runs), reported), Path(output))
 
     plan = _plan(found, variants, config, texts, seeds, output)
@@ -221,17 +223,17 @@ def _plan(
     seeds: int | Sequence[int] | None,
     output: File | None,
 ) -> ComparisonPlan:
-    """The comparison as file and arguments say; the arguments win."""
+    """The comparison from file and arguments; the arguments take precedence."""
     folder = output or file.output
     if folder is None:
-        raise UserError("--output: say where the runs go, for example --output runs/compare")
+        raise UserError("--output: missing; give the folder of the runs, for example --output runs/compare")
     if isinstance(variants, Mapping):
         variants = [_variant(name, own) for name, own in variants.items()]
     named = tuple(variants) or variants_of(file)
     if not named:
         raise UserError(
-            f"there is nothing to compare: name variants with --variant 'NAME: key=value' or give a --file; {folder} "
-            "holds no comparison to continue"
+            f"there is nothing to compare: give variants with --variant 'NAME: key=value' or a --file; {folder} "
+            "has no comparison to continue"
         )
     if seeds is not None:
         file = file.model_copy(update={"seeds": seeds if isinstance(seeds, int) else list(seeds)})
@@ -262,17 +264,17 @@ def _folders_of(runs: Mapping[str, File | Iterable[File]]) -> dict[str, list[Pat
                 continue
             found = [Path(one) for one in sorted(glob.glob(pattern)) if find_metrics(Path(one))]
             if not found:
-                raise UserError(f"--runs {f'{name}={pattern}'!r}: no run directory is called {pattern}")
+                raise UserError(f"--runs {f'{name}={pattern}'!r}: no run directory matches {pattern}")
             groups[name] += found
     return groups
 
 
 def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | None, console: Console) -> Search:
-    """Tune the variants as far as the time allows, and write what was found; `how`: None trains nothing.
+    """Tune the variants as far as the time allows, and write the results; with ``how`` None nothing is trained.
 
     Raises:
-        RunsFailed: some have, and the tuning is not over.
-        NotFinished: the tuning is not over.
+        RunsFailed: runs failed before the tuning was finished.
+        NotFinished: the tuning is not finished.
     """
     search = look(plan, settings)
     failures: list[Failure] = []
@@ -282,11 +284,11 @@ def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | 
         write_plan_file(plan, settings)
     while search.waiting and not failures and how is not None and time.monotonic() < how.until:
         count = len(search.waiting)
-        console.print(f"tuning: {count} runs before the next choice", highlight=False)
+        console.print(f"tuning: {count} runs until the next choice", highlight=False)
         failures = scheduling.run_all(search.waiting, 0, plan.output, how, console)
         search = look(plan, settings)
     paths = write_search(plan, settings, search)
-    state = f"not over, {len(search.waiting)} runs are left before the next choice" if search.waiting else "over"
+    state = f"not finished, {len(search.waiting)} runs left until the next choice" if search.waiting else "finished"
     console.print(f"tuning: {state} ({paths[1]}, {paths[0].name})", markup=False, highlight=False, soft_wrap=True)
     if search.waiting:
         raise RunsFailed(failures, count, None) if failures else NotFinished()
@@ -294,16 +296,16 @@ def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | 
 
 
 def _check(runs: Sequence[PlannedRun], settings: ComparisonSettings) -> None:
-    """Refuse what runs would not be able to do, or would not tell."""
+    """Check that the runs can be started, and measure what the comparison needs."""
     blind = [run.name for run in runs if run.config.prompts.heldout is None]
     if blind and str(settings.primary).startswith("heldout"):
-        raise UserError(f"primary: {settings.primary} needs held-out prompts, and {blind[0]} has no prompts.heldout")
+        raise UserError(f"primary: {settings.primary} needs held-out prompts, but {blind[0]} has no prompts.heldout")
     for run in runs:
         own = next((reward.name for reward in run.config.rewards if reward.name.startswith("__main__:")), None)
         if own is not None:
             raise UserError(
                 f"variant {run.variant}: every run is a separate process, which cannot import {own}: put the reward "
-                "into a file and name it module:function"
+                "into a file and refer to it as module:function"
             )
 
 

@@ -1,4 +1,4 @@
-"""From what a caller has (a file, a mapping, a configuration; rewards written in Python) to a checked configuration."""
+"""``load_config``: a validated configuration from a file, mapping or configuration, with rewards written in Python."""
 
 import json
 import os
@@ -15,25 +15,25 @@ from pcpo_fast.errors import UserError
 
 File = str | os.PathLike[str]
 Source = File | Mapping[str, Any] | Config
-"""A YAML file, its content as a mapping, or a configuration that is loaded already."""
+"""A YAML file, its content as a mapping, or a loaded configuration."""
 Settings = Mapping[str, Any] | Sequence[str]
-"""``{"train.epochs": 3}``, ``{"train": {"epochs": 3}}`` or ``["train.epochs=3"]``, as the command line takes them."""
+"""``{"train.epochs": 3}``, ``{"train": {"epochs": 3}}``, or ``["train.epochs=3"]`` as on the command line."""
 Reward = str | Callable[..., Any] | Mapping[str, Any]
-"""A name, a function or a class, or a mapping of ``rewards`` in the configuration whose ``name`` is one of these."""
+"""A name, a function or a class, or an entry of the configuration's ``rewards`` whose ``name`` is one of these."""
 
 
 def load_config(
     config: Source | None = None, settings: Settings = (), *, rewards: Reward | Sequence[Reward] | None = None
 ) -> Config:
-    """Read and check a configuration.
+    """Load and validate a configuration.
 
     Args:
         config: YAML file or the name of a shipped one, mapping, or a loaded configuration; None: the demo's.
-        settings: they win over ``config``.
-        rewards: instead of the configuration's own; see :data:`Reward`.
+        settings: settings that take precedence over ``config``.
+        rewards: rewards that replace the configuration's own; see :data:`Reward`.
 
     Raises:
-        UserError: one sentence for the first problem, with its place and what is allowed.
+        UserError: the configuration is invalid; the message gives the first problem, its location and what is allowed.
     """
     if config is None:
         config = DEFAULT_CONFIG
@@ -45,7 +45,7 @@ def load_config(
     texts += settings_texts(settings)
     if isinstance(config, Config) and any(text.startswith("algorithm=") for text in texts):
         raise UserError(
-            "algorithm: a loaded configuration already holds its preset's values; pass the file or "
+            "algorithm: a loaded configuration already contains its preset's values; pass the file or "
             "mapping that it was loaded from instead"
         )
     if rewards is not None:
@@ -54,10 +54,10 @@ def load_config(
 
 
 def check_least(least: int, **numbers: int | None) -> None:
-    """Refuse arguments below `least`; None is one that was not given.
+    """Check that arguments are at least ``least``; None means not given.
 
     Raises:
-        UserError: one of them is.
+        UserError: one is smaller.
     """
     for name, number in numbers.items():
         if number is not None and number < least:
@@ -65,10 +65,10 @@ def check_least(least: int, **numbers: int | None) -> None:
 
 
 def check_choice(allowed: Sequence[str], **words: str | None) -> None:
-    """Refuse arguments that are not among `allowed`; None is one that was not given.
+    """Check that arguments are among ``allowed``; None means not given.
 
     Raises:
-        UserError: one of them is not.
+        UserError: one is not.
     """
     for name, word in words.items():
         if word is not None and word not in allowed:
@@ -76,20 +76,20 @@ def check_choice(allowed: Sequence[str], **words: str | None) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that random generators do not take.
+    """Check that a seed is in the range of the random generators.
 
     Raises:
-        UserError: it is one.
+        UserError: it is not.
     """
     if not 0 <= seed < 2**63:
-        raise UserError(f"--seed: must lie in 0..2^63 - 1, got {seed}")
+        raise UserError(f"--seed: must be between 0 and 2^63 - 1, got {seed}")
 
 
 def settings_texts(settings: Settings) -> list[str]:
-    """Settings as the command line writes them.
+    """Settings in the form ``key=value`` of the command line.
 
     Raises:
-        UserError: they are neither a mapping nor a list of strings, or a value is not one that YAML has.
+        UserError: they are neither a mapping nor a list of strings, or a value cannot be represented in YAML.
     """
     if isinstance(settings, str) or not isinstance(settings, Mapping | Sequence):
         raise UserError(
@@ -104,10 +104,10 @@ def settings_texts(settings: Settings) -> list[str]:
 
 
 def reward_configs(rewards: Reward | Sequence[Reward], known: Sequence[RewardConfig] = ()) -> list[RewardConfig]:
-    """Rewards as the configuration has them; a name, or a label, that is among ``known`` stands for that one.
+    """Convert rewards to configuration entries; a name or label in ``known`` selects that entry.
 
     Raises:
-        UserError: a function or class cannot be found by its name, or an entry is wrong.
+        UserError: a function or class cannot be imported by its name, or an entry is invalid.
     """
     chosen: dict[str, RewardConfig] = {}
     for reward in _listed(rewards):
@@ -126,7 +126,7 @@ def _listed(rewards: Reward | Sequence[Reward]) -> Sequence[Reward]:
 
 
 def _reward_entry(reward: Reward) -> dict[str, Any]:
-    """An entry of ``rewards``: a function is named by its module, and labelled with its own name."""
+    """An entry of ``rewards``; a function is referred to as module:function and labelled with its own name."""
     entry = dict(reward) if isinstance(reward, Mapping) else {"name": reward}
     given = entry.get("name")
     if callable(given):

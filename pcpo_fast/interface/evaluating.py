@@ -1,4 +1,4 @@
-"""Checkpoints judged by their images, as one call."""
+"""``evaluate``: compare checkpoints by their images."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ class Evaluated:
 
     Attributes:
         result: rewards, distances and diversity of every checkpoint, with intervals.
-        folder: of everything.
-        page: to look at.
-        preference: the blind comparison for people and its key, if asked for.
+        folder: folder of all files.
+        page: path of evaluation.html.
+        preference: paths of the blind comparison page and its key, if requested.
     """
 
     result: "Evaluation"
@@ -40,7 +40,7 @@ class Evaluated:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As evaluation.json holds it (docs/evaluating.md)."""
+        """The content of evaluation.json (docs/evaluating.md)."""
         return self.result.record()
 
 
@@ -68,31 +68,31 @@ def evaluate(
     """Sample the same prompts and noise from several checkpoints, and measure rewards, distances and diversity.
 
     Args:
-        checkpoints: "base", runs, checkpoints or exports of one, pipelines, folders of images, each with ``@SCALES``
-            where wanted; as a mapping, by their names. Differences are to the first.
+        checkpoints: "base", runs, checkpoints or exports of runs, pipelines or folders of images, optionally followed
+            by ``@SCALES``; or a mapping from names to these. Differences are relative to the first.
         config: file with model and sampler of all; None: the first run's.
-        settings: they win over all configurations.
+        settings: settings that take precedence over all configurations.
         prompts: prompt file; None: the configuration's ``prompts.heldout``.
-        limit: only the first so many prompts.
-        count: images of each prompt.
-        seed: of the noise.
-        stochastic: sample with the rollout's noise instead of without.
-        rewards: what the images are scored with; none: the configuration's.
-        metrics: fd-dinov2, cmmd, fid, is or lpips; as a mapping, with folder, file or hub id of its model.
-        reference: "base" or a folder of images, what distances are to; None: base, if it is compared.
-        resamples: of the distances' bootstrap.
-        preference: two names: also write a blind comparison of them.
-        output: folder of everything; images that are there are not made again.
-        cache: folder of features, which evaluations may share; None: in ``output``.
-        batch_size: images at once.
-        shown: prompts in the page.
-        remake: replace images that were made otherwise.
+        limit: use only the first ``limit`` prompts.
+        count: images per prompt.
+        seed: seed of the noise.
+        stochastic: sample with the rollout's noise; otherwise without noise.
+        rewards: rewards that score the images; empty: the configuration's.
+        metrics: fd-dinov2, cmmd, fid, is or lpips; or a mapping to the folder, file or hub id of the metric's model.
+        reference: "base" or a folder of images, the reference of distances; None: base, if it is compared.
+        resamples: bootstrap resamples of distances.
+        preference: two names; also write a blind comparison of them.
+        output: folder of all files; existing images are not generated again.
+        cache: folder of cached features, which evaluations may share; None: in ``output``.
+        batch_size: images per batch.
+        shown: number of prompts on the page.
+        remake: replace images that were made with other settings.
 
     Returns:
         The result on the first rank, None on the others.
 
     Raises:
-        UserError: a mistake in the arguments, or a model, reward or folder of images is not as it should be.
+        UserError: an argument is invalid, or a model, reward or folder of images is unusable.
     """
     if isinstance(checkpoints, Mapping):
         texts = [f"{name}={os.fspath(what)}" for name, what in checkpoints.items()]
@@ -100,7 +100,7 @@ def evaluate(
         listed = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
         texts = [os.fspath(what) for what in listed]
     if not texts:
-        raise UserError("--checkpoint: name what to evaluate, for example --checkpoint base --checkpoint runs/demo")
+        raise UserError("--checkpoint: missing; for example --checkpoint base --checkpoint runs/demo")
     check_least(1, count=count, batch_size=batch_size, limit=limit)
     check_least(0, shown=shown, resamples=resamples)
     check_seed(seed)
@@ -143,7 +143,7 @@ def evaluate(
     shared = load_config(shared_config_file(texts) if file is None else file, settings)
     source = shared.prompts.heldout if prompts is None else os.fspath(prompts)
     if source is None:
-        raise UserError("--prompts: the configuration has no prompts.heldout; name a prompt file")
+        raise UserError("--prompts: missing; give a prompt file, since the configuration has no prompts.heldout")
     scored = reward_configs(rewards, shared.rewards) or list(shared.rewards)
     measured = replace(measured, rewards=scored, timeout=shared.scoring.timeout)
     request = Request(load_prompts(source)[:limit], count, seed, stochastic, batch_size, remake)

@@ -1,4 +1,4 @@
-"""A run's weights for other programs, as one call."""
+"""``export``: a run's weights for other programs."""
 
 import os
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from pcpo_fast.interface.configuration import check_choice
 
 @dataclass(frozen=True)
 class Exported:
-    """What has been written.
+    """Exported weights.
 
     Attributes:
-        folder: where.
+        folder: folder that contains them.
         kind: "pipeline", "LoRA", "transformer" or "unet".
-        epoch: of the checkpoint.
+        epoch: epoch of the checkpoint.
     """
 
     folder: Path
@@ -36,14 +36,15 @@ def export(
 
     Args:
         run: run directory, or one of its checkpoints.
-        output: folder; None: ``export`` in the run directory, and ``pipeline`` for a whole pipeline.
-        epoch: checkpoint after so many epochs, the newest if None.
-        pipeline: write a whole pipeline folder with the trained weights in it.
-        format: names of a LoRA's layers; None: those that diffusers and ComfyUI both read.
-        dtype: of the weights; None: bfloat16 for LoRA with ``output``, else the run's own.
+        output: folder; None: ``export`` in the run directory, or ``pipeline`` for a whole pipeline.
+        epoch: epoch of the checkpoint; None: the newest.
+        pipeline: write a whole pipeline folder that includes the trained weights.
+        format: naming scheme of the LoRA layers; None: the one that diffusers and ComfyUI both read.
+        dtype: dtype of the weights; None: bfloat16 for LoRA with ``output``, otherwise the run's own.
 
     Raises:
-        UserError: no such run or checkpoint, its weights are damaged, or the folder cannot take them.
+        UserError: the run or checkpoint does not exist, its weights are damaged, or the folder is not empty or not
+            writable.
     """
     from pcpo_fast.runs.exporting import export_run
 

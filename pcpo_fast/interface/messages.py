@@ -1,4 +1,4 @@
-"""What a function says where it is called from Python, instead of from the command line."""
+"""Adapting error messages and interruptions for calls from Python instead of the command line."""
 
 import functools
 import inspect
@@ -17,13 +17,13 @@ _OPTION = re.compile(r"`[^`]*`|--([a-z][a-z-]+)(?: (?=[A-Z]{2,}|auto\b|never\b|a
 
 
 def for_python(function: Callable[P, R]) -> Callable[P, R]:
-    """The function for notebooks and scripts: an error names arguments instead of options of the command line, and a
-    run that a signal ended in order raises what Python raises for that signal.
+    """Wrap a function for notebooks and scripts: errors mention arguments instead of command-line options, and a run
+    that was stopped cleanly by a signal raises what Python raises for that signal.
     """
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        # transformers reports at import what it does without; none of it concerns this program.
+        # transformers reports missing optional packages at import; they do not matter here.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
             return function(*args, **kwargs)
@@ -44,11 +44,11 @@ def for_python(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def in_python(message: str, arguments: Collection[str]) -> str:
-    """``--batch-size: ...`` as ``batch_size: ...``, ``--resume auto`` as ``resume=auto``.
+    """Rewrite ``--batch-size: ...`` as ``batch_size: ...``, and ``--resume auto`` as ``resume=auto``.
 
     Args:
-        message: of a command.
-        arguments: names of the function's; one that takes all values of a repeated option has a plural.
+        message: message of a command.
+        arguments: names of the function's arguments; the argument of a repeatable option is its plural.
     """
 
     def argument(option: re.Match[str]) -> str:

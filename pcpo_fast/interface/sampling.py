@@ -1,4 +1,4 @@
-"""Images of a pipeline or of trained runs, as one call."""
+"""``sample``: images from a pipeline or from trained runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pcpo_fast.guidance.samples import Samples
 
 Prompts = str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
-"""A prompt, the path of a prompt file, or a list of prompts: texts, or mappings as a JSONL file has them."""
+"""A prompt, the path of a prompt file, or a list of prompts: strings, or mappings as in a JSONL file."""
 
 
 def sample(
@@ -43,26 +43,26 @@ def sample(
     output: File | None = None,
     folder: File | None = None,
 ) -> "Samples":
-    """Make images with a pipeline, or with the weights of runs.
+    """Sample images with a pipeline, or with the weights of runs.
 
     Args:
-        prompts: a text is a prompt, a ``Path`` a prompt file; or a list of prompts.
-        runs: run directories, whose model and export are used; several of one base model are composed.
-        config: without ``runs``: model and sampler, untrained; None: the demo's.
-        settings: they win over the configuration's, or the runs' own.
-        scales: of reward guidance, for each run or for all: 0 is the base model, 1 the trained one.
-        sweep: the same prompts and noise at several scales: a list, or "0,0.25,...,1.5".
-        count: images of each prompt.
-        seed: of the noise.
-        steps: denoising steps, the configuration's if None.
-        stochastic: sample with the rollout's noise instead of without.
-        batch_size: images at once.
-        rewards: what the images are scored with.
-        output: also write the picture into this file (of a sweep with rewards a plot beside it).
-        folder: also write every image by itself.
+        prompts: a string is a prompt, a ``Path`` a prompt file; or a list of prompts.
+        runs: run directories whose model and export are used; several runs of one base model are composed.
+        config: without ``runs``, the untrained model and the sampler; None: the demo's.
+        settings: settings that take precedence over the configuration's or the runs'.
+        scales: reward guidance scales, one per run or one for all: 0 is the base model, 1 the trained one.
+        sweep: sample the same prompts and noise at several scales: a list, or "0,0.25,...,1.5".
+        count: images per prompt.
+        seed: seed of the noise.
+        steps: denoising steps; None: the configuration's.
+        stochastic: sample with the rollout's noise; otherwise without noise.
+        batch_size: images per batch.
+        rewards: rewards that score the images.
+        output: also write the image grid to this file (and the plot of a sweep with rewards next to it).
+        folder: also write every image to this folder.
 
     Raises:
-        UserError: a mistake in the arguments, the configuration, the runs or the prompts.
+        UserError: the arguments, the configuration, a run or the prompts are invalid.
     """
     runs = [runs] if isinstance(runs, str | os.PathLike) else runs
     scales = [scales] if isinstance(scales, int | float) else scales

@@ -1,4 +1,4 @@
-"""Training, as one call."""
+"""``train``: a training run."""
 
 import os
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run. It stands for its folder wherever one is asked for (``sample(..., runs=run)``).
+    """A finished run. It can be passed wherever a run directory is expected (``sample(..., runs=run)``).
 
     Attributes:
         folder: the run directory.
-        summary: what summary.json holds (docs/metrics.md).
+        summary: the content of summary.json (docs/metrics.md).
     """
 
     folder: Path
@@ -30,14 +30,14 @@ class TrainedRun:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, in their order; ``record["kind"]`` is "epoch", "update" or "evaluation"."""
+        """The records of metrics.jsonl in order; ``record["kind"]`` is "epoch", "update" or "evaluation"."""
         from pcpo_fast.reporting.metrics_file import read_metrics
 
         return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def before_after(self) -> "Image | None":
-        """Held-out prompts before and after the training; None where the run has no held-out prompts."""
+        """Images of held-out prompts before and after training; None if the run has no held-out prompts."""
         from PIL import Image
 
         file = self.folder / "images" / "before_after.png"
@@ -45,7 +45,7 @@ class TrainedRun:
 
     @property
     def report(self) -> Path:
-        """The page of the run."""
+        """Path of the run's report.html."""
         return self.folder / "report.html"
 
     @property
@@ -66,21 +66,21 @@ def train(
     profile_updates: int | None = None,
     console: "Console | None" = None,
 ) -> TrainedRun:
-    """Train a policy in this process, and return its run.
+    """Train a policy in this process, and return the run.
 
     Args:
-        config, settings, rewards: of the run; see :func:`pcpo_fast.interface.configuration.load_config`.
+        config, settings, rewards: see :func:`pcpo_fast.interface.configuration.load_config`.
         resume: "auto", "accept-changes", "never", or a checkpoint or run to start from (docs/resuming.md).
-        verify: read the files of model and rewards anew, whatever is remembered of their content.
+        verify: read the files of model and rewards again, ignoring remembered hashes.
         profile: record where the time of an epoch goes (docs/profiling.md).
-        profile_epoch: the epoch to record, the second that is trained if None.
-        profile_updates: optimiser steps of it to record, 1 if None.
-        console: where the progress is shown; None: stdout. ``rich.console.Console(quiet=True)`` shows nothing.
+        profile_epoch: the epoch to record; None: the second that is trained.
+        profile_updates: optimizer steps of the epoch to record; None: 1.
+        console: where progress is shown; None: stdout. ``rich.console.Console(quiet=True)`` shows nothing.
 
     Raises:
-        UserError: something the user can mend, in one sentence.
-        pcpo_fast.distributed.preemption.Stopped: a signal ended the run in order (a KeyboardInterrupt or SystemExit
-            where it is called as ``pcpo_fast.train``).
+        UserError: an error that the user can fix.
+        pcpo_fast.distributed.preemption.Stopped: a signal stopped the run cleanly (``pcpo_fast.train`` raises
+            KeyboardInterrupt or SystemExit instead).
     """
     from rich.console import Console
 

@@ -96,7 +96,7 @@ def test_sample_from_a_lora_run_and_a_prompt_file(lora: Run, tmp_path: Path, cap
     [
         (("--count", "0"), "--count: must be at least 1, got 0"),
         (("--batch-size", "0"), "--batch-size: must be at least 1, got 0"),
-        (("--seed", "-1"), "--seed: must lie in 0..2^63 - 1, got -1"),
+        (("--seed", "-1"), "--seed: must be between 0 and 2^63 - 1, got -1"),
         (("--steps", "1"), "sampler.steps: must be at least 2, got 1"),
         (("--output", "x.bmp"), "--output: x.bmp must end in .png, .jpg or .webp"),
         (("--reward", "beauty"), "unknown reward 'beauty'"),

@@ -195,7 +195,7 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
     record = json.loads((output / "comparison.json").read_text())
     assert [len(record["variants"][name]["runs"]) for name in ("good", "bad")] == [1, 0]
     assert record["missing"] == [{"variant": "bad", "seed": 0, "reason": "has not been trained"}]
-    assert "not in these numbers: bad, seed 0: has not been trained" in answer.out
+    assert "not included: bad, seed 0: has not been trained" in answer.out
 
 
 @pytest.mark.parametrize(
@@ -208,14 +208,14 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
          "--seeds: must be a number of seeds (5), or a list of them (3,7,11), got 'x'"),
         (("--variant", "a:", "--jobs", "0"), "--jobs: must be at least 1, got 0"),
         (("--variant", "a:", "--primary", "heldout_area", "prompts.heldout=null"),
-         "primary: heldout_area needs held-out prompts, and a, seed 0 has no prompts.heldout"),
+         "primary: heldout_area needs held-out prompts, but a, seed 0 has no prompts.heldout"),
         (("--variant", "a:", "seed=1"), "variant a: seed is not set here (seed=1): --seeds says which"),
-        ((), "there is nothing to compare: name variants with --variant 'NAME: key=value' or give a --file; {} holds "
+        ((), "there is nothing to compare: give variants with --variant 'NAME: key=value' or a --file; {} has "
         "no comparison to continue"),
         (("--variant", "a:", "--report-only", "--seeds", "1"),
          "there is no finished run to compare (a: has not been trained)"),
         (("--runs", "a=nowhere"), "nowhere is not a run directory"),
-        (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory is called no*where"),
+        (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory matches no*where"),
         (("--runs", "a"), "--runs 'a': must have the form NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
         (("--runs", "$a$=b"), "variant '$a$': a name is also a folder's name: it must be made of letters, digits, '.', "
          "'_' and '-', and not be embeddings, tuning or figures"),
@@ -234,8 +234,12 @@ def test_mistakes_are_one_sentence_before_anything_runs(
 
 
 def test_output_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "compare", "--variant", "a:").err.startswith("error: --output: say where the runs go")
-    assert call(capsys, "compare", "--runs", "a=b").err.startswith("error: --output: say where to write the comparison")
+    assert call(capsys, "compare", "--variant", "a:").err.startswith(
+        "error: --output: missing; give the folder of the runs"
+    )
+    assert call(capsys, "compare", "--runs", "a=b").err.startswith(
+        "error: --output: missing; give the folder of the comparison"
+    )
 
 
 def test_runs_made_elsewhere_and_a_report_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,10 +324,10 @@ def test_a_tuned_comparison_goes_on_in_portions_and_decides_on_its_own_seeds(
     output = tmp_path / "out"
     (tmp_path / "c.yaml").write_text(TUNED.format(output=output))
     answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--report-only")
-    assert answer.code == 0 and "tuning: not over, 18 runs are left before the next choice" in answer.out
+    assert answer.code == 0 and "tuning: not finished, 18 runs left until the next choice" in answer.out
     assert not made and not (output / "comparison.json").exists()
     answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--minutes", "5")
-    assert answer.code == 0 and "tuning: not over, 13 runs are left before the next choice" in answer.out
+    assert answer.code == 0 and "tuning: not finished, 13 runs left until the next choice" in answer.out
     calls = 1
     while len(made) < 2 * 2 * 6 + 2 * 3:
         answer = call(capsys, "compare", "--output", output, "--minutes", "5")  # goes on from comparison.yaml

@@ -176,7 +176,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
     answer = train("run", 1)
     assert answer.code == 75
-    assert answer.err == "stopped by SIGTERM before the first checkpoint: the same command begins the run again\n"
+    assert answer.err == "stopped by SIGTERM before the first checkpoint: the same command starts the run again\n"
 
     answer = train("run", 2)  # in the reward of the second epoch, whose rollout is thrown away
     assert answer.code == 75

@@ -341,10 +341,10 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "--checkpoint: name what to evaluate"),
+        ((), "--checkpoint: missing; for example"),
         (("--checkpoint", "RUN", "--count", "0"), "--count: must be at least 1, got 0"),
         (("--checkpoint", "RUN", "--limit", "0"), "--limit: must be at least 1, got 0"),
-        (("--checkpoint", "RUN", "--seed", "-1"), "--seed: must lie in"),
+        (("--checkpoint", "RUN", "--seed", "-1"), "--seed: must be between"),
         (("--checkpoint", "RUN", "--metric", "fvd"), "--metric 'fvd': must be one of fd-dinov2"),
         (("--checkpoint", "RUN", "--metric", "cmmd="), "the model after '=' is missing"),
         (("--checkpoint", "RUN", "--metric", "cmmd", "--metric", "cmmd=x"), "cmmd is given twice"),

@@ -176,10 +176,7 @@ def test_much_to_read_is_announced_until_it_is_known(
     files = {name: tmp_path / name for name in "ab"}
     Contents(tmp_path / "record").of_files(files)
     said = capsys.readouterr().err
-    assert said == (
-        "Hashing 0.0 GB of model files (once: the hashes are kept in "
-        f"{tmp_path / 'record'})\n"
-    )
+    assert said == f"Hashing 0.0 GB of model files (once: the hashes are kept in {tmp_path / 'record'})\n"
     Contents(tmp_path / "record").of_files(files)
     assert capsys.readouterr().err == ""
 

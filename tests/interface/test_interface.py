@@ -92,7 +92,7 @@ def test_rewards_are_named_by_their_module() -> None:
             lambda f: f(TINY, {"train.epochs": {1, 2}}),
             "setting train.epochs: {1, 2} of type set is not a configuration value",
         ),
-        (lambda f: f(f(TINY), {"algorithm": "dancegrpo"}), "algorithm: a loaded configuration already holds "),
+        (lambda f: f(f(TINY), {"algorithm": "dancegrpo"}), "algorithm: a loaded configuration already contains "),
         (lambda f: f(TINY, rewards=lambda i, p, m: i), "reward <lambda>.<locals>.<lambda>: must be a function or a "),
         (lambda f: f(TINY, {"rewards": [{"name": redness, "wait": 2}]}), "setting (rewards="),
     ],
@@ -214,7 +214,10 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
         (lambda run: pcpo_fast.evaluate("base", shown=-1), "shown: must be at least 0, got -1"),
         (lambda run: pcpo_fast.export(run, format="x"), "format: must be one of diffusers, comfyui, kohya, got 'x'"),
         (lambda run: pcpo_fast.export(run, epoch=9), "epoch: "),
-        (lambda run: pcpo_fast.compare(runs={"a": run}), "output: say where to write the comparison, for example"),
+        (
+            lambda run: pcpo_fast.compare(runs={"a": run}),
+            "output: missing; give the folder of the comparison, for example",
+        ),
         (lambda run: pcpo_fast.compare(runs={"a": run}, seeds=2, output="x"), "runs compares existing runs, so "),
         (
             lambda run: pcpo_fast.compare({"a": {}}, metric="x", output="x"),

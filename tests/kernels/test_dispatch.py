@@ -27,7 +27,7 @@ def test_cpu_takes_the_reference() -> None:
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch) -> None:
     monkeypatch.setenv("PCPO_KERNELS", "triton")
     with pytest.raises(
-        ValueError, match="tensors are on cpu, where Triton runs in its interpreter only: set TRITON_INTERP"
+        ValueError, match="tensors are on cpu, where Triton only runs in its interpreter: set TRITON_INTERP"
     ):
         make_case(2, (3,)).cast(torch.float32).run()
     seed = torch.zeros(2, dtype=torch.int64)

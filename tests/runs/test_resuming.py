@@ -365,7 +365,7 @@ def test_an_interrupt_before_the_first_checkpoint_says_so(
     config = write_config(tmp_path, pipeline_folder)
     answer = call(capsys, "train", "--config", config)
     assert answer.code == 130
-    assert answer.err == "interrupted before the first checkpoint: the same command begins the run again\n"
+    assert answer.err == "interrupted before the first checkpoint: the same command starts the run again\n"
 
 
 def test_train_py_works_from_another_folder(tmp_path: Path) -> None:

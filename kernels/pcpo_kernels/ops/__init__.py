@@ -1,1 +1,1 @@
-"""One folder an operation: the public function, its plain reference, its Triton kernels and its compiled variants."""
+"""One folder per op: the public function, its reference, its Triton kernels and their variants."""

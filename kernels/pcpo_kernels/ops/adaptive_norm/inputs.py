@@ -1,4 +1,4 @@
-"""The arguments of the three public functions as one tuple, as both backends take them."""
+"""The arguments of the three public functions as one tuple, shared by both backends."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """Tokens [B, S, C] and modulation [B, C]: a gated residual where there is a branch, a norm where a shift."""
+    """Tokens [B, S, C] and modulation [B, C]: a gated residual if there is a branch, a norm if there is a shift."""
 
     source: Tensor
     branch: Tensor | None = None

@@ -1,6 +1,6 @@
-"""Gated residual, layer norm and modulation in plain PyTorch: the judge of the tests and the path on CPUs.
+"""Gated residual, layer norm and modulation in plain PyTorch: the reference for the tests and the path on CPUs.
 
-Arithmetic is float32, or float64 where an input is float64; results are rounded once.
+Arithmetic is float32, or float64 if an input is float64; results are rounded once.
 """
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from pcpo_kernels.ops.adaptive_norm.inputs import Tokens
 
 
 def adaptive_norm(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Gated residual (where there is a branch), then layer norm and modulation (where there is a shift)."""
+    """Gated residual (if there is a branch), then layer norm and modulation (if there is a shift)."""
     source, branch, gate, shift, scale, eps = tokens
     wide = wide_dtype(source, branch, gate, shift, scale)
     hidden = normed = source

@@ -33,7 +33,7 @@ def adaptive_norm_forward(dtype: str, kind: str, channels: int = FLUX) -> Varian
 
 
 def adaptive_norm_backward(dtype: str, kind: str, *, frozen: bool, channels: int = FLUX) -> Variant:
-    """Its backward; frozen: the modulation wants no gradient, as in LoRA training."""
+    """The backward; frozen: no gradient for the modulation, as in LoRA training."""
     loaded: dict[str, str] = {}
     stored: dict[str, str] = {}
     rows: dict[str, str] = {}
@@ -77,14 +77,14 @@ def _build(
 
 
 def token_sums(dtype: str) -> Variant:
-    """Sums of partial sums; its few stores are narrow."""
+    """The kernel that adds partial sums; its few stores are narrow."""
     tile = {"ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS, "BLOCK": SUM_ROWS * SUM_COLUMNS}
     variant = build(token_sums_kernel, dtype, {"partials": "fp32"}, {"result": dtype}, {}, FLUX, warps=4, **tile)
     return variant._replace(stored_bytes=0)
 
 
 def variants() -> Iterator[Variant]:
-    """What training FLUX or Stable Diffusion 3 with these ops launches, in bf16 and fp32."""
+    """The variants launched when FLUX or Stable Diffusion 3 is trained, in bf16 and fp32."""
     for kind in (NORM, RESIDUAL, BOTH):
         yield adaptive_norm_forward("bf16", kind)
         for frozen in (True, False):

@@ -1,4 +1,4 @@
-"""Guidance in plain PyTorch: the judge of the kernels' tests and the path taken on CPUs."""
+"""Guidance in plain PyTorch: the reference for the kernels' tests and the path on CPUs."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from pcpo_kernels.arithmetic import per_row, wide_dtype
 
 
 def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """``start + weight (end - start)``, taken from the nearer end: weights 0 and 1 return an input bit for bit."""
+    """``start + weight (end - start)``, computed from the nearer end: weights 0 and 1 return an input bit for bit."""
     gap = end - start
     return torch.where(weight < 0.5, start + weight * gap, end - (1 - weight) * gap)
 
 
 def guided(output: Tensor, unconditional: Tensor | None, guidance_scale: Tensor | None) -> Tensor:
-    """Classifier-free guidance in the output's dtype: ``u + g (c - u)``; the output itself without a second half."""
+    """Classifier-free guidance ``u + g (c - u)`` in the output's dtype; the output itself without ``unconditional``."""
     if unconditional is None or guidance_scale is None:
         return output
     return lerp(unconditional.to(output.dtype), output, per_row(guidance_scale, output))
 
 
 class _GuidanceFunction(torch.autograd.Function):
-    """The combination in a wide dtype, rounded once; nothing but the scale is kept for the backward."""
+    """Computes in a wide dtype and rounds once; only the scale is saved for the backward."""
 
     @staticmethod
     def forward(ctx: Any, reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]

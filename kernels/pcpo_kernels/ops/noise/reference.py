@@ -38,8 +38,8 @@ def philox_rounds(words: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) ->
     c0, c1, c2, c3 = words
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(10):
-        # The 64-bit products wrap in int64, but their bits are right: shift and mask read both halves. The low halves
-        # are left unmasked: they are only ever combined with words that are masked afterwards.
+        # The 64-bit products wrap in int64, but their bits are right, so shift and mask give both halves. The low
+        # halves need no mask, because they are only combined with words that are masked afterwards.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(MASK)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(MASK)
@@ -51,8 +51,8 @@ def philox_rounds(words: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) ->
 def normal_pairs(words: Tensor) -> Tensor:
     """Box-Muller on the last axis, in pairs ``(radius word, angle word)``.
 
-    Both words keep their upper 24 bits, centred in their cell: ``u = (word >> 8) 2^-24 + 2^-25``, so ``|z| < 5.9``.
-    Computed in float64 and rounded once: the judge of the kernels' float32 version.
+    Of both words the upper 24 bits are used, centred in their cell: ``u = (word >> 8) 2^-24 + 2^-25``, so
+    ``|z| < 5.9``. Computed in float64 and rounded once: the reference for the kernels' float32 version.
 
     Args:
         words: int64 ``[..., 4]`` with values in ``[0, 2^32)``.
@@ -72,7 +72,7 @@ def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     rows = seed.shape[0]
     if count == 0 or rows == 0:
         return torch.zeros(rows, count, device=seed.device)
-    # One block more than the elements fill: a row may start inside a block.
+    # One extra block, because a row may start inside a block.
     blocks = torch.arange((count + 3) // 4 + 1, device=seed.device)
     words = philox_uint32(seed[:, None], (offset // 4)[:, None] + blocks)
     normals = normal_pairs(words).flatten(1)
@@ -81,7 +81,7 @@ def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
 
 
 def resolve_noise(noise: Tensor | NoiseKey | Endpoints, old_output: Tensor) -> Tensor:
-    """The step's noise as a tensor like ``old_output`` (in the dtype to compute in), from any of its three forms."""
+    """The step's noise as a tensor with the shape and dtype of ``old_output``, from any of its three forms."""
     if isinstance(noise, NoiseKey):
         count = math.prod(old_output.shape[1:])
         return philox_normal(noise.seed, noise.offset, count).reshape(old_output.shape).to(old_output.dtype)

@@ -1,4 +1,4 @@
-"""The kernel's variant, as a signature for ahead-of-time compilation."""
+"""The kernel's variant for ahead-of-time compilation."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The arguments of the policy loss as one tuple, as both backends take them."""
+"""The arguments of the policy loss as one tuple, shared by both backends."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from pcpo_kernels.types import Endpoints, NoiseKey, Objective, Reduction
 
 
 class LossInputs(NamedTuple):
-    """The arguments of :func:`pcpo_kernels.policy_loss`, which says what each of them is."""
+    """The arguments of :func:`pcpo_kernels.policy_loss`, documented there."""
 
     output: Tensor
     old_output: Tensor | None

@@ -1,6 +1,6 @@
-"""The policy loss in plain PyTorch: the judge of the kernels' tests and the path taken on CPUs.
+"""The policy loss in plain PyTorch: the reference for the kernels' tests and the path on CPUs.
 
-Arithmetic is float32, or float64 where the model output is float64, whatever the dtype of the inputs.
+Arithmetic is float32, or float64 if the model output is float64, whatever the dtypes of the other inputs.
 """
 
 import math
@@ -20,7 +20,7 @@ from pcpo_kernels.types import Endpoints, PolicyLoss
 def taylor_error(log_ratio: Tensor, surplus: Tensor) -> Tensor:
     """``|e^l - 1 - l| / |e^l - 1|``, 0 where ``l`` is 0 and 1 where ``e^l`` overflows.
 
-    Near 0 the difference cancels, so its series is summed there: good to the dtype's precision everywhere.
+    Near 0 the difference cancels and its series is used instead, so the result is accurate to the dtype's precision.
     """
     series = torch.full_like(log_ratio, 1 / math.factorial(9))
     for order in range(8, 1, -1):
@@ -31,7 +31,7 @@ def taylor_error(log_ratio: Tensor, surplus: Tensor) -> Tensor:
 
 
 class _PolicyLossFunction(torch.autograd.Function):
-    """Loss and gradient by formula, so that nothing but three row vectors and the inputs is kept for the backward."""
+    """Loss with an explicit gradient: only three row vectors and the inputs are saved for the backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -49,7 +49,7 @@ class _PolicyLossFunction(torch.autograd.Function):
             distance = divergence * with_itself
         surplus = torch.expm1(log_ratio)  # the ratio minus 1, without cancellation
         change = log_ratio if inputs.objective == "hinge" else surplus
-        # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
+        # A row with advantage 0 contributes nothing, even if its ratio has overflowed (0 * inf is NaN).
         gain = torch.where(advantage == 0, torch.zeros_like(advantage), advantage * change)
         margin = clip_range * advantage.abs() - gain
         clipped = margin < 0
@@ -62,7 +62,7 @@ class _PolicyLossFunction(torch.autograd.Function):
             bound = advantage if inputs.objective == "divergence_mask" else -clip_range * advantage.abs()
             policy_term = -advantage + torch.where(clipped, bound, -gain)
             slope = torch.where(advantage == 0, torch.zeros_like(advantage), -advantage * torch.exp(log_ratio))
-        # An infinite slope on a clipped row must not meet a 0: choose, do not multiply.
+        # where() instead of a product: 0 times the infinite slope of a clipped row would be NaN.
         slope = torch.where(clipped, torch.zeros_like(slope), slope)
         error = taylor_error(log_ratio, surplus)
         row_loss = scale * policy_term

@@ -14,7 +14,7 @@ from pcpo_kernels.ops.policy_loss.triton import (
 from pcpo_kernels.variant import LATENTS, SIZES, Variant, build
 
 DEMO = 512  # elements of a row of the tiny pipeline that the demonstration trains
-LONG = 1 << 21  # a row so long that a program takes several blocks
+LONG = 1 << 21  # a row for which a program processes several blocks
 NOISE_POINTERS = {
     "key": KEY,
     "endpoints": {"noise": "fp32", "next_latents": "fp32", "a": "fp32", "b": "fp32", "std": "fp32"},
@@ -25,14 +25,14 @@ NOISE_POINTERS = {
 def policy_loss_variants(
     dtype: str, noise: str, extras: str = "", *, elements: int = LATENTS
 ) -> tuple[Variant, Variant]:
-    """Forward and backward of one kind of call; any clip range, objective and reduction.
+    """Forward and backward of one kind of call; each serves all clip ranges, objectives and reductions.
 
     Args:
-        dtype: of the output, and of what goes with it: old and reference outputs and the unconditional half.
-        noise: "key", "endpoints", "tensor", or "detached": endpoints without an old output.
-        extras: "kl", "cfg", "kl-cfg" or nothing. With classifier-free guidance the old and the reference output are
-            float32, as :func:`pcpo_kernels.guidance` makes them for a log-ratio of exactly 0 on-policy.
-        elements: of a row.
+        dtype: dtype of the output, the old and reference outputs and the unconditional half.
+        noise: "key", "endpoints", "tensor", or "detached" (endpoints without an old output).
+        extras: "kl", "cfg", "kl-cfg" or "". With classifier-free guidance the old and the reference output are float32,
+            as computed by :func:`pcpo_kernels.guidance` for a log-ratio of exactly 0 on-policy.
+        elements: elements per row.
     """
     detached = noise == "detached"
     given = NOISE_POINTERS["endpoints" if detached else noise]
@@ -55,7 +55,7 @@ def policy_loss_variants(
     forward_rows = small | dict.fromkeys(FORWARD_ROWS, "fp32") | {"counters": "i32", "clipped_out": "i1"}
     if "kl" not in extras:
         del forward_rows["kl"]
-    # On-policy, the forward reads the output for the distance to the reference alone.
+    # Without an old output, the forward reads the output only for its distance to the reference.
     read = bulk
     if detached:
         read = {n: k for n, k in bulk.items() if "kl" in extras and n not in ("noise", "next_latents")}
@@ -76,7 +76,7 @@ def policy_loss_variants(
 
 
 def variants() -> Iterator[Variant]:
-    """What a trainer launches (bf16 or fp32 models), and some of other callers."""
+    """The variants launched by the trainer (bf16 or fp32 models), and some for other callers."""
     for noise in ("key", "endpoints", "detached"):
         for dtype in ("bf16", "fp32"):
             for extras in ("", "kl", "cfg", "kl-cfg"):

@@ -1,4 +1,4 @@
-"""The arguments of the norm and rotation of heads as one tuple, as both backends take them."""
+"""The arguments of norm and rotation of heads as one tuple, shared by both backends."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Heads(NamedTuple):
-    """The arguments of :func:`pcpo_kernels.norm_rope`, which says what each of them is."""
+    """The arguments of :func:`pcpo_kernels.norm_rope`, documented there."""
 
     x: Tensor
     weight: Tensor | None

@@ -1,6 +1,6 @@
-"""Norm and rotation of heads in plain PyTorch: the judge of the kernels' tests and the path taken on CPUs.
+"""Norm and rotation of heads in plain PyTorch: the reference for the kernels' tests and the path on CPUs.
 
-Arithmetic is float32, or float64 where an input is float64; results are rounded once.
+Arithmetic is float32, or float64 if an input is float64; results are rounded once.
 """
 
 import torch
@@ -25,6 +25,6 @@ def norm_rope(heads: Heads) -> Tensor:
         y = torch.cat((y, norm(second, second_weight)), dim=1)
     if cos is not None and sin is not None:
         even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-        y = y * cos.to(wide)[:, None] + turned * sin.to(wide)[:, None]
+        rotated = torch.stack((-odd, even), dim=-1).flatten(-2)
+        y = y * cos.to(wide)[:, None] + rotated * sin.to(wide)[:, None]
     return y.to(x.dtype)

@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from pcpo_kernels.ops.rotary.triton import norm_rope_backward_kernel, norm_rope_forward_kernel, tile_options
 from pcpo_kernels.variant import Variant, build
 
-HEADS, HEAD, SD3_HEAD = 24, 128, 64  # heads of both, and elements of a head
+HEADS, HEAD, SD3_HEAD = 24, 128, 64  # number of heads (both models), and elements per head
 BACKWARD_TOKENS = 16  # of a program, at 1024 x 1024
 
 
 def norm_rope_forward(dtype: str, *, rope: bool = True) -> Variant:
-    """Queries or keys of FLUX, or without rotation those of Stable Diffusion 3."""
+    """Queries or keys of FLUX; without rotation, of Stable Diffusion 3."""
     rows = {"weight": dtype} | ({"cos": "fp32", "sin": "fp32"} if rope else {})
     return _build_heads(norm_rope_forward_kernel, dtype, {"x": dtype}, {"result": dtype}, rows, rope)
 
 
 def norm_rope_backward(dtype: str, *, frozen: bool, rope: bool = True) -> Variant:
-    """Its backward; frozen: the weight wants no gradient."""
+    """The backward; frozen: no gradient for the weight."""
     rows = {"weight": dtype} | ({"cos": "fp32", "sin": "fp32"} if rope else {})
     name = dtype + ("-frozen" if frozen else "")
     rows |= {} if frozen else {"partials": "fp32"}
@@ -43,7 +43,7 @@ def _build_heads(
 
 
 def variants() -> Iterator[Variant]:
-    """What training FLUX or Stable Diffusion 3 with this op launches, in bf16 and fp32."""
+    """The variants launched when FLUX or Stable Diffusion 3 is trained, in bf16 and fp32."""
     for rope in (True, False):
         yield norm_rope_forward("bf16", rope=rope)
         yield norm_rope_backward("bf16", frozen=True, rope=rope)

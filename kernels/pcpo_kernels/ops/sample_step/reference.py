@@ -1,4 +1,4 @@
-"""A sampler step in plain PyTorch: the judge of the kernel's tests and the path taken on CPUs."""
+"""A sampler step in plain PyTorch: the reference for the kernel's tests and the path on CPUs."""
 
 import math
 

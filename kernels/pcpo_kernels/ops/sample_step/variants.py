@@ -8,7 +8,7 @@ from pcpo_kernels.variant import LATENTS, Variant, build
 
 
 def sample_step_variant(dtype: str, noise: str, latents: str = "fp32") -> Variant:
-    """A sampler step with given, made or no noise; either reduction."""
+    """A sampler step with noise from a tensor or a key, or without noise; serves both reductions."""
     rows = dict.fromkeys(("a", "b", "std", "log_prob"), "fp32")
     loaded = {"latents": latents, "output": dtype}
     if noise != "none":
@@ -22,7 +22,7 @@ def sample_step_variant(dtype: str, noise: str, latents: str = "fp32") -> Varian
 
 
 def variants() -> Iterator[Variant]:
-    """What a rollout launches, and some of other callers."""
+    """The variants launched in a rollout, and some for other callers."""
     for dtype in ("bf16", "fp16", "fp32"):
         for noise in ("key", "none"):
             yield sample_step_variant(dtype, noise)
