@@ -216,7 +216,7 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
         (lambda run: pcpo_fast.export(run, epoch=9), "epoch: "),
         (
             lambda run: pcpo_fast.compare(runs={"a": run}),
-            "output: missing; give the folder of the comparison, for example",
+            "output: missing; give the folder of the comparison",
         ),
         (lambda run: pcpo_fast.compare(runs={"a": run}, seeds=2, output="x"), "runs compares existing runs, so "),
         (
