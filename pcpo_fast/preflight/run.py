@@ -74,5 +74,5 @@ def check_arguments(gpus: int, nodes: int, timeout: float) -> int:
     if gpus % nodes:
         raise UserError(f"--gpus: {gpus} GPUs do not divide evenly over {nodes} machines (--nodes)")
     if not timeout > 0:
-        raise UserError(f"--timeout: must be more than 0 seconds, got {timeout:g}")
+        raise UserError(f"--timeout: must be above 0 seconds, got {timeout:g}")
     return gpus // nodes
