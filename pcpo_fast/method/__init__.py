@@ -1,1 +1,1 @@
-"""The mathematics: samplers, schedules and credit rules as tables, windows, advantages, noise keys; no models."""
+"""The mathematics, without models: samplers and credit rules as tables, schedules, windows, advantages, noise keys."""

@@ -1,4 +1,4 @@
-"""Advantages: rewards made comparable before they weigh the policy loss.
+"""Advantages: rewards normalized for the policy loss.
 
 All statistics are float64. Published trainers differ in small ways that are parameters here:
 
@@ -9,8 +9,8 @@ All statistics are float64. Published trainers differ in small ways that are par
 | DDPO without buffer | whole batch | whole batch, population | 1e-8 | ``global`` |
 | DDPO with buffer | prompt's history | prompt's history, population | 1e-6 | :class:`RunningAdvantages` |
 
-The default is the population form: it is what most public code computes and it is defined for any count. DanceGRPO's
-sample form makes all advantages of a group of n smaller by ``sqrt(1 - 1/n)`` (4 % at n = 12), a common factor.
+The default is the population form, which most public code computes and which is defined for any count. DanceGRPO's
+sample form scales all advantages of a group of n by ``sqrt(1 - 1/n)`` (4 % smaller at n = 12).
 """
 
 import math
@@ -35,16 +35,16 @@ def compute_advantages(
     epsilon: float = 1e-8,
     unbiased: bool = False,
 ) -> Tensor:
-    """Advantages ``(r - mean) / (std + epsilon)`` of a whole epoch's images.
+    """Advantages ``(r - mean) / (std + epsilon)`` of all images of an epoch.
 
-    Rewards that are all equal (in their group, or in the batch for ``"global"``) have advantage exactly 0.
+    If all rewards of a group (of the batch for ``"global"``) are equal, their advantages are exactly 0.
 
     Args:
         rewards: [B], any real dtype.
-        groups: integer [B], the same number for images of the same prompt; not used (may be None) by ``"global"``.
+        groups: integer [B], equal for images of the same prompt; unused (may be None) with ``"global"``.
         normalization: ``"group"``: mean and std per group; ``"flow_grpo"``: mean per group, std of the whole batch;
             ``"global"``: mean and std of the whole batch.
-        clip: advantages are clipped to plus or minus this; None does not clip.
+        clip: advantages are clipped to ±clip; None: no clipping.
         epsilon: added to the standard deviation.
         unbiased: divide by n - 1 instead of n in the variance.
 
@@ -52,8 +52,8 @@ def compute_advantages(
         float64 [B] on the device of ``rewards``.
 
     Raises:
-        ValueError: a reward is not finite (the message names its index), shapes disagree, a group or the batch has a
-            single image, or an option is not valid.
+        ValueError: a reward is not finite (the message gives its index), shapes disagree, a group or the batch has a
+            single image, or an option is invalid.
     """
     if normalization not in get_args(Normalization):
         allowed = ", ".join(get_args(Normalization))
@@ -63,7 +63,7 @@ def compute_advantages(
     values = _check_rewards(rewards)
     _check_options(clip, epsilon)
     if len(values) < 2:
-        raise ValueError("advantages compare images, and the batch has a single reward")
+        raise ValueError("advantages compare images, but the batch has a single reward")
     everyone = torch.zeros(len(values), dtype=torch.long)
     members = everyone if normalization == "global" else _check_groups(groups, len(values), normalization)
     deviation = centered(values, members)
@@ -77,12 +77,12 @@ def compute_advantages(
 class RunningAdvantages:
     """DDPO's advantages: statistics of a prompt's latest rewards, over epochs (Black et al. 2024, arXiv:2305.13301).
 
-    Every call first adds the new rewards to the buffers of their prompts. A prompt whose buffer holds fewer than
-    ``min_count`` rewards uses mean and standard deviation (population) of the call's whole batch instead.
+    Every call first adds the new rewards to the buffers of their prompts. A prompt with fewer than ``min_count``
+    rewards in its buffer uses the mean and population standard deviation of the call's batch instead.
 
     Args:
-        buffer_size: rewards remembered per prompt, the latest ones.
-        min_count: rewards that a prompt needs before its own statistics are used.
+        buffer_size: number of latest rewards kept per prompt.
+        min_count: number of rewards that a prompt needs for its own statistics.
         epsilon: added to the standard deviation.
 
     Raises:
@@ -102,23 +102,23 @@ class RunningAdvantages:
         self._buffers: dict[str, deque[float]] = {}
 
     def compute(self, rewards: Tensor, prompts: Sequence[str], clip: float | None = 5.0) -> Tensor:
-        """Remember the rewards and return their advantages.
+        """Add the rewards to the buffers and return their advantages.
 
         Args:
             rewards: [B], any real dtype, of the whole batch (all ranks).
             prompts: the B prompts.
-            clip: advantages are clipped to plus or minus this; None does not clip.
+            clip: advantages are clipped to ±clip; None: no clipping.
 
         Returns:
             float64 [B] on the device of ``rewards``.
 
         Raises:
-            ValueError: a reward is not finite or the lengths disagree; nothing is remembered then.
+            ValueError: a reward is not finite or the lengths disagree; the buffers are then unchanged.
         """
         values = _check_rewards(rewards)
         _check_options(clip, self.epsilon)
         if len(prompts) != len(values):
-            raise ValueError(f"{len(values)} rewards came with {len(prompts)} prompts")
+            raise ValueError(f"got {len(values)} rewards for {len(prompts)} prompts")
         for prompt, value in zip(prompts, values.tolist(), strict=True):
             self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(value)
         own: dict[str, tuple[float, float]] = {}
@@ -131,14 +131,14 @@ class RunningAdvantages:
         return _clipped((values - mean) / (std + self.epsilon), clip).to(torch.as_tensor(rewards).device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The buffers, oldest reward first, as plain lists (JSON can hold them)."""
+        """The buffers as JSON-compatible lists, oldest reward first."""
         return {"rewards": {prompt: list(buffer) for prompt, buffer in self._buffers.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the buffers by saved ones; a smaller ``buffer_size`` keeps the latest rewards.
 
         Raises:
-            ValueError: the state is not one of :meth:`state_dict`, or holds a value that is not finite.
+            ValueError: the state was not made by :meth:`state_dict`, or contains a value that is not finite.
         """
         saved = state.get("rewards")
         if not isinstance(saved, dict):
@@ -150,7 +150,7 @@ class RunningAdvantages:
 
 
 def centered(values: Tensor, members: Tensor) -> Tensor:
-    """``values`` [B] minus the mean of their group, exactly 0 in a group of equal values."""
+    """``values`` [B] minus their group's mean; exactly 0 in a group of equal values."""
     count = torch.bincount(members)
     mean = (torch.bincount(members, weights=values) / count)[members]
     highest = torch.full_like(count, -math.inf, dtype=torch.float64).scatter_reduce(0, members, values, "amax")
@@ -159,23 +159,23 @@ def centered(values: Tensor, members: Tensor) -> Tensor:
 
 
 def spread(deviation: Tensor, members: Tensor, unbiased: bool) -> Tensor:
-    """Standard deviation of each value's group, [B], from values that are centred in it."""
+    """Standard deviation of each value's group, [B], from centred values."""
     count = torch.bincount(members)
     variance = torch.bincount(members, weights=deviation**2) / (count - int(unbiased))
     return variance.sqrt()[members]
 
 
 def spread_of_others(deviation: Tensor, members: Tensor, unbiased: bool) -> Tensor:
-    """Standard deviation of each value's group without that value, [B]; groups of three or more, centred."""
+    """Leave-one-out standard deviation of each value's group, [B], from centred values; groups of three or more."""
     others = (torch.bincount(members) - 1)[members]
     squares = torch.bincount(members, weights=deviation**2)[members] - deviation**2
-    # The others' mean is minus the value's deviation over their number.
+    # The mean of the others is minus the value's deviation divided by their number.
     variance = (squares - deviation**2 / others).clamp(min=0) / (others - int(unbiased))
     return variance.sqrt()
 
 
 def _moments(values: Tensor) -> tuple[float, float]:
-    """Mean and population standard deviation; the value itself and exactly 0 where all are equal."""
+    """Mean and population standard deviation; the common value and exactly 0 if all are equal."""
     if bool((values == values[0]).all()):
         return float(values[0]), 0.0
     return float(values.mean()), float(values.std(correction=0))
@@ -209,13 +209,13 @@ def _check_groups(groups: Tensor | None, count: int, normalization: str) -> Tens
     if len(alone):
         raise ValueError(
             f"{normalization} advantages compare the images of a prompt, "
-            f"and group {int(names[int(alone[0])])} has a single image"
+            f"but group {int(names[int(alone[0])])} has a single image"
         )
     return members
 
 
 def _check_options(clip: float | None, epsilon: float) -> None:
     if clip is not None and not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"clip must be a positive number, or None for no clip, got {clip}")
+        raise ValueError(f"clip must be a positive number, or None for no clipping, got {clip}")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon must be a positive number, got {epsilon}")

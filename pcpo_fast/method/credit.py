@@ -1,7 +1,7 @@
 """Credit rules: how strongly each sampling step is trained.
 
 The exact log-ratio of a step is ``kappa <delta, z> - kappa²/2 <delta, delta>`` with ``kappa = b / std`` and ``delta``
-the change of the model output. ``|kappa|``, the step's native credit, is an accident of the sampler. Every published
+the change of the model output. ``|kappa|``, the step's native credit, is a by-product of the sampler. Every published
 rule replaces it by three numbers per step,
 
     log_ratio = linear <delta, z> - quadratic <delta, delta>,        loss = scale * h(log_ratio; A, xi),
@@ -29,11 +29,11 @@ class CreditTable:
     Attributes:
         linear: factor of ``<delta, z>``, with the sign of the transition's ``b``.
         quadratic: factor of ``<delta, delta>``, subtracted.
-        scale: factor of the step's policy loss (not of its KL).
-        kl: factor of ``<f - f_ref, f - f_ref>``; the KL coefficient beta is not in it.
-        zeta: sum of native credit over sum of step lengths, whatever the rule.
+        scale: factor of the step's policy loss (not of its KL term).
+        kl: factor of ``<f - f_ref, f - f_ref>``, without the KL coefficient beta.
+        zeta: sum of native credit over sum of step lengths, for every rule.
         rule: name of the rule.
-        trained_steps: the steps with a row, in order.
+        trained_steps: the trained steps, in order.
     """
 
     linear: Tensor
@@ -45,10 +45,10 @@ class CreditTable:
     trained_steps: tuple[int, ...]
 
     def restricted(self, steps: Iterable[int]) -> "CreditTable":
-        """The same credit with rows for some of the trained steps only: zeta and the rules' means stay.
+        """The same credit for a subset of the trained steps; zeta and the means of the rules are unchanged.
 
         Raises:
-            ValueError: no step is named, or one that is not trained.
+            ValueError: ``steps`` is empty or contains a step that is not trained.
         """
         kept = tuple(sorted(set(steps)))
         if not kept or not set(kept) <= set(self.trained_steps):
@@ -72,14 +72,14 @@ class CreditTable:
 
 
 class Steps(NamedTuple):
-    """What a rule knows of the stochastic steps; tensors are [M], float64."""
+    """The stochastic steps as seen by a credit rule; tensors are float64 [M]."""
 
     kappa: Tensor  # native signed credit b / std
     std: Tensor
     delta: Tensor  # step length t - t'
     proportionate: Tensor  # zeta delta
     uniform: Tensor  # mean native credit, before any reshaping of the variance
-    chosen: Tensor  # bool; the steps that sums and means run over
+    chosen: Tensor  # bool; the steps included in sums and means
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of ``values`` over the chosen steps."""
@@ -95,7 +95,7 @@ def _native(steps: Steps) -> Columns:
 
 
 def _proportionate(steps: Steps) -> Columns:
-    """PCPO for flow models: credit in proportion to the step's length (Lee and Ye 2026, arXiv:2509.25774)."""
+    """PCPO for flow models: credit proportional to the step's length (Lee and Ye 2026, arXiv:2509.25774)."""
     return _with_credit(steps, steps.proportionate)
 
 
@@ -121,12 +121,12 @@ def _tempflow(steps: Steps) -> Columns:
 
 
 def _grpo_guard(steps: Steps) -> Columns:
-    """GRPO-Guard's ratio normalisation and gradient weighting (Wang et al. 2025, arXiv:2510.22319)."""
+    """GRPO-Guard's ratio normalization and gradient weighting (Wang et al. 2025, arXiv:2510.22319)."""
     return steps.kappa * steps.std, torch.zeros_like(steps.kappa), 1 / steps.delta
 
 
 def _fair_clip(steps: Steps) -> Columns:
-    """The same clip for the same change of the mean (public code of Lee et al. 2026, arXiv:2604.17415)."""
+    """Equal clipping for equal changes of the mean (public code of Lee et al. 2026, arXiv:2604.17415)."""
     variance = steps.std**2
     return steps.kappa * variance, steps.kappa**2 * variance / 2, 1 / variance
 
@@ -152,7 +152,7 @@ RULES = tuple(_RULES)
 
 
 def native_credit(transitions: Transitions) -> Tensor:
-    """Credit ``|b| / std`` that the sampler itself gives each step, float64 [N]; 0 where ``std`` is 0."""
+    """Credit ``|b| / std`` that the sampler gives each step, float64 [N]; 0 where ``std`` is 0."""
     stochastic = transitions.std > 0
     return _scatter(transitions.b[stochastic].abs() / transitions.std[stochastic], stochastic)
 
@@ -184,18 +184,18 @@ def credit_table(
         transitions: the sampler, with at least one stochastic step.
         rule: one of :data:`RULES`.
         trained_steps: indices of the steps to train, in general
-            :func:`~pcpo_fast.method.transitions.trainable_steps` or a subset. None makes the table of the whole
-            sampler, to look at: every step with a density has its row, also a last step whose noise is dropped.
+            :func:`~pcpo_fast.method.transitions.trainable_steps` or a subset. None: all steps with a density, including
+            a last step whose noise is dropped (for inspection, not for training).
         kl: ``"exact"``: ``b² / (2 std²)``, the KL divergence of the two Gaussians; ``"published"``: that times the step
             length, as in Flow-GRPO.
-        normalize_over: steps over which zeta and the rules' means run: ``"all"`` stochastic steps, so that a random
-            subset of trained steps never changes them, or the ``"trained"`` ones alone.
-        normalize_scale: divide the scale column by its mean over those steps, so that a rule with ``1 / dt`` or
-            ``1 / std²`` keeps the size of the loss.
+        normalize_over: steps included in zeta and the rules' means: ``"all"`` stochastic steps, so that a random subset
+            of trained steps does not change them, or only the ``"trained"`` ones.
+        normalize_scale: divide the scale column by its mean over those steps, so that rules with ``1 / dt`` or
+            ``1 / std²`` do not change the size of the loss.
 
     Raises:
-        ValueError: unknown rule, KL form or normalisation; no stochastic step; a trained step that does not exist, is
-            named twice, is deterministic, or is a last step whose noise is dropped; or noise so small that the
+        ValueError: the rule, KL form or normalization is unknown; no step is stochastic; a trained step does not exist,
+            is repeated, is deterministic, or is a last step whose noise is dropped; or the noise is so small that the
             columns overflow.
     """
     for name, value, allowed in (
@@ -251,14 +251,14 @@ def _check_trained(transitions: Transitions, trained_steps: Iterable[int] | None
         return [step for step in range(transitions.steps) if transitions.std[step] > 0]
     values = trained_steps.tolist() if isinstance(trained_steps, Tensor) else list(trained_steps)
     if not values:
-        raise ValueError("trained_steps names no step, so there is nothing to train")
+        raise ValueError("trained_steps is empty, so there is nothing to train")
     steps: list[int] = []
     for value in values:
         if isinstance(value, bool) or value not in range(transitions.steps):
-            raise ValueError(f"trained_steps must be integers within 0..{transitions.steps - 1}, got {value!r}")
+            raise ValueError(f"trained_steps must be integers from 0 to {transitions.steps - 1}, got {value!r}")
         step = int(value)
         if step in steps:
-            raise ValueError(f"trained_steps names step {step} twice")
+            raise ValueError(f"trained_steps contains step {step} twice")
         if transitions.std[step] == 0:
             raise ValueError(f"step {step} adds no noise, so it has no density and cannot be trained")
         if step == transitions.steps - 1 and transitions.final_step == "clean":
@@ -270,7 +270,7 @@ def _check_trained(transitions: Transitions, trained_steps: Iterable[int] | None
 
 
 def credit_record(sampler: str, transitions: Transitions, table: CreditTable) -> dict[str, Any]:
-    """Native, proportionate and used credit per step, as written to ``credit.json`` and printed by ``credit``."""
+    """Native, proportionate and used credit per step: the content of ``credit.json`` and of ``credit --json``."""
     return {
         "sampler": sampler,
         "rule": table.rule,

@@ -1,7 +1,7 @@
-"""Names for random numbers: a 64-bit key from the integers that say what the number is for.
+"""Keys of random streams: 64-bit keys derived from the integers that identify a use of randomness.
 
-The key of an image's noise holds (seed, epoch, group, image), so a rollout is the same for every batch size, rank
-and device. blake2b spreads nearby integers over all keys.
+The key of an image's noise is derived from (seed, epoch, group, image), so a rollout is the same for every batch size,
+rank and device. blake2b maps nearby integers to unrelated keys.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from enum import IntEnum
 
 
 class Purpose(IntEnum):
-    """What a key is for; part of every key, so that two uses never share a stream."""
+    """The purpose of a key. It is part of every key, so that different uses never share a stream."""
 
     INITIAL_NOISE = 0
     STEP_NOISE = 1
@@ -27,6 +27,6 @@ class Purpose(IntEnum):
 
 
 def random_key(purpose: Purpose, *parts: int) -> int:
-    """A signed 64-bit key, fit for an int64 tensor, from a purpose and integers of less than 2^63 in magnitude."""
+    """A signed 64-bit key (for an int64 tensor) from a purpose and integers below 2^63 in magnitude."""
     packed = struct.pack(f"<{len(parts) + 1}q", purpose, *parts)
     return int(struct.unpack("<q", hashlib.blake2b(packed, digest_size=8).digest())[0])

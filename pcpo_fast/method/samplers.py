@@ -1,4 +1,4 @@
-"""From the configuration to the tables that drive sampling and training."""
+"""Building the sampler and credit tables from the configuration."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,14 +14,14 @@ from pcpo_fast.method.transitions import Transitions, ddim, euler_ode, shifted_t
 
 
 def build_transitions(settings: SamplerConfig, schedule: Schedule | None = None) -> Transitions:
-    """The sampler's table.
+    """The table of the configured sampler.
 
     Args:
         settings: the configuration's ``sampler`` section.
-        schedule: what the model says of its times; needed for diffusion models and by ``sampler.grid`` ``scheduler``.
+        schedule: the model's schedule; required for diffusion models and for ``sampler.grid: scheduler``.
 
     Raises:
-        UserError: the settings make no valid sampler, or the model is of the other kind.
+        UserError: the settings do not define a valid sampler, or the sampler is for the other kind of model.
     """
     check_sampler(settings, _kind(schedule))
     sampler = SAMPLERS[settings.name]
@@ -41,7 +41,7 @@ def build_transitions(settings: SamplerConfig, schedule: Schedule | None = None)
 
 
 def deterministic_transitions(settings: SamplerConfig, schedule: Schedule | None = None) -> Transitions:
-    """The same steps without noise: Euler's for a flow model, DDIM with eta 0 for a diffusion model.
+    """The same time grid without noise: Euler for a flow model, DDIM with eta 0 for a diffusion model.
 
     Raises:
         UserError: as in :func:`build_transitions`.
@@ -56,10 +56,10 @@ def deterministic_transitions(settings: SamplerConfig, schedule: Schedule | None
 
 
 def check_sampler(settings: SamplerConfig, kind: type[Schedule]) -> None:
-    """Refuse a sampler that does not serve a kind of model; the model itself need not be loaded for that.
+    """Check that the sampler is for this kind of model, without loading the model.
 
     Raises:
-        UserError: says which samplers do.
+        UserError: it is not; the message lists the samplers that are.
     """
     models = {"flow": "flow models (FLUX, SD3)", "diffusion": "diffusion models (Stable Diffusion 1.x)"}
     needed = SAMPLERS[settings.name].kind
@@ -67,13 +67,13 @@ def check_sampler(settings: SamplerConfig, kind: type[Schedule]) -> None:
     if needed != found:
         allowed = samplers_of(found)
         raise UserError(
-            f"sampler.name: {settings.name} samples {models[needed]}, and this model is a {found} model: "
-            f"allowed {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}"
+            f"sampler.name: {settings.name} is for {models[needed]}, but this model is a {found} model; "
+            f"allowed: {', '.join(allowed)}"
         )
 
 
 def _kind(schedule: Schedule | None) -> type[Schedule]:
-    """A model that says nothing of its times is a flow model: their grids can do without."""
+    """The kind of model; without a schedule it is a flow model, whose shifted grid needs none."""
     return FlowSchedule if schedule is None else type(schedule)
 
 
@@ -89,16 +89,14 @@ def steps_to_train(config: Config, transitions: Transitions) -> list[int]:
     """The steps that may be trained, ascending.
 
     Raises:
-        UserError: ``credit.steps`` names a step that does not exist or has no credit, or nothing is left.
+        UserError: ``credit.steps`` contains a step that does not exist or cannot be trained, or no step is left.
     """
     allowed = trainable_steps(transitions)
     chosen: Sequence[int] = sorted(set(config.credit.steps)) if config.credit.steps is not None else allowed
     last = transitions.steps - 1
     for step in chosen:
         if step > last:
-            raise UserError(
-                f"credit.steps: there is no step {step}; with sampler.steps={last + 1} they are 0 to {last}"
-            )
+            raise UserError(f"credit.steps: there is no step {step}; sampler.steps={last + 1} has steps 0 to {last}")
         if step not in allowed:
             raise UserError(
                 f"credit.steps: step {step} cannot be trained (it has no noise, or its noise never reaches the image); "
@@ -120,7 +118,7 @@ def build_credit(config: Config, transitions: Transitions) -> CreditTable:
     """The credit table of a run.
 
     Raises:
-        UserError: the rule does not work with this sampler, for the reason it gives.
+        UserError: the rule does not work with this sampler.
     """
     try:
         return credit_table(

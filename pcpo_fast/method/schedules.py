@@ -1,4 +1,4 @@
-"""What a model says of the times it was trained on: the ground on which a sampler's table is built."""
+"""A model's training schedule, from which sampler tables are built."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from pcpo_fast.method.transitions import PredictionType
 
 @dataclass(frozen=True, eq=False)
 class FlowSchedule:
-    """A flow model, which predicts a velocity.
+    """Schedule of a flow model, which predicts a velocity.
 
     Attributes:
-        times: the grid of the pipeline's own scheduler, float64 [N + 1], from 1 (or near) down to 0.
+        times: the grid of the pipeline's own scheduler, float64 [N + 1], from 1 (or slightly less) down to 0.
     """
 
     times: Tensor
@@ -20,12 +20,12 @@ class FlowSchedule:
 
 @dataclass(frozen=True, eq=False)
 class DiffusionSchedule:
-    """A diffusion model.
+    """Schedule of a diffusion model.
 
     Attributes:
-        alphas_cumprod: of the training noise, float64 [T].
-        timesteps: those of the pipeline's DDIM scheduler, int64 [N], decreasing.
-        prediction: what the network's output means.
+        alphas_cumprod: cumulative alphas of training, float64 [T].
+        timesteps: timesteps of the pipeline's DDIM scheduler, int64 [N], decreasing.
+        prediction: what the network predicts.
     """
 
     alphas_cumprod: Tensor

@@ -1,4 +1,4 @@
-"""The tables of an epoch on the policy's device: how each step samples, and what it counts for."""
+"""An epoch's sampler and credit tables on the policy's device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ from pcpo_fast.method.windows import window_steps
 
 @dataclass(frozen=True)
 class StepTable:
-    """A sampler's columns in float32 on the policy's device, ready to be indexed by step.
+    """A sampler's columns in float32 on the policy's device, indexed by step.
 
     Attributes:
         times: [N + 1].
-        a, b, std: [N], as sampled.
+        a, b, std: [N], as used in sampling (the last row makes the decoded latents).
         clean: [N, 2], coefficients ``(p, q)`` of the clean image ``p x + q f`` that a step predicts.
-        noisy: N flags, whether the step has noise; known on the host so that a rollout never waits for the device.
+        noisy: N flags, whether the step has noise; on the host, so that a rollout never waits for the device.
     """
 
     times: Tensor
@@ -34,7 +34,7 @@ class StepTable:
 
     @classmethod
     def of(cls, transitions: Transitions, device: torch.device) -> "StepTable":
-        """Move a float64 table to a device, its last row as it is decoded (without noise for a clean final step)."""
+        """Convert a float64 table; the last row becomes the one that is decoded (no noise for a clean final step)."""
         a, b, std = transitions.a.clone(), transitions.b.clone(), transitions.std.clone()
         a[-1], b[-1], std[-1] = transitions.final_row
         assert transitions.clean_predictions is not None
@@ -50,9 +50,9 @@ class StepTable:
 
 @dataclass(frozen=True)
 class CreditRows:
-    """A credit table in float32 on the policy's device; ``kl`` is already times beta. All [N].
+    """A credit table in float32 on the policy's device, all [N]; ``kl`` is already multiplied by beta.
 
-    ``silent``: N flags on the CPU, the policy loss of the step has no gradient, whatever the advantage.
+    ``silent`` is bool [N] on the CPU: the policy loss of the step has no gradient, whatever the advantage.
     """
 
     linear: Tensor
@@ -85,10 +85,10 @@ class RunTables:
     Attributes:
         transitions: the stochastic sampler.
         deterministic: the same steps without noise.
-        credit: credit of every step that is ever trained. A window changes neither zeta nor any mean.
+        credit: credit of every step that is ever trained. A window changes neither zeta nor the rules' means.
 
     Raises:
-        UserError: the configuration makes no sampler, credit or window.
+        UserError: sampler, credit or window is invalid.
     """
 
     def __init__(self, config: Config, schedule: Schedule | None, device: torch.device) -> None:
@@ -101,7 +101,7 @@ class RunTables:
 
     @property
     def trained_count(self) -> int:
-        """Steps that may be trained in an epoch; the same in every one."""
+        """Number of steps that may be trained in an epoch; the same in all epochs."""
         return self.config.window.size or len(self.credit.trained_steps)
 
     def at(self, epoch: int) -> EpochTables:
@@ -120,7 +120,7 @@ class RunTables:
 
 
 def noisy_only(stochastic: Transitions, deterministic: Transitions, steps: Sequence[int]) -> Transitions:
-    """The stochastic sampler at some steps, the deterministic one at the others."""
+    """The stochastic sampler at ``steps``, the deterministic one at the others."""
     chosen = torch.zeros(stochastic.steps, dtype=torch.bool)
     chosen[list(steps)] = True
     a, b, std = (

@@ -1,7 +1,7 @@
 """Samplers as tables of affine Gaussian steps.
 
-Every stochastic sampler that image-model RL uses has the form ``x' = a x + b f + std z`` with ``z ~ N(0, I)``, where
-``f`` is the model output after guidance (velocity or epsilon) and ``a, b, std`` depend on the step alone. A sampler is
+Every stochastic sampler used in RL for image models has the form ``x' = a x + b f + std z`` with ``z ~ N(0, I)``, where
+``f`` is the model output after guidance (velocity or epsilon) and ``a, b, std`` depend only on the step. A sampler is
 therefore a table with one row per step, and a new sampler is one more function that returns such a table.
 
 Times run from 1 (noise) to 0 (image). All arithmetic is float64 on the CPU. Derivations: docs/method.md.
@@ -20,7 +20,7 @@ FinalStep = Literal["clean", "noisy"]
 Variance = Literal["native", "reshaped", "exact"]
 PredictionType = Literal["epsilon", "v_prediction"]
 
-PUBLISHED_WEIGHT = 4.5  # credit that PCPO's public code asks of the reshaped DDIM variance at 50 steps
+PUBLISHED_WEIGHT = 4.5  # credit of the reshaped DDIM variance in PCPO's public code, at 50 steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,12 @@ class Transitions:
     Attributes:
         times: [N + 1], strictly decreasing within 1..0; step i goes from ``times[i]`` to ``times[i + 1]``.
         a, b, std: [N]; ``std`` is 0 for a deterministic step.
-        final_step: which latents are decoded. ``"clean"``: the clean image that the last step predicts, so the noise of
-            the last step is dropped. ``"noisy"``: ``x'`` of the last step.
+        final_step: which latents are decoded. ``"clean"``: the clean image that the last step predicts, without the
+            last step's noise. ``"noisy"``: ``x'`` of the last step.
         clean_predictions: [N, 2], coefficients ``(p, q)`` of the clean image ``p x + q f`` that each step predicts.
-            Where None is given they are the velocity model's ``(1, -times[i])``.
-        reference_credit: [N], the native credit of the sampler whose variance was reshaped into this one; the
-            ``uniform`` credit rule takes its mean as target. None where nothing was reshaped.
+            None: those of a velocity model, ``(1, -times[i])``.
+        reference_credit: [N], the native credit of the sampler whose variance was reshaped into this one; its mean is
+            the target of the ``uniform`` credit rule. None: not reshaped.
 
     All tensors are float64 on the CPU; other dtypes, arrays and lists are converted.
 
@@ -57,7 +57,9 @@ class Transitions:
         for name in columns:
             column = _vector(name, getattr(self, name))
             if len(column) != self.steps:
-                raise ValueError(f"{name} has {len(column)} rows, but {len(self.times)} times make {self.steps} steps")
+                raise ValueError(
+                    f"{name} has {len(column)} rows, but {len(self.times)} times define {self.steps} steps"
+                )
             object.__setattr__(self, name, column)
         if self.clean_predictions is None:
             velocity = torch.stack([torch.ones_like(self.a), -self.times[:-1]], dim=1)
@@ -91,7 +93,7 @@ class Transitions:
 def trainable_steps(transitions: Transitions) -> list[int]:
     """Indices of the steps that a policy loss can train, in order.
 
-    A step needs a density (``std`` above 0), and its noise must reach the image: the last step is left out where
+    A step needs a density (``std`` above 0), and its noise must reach the image, which excludes the last step if
     ``final_step`` is ``"clean"``.
     """
     last = transitions.steps - 1
@@ -102,11 +104,11 @@ def trainable_steps(transitions: Transitions) -> list[int]:
 def shifted_times(steps: int, shift: float) -> Tensor:
     """Time grid ``shift u / (1 + (shift - 1) u)`` for ``u = linspace(1, 0, steps + 1)``, float64 [steps + 1].
 
-    The grid of DanceGRPO (FLUX: shift 3). diffusers' schedulers give slightly different ones: take the grid from where
-    the sampler to be reproduced takes it.
+    The grid of DanceGRPO (FLUX: shift 3). diffusers' schedulers give slightly different grids; to reproduce a published
+    run, use the grid of its code.
 
     Raises:
-        ValueError: fewer than 2 steps, or a shift that is not a positive number.
+        ValueError: there are fewer than 2 steps, or the shift is not a positive number.
     """
     _check_steps(steps)
     if not (math.isfinite(shift) and shift > 0):
@@ -157,8 +159,8 @@ def flow_sde(times: Tensor, noise: float) -> Transitions:
 def coefficients_preserving(times: Tensor, noise: float) -> Transitions:
     """Coefficients-preserving sampling: ``std = t' sin(noise pi / 2)`` (Wang and Yu 2025, arXiv:2509.05952).
 
-    ``x'`` keeps the total noise level ``t'`` of the flow exactly, where the SDEs add too much. A grid that ends at 0
-    has a deterministic last step.
+    ``x'`` has exactly the flow's total noise level ``t'``, whereas the SDEs add too much. On a grid that ends at 0 the
+    last step is deterministic.
 
     Args:
         times: [N + 1].
@@ -169,7 +171,7 @@ def coefficients_preserving(times: Tensor, noise: float) -> Transitions:
     """
     times = check_times(times)
     if not 0 <= noise <= 1:
-        raise ValueError(f"the noise of coefficients-preserving sampling must be within 0..1, got {noise}")
+        raise ValueError(f"the noise of coefficients-preserving sampling must be between 0 and 1, got {noise}")
     start, end = times[:-1], times[1:]
     std = end * math.sin(noise * math.pi / 2)
     kept = end * math.cos(noise * math.pi / 2)  # sqrt(t'² - std²)
@@ -197,31 +199,31 @@ def ddim(
 ) -> Transitions:
     """DDIM (Song et al. 2021, arXiv:2010.02502), as DDPO and DanceGRPO run it.
 
-    Step i goes from ``t = timesteps[i]`` to ``max(t - T // N, 0)``, T being the length of ``alphas_cumprod``.
+    Step i goes from ``t = timesteps[i]`` to ``max(t - T // N, 0)``, where T is the length of ``alphas_cumprod``.
 
     Args:
         alphas_cumprod: [T], see :func:`stable_diffusion_alphas`.
         timesteps: [N] integers within 1..T-1, strictly decreasing and T // N apart, see :func:`ddim_timesteps`.
-        eta: scale of the native standard deviation; 0 is deterministic, 1 is DDPM's. The other two variances replace
-            it, so it must be 1 there.
+        eta: scale of the native standard deviation; 0 is deterministic, 1 is DDPM. The other two variances replace it
+            and require eta 1.
         variance: ``"native"``; or PCPO's variances that give every step the same credit ``weight`` (Lee and Ye 2026),
             the solutions of ``(c ∓ sqrt(1 - alpha' - std²)) / std = weight`` with ``c² = (1 - alpha) alpha' / alpha``:
             ``"exact"`` takes the minus sign, so that the native credit of every step is ``weight`` (nearly
             deterministic); ``"reshaped"`` the plus sign, as in the public code, which keeps the variance near the
             native one; train it with the ``uniform`` credit rule.
-        weight: credit asked of every step by the last two variances, 4.5 (the published value for 50 steps) where None.
+        weight: credit of every step with the last two variances; None: 4.5, the published value for 50 steps.
         prediction: what the model predicts. ``"v_prediction"`` (Salimans and Ho 2022, arXiv:2202.00512) is the same
             sampler in other coordinates, ``epsilon = sqrt(1 - alpha) x + sqrt(alpha) v``, so its ``a`` and ``b``
-            differ; a credit is then counted in the model's own output, ``sqrt(alpha)`` times that of epsilon. The first
-            alpha may be 0 for v only (zero terminal SNR, Lin et al. 2024, arXiv:2305.08891).
+            differ; credit then refers to the model's own output and is ``sqrt(alpha)`` times that of epsilon. Only with
+            v may the first alpha be 0 (zero terminal SNR, Lin et al. 2024, arXiv:2305.08891).
 
     Returns:
         The table; its times are ``timesteps / T`` with a final 0.
 
     Raises:
-        ValueError: invalid alphas, timesteps, eta, weight or prediction; a weight below what some step can reach (the
-            message names that step and the smallest weight that works); or PCPO's variances, which are derived for
-            epsilon, with another prediction.
+        ValueError: alphas, timesteps, eta, weight or prediction are invalid; the weight is too small for some step (the
+            message gives the step and the smallest possible weight); or PCPO's variances, which are derived for
+            epsilon, are used with another prediction.
     """
     if prediction not in get_args(PredictionType):
         raise ValueError(f"prediction must be one of {', '.join(get_args(PredictionType))}, got {prediction!r}")
@@ -230,10 +232,10 @@ def ddim(
     previous = (steps - len(alphas) // len(steps)).clamp(min=0)
     alpha, alpha_next = alphas[steps], alphas[previous]
     if not bool(((alpha >= 0) & (alpha < alpha_next) & (alpha_next <= 1)).all()):
-        raise ValueError("alphas_cumprod must lie within 0..1, and fall from each timestep to the next")
+        raise ValueError("alphas_cumprod must be between 0 and 1, and decrease with the timestep")
     if prediction == "epsilon" and not float(alpha[0]) > 0:
         raise ValueError(
-            "alphas_cumprod must exclude 0 for a prediction of epsilon, which then says nothing of the image"
+            "alphas_cumprod must not be 0 with epsilon prediction, which then carries no information about the image"
         )
     if variance not in get_args(Variance):
         raise ValueError(f"variance must be one of {', '.join(get_args(Variance))}, got {variance!r}")
@@ -245,11 +247,11 @@ def ddim(
     reference_credit = None
     if variance == "native":
         if weight is not None:
-            raise ValueError("weight belongs to the variances reshaped and exact; the native variance has eta")
+            raise ValueError("weight applies to the variances reshaped and exact only; the native variance uses eta")
         std = _native_ddim_std(alpha, alpha_next, _check_noise(eta, "eta"))
     else:
         if eta != 1:
-            raise ValueError(f"the variance {variance} replaces eta, which must be 1 with it, got {eta}")
+            raise ValueError(f"the variance {variance} replaces eta, which must be 1, got {eta}")
         weight = PUBLISHED_WEIGHT if weight is None else weight
         root = _reachable(weight, beta_next, gap, steps)
         if variance == "exact":
@@ -292,7 +294,7 @@ def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> Tens
     """DDIM timesteps with diffusers' ``leading`` spacing, int64 [steps], decreasing: 981, 961, ..., 1 for 50 steps.
 
     Raises:
-        ValueError: fewer than 2 steps, or more than the training schedule holds.
+        ValueError: there are fewer than 2 steps, or more than the training schedule has.
     """
     _check_steps(steps)
     timesteps = torch.arange(steps - 1, -1, -1) * (train_steps // steps) + offset
@@ -302,10 +304,11 @@ def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> Tens
 
 
 def check_times(times: Tensor | Sequence[float]) -> Tensor:
-    """A time grid as float64 [N + 1].
+    """Convert a time grid to float64 [N + 1] and check it.
 
     Raises:
-        ValueError: fewer than 2 steps, a time outside 0..1 or not finite, or times that do not strictly decrease.
+        ValueError: there are fewer than 2 steps, a time is not finite or outside 0..1, or the times do not strictly
+            decrease.
     """
     grid = _vector("times", times)
     if len(grid) < 3:
@@ -313,7 +316,7 @@ def check_times(times: Tensor | Sequence[float]) -> Tensor:
     outside = ((grid < 0) | (grid > 1)).nonzero()
     if len(outside):
         index = int(outside[0])
-        raise ValueError(f"times run from 1 (noise) to 0 (image), got {float(grid[index])} at position {index}")
+        raise ValueError(f"times must be between 1 (noise) and 0 (image), got {float(grid[index])} at position {index}")
     rising = (grid[1:] >= grid[:-1]).nonzero()
     if len(rising):
         index = int(rising[0])
@@ -337,20 +340,20 @@ def _velocity_sde(times: Tensor, sigma: Tensor, final_step: FinalStep) -> Transi
 
 
 def _native_ddim_std(alpha: Tensor, alpha_next: Tensor, eta: float) -> Tensor:
-    share = (alpha_next - alpha) / (alpha_next * (1 - alpha))  # of beta_next that eta = 1 makes fresh noise
+    share = (alpha_next - alpha) / (alpha_next * (1 - alpha))  # share of beta_next that is fresh noise at eta 1
     largest = float((1 / share).min().sqrt())
-    if eta > largest * (1 + 1e-12):  # rounding of the largest eta is no refusal
+    if eta > largest * (1 + 1e-12):  # tolerate rounding of the largest eta
         limit = math.floor(largest * 1e6) / 1e6
         raise ValueError(f"eta {eta} adds more noise than a step allows: at most {limit:.6f} is possible here")
     return eta * ((1 - alpha_next) * share).sqrt()
 
 
 def _reachable(weight: float, beta_next: Tensor, gap: Tensor, timesteps: Tensor) -> Tensor:
-    """``sqrt(beta' (weight² + 1) - c²)``, the discriminant of PCPO's variances, or a refusal where it is not real."""
+    """``sqrt(beta' (weight² + 1) - c²)``, the discriminant of PCPO's variances; ValueError if it is not real."""
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"weight must be a positive number, got {weight}")
     square = beta_next * (weight * weight) - gap
-    if bool((square < -1e-12 * gap).any()):  # rounding of a weight that is just reached is no refusal
+    if bool((square < -1e-12 * gap).any()):  # tolerate rounding of the smallest weight
         smallest = (gap / beta_next).sqrt()
         step = int(smallest.argmax())
         limit = float(smallest[step])
@@ -368,7 +371,7 @@ def _check_timesteps(timesteps: Tensor | Sequence[int], train_steps: int) -> Ten
     if bool((steps != steps.round()).any()) or float(steps.min()) < 1 or float(steps.max()) > train_steps - 1:
         raise ValueError(f"timesteps must be integers within 1..{train_steps - 1}, got {steps.tolist()}")
     spacing = train_steps // len(steps)
-    # One off is the rounding of diffusers' trailing spacing; more would feed the model a time its latents are not at.
+    # A deviation of 1 is rounding in diffusers' trailing spacing; with more, times would not match the latents.
     if bool((steps[1:] >= steps[:-1]).any()) or bool(((steps[:-1] - steps[1:] - spacing).abs() > 1).any()):
         raise ValueError(
             f"{len(steps)} timesteps of {train_steps} must decrease in steps of {spacing}, got {steps.tolist()}"
@@ -384,11 +387,11 @@ def _check_noise(noise: float, name: str = "noise") -> float:
 
 def _check_steps(steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, SupportsIndex) or operator.index(steps) < 2:
-        raise ValueError(f"a sampler needs a integer number of at least 2 steps, got {steps!r}")
+        raise ValueError(f"the number of sampler steps must be an integer of at least 2, got {steps!r}")
 
 
 def _vector(name: str, values: Any) -> Tensor:
-    """``values`` as a float64 vector on the CPU, or a refusal."""
+    """``values`` as a float64 vector on the CPU; ValueError if they are not finite or not a vector."""
     if not isinstance(values, Tensor) and isinstance(values, Iterable):
         values = torch.tensor(list(values), dtype=torch.float64)
     vector = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64, copy=True)

@@ -1,8 +1,7 @@
-"""Which steps have noise and are trained in an epoch: all of them, or those of a window that moves (MixGRPO).
+"""The steps that have noise and are trained in an epoch: all, or those in a moving window (MixGRPO).
 
-MixGRPO (Li et al. 2025, arXiv:2507.21802) samples with noise inside a short window of steps only, and without noise
-outside; the window moves from the first step towards the last. Its place is a function of the epoch, so a resumed run
-needs to remember nothing.
+MixGRPO (Li et al. 2025, arXiv:2507.21802) samples with noise only inside a short window of steps, which moves from the
+first step towards the last. Its position is a function of the epoch, so a resumed run needs no saved state.
 """
 
 import math
@@ -19,12 +18,15 @@ def window_steps(settings: WindowConfig, trainable: list[int], epoch: int, seed:
 
     Args:
         settings: the configuration's ``window`` section.
-        trainable: steps that may be trained, ascending; the window slides over this list. All of them without a window.
+        trainable: steps that may be trained, ascending; the window slides over this list.
         epoch: counted from 0.
-        seed: the run's, for a window that is drawn.
+        seed: the run's seed, for a random window.
+
+    Returns:
+        The steps in the window; all of ``trainable`` without a window.
 
     Raises:
-        UserError: the window is longer than the list, or starts behind its last place.
+        UserError: the window is longer than the list, or starts after its last position.
     """
     if settings.size == 0:
         return list(trainable)
@@ -61,6 +63,6 @@ def _first(settings: WindowConfig, last: int, epoch: int, seed: int) -> int:
 
 
 def _interval(settings: WindowConfig, place: int) -> int:
-    """Epochs that a progressive window stays at a place: at least one, rounded up as in MixGRPO's code."""
+    """Number of epochs that a progressive window stays at a position: at least 1, rounded up as in MixGRPO's code."""
     shorter = math.exp(-settings.decay * max(place - settings.decay_after, 0))
     return max(1, math.ceil(settings.interval * shorter))

@@ -1,5 +1,5 @@
-"""Watching for collapse: does the policy still draw different images for one prompt, how far has it moved, do the
-rewards tell its images apart, and do the predictions of its steps improve alone?
+"""Detecting collapse: loss of diversity, distance from the base model, rewards without spread, and step predictions
+that improve while the held-out reward does not.
 """
 
 import math
@@ -10,30 +10,30 @@ from torch import Tensor
 
 
 def base_distance(first: Tensor, now: Tensor) -> float:
-    """Root mean square pixel distance between the same images before the training and now, mean over images.
+    """Mean over images of the root mean square pixel distance between the same image before training and now.
 
     Args:
-        first, now: [n, 3, H, W] in 0..1, the same prompts and noise. Both are compared as the 8 bits of an image file,
-            so that images that have not changed are 0 apart.
+        first, now: [n, 3, H, W] in 0..1, for the same prompts and noise. Both are rounded to 8 bits, as in image files,
+            so that the distance of unchanged images is 0.
     """
     gap = (_levels(first) - _levels(now)) / 255
     return float(gap.square().flatten(1).mean(dim=1).sqrt().mean())
 
 
 def _levels(images: Tensor) -> Tensor:
-    # In the float32 that the files are written with: in float64 a value on the edge falls to the other level.
+    # In float32, as image files are written: in float64 values between two levels would round differently.
     return (images.float().clamp(0, 1) * 255).round().double()
 
 
 class CollapseMonitor:
-    """Says when the held-out diversity has fallen below a share of that before the training.
+    """Detects that held-out diversity has fallen below a share of its value before training.
 
     Args:
-        share: ``evaluation.min_diversity``; None never says so.
+        share: ``evaluation.min_diversity``; None: never.
 
     Attributes:
-        before: diversity before the training, kept in checkpoints.
-        reason: one sentence once it has happened, else None.
+        before: diversity before training, kept in checkpoints.
+        reason: one sentence once the policy has collapsed, otherwise None.
     """
 
     def __init__(self, share: float | None) -> None:
@@ -42,7 +42,7 @@ class CollapseMonitor:
         self.reason: str | None = None
 
     def look(self, diversity: float | None, epoch: int, *, is_first: bool) -> None:
-        """Take an evaluation's diversity into account; one that is not there or not finite says nothing."""
+        """Process an evaluation's diversity; missing or non-finite values are ignored."""
         if diversity is None or not math.isfinite(diversity):
             return
         if is_first:
@@ -50,20 +50,20 @@ class CollapseMonitor:
         self.reason = None
         if self.share is not None and self.before is not None and diversity < self.share * self.before:
             self.reason = (
-                f"stopped after {epoch} epochs, since the images of a prompt have become alike: held-out diversity "
-                f"{diversity:.3f} is below {self.share:g} of the {self.before:.3f} before the training "
+                f"stopped after {epoch} epochs because the images of a prompt have become alike: held-out diversity "
+                f"{diversity:.3f} is below {self.share:g} times the {self.before:.3f} before training "
                 "(evaluation.min_diversity); an earlier checkpoint is more diverse, and a lower optimizer.lr or a "
-                "credit.kl_coefficient keeps more of it"
+                "credit.kl_coefficient preserves diversity"
             )
 
 
 class SpreadMonitor:
-    """Says, once for each reward, that it has not told the images it compares apart for some epochs in a row.
+    """Warns, once per reward, that all compared images have had the same score for several epochs.
 
-    Their advantages are 0, or consist of rounding errors only, and the run continues as if it learned something.
+    The advantages are then 0 or pure rounding error, and the run learns nothing.
 
     Args:
-        epochs: after how many.
+        epochs: number of consecutive epochs after which to warn.
     """
 
     def __init__(self, epochs: int = 3) -> None:
@@ -72,10 +72,10 @@ class SpreadMonitor:
         self._said: set[str] = set()
 
     def look(self, equal: Collection[str]) -> Iterator[str]:
-        """Take an epoch into account; yields a sentence for each reward that there is something to say of.
+        """Process an epoch; yields the warnings.
 
         Args:
-            equal: rewards whose scores were the same, in float32, wherever they are compared.
+            equal: rewards whose scores were equal, in float32, among all compared images.
         """
         self._in_a_row = Counter({name: self._in_a_row[name] + 1 for name in equal})
         for name, count in self._in_a_row.items():
@@ -83,15 +83,15 @@ class SpreadMonitor:
                 self._said.add(name)
                 yield (
                     f"the reward {name} has given all images of a prompt the same score for {count} epochs, so nothing "
-                    "can be learned from it: look at its scores and at the images (a clip range, a prompt or an image "
-                    "size that it was not made for)"
+                    "can be learned from it; check its scores and the images (its clip setting, or prompts or image "
+                    "sizes that it does not support)"
                 )
 
 
 class PredictionMonitor:
-    """Says once that the rewards of predictions rise over three evaluations in a row, and the held-out reward does not.
+    """Warns once if the rewards of predictions rise over three evaluations but the held-out reward does not.
 
-    Per-step credit can then be teaching the policy to please early instead of to end well.
+    Per-step credit may then improve early predictions without improving the final images.
     """
 
     def __init__(self) -> None:
@@ -99,11 +99,11 @@ class PredictionMonitor:
         self._said = False
 
     def look(self, predicted: float | None, heldout: float) -> Iterator[str]:
-        """Take an evaluation into account; yields a sentence if there is something to say.
+        """Process an evaluation; yields the warning.
 
         Args:
-            predicted: mean reward of the latest epoch's predictions; None where none are scored.
-            heldout: held-out reward.
+            predicted: mean reward of the latest epoch's predictions; None if none are scored.
+            heldout: mean held-out reward.
         """
         if predicted is None or self._said:
             return
@@ -112,7 +112,7 @@ class PredictionMonitor:
         if first < second < third and now <= before < math.inf:
             self._said = True
             yield (
-                f"the reward of what steps predict has risen from {first:.3g} to {third:.3g} over three evaluations "
-                f"and the held-out reward has not ({before:.3g}, now {now:.3g}): per-step credit may be teaching the "
-                "policy to please early; raise advantage.gain_lambda, take advantage.steps=baseline, or stop"
+                f"the reward of the steps' predictions has risen from {first:.3g} to {third:.3g} over three "
+                f"evaluations, but the held-out reward has not ({before:.3g}, now {now:.3g}): per-step credit may be "
+                "improving early predictions only; raise advantage.gain_lambda, use advantage.steps=baseline, or stop"
             )

@@ -22,11 +22,11 @@ from pcpo_fast.training.collapse import base_distance
 from pcpo_fast.training.run_inputs import RunInputs
 
 SHOWN = 16
-"""Images in the grids that show the training over time."""
+"""Number of images in the grids that show the progress of training."""
 
 
 def diversity(images: Tensor, per_prompt: int) -> float:
-    """Mean over prompts of the root mean squared pixel distance between two images of a prompt.
+    """Mean over prompts of the root mean square pixel distance between two images of a prompt, over all pairs.
 
     Args:
         images: [P k, 3, H, W] in 0..1, prompt-major.
@@ -38,7 +38,7 @@ def diversity(images: Tensor, per_prompt: int) -> float:
 
 
 def _present(scores: Tensor) -> Tensor:
-    """float64, those that there are: a reward that fails may leave some out (``scoring.on_failure``)."""
+    """The finite scores as float64; a failed reward may have left some out (``scoring.on_failure``)."""
     return scores.double()[scores.isfinite()]
 
 
@@ -47,9 +47,9 @@ class HeldOut:
     """Evaluates a policy on held-out prompts.
 
     Attributes:
-        prompts: those used; empty where there is no held-out file.
-        folder: where the shown images from before the training are kept, so that a resumed run has them.
-        last: shown images of the latest evaluation [SHOWN, 3, H, W] on the CPU.
+        prompts: the held-out prompts; empty without a held-out file.
+        folder: where the shown images from before training are kept for resumed runs.
+        last: the shown images of the latest evaluation, [SHOWN, 3, H, W] on the CPU.
     """
 
     policy: Policy
@@ -62,7 +62,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, config: Config, policy: Policy, tables: RunTables, inputs: RunInputs) -> "HeldOut":
-        """Evaluation on the rollout's time grid, without noise unless asked for it."""
+        """Set up evaluation on the rollout's time grid, without noise unless configured otherwise."""
         sampler = tables.deterministic if config.evaluation.deterministic else tables.transitions
         table = StepTable.of(sampler, policy.device)
         folder = Path(config.output_dir) / "images" / "before"
@@ -70,16 +70,16 @@ class HeldOut:
 
     @property
     def texts(self) -> list[str]:
-        """The prompts as text."""
+        """The prompt strings."""
         return [prompt.text for prompt in self.prompts]
 
     @property
     def captions(self) -> list[str]:
-        """Captions of the shown images: one image of each prompt first, then the next of each."""
+        """Captions of the shown images: the first image of each prompt, then the second of each, ..."""
         return [self.texts[index // self.settings.images_per_prompt] for index in self._shown()]
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        """Sample and score; returns the metrics and the grid of the shown images. All ranks must call it."""
+        """Sample and score images; returns the metrics and the grid of shown images. All ranks must call it."""
         count = self.settings.images_per_prompt
         images = generate(self.policy, self.texts, count, self.table, self.settings.seed, self.settings.batch_size)
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
@@ -95,9 +95,9 @@ class HeldOut:
         return metrics, image_grid(self.last, columns=min(6, len(self.last)), captions=self.captions)
 
     def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """The scores of all images, each rank's share computed by itself."""
+        """The scores of all images; every rank scores its share."""
         share = -(-len(images) // world_size())
-        # The last rank repeats the last image where the images do not divide: a gather needs equal shares.
+        # The last rank repeats the last image if the images do not divide evenly, because a gather needs equal shares.
         mine = [min(rank() * share + index, len(images) - 1) for index in range(share)]
         chosen = [prompts[index] for index in mine]
         with shared_errors():
@@ -106,21 +106,21 @@ class HeldOut:
         return Scores(columns[:, 0], dict(zip(scores.components, columns[:, 1:].unbind(dim=1), strict=True)))
 
     def keep_as_first(self) -> None:
-        """Write the latest shown images as those from before the training."""
+        """Save the latest shown images as those from before training."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for index, image in enumerate([] if self.last is None else self.last):
             to_image(image).save(self.folder / f"{index:03d}.png")
 
     def moved(self) -> dict[str, float]:
-        """How far the latest shown images are from those before the training, as a metric; empty without either."""
+        """The distance of the latest shown images from those before training, as a metric; empty without either."""
         first = self.first()
         if first is None or self.last is None or first.shape != self.last.shape:
             return {}
         return {"heldout/base_distance": base_distance(first, self.last)}
 
     def first(self) -> Tensor | None:
-        """Shown images from before the training [n, 3, H, W], or None where none were kept."""
+        """The shown images from before training [n, 3, H, W]; None if there are none."""
         files = sorted(self.folder.glob("*.png"))
         return torch.stack([read_image(file) for file in files]) if files else None
 

@@ -1,4 +1,4 @@
-"""Which (image, step) pairs of an update go through the network: those whose loss can have a gradient."""
+"""The (image, step) pairs of an update that are run: those whose loss can have a gradient."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from pcpo_fast.rollout.epoch_plan import EpochPlan
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs that this rank runs in an optimiser step, in the order of the plan; all [K], on the CPU.
+    """The pairs that this rank runs in an optimizer step, in the order of the plan; all [K], on the CPU.
 
     Attributes:
         rows, steps: int64, position in the rollout and step.
-        taught: bool, whether the loss can have a gradient. The others fill the last micro-batches.
+        taught: bool, whether the loss can have a gradient. The other pairs only fill the last micro-batches.
     """
 
     rows: Tensor
@@ -24,15 +24,15 @@ class Pairs:
 
 
 def pairs_to_run(plan: EpochPlan, silent: Tensor, micro_batch: int) -> list[Pairs]:
-    """The pairs of each optimiser step, packed into as few whole micro-batches as the rank with most of them needs.
+    """The pairs of each optimizer step, packed into as few full micro-batches as the busiest rank needs.
 
-    Every rank runs equally many micro-batches, since their forwards and backwards are collective with ZeRO; at least
-    one, since the optimiser moves by its moments also where nothing is taught. All ranks must call it.
+    All ranks run the same number of micro-batches, because forward and backward are collective with ZeRO; at least one,
+    because the optimizer's moments also move the weights without a gradient. All ranks must call it.
 
     Args:
         plan: this rank's share of the epoch.
         silent: bool [n, N] on the CPU, by position in the rollout and step: the gradient is known to be exactly 0.
-        micro_batch: pairs in a micro-batch; it divides the pairs of an optimiser step.
+        micro_batch: pairs per micro-batch; divides the pairs of an optimizer step.
     """
     updates, per_update, count = plan.steps.shape
     rows = torch.arange(updates * per_update).repeat_interleave(count).reshape(updates, -1)
@@ -40,7 +40,7 @@ def pairs_to_run(plan: EpochPlan, silent: Tensor, micro_batch: int) -> list[Pair
     taught = ~silent[rows, steps]
     needed = (-(-taught.sum(dim=1) // micro_batch)).clamp(min=1).tolist()
     batches = [max(of_ranks) for of_ranks in zip(*gather_objects(needed), strict=True)]
-    # Stable: in the order of the plan, those that teach before those that do not.
+    # Stable sort: taught pairs first, each group in the order of the plan.
     order = [row.argsort(descending=True, stable=True) for row in taught]
     kept = [row[: n * micro_batch].sort().values for row, n in zip(order, batches, strict=True)]
     return [Pairs(rows[u, chosen], steps[u, chosen], taught[u, chosen]) for u, chosen in enumerate(kept)]

@@ -1,4 +1,4 @@
-"""What a run needs besides its model, read and checked before anything large is loaded."""
+"""A run's inputs other than the model, read and checked before anything large is loaded."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ from pcpo_fast.rollout.epoch_plan import accumulation_steps
 from pcpo_fast.runs.input_record import Input
 
 SINGLE_FILES = ("transformer", "unet")
-"""Keys of ``model`` that may name a file of weights to take instead of the pipeline's own."""
+"""Keys of ``model`` that may give a weights file to use instead of the pipeline's own."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class RunInputs:
     """Prompts and rewards of a run.
 
     Attributes:
-        prompts: those to train on.
-        heldout: those to evaluate on; empty where there is no held-out file.
-        rewards: ready to score.
-        trained: those of ``prompts`` that some epoch of the run samples, by index.
+        prompts: the training prompts.
+        heldout: the held-out prompts; empty without a held-out file.
+        rewards: the loaded rewards.
+        trained: indices of the ``prompts`` that are sampled in some epoch of the run.
     """
 
     prompts: list[Prompt]
@@ -45,14 +45,14 @@ class RunInputs:
 
     @classmethod
     def load(cls, config: Config) -> "RunInputs":
-        """Read the files that the configuration names, and refuse what cannot work; the quick checks come first.
+        """Read the files of the configuration and check it, quick checks first.
 
         Raises:
-            UserError: a file is missing or malformed; sampler, credit and batch sizes do not go together; a logger or
-                a reward cannot be loaded.
+            UserError: a file is missing or malformed; sampler, credit and batch sizes contradict each other; a logger
+                or a reward cannot be loaded.
         """
         if torch.cuda.is_available():
-            torch.cuda.set_device(own_gpu())  # a reward that loads a model puts it on this rank's GPU
+            torch.cuda.set_device(own_gpu())  # so that rewards load their models onto this rank's GPU
         prompts = load_prompts(config.prompts.train)
         path = config.prompts.heldout
         heldout = [] if path is None else load_prompts(path)[: config.evaluation.prompts]
@@ -73,27 +73,27 @@ class RunInputs:
 
     @property
     def texts(self) -> list[str]:
-        """Every prompt that the run needs the model's conditioning of, once: of a long list not all are."""
+        """All distinct prompts that the run encodes; a long prompt list may not be used completely."""
         trained = (self.prompts[index].text for index in self.trained)
         return list(dict.fromkeys([*trained, *(prompt.text for prompt in self.heldout)]))
 
 
 def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> dict[str, Input]:
-    """All that the result of a run depends on besides its settings, by name; all ranks must call it.
+    """Content hashes of everything besides settings that determines a run's result; all ranks must call it.
 
-    The base model's files that a policy loads, prompts with their metadata, and what rewards were made from. Not
-    what a reward asks of another machine, and of a user's own reward not what its module imports.
+    These are the base model's files, prompts with their metadata, and the sources of rewards. Not included are remote
+    rewards, and modules that a user's reward imports.
 
     Args:
         config: the run.
-        inputs: read with it.
-        anew: read every file, whatever is known of it.
+        inputs: its loaded inputs.
+        anew: read every file again, ignoring remembered hashes.
 
     Raises:
-        UserError: the model is not there, or a file cannot be read.
+        UserError: the model is missing, or a file cannot be read.
     """
     model = config.model.model_dump()
-    single = {f"model.{name}" for name in SINGLE_FILES}  # these stand on their own below
+    single = {f"model.{name}" for name in SINGLE_FILES}  # listed separately below
     files = {"model.path": {name: file for name, file in model_files(config.model).items() if name not in single}}
     paths = {"model.path": config.model.path}
     for key, path in (("lora.init", config.model.lora.init), *((name, model.get(name)) for name in SINGLE_FILES)):
@@ -125,7 +125,7 @@ def _of_prompts(path: str, prompts: list[Prompt]) -> Input:
 
 
 def _check_tables(config: Config) -> None:
-    """Refuse a sampler, credit rule or batch size that cannot be; with the pipeline's own grid only it can tell."""
+    """Check sampler, credit rule and batch sizes, as far as that is possible without the model's schedule."""
     if config.sampler.grid == "shifted" and SAMPLERS[config.sampler.name].kind == "flow":
         tables = RunTables(config, None, torch.device("cpu"))
         accumulation_steps(config, tables.trained_count, int(os.environ.get("WORLD_SIZE", "1")))

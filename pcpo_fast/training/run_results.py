@@ -1,4 +1,4 @@
-"""What a run leaves besides its metrics: credit table, exported weights, before/after image, report, summary."""
+"""A run's results besides its metrics: credit table, exported weights, before/after image, report, summary."""
 
 import json
 import shutil
@@ -28,14 +28,14 @@ def write_credit(folder: Path, sampler: str, transitions: Transitions, table: Cr
 
 
 def write_captions(folder: Path, captions: list[str]) -> None:
-    """Write ``images/captions.json``: what the images of a grid are of, in its order."""
+    """Write ``images/captions.json``: the captions of the images in a grid, in order."""
     write_atomically(folder / "images" / "captions.json", json.dumps(captions, ensure_ascii=False))
 
 
 def finish_run(
     folder: Path, policy: Policy, engine: Engine, heldout: HeldOut, recorder: RunRecorder, epoch: int
 ) -> dict[str, Any]:
-    """Export the weights and write image, summary and report; returns the summary. All ranks must call it."""
+    """Export the weights; write before/after image, summary and report; return the summary. All ranks must call it."""
     weights = engine.full_state()
     summary: dict[str, Any] = {}
     if rank() == 0:
@@ -50,7 +50,7 @@ def finish_run(
 
 
 def _replace_export(policy: Policy, target: Path, weights: Mapping[str, Tensor]) -> None:
-    """An earlier, shorter run may have left an export: it stays until the new one is whole."""
+    """Write the export; an existing one is kept until the new one is complete."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_weights(temporary, weights)

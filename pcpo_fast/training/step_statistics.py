@@ -1,4 +1,4 @@
-"""Sums per step on the device, turned into metrics with one transfer per optimiser step."""
+"""Per-step sums on the device, transferred to the host once per optimizer step."""
 
 import torch
 from pcpo_kernels import PolicyLoss
@@ -12,24 +12,24 @@ _COLUMNS = (*_ROWS, *_MISMATCH)
 
 
 class StepStatistics:
-    """Accumulates the row results of one optimiser step.
+    """Accumulates the per-row results of one optimizer step.
 
     Args:
         steps: number of sampler steps N.
-        device: where the row results are.
-        divergence: whether the divergence from the old policy is a metric.
-        left_out: micro-batches that are not run, since their loss would be 0.
+        device: device of the results.
+        divergence: whether to report the divergence from the old policy.
+        left_out: number of micro-batches that are not run because their loss is 0.
     """
 
     def __init__(self, steps: int, device: torch.device, *, divergence: bool = False, left_out: int = 0) -> None:
-        # One column more than there are steps, which nothing reads: for rows that are in no mean.
+        # The extra column is for rows that are not counted; nothing reads it.
         self.sums = torch.zeros(len(_COLUMNS), steps + 1, dtype=torch.float64, device=device)
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)
         self.loss[1] = left_out
         self.has_kl, self.has_divergence = False, divergence
 
     def add(self, steps: Tensor, result: PolicyLoss) -> None:
-        """Add a micro-batch: int64 [M] steps, N for a row that does not count, and its loss result."""
+        """Add a micro-batch: its steps, int64 [M] with N for rows that are not counted, and its loss result."""
         self.has_kl = self.has_kl or result.kl is not None
         kl = torch.zeros_like(result.log_ratio) if result.kl is None else result.kl
         ones = torch.ones_like(result.log_ratio)
@@ -40,12 +40,12 @@ class StepStatistics:
         self.loss += torch.stack((result.loss.detach().double(), torch.ones_like(self.loss[0])))
 
     def add_mismatch(self, steps: Tensor, relative: Tensor, result: PolicyLoss) -> None:
-        """Add the rollout/update mismatch of a micro-batch: relative output change [M], and the loss that it makes."""
+        """Add a micro-batch's mismatch of rollout and update: relative output change [M], and the resulting loss."""
         rows = torch.stack((torch.ones_like(relative), relative, result.log_ratio.abs(), result.divergence))
         self.sums[len(_ROWS) :].index_add_(1, steps, rows.double())
 
     def metrics(self) -> dict[str, float]:
-        """Means over the rows of all ranks that count, overall and per step; none where none does, but the loss."""
+        """Means over the counted rows of all ranks, overall and per step; only the loss if no row is counted."""
         packed = sum_over_ranks(torch.cat((self.sums.flatten(), self.loss))).cpu()
         loss, batches = packed[-2:].tolist()
         sums = dict(zip(_COLUMNS, packed[:-2].reshape(len(_COLUMNS), -1)[:, :-1], strict=True))

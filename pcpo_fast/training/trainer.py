@@ -1,4 +1,4 @@
-"""The training loop: rollout, reward, advantage, update; then the records of it."""
+"""The training loop: rollout, rewards, advantages, update, evaluation, checkpoints."""
 
 import copy
 import sys
@@ -56,8 +56,8 @@ from pcpo_fast.training.run_results import finish_run, write_captions, write_cre
 from pcpo_fast.training.update import Update
 
 WORK = ("compute/forwards", "compute/trained", "compute/decodes", "compute/reward_calls")
-"""An epoch's work in all ranks' rows. It depends on neither the machine nor how many are at work on it, but for the
-pairs that fill the last micro-batches where others are skipped."""
+"""An epoch's work, summed over ranks. It does not depend on the machine or the number of ranks, except for pairs that
+fill the last micro-batches when others are skipped."""
 
 
 def train(
@@ -67,25 +67,24 @@ def train(
     profile: ProfileRequest | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Train, and return what ``summary.json`` holds.
+    """Train, and return the content of ``summary.json``.
 
     Args:
         config: the run.
         resume: "auto", "accept-changes", "never", or a checkpoint (docs/resuming.md).
-        console: where the progress is shown, stdout if None.
-        profile: what of the run is recorded, if anything is (docs/profiling.md).
-        verify: read the files of model and rewards anew, whatever is remembered of their content.
+        console: where progress is shown; None: stdout.
+        profile: what to profile (docs/profiling.md); None: nothing.
+        verify: read the files of model and rewards again, ignoring remembered hashes.
 
     Raises:
-        UserError: something the user can mend, in one sentence; as far as it can be told without the model, before
-            that is loaded.
-        Stopped: a signal ended the run in order (:mod:`pcpo_fast.distributed.preemption`).
+        UserError: an error that the user can fix; raised before the model is loaded where possible.
+        Stopped: a signal stopped the run cleanly (:mod:`pcpo_fast.distributed.preemption`).
     """
     console = Console() if console is None else console
     start = claim(config, resume)
     if not start.finished:
         with only_run(Path(config.output_dir)) if launcher_rank() == 0 else nullcontext():
-            start = claim(config, resume)  # a run that has left meanwhile may have gone further
+            start = claim(config, resume)  # again, now with the lock: another run may have continued it meanwhile
             if not start.finished:
                 return _train(config, resume, start, console, profile, verify)
     _announce(start, config, console)
@@ -95,7 +94,7 @@ def train(
 def _train(
     config: Config, resume: str, start: RunStart, console: Console, profile: ProfileRequest | None, verify: bool
 ) -> dict[str, Any]:
-    check_deepspeed(config)  # refuses what can be refused without the model
+    check_deepspeed(config)  # as far as possible without the model
     inputs = RunInputs.load(config)
     device = start_distributed(config.distributed)
     try:
@@ -104,7 +103,7 @@ def _train(
             check_base_model(config)  # before gigabytes of it are read
             contents = read_contents(config, inputs, anew=verify)
             check_alike(hashes(contents))
-            start = verified(gather_objects(start)[0])  # all from where the first, which holds the lock, has seen it
+            start = verified(gather_objects(start)[0])  # the first rank, which holds the lock, decides for all
             accepted = _accepted_changes(start, config, contents, resume)
             _announce(start, config, console, accepted)
             with recorded(profile, config, start.epoch, console):
@@ -116,16 +115,16 @@ def _train(
             f"shows what fits ({str(error).splitlines()[0]})"
         ) from error
     finally:
-        # A rank that gives up alone must not wait for the others to leave: it exits, and the launcher ends them.
+        # A rank that fails alone must not wait for the others: it exits, and the launcher stops them.
         if world_size() == 1 or sys.exc_info()[0] in (None, Stopped):
             stop_distributed()
 
 
 def _accepted_changes(start: RunStart, config: Config, contents: dict[str, Input], resume: str) -> list[str]:
-    """How the inputs of a resumed run differ from those it began with; all ranks must call it.
+    """Accepted changes of a resumed run's inputs since it started; all ranks must call it.
 
     Raises:
-        UserError: it does, and the user has not said that it may.
+        UserError: inputs have changed and the changes are not accepted.
     """
     found: list[str] = []
     with shared_errors():
@@ -146,20 +145,20 @@ def _announce(start: RunStart, config: Config, console: Console, accepted: Seque
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if start.finished:
         text = (
-            f"The run in {folder} is complete ({start.epoch} epochs): there is nothing left to train. "
+            f"The run in {folder} is finished ({start.epoch} epochs): there is nothing left to train. "
             "Raise train.epochs to continue it, or choose another output_dir for a new run."
         )
     elif start.checkpoint is not None:
         text = f"Resuming after epoch {start.epoch} from {start.checkpoint}"
     elif start.restarted:
-        text = f"{folder} holds a run without a checkpoint: it begins again"
+        text = f"{folder} holds a run without a checkpoint: it starts again from the beginning"
     else:
         return
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Trainer:
-    """Everything that a run needs, loaded once."""
+    """A training run: model, engine, tables, rewards and monitors, and the loop over epochs."""
 
     def __init__(
         self,
@@ -196,7 +195,7 @@ class Trainer:
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
         self.spread, self.predictions = SpreadMonitor(), PredictionMonitor()
         self.predicted_reward: float | None = None  # of the latest epoch's predictions
-        self.heldout_reward: float | None = None  # of the weights as they are
+        self.heldout_reward: float | None = None  # of the current weights
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
         if start.checkpoint is not None:
             state = load_checkpoint(start.checkpoint, self.engine)
@@ -216,7 +215,7 @@ class Trainer:
         self.progress.message(f"model.checkpointed_share: {chosen}")
 
     def run(self) -> dict[str, Any]:
-        """All epochs that are left, an evaluation before and after, and the results."""
+        """Evaluate, train the remaining epochs, and write the results."""
         config, first, logging = self.config, self.start.epoch, self.config.logging
         with shared_errors():
             if rank() == 0:
@@ -258,12 +257,12 @@ class Trainer:
             self._save()
 
     def _evaluation_is_due(self, done: int) -> bool:
-        """Whether held-out images are made once so many epochs are done."""
+        """Whether to evaluate after ``done`` epochs."""
         every = self.config.evaluation.every
         return done == self.config.train.epochs or bool(every and done % every == 0)
 
     def _loop_state(self) -> dict[str, Any]:
-        """What else the next epoch depends on; an epoch that is left in its middle leaves no trace in it."""
+        """The loop's state after a complete epoch; an interrupted epoch does not change it."""
         return {
             "running_advantages": copy.deepcopy(self.running.state_dict()),
             "step_advantages": self.stepwise.state_dict(),
@@ -322,12 +321,12 @@ class Trainer:
         return metrics
 
     def _work(self) -> Tensor:
-        """float64 [4]: what this rank has done so far, as :data:`WORK` names it."""
+        """This rank's work so far, float64 [4] in the order of :data:`WORK`."""
         work = self.policy.work
         return torch.tensor([work.forwards, work.trained, work.decodes, self.rewards.calls], dtype=torch.float64)
 
     def _audit(self, scoring: RolloutScoring, rollout: Rollout, tables: EpochTables, epoch: int) -> None:
-        """Every so many epochs, ask branches of a few images what one step's gain is worth."""
+        """Every ``advantage.audit_every`` epochs, measure a step's effect with branches of a few images."""
         settings = self.config.advantage
         if scoring.predicted is None or settings.audit_every == 0 or epoch % settings.audit_every:
             return
@@ -351,7 +350,7 @@ class Trainer:
             self.recorder.log("update", record, epoch=epoch, update=index)
             records.append(record)
             self._count_skipped(applied, record["policy/loss"])
-        # A skipped update has nothing finite to say; it counts as skipped and in no mean.
+        # Skipped updates have no finite metrics: they are counted, but not included in means.
         applied_records = [record for record in records if not record["policy/skipped_updates"]]
         metrics = _mean_over_updates(applied_records or records)
         metrics |= _by_inner_epoch(applied_records)
@@ -373,7 +372,7 @@ class Trainer:
             )
 
     def _warn_of_mismatch(self, metrics: dict[str, float], epoch: int) -> None:
-        """Say so when rollout and update disagree by enough to touch the clipping, or the mask."""
+        """Warn once if rollout and update disagree enough to affect clipping or the mask."""
         credit = self.config.credit
         name, what, whole, limit = "mismatch_log_ratio", "|log-ratio|", "clip range", credit.clip_range / 10
         if credit.objective == "divergence_mask":
@@ -383,7 +382,7 @@ class Trainer:
         if mismatch > limit and not self.warned_of_mismatch:
             self.warned_of_mismatch = True
             self.progress.message(
-                f"warning: in epoch {epoch} rollout and update disagree before the first optimiser step: mean "
+                f"warning: in epoch {epoch} rollout and update disagree before the first optimizer step: mean "
                 f"{what} {mismatch:.1e} is above a tenth of the {whole} ({limit:.1e}). Use the same attention "
                 "backend and batch shapes in both, or train.old_output=recompute. Later epochs: "
                 f"rollout/{name}."
@@ -421,14 +420,14 @@ class Trainer:
         self.stop.reserve = max(self.stop.reserve, 1.5 * (time.monotonic() - began))
 
     def _now(self) -> float:
-        """A time stamp at which the device's work is done: one wait per phase, none within."""
+        """The time after the device has finished its work; synchronizes once per phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
 def _by_inner_epoch(records: list[dict[str, float]]) -> dict[str, float]:
-    """How far each pass over the rollout had left the policy that sampled; nothing where there is one pass."""
+    """Metrics per pass over the rollout, which show the drift from the sampling policy; empty with a single pass."""
     passes = sorted({int(record["policy/inner_epoch"]) for record in records})
     if len(passes) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""The update: from a rollout and its advantages to optimiser steps, in micro-batches of (image, step) pairs."""
+"""The update: optimizer steps on a rollout and its advantages, in micro-batches of (image, step) pairs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class MicroBatch:
 
     Attributes:
         rows, steps: int64 [M], position in the rollout and step.
-        counted: int64 [M], the step, or their number N where the row only fills the micro-batch and is in no metric.
-        latents, times: what the policy saw, [M, ...] and [M].
+        counted: int64 [M], the step, or N for a pair that only fills the micro-batch and is not in the metrics.
+        latents, times: the policy's inputs, [M, ...] and [M].
         conditioning: M rows.
-        last: whether the optimiser steps after it.
+        last: whether an optimizer step follows.
     """
 
     rows: Tensor
@@ -41,15 +41,15 @@ class MicroBatch:
 
 
 class Update:
-    """All optimiser steps on one rollout.
+    """All optimizer steps on one rollout.
 
     Args:
-        policy, engine: the model and what steps it.
+        policy, engine: the model and its optimizer.
         rollout: this rank's trajectories.
-        advantages: [n], one per image of the rollout, in its order; or [n, N], one per image and step. Where one is 0
-            the policy loss has no gradient, and the pair is not run.
-        table, credit: the sampler and the credit table on the policy's device.
-        config: the whole configuration (sections ``train`` and ``credit`` are used).
+        advantages: [n], one per image in the order of the rollout, or [n, N], one per image and step. A pair with
+            advantage 0 has no policy gradient and is not run.
+        table, credit: the sampler and credit tables on the policy's device.
+        config: the run's configuration (sections ``train`` and ``credit`` are used).
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Update:
         self.recomputed: Tensor | None = None
         self.element_count = rollout.trajectories.latents[0, 0].numel()
         self.masks = config.credit.objective == "divergence_mask"
-        self.divergence = (table.b / table.std) ** 2 / 2  # of the Gaussians themselves, whatever the credit rule
+        self.divergence = (table.b / table.std) ** 2 / 2  # of the Gaussians, independent of the credit rule
         self.silent = (by_step.float().cpu() == 0) | credit.silent
         if config.credit.kl_coefficient > 0:
             self.silent = torch.zeros_like(self.silent)  # the KL still has a gradient
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Yield the metrics of each optimiser step, equal on every rank."""
+        """Yield the metrics of each optimizer step, the same on all ranks."""
         settings = self.config.train
         self.pairs = pairs_to_run(self.rollout.plan, self.silent, settings.micro_batch_size)
         if settings.old_output == "recompute":
@@ -105,7 +105,7 @@ class Update:
                     "optimizer/lr": outcome.lr,
                 }
             if settings.max_log_ratio is not None and not fmean(distances) <= settings.max_log_ratio:
-                return  # stale: the policy has left the one that sampled
+                return  # the policy has moved too far from the one that sampled
 
     def _micro_batches(self, update: int) -> Iterator[MicroBatch]:
         device, pairs, size = self.policy.device, self.pairs[update], self.config.train.micro_batch_size
@@ -124,7 +124,7 @@ class Update:
         return self.policy.predict_halves(batch.latents, batch.times, batch.conditioning)
 
     def _train_on(self, batch: MicroBatch, statistics: StepStatistics, unchanged: bool) -> None:
-        """Forward and backward of a micro-batch; ``unchanged``: the policy is still the one that sampled."""
+        """Forward and backward of a micro-batch; ``unchanged``: the weights are still those of the rollout."""
         beta, reference = self.config.credit.kl_coefficient, None
         if beta > 0:
             with torch.no_grad(), self.policy.as_reference(), profiler_ranges.named("forward"):
@@ -141,7 +141,7 @@ class Update:
         self.engine.step()
 
     def _old_side(self, batch: MicroBatch, unchanged: bool) -> tuple[Tensor | None, NoiseKey | Endpoints]:
-        """The old output (None: the new one, detached) and the noise that makes ``x'`` from it."""
+        """The old output (None: the new one, detached), and the noise that gives ``x'`` with it."""
         if unchanged and self.config.train.old_output == "detach":
             return None, self._endpoints(batch)
         if self.recomputed is not None:
@@ -149,7 +149,7 @@ class Update:
         return self.stored[batch.rows, batch.steps], self._noise_key(batch)
 
     def _endpoints(self, batch: MicroBatch) -> Endpoints:
-        """The step's two ends: another old output than the rollout's took another noise to the same ``x'``."""
+        """The step's two ends, from which the noise is recovered if the old output is not the rollout's."""
         steps, table = batch.steps, self.table
         next_latents = self.rollout.trajectories.latents[batch.rows, steps + 1]
         return Endpoints(batch.latents, next_latents, table.a[steps], table.b[steps], table.std[steps])
@@ -189,7 +189,7 @@ class Update:
 
     @torch.no_grad()
     def _recompute_outputs(self) -> Tensor:
-        """One forward of every pair that is run, as the update will batch it, before anything has changed."""
+        """One forward of every pair to be run, in the update's micro-batches, before the first optimizer step."""
         outputs = self.stored.clone()
         for update in range(self.config.train.updates_per_epoch):
             for batch in self._micro_batches(update):
@@ -198,7 +198,7 @@ class Update:
 
     @torch.no_grad()
     def _measure_mismatch(self, batch: MicroBatch, halves: PolicyOutput, statistics: StepStatistics) -> None:
-        """How far the update's forward is from the rollout's on unchanged weights."""
+        """Record how much the update's forward differs from the rollout's with the same weights."""
         stored = self.stored[batch.rows, batch.steps]
         output = self.policy.combine(halves)
         result = self._loss(batch, halves, stored, self._noise_key(batch))

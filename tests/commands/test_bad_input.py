@@ -220,8 +220,8 @@ def test_a_sampler_of_another_kind_of_model(config: Path, capsys: Capture, monke
 
     monkeypatch.setattr("pcpo_fast.policies.pipeline_policy.PipelinePolicy.load", load)
     message = refused(capsys, "train", "--config", config, "sampler.name=ddim", "credit.rule=uniform")
-    assert message.startswith("sampler.name: ddim samples diffusion models")
-    assert message.endswith("this model is a flow model: allowed are dance, flow, cps")
+    assert message.startswith("sampler.name: ddim is for diffusion models")
+    assert message.endswith("this model is a flow model; allowed: dance, flow, cps")
 
 
 def hub_error(kind: str) -> Exception:

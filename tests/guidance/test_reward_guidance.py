@@ -599,7 +599,10 @@ SCALE = "--guidance-scale-reward"
         (("--sweep", "0,1"), "--sweep: needs a trained run to scale; give one with --run RUN"),
         (("--config", "x.yaml", SCALE, "0.5"), "give one with --run RUN"),
         (("--run", "{lora}", "--run", "{full}"), "--guidance-scale-reward: 2 runs need one scale each, or one for all"),
-        (("--run", "{lora}", SCALE, "1", SCALE, "2"), "--guidance-scale-reward: 2 scales for 1 run; give one per --run"),
+        (
+            ("--run", "{lora}", SCALE, "1", SCALE, "2"),
+            "--guidance-scale-reward: 2 scales for 1 run; give one per --run",
+        ),
         (("--run", "{lora}", *("--run", "{full}") * 2, SCALE, "1", SCALE, "2"), "2 scales for 3 runs"),
         (("--run", "{lora}", SCALE, "nan"), "--guidance-scale-reward: must be a finite number, got nan"),
         (("--run", "{lora}", SCALE, "x"), "argument --guidance-scale-reward: invalid float value: 'x'"),

@@ -401,14 +401,14 @@ def test_proportionate_credit_without_noise_is_refused():
 @pytest.mark.parametrize(
     ("trained", "message"),
     [
-        ([], "names no step"),
+        ([], "trained_steps is empty"),
         ([3, 16], r"integers within 0\.\.15, got 16"),
         ([-1], r"integers within 0\.\.15, got -1"),
         ([1.5], r"integers within 0\.\.15, got 1\.5"),
         ([math.nan], r"integers within 0\.\.15, got nan"),
         ([True], r"integers within 0\.\.15, got True"),
         (["3"], r"integers within 0\.\.15, got '3'"),
-        ([3, 3], "names step 3 twice"),
+        ([3, 3], "contains step 3 twice"),
         ([14, 15], r"step 15 is the last one and its noise is dropped"),
     ],
 )

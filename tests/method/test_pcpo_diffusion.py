@@ -89,7 +89,7 @@ def test_the_published_weight_serves_28_steps_and_more(steps: int) -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (("sampler.weight=4.5",), "^sampler: weight belongs to the variances reshaped and exact"),
+        (("sampler.weight=4.5",), "^sampler: weight applies to the variances reshaped and exact"),
         (("sampler.variance=exact", "sampler.weight=3.2"), "^sampler: no variance gives step 48"),
         (("sampler.variance=reshaped", "sampler.noise=0.5"), "^sampler: the variance reshaped replaces eta"),
         (("sampler.noise=3.0",), "^sampler: eta 3.0 adds more noise than a step allows"),

@@ -75,7 +75,7 @@ def test_steps_to_train(overrides: tuple[str, ...], steps: list[int]) -> None:
     ("overrides", "reason"),
     [
         (("credit.steps=[3]",), r"^credit\.steps: step 3 cannot be trained .*allowed: 0, 1, 2$"),
-        (("credit.steps=[9]",), r"^credit\.steps: there is no step 9; with sampler\.steps=4 they are 0 to 3$"),
+        (("credit.steps=[9]",), r"^credit\.steps: there is no step 9; sampler\.steps=4 has steps 0 to 3$"),
         (("credit.train_last_step=true",), r"^credit\.train_last_step: the last step of sampler dance"),
         (
             ("sampler.name=cps", "sampler.final_step=noisy", "credit.train_last_step=true"),

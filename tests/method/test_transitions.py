@@ -538,7 +538,7 @@ def test_cps_noise_above_one_is_refused():
 )
 def test_bad_grids_are_refused(steps, shift):
     with pytest.raises(
-        ValueError, match="integer number of at least 2 steps" if steps < 2 else "shift must be a positive number"
+        ValueError, match="must be an integer of at least 2" if steps < 2 else "shift must be a positive number"
     ):
         shifted_times(steps, shift)
 
@@ -577,7 +577,7 @@ def test_bad_ddim_steps_are_refused(steps):
         ({"eta": -1.0}, "eta must be"),
         ({"eta": NAN}, "eta must be"),
         ({"eta": 5.0}, r"more noise than a step allows: at most 1\.0\d+ is possible"),
-        ({"eta": 1.0, "weight": 4.5}, "weight belongs to"),
+        ({"eta": 1.0, "weight": 4.5}, "weight applies to"),
         ({"eta": 0.5, "variance": "exact"}, "replaces eta"),
         ({"eta": 1.0, "variance": "reshaped", "weight": NAN}, "weight must be a positive number"),
         ({"eta": 1.0, "variance": "reshaped", "weight": -4.5}, "weight must be a positive number"),
@@ -601,7 +601,7 @@ def test_alphas_that_cannot_be_a_schedule_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"a": [1.0]}, "a has 1 rows, but 3 times make 2 steps"),
+        ({"a": [1.0]}, "a has 1 rows, but 3 times define 2 steps"),
         ({"b": [1.0, NAN]}, "b must be finite, got nan at position 1"),
         ({"std": [0.1, -0.1]}, r"std must not be negative, got -0\.1 at step 1"),
         ({"std": [[0.1, 0.1]]}, "std must be a vector"),

@@ -37,7 +37,7 @@ def test_a_complete_run_says_so(full: Run, capsys: Capture) -> None:
     before = (full.folder / "metrics.jsonl").read_bytes()
     answer = call(capsys, "train", "--config", full.config)
     assert (answer.code, answer.err) == (0, "")
-    assert "is complete (2 epochs): there is nothing left to train" in answer.out
+    assert "is finished (2 epochs): there is nothing left to train" in answer.out
     assert "train.epochs" in answer.out and "another output_dir" in answer.out
     assert "Loading" not in answer.out
     assert (full.folder / "metrics.jsonl").read_bytes() == before
@@ -120,7 +120,7 @@ def test_settings_that_do_not_change_the_result_may_change(copy_of_full: Run, ca
     )
     answer = call(capsys, "train", "--config", copy_of_full.config, "--resume", "auto", *settings, *others)
     assert answer.code == 0, answer.err
-    assert "is complete (2 epochs)" in answer.out
+    assert "is finished (2 epochs)" in answer.out
 
 
 def test_resume_path_goes_on_in_a_new_directory(full: Run, tmp_path: Path, capsys: Capture) -> None:
@@ -149,11 +149,11 @@ def test_a_run_without_a_checkpoint_begins_again_unless_it_is_complete(copy_of_f
     run = copy_of_full.folder
     shutil.rmtree(run / "checkpoints")
     answer = call(capsys, "train", "--config", copy_of_full.config)
-    assert (answer.code, answer.err) == (0, "") and "is complete (2 epochs)" in answer.out
+    assert (answer.code, answer.err) == (0, "") and "is finished (2 epochs)" in answer.out
     (run / "summary.json").unlink()
     answer = call(capsys, "train", "--config", copy_of_full.config, "train.epochs=1", "logging.tensorboard=false")
     assert answer.code == 0, answer.err
-    assert "holds a run without a checkpoint: it begins again" in answer.out
+    assert "holds a run without a checkpoint: it starts again" in answer.out
     assert [line["epoch"] for line in records(run) if line["kind"] == "epoch"] == [0]
 
 
