@@ -1,8 +1,8 @@
-"""LAION's aesthetic predictor, as DDPO and Flow-GRPO use it: CLIP ViT-L/14 and linear layers.
+"""LAION's aesthetic predictor as used in DDPO and Flow-GRPO: CLIP ViT-L/14 and linear layers.
 
-The head of improved-aesthetic-predictor (``sac+logos+ava1-l14-linearMSE.pth``) has five, without activations between
-them; the first one that LAION published (``sa_0_4_vit_l_14_linear.pth`` of aesthetic-predictor) is a single one. Both
-were fitted to people's ratings from 1 to 10; images of today's models get about 4.5 to 7.5. The prompt is not used.
+The head of improved-aesthetic-predictor (``sac+logos+ava1-l14-linearMSE.pth``) has five linear layers without
+activations between them; LAION's first head (``sa_0_4_vit_l_14_linear.pth`` of aesthetic-predictor) has one. Both were
+fitted to human ratings from 1 to 10; images of current models score about 4.5 to 7.5. The prompt is not used.
 """
 
 from typing import Any, ClassVar
@@ -16,7 +16,13 @@ from pcpo_fast.rewards.learned import LearnedReward
 from pcpo_fast.rewards.model_files import model_file
 
 _WIDTHS = (1024, 128, 64, 16, 1)
-_PLACES = (0, 2, 4, 6, 7)  # among the published head's layers; between them are dropouts, which do nothing here
+_PLACES = (
+    0,
+    2,
+    4,
+    6,
+    7,
+)  # indices in the published head; the others are dropout layers, which have no effect in evaluation
 
 
 class Aesthetic(LearnedReward):
@@ -28,7 +34,7 @@ class Aesthetic(LearnedReward):
         device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`. The head stays in float32.
 
     Raises:
-        UserError: an option is wrong, or model or head are not there or do not fit each other.
+        UserError: an option is invalid, or model or head are missing or do not match each other.
     """
 
     name: ClassVar[str] = "aesthetic"
@@ -59,13 +65,13 @@ class Aesthetic(LearnedReward):
 
 
 def linear_layers(weights: dict[str, Tensor], width: int, what: str, prefix: str = "layers.") -> nn.Sequential:
-    """Five linear layers, width -> 1024 -> 128 -> 64 -> 16 -> 1, which ImageReward has, too.
+    """Five linear layers, width -> 1024 -> 128 -> 64 -> 16 -> 1, also used by ImageReward.
 
     Args:
-        weights: with names like ``layers.0.weight``, and none besides.
-        width: of the features.
-        what: "reward x: FILE" and what it should be, for messages.
-        prefix: of the names.
+        weights: exactly these layers' weights, with names like ``layers.0.weight``.
+        width: width of the features.
+        what: prefix of error messages: "reward x: FILE" and what it should be.
+        prefix: prefix of the names.
 
     Raises:
         UserError: a weight is missing, unknown or of the wrong shape.

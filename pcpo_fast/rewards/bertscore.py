@@ -1,7 +1,7 @@
-"""BERTScore (Zhang et al., arXiv:1904.09675): how well the words of one text are matched by those of another.
+"""BERTScore (Zhang et al., arXiv:1904.09675): how well the tokens of one text are matched by those of another.
 
-Both texts go through one layer of a BERT-like encoder; every word piece of the reference takes its best cosine among
-those of the candidate, and recall is their mean. Without idf weights and without rescaling, as DDPO uses it.
+Both texts are encoded by one layer of a BERT-like encoder; recall is the mean, over tokens of the reference, of the
+highest cosine with a token of the candidate. Without idf weights and rescaling, as in DDPO.
 """
 
 from pathlib import Path
@@ -20,16 +20,16 @@ def load_encoder(reward: str, folder: Path, layer: int) -> Any:
     """The encoder up to the layer whose output is compared, in float32.
 
     Args:
-        reward: for messages.
-        folder: a model of transformers whose layers are ``encoder.layer``: BERT, RoBERTa, DeBERTa and their kin.
-        layer: the number of layers to keep; 40 of 48 for ``microsoft/deberta-xlarge-mnli``.
+        reward: name of the reward, for error messages.
+        folder: a transformers model whose layers are in ``encoder.layer``: BERT, RoBERTa, DeBERTa and similar.
+        layer: number of layers to keep; 40 of 48 for ``microsoft/deberta-xlarge-mnli``.
 
     Raises:
-        UserError: no such model, or it has fewer layers.
+        UserError: the model cannot be loaded, is of another kind, or has fewer layers.
     """
     from transformers import AutoModel
 
-    # Heads of other tasks are of no use here, and a pooler comes after the layers.
+    # Task heads in the checkpoint are ignored, and a missing pooler does not matter.
     model = load_pretrained(AutoModel, folder, f"reward {reward}: {folder}", unused=("",), spare=("pooler.",))
     layers = getattr(getattr(model, "encoder", None), "layer", None)
     if layers is None:
@@ -43,7 +43,7 @@ def load_encoder(reward: str, folder: Path, layer: int) -> Any:
 
 
 def recall(encoder: Any, tokenizer: Any, candidates: list[str], references: list[str]) -> Tensor:
-    """Share of each reference that its candidate has: float32 [B], at most 1, mostly 0.3 to 1; 0 for empty texts."""
+    """BERTScore recall of each reference in its candidate, float32 [B]; at most 1, mostly 0.3 to 1; 0 if empty."""
     have, have_known, have_counted = _embed(encoder, tokenizer, candidates)
     want, want_known, want_counted = _embed(encoder, tokenizer, references)
     cosines = torch.bmm(want, have.transpose(1, 2)) * (want_known[:, :, None] * have_known[:, None, :])
@@ -53,8 +53,8 @@ def recall(encoder: Any, tokenizer: Any, candidates: list[str], references: list
 
 
 def _embed(encoder: Any, tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings [B, T, D] of length 1; 1 where there is a token, [B, T]; 1 where it counts: the marks of beginning and
-    end can be matched, but need not be."""
+    """Unit-length embeddings [B, T, D]; 1 where there is a token, [B, T]; 1 where it counts in the mean, [B, T]: start
+    and end tokens can be matched, but are not counted."""
     device = next(encoder.parameters()).device
     words = tokenizer([text.strip() for text in texts], padding=True, truncation=True, return_tensors="pt").to(device)
     states = encoder(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state.float()

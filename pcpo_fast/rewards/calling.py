@@ -1,4 +1,4 @@
-"""Calling a reward: its answer is checked, and a wrong one names the reward and the prompt."""
+"""Calling a reward and checking its result; errors name the reward and the prompt."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ from pcpo_fast.rewards.registry import Reward
 from pcpo_fast.rewards.time_limit import TimeLimit, TookTooLong
 from pcpo_fast.rewards.user import first_line
 
-_SEARCH_SECONDS = 10.0  # for the image that makes a reward fail; a reward that waits for a server takes its time
+_SEARCH_SECONDS = 10.0  # time limit of the search for the image that makes a reward fail
 _NO_LIMIT = TimeLimit(None)
 
 
@@ -27,22 +27,22 @@ def call_reward(
     limit: TimeLimit = _NO_LIMIT,
     search: bool = True,
 ) -> Tensor:
-    """Scores of B images, at least one.
+    """Scores of B images, B at least 1.
 
     Args:
-        name: what messages call the reward.
+        name: name of the reward in error messages.
         reward: the callable.
         images: float32 [B, 3, H, W] in 0..1.
         prompts, metadata: B each.
-        limit: how long the call may take.
-        search: find the image that makes the reward raise, by asking for each alone.
+        limit: time limit of the call.
+        search: if the reward raises, find the image that causes it by scoring images one by one.
 
     Returns:
         float32 [B], finite, on the images' device.
 
     Raises:
         RewardFailure: the reward raises, takes too long, or returns anything but B finite numbers.
-        UserError: it changes the images.
+        UserError: the reward modifies the images.
     """
     version = images._version
     try:
@@ -60,7 +60,7 @@ def call_reward(
         place = _rows(prompts) if failing is None else _row(failing, prompts)
         raise RewardFailure(f"reward {name} failed on {place}: {first_line(error)}") from error
     if images._version != version:
-        raise UserError(f"reward {name} changes the images in place, which later rewards and the logs would see")
+        raise UserError(f"reward {name} modifies the images in place, which would affect later rewards and the logs")
     scores = _as_tensor(name, result, prompts).to(images.device)
     finite = scores.isfinite()
     if not finite.all():
@@ -74,10 +74,10 @@ def call_reward(
 
 
 def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
-    """float32 [B], or a RewardFailure that says what came instead."""
+    """The result as float32 [B]; RewardFailure if it is anything else."""
     expected = f"expected {len(prompts)} numbers, one for each image, the first for {_row(0, prompts)}"
     try:
-        if result is None:  # which NumPy takes for a NaN
+        if result is None:  # NumPy would convert it to NaN
             raise TypeError
         if isinstance(result, list | tuple) and any(isinstance(item, Tensor) for item in result):
             result = torch.stack([torch.as_tensor(item).cpu() for item in result])
@@ -94,7 +94,7 @@ def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
 
 
 def _first_failing(reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> int | None:
-    """The first image that fails when scored alone; None where none does or the search takes too long."""
+    """The first image that fails when scored alone; None if none does or the search takes too long."""
     end = time.monotonic() + _SEARCH_SECONDS
     for row in range(len(prompts)):
         try:

@@ -1,8 +1,8 @@
-"""DDPO's alignment reward: a vision-language model describes the image, and BERTScore compares that with the prompt.
+"""DDPO's alignment reward: a vision-language model describes the image, and BERTScore compares this with the prompt.
 
-Black et al., arXiv:2305.13301, section 5.3: LLaVA is asked what is going on, the reference is "The image contains" and
-the prompt, and the reward is the recall of BERTScore in layer 40 of ``microsoft/deberta-xlarge-mnli``: about 0.4 to
-0.8, at most 1.
+Black et al., arXiv:2305.13301, section 5.3: LLaVA is asked what is going on in the image, the reference is "The image
+contains" and the prompt, and the reward is the BERTScore recall at layer 40 of ``microsoft/deberta-xlarge-mnli``: about
+0.4 to 0.8, at most 1.
 """
 
 from pathlib import Path
@@ -24,20 +24,20 @@ _IMAGE = "<image>"
 
 
 class CaptionBertScore(LearnedReward):
-    """Recall of the prompt in a generated description of the image.
+    """BERTScore recall of the prompt in a generated description of the image.
 
     Args:
         model: folder or hub id of a LLaVA model (1.5, or another of transformers' type ``llava``).
-        scorer: folder or hub id of the encoder that BERTScore compares in.
-        layer: which of the encoder's layers.
-        instruction: what the model is asked, with ``<image>`` where the image comes.
-        reference: what the description is compared with, with ``{prompt}`` in it.
-        max_new_tokens: the longest description.
+        scorer: folder or hub id of BERTScore's encoder.
+        layer: the encoder layer whose output is compared.
+        instruction: the question, with ``<image>`` in place of the image.
+        reference: the text that the description is compared with; must contain ``{prompt}``.
+        max_new_tokens: maximum length of the description in tokens.
         device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`; ``dtype`` is the LLaVA model's,
             the encoder stays in float32.
 
     Raises:
-        UserError: an option is wrong, or a model is not there or of another kind.
+        UserError: an option is invalid, or a model is missing or of another kind.
     """
 
     name: ClassVar[str] = "caption_bertscore"
@@ -79,8 +79,10 @@ class CaptionBertScore(LearnedReward):
         return recall(self._encoder, self._words, self.captions(images), references)
 
     def captions(self, images: Tensor) -> list[str]:
-        """What the model says of images [b, 3, H, W] in 0..1, without sampling."""
-        asked = self._asked.to(images.device).expand(len(images), -1)  # one question for all: nothing to pad
+        """Descriptions of images [b, 3, H, W] in 0..1, by greedy decoding."""
+        asked = self._asked.to(images.device).expand(
+            len(images), -1
+        )  # the same question for all images, so no padding is needed
         said = self._llava.generate(
             input_ids=asked,
             attention_mask=torch.ones_like(asked),
@@ -102,7 +104,7 @@ def _load_llava(reward: str, folder: Path) -> Any:
 
 
 def _question(tokenizer: Any, config: Any, instruction: str) -> Tensor:
-    """Tokens [1, T] of the question, with as many places for the image as the model has patches of it."""
+    """Tokens [1, T] of the question, with one image token for each image patch."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     places = side * side + (config.vision_feature_select_strategy == "full")
     mark = tokenizer.convert_ids_to_tokens(config.image_token_id)

@@ -1,7 +1,7 @@
-"""Caption match: does an image show the scene that its caption names? Measured from pixels, 0..1.
+"""Caption match: whether an image shows the scene described by its caption, measured from pixels, 0..1.
 
-The background is read from the image's rim. Whatever differs from it is the object: its color is the mean over its
-core, and its outline is compared with the four shapes, each drawn at the object's own position and area.
+The background color is the median of the image's border. Whatever differs from it is the object: its color is the mean
+over its core, and its outline is compared with the four shapes, each drawn at the object's position with its area.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from torch import Tensor
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, parse_caption, shape_coverage, unit_areas
 
-# Squared RGB distance at which a pixel counts as e times less likely to be a color. The nearest two colors of the
-# palette are 0.31 apart, so a pixel on one of them belongs to it for 99.9 %.
+# Squared RGB distance that makes a color e times less likely. The two nearest colors of the palette are 0.31 apart, so
+# a pixel with exactly one of them has a probability of 99.9 %.
 _COLOR_TEMPERATURE = 0.04
-# Up to the first RGB distance a pixel has a color in full, from the second on not at all. Without this a pixel need
-# only stay nearer to its color than to any other, and training lets colors drift.
+# A pixel counts fully up to the first RGB distance from its color, and not at all from the second. Without this a pixel
+# would only have to be nearer to its color than to any other, and colors would drift in training.
 _NEAR, _FAR = 0.10, 0.60
-# How sharply the shapes' overlaps are compared: the nearest wrong shape overlaps a clean one by 0.80 to 0.85.
+# Factor in the softmax over the shapes' overlaps; the nearest wrong shape overlaps a clean one by 0.80 to 0.85.
 _SHAPE_SHARPNESS = 20.0
 _RIM = 2  # pixels at the image's edge that a scene never covers
 _SMALLEST, _LARGEST = 5.5, 10.5  # radii of the shapes compared; scenes have 6.7 to 9.5
@@ -29,7 +29,7 @@ _SMALLEST, _LARGEST = 5.5, 10.5  # radii of the shapes compared; scenes have 6.7
 
 @dataclass(frozen=True)
 class SceneMeasurement:
-    """Right or wrong, bool tensors [B]: background color, color of the shape, shape."""
+    """Whether each part is right, bool tensors [B]: background color, color of the shape, shape."""
 
     background: Tensor
     color: Tensor
@@ -39,12 +39,12 @@ class SceneMeasurement:
 @dataclass(frozen=True)
 class _Reading:
     palette: Tensor  # [8, 3], the colors
-    named: tuple[Tensor, Tensor, Tensor]  # [B] each: what the captions name, as indices of background, color, shape
+    named: tuple[Tensor, Tensor, Tensor]  # [B] each: indices of the captions' background, color and shape
     pixels: Tensor  # [B, 3, P]
-    background: Tensor  # [B, 3], the rim's median
-    foreground: Tensor  # [B, 3], the object's core
-    presence: Tensor  # [B], 0 where the image shows no object, 1 where it does
-    coverage: Tensor  # [B, P], 0 background .. 1 object
+    background: Tensor  # [B, 3], the border's median
+    foreground: Tensor  # [B, 3], color of the object's core
+    presence: Tensor  # [B], 0 (no object) to 1 (object)
+    coverage: Tensor  # [B, P], 0 (background) to 1 (object)
     overlap: Tensor  # [B, 4], intersection over union with each shape
 
 
@@ -91,7 +91,7 @@ def _read(images: Tensor, prompts: Sequence[str]) -> _Reading:
     inner[_RIM:-_RIM, _RIM:-_RIM] = True
     rim = pixels[:, :, ~inner.flatten()].median(dim=2).values
 
-    # The object's color: pixels far from the background, the farther the more they count.
+    # The object's color: the mean over pixels far from the background, weighted by their distance.
     offset = pixels - rim[:, :, None]
     distance = offset.square().sum(1).sqrt()
     strongest = distance.topk(24, dim=1).values.mean(1)
@@ -99,8 +99,8 @@ def _read(images: Tensor, prompts: Sequence[str]) -> _Reading:
     foreground = (core[:, None] * pixels).sum(2) / core.sum(1, keepdim=True).clamp(min=1e-3)
     presence = ((strongest - 0.15) / 0.2).clamp(0, 1)
 
-    # Coverage: where each pixel lies on the way from the background's color to the object's. Stretched around one half,
-    # so that faint noise does not add up to an area, while an anti-aliased edge keeps its place.
+    # Coverage: each pixel's position between the background's color and the object's, stretched around one half, so
+    # that faint noise does not add up to an area, while anti-aliased edges stay in place.
     way = foreground - rim
     along = (way[:, :, None] * offset).sum(1) / way.square().sum(1, keepdim=True).clamp(min=1e-3)
     coverage = ((along - 0.2) / 0.6).clamp(0, 1)
@@ -122,11 +122,11 @@ def _read(images: Tensor, prompts: Sequence[str]) -> _Reading:
 
 @torch.no_grad()
 def measure_scenes(images: Tensor, prompts: Sequence[str]) -> SceneMeasurement:
-    """Hard yes or no for each image, used to judge pre-training.
+    """Hard decisions for each image, used to evaluate pre-training.
 
-    ``images`` float [B, 3, H, W] in 0..1, ``prompts`` B scene captions. The background is right where the
-    rim's median is nearest to the named color, the shape's color likewise from the object's core, the shape where the
-    named one has the largest overlap; the latter two need an object to be there.
+    ``images`` float [B, 3, H, W] in 0..1, ``prompts`` B scene captions. The background is right if the border's median
+    is nearest to the color in the caption, the shape's color likewise for the object's core, and the shape if the shape
+    in the caption has the largest overlap; the latter two require an object.
     Raises UserError for a prompt that is not a scene caption.
     """
     reading = _read(images, prompts)
@@ -146,18 +146,18 @@ def caption_match(images: Tensor, prompts: Sequence[str], metadata: Sequence[dic
     ``images`` float [B, 3, H, W] in 0..1 (any size, brought to 32 x 32), ``prompts`` B scene captions, ``metadata``
     unused. Returns float32 [B]. Rendered scenes score about 0.98.
 
-    All three parts are soft, so that small improvements count. A color's part is the mean probability, over the pixels
-    of the background or of the object's core, that the pixel has the named color rather than another of the palette,
-    times its closeness to that color. The shape's part compares the overlaps with all four shapes, softmax(20 IoU),
-    times how well the named shape fits at all: the overlap alone rewards any blob in the middle (a circle overlaps a
-    square by 0.85), the comparison alone rewards any picture that resembles the named shape least badly.
+    All three parts are soft, so that small improvements count. A color's part is the mean, over the pixels of the
+    background or of the object's core, of the probability that the pixel has the right color among those of the
+    palette, times its closeness to that color. The shape's part is the softmax over the overlaps with all four shapes,
+    softmax(20 IoU), times the fit of the right shape: the overlap alone would reward any blob in the middle (a circle
+    overlaps a square by 0.85), the softmax alone any picture for which the right shape is the least bad.
     Raises UserError for a prompt that is not a scene caption.
     """
     reading = _read(images, prompts)
     palette, (background, color, shape) = reading.palette, reading.named
     rows = torch.arange(len(prompts), device=images.device)
 
-    # |pixel|^2 is the same for every color and drops out of the softmax. Colors before pixels: many times faster.
+    # |pixel|^2 is the same for every color and cancels in the softmax. Multiplying colors by pixels is much faster.
     closeness = (2 * palette @ reading.pixels - palette.square().sum(1)[:, None]) / _COLOR_TEMPERATURE
     likely = closeness.softmax(1)  # [B, 8, P]
 

@@ -1,4 +1,4 @@
-"""Published checkpoints of reward models: read without running anything in them, and put into modules of ours."""
+"""Published checkpoints of reward models: reading them without executing code, and loading them into modules."""
 
 import pickle
 import re
@@ -15,17 +15,17 @@ from pcpo_fast.policies.weight_files import and_more
 
 
 def read_checkpoint(file: Path, where: str) -> dict[str, Tensor]:
-    """Tensors by name of a ``.safetensors`` file, or of a PyTorch file in which nothing but tensors is let in.
+    """The tensors of a ``.safetensors`` file, or of a PyTorch file that contains nothing but tensors, by name.
 
-    A dictionary within (``state_dict`` or ``model``) is looked into, and the prefix ``module.`` of distributed training
-    is taken off.
+    A nested dictionary (``state_dict`` or ``model``) is unwrapped, and the prefix ``module.`` of distributed training
+    is removed.
 
     Args:
         file: the checkpoint.
-        where: begins the message of an error.
+        where: prefix of error messages.
 
     Raises:
-        UserError: not a checkpoint, or one that holds code.
+        UserError: the file is not a checkpoint, or contains code.
     """
     try:
         if file.suffix == ".safetensors":
@@ -39,7 +39,7 @@ def read_checkpoint(file: Path, where: str) -> dict[str, Tensor]:
             f"{where}: {file} is not a PyTorch checkpoint, or holds objects other than tensors, which are not loaded "
             "for safety; allowed are plain weights in a .pt, .pth, .bin or .safetensors file"
         ) from None
-    except Exception as error:  # each library raises its own errors for a file of another kind
+    except Exception as error:  # every library raises its own errors for invalid files
         raise UserError(f"{where}: {file} cannot be read as a checkpoint: {reason_of(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -56,14 +56,14 @@ def module_of(
     names: Sequence[tuple[str, str]] = (),
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Any:
-    """A module on the CPU with the weights of a checkpoint, all of them and no others.
+    """A module on the CPU with exactly the weights of a checkpoint.
 
     Args:
-        make: makes the module; it is called on the meta device.
+        make: creates the module; called on the meta device.
         weights: the checkpoint's tensors.
-        what: "reward x: FILE" and what it should be, for messages.
-        names: regular expressions and their replacements, which in turn make a name of the module the checkpoint's.
-        change: makes the module's tensor from its name and the checkpoint's tensor.
+        what: prefix of error messages: "reward x: FILE" and what it should be.
+        names: regular expressions and replacements that, applied in order, map the module's names to the checkpoint's.
+        change: converts a checkpoint tensor, given the module's name for it.
 
     Raises:
         UserError: a weight is missing, unknown or of the wrong shape.
@@ -89,7 +89,7 @@ def module_of(
             )
     module.load_state_dict(state, assign=True)
     for part in module.modules():
-        # Position numbers are not weights, so checkpoints do not hold them.
+        # Position ids are not weights and not in checkpoints.
         positions = part._buffers.get("position_ids")
         if positions is not None:
             part.register_buffer("position_ids", torch.arange(positions.shape[-1])[None], persistent=False)
@@ -100,7 +100,7 @@ def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int, what: st
     """The shape of a checkpoint's weight.
 
     Raises:
-        UserError: there is no such weight, or it has another number of dimensions; ``what`` begins the message.
+        UserError: the weight is missing or has another number of dimensions; ``what`` is the prefix of the message.
     """
     if name not in weights:
         raise UserError(f"{what}: it lacks {name}")
@@ -111,6 +111,6 @@ def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int, what: st
 
 
 def depth_of(weights: Mapping[str, Tensor], layers: str) -> int:
-    """How many layers a checkpoint has whose names begin with ``layers`` and the layer's number."""
+    """Number of layers in a checkpoint whose names are ``layers``, a dot and the layer's number."""
     found = [re.match(rf"{re.escape(layers)}\.(\d+)\.", name) for name in weights]
     return 1 + max((int(match[1]) for match in found if match), default=0)

@@ -1,7 +1,7 @@
-"""CLIPScore (Hessel et al., arXiv:2104.08718): 2.5 max(cosine, 0) in CLIP ViT-B/32, the text after a fixed prefix.
+"""CLIPScore (Hessel et al., arXiv:2104.08718): 2.5 max(cosine, 0) with CLIP ViT-B/32 and a fixed text prefix.
 
-About 0.5 to 0.9 for images that fit, 0..2.5 in theory. Papers on text-to-image models mostly report 100 max(cosine, 0)
-without a prefix: ``{scale: 100, prefix: ""}``, often with ``model: openai/clip-vit-large-patch14``.
+About 0.5 to 0.9 for matching images; the range is 0..2.5. Papers on text-to-image models mostly report
+100 max(cosine, 0) without a prefix: ``{scale: 100, prefix: ""}``, often with ``model: openai/clip-vit-large-patch14``.
 """
 
 from typing import Any, ClassVar
@@ -15,17 +15,17 @@ from pcpo_fast.rewards.options import checked_option
 
 
 class ClipScore(LearnedReward):
-    """``scale`` times the cosine of image and prompt, 0 where that is negative.
+    """``scale`` times the cosine of image and prompt, clipped at 0.
 
     Args:
         model: folder or hub id of a CLIP model in transformers' format.
-        tokenizer: folder or hub id; None for the model's own or, where it has none, the published one.
-        scale: what the cosine is multiplied with.
-        prefix: stands before every prompt.
+        tokenizer: folder or hub id; None: the model's own or, if it has none, the published one.
+        scale: factor of the cosine.
+        prefix: text before every prompt.
         device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`.
 
     Raises:
-        UserError: an option is wrong, or the model is not there or no CLIP model.
+        UserError: an option is invalid, or the model is missing or not a CLIP model.
     """
 
     name: ClassVar[str] = "clip_score"

@@ -1,4 +1,4 @@
-"""CLIP models that score: loading, tokenizing, and features in float32 of unit length."""
+"""CLIP models for rewards: loading, tokenizing, and unit-length float32 features."""
 
 import json
 from pathlib import Path
@@ -12,23 +12,23 @@ from pcpo_fast.policies.weight_files import and_more
 from pcpo_fast.rewards.model_files import has_tokenizer, model_folder
 from pcpo_fast.rewards.preprocessing import Preprocessing, read_preprocessing
 
-# Parts of a CLIP checkpoint that an image tower does without; older files also hold the numbers of the positions.
+# Parts of a CLIP checkpoint that the image tower does not have.
 _TEXT = ("text_model.", "text_projection.", "logit_scale")
 
 
 def load_clip(reward: str, option: str, path: str, *, text: bool = True) -> tuple[Any, Preprocessing, Path]:
-    """A CLIP model of transformers, its preprocessing and its folder.
+    """A transformers CLIP model, its preprocessing and its folder.
 
     Args:
-        reward, option: for messages.
+        reward, option: names for error messages.
         path: folder or hub id.
-        text: whether the text tower is wanted, too.
+        text: whether to load the text tower as well.
 
     Returns:
         ``CLIPModel`` (or ``CLIPVisionModelWithProjection``) on the CPU, preprocessing, folder.
 
     Raises:
-        UserError: it is not there, is no CLIP model, or its weights do not fit its configuration.
+        UserError: it is missing, not a CLIP model, or its weights do not match its configuration.
     """
     folder = model_folder(reward, option, path)
     where = f"reward {reward}: {path}"
@@ -40,7 +40,7 @@ def load_clip(reward: str, option: str, path: str, *, text: bool = True) -> tupl
         return model, read_preprocessing(folder, model.config.vision_config.image_size, where), folder
     options = {}
     if kind == "clip":
-        # The width of the projection belongs to both towers, and the image tower's own entry may be a default.
+        # The projection width is shared by both towers; the image tower's own entry may be a wrong default.
         config = CLIPConfig.from_pretrained(folder)
         config.vision_config.projection_dim = config.projection_dim
         options["config"] = config.vision_config
@@ -51,18 +51,18 @@ def load_clip(reward: str, option: str, path: str, *, text: bool = True) -> tupl
 def load_pretrained(
     kind: Any, folder: Path, where: str, *, unused: tuple[str, ...] = (), spare: tuple[str, ...] = (), **options: Any
 ) -> Any:
-    """A model of transformers with all its weights, in float32, or a sentence that says what is wrong.
+    """A transformers model with all its weights, in float32.
 
     Args:
-        kind: the class.
-        folder: the model's.
-        where: reward and model, for messages.
-        unused: beginnings of names that the files may hold without the model having them.
-        spare: beginnings of names that the model has and the files may lack.
-        options: for ``from_pretrained``.
+        kind: the model class.
+        folder: folder of the model.
+        where: reward and model, as prefix of error messages.
+        unused: prefixes of names that may be in the files without being in the model.
+        spare: prefixes of names that may be missing from the files.
+        options: options of ``from_pretrained``.
 
     Raises:
-        UserError: files and model do not fit, or the files cannot be read.
+        UserError: files and model do not match, or the files cannot be read.
     """
     from pcpo_fast.policies.quiet import quiet_libraries
 
@@ -71,7 +71,7 @@ def load_pretrained(
             model, report = kind.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
             )
-    except Exception as error:  # of several libraries, for files that do not go together
+    except Exception as error:  # errors of several libraries for inconsistent files
         raise UserError(f"{where} cannot be loaded: {reason_of(error)}") from None
     missing = [name for name in sorted(report["missing_keys"]) if not name.startswith(spare)]
     unknown = [name for name in sorted(report["unexpected_keys"]) if not name.startswith(unused)]
@@ -83,10 +83,10 @@ def load_pretrained(
 
 
 def load_tokenizer(reward: str, path: str | None, folder: Path | None, published: str) -> Any:
-    """A tokenizer: the one asked for, else the one in the model's folder, else the published one.
+    """The tokenizer at ``path``, otherwise the one in the model's folder, otherwise the published one.
 
     Raises:
-        UserError: it is not there or cannot be read.
+        UserError: it is missing or cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -96,21 +96,21 @@ def load_tokenizer(reward: str, path: str | None, folder: Path | None, published
         place = model_folder(reward, "tokenizer", published if path is None else path, weights=False)
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except Exception as error:  # of several libraries
+    except Exception as error:  # errors of several libraries
         raise UserError(f"reward {reward}: the tokenizer in {place} cannot be loaded: {reason_of(error)}") from None
 
 
 class ClipFeatures:
-    """Features of a CLIP model with both towers.
+    """Image and text features of a CLIP model.
 
     Args:
-        reward: for messages.
+        reward: name of the reward, for error messages.
         model: a ``CLIPModel``.
-        preprocessing: for its images.
-        tokenizer: for its texts.
+        preprocessing: preprocessing of images.
+        tokenizer: tokenizer of texts.
 
     Raises:
-        UserError: the tokenizer has words that the model has not.
+        UserError: the tokenizer's vocabulary is larger than the model's.
     """
 
     def __init__(self, reward: str, model: Any, preprocessing: Preprocessing, tokenizer: Any) -> None:
@@ -124,16 +124,16 @@ class ClipFeatures:
             )
 
     def images(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] in 0..1 -> float32 [B, D] of length 1."""
+        """float32 [B, 3, H, W] in 0..1 -> unit-length float32 [B, D]."""
         return image_features(self.model, self.preprocessing(images))
 
     def texts(self, texts: list[str]) -> Tensor:
-        """B texts -> float32 [B, D] of length 1; equal texts are computed once, long ones cut."""
+        """B texts -> unit-length float32 [B, D]; equal texts are encoded once, long ones are truncated."""
         different = list(dict.fromkeys(texts))
         tokens = self.tokenizer(
             different, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         ).input_ids.to(self.model.logit_scale.device)
-        # The text tower is causal and read at the end of the text: padding behind it needs no mask.
+        # The text tower is causal and read at the end of the text, so the padding after it needs no mask.
         features = self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
         row = {text: index for index, text in enumerate(different)}
         return _unit(features)[[row[text] for text in texts]]
@@ -144,7 +144,7 @@ class ClipFeatures:
 
 
 def image_features(model: Any, pixels: Tensor) -> Tensor:
-    """Prepared pixels -> projected image features, float32 [B, D] of length 1."""
+    """Preprocessed pixels -> projected image features, unit-length float32 [B, D]."""
     pixels = pixels.to(model.visual_projection.weight.dtype)
     return _unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
 
@@ -154,15 +154,15 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def check_model_type(folder: Path, where: str, *allowed: str) -> str:
-    """The type of model that a folder's ``config.json`` names.
+    """The model type in a folder's ``config.json``.
 
     Raises:
-        UserError: it is none of the allowed ones, or the file is not valid JSON; ``where`` begins the message.
+        UserError: it is not one of the allowed types, or the file is not valid JSON; ``where`` is the message's prefix.
     """
     try:
         kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
     except (ValueError, AttributeError):
         raise UserError(f"{where}: its config.json is not valid JSON") from None
     if kind not in allowed:
-        raise UserError(f"{where} is a model of type {kind}; allowed is {' or '.join(allowed)}")
+        raise UserError(f"{where} is a model of type {kind}; allowed: {', '.join(allowed)}")
     return kind

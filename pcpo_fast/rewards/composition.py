@@ -1,4 +1,4 @@
-"""Several rewards as one advantage: normalised after the sum, or each before it (GDPO)."""
+"""Combining several rewards into one advantage: normalizing their sum, or each before summing (GDPO)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,17 +18,17 @@ def compose_advantages(
     settings: AdvantageConfig,
     normalize: str,
 ) -> Tensor:
-    """Advantages of a whole epoch's images.
+    """Advantages of all images of an epoch.
 
-    With ``normalize`` "each", the rewards become advantages first, the weighted advantages are summed, and the sum is
-    brought to mean 0 and standard deviation 1 over the batch (Liu et al., "GDPO", 2026, arXiv:2601.05242). A reward
-    then counts by its weight, whatever the spread of its scores, and combinations of rewards with the same sum do not
-    get the same advantage. ``advantage.normalization`` says how each reward is normalised.
+    With ``normalize`` "each", advantages are computed for each reward, summed with their weights, and the sum is
+    normalized to mean 0 and standard deviation 1 over the batch (Liu et al., "GDPO", 2026, arXiv:2601.05242). The
+    influence of a reward is then its weight, independent of the spread of its scores, and different combinations of
+    scores with the same sum get different advantages. ``advantage.normalization`` is applied to each reward.
 
     Args:
         total: [B], the weighted sum.
         components: [B, R], scores of the rewards trained on.
-        specs: those R rewards.
+        specs: these R rewards.
         groups: integer [B].
         settings: the configuration's section ``advantage``; its normalization is not "running".
         normalize: "sum" or "each".
@@ -47,20 +47,20 @@ def compose_advantages(
 
 
 class RewardUnits:
-    """An epoch's rewards in units: centred, and divided by what divides the advantages of its final images.
+    """An epoch's rewards "in units": centred, and divided by the divisor of the final images' advantages.
 
-    Final rewards in units are the advantages of :func:`compose_advantages` before clipping, with ``scale`` "own" and
-    as long as no standard deviation falls below the least one.
+    The final rewards in units are the advantages of :func:`compose_advantages` before clipping, if ``scale`` is "own"
+    and no standard deviation is below the minimum.
 
     Args:
-        total, components, specs, groups, settings, normalize: as there, of the final images.
-        running: mean standard deviation of each reward in earlier epochs, 0 where it had none; empty in the first.
+        total, components, specs, groups, settings, normalize: as in :func:`compose_advantages`, for the final images.
+        running: mean standard deviation of each reward in earlier epochs, 0 if it had none; empty in the first epoch.
 
     Attributes:
         final: float64 [B], the final rewards in units.
-        spreads: this epoch's mean standard deviation of each reward that is normalised, over the images that it tells
-            apart; 0 where there are none.
-        equal: bool [B], images that have the same final rewards as all that they are compared with.
+        spreads: this epoch's mean standard deviation of each normalized reward, over groups in which it is not 0; 0 if
+            there are none.
+        equal: bool [B], images whose final rewards equal those of all images they are compared with.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class RewardUnits:
         self.equal = torch.ones(len(total), dtype=torch.bool)
         normalized = self._normalized(total, components)
         if len(running) != len(normalized):
-            running = ()  # of a run with other rewards
+            running = ()  # from a run with other rewards
         for index, values in enumerate(normalized):
             deviation = centered(values, compared)
             own = spread(deviation, compared, settings.unbiased)
@@ -100,24 +100,24 @@ class RewardUnits:
         self.divisor = 1.0  # of the weighted sum, once more
         if normalize == "each":
             self.divisor = float(final.std(correction=int(settings.unbiased))) + settings.epsilon
-        self.final = self._brought_together(final)
+        self.final = self._combined(final)
 
     def of(self, total: Tensor, components: Tensor, rows: Tensor) -> Tensor:
-        """Rewards of predictions of some of the images, centred among these, divided as the final ones are.
+        """Rewards of predictions of some images, centred among these and divided like the final rewards.
 
         Args:
             total: [n], the weighted sum.
             components: [n, R], scores of the rewards trained on.
-            rows: int64 [n], which images; of each group all or none.
+            rows: int64 [n], the images; all or none of each group.
         """
-        return self._brought_together(self._weighed(total, components, rows))
+        return self._combined(self._weighed(total, components, rows))
 
     def changes(self, total: Tensor, components: Tensor) -> Tensor:
-        """Differences of rewards in units, by this epoch's mean standard deviations.
+        """Differences of rewards, divided by this epoch's mean standard deviations.
 
         Args:
-            total: [n], of weighted sums.
-            components: [n, R], of the scores of the rewards trained on.
+            total: [n], differences of weighted sums.
+            components: [n, R], differences of the scores of the rewards trained on.
         """
         columns = total[:, None] if self.normalize == "sum" else components
         factors = torch.tensor(self.weights, dtype=torch.float64) / (
@@ -138,28 +138,28 @@ class RewardUnits:
             summed += weight * centered(values, self.members[rows]) / divisor[rows]
         return summed
 
-    def _brought_together(self, summed: Tensor) -> Tensor:
+    def _combined(self, summed: Tensor) -> Tensor:
         if self.normalize == "sum":
             return summed
         return (summed - summed.mean()) / self.divisor
 
 
 def clipped(scores: Tensor, spec: RewardConfig) -> Tensor:
-    """Scores within the reward's limits."""
+    """Scores clipped to the reward's limits."""
     return scores if spec.clip is None else scores.clamp(*spec.clip)
 
 
 def composition_metrics(components: Tensor, specs: Sequence[RewardConfig], per_group: int) -> dict[str, float]:
-    """What each reward has to say in the sum.
+    """Metrics of each reward's influence on the sum.
 
     Args:
         components: float64 [P per_group, R], scores of the rewards trained on, group-major.
-        specs: those R rewards.
-        per_group: images of a group.
+        specs: these R rewards.
+        per_group: images per group.
 
     Returns:
-        ``reward_spread/<name>`` where there are several: the standard deviation within a group times the weight, mean
-        over groups. ``reward_clipped/<name>`` where a reward has limits: the share of scores outside of them.
+        ``reward_spread/<name>`` if there are several rewards: the standard deviation within a group times the weight,
+        mean over groups. ``reward_clipped/<name>`` if a reward has limits: the share of scores outside of them.
     """
     metrics = {}
     for spec, scores in zip(specs, components.T, strict=True):

@@ -1,4 +1,4 @@
-"""A reward that fails: the message, and what remains of a batch when a run continues without the group."""
+"""Failures of rewards, and scoring the rest of a batch when a run continues without the failed group."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,13 +9,12 @@ from pcpo_fast.errors import UserError
 
 
 class RewardFailure(UserError):
-    """A reward gave no usable answer; the message names it and the prompts.
+    """A reward gave no usable result; the message names the reward and the prompts.
 
     Args:
         message: one sentence.
-        scores: float32 [B], the answers for all images of the call with NaN where there is none; None: there is none
-            at all.
-        retry: whether asking again for some of the images may help; a server that stays away will not answer that.
+        scores: float32 [B], the scores of all images of the call, NaN where there is none; None: no scores at all.
+        retry: whether calling again with some of the images may help; False for example if a server is unreachable.
     """
 
     def __init__(self, message: str, scores: Tensor | None = None, *, retry: bool = True) -> None:
@@ -27,14 +26,14 @@ class RewardFailure(UserError):
 def scores_of_what_works(
     call: Callable[[list[int]], Tensor], prompts: Sequence[str]
 ) -> tuple[Tensor, tuple[RewardFailure, ...]]:
-    """Score a batch; where that fails, score it prompt by prompt.
+    """Score a batch; if that fails, score it prompt by prompt.
 
     Args:
-        call: scores of some of the images, by position; raises :class:`RewardFailure`.
-        prompts: those of the B images; equal ones are a group.
+        call: scores the images at the given positions; raises :class:`RewardFailure`.
+        prompts: prompts of the B images; images with equal prompts form a group.
 
     Returns:
-        float32 [B], NaN where there is no score, and the failures.
+        Scores float32 [B], NaN where there is none, and the failures.
     """
     everything = list(range(len(prompts)))
     try:

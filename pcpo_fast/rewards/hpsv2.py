@@ -1,8 +1,8 @@
-"""HPS v2.1: a CLIP ViT-H-14 tuned on human preferences (Wu et al., arXiv:2306.09341).
+"""HPS v2.1: a CLIP ViT-H-14 fine-tuned on human preferences (Wu et al., arXiv:2306.09341).
 
-The score is the cosine of image and prompt, as the authors' package (hpsv2 1.2.0) returns it: about 0.2 to 0.35 for
-images of today's models, -1..1 in theory. Tables in papers often show it times 100. As in that package the whole image
-is seen: its longer side becomes 224 pixels, and black fills the square.
+The score is the cosine of image and prompt, as in the authors' package (hpsv2 1.2.0): about 0.2 to 0.35 for images of
+current models; the range is -1..1. Papers often report it times 100. As in that package the whole image is used: its
+longer side is resized to 224 pixels, and the rest of the square is black.
 """
 
 from typing import Any, ClassVar
@@ -24,13 +24,13 @@ class HPSv2(LearnedReward):
 
     Args:
         model: the checkpoint (``.pt`` or ``.safetensors``), a folder with ``HPS_v2.1_compressed.pt``, or a hub id.
-        tokenizer: folder or hub id of CLIP's tokenizer, which the checkpoint does not come with.
-        antialias: the authors resize with torchvision's ``Resize`` on tensors, which averages since torchvision 0.17;
-            False samples, as older versions did.
+        tokenizer: folder or hub id of CLIP's tokenizer, which the checkpoint does not include.
+        antialias: the authors use torchvision's ``Resize`` on tensors, which antialiases since torchvision 0.17; False:
+            as in older versions.
         device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`.
 
     Raises:
-        UserError: an option is wrong, or the checkpoint is not there or not HPS's.
+        UserError: an option is invalid, or the checkpoint is missing or not HPS's.
     """
 
     name: ClassVar[str] = "hpsv2"
@@ -53,7 +53,7 @@ class HPSv2(LearnedReward):
         if words.eos_token_id != clip.config.text_config.eos_token_id:
             raise UserError(
                 f"reward {self.name}: the tokenizer {tokenizer} ends prompts with token {words.eos_token_id}, but "
-                f"the checkpoint expects {clip.config.text_config.eos_token_id}; allowed is the tokenizer of CLIP"
+                f"the checkpoint expects {clip.config.text_config.eos_token_id}; use CLIP's tokenizer"
             )
         size = clip.config.vision_config.image_size
         prepare = Preprocessing(size, None, on_bytes=False, antialias=antialias, pad=True)

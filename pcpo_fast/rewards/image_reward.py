@@ -1,6 +1,6 @@
-"""ImageReward (Xu et al., arXiv:2304.05977): BLIP reads the prompt with the image in view, linear layers rate it.
+"""ImageReward (Xu et al., arXiv:2304.05977): BLIP's text encoder with cross-attention to the image, and an MLP.
 
-The published mean and standard deviation make the scores of their training set 0 and 1; about -2 to 2.
+The published mean and standard deviation normalize scores on the authors' training set; about -2 to 2.
 """
 
 import math
@@ -20,7 +20,7 @@ from pcpo_fast.rewards.model_files import model_file
 from pcpo_fast.rewards.preprocessing import Preprocessing
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the published model
-_LENGTH = 35  # tokens of a prompt that are read
+_LENGTH = 35  # maximum number of prompt tokens
 _HEAD = 64  # width of an attention head in both towers
 _UNUSED = ("blip.vision_proj", "blip.text_proj")  # BLIP's other task
 
@@ -35,7 +35,7 @@ _VISION = (
     (r"self_attn\.projection", "attn.proj"),
     (r"self_attn", "attn"),
 )
-"""From transformers' names of the image tower to the checkpoint's; in the text tower they differ by a prefix."""
+"""Maps transformers' names of the image tower to the checkpoint's; in the text tower only a prefix differs."""
 
 
 class ImageReward(LearnedReward):
@@ -43,12 +43,12 @@ class ImageReward(LearnedReward):
 
     Args:
         model: the checkpoint (``.pt`` or ``.safetensors``), a folder with ``ImageReward.pt``, or a hub id.
-        tokenizer: folder or hub id of BERT's tokenizer, which the checkpoint does not come with.
+        tokenizer: folder or hub id of BERT's tokenizer, which the checkpoint does not include.
         device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`; the last layers stay in
             float32.
 
     Raises:
-        UserError: an option is wrong, or the checkpoint is not there or not ImageReward's.
+        UserError: an option is invalid, or the checkpoint is missing or not ImageReward's.
     """
 
     name: ClassVar[str] = "image_reward"
@@ -72,8 +72,8 @@ class ImageReward(LearnedReward):
         known = text.config.vocab_size
         if len(self._tokenizer) > known:
             raise UserError(
-                f"reward {self.name}: the tokenizer {tokenizer} has {len(self._tokenizer)} words, but the checkpoint "
-                f"knows {known}; allowed is that of bert-base-uncased"
+                f"reward {self.name}: the tokenizer {tokenizer} has {len(self._tokenizer)} tokens, but the checkpoint "
+                f"has {known}; use that of bert-base-uncased"
             )
         size = vision.config.image_size
         self._prepare = Preprocessing(size, (size, size), half_pixel=round)
@@ -127,7 +127,7 @@ def _configs(weights: Mapping[str, Tensor], what: str) -> tuple[Any, Any]:
         num_attention_heads=width // _HEAD,
         image_size=math.isqrt(positions - 1) * patch,
         patch_size=patch,
-        layer_norm_eps=1e-6,  # BLIP's; transformers' default is another
+        layer_norm_eps=1e-6,  # BLIP's; transformers' default differs
     )
     text = BlipTextConfig(
         vocab_size=words,
@@ -137,7 +137,7 @@ def _configs(weights: Mapping[str, Tensor], what: str) -> tuple[Any, Any]:
         num_hidden_layers=depth_of(weights, "blip.text_encoder.encoder.layer"),
         num_attention_heads=text_width // _HEAD,
         max_position_embeddings=length,
-        # Words with a meaning in generation, of which this model does none.
+        # These tokens only matter for generation.
         bos_token_id=None,
         eos_token_id=None,
         sep_token_id=None,

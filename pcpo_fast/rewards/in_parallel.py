@@ -1,4 +1,4 @@
-"""A few waiting calls at once."""
+"""Calling a blocking function for several items in parallel threads."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ Result = TypeVar("Result")
 
 
 def in_parallel(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> list[Result]:
-    """``function`` of every item, in order; after an exception nothing further is begun, and it is raised.
+    """Results of ``function`` for all items, in order; after an exception no new call is started, and it is raised.
 
-    The threads do not outlive the program: an interrupted run does not wait for answers.
+    The threads are daemons, so an interrupted run does not wait for them.
     """
     if workers <= 1 or len(items) <= 1:
         return [function(item) for item in items]

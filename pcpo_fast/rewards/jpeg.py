@@ -1,4 +1,4 @@
-"""The size of an image as a JPEG file: DDPO's two rewards that need no model.
+"""The size of an image as a JPEG file: the two rewards of DDPO that need no model.
 
 Black et al., "Training Diffusion Models with Reinforcement Learning" (2023), section 5.1. Sizes are in kilobytes
 (1000 bytes) at quality 95 with the encoder's default chroma subsampling, as in the authors' PyTorch code.
@@ -17,7 +17,7 @@ _QUALITY = 95
 
 
 def jpeg_incompressibility(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    """Size of each image's JPEG file in kB: rises with detail and noise.
+    """Size of each image's JPEG file in kB; grows with detail and noise.
 
     ``images`` [B, 3, H, W] in 0..1, any floating dtype; ``prompts`` and ``metadata`` are not used. Returns float32 [B].
     """
@@ -30,5 +30,5 @@ def jpeg_incompressibility(images: Tensor, prompts: list[str], metadata: list[di
 
 
 def jpeg_compressibility(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    """Minus the size of each image's JPEG file in kB: rises as the image gets plainer. See the other reward here."""
+    """Minus :func:`jpeg_incompressibility`; higher for plainer images."""
     return -jpeg_incompressibility(images, prompts, metadata)

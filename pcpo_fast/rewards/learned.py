@@ -1,4 +1,4 @@
-"""What rewards with a model share: options, batches, and a frozen network that is nobody else's."""
+"""Base class of rewards with a model: common options, batching, frozen networks."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
@@ -16,16 +16,16 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 class LearnedReward(ABC):
     """A frozen model that scores images in batches.
 
-    Every process has its own copy. The model is loaded when the reward is made; without ``device`` it moves to the
-    images' device at the first call, and stays there.
+    Every process has its own copy. The model is loaded when the reward is created; without ``device`` it moves to the
+    images' device at the first call and stays there.
 
     Args:
-        device: for example "cuda", "cuda:1" or "cpu"; None for that of the images.
-        dtype: of the weights: "float32", "bfloat16" or "float16". Scores are formed in float32 from its features.
-        batch_size: images that the model sees at once.
+        device: for example "cuda", "cuda:1" or "cpu"; None: the images' device.
+        dtype: dtype of the weights: "float32", "bfloat16" or "float16". Scores are computed in float32 from features.
+        batch_size: images per forward pass.
 
     Raises:
-        UserError: an option is none of these.
+        UserError: an option is invalid.
     """
 
     name: ClassVar[str]
@@ -38,14 +38,14 @@ class LearnedReward(ABC):
         self._at: torch.device | None = None
 
     def keep(self, module: Any, dtype: torch.dtype | None = None) -> Any:
-        """Freeze a network, convert it, and move it with the reward from now on; returns it."""
+        """Freeze and convert a network and register it, so that it moves with the reward; returns it."""
         module = module.to(dtype=self.dtype if dtype is None else dtype).eval().requires_grad_(False)
         self.modules.append(module)
         return module
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Score float32 images [B, 3, H, W] in 0..1; returns float32 [B], on the device of the model."""
+        """Score float32 images [B, 3, H, W] in 0..1; returns float32 [B] on the model's device."""
         device = self.device or images.device
         if device != self._at:
             for module in self.modules:
@@ -60,4 +60,4 @@ class LearnedReward(ABC):
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Scores [b] of one batch, which is on the model's device."""
+        """Scores [b] of one batch; the images are on the model's device."""

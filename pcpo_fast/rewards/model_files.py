@@ -1,4 +1,4 @@
-"""Where a reward's model is: a path, else Hugging Face's cache, else the hub, announcing the size."""
+"""Locating a reward's model: a local path, Hugging Face's cache, or a download from the hub (announced)."""
 
 import contextlib
 import json
@@ -19,15 +19,15 @@ _WEIGHTS = ["model*.safetensors", "pytorch_model*.bin"]
 
 
 def model_folder(reward: str, option: str, path: str, *, weights: bool = True) -> Path:
-    """The folder of a model of transformers, or of a tokenizer, for a reward; it is noted as one of its sources.
+    """The folder of a reward's transformers model or tokenizer; recorded as one of the reward's sources.
 
     Args:
-        reward, option: for messages.
+        reward, option: names for error messages.
         path: folder, or hub id "owner/name".
-        weights: whether weights are wanted; a tokenizer has none.
+        weights: whether weights are needed; False for a tokenizer.
 
     Raises:
-        UserError: it is in none of these places, or lacks what is needed.
+        UserError: it cannot be found, or files are missing.
     """
     folder = pretrained_folder(f"reward {reward}: option {option}", f"reward {reward}", path, weights=weights)
     note_source(option, folder, weights=weights)
@@ -35,14 +35,14 @@ def model_folder(reward: str, option: str, path: str, *, weights: bool = True) -
 
 
 def model_file(reward: str, option: str, path: str, name: str) -> Path:
-    """A checkpoint in a file, for a reward; it is noted as one of its sources.
+    """A reward's checkpoint file; recorded as one of the reward's sources.
 
     Args:
-        reward, option: for messages.
+        reward, option: names for error messages.
         path, name: as in :func:`pretrained_file`.
 
     Raises:
-        UserError: it is in none of these places.
+        UserError: it cannot be found.
     """
     file = pretrained_file(f"reward {reward}: option {option}", f"reward {reward}", path, name)
     note_source(option, file)
@@ -50,16 +50,16 @@ def model_file(reward: str, option: str, path: str, name: str) -> Path:
 
 
 def pretrained_folder(where: str, user: str, path: str, *, weights: bool = True) -> Path:
-    """The folder of a model of transformers, downloaded where it is neither a folder nor in the hub's local cache.
+    """The folder of a transformers model, downloaded if it is neither a folder nor in the hub's local cache.
 
     Args:
-        where: begins the message of an error.
-        user: who needs it, for the line that announces a download and its size.
+        where: prefix of error messages.
+        user: who needs it, for the line that announces a download.
         path: folder, or hub id "owner/name".
-        weights: whether weights are wanted; a tokenizer has none.
+        weights: whether weights are needed; False for a tokenizer.
 
     Raises:
-        UserError: it is in none of these places, or lacks what is needed.
+        UserError: it cannot be found, or files are missing.
     """
     local = _local(where, path, "folder")
     if local is not None:
@@ -87,16 +87,16 @@ def pretrained_folder(where: str, user: str, path: str, *, weights: bool = True)
 
 
 def pretrained_file(where: str, user: str, path: str, name: str) -> Path:
-    """A checkpoint in a file, downloaded where it is neither here nor in the hub's local cache.
+    """A checkpoint file, downloaded if it is neither local nor in the hub's local cache.
 
     Args:
-        where: begins the message of an error.
-        user: who needs it, for the line that announces a download and its size.
+        where: prefix of error messages.
+        user: who needs it, for the line that announces a download.
         path: the file, a folder with it, or a hub id "owner/name".
         name: the file's name in a folder or on the hub.
 
     Raises:
-        UserError: it is in none of these places.
+        UserError: it cannot be found.
     """
     local = _local(where, path, "file")
     if local is not None:
@@ -115,7 +115,7 @@ def pretrained_file(where: str, user: str, path: str, name: str) -> Path:
 
 
 def _local(where: str, path: str, wanted: str) -> Path | None:
-    """The path where it is on this machine; None for a hub id."""
+    """The local path; None for a hub id."""
     if not isinstance(path, str) or not path:
         raise UserError(f"{where} must be a {wanted} or a hub id of the form owner/name, got {path!r}")
     local = Path(path).expanduser()
@@ -128,13 +128,13 @@ def _local(where: str, path: str, wanted: str) -> Path | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer's vocabulary."""
+    """Whether a folder contains a tokenizer's vocabulary."""
     names = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spm.model", "bpe_encoder.bin")
     return any((folder / name).is_file() for name in names)
 
 
 def _lacking(folder: Path, weights: bool) -> str | None:
-    """What a folder lacks to be used, or None."""
+    """The first required file that a folder lacks; None if it is complete."""
     if not weights:
         return None if has_tokenizer(folder) else "tokenizer"
     if not (folder / "config.json").is_file():
@@ -150,7 +150,7 @@ def _lacking(folder: Path, weights: bool) -> str | None:
 
 
 def _announce(user: str, what: str, files: list[Any]) -> None:
-    """One line before the first byte; the hub's own progress bars follow. Other ranks wait for the first's files."""
+    """Print one line before a download, on the machine's first rank; the hub's own progress bars follow."""
     size = sum(file.file_size or 0 for file in files if file.will_download)
     if size and local_rank() == 0:
         from huggingface_hub.constants import HF_HUB_CACHE

@@ -1,8 +1,8 @@
-"""Text rendering: how much of the text asked for can be read in the image (Flow-GRPO, arXiv:2505.05470).
+"""Text rendering: how much of the requested text can be read in the image, 0..1 (Flow-GRPO, arXiv:2505.05470).
 
-The text is what the prompt has in double quotes. 1 - min(d, n) / n, with n its length without spaces and d the edit
-distance to what was read, lower case; d is 0 where the text appears within it. 0..1. Flow-GRPO takes the first
-quotation only; here a prompt with several asks for all of them.
+The requested text is in double quotes in the prompt. The score is 1 - min(d, n) / n, where n is its length without
+spaces and d its edit distance to the recognized text, ignoring case; d is 0 if the recognized text contains it.
+Flow-GRPO uses only the first quotation; here all quotations of a prompt are requested.
 """
 
 import unicodedata
@@ -28,11 +28,11 @@ class OcrAccuracy:
     """Share of the requested text that is legible.
 
     Args:
-        recognizer: None for RapidOCR (the extra ``rewards``), a recogniser of your own as ``module:function``, or the
+        recognizer: None: RapidOCR (the extra ``rewards``); or your own recognizer as ``module:function`` or as the
             function itself.
 
     Raises:
-        UserError: RapidOCR is not installed, or the recogniser cannot be found.
+        UserError: RapidOCR is not installed, or the recognizer cannot be found.
     """
 
     name: ClassVar[str] = "ocr_accuracy"
@@ -53,7 +53,7 @@ class OcrAccuracy:
         The text may also be given as ``text`` in a prompt's metadata.
 
         Raises:
-            UserError: a prompt asks for no text, or a recogniser of the user's returns none.
+            UserError: a prompt requests no text, or the recognizer does not return a string.
         """
         wanted = [requested_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         scores = []
@@ -68,8 +68,8 @@ class OcrAccuracy:
 
 
 def requested_text(prompt: str, metadata: dict[str, Any]) -> str:
-    """The text that an image should show: ``text`` of the metadata, else what the prompt has in double quotes, with a
-    line for each quotation.
+    """The text that an image should show: ``text`` of the metadata, otherwise the text in double quotes in the prompt,
+    with one line per quotation.
 
     Raises:
         UserError: there is none.
@@ -86,9 +86,8 @@ def requested_text(prompt: str, metadata: dict[str, Any]) -> str:
 
 
 def legible(found: str, wanted: str) -> float:
-    """1 where ``wanted`` was read, less by 1 / n for each of its n letters that is wrong. Upper case, spaces and other
-    forms of the same letter in Unicode are overlooked, and so is what surrounds the text; the lines of ``wanted`` may
-    be read in any order."""
+    """1 if ``wanted`` was recognized, minus 1 / n for each wrong letter of its n. Case, spaces, Unicode variants of the
+    same letter and surrounding text are ignored; the lines of ``wanted`` may be found in any order."""
     read, texts = _letters(found), [_letters(line) for line in wanted.splitlines()]
     whole = "".join(texts)
     apart = sum(_missing(read, text) for text in texts)
@@ -100,13 +99,13 @@ def _missing(read: str, wanted: str) -> int:
 
 
 def _letters(text: str) -> str:
-    """What can be seen of a text, without spaces: letters that look alike are equal."""
+    """The visible letters of a text without spaces, normalized so that letters that look alike are equal."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_LOOK_ALIKE)
     return "".join(letter for letter in folded if not letter.isspace() and unicodedata.category(letter) != "Cf")
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: the fewest insertions, deletions and replacements of a letter that make a into b."""
+    """The Levenshtein distance: the minimum number of insertions, deletions and replacements that turn a into b."""
     costs = list(range(len(b) + 1))
     for row, letter in enumerate(a, 1):
         diagonal, costs[0] = costs[0], row
@@ -122,12 +121,12 @@ def _rapid_ocr() -> Recognizer:
     except ImportError as error:
         raise UserError(
             f"reward ocr_accuracy: {error.name or 'rapidocr'} is not installed: run `pip install rapidocr "
-            "onnxruntime`, or name a recogniser of your own with the option recognizer"
+            "onnxruntime`, or give your own with the option recognizer"
         ) from None
     engine = RapidOCR(params={"Global.log_level": "error"})
 
     def read(pixels: np.ndarray) -> str:
-        # The library takes arrays to be BGR, as OpenCV's are. It reads line by line, from the top.
+        # The library expects BGR arrays, like OpenCV's. It returns lines from top to bottom.
         return "".join(engine(np.ascontiguousarray(pixels[..., ::-1])).txts or ())
 
     return read

@@ -1,8 +1,8 @@
-"""OpenCLIP's ViT-H-14 as transformers' CLIP: the same network under other names.
+"""OpenCLIP's ViT-H-14 as transformers' CLIP: the same network with other names.
 
-OpenCLIP keeps queries, keys and values of a layer in one matrix and projections as matrices to multiply from the right.
-Widths and depths are read from the checkpoint; the width of an attention head is the architecture's (80 in the image
-tower, 64 in the text tower), as is the exact GELU.
+OpenCLIP stores queries, keys and values of a layer in one matrix, and projections transposed. Widths and depths are
+read from the checkpoint; the width of an attention head (80 in the image tower, 64 in the text tower) and the exact
+GELU are given by the architecture.
 """
 
 import math
@@ -36,15 +36,15 @@ _NAMES = (
     (r"^visual_projection\.weight", "visual.proj"),
     (r"^text_projection\.weight", "text_projection"),
 )
-"""From transformers' names to OpenCLIP's."""
+"""Maps transformers' names to OpenCLIP's."""
 
 
 def clip_from_open_clip(weights: Mapping[str, Tensor], where: str) -> Any:
     """A ``CLIPModel`` on the CPU with the weights of an OpenCLIP ViT-H-14.
 
     Args:
-        weights: by OpenCLIP's names.
-        where: "reward x: FILE", for messages.
+        weights: the weights by OpenCLIP's names.
+        where: prefix of error messages: "reward x: FILE".
 
     Raises:
         UserError: a weight is missing, unknown or of the wrong shape.
@@ -96,7 +96,7 @@ def _config(weights: Mapping[str, Tensor], what: str) -> Any:
             "max_position_embeddings": length,
             "hidden_act": "gelu",
             "projection_dim": embedding,
-            # The end of the text is the vocabulary's last word; OpenCLIP looks for the largest number.
+            # The end token is the last of the vocabulary; OpenCLIP searches for the largest token id.
             "eos_token_id": words - 1,
             "bos_token_id": words - 2,
         },

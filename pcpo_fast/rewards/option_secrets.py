@@ -1,8 +1,8 @@
-"""Keys and passwords among a reward's options: named by an environment variable, so that nothing writes them down.
+"""Keys and passwords in a reward's options: read from environment variables, so that they are never stored.
 
-Options go into the run directory's ``config.yaml`` and from there into reports; on a command line other users of the
-machine see them. An option that needs a secret is therefore written ``{env: NAME}`` and gets the variable's value when
-the reward is made.
+Options are written into the run directory's ``config.yaml`` and from there into reports; on a command line, other users
+of the machine can see them. An option that needs a secret is therefore written ``{env: NAME}`` and gets the variable's
+value when the reward is created.
 """
 
 import os
@@ -22,20 +22,20 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def resolved(reward: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the values of the environment variables that they name.
+    """The options with environment variables replaced by their values.
 
     Args:
-        reward: for messages.
-        options: those of the configuration.
+        reward: name of the reward, for error messages.
+        options: the options in the configuration.
 
     Raises:
-        UserError: a variable is not set; or an option holds what looks like a secret itself.
+        UserError: a variable is not set, or an option itself looks like a secret.
     """
     return {name: _value(reward, (name,), value) for name, value in options.items()}
 
 
 def shown(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for a message: what may be a secret is hidden."""
+    """The options for an error message, with possible secrets hidden."""
     hidden = ("key", "token", "secret", "pass", "credential")
     return {
         name: "***" if isinstance(value, str) and any(word in str(name).lower() for word in hidden) else value
@@ -59,7 +59,7 @@ def _value(reward: str, path: tuple[str, ...], value: Any) -> Any:
         return [_value(reward, path, inner) for inner in value]
     if isinstance(value, str) and value:
         what = "looks like a secret" if _SECRET.fullmatch(path[-1]) else ""
-        if ":" in reward and _IN_URL.search(value):  # the built-in clients have a word of their own for it
+        if ":" in reward and _IN_URL.search(value):  # the built-in clients have their own check
             what = "has a password in its address"
         if what:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Options of rewards, checked before a model is loaded."""
+"""Checks of reward options, before a model is loaded."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from pcpo_fast.errors import UserError
 
 
 def checked_option(reward: str, option: str, value: object, kind: Any, allowed: str) -> Any:
-    """An option's value.
+    """Check an option's value and return it.
 
     Args:
-        reward, option, value: what was given.
-        kind: a type that pydantic knows, such as ``PositiveInt``; only integers are converted, to floats.
-        allowed: what the option may be, for the message: "a finite number".
+        reward, option, value: the reward, the option and its value.
+        kind: a pydantic type such as ``PositiveInt``; only integers are converted, to floats.
+        allowed: description of valid values for the message, such as "a finite number".
 
     Raises:
         UserError: the value is not of that kind.
@@ -26,10 +26,10 @@ def checked_option(reward: str, option: str, value: object, kind: Any, allowed: 
 
 
 def checked_device(where: str, name: str) -> torch.device:
-    """The device of that name, a GPU with its number.
+    """The device with this name; a GPU always with its index.
 
     Raises:
-        UserError: there is none on this machine; ``where`` begins the message.
+        UserError: this machine does not have it; ``where`` is the prefix of the message.
     """
     try:
         found = torch.device(name)
@@ -38,5 +38,5 @@ def checked_device(where: str, name: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError):
         have = f"cpu, cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
-        raise UserError(f"{where}: there is no device {name!r} here; allowed are {have}") from None
+        raise UserError(f"{where}: there is no device {name!r} here; available: {have}") from None
     return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found

@@ -1,7 +1,7 @@
-"""Scoring batch by batch: in the background, so that a batch is judged while the next one is sampled, or at once.
+"""Scoring batch by batch: in the background while the next batch is sampled, or immediately.
 
-The policy does not change between the batches of an epoch's rollout, and the update waits for every score, so this is
-the same computation as scoring afterwards, only earlier.
+The policy does not change between the batches of an epoch's rollout, and the update waits for all scores, so the result
+is the same as when scoring afterwards.
 """
 
 import queue
@@ -20,14 +20,14 @@ Job = tuple[Tensor, list[str], list[dict[str, Any]], bool, "torch.cuda.Event | N
 
 
 class BatchScoring:
-    """Scores batches one after the other and keeps errors to itself until the results are asked for.
+    """Scores batches one after the other; errors are raised by :meth:`results`.
 
     Args:
-        rewards: what scores.
-        overlap: in a thread of its own, and on a GPU on a stream of its own; else within :meth:`add`.
+        rewards: the rewards.
+        overlap: score in a separate thread, and on a GPU on a separate stream; otherwise inside :meth:`add`.
 
     Attributes:
-        seconds: how long the rewards have been running.
+        seconds: total running time of the rewards.
     """
 
     def __init__(self, rewards: RewardSet, overlap: bool) -> None:
@@ -43,7 +43,7 @@ class BatchScoring:
     def add(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], *, predictions: bool = False
     ) -> None:
-        """Score a batch; its arguments are those of :meth:`RewardSet.score`. Does not wait for the thread."""
+        """Score a batch, or submit it to the thread without waiting; for the arguments see :meth:`RewardSet.score`."""
         event = None
         if self._thread is None:
             self._score((images, prompts, metadata, predictions, None), None)
@@ -57,7 +57,7 @@ class BatchScoring:
         """Wait for all batches, and return their scores in the order in which they were added.
 
         Raises:
-            UserError: what a reward raised; batches after that one are not scored.
+            UserError: the error of a reward; later batches are not scored.
         """
         self.close()
         if self._thread is not None:
@@ -67,7 +67,7 @@ class BatchScoring:
         return self._scores
 
     def close(self) -> None:
-        """No batch comes any more."""
+        """Tell the thread that no more batches follow."""
         self._jobs.put(None)
 
     def _run(self) -> None:
@@ -84,19 +84,19 @@ class BatchScoring:
         images, prompts, metadata, predictions, event = job
         begin = time.perf_counter()
         try:
-            with _beside(images, stream, event):
+            with _on_stream(images, stream, event):
                 scores = self._rewards.score(images, prompts, metadata, evaluation=False, predictions=predictions)
             self._scores.append(scores)
         except BaseException as error:
             if self._thread is None and not isinstance(error, Exception):
-                raise  # somebody interrupts the run
+                raise  # KeyboardInterrupt or SystemExit
             self._error = error
         self.seconds += time.perf_counter() - begin
 
 
 @contextmanager
-def _beside(images: Tensor, stream: "torch.cuda.Stream | None", event: "torch.cuda.Event | None") -> Iterator[None]:
-    """Work on ``stream`` as soon as the images are there, and wait for what was begun."""
+def _on_stream(images: Tensor, stream: "torch.cuda.Stream | None", event: "torch.cuda.Event | None") -> Iterator[None]:
+    """Run the block on ``stream`` once the images are ready, and synchronize at the end."""
     if stream is None or event is None:
         yield
         return

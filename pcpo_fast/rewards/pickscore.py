@@ -1,7 +1,7 @@
-"""PickScore: a CLIP ViT-H-14 tuned on users' choices (Kirstain et al., arXiv:2305.01569).
+"""PickScore: a CLIP ViT-H-14 fine-tuned on users' choices (Kirstain et al., arXiv:2305.01569).
 
-The score is the model's logit, the cosine times its learned scale of about 100, as the authors' model card computes it:
-about 17 to 24. Flow-GRPO divides it by 26, which a weight of 1/26 does here.
+The score is the model's logit, the cosine times its learned scale of about 100, as in the authors' model card: about 17
+to 24. Flow-GRPO divides it by 26, which corresponds to a weight of 1/26 here.
 """
 
 from typing import Any, ClassVar
@@ -17,11 +17,11 @@ class PickScore(LearnedReward):
 
     Args:
         model: folder or hub id of a CLIP model in transformers' format.
-        tokenizer: folder or hub id; None for the model's own or, where it has none, the published one.
+        tokenizer: folder or hub id; None: the model's own or, if it has none, the published one.
         device, dtype, batch_size: see :class:`pcpo_fast.rewards.learned.LearnedReward`.
 
     Raises:
-        UserError: an option is wrong, or the model is not there or no CLIP model.
+        UserError: an option is invalid, or the model is missing or not a CLIP model.
     """
 
     name: ClassVar[str] = "pickscore"

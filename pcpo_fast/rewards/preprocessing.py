@@ -1,8 +1,8 @@
-"""From images to a vision model's input: what the published processors compute, on tensors and on any device.
+"""Preprocessing of images for vision models, equivalent to the published processors but on tensors and on any device.
 
 The processors of transformers and the original CLIP resize with Pillow, which works on bytes: it filters rows, rounds
-and clips to 0..255, then does the same with columns. Both passes are done here with PyTorch's antialiased filter, whose
-taps are Pillow's, so the result differs from Pillow's by at most one level in few pixels.
+and clips to 0..255, then does the same with columns. Both passes are done here with PyTorch's antialiased filter, which
+has the same coefficients, so the result differs from Pillow's by at most one level in a few pixels.
 """
 
 import json
@@ -21,32 +21,32 @@ from pcpo_fast.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which the processors' files hold
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's constants, as in the processors' files
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Images in 0..1 (what is outside is clipped) as uint8, rounded, of the same shape."""
+    """Images in 0..1 (clipped) as rounded uint8 of the same shape."""
     return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def rows_of_bytes(images: Tensor) -> np.ndarray:
-    """Images [B, 3, H, W] in 0..1 as Pillow and recognisers take them: uint8 [B, H, W, 3] on the CPU."""
+    """Images [B, 3, H, W] in 0..1 in the layout of Pillow and OCR libraries: uint8 [B, H, W, 3] on the CPU."""
     return as_bytes(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, crop and normalise.
+    """Resize, crop and normalize.
 
     Attributes:
         size: the shorter side after resizing (with ``pad``: the longer one), or (height, width).
-        crop: (height, width) cut from the middle, or None.
-        mean, std: of each channel, for pixels in 0..1.
+        crop: (height, width) of a centre crop; None: no crop.
+        mean, std: per channel, for pixels in 0..1.
         filter: "bicubic" or "bilinear".
-        on_bytes: resize as Pillow does; otherwise in floating point, as torchvision resizes a tensor.
-        antialias: without it a smaller image is sampled, not averaged; Pillow always averages.
-        half_pixel: where half of an odd margin goes: ``math.floor`` in transformers, ``round`` in torchvision.
-        pad: show the whole image: its longer side becomes ``size``, a number, and black fills the square.
+        on_bytes: resize like Pillow; otherwise in floating point, like torchvision on tensors.
+        antialias: antialias when shrinking in floating point; Pillow always does.
+        half_pixel: rounding of half an odd margin: ``math.floor`` in transformers, ``round`` in torchvision.
+        pad: keep the whole image: resize its longer side to ``size`` (a number) and pad the square with black.
     """
 
     size: int | tuple[int, int]
@@ -60,11 +60,11 @@ class Preprocessing:
     pad: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] in 0..1 (what is outside is clipped) -> float32 [B, 3, h, w], normalised.
+        """float32 [B, 3, H, W] in 0..1 (clipped) -> normalized float32 [B, 3, h, w].
 
-        Pixels become bytes first, as they would in a file: the published scores are those of 8-bit images.
+        Pixels are first rounded to bytes, as in an image file, because published scores are those of 8-bit images.
         """
-        pixels = (images.detach().float() * 255).round().clamp(0, 255)  # in float32, in which NaN stays NaN
+        pixels = (images.detach().float() * 255).round().clamp(0, 255)  # float32 keeps NaN, unlike uint8
         pixels = self._resize(pixels, self._target(*pixels.shape[-2:]))
         if self.crop is not None:
             pixels = self._crop(pixels, self.crop)
@@ -91,7 +91,7 @@ class Preprocessing:
         for size in ((pixels.shape[-2], target[1]), target):
             if tuple(pixels.shape[-2:]) != size:
                 pixels = F.interpolate(pixels, size, mode=self.filter, antialias=True, align_corners=False)
-                pixels = (pixels + 0.5).floor().clamp(0, 255)  # halves go up, as in Pillow
+                pixels = (pixels + 0.5).floor().clamp(0, 255)  # halves are rounded up, as in Pillow
         return pixels
 
     def _crop(self, pixels: Tensor, crop: tuple[int, int]) -> Tensor:
@@ -105,20 +105,20 @@ class Preprocessing:
 
 
 def clip_preprocessing(size: int) -> Preprocessing:
-    """CLIP's, for a model that sees ``size`` x ``size`` pixels."""
+    """CLIP's preprocessing for a model with inputs of ``size`` x ``size`` pixels."""
     return Preprocessing(size, (size, size))
 
 
 def read_preprocessing(folder: Path, size: int, where: str) -> Preprocessing:
-    """What a model's ``preprocessor_config.json`` (or ``processor_config.json``) asks for.
+    """The preprocessing in a model's ``preprocessor_config.json`` (or ``processor_config.json``); default: CLIP's.
 
     Args:
-        folder: the model's.
-        size: the image size that the model expects; also of the default, CLIP's, where the folder has no such file.
-        where: reward and model, for messages.
+        folder: folder of the model.
+        size: the image size that the model expects.
+        where: reward and model, as prefix of error messages.
 
     Raises:
-        UserError: the file is malformed, asks for something else than the above, or does not give that size.
+        UserError: the file is malformed, describes unsupported preprocessing, or gives another image size.
     """
     found = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     file = next((path for path in found if path.is_file()), None)
@@ -155,7 +155,7 @@ def _from_settings(settings: Mapping[str, Any]) -> Preprocessing:
 
 
 def _sides(value: Any) -> int | tuple[int, int]:
-    """The shorter side, or both; old files hold a number."""
+    """The shorter side, or both; old files have a single number."""
     if isinstance(value, int):
         return value
     if value.get("shortest_edge"):

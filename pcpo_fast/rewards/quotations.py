@@ -1,9 +1,9 @@
-"""What a prompt has in double quotation marks of any kind."""
+"""The texts in double quotation marks of any kind in a prompt."""
 
 import re
 
-# Straight marks pair in their order, but one behind a digit is an inch mark (a 5" screw) unless it closes a quotation.
-# The curly closing mark is also the opening one in Swedish and Finnish.
+# Straight marks are paired in order, but one after a digit is an inch mark (a 5" screw) unless it closes a quotation.
+# The curly closing mark is also the opening mark in Swedish and Finnish.
 _QUOTATION = re.compile(
     r'(?<!\d)["”＂](?=[^"”＂\s])([^"”＂]*[^"”＂\s])["”＂]'
     r'|“([^“”]+)[“”]|“([^"“”]+)"|„([^"„“”]+)["“”]|«([^«»]+)»|»([^«»]+)«|「([^」]+)」|『([^』]+)』'
@@ -12,9 +12,9 @@ _WITH_SPACES = re.compile(r'(?<!\d)(?<!\d\s)["”＂]([^"”＂]*[^"”＂\s][^"
 
 
 def quotations(prompt: str) -> list[str]:
-    """The texts in ``"..."``, ``“...”``, ``„...“``, ``«...»``, ``»...«`` or ``「...」``, without blanks around them.
+    """The texts in ``"..."``, ``“...”``, ``„...“``, ``«...»``, ``»...«`` or ``「...」``, stripped.
 
-    Single quotation marks are none of these: they cannot be told from apostrophes.
+    Single quotation marks are ignored, because they cannot be distinguished from apostrophes.
     """
     prompt = prompt.replace('\\"', '"')
     found = [next(filter(None, match.groups())) for match in _QUOTATION.finditer(prompt)]

@@ -1,4 +1,4 @@
-"""From the name of a reward to the callable; a reward's file is imported when it is asked for, not before."""
+"""Finding rewards by name; a reward's module is only imported when it is used."""
 
 import difflib
 import functools
@@ -16,7 +16,7 @@ from pcpo_fast.rewards.user import first_line, import_target
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor | np.ndarray | Sequence[float]]
 
-# Name -> module:attribute, a function that is the reward or a class whose instances are.
+# Name -> module:attribute of a function that is the reward, or of a class whose instances are.
 _BUILT_IN = {
     "caption_match": "pcpo_fast.rewards.caption_match:caption_match",
     "jpeg_compressibility": "pcpo_fast.rewards.jpeg:jpeg_compressibility",
@@ -32,13 +32,13 @@ _LEARNED = {
     "caption_bertscore": "pcpo_fast.rewards.caption_bertscore:CaptionBertScore",
     "ocr_accuracy": "pcpo_fast.rewards.ocr_accuracy:OcrAccuracy",
 }
-# These ask another machine, and need its address.
+# These call another machine, and need its address.
 _REMOTE = {
     "remote": "pcpo_fast.rewards.remote:Remote",
     "vision_judge": "pcpo_fast.rewards.vision_judge:VisionJudge",
 }
 _BUILT_IN |= _LEARNED | _REMOTE
-# Those that cannot judge every prompt: what raises UserError for the others.
+# Rewards that cannot score every prompt, and functions that raise UserError for those prompts.
 _PROMPT_CHECKS = {
     "caption_match": "pcpo_fast.rewards.caption_match:check_prompt",
     "ocr_accuracy": "pcpo_fast.rewards.ocr_accuracy:requested_text",
@@ -48,30 +48,29 @@ available_rewards: tuple[str, ...] = tuple(_BUILT_IN)
 """Names of the built-in rewards."""
 
 learned_rewards: tuple[str, ...] = tuple(_LEARNED)
-"""Those among them that need a model's files, or a library that is not always installed."""
+"""Built-in rewards that need model files or an optional library."""
 
 remote_rewards: tuple[str, ...] = tuple(_REMOTE)
-"""Those among them that are the client of something on the network."""
+"""Built-in rewards that call a server on the network."""
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """Find a built-in reward, or a user's as ``module:function`` or ``module:Class``.
+    """Load a built-in reward by name, or a user's as ``module:function`` or ``module:Class``.
 
-    A function is the reward itself and gets ``options`` as keyword arguments with every call. A class is made once
-    with ``options`` as keyword arguments, and its instance is the reward; here belongs what loads a model. An option
-    ``{env: NAME}`` is the value of that environment variable.
+    A function is the reward itself and gets ``options`` as keyword arguments in every call. A class is instantiated
+    once with ``options`` as keyword arguments, and the instance is the reward; use a class to load a model. An option
+    ``{env: NAME}`` is replaced by the value of that environment variable.
 
     Raises:
-        UserError: no such reward, module or attribute; it is not callable, does not take these options, is not to be
-            called as a reward is, or could not be made; an option holds a secret itself.
+        UserError: the reward, module or attribute does not exist, is not callable, does not accept these options or the
+            arguments of a reward, or cannot be created; or an option itself looks like a secret.
     """
     options = dict(options or {})
     if name not in _BUILT_IN and ":" not in name:
         close = difflib.get_close_matches(name, available_rewards, n=1, cutoff=0.5)
         suggestion = f", did you mean {close[0]}?" if close else ""
         raise UserError(
-            f"unknown reward {name!r}{suggestion}; built in are {', '.join(available_rewards)}, "
-            "and module:function names one of your own"
+            f"unknown reward {name!r}{suggestion}; built in: {', '.join(available_rewards)}; your own: module:function"
         )
     target = import_target(_BUILT_IN.get(name, name))
     if name not in _BUILT_IN:
@@ -85,7 +84,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 
 def prompt_check(name: str) -> Callable[[str, dict[str, Any]], object] | None:
-    """What raises `UserError` for a prompt and its metadata that the reward cannot judge; None if it judges all."""
+    """A function that raises `UserError` for prompts that the reward cannot score; None if it scores all."""
     return import_target(_PROMPT_CHECKS[name]) if name in _PROMPT_CHECKS else None
 
 
@@ -129,5 +128,5 @@ def _check_call(name: str, reward: Callable[..., Any], options: Mapping[str, Any
 def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(target)
-    except (TypeError, ValueError):  # some callables written in C do not tell
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return None

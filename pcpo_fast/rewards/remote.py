@@ -1,4 +1,4 @@
-"""A reward that runs somewhere else: the client of ``pcpo-fast serve-reward`` (docs/reward_server.md)."""
+"""A reward on another machine: the client of ``pcpo-fast serve-reward`` (docs/reward_server.md)."""
 
 import math
 import uuid
@@ -12,28 +12,30 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.in_parallel import in_parallel
 from pcpo_fast.rewards.options import checked_option
-from pcpo_fast.rewards.patient_client import PatientClient
 from pcpo_fast.rewards.preprocessing import as_bytes
+from pcpo_fast.rewards.retrying_client import RetryingClient
 from pcpo_fast.rewards.serving.wire import CONTENT_TYPE, PROTOCOL, TOKEN_VARIABLE, pack
 
 
 class Remote:
-    """Scores from a reward server; their range is that of the reward there.
+    """Scores from a reward server; their range is that of the served reward.
 
-    Every request has an identifier of its own and is repeated under it until it is answered: a server that has scored
-    it answers again what it answered, one that was restarted scores it anew, and either way one answer is taken.
+    Every request has a unique identifier and is repeated with it until it is answered. A server that has already scored
+    it repeats its answer, and a restarted server scores it again; in both cases one answer is used.
 
     Args:
-        url: the server, ``http://host:8765``.
-        token_env: environment variable with its token; a token is never an option, since options are written down.
+        url: address of the server, ``http://host:8765``.
+        token_env: environment variable with the token; a token is never an option, because options are stored.
         timeout: seconds to wait for the scores of one request.
-        retries: further attempts while the server is away or busy, with growing pauses; 16 are about 3.5 minutes.
-        batch_size: images in a request.
-        parallel: requests under way at once.
-        pixels: ``float32`` sends the images as they are, ``uint8`` rounds them to 256 levels, a quarter of the bytes.
+        retries: further attempts while the server is unreachable or busy, with growing pauses; 16 are about 3.5
+            minutes.
+        batch_size: images per request.
+        parallel: number of concurrent requests.
+        pixels: ``float32`` sends the images unchanged, ``uint8`` rounds them to 256 levels (a quarter of the bytes).
 
     Raises:
-        UserError: an option is not valid, the server cannot be reached or refuses the token, or it is not one.
+        UserError: an option is invalid, the server cannot be reached or refuses the token, or it is not a reward
+            server.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Remote:
             checked_option("remote", option, value, PositiveInt, "an integer of at least 1")
         checked_option("remote", "pixels", pixels, Literal["float32", "uint8"], "float32 or uint8")
         self.pixels, self.parallel = pixels, parallel
-        self.client = PatientClient("remote", url, key_variable=token_env, timeout=timeout, retries=retries)
+        self.client = RetryingClient("remote", url, key_variable=token_env, timeout=timeout, retries=retries)
         information = self.client.request("GET", "/v1/reward")
         if not isinstance(information, dict) or information.get("protocol") != PROTOCOL:
             raise UserError(f"reward remote: {self.client.url} is not a reward server of this version; check url")

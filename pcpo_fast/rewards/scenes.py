@@ -1,8 +1,8 @@
-"""Synthetic scenes: one coloured shape on a coloured background, the captions that name them, and their images.
+"""Synthetic scenes: one colored shape on a colored background, their captions, and images of them.
 
-224 captions of the form ``a red circle on a blue background`` (8 colors, 4 shapes, 7 other background colors each).
-32 of them are held out: every (color, shape) pair loses exactly one of its seven backgrounds, so every word and every
-pair of color and shape is seen in training, and no held-out combination is.
+There are 224 captions of the form ``a red circle on a blue background`` (8 colors, 4 shapes, 7 background colors). 32
+of them are held out: one of the seven backgrounds of every (color, shape) pair, so every word and every pair of color
+and shape occurs in training, but no held-out combination does.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 IMAGE_SIZE = 32
 
-# Near the corners of the RGB cube, so that the nearest color of a pixel is never in doubt.
+# Near the corners of the RGB cube, so that the nearest color of a pixel is unambiguous.
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.12, 0.12),
     "green": (0.10, 0.68, 0.18),
@@ -32,7 +32,7 @@ SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 _SQUARE = 0.86
 _TRIANGLE = 1.36
 _CROSS_LENGTH, _CROSS_WIDTH = 1.10, 0.40
-# Farthest reach from the center relative to the radius: left and right, up, down.
+# Extent from the center relative to the radius: left and right, up, down.
 _REACH = {
     "circle": (1.0, 1.0, 1.0),
     "square": (_SQUARE, _SQUARE, _SQUARE),
@@ -45,7 +45,7 @@ _CAPTION = re.compile(rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) on a ({'|'.
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: names from COLORS, SHAPES and COLORS."""
+    """The content of a caption: names from COLORS, SHAPES and COLORS."""
 
     color: str
     shape: str
@@ -57,7 +57,7 @@ class Scene:
 
 
 def parse_caption(text: str) -> Scene | None:
-    """The scene that a caption names, or None where the text is anything but one of the 224 captions."""
+    """The scene described by a caption; None if the text is not one of the 224 captions."""
     match = _CAPTION.fullmatch(text.strip())
     if match is None or match[1] == match[3]:
         return None
@@ -76,15 +76,15 @@ def all_scenes() -> list[Scene]:
 
 
 def _is_heldout(scene: Scene) -> bool:
-    # Color i with shape j is held out on the background 1 + 2 j places further round the list of colors: each color,
-    # each background and each pair of shape and background is held out equally often.
+    # Color i with shape j is held out on the background 1 + 2 j places further (cyclically) in the list of colors: each
+    # color, each background and each pair of shape and background is held out equally often.
     names = list(COLORS)
     offset = (names.index(scene.background) - names.index(scene.color)) % len(names)
     return offset == 1 + 2 * SHAPES.index(scene.shape)
 
 
 def train_captions() -> list[str]:
-    """The 192 captions that pre-training and reinforcement learning may use."""
+    """The 192 captions for pre-training and reinforcement learning."""
     return [scene.caption for scene in all_scenes() if not _is_heldout(scene)]
 
 
@@ -103,9 +103,9 @@ def unit_areas() -> Tensor:
 def shape_coverage(shape: str, center_x: Tensor, center_y: Tensor, radius: Tensor, size: int = IMAGE_SIZE) -> Tensor:
     """Anti-aliased masks of one shape.
 
-    ``center_x``, ``center_y`` (of mass; y points down) and ``radius`` are float tensors [B] in pixels, a pixel's middle
-    being at index + 0.5. Returns float32 [B, size, size], the fraction of each pixel covered, from the signed distance
-    to the outline.
+    ``center_x``, ``center_y`` (centre of mass; y points down) and ``radius`` are float tensors [B] in pixels; the
+    centre of a pixel is at index + 0.5. Returns float32 [B, size, size], the covered fraction of each pixel, computed
+    from the signed distance to the outline.
     """
     grid = torch.arange(size, dtype=torch.float32, device=center_x.device) + 0.5
     x = (grid - center_x[:, None])[:, None, :]
@@ -129,8 +129,8 @@ def shape_coverage(shape: str, center_x: Tensor, center_y: Tensor, radius: Tenso
 def render(scenes: Sequence[Scene], generator: torch.Generator | None = None, size: int = IMAGE_SIZE) -> Tensor:
     """Random images of scenes: float32 [B, 3, size, size] in 0..1.
 
-    Radius (21 to 30 % of the size), position (anywhere that keeps 2/32 of a margin, at most 3/32 from the middle) and
-    both colors (a standard deviation of 0.02) vary by the generator.
+    The generator varies the radius (21 to 30 % of the size), the position (with a margin of 2/32, at most 3/32 from the
+    middle) and both colors (with a standard deviation of 0.02).
     """
     count, unit = len(scenes), size / IMAGE_SIZE
     rand = torch.rand(3, count, generator=generator)

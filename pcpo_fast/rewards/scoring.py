@@ -1,4 +1,4 @@
-"""The rewards of a run: called one after the other, and summed with their weights."""
+"""The rewards of a run: called one after the other and summed with their weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from pcpo_fast.rewards.sources import Sources, noted_sources
 from pcpo_fast.rewards.time_limit import TimeLimit
 
 PREDICTED_AT = "predicted_at"
-"""Key of the metadata by which a reward knows that an image is a step's prediction: its time, 1 noise to 0 image."""
+"""Metadata key that marks an image as a step's prediction; the value is its time, from 1 (noise) to 0 (image)."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the rewards say of B images. All tensors are float32 [B] on the images' device.
+    """Scores of B images. All tensors are float32 [B] on the images' device.
 
     Attributes:
         total: the weighted sum of the rewards trained on, each clipped to its limits.
-        components: every reward that was computed, by name, without weight and limits.
-        failures: what went wrong where a score is NaN, which only a set that drops groups has.
+        components: raw scores of every computed reward, by name.
+        failures: the reasons of NaN scores, which only occur with ``on_failure: drop_group``.
     """
 
     total: Tensor
@@ -37,7 +37,7 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence["Scores"]) -> "Scores":
-        """The scores of several batches as those of one; at least one part."""
+        """Concatenate the scores of one or more batches."""
         components = {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components}
         failures = tuple(failure for part in parts for failure in part.failures)
         return cls(torch.cat([part.total for part in parts]), components, failures)
@@ -51,11 +51,11 @@ class RewardSet:
         settings: its section ``scoring``; None: the defaults.
 
     Attributes:
-        sources: the files that each was made from, by :attr:`names`.
-        calls: images that were scored so far, counted once for each reward.
+        sources: the files that each reward was created from, by :attr:`names`.
+        calls: number of images scored so far, counted once per reward.
 
     Raises:
-        UserError: a reward cannot be found or made (see :func:`pcpo_fast.rewards.registry.load_reward`).
+        UserError: a reward cannot be found or created (see :func:`pcpo_fast.rewards.registry.load_reward`).
     """
 
     def __init__(self, specs: Sequence[RewardConfig], settings: ScoringConfig | None = None) -> None:
@@ -72,20 +72,20 @@ class RewardSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all rewards, evaluation-only ones too, in the order of the config."""
+        """Names of all rewards, including evaluation-only ones, in the order of the configuration."""
         return tuple(spec.column for spec in self._specs)
 
     def check_prompts(self, prompts: Sequence[Prompt], where: str, *, evaluation: bool = True) -> None:
-        """Refuse prompts that a reward cannot judge, before any image is made of them. With ``on_failure: drop_group``
-        they are not refused: their groups are left out when they are scored.
+        """Check that the rewards can score the prompts, before images are sampled. With ``on_failure: drop_group``
+        nothing is checked: failing groups are left out when they are scored.
 
         Args:
-            prompts: all that may be drawn.
-            where: they come from, for the message.
-            evaluation: also ask the rewards that are ``evaluation_only``.
+            prompts: the prompts.
+            where: where they come from, for the error message.
+            evaluation: also check with ``evaluation_only`` rewards.
 
         Raises:
-            UserError: there is one.
+            UserError: a reward cannot score a prompt.
         """
         for spec in self._specs if self._stop else ():
             check = prompt_check(spec.name)
@@ -98,10 +98,10 @@ class RewardSet:
                     raise UserError(f"{where}: prompt {number} of {len(prompts)} cannot be scored: {error}") from None
 
     def check_predictions(self) -> None:
-        """Refuse per-step credit where a reward trained on declines to score what a step predicts.
+        """Check, for per-step credit, that all rewards trained on accept the images that steps predict.
 
         Raises:
-            UserError: there is one.
+            UserError: one does not.
         """
         for spec, reward in zip(self._specs, self._rewards, strict=True):
             if spec.trained_on and not getattr(getattr(reward, "func", reward), "scores_predictions", True):
@@ -124,17 +124,17 @@ class RewardSet:
 
         Args:
             images: float32 [B, 3, H, W] in 0..1.
-            prompts: B texts.
-            metadata: B dictionaries, or None for empty ones.
-            evaluation: also compute the rewards that are ``evaluation_only``; they never count in the total.
-            predictions: the images are what steps predict, and only the rewards trained on are computed. The metadata
-                says so (:data:`PREDICTED_AT`).
+            prompts: B prompts.
+            metadata: B dictionaries; None: empty ones.
+            evaluation: also compute ``evaluation_only`` rewards, which never count in the total.
+            predictions: the images are predictions of steps, for which only the rewards trained on are computed; the
+                metadata mark them (:data:`PREDICTED_AT`).
 
         Raises:
             RewardFailure: a reward raises, takes too long, or returns anything but B finite numbers; with
-                ``on_failure: drop_group`` the scores of the images it concerns are NaN instead.
-            UserError: a reward changes the images.
-            ValueError: images, prompts and metadata do not fit together.
+                ``on_failure: drop_group`` the scores of the affected images are NaN instead.
+            UserError: a reward modifies the images.
+            ValueError: the shapes of images, prompts and metadata do not match.
         """
         count = len(images)
         rows = [{} for _ in range(count)] if metadata is None else metadata

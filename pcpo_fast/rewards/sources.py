@@ -1,4 +1,4 @@
-"""The files that a reward is made from: noted by what finds them while the reward is made."""
+"""Recording the files that a reward is created from."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from typing import Any
 from pcpo_fast.files.content import is_weights, part_files
 
 Sources = dict[str, dict[str, Path | str]]
-"""What they are to the reward, such as an option's name -> name of a file -> file, or source code without one."""
+"""Role in the reward (such as an option's name) -> file name -> file, or source code that is not in a file."""
 
 _noted: ContextVar[Sources | None] = ContextVar("noted", default=None)
 
 
 @contextmanager
 def noted_sources() -> Iterator[Sources]:
-    """What is noted within the block."""
+    """Collect the sources that are noted within the block."""
     found: Sources = {}
     token = _noted.set(found)
     try:
@@ -26,7 +26,7 @@ def noted_sources() -> Iterator[Sources]:
 
 
 def note_source(what: str, place: Path, *, weights: bool = True) -> None:
-    """Note a file, or a model's folder, where without ``weights`` only the other files count."""
+    """Note a file or a model's folder; without ``weights``, weights files in the folder are left out."""
     found = _noted.get()
     if found is not None:
         files = part_files(place) if place.is_dir() else {place.name: place}
@@ -41,9 +41,9 @@ def note_text(what: str, name: str, text: str) -> None:
 
 
 def note_options(options: Mapping[str, Any]) -> None:
-    """Note the weights that options of a user's own reward name: files, and folders that hold some.
+    """Note the weights (files, or folders with weights) in the options of a user's reward.
 
-    Other files may be ones that the reward writes.
+    Other files are ignored, because the reward may write them.
     """
     for option, value in options.items():
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A limit on how long a call may take."""
+"""Calling functions with a time limit."""
 
 import threading
 import time
@@ -11,18 +11,17 @@ import torch
 
 
 class TookTooLong(Exception):
-    """The call was given up."""
+    """The call did not return in time."""
 
 
 class TimeLimit:
-    """Calls functions that may take a limited time each.
+    """Calls functions with a time limit.
 
-    Nothing can stop a Python call from outside: one that takes too long is left to itself in a thread that the end of
-    the program does not wait for. The next call begins when that one is over, within its own time, so that a function
-    never runs twice at once.
+    A Python call cannot be stopped from outside: one that takes too long continues in a daemon thread. The next call
+    waits for it, within its own time limit, so that a function never runs concurrently with itself.
 
     Args:
-        seconds: for each call; None: any time, in the caller's own thread.
+        seconds: time limit of each call; None: no limit, and calls run in the caller's thread.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -30,7 +29,7 @@ class TimeLimit:
         self._left: threading.Thread | None = None
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """The function's result or exception.
+        """Call the function; returns its result or raises its exception.
 
         Raises:
             TookTooLong: it did not return in time.
@@ -46,7 +45,7 @@ class TimeLimit:
         place = _place()
 
         def run() -> None:
-            # Gradient mode, device and stream are each thread's own.
+            # Gradient mode, device and stream are per thread.
             with torch.no_grad(), place:
                 try:
                     outcome.set_result(function())
@@ -63,7 +62,7 @@ class TimeLimit:
 
 
 def _place() -> AbstractContextManager[None]:
-    """The caller's device and stream, to enter in another thread."""
+    """A context manager that sets the caller's device and stream in another thread."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return nullcontext()
     device, stream = torch.cuda.current_device(), torch.cuda.current_stream()

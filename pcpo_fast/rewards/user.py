@@ -1,4 +1,4 @@
-"""A user's own reward, named ``module:attribute``."""
+"""Users' own rewards, given as ``module:attribute``."""
 
 import difflib
 import importlib
@@ -15,9 +15,9 @@ from pcpo_fast.rewards.sources import note_source, note_text
 
 
 def import_target(target: str) -> Callable[..., Any]:
-    """Import what ``module:attribute`` names, for example ``my_rewards:redness`` or ``package.module:Class``.
+    """Import ``module:attribute``, for example ``my_rewards:redness`` or ``package.module:Class``.
 
-    The working directory is searched after the installed packages, so a file next to the config is enough.
+    The working directory is searched after the installed packages, so a file in it is enough.
 
     Raises:
         UserError: the name is malformed, the module is missing or fails to import, or the attribute is missing or
@@ -45,10 +45,10 @@ def import_target(target: str) -> Callable[..., Any]:
 
 
 def name_of(reward: Callable[..., Any]) -> str:
-    """``module:attribute`` of a function or class, which is how a configuration names it.
+    """The ``module:attribute`` of a function or class, for use in a configuration.
 
     Raises:
-        UserError: its module has nothing of that name: it is a lambda, an instance, or defined within a function.
+        UserError: it cannot be imported by that name: it is a lambda, an instance, or defined inside a function.
     """
     module, path = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
     found: Any = sys.modules.get(module)
@@ -82,7 +82,7 @@ def _import(module_name: str, target: str) -> Any:
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
     try:
-        # A file written after Python last looked into its folder would not be seen.
+        # Otherwise a module file written recently might not be found.
         importlib.invalidate_caches()
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

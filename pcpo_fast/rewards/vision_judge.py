@@ -1,4 +1,4 @@
-"""A vision-language model behind an OpenAI-compatible endpoint as the judge of an image (docs/reward_server.md)."""
+"""A vision-language model behind an OpenAI-compatible endpoint as a reward (docs/reward_server.md)."""
 
 import base64
 import io
@@ -17,8 +17,8 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.in_parallel import in_parallel
 from pcpo_fast.rewards.options import checked_option
-from pcpo_fast.rewards.patient_client import PatientClient
 from pcpo_fast.rewards.preprocessing import rows_of_bytes
+from pcpo_fast.rewards.retrying_client import RetryingClient
 
 DEFAULT_PROMPT = (
     "How well does this image show what was asked for, and how good does it look? It was asked for: {prompt}\n"
@@ -28,27 +28,27 @@ NO_TEXT = "the endpoint's answer has no text"
 
 
 class VisionJudge:
-    """One chat completion for each image; the score is read out of its text. Range: what the prompt asks for.
+    """One chat completion per image; the score is parsed from its text. The range depends on the prompt.
 
     Args:
-        url: the endpoint up to its version, like ``http://host:8000/v1``; ``/chat/completions`` is added.
-        model: the model's name there.
-        prompt: what is asked; ``{prompt}`` stands for the image's prompt, ``{metadata.NAME}`` for a value of its
+        url: the endpoint up to its version, like ``http://host:8000/v1``; ``/chat/completions`` is appended.
+        model: name of the model at the endpoint.
+        prompt: the question; ``{prompt}`` is replaced by the image's prompt, ``{metadata.NAME}`` by a value of its
             metadata. The image follows it.
-        json_key: the score is this value of the JSON in the answer, the outermost where objects lie within each other;
-            without it and ``regex``: "score". JSON values that differ give no score.
-        regex: the score is the first group of this regular expression, where it matches last.
+        json_key: key of the score in the JSON of the answer (the outermost, if objects are nested); the default without
+            ``regex`` is "score". Several different values are a failure.
+        regex: the score is the first group of the last match of this regular expression.
         lowest, highest: a score outside is a failure; None: no limit.
-        key_env: environment variable with the key of the endpoint; a key is never an option.
+        key_env: environment variable with the endpoint's key; a key is never an option.
         system: a system message.
-        request: further fields of the request's body, like ``{"seed": 1, "response_format": {...}}``.
-        max_tokens, temperature: of the answer.
-        timeout: seconds within which an answer has to be there as a whole.
-        retries: further attempts while the endpoint is away or busy, with growing pauses.
-        parallel: requests under way at once.
+        request: additional fields of the request's body, like ``{"seed": 1, "response_format": {...}}``.
+        max_tokens, temperature: generation settings.
+        timeout: time limit of a complete answer in seconds.
+        retries: further attempts while the endpoint is unreachable or busy, with growing pauses.
+        parallel: number of concurrent requests.
 
     Raises:
-        UserError: an option is not valid.
+        UserError: an option is invalid.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class VisionJudge:
         self._prompt, self._parallel = prompt, parallel
         self._body = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | (request or {})
         self._first = [] if system is None else [{"role": "system", "content": system}]
-        self._client = PatientClient("vision_judge", url, key_variable=key_env, timeout=timeout, retries=retries)
+        self._client = RetryingClient("vision_judge", url, key_variable=key_env, timeout=timeout, retries=retries)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Scores float32 [B] of images [B, 3, H, W]."""
@@ -115,7 +115,7 @@ class VisionJudge:
             )
         except RewardFailure as failure:
             if not failure.retry:
-                raise  # the endpoint is away, for all images
+                raise  # the endpoint is unreachable, so all images fail
             return str(failure).removeprefix("reward vision_judge: ")
         said, problem = _text_of(answer)
         if problem:
@@ -139,7 +139,7 @@ class VisionJudge:
 
 
 def _filled(template: str, prompt: str, metadata: dict[str, Any]) -> str:
-    """The template with the image's own words; all other braces, of JSON examples, stay."""
+    """The template with ``{prompt}`` and ``{metadata.NAME}`` replaced; other braces (JSON examples) are kept."""
 
     def value(match: re.Match[str]) -> str:
         name = match.group(2)
@@ -163,7 +163,7 @@ def _png(image: Tensor) -> str:
 
 
 def _text_of(answer: Any) -> tuple[str, str]:
-    """The text of a chat completion, or what is wrong with it."""
+    """The text of a chat completion, and what is wrong with it (empty if nothing)."""
     try:
         choice = answer["choices"][0]
         content = choice["message"]["content"]
@@ -171,7 +171,7 @@ def _text_of(answer: Any) -> tuple[str, str]:
         error = answer.get("error") if isinstance(answer, dict) else None
         words = error.get("message", error) if isinstance(error, dict) else error
         return "", f"the endpoint answers with an error: {_cut(str(words))}" if error else NO_TEXT
-    if isinstance(content, list):  # in parts, of which those of other types (thinking) are not the answer
+    if isinstance(content, list):  # a list of parts; parts of other types (thinking) are not the answer
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
         content = "".join(texts) if texts else None
@@ -185,10 +185,10 @@ def _text_of(answer: Any) -> tuple[str, str]:
 
 
 def outermost(text: str, key: str) -> list[Any]:
-    """The values of a key in the JSON of a text, each where it lies least deep in its object or list.
+    """The values of a key in the JSON objects and lists of a text, for each at its lowest nesting depth.
 
-    JSON may stand among words. What lies within braces that are no JSON (cut off, a comma too many) is left out: it
-    may have been a part of the answer.
+    JSON may be surrounded by other text. JSON inside braces that are not valid JSON (truncated, a trailing comma) is
+    ignored, because it may be only a part of the answer.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_Pairs)
     found: list[Any] = []
@@ -211,7 +211,7 @@ def outermost(text: str, key: str) -> list[Any]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it was written, where a key may stand twice."""
+    """A JSON object as a list of pairs, in which a key may occur twice."""
 
 
 def _least_deep(value: Any, key: str) -> list[Any]:
@@ -230,8 +230,8 @@ _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
 def _number(value: Any) -> float | None:
-    """A JSON number, or a decimal number as text: not all that Python's ``float`` takes ("1_0", "nan", digits of other
-    scripts)."""
+    """A finite JSON number, or a decimal number in a string; stricter than Python's ``float`` ("1_0", "nan", digits of
+    other scripts)."""
     if isinstance(value, str):
         value = value.strip()
         if not _DECIMAL.fullmatch(value):

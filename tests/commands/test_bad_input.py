@@ -321,7 +321,7 @@ class Late:
             "raises",
             f"reward bad_rewards:raises failed on the prompt '{PROMPTS[3]}' (image 2 of 2): RuntimeError: no squares",
         ),
-        ("changes", "reward bad_rewards:changes changes the images in place"),
+        ("changes", "reward bad_rewards:changes modifies the images in place"),
         ("arguments", "cannot be called with (images, prompts, metadata)"),
         ("Broken", "reward bad_rewards:Broken cannot be made: OSError: no weights here"),
         ("Late", "reward bad_rewards:Late returned inf for the prompt"),

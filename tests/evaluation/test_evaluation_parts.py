@@ -133,7 +133,7 @@ def test_wrong_and_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = write_clip(tmp_path / "clip")
-    with pytest.raises(UserError, match="is a model of type clip; allowed is dinov2"):
+    with pytest.raises(UserError, match="is a model of type clip; allowed: dinov2"):
         DinoV2(str(folder), CPU)
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]

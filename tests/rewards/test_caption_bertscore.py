@@ -145,7 +145,7 @@ def test_captions_and_scores_are_those_of_the_published_processor(folder: Path) 
         ({"instruction": "what is this?"}, "option instruction must have <image> once, got 'what is this"),
         ({"reference": "an image"}, "option reference must have {prompt} in it, got 'an image'$"),
         ({"max_new_tokens": 0}, "option max_new_tokens must be an integer of at least 1, got 0$"),
-        ({"model": "bert"}, "is a model of type bert; allowed is llava$"),
+        ({"model": "bert"}, "is a model of type bert; allowed: llava$"),
         ({"scorer": "llava"}, "is not an encoder like BERT, RoBERTa or DeBERTa, but of type llava$"),
     ],
 )

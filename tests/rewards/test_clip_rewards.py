@@ -312,9 +312,9 @@ OPTIONS = [
     ({"dtype": "int8"}, r"^reward clip_score: option dtype must be one of float32, bfloat16, float16, got 'int8'$"),
     ({"batch_size": 0}, r"^reward clip_score: option batch_size must be an integer of at least 1, got 0$"),
     ({"batch_size": True}, "option batch_size must be an integer of at least 1, got True$"),
-    ({"device": "gpu"}, r"^reward clip_score: there is no device 'gpu' here; allowed are cpu"),
-    ({"device": "meta"}, "there is no device 'meta' here; allowed are cpu"),
-    ({"device": "cuda:99"}, "there is no device 'cuda:99' here; allowed are cpu"),
+    ({"device": "gpu"}, r"^reward clip_score: there is no device 'gpu' here; available: cpu"),
+    ({"device": "meta"}, "there is no device 'meta' here; available: cpu"),
+    ({"device": "cuda:99"}, "there is no device 'cuda:99' here; available: cpu"),
     ({"scale": "much"}, "option scale must be a finite number, got 'much'$"),
     ({"prefix": 3}, "option prefix must be a string, got 3$"),
     ({"size": 3}, r"reward clip_score cannot be made with the options .*'size'"),
@@ -340,7 +340,7 @@ def test_folders_that_are_no_clip_model(folder: Path, tmp_path: Path) -> None:
     for text, message in (
         (
             config.replace('"model_type": "clip",', '"model_type": "siglip",'),
-            "a model of type siglip; allowed is clip$",
+            "a model of type siglip; allowed: clip$",
         ),
         (config.replace('"projection_dim": 24', '"projection_dim": 25'), "cannot be loaded"),
         (

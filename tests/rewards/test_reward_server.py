@@ -15,7 +15,7 @@ from reward_servers import TOKEN, address_of, free_port, reward_server, start_se
 from safetensors.torch import save
 from torch import Tensor
 
-import pcpo_fast.rewards.patient_client
+import pcpo_fast.rewards.retrying_client
 from pcpo_fast.cli import main
 from pcpo_fast.config.schema import RewardConfig, ScoringConfig
 from pcpo_fast.errors import UserError
@@ -31,8 +31,8 @@ httpx2 = pytest.importorskip("httpx2")
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pcpo_fast.rewards.patient_client, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(pcpo_fast.rewards.patient_client, "_LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(pcpo_fast.rewards.retrying_client, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(pcpo_fast.rewards.retrying_client, "_LONGEST_PAUSE", 0.2)
     monkeypatch.delenv("PCPO_REWARD_TOKEN", raising=False)
 
 
@@ -401,7 +401,7 @@ def test_something_else_at_the_address(strict: str) -> None:
         (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines, so the server needs a token: set"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid can be reached from other machines"),
         (["--port", "70000"], "cannot listen on --host 127.0.0.1 --port 70000"),
-        (["--port", "0", "--device", "tpu"], "--device: there is no device 'tpu' here; allowed are cpu"),
+        (["--port", "0", "--device", "tpu"], "--device: there is no device 'tpu' here; available: cpu"),
         (["--port", "0", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--port", "0", "quality=5"], "does not take the options {'quality': 5}"),
         (["--port", "0", "5=quality"], "a reward's option must have the form name=value"),

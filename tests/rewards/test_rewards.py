@@ -80,9 +80,9 @@ def test_a_reward_is_imported_only_when_asked_for() -> None:
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"unknown reward 'caption_mach', did you mean caption_match\?; built in are"):
+    with pytest.raises(UserError, match=r"unknown reward 'caption_mach', did you mean caption_match\?; built in: "):
         load_reward("caption_mach")
-    with pytest.raises(UserError, match=r"^unknown reward 'zzz'; built in are caption_match, .*module:function"):
+    with pytest.raises(UserError, match=r"^unknown reward 'zzz'; built in: caption_match, .*module:function"):
         load_reward("zzz")
 
 
@@ -357,7 +357,7 @@ def test_changing_the_images_is_refused() -> None:
     def vandal(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return images.mul_(2).mean((1, 2, 3))
 
-    with pytest.raises(UserError, match="changes the images in place"):
+    with pytest.raises(UserError, match="modifies the images in place"):
         score_with(vandal)
 
 

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-import pcpo_fast.rewards.patient_client
+import pcpo_fast.rewards.retrying_client
 from pcpo_fast.config.schema import RewardConfig, ScoringConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards import RewardSet, load_reward
@@ -35,8 +35,8 @@ KEY = "a-key-of-the-tests"
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pcpo_fast.rewards.patient_client, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(pcpo_fast.rewards.patient_client, "_LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(pcpo_fast.rewards.retrying_client, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(pcpo_fast.rewards.retrying_client, "_LONGEST_PAUSE", 0.2)
     monkeypatch.delenv("PCPO_JUDGE_KEY", raising=False)
 
 
@@ -222,7 +222,7 @@ def test_the_pause_that_an_endpoint_asks_for(
     if isinstance(wanted, timedelta):
         wanted = format_datetime(datetime.now(UTC) + wanted, usegmt=True)
     pauses: list[float] = []
-    monkeypatch.setattr(pcpo_fast.rewards.patient_client.time, "sleep", pauses.append)
+    monkeypatch.setattr(pcpo_fast.rewards.retrying_client.time, "sleep", pauses.append)
     answers = iter([JSONResponse({}, 429, {"Retry-After": wanted}), '{"score": 4}'])
     with endpoint(lambda body: next(answers)) as (url, _):
         VisionJudge(url, "m", retries=1)(IMAGES[:1], ["a"], [{}])

@@ -1,5 +1,5 @@
-"""A reward behind HTTP, so that a large one can sit on another machine (docs/reward_server.md).
+"""Serving a reward over HTTP, so that a large one can run on another machine (docs/reward_server.md).
 
-``wire`` says what travels, ``batching`` joins requests to batches, ``answers`` makes a repeated request harmless,
-``app`` is the HTTP around them; :mod:`pcpo_fast.rewards.remote` is the other end.
+``wire`` defines the format of requests, ``batching`` combines requests into batches, ``answers`` makes repeated
+requests idempotent, ``app`` is the HTTP application; :mod:`pcpo_fast.rewards.remote` is the client.
 """

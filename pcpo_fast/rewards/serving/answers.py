@@ -1,4 +1,4 @@
-"""Answers by the identifier of their request: a request that is repeated is answered again, not scored again."""
+"""Answers by request identifier: a repeated request gets the same answer and is not scored again."""
 
 import asyncio
 import hashlib
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 
 class IdentifierReused(Exception):
-    """The identifier belongs to another request."""
+    """The identifier was used for another request."""
 
 
 class Answers:
-    """Remembers the latest answers, and the requests that are being worked on.
+    """Remembers the latest answers and the requests in progress.
 
     Args:
-        kept: finished answers remembered; a list of scores each.
+        kept: number of finished answers to remember; each is a list of scores.
     """
 
     def __init__(self, kept: int = 4096) -> None:
@@ -22,16 +22,16 @@ class Answers:
         self._known: OrderedDict[str, tuple[bytes, asyncio.Future[list[float]]]] = OrderedDict()
 
     async def of(self, name: str, body: bytes, score: "Callable[[], asyncio.Future[list[float]]]") -> list[float]:
-        """The scores of a request: those under way or given for the same identifier, or new ones.
+        """The scores of a request: known or in progress for the same identifier, or newly computed.
 
         Args:
             name: the request's identifier.
-            body: what it holds.
-            score: begins the work.
+            body: the request's body.
+            score: starts scoring.
 
         Raises:
-            IdentifierReused: the identifier was used for another body.
-            Exception: what the work raises; a failure is not remembered, so a repeated request is tried again.
+            IdentifierReused: the identifier was used with another body.
+            Exception: the error of scoring; failures are not remembered, so a repeated request is tried again.
         """
         digest = (await asyncio.to_thread(hashlib.sha256, body)).digest()
         known = self._known.get(name)
@@ -40,7 +40,7 @@ class Answers:
             known[1].add_done_callback(lambda done: self._finished(name, done))
         if known[0] != digest:
             raise IdentifierReused(f"the request identifier {name} was used for another request")
-        # A client that hangs up must not take the answer from the one that asks again.
+        # If a client disconnects, its cancellation must not reach the request that repeats the question.
         return await asyncio.shield(known[1])
 
     def _finished(self, name: str, done: "asyncio.Future[list[float]]") -> None:

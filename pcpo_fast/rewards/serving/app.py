@@ -1,4 +1,4 @@
-"""The reward server's HTTP: who may ask, how much, and what is answered."""
+"""The reward server's HTTP application: authorization, limits and responses."""
 
 import asyncio
 import hmac
@@ -19,13 +19,14 @@ from pcpo_fast.rewards.serving.wire import CONTENT_TYPE, PROTOCOL, unpack
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """Limits of a server.
 
     Attributes:
-        most_images: in one request.
-        most_bytes: of one request's body.
-        most_waiting_bytes: of all bodies that are being received, wait or are scored; more is answered with 503.
-        body_seconds: in which a body must have arrived.
+        most_images: maximum number of images per request.
+        most_bytes: maximum size of a request's body.
+        most_waiting_bytes: maximum size of all bodies that are being received, waiting or being scored; beyond it
+            requests are answered with 503.
+        body_seconds: time limit for receiving a body.
     """
 
     most_images: int = 64
@@ -35,13 +36,13 @@ class Limits:
 
 
 class RewardServer:
-    """Routes and their state.
+    """The routes and their state.
 
     Args:
-        name: the reward.
-        work: scores batches.
-        limits: what is refused.
-        token: what ``Authorization: Bearer`` must hold; None: nobody is asked.
+        name: name of the reward.
+        work: the queue that scores batches.
+        limits: limits of requests.
+        token: the required bearer token; None: no authorization.
     """
 
     def __init__(self, name: str, work: BatchQueue, limits: Limits, token: str | None) -> None:
@@ -59,11 +60,11 @@ class RewardServer:
         )
 
     async def health(self, request: Request) -> Response:
-        """Whether the server is up; needs no token and tells nothing else."""
+        """Health check; needs no token."""
         return JSONResponse({"status": "ok"})
 
     async def information(self, request: Request) -> Response:
-        """What is served and what it takes."""
+        """The served reward, its limits, and counters."""
         self._check_token(request)
         return JSONResponse(
             {
@@ -77,7 +78,7 @@ class RewardServer:
         )
 
     async def score(self, request: Request) -> Response:
-        """Scores of the images in the body, in its order."""
+        """Scores of the images in the body, in order."""
         self._check_token(request)
         if request.headers.get("content-type") != CONTENT_TYPE:
             raise HTTPException(415, f"the content type must be {CONTENT_TYPE}")
@@ -111,7 +112,7 @@ class RewardServer:
     def _length(self, request: Request) -> int:
         text = request.headers.get("content-length", "")
         if not text.isdecimal():
-            raise HTTPException(411, "the request must say how long its body is")
+            raise HTTPException(411, "the request must have a Content-Length")
         if int(text) > self.limits.most_bytes:
             raise HTTPException(413, f"the body has {text} bytes, but at most {self.limits.most_bytes} are allowed")
         if self.waiting_bytes + int(text) > self.limits.most_waiting_bytes and self.waiting_bytes:
@@ -125,16 +126,16 @@ class RewardServer:
                 async for part in request.stream():
                     parts += part
                     if len(parts) > length:
-                        raise HTTPException(400, "the body is longer than it was said to be")
+                        raise HTTPException(400, "the body is longer than its Content-Length")
         except TimeoutError:
             raise HTTPException(408, f"the body did not arrive within {self.limits.body_seconds:g} s") from None
         except ClientDisconnect:
-            raise HTTPException(400, "the client has gone") from None
+            raise HTTPException(400, "the client has disconnected") from None
         return bytes(parts)
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    # What was not read of the body would be taken for the next request.
+    # Close the connection: the unread rest of the body would be taken for the next request.
     headers = {**(error.headers or {}), "Connection": "close"}
     return JSONResponse({"error": error.detail}, error.status_code, headers)

@@ -1,4 +1,4 @@
-"""Requests joined to batches for a reward that is fastest with many images at once."""
+"""Combining requests into batches, for rewards that are faster on many images at once."""
 
 import queue
 import threading
@@ -22,18 +22,18 @@ class _Job:
 
 
 class BatchQueue:
-    """Calls the reward in one thread, on what waits: requests of equal image size are scored together.
+    """Calls the reward in one thread; waiting requests with the same image size are scored together.
 
     Args:
-        name: what messages call the reward.
-        reward: the callable; never called twice at once.
-        device: where the images are put.
-        most_images: in one call of the reward; a request larger than this is scored by itself.
-        linger: seconds to wait for further requests when there are fewer images than that.
+        name: name of the reward in error messages.
+        reward: the callable; never called concurrently.
+        device: device of the images.
+        most_images: maximum images per call of the reward; a larger request is scored alone.
+        linger: seconds to wait for more requests if there are fewer images.
 
     Attributes:
-        images_scored: how many scores were given, each request counted once.
-        calls: how often the reward was called for them.
+        images_scored: number of images scored, each request counted once.
+        calls: number of calls of the reward.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class BatchQueue:
         self._name, self._reward, self._device = name, reward, device
         self._most, self._linger = most_images, linger
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._kept: _Job | None = None  # did not fit into the latest batch
+        self._kept: _Job | None = None  # the request that did not fit into the latest batch
         self._thread = threading.Thread(target=self._run, daemon=True, name="reward")
         self._thread.start()
 
     def submit(self, batch: Batch) -> "Future[list[float]]":
-        """Score a request; the future holds a score for each image, or the RewardFailure that there was."""
+        """Score a request; the future gets the scores, or the RewardFailure."""
         job = _Job(batch)
         self._jobs.put(job)
         return job.scores
 
     def close(self) -> None:
-        """Finish what was submitted and end the thread."""
+        """Finish all submitted requests and end the thread."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -63,9 +63,9 @@ class BatchQueue:
             try:
                 results: list[list[float] | BaseException] = list(self._score(jobs))
             except RewardFailure as failure:
-                # A request must not fail for the images of another.
+                # A request must not fail because of another one's images.
                 results = [failure] if len(jobs) == 1 else [self._alone(job) for job in jobs]
-            except BaseException as error:  # of a reward that exits, too: the thread must live to answer
+            except BaseException as error:  # even SystemExit of a reward: the thread must survive
                 results = [error] * len(jobs)
             for job, result in zip(jobs, results, strict=True):
                 if isinstance(result, BaseException):
@@ -101,7 +101,7 @@ class BatchQueue:
         metadata = [dict(row) for job in jobs for row in job.batch.metadata]
         self.calls += 1
         with torch.no_grad():
-            # Of a joined batch the requests are scored again one by one: the search for the image comes then.
+            # The requests of a combined batch are scored one by one after a failure; search for the image only then.
             scores = call_reward(self._name, self._reward, images, prompts, metadata, search=len(jobs) == 1)
         return [part.tolist() for part in scores.cpu().split([len(job.batch.prompts) for job in jobs])]
 

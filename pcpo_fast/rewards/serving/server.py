@@ -1,4 +1,4 @@
-"""Running a reward server until it is told to stop."""
+"""Running a reward server."""
 
 import ipaddress
 import os
@@ -10,14 +10,14 @@ import uvicorn
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.serving.app import RewardServer
 
-_FAREWELL = 30  # seconds for requests under way after the signal to stop
+_SHUTDOWN_SECONDS = 30  # for requests in progress when the server is stopped
 
 
 def token_for(host: str, variable: str) -> str | None:
     """The token that clients need, from the environment.
 
     Raises:
-        UserError: other machines can reach the host, and there is no token; or one that a header cannot carry.
+        UserError: other machines can reach the host but there is no token, or the token is not valid in a header.
     """
     token = os.environ.get(variable, "").strip()
     try:
@@ -53,22 +53,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(server: RewardServer, bound: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; requests under way are finished first.
+    """Serve until SIGINT or SIGTERM; requests in progress are finished first.
 
     Args:
-        server: what answers.
+        server: the server.
         bound: from :func:`listen`.
-        ready: is called as soon as clients can connect.
+        ready: called as soon as clients can connect.
     """
     settings = uvicorn.Config(
         server.app,
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=_FAREWELL,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         timeout_keep_alive=60,
         lifespan="off",
     )
-    bound.listen(settings.backlog)  # a client that connects before the loop runs waits for it
+    bound.listen(settings.backlog)  # clients that connect before the loop runs wait for it
     ready()
     uvicorn.Server(settings).run(sockets=[bound])

@@ -1,4 +1,4 @@
-"""What travels between a run and a reward server: one safetensors file with images, prompts and metadata in it."""
+"""The format of requests to a reward server: one safetensors file with images, prompts and metadata."""
 
 import json
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Batch:
 
     Attributes:
         images: float32 [B, 3, H, W] in 0..1, on the CPU.
-        prompts, metadata: B each.
+        prompts, metadata: B of each.
     """
 
     images: Tensor
@@ -32,20 +32,20 @@ class Batch:
 
 
 def pack(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
-    """A request's body. ``images`` [B, 3, H, W], float32 or uint8 (0..255).
+    """The body of a request; ``images`` [B, 3, H, W] are float32 or uint8 (0..255).
 
     Raises:
-        TypeError, ValueError: metadata that JSON cannot hold.
+        TypeError, ValueError: the metadata cannot be represented in JSON.
     """
     texts = {"prompts": json.dumps(prompts), "metadata": json.dumps(metadata, allow_nan=False)}
     return save({"images": images.detach().cpu().contiguous()}, metadata=texts)
 
 
 def unpack(body: bytes, most_images: int) -> Batch:
-    """Read a request's body, from whomever it comes: nothing in it is executed, and every size is checked.
+    """Parse the body of an untrusted request: nothing in it is executed, and all sizes are checked.
 
     Raises:
-        ValueError: what is wrong with it, in a few words.
+        ValueError: the body is invalid.
     """
     texts = _texts(body)
     try:
@@ -69,7 +69,7 @@ def unpack(body: bytes, most_images: int) -> Batch:
 
 
 def _texts(body: bytes) -> dict[str, Any]:
-    """The file's own metadata, which the library reads from files on a disk only."""
+    """The file's metadata, which the safetensors library can only read from disk."""
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > len(body) - 8:
         raise ValueError("the body is not a safetensors file: its header is cut off")

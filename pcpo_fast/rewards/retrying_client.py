@@ -1,4 +1,4 @@
-"""HTTP that waits for a server which restarts, and says so in one sentence when it stays away."""
+"""An HTTP client that retries while a server restarts, and fails with one sentence if it stays unreachable."""
 
 import asyncio
 import os
@@ -18,26 +18,27 @@ from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.options import checked_option
 
-# Answers that another attempt may change; those from 520 on are what proxies in front of hosted services say.
+# Status codes worth a retry; those from 520 come from proxies in front of hosted services.
 _BUSY = (408, 425, 429, 500, 502, 503, 504, *range(520, 530))
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds
 
 
-class PatientClient:
-    """Requests to one server, tried again with growing pauses while it is away or busy. Safe to share by threads.
+class RetryingClient:
+    """Requests to one server, retried with growing pauses while it is unreachable or busy. Thread-safe.
 
-    The pauses double from 0.25 s to at most 20 s, each shortened by a random quarter at most, so that many ranks do not
-    come back at once; 16 retries are about three and a half minutes. A server may ask for a longer pause (Retry-After).
+    The pauses double from 0.25 s to at most 20 s, each shortened randomly by up to a quarter so that many ranks do not
+    retry simultaneously; 16 retries are about three and a half minutes. A server may request a longer pause
+    (Retry-After).
 
     Args:
-        name: what messages call the reward.
-        url: http:// or https://, with the path that the requests' paths are relative to.
-        key_variable: environment variable with the token, sent as ``Authorization: Bearer``; not set: none is sent.
-        timeout: seconds within which each answer has to be there as a whole, connection included.
+        name: name of the reward in error messages.
+        url: http:// or https:// address; paths of requests are appended.
+        key_variable: environment variable with the token, sent as ``Authorization: Bearer``; if unset, none is sent.
+        timeout: time limit of each complete answer in seconds, including the connection.
         retries: further attempts after the first.
 
     Raises:
-        UserError: the URL is not one, or carries a password.
+        UserError: the URL is invalid or contains a password.
     """
 
     def __init__(self, name: str, url: str, *, key_variable: str, timeout: float, retries: int) -> None:
@@ -58,28 +59,28 @@ class PatientClient:
         self._timeout = timeout
         self._client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
-            limits=httpx2.Limits(max_keepalive_connections=0),  # a server that restarts would leave stale ones
-            follow_redirects=False,  # the token and the images are for this address alone
+            limits=httpx2.Limits(max_keepalive_connections=0),  # a restarted server would leave stale connections
+            follow_redirects=False,  # the token and the images must only go to this address
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            # A proxy of the environment is for other machines.
+            # Ignore proxy settings of the environment for this machine.
             trust_env=parts.hostname not in ("localhost", "127.0.0.1", "::1"),
         )
-        # In a thread of its own: that of the caller may run a loop already, as in a notebook.
+        # In a separate thread, because the caller's thread may already run a loop, as in a notebook.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="reward client").start()
         self._has_key = bool(key)
-        # Not the global generator, whose numbers a reward may rely on.
+        # Not the global generator, which a reward may use.
         self._random = random.Random()
 
     def request(
         self, method: str, path: str, *, content: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> Any:
-        """The answer's JSON.
+        """Send a request and return the JSON of the answer.
 
         Raises:
-            RewardFailure: the server stays away or busy (``retry`` is off: a smaller batch will not bring it back), or
-                says that it cannot do this request (its own words).
-            UserError: the token is refused, or there is no such address.
+            RewardFailure: the server remains unreachable or busy (with ``retry`` False, since a smaller batch does not
+                help), or rejects this request (the message quotes it).
+            UserError: the token is refused, or the address does not exist.
         """
         begin, problem = time.monotonic(), ""
         for attempt in range(self.retries + 1):
@@ -104,11 +105,11 @@ class PatientClient:
     def _attempt(
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] | None
     ) -> tuple[Any, str, float]:
-        """An answer; or what is wrong and the pause that the server asks for."""
+        """An answer, or None with the problem and the pause that the server requests."""
         import httpx2
 
         async def ask() -> Any:
-            # httpx limits every single read, and a server that sends a byte at a time passes each of them.
+            # httpx only limits single reads, so a server that sends one byte at a time would never time out.
             async with asyncio.timeout(self._timeout):
                 return await self._client.request(method, self.url + path, content=content, headers=dict(headers or {}))
 
@@ -146,7 +147,7 @@ class PatientClient:
             raise UserError(f"reward {self.name}: {answer.url} does not answer with JSON; check url") from None
 
     def _words(self, answer: Any) -> str:
-        """The server's own words, in one short line."""
+        """The server's error message, as one short line."""
         try:
             found = answer.json()
             while isinstance(found, dict):
@@ -165,7 +166,7 @@ class PatientClient:
 
 
 def _seconds(answer: Any) -> float:
-    """The server's Retry-After (RFC 9110, 10.2.3: seconds or a date), at most a minute; 0 where it asks for none."""
+    """The server's Retry-After (RFC 9110, 10.2.3: seconds or a date), at most a minute; 0 if there is none."""
     text = answer.headers.get("retry-after", "").strip()
     if text.isdecimal():
         return min(60.0, float(text))
@@ -178,6 +179,6 @@ def _seconds(answer: Any) -> float:
 
 
 def _target(answer: Any) -> str:
-    """Where a redirect points, without what may be secret in it: user, password, query."""
+    """The target of a redirect, without parts that may be secret (user, password, query)."""
     to = urlsplit(urljoin(str(answer.url), answer.headers.get("location", "")))
     return f"{to.scheme}://{to.netloc.rpartition('@')[2]}{to.path}" if "location" in answer.headers else "no address"
