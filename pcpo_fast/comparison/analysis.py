@@ -240,6 +240,7 @@ def reading_of(runs: Sequence[RunCurves], settings: ComparisonSettings) -> Readi
         settings.costs,
         compute=min((known[-1] for known in spent if known), default=None),
         seconds=min((known[-1] for known in seconds if known), default=None),
+        kl=min((known for run in runs if (known := last_value(run.kl, horizon)) is not None), default=None),
     )
 
 

@@ -55,6 +55,7 @@ class Reading:
         costs: what the parts of the work cost.
         compute: the work that all runs have done, in forward passes; None where runs have not counted theirs.
         seconds: the time that all runs have trained for; None where a run does not say.
+        kl: the KL from the base model that all runs have reached that measured it; None where none has.
     """
 
     horizon: int
@@ -65,6 +66,7 @@ class Reading:
     costs: Costs = field(default_factory=Costs)
     compute: float | None = None
     seconds: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,41 @@ def heldout_best_epoch(run: RunCurves, reading: Reading) -> float | None:
 def diversity_at_target(run: RunCurves, reading: Reading) -> float | None:
     time = timed(run, reading) if reading.metric == "heldout" else None
     return interpolated(run.diversity, time.epochs) if time is not None and time.reached else None
+
+
+@_measure(
+    "KL from the base model",
+    None,
+    "KL of held-out trajectories from the base model's in nats per image, last evaluation",
+    ".4g",
+)
+def kl(run: RunCurves, reading: Reading) -> float | None:
+    return last_value(run.kl, reading.horizon)
+
+
+def _at_equal_kl(run: RunCurves, reading: Reading, curve: Series) -> float | None:
+    if not reading.kl or not run.kl:
+        return None
+    return interpolated(curve, first_reached(run.kl, reading.kl, reading.horizon, between=True).epochs)
+
+
+@_measure(
+    "held-out reward at equal KL",
+    "higher",
+    "held-out reward where a run first reaches the KL from the base model that all runs reach, on a straight line "
+    "between evaluations",
+)
+def heldout_at_equal_kl(run: RunCurves, reading: Reading) -> float | None:
+    return _at_equal_kl(run, reading, run.heldout)
+
+
+@_measure(
+    "diversity at equal KL",
+    "higher",
+    "diversity where a run first reaches the KL from the base model that all runs reach",
+)
+def diversity_at_equal_kl(run: RunCurves, reading: Reading) -> float | None:
+    return _at_equal_kl(run, reading, run.diversity)
 
 
 @_measure(

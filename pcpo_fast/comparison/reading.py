@@ -48,6 +48,7 @@ class RunCurves:
         seconds: seconds of rollout, reward and update by epoch.
         work: what each epoch took, by the metrics' names below ``compute/``; empty in runs that did not count it.
         judges: by name, the held-out scores of rewards that are for evaluation only, by epochs trained.
+        kl: KL of held-out trajectories from the base model's, by epochs trained; empty where it was not measured.
         base_distance: mean pixel distance of held-out images from the base model's, by epochs trained.
     """
 
@@ -67,6 +68,7 @@ class RunCurves:
     work: dict[str, Series]
     judges: dict[str, Series]
     base_distance: Series
+    kl: Series
 
     @property
     def seed(self) -> int | None:
@@ -106,6 +108,7 @@ def read_run(folder: Path | str) -> RunCurves:
         work={name: series(records, f"compute/{name}") for name in WORK},
         judges={name: series(records, f"heldout/reward/{name}") for name in judges},
         base_distance=series(records, "heldout/base_distance"),
+        kl=series(records, "heldout/kl"),
     )
 
 

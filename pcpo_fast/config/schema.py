@@ -455,6 +455,11 @@ class EvaluationConfig(Section):
     seed: int = Field(1_000_003, ge=0, lt=2**63, description="seed of the images, independent of the training seed")
     deterministic: bool = Field(True, description="sample without noise (Euler), or with the rollout's sampler")
     batch_size: Annotated[Positive, EXECUTION] = Field(64, description="images sampled at once on each rank")
+    kl: Annotated[bool, EXECUTION] = Field(
+        False,
+        description="also measure heldout/kl, the KL from the base model: one more sampling, by the rollout's sampler, "
+        "with two predictions per step (docs/metrics.md); full fine-tuning keeps a copy of the base model for it",
+    )
     min_diversity: Annotated[float | None, CHANGEABLE] = Field(
         None,
         gt=0,
@@ -664,6 +669,11 @@ class Config(Section):
     def images_per_epoch(self) -> int:
         """Images sampled in an epoch over all ranks."""
         return self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether a frozen copy of the start is kept for a KL; adapters need none, they can be switched off."""
+        return self.model.finetune == "full" and (self.credit.kl_coefficient > 0 or self.evaluation.kl)
 
     @property
     def embedding_folder(self) -> Path:

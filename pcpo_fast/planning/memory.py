@@ -85,7 +85,7 @@ def plan_memory(
     decode = costs.decoding_peak(rollout_batch)
     activations = costs.partial_peak(micro_batch, checkpointed, states.flat_gradient)
     reference = 0.0
-    if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
+    if config.keeps_start:
         reference = model.network_parameters * width
     loaded = float(model.network_parameters * width)
     if zero.stage == 3:

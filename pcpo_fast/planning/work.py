@@ -61,5 +61,5 @@ def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpoi
         shown = 0
     return phases | {
         "update": Work(update, passes * recomputed),
-        "evaluation": Work(shown * (steps * forward + decode)),
+        "evaluation": Work(shown * (steps * forward * (3 if config.evaluation.kl else 1) + decode)),
     }

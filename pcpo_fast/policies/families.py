@@ -108,7 +108,7 @@ def load_policy(
 
 def keep_reference(policy: Policy, config: Config, device: torch.device) -> None:
     """Where a KL is asked for, keep the frozen start: adapters can be switched off, full weights need a copy there."""
-    if config.credit.kl_coefficient > 0 and config.model.finetune == "full":
+    if config.keeps_start:
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False).to(device)
         if config.model.compile:
             # The copy is of the blocks, not of their code.

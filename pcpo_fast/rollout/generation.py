@@ -1,6 +1,6 @@
 """Images without a training step: held-out evaluation, and generation for the user."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,18 +36,55 @@ def generate(
     Returns:
         float32 [P k, 3, H, W] in 0..1 on the policy's device, prompt-major, on every rank.
     """
+    images = [
+        sample_rows(policy, conditioning, names, table, seed, advance)
+        for conditioning, names in _batches(policy, prompts, images_per_prompt, batch_size)
+    ]
+    return gather_rows(torch.cat(images))[: len(prompts) * images_per_prompt]
+
+
+@torch.no_grad()
+def path_kl(
+    policy: Policy, prompts: Sequence[str], images_per_prompt: int, table: StepTable, seed: int, batch_size: int
+) -> float:
+    """KL divergence of the policy's trajectories from the reference's, in nats per image.
+
+    Both take every step with the same amount of noise, so that the chain rule gives the mean over the policy's own
+    trajectories of ``sum_i ||b_i (f_i - f_ref,i)||^2 / (2 std_i^2)`` over the steps with noise: exact but for
+    the choice of images. The KL of the images themselves is at most this.
+
+    Args:
+        policy: one that has a reference (:meth:`Policy.as_reference`); all ranks must call this together.
+        table: a sampler with noise.
+        prompts, images_per_prompt, seed, batch_size: as for :func:`generate`.
+    """
+    parts = []
+    for conditioning, names in _batches(policy, prompts, images_per_prompt, batch_size):
+        given, x, seeds = _start(policy, conditioning, names, seed)
+        nats = torch.zeros(len(names), dtype=torch.float64, device=policy.device)
+        for step, (output, following) in enumerate(sampler_steps(policy, given, x, seeds, table)):
+            if table.noisy[step]:
+                with policy.as_reference():
+                    reference = policy.predict(x, table.times[step].expand(len(names)), given)
+                shift = table.b[step] / table.std[step] * (output.float() - reference.float())
+                nats += shift.flatten(1).double().square().sum(dim=1) / 2
+            x = following
+        parts.append(nats)
+    return float(gather_rows(torch.cat(parts))[: len(prompts) * images_per_prompt].mean())
+
+
+def _batches(
+    policy: Policy, prompts: Sequence[str], images_per_prompt: int, batch_size: int
+) -> Iterator[tuple[Conditioning, list[tuple[int, int]]]]:
+    """This rank's images in batches: conditioning, and the names (prompt index, image) of their noise."""
     total = len(prompts) * images_per_prompt
     per_rank = -(-total // world_size())
     # The last rank repeats the last image where the images do not divide: a gather needs equal shares.
     mine = torch.arange(rank() * per_rank, (rank() + 1) * per_rank).clamp_max(total - 1)
     conditioning = policy.encode(prompts)
-    images = []
     for rows in profiler_ranges.each("batch", mine.split(batch_size)):
         names = [(row // images_per_prompt, row % images_per_prompt) for row in rows.tolist()]
-        images.append(
-            sample_rows(policy, select_rows(conditioning, rows // images_per_prompt), names, table, seed, advance)
-        )
-    return gather_rows(torch.cat(images))[:total]
+        yield select_rows(conditioning, rows // images_per_prompt), names
 
 
 def sample_rows(
@@ -71,16 +108,23 @@ def sample_rows(
     Returns:
         float32 [B, 3, H, W] in 0..1 on the policy's device.
     """
-    device = policy.device
-    initial_keys, seeds = (
-        torch.tensor([random_key(purpose, seed, *name) for name in names], device=device)
-        for purpose in (Purpose.EVALUATION_INITIAL_NOISE, Purpose.EVALUATION_STEP_NOISE)
-    )
-    chosen = {key: value.to(device) for key, value in conditioning.items()}
-    latents = initial_latents(policy, initial_keys)
+    chosen, latents, seeds = _start(policy, conditioning, names, seed)
     for _, following in sampler_steps(policy, chosen, latents, seeds, table):
         latents = following
         if advance is not None:
             advance()
     with profiler_ranges.named("decode"):
         return policy.decode(latents)
+
+
+def _start(
+    policy: Policy, conditioning: Conditioning, names: Sequence[tuple[int, int]], seed: int
+) -> tuple[Conditioning, Tensor, Tensor]:
+    """Conditioning on the device, initial latents, and keys of the step noise."""
+    device = policy.device
+    initial_keys, seeds = (
+        torch.tensor([random_key(purpose, seed, *name) for name in names], device=device)
+        for purpose in (Purpose.EVALUATION_INITIAL_NOISE, Purpose.EVALUATION_STEP_NOISE)
+    )
+    chosen = {key: value.to(device) for key, value in conditioning.items()}
+    return chosen, initial_latents(policy, initial_keys), seeds

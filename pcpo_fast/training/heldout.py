@@ -17,7 +17,7 @@ from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.rewards import RewardSet, Scores
-from pcpo_fast.rollout.generation import generate
+from pcpo_fast.rollout.generation import generate, path_kl
 from pcpo_fast.training.collapse import base_distance
 from pcpo_fast.training.run_inputs import RunInputs
 
@@ -49,6 +49,7 @@ class HeldOut:
     Attributes:
         prompts: the held-out prompts; empty without a held-out file.
         folder: where the shown images from before training are kept for resumed runs.
+        stochastic: the rollout's sampler, where the KL from the base model is measured (``evaluation.kl``).
         last: the shown images of the latest evaluation, [SHOWN, 3, H, W] on the CPU.
     """
 
@@ -58,6 +59,7 @@ class HeldOut:
     table: StepTable
     settings: EvaluationConfig
     folder: Path
+    stochastic: StepTable | None = None
     last: Tensor | None = field(default=None, init=False)
 
     @classmethod
@@ -66,7 +68,8 @@ class HeldOut:
         sampler = tables.deterministic if config.evaluation.deterministic else tables.transitions
         table = StepTable.of(sampler, policy.device)
         folder = Path(config.output_dir) / "images" / "before"
-        return cls(policy, inputs.heldout, inputs.rewards, table, config.evaluation, folder)
+        stochastic = StepTable.of(tables.transitions, policy.device) if config.evaluation.kl else None
+        return cls(policy, inputs.heldout, inputs.rewards, table, config.evaluation, folder, stochastic)
 
     @property
     def texts(self) -> list[str]:
@@ -91,6 +94,11 @@ class HeldOut:
             metrics["heldout/failed_images"] = float(len(scores.total) - len(total))
         if count > 1:
             metrics["heldout/diversity"] = diversity(images, count)
+        if self.stochastic is not None:
+            settings = self.settings
+            metrics["heldout/kl"] = path_kl(
+                self.policy, self.texts, count, self.stochastic, settings.seed, settings.batch_size
+            )
         self.last = images[torch.tensor(self._shown(), device=images.device)].cpu()
         return metrics, image_grid(self.last, columns=min(6, len(self.last)), captions=self.captions)
 

@@ -81,6 +81,8 @@ def test_the_kl_to_the_start_is_a_metric(lora: Run, full: Run) -> None:
     last = [line for line in records(lora.folder) if line["kind"] == "epoch"][-1]
     assert last["policy/kl"] > 0
     assert not any("policy/kl" in line for line in records(full.folder))
+    before, *_, after = (line["heldout/kl"] for line in records(lora.folder) if line["kind"] == "evaluation")
+    assert before == 0 < after and not any("heldout/kl" in line for line in records(full.folder))
 
 
 def test_the_work_of_an_epoch_is_counted(full: Run, lora: Run) -> None:

@@ -111,6 +111,28 @@ def test_a_judge_that_is_never_trained_on_is_a_measure(tmp_path: Path) -> None:
     assert "judge jpeg_compressibility at the end" in [measure.label for measure in result.measures]
 
 
+def test_reward_and_diversity_at_the_kl_that_all_runs_reach(tmp_path: Path) -> None:
+    """Both have gone 0.05 per epoch in KL for one run, and 0.1 for the other: 10 epochs and 5."""
+    runs = {}
+    for name, pace in (("slow", 0.05), ("fast", 0.1)):
+        folder = write_run(tmp_path / name, line(0.01), epochs=10)
+        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        for record in lines:
+            if record["kind"] == "evaluation":
+                record |= {"heldout/kl": pace * record["epoch"], "heldout/diversity": 0.3 - 0.01 * record["epoch"]}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+        runs[name] = [folder]
+    result = compare_runs(runs, ComparisonSettings())
+    assert result.reading.kl == pytest.approx(0.5)
+    for name, epoch, final in (("slow", 10, 0.5), ("fast", 5, 1.0)):
+        values = result.variant(name).values
+        assert values["kl"] == pytest.approx((final,))
+        assert values["heldout_at_equal_kl"] == pytest.approx((0.45 + 0.01 * epoch,))
+        assert values["diversity_at_equal_kl"] == pytest.approx((0.3 - 0.01 * epoch,))
+    without = compare_runs({"a": [write_run(tmp_path / "a", line(0.01))]}, ComparisonSettings())
+    assert without.reading.kl is None and "heldout_at_equal_kl" not in without.variant("a").means
+
+
 def test_an_unfinished_run_and_folders_without_runs(tmp_path: Path) -> None:
     assert not read_run(write_run(tmp_path / "run", line(0.01), epochs=5, planned=9)).finished
     (tmp_path / "empty").mkdir()

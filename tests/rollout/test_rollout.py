@@ -1,5 +1,7 @@
 """Rollouts against a roll-out written from the published formulas, without our tables or kernels."""
 
+import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +21,8 @@ from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.policies.families import load_policy
 from pcpo_fast.rollout.epoch_plan import plan_epoch
-from pcpo_fast.rollout.generation import generate
-from pcpo_fast.rollout.rollout import Rollout, collect_rollout
+from pcpo_fast.rollout.generation import generate, path_kl
+from pcpo_fast.rollout.rollout import Rollout, collect_rollout, initial_latents, sampler_steps
 
 CPU = torch.device("cpu")
 SEED = 11
@@ -233,6 +235,41 @@ def test_generate_depends_on_seed_prompt_and_image_alone(policy: Policy, pipelin
     assert torch.allclose(generate(policy, PROMPTS[:2], 2, table, SEED, 4), images[:4], atol=1e-4)
     assert not torch.allclose(generate(policy, PROMPTS[:3], 2, table, SEED + 1, 64), images, atol=1e-2)
     assert not torch.allclose(images[0], images[1], atol=1e-2)
+
+
+def test_the_kl_of_trajectories_is_the_sum_of_the_steps(
+    policy: Policy, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image by image, with the divergence of two normal distributions as PyTorch has it; the last step has no noise."""
+    table = StepTable.of(build_transitions(config_of(pipeline_folder).sampler), CPU)
+    assert table.noisy == (True, True, True, False)
+    reference = copy.deepcopy(policy.module)
+    monkeypatch.setattr(policy, "reference_module", reference)
+    assert path_kl(policy, PROMPTS[:3], 2, table, SEED, 4) == 0
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.01)
+    expected = []
+    for prompt, image in itertools.product(range(3), range(2)):
+        given = policy.encode([PROMPTS[prompt]])
+        keys = [
+            torch.tensor([random_key(purpose, SEED, prompt, image)])
+            for purpose in (Purpose.EVALUATION_INITIAL_NOISE, Purpose.EVALUATION_STEP_NOISE)
+        ]
+        x, total = initial_latents(policy, keys[0]), 0.0
+        for step, (output, following) in enumerate(sampler_steps(policy, given, x, keys[1], table)):
+            if step < 3:
+                with torch.no_grad(), policy.running(reference):
+                    other = policy.predict(x, table.times[step : step + 1], given)
+                a, b, std = (column[step].double() for column in (table.a, table.b, table.std))
+                one, two = (torch.distributions.Normal(a * x.double() + b * f.double(), std) for f in (output, other))
+                total += float(torch.distributions.kl_divergence(one, two).sum())
+            x = following
+        expected.append(total)
+    assert min(expected) > 1e-3
+    for batch_size in (1, 4):
+        found = path_kl(policy, PROMPTS[:3], 2, table, SEED, batch_size)
+        assert found == pytest.approx(sum(expected) / 6, rel=1e-4)
 
 
 def test_evaluation_never_meets_the_noise_of_training(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

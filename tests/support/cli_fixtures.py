@@ -45,6 +45,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Run
     """A LoRA run whose alpha is not its rank, with a KL to its start."""
     changes = {
         "credit__kl_coefficient": 0.01,
+        "evaluation__kl": True,
         "model__finetune": "lora",
         "model__lora": {"rank": 2, "alpha": 6.0},
         "optimizer__lr": 3e-2,
