@@ -7,11 +7,13 @@ become slow is moved up by hand: nothing but the time of the whole suite depends
 import pytest
 
 LONGEST = (
-    "kernels/test_interpreter.py",  # 110
+    "kernels/test_interpreter.py",  # 70
     "runs/test_resuming.py",  # 55
     "comparison/test_compare_command.py",
     "planning/test_planning.py",  # 50
     "training/test_two_ranks.py",  # 49
+    "preflight/test_preflight.py",
+    "training/test_update.py",
     "benchmarks/test_flux_step.py",
     "policies/test_speed.py",
     "kernels/test_ahead_of_time.py",
@@ -20,9 +22,7 @@ LONGEST = (
     "policies/test_guided_policies.py",
     "training/test_waiting.py",
     "engine/test_ds_configs.py",  # 35
-    "preflight/test_preflight.py",
     "runs/test_checkpoint.py",
-    "evaluation/test_evaluate_ranks.py",
     "profiling/test_profiling.py",  # 24
     "interface/test_interface.py",
     "runs/test_killing.py",
@@ -31,7 +31,6 @@ LONGEST = (
     "policies/test_lora_files.py",
     "policies/test_model_folders.py",
     "policies/test_flux_policy.py",
-    "training/test_update.py",
     "engine/test_engine.py",
     "training/test_guided_update.py",
     "training/test_stable_diffusion_runs.py",

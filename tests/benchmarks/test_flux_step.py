@@ -156,6 +156,7 @@ def test_a_path_that_computes_something_else_gets_no_time(tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("two_rungs")
+@pytest.mark.slow
 def test_a_path_that_raises_costs_no_other_and_a_second_call_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,10 +53,14 @@ def test_the_files_are_the_documented_ones() -> None:
     ("name", "precision"),
     [
         *((name, "bf16-master") for name in FILES if name != "zero3_hpz"),
-        *(("zero2", name) for name in PRECISIONS if name != "bf16-master"),
-        *(("zero3", name) for name in PRECISIONS if name != "bf16-master"),
         ("zero2_offload", "bf16-stochastic"),
         ("zero3_offload", "bf16-8bit-stochastic"),
+        *(
+            pytest.param(zero, name, marks=pytest.mark.slow)
+            for zero in ("zero2", "zero3")
+            for name in PRECISIONS
+            if name != "bf16-master"
+        ),
     ],
 )
 def test_each_trains_as_zero_1_does(tmp_path: Path, name: str, precision: str) -> None:

@@ -190,7 +190,7 @@ def test_bf16_full_fine_tuning_follows_float32_at_a_small_learning_rate(tmp_path
     ],
     ids=["master", "stochastic", "lora-bf16", "lora-fp32"],
 )
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_flux_trains_in_every_precision(
     pipeline_folder: Path, tmp_path: Path, overrides: tuple[str, ...], stage: int
 ) -> None:

@@ -80,7 +80,7 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         (3, 2, (*LORA, EMA)),
         pytest.param(3, 1, (), marks=pytest.mark.slow),
         pytest.param(2, 3, LORA, marks=pytest.mark.slow),
-        (1, 2, ("model.dtype=bfloat16", EMA)),
+        pytest.param(1, 2, ("model.dtype=bfloat16", EMA), marks=pytest.mark.slow),
     ],
     ids=["full-ema-1-3", "lora-ema-3-2", "full-3-1", "lora-2-3", "bf16-ema-1-2"],
 )

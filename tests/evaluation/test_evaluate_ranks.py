@@ -123,6 +123,7 @@ def same(one: Any, other: Any, where: str = "") -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_after_a_kill_and_make_what_one_makes(
     evaluated_run: Path,  # noqa: F811 - the fixture
     prompt_file: Path,  # noqa: F811

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import NOISES, LossCase, autograd_loss, make_case
+from covering import every_pair
 from pcpo_kernels import Endpoints, NoiseKey, guidance, policy_loss, sample_step
 from torch import Tensor
 from torch.distributions import Normal
 
 OBJECTIVES = ("hinge", "clip", "divergence_mask")
 REDUCTIONS = ("mean", "sum")
-EXTRAS = [(False, False), (True, False), (False, True), (True, True)]
 LOW = [torch.float16, torch.bfloat16]
 
 
@@ -33,11 +33,14 @@ def require_grad(case: LossCase) -> LossCase:
     return case
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(("with_reference", "with_guidance"), EXTRAS)
-@pytest.mark.parametrize("detached", [False, True])
+@every_pair(
+    objective=OBJECTIVES,
+    reduction=REDUCTIONS,
+    noise=NOISES,
+    with_reference=[False, True],
+    with_guidance=[False, True],
+    detached=[False, True],
+)
 def test_agrees_with_autograd(objective, reduction, noise, with_reference, with_guidance, detached) -> None:
     case = require_grad(
         make_case(
@@ -62,9 +65,7 @@ def test_agrees_with_autograd(objective, reduction, noise, with_reference, with_
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("with_reference", "with_guidance"), EXTRAS)
+@every_pair(objective=OBJECTIVES, reduction=REDUCTIONS, with_reference=[False, True], with_guidance=[False, True])
 def test_gradcheck(objective, reduction, with_reference, with_guidance) -> None:
     case = require_grad(
         make_case(
@@ -102,9 +103,7 @@ def test_log_ratio_is_the_difference_of_log_probabilities(noise) -> None:
     torch.testing.assert_close(case.run().log_ratio, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32, torch.float64])
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("with_guidance", [False, True])
+@every_pair(dtype=[*LOW, torch.float32, torch.float64], noise=NOISES, with_guidance=[False, True])
 def test_exactly_zero_on_policy(dtype, noise, with_guidance) -> None:
     case = make_case(4, (33,), noise=noise, with_guidance=with_guidance).cast(dtype, "output", "unconditional")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -185,9 +184,7 @@ def test_non_contiguous_inputs() -> None:
     torch.testing.assert_close(case.output.grad, 3 * expected[0])
 
 
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32, torch.float64])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("noise", NOISES)
+@every_pair(dtype=[*LOW, torch.float32, torch.float64], objective=OBJECTIVES, noise=NOISES)
 def test_precision_by_dtype(dtype, objective, noise) -> None:
     """The error against float64 is at most twice plain PyTorch's own on the same rounded inputs, plus one rounding."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -52,8 +52,8 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     ("overrides", "stage"),
     [
         (("optimizer.warmup_updates=5", "credit.kl_coefficient=0.1"), 1),
-        ((BF16,), 2),
-        ((BF16,), 1),
+        pytest.param((BF16,), 2, marks=pytest.mark.slow),
+        pytest.param((BF16,), 1, marks=pytest.mark.slow),
         ((BF16, STOCHASTIC), 2),
         (("algorithm=flow_grpo", *LORA), 2),
     ],
@@ -95,7 +95,12 @@ def test_the_weights_of_a_checkpoint_are_those_of_the_policy(pipeline_folder: Pa
 @pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning")  # of what DeepSpeed calls
 @pytest.mark.parametrize(
     ("family", "finetune"),
-    [("pipeline_folder", ()), ("pipeline_folder", LORA), ("sd_folder", ()), ("sd3_folder", ())],
+    [
+        ("pipeline_folder", ()),
+        ("pipeline_folder", LORA),
+        pytest.param("sd_folder", (), marks=pytest.mark.slow),
+        pytest.param("sd3_folder", (), marks=pytest.mark.slow),
+    ],
     ids=["flux-full", "flux-lora", "sd-full", "sd3-full"],
 )
 def test_weights_that_zero_3_has_scattered_are_written_whole(

@@ -70,7 +70,7 @@ def test_the_gradient_of_the_unconditional_half_counts(bench_of: Callable[..., B
     ("name", "mode", "dtype"),
     [
         ("sd_uniform", "detach", "float32"),
-        ("sd_native", "rollout", "bfloat16"),
+        pytest.param("sd_native", "rollout", "bfloat16", marks=pytest.mark.slow),
         ("sd3_full_kl", "rollout", "bfloat16"),
         ("sd3_native_kl", "recompute", "float32"),
     ],

@@ -105,8 +105,8 @@ def test_a_flow_presets_update_is_the_published_one(pipeline_folder: Path, name:
     ("name", "overrides"),
     [
         ("ddpo", ()),
-        ("dancegrpo_diffusion", ()),
-        ("pcpo_ddpo", ()),
+        pytest.param("dancegrpo_diffusion", (), marks=pytest.mark.slow),
+        pytest.param("pcpo_ddpo", (), marks=pytest.mark.slow),
         ("pcpo_diffusion", ("sampler.variance=reshaped", "sampler.weight=40")),
     ],
 )

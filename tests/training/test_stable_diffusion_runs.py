@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PART = {"sd": "unet", "sd3": "transformer"}
 
 
-@pytest.fixture(scope="module", params=("sd", "sd3"))
+@pytest.fixture(scope="module", params=("sd", pytest.param("sd3", marks=pytest.mark.slow)))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

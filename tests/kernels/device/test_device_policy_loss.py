@@ -1,11 +1,13 @@
 """policy_loss in Triton against the float64 reference."""
 
+import itertools
 from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 from cases import NOISES, make_case
+from covering import every_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judging import check_against_judge, edge_distance, on_policy, on_reference, run
@@ -20,11 +22,13 @@ from pcpo_fast.method.transitions import dance_sde, shifted_times
 LOW = [torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("objective", ["hinge", "clip"])
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("with_reference", [False, True], ids=["", "kl"])
-@pytest.mark.parametrize("with_guidance", [False, True], ids=["", "cfg"])
-@pytest.mark.parametrize("detached", [False, True], ids=["", "detach"])
+@every_pair(
+    objective=["hinge", "clip"],
+    noise=NOISES,
+    with_reference=[False, True],
+    with_guidance=[False, True],
+    detached=[False, True],
+)
 def test_every_form(device, objective, noise, with_reference, with_guidance, detached) -> None:
     case = make_case(
         3,
@@ -63,9 +67,7 @@ def test_divergence_mask(device, noise, rich) -> None:
     assert 0 < int(result.clipped.sum()) < 4, "rows beyond the threshold should be of both kinds"
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@every_pair(dtype=LOW, noise=NOISES, reduction=["mean", "sum"])
 def test_low_precision(device, dtype, noise, reduction) -> None:
     case = make_case(
         2, (64, 16), noise=noise, with_reference=True, with_guidance=True, reduction=reduction, clip_range=1e-3
@@ -83,7 +85,10 @@ def test_mixed_dtypes(device) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "elements"),
-    [(1, 1), (1, 2), (3, 1), (2, 127), (2, 128), (3, 2047), (2, 2048), (2, 2049), (1, 4097), (17, 8), (1, 300_001)],
+    [
+        *((1, 1), (1, 2), (3, 1), (2, 127), (2, 128), (3, 2047), (2, 2048), (2, 2049), (1, 4097), (17, 8)),
+        pytest.param(1, 300_001, marks=pytest.mark.slow),
+    ],
 )
 def test_sizes(device, rows, elements) -> None:
     """The longest row is in 147 pieces, more than the 128 that are added at once."""
@@ -124,8 +129,7 @@ def test_random_shapes(device, rows, shape, noise, objective, reduction, flags, 
     check_against_judge(case.cast(torch.float32), device)
 
 
-@pytest.mark.parametrize("objective", ["hinge", "clip"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "objective"), list(zip(RULES, itertools.cycle(("hinge", "clip")), strict=False)))
 def test_credit_rules(device, rule, objective) -> None:
     """Every published rule on the Dance SDE, a row for each step; the last one is not trained, its columns are 0."""
     transitions = dance_sde(shifted_times(6, 3.0), 0.3)
@@ -140,9 +144,7 @@ def test_credit_rules(device, rule, objective) -> None:
     assert (result.log_ratio != 0).tolist() == [True] * 5 + [False]
 
 
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
-@pytest.mark.parametrize("with_guidance", [False, True], ids=["", "cfg"])
-@pytest.mark.parametrize("noise", NOISES)
+@every_pair(dtype=[*LOW, torch.float32], with_guidance=[False, True], noise=NOISES)
 def test_exactly_zero_on_policy(device, dtype, with_guidance, noise) -> None:
     case = make_case(2, (33, 5), noise=noise, with_guidance=with_guidance).cast(torch.float32)
     case = on_policy(case.cast(dtype, "output", "unconditional").to(device))
@@ -156,12 +158,12 @@ def test_exactly_zero_on_policy(device, dtype, with_guidance, noise) -> None:
 def test_clip_mask_is_exact_away_from_the_edge(device) -> None:
     """Many rows at clip ranges of 1e-4 and 1e-5, ratios of the same size."""
     for clip_range in (1e-4, 1e-5):
-        case = make_case(50, (256,), difference=30 * clip_range, clip_range=clip_range).cast(torch.float32)
+        case = make_case(20, (256,), difference=30 * clip_range, clip_range=clip_range).cast(torch.float32)
         exact, _ = on_reference(case.cast(torch.float64))
         got = case.to(device).run()  # no gradient: the mask is the forward's
         away = edge_distance(case, exact) > 1e-3 * clip_range
-        assert int(away.sum()) > 45
-        assert 5 < int(exact.clipped.sum()) < 45
+        assert int(away.sum()) > 15
+        assert 2 < int(exact.clipped.sum()) < 18
         assert torch.equal(got.clipped.cpu()[away], exact.clipped[away])
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import LossCase, make_case
+from covering import every_pair
 from judging import check_against_judge, on_reference, run
 from pcpo_kernels import guidance
 
@@ -25,9 +26,7 @@ def guided_case(
     return case.cast(torch.float32).cast(halves, "output", "unconditional")
 
 
-@pytest.mark.parametrize(("objective", "with_reference"), [("hinge", False), ("clip", True)], ids=["hinge", "clip-kl"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("halves", HALVES)
+@every_pair(halves=HALVES, form=FORMS, objective=["hinge", "clip"], with_reference=[False, True])
 def test_halves_of_one_dtype_and_the_rest_in_fp32(device, halves, form, objective, with_reference) -> None:
     """Loss, log-ratio, KL, and the gradients of both halves in their dtype."""
     case = guided_case(form, halves, with_reference=with_reference, objective=objective, clip_range=2e-4, seed=5)

@@ -40,7 +40,9 @@ def test_sample_step(device, noise, dtype, reduction) -> None:
     )
 
 
-@pytest.mark.parametrize(("rows", "elements"), [(1, 1), (3, 2050), (1, 300_000), (9, 3)])
+@pytest.mark.parametrize(
+    ("rows", "elements"), [(1, 1), (3, 2050), pytest.param(1, 300_000, marks=pytest.mark.slow), (9, 3)]
+)
 def test_sample_step_sizes(device, rows, elements) -> None:
     case = make_case(rows, (elements,)).cast(torch.float32)
     x, _, a, b, std = case.ends
