@@ -3,7 +3,7 @@
     python benchmarks/rank_equality.py --json benchmarks/results/rank_equality.json
 
 Each number of ranks is one launch of DeepSpeed's launcher, in which every case trains the tiny FLUX pipeline for two
-epochs of two optimiser steps through the ordinary loop. What is recorded, by image and by step, is compared with one
+epochs of two optimizer steps through the ordinary loop. What is recorded, by image and by step, is compared with one
 rank in ZeRO 1. Exit code 1 where a difference is above the limits below.
 
 A difference is rounding if it vanishes with the rounding: the cases of float64 compute network, latents and losses in

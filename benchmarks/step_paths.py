@@ -1,6 +1,6 @@
 """One training step, rollout and update, three ways: ours, the public trainers', and a strong plain PyTorch one.
 
-All train the same model with the same optimiser on as many images, steps and trained steps, from random advantages.
+All train the same model with the same optimizer on as many images, steps and trained steps, from random advantages.
 The public way is that of DanceGRPO's FLUX script: one image at a time, eager, float32 weights under autocast, every
 block recomputed, differences of log-probabilities, a wait for the device after every micro-step, a PNG for every image.
 The strong way batches and compiles like ours, with the same engine; its sampler, noise and loss are plain PyTorch.
@@ -38,7 +38,7 @@ class StepPath(Protocol):
         """Sample the group's images, and decode them."""
 
     def update(self) -> None:
-        """Train on them: one optimiser step."""
+        """Train on them: one optimizer step."""
 
 
 class Parts:

@@ -416,11 +416,11 @@ class TrainConfig(Section):
     epochs: Annotated[NotNegative, CHANGEABLE] = Field(
         300, description="epochs, each a rollout followed by its updates"
     )
-    updates_per_epoch: Positive = Field(2, description="optimiser steps per pass, on disjoint parts of one rollout")
+    updates_per_epoch: Positive = Field(2, description="optimizer steps per pass, on disjoint parts of one rollout")
     inner_epochs: Positive = Field(1, description="passes over the same rollout")
     max_rollout_age: Annotated[Positive, EXECUTION] = Field(
         32,
-        description="most optimiser steps on one rollout; a configuration with more (inner_epochs x updates_per_epoch) "
+        description="most optimizer steps on one rollout; a configuration with more (inner_epochs x updates_per_epoch) "
         "is refused",
     )
     max_log_ratio: PositiveFloat | None = Field(
@@ -643,7 +643,7 @@ class Config(Section):
         if age > limit:
             yield (
                 f"train.inner_epochs: {self.train.inner_epochs} passes of {self.train.updates_per_epoch} updates make "
-                f"{age} optimiser steps on one rollout, more than train.max_rollout_age allows ({limit})"
+                f"{age} optimizer steps on one rollout, more than train.max_rollout_age allows ({limit})"
             )
         # A buffer must be able to hold as many rewards as are asked of it.
         if self.advantage.min_count > self.advantage.buffer_size:

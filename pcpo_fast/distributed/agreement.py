@@ -1,4 +1,4 @@
-"""Before anything is loaded: do all ranks run the same code, settings and libraries, and read the same files?"""
+"""Checks, before anything is loaded, that all ranks run the same code, settings and libraries and read the same files."""
 
 import hashlib
 import importlib.metadata
@@ -20,11 +20,11 @@ from pcpo_fast.errors import shared
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 SHOWN = 4
-"""Differences that are named one by one."""
+"""Differences that the error lists; the rest are counted."""
 
 
 def check_agreement(config: Config) -> None:
-    """Refuse to start where ranks differ; nothing to do with one process. All ranks must call it.
+    """Fail if ranks run different code, settings or libraries. Collective; does nothing with one process.
 
     Raises:
         UserError: on every rank, with the ranks and hosts that differ from rank 0, and in what.
@@ -34,7 +34,7 @@ def check_agreement(config: Config) -> None:
 
 
 def check_alike(found: Mapping[str, str]) -> None:
-    """Refuse to start where ranks found different things; all ranks must call it.
+    """Fail if any rank's values differ from those of rank 0. Collective.
 
     Raises:
         UserError: on every rank, with the ranks and hosts that differ from rank 0, and in what.
@@ -45,7 +45,7 @@ def check_alike(found: Mapping[str, str]) -> None:
 
 
 def facts(config: Config) -> dict[str, str]:
-    """What all ranks of a run must have in common, by a name that says what it is."""
+    """Versions, code digest and settings that must be the same on all ranks, by a descriptive name."""
     found = {"Python": platform.python_version(), "pcpo_fast": pcpo_fast.__version__, "source code": _code_digest()}
     for name in LIBRARIES:
         try:
@@ -54,13 +54,13 @@ def facts(config: Config) -> dict[str, str]:
             found[name] = "not installed"
     found["CUDA"] = str(torch.version.cuda)
     for key, value in flattened(config.model_dump(mode="json")):
-        if not role_of(Config, key).per_host:  # where the model lies may differ: what it holds is compared later
+        if not role_of(Config, key).per_host:  # the model's path may differ between hosts; its files are compared later
             found[f"setting {key}"] = json.dumps(value)
     return found
 
 
 def disagreement(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
-    """The sentence about ranks that differ from rank 0, None where none does.
+    """The error message about ranks that differ from rank 0; None if all agree.
 
     Args:
         everyone: host name and :func:`facts` of each rank, in rank order.
@@ -74,7 +74,7 @@ def disagreement(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str | Non
                 different.setdefault((name, mine, theirs), []).append((rank, host))
     if not different:
         return None
-    # A library first: what it differs in may be why the rest does.
+    # Libraries first: a different version may explain the other differences.
     order = {name: number for number, name in enumerate(first)}
     lines = [
         f"{by_host(ranks)}: {name} {mine}, not {theirs}"

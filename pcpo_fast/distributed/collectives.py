@@ -1,6 +1,6 @@
-"""The few collectives that the loop needs; with one process they do nothing.
+"""The collectives that training needs; with one process they do nothing.
 
-Uses torch.distributed only, and does not care who has started the process group (:mod:`pcpo_fast.engine.engine`).
+They use torch.distributed only; :mod:`pcpo_fast.engine.engine` creates the process group.
 """
 
 import os
@@ -18,7 +18,7 @@ from pcpo_fast.errors import UserError, reason_of, shared
 
 T = TypeVar("T")
 LOST_RANK = re.compile(r"Connection (closed|reset)|Broken pipe|remote process exited|Socket closed", re.IGNORECASE)
-"""What gloo and NCCL say where the process at the other end has died."""
+"""Error messages of gloo and NCCL when the peer process has died."""
 
 
 def is_distributed() -> bool:
@@ -42,7 +42,7 @@ def local_rank() -> int:
 
 
 def own_gpu() -> int:
-    """The number of this rank's GPU among those that PyTorch sees.
+    """Index of this rank's GPU among those visible to PyTorch.
 
     Raises:
         UserError: this machine has fewer GPUs than ranks.
@@ -58,13 +58,13 @@ def own_gpu() -> int:
 
 
 def ranks_per_machine(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Ranks on each machine as the launcher set it (torchrun, DeepSpeed); None where it says nothing."""
+    """Ranks per machine as set by the launcher (torchrun, DeepSpeed); None if it sets nothing."""
     text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
     return int(text) or None if text.isdecimal() else None
 
 
 def local_world_size() -> int:
-    """Processes on this machine; the whole world if the launcher does not say."""
+    """Processes on this machine; the world size if the launcher does not set it."""
     return ranks_per_machine() or world_size()
 
 
@@ -103,9 +103,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """Make a :class:`UserError` of any rank within the block the same error on every rank.
+    """Raise a :class:`UserError` of any rank within the block on every rank.
 
-    Without it the other ranks would wait for one that has given up. All ranks must enter and leave the block.
+    Otherwise the other ranks would wait forever for the one that failed. All ranks must enter and leave the block.
     """
     message = None
     try:
@@ -118,10 +118,12 @@ def shared_errors() -> Iterator[None]:
 
 
 def once_per_machine(compute: Callable[[], T]) -> T:
-    """What ``compute`` returns, of which the first rank of each machine tells the others; all ranks must call it.
+    """Call ``compute`` on the first rank of each machine and return its (picklable) result on all ranks of the machine.
+
+    Collective.
 
     Raises:
-        UserError: that of any of them, on every rank.
+        UserError: ``compute`` raised one on some machine; raised on every rank.
     """
     if not is_distributed():
         return compute()
@@ -135,13 +137,13 @@ def once_per_machine(compute: Callable[[], T]) -> T:
 
 
 def lost_rank(error: RuntimeError) -> UserError:
-    """What to say of a collective's error where the process at the other end is gone."""
+    """The error to raise when a collective failed because the peer process is gone."""
     return UserError(f"another rank has died; its last output says why ({reason_of(error)})")
 
 
 @contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """Say of a collective within the block that fails since a process has died what :func:`lost_rank` says of it."""
+    """Convert the error of a collective that fails because a process has died (see :func:`lost_rank`)."""
     try:
         yield
     except RuntimeError as error:
@@ -151,5 +153,5 @@ def naming_lost_ranks() -> Iterator[None]:
 
 
 def launcher_rank() -> int:
-    """This process's rank as the launcher set it, valid before and after the process group exists."""
+    """This process's rank as set by the launcher; valid even before the process group exists."""
     return int(os.environ.get("RANK", "0"))

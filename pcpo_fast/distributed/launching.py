@@ -1,4 +1,4 @@
-"""Which process of the run this is: what launchers and job schedulers say of it in the environment, held together."""
+"""Determines this process's rank from the environment variables of launchers and job schedulers."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from pcpo_fast.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
-"""What torchrun and DeepSpeed's launcher set for every process."""
+"""Variables that torchrun and DeepSpeed's launcher set for every process."""
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 SLURM_NAMES = (
     "SLURM_PROCID",
@@ -19,21 +19,21 @@ SLURM_NAMES = (
     "SLURM_JOB_ID",
     "SLURM_STEP_ID",
 )
-"""What srun sets for every task of a step."""
+"""Variables that srun sets for every task of a step."""
 OTHER_SIZES = ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Number of processes as MPICH, Intel MPI and MVAPICH say it, which tell too little of the rest."""
+"""Number of processes under MPICH, Intel MPI and MVAPICH, which do not set everything else that is needed."""
 HOW = "start the run with torchrun, deepspeed or srun (examples/launching)"
 
 
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
-    """The number of processes of the run; afterwards the environment holds either all of :data:`NAMES`, or tells of a
-    single process.
+    """Complete the launcher's variables and return the number of processes of the run.
 
-    Without a launcher's RANK, that of srun's or of Open MPI's processes is taken, with the other values.
+    If the launcher set no RANK, the values come from srun's or Open MPI's variables. Afterwards the environment either
+    has all of :data:`NAMES` or describes a single process.
 
     Raises:
-        UserError: the variables are empty, malformed, incomplete or contradict each other; or several processes were
-            started, and nothing says which one this is.
+        UserError: the variables are empty, malformed, incomplete or contradictory; or several processes were started
+            and this process's rank is unknown.
     """
     for name in (name for name in dict.fromkeys((*NAMES, *NUMBERS)) if name in environment):
         if not environment[name].strip():
@@ -45,7 +45,7 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
         for name, value in found.items():
             if name in NUMBERS and name != "MASTER_PORT" and int(environment.get(name, value)) != int(value):
                 raise UserError(
-                    f"the environment variable {name} is {environment[name]}, and the job says {value}: unset {name}"
+                    f"the environment variable {name} is {environment[name]}, but the job sets {value}: unset {name}"
                 )
             environment.setdefault(name, value)
     if not any(name in environment for name in NAMES):
@@ -72,35 +72,34 @@ def _check_number(name: str, text: str) -> None:
 def _check(environment: Mapping[str, str]) -> None:
     values = {name: int(environment[name]) for name in NUMBERS if name in environment}
     rank, size, local = values["RANK"], values["WORLD_SIZE"], values.get("LOCAL_RANK", 0)
-    here = values.get("LOCAL_WORLD_SIZE", values.get("LOCAL_SIZE", size))  # DeepSpeed's launcher says LOCAL_SIZE
+    here = values.get("LOCAL_WORLD_SIZE", values.get("LOCAL_SIZE", size))  # DeepSpeed's launcher sets LOCAL_SIZE
     if not (rank < size and local < here <= size):
-        said = ", ".join(f"{name}={value}" for name, value in values.items() if name != "MASTER_PORT")
+        found = ", ".join(f"{name}={value}" for name, value in values.items() if name != "MASTER_PORT")
         raise UserError(
-            f"the environment variables contradict each other ({said}), since a rank is below the number of ranks in "
-            f"the run and on its machine: {HOW}"
+            f"the environment variables contradict each other ({found}): a rank must be less than the number of ranks "
+            f"in the run and on its machine; {HOW}"
         )
     if not 0 < values.get("MASTER_PORT", 1) < 65536:
         raise UserError(f"the environment variable MASTER_PORT must be 1 to 65535, got {values['MASTER_PORT']}")
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The values of a task of srun's; nothing outside of one, as in the shell of salloc."""
+    """The launcher's variables for a task of srun; empty outside of a task, as in the shell of salloc."""
     size = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or "1"
     if "SLURM_PROCID" not in environment:
         return {}
     if size == "1":
         if environment["SLURM_PROCID"].strip() not in ("", "0"):
             raise UserError(
-                f"Slurm's variables contradict each other: SLURM_PROCID is {environment['SLURM_PROCID']}, and there is "
-                f"one task: {HOW}"
+                f"Slurm's variables contradict each other: SLURM_PROCID is {environment['SLURM_PROCID']}, but there is "
+                f"only one task; {HOW}"
             )
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     missing = [name for name in SLURM_NAMES if not environment.get(name, "").strip()]
     if missing:
         raise UserError(
-            f"Slurm was asked for {size} tasks, and nothing says which of them this process is ({', '.join(missing)} "
-            f"not set, as within srun): {HOW}; for a single process ask for --ntasks=1, with --cpus-per-task for its "
-            "cores"
+            f"the Slurm job has {size} tasks, but it is unknown which of them this process is ({', '.join(missing)} "
+            f"not set; srun sets them): {HOW}; for a single process use --ntasks=1, with --cpus-per-task for its cores"
         )
     for name in ("SLURM_PROCID", "SLURM_LOCALID"):
         _check_number(name, environment[name])
@@ -113,13 +112,13 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_of_node(environment)),
         "MASTER_ADDR": re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first),
-        # Two steps on one machine must not meet each other.
+        # Two job steps on one machine must not use the same port.
         "MASTER_PORT": str(20000 + (job + 1009 * step) % 20000),
     }
 
 
 def _tasks_of_node(environment: Mapping[str, str]) -> int:
-    """How many tasks this node has, out of Slurm's "2(x3),1"."""
+    """Number of tasks on this node, from Slurm's compressed list, e.g. "2(x3),1"."""
     counts: list[int] = []
     for entry in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
         match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", entry.strip())
@@ -127,14 +126,14 @@ def _tasks_of_node(environment: Mapping[str, str]) -> int:
     number = environment["SLURM_NODEID"]
     if not number.isdecimal() or int(number) >= len(counts):
         raise UserError(
-            f"Slurm's variables contradict each other: SLURM_NODEID is {number}, and SLURM_STEP_TASKS_PER_NODE "
-            f"{environment['SLURM_STEP_TASKS_PER_NODE']} names {len(counts)} nodes: {HOW}"
+            f"Slurm's variables contradict each other: SLURM_NODEID is {number}, but SLURM_STEP_TASKS_PER_NODE="
+            f"{environment['SLURM_STEP_TASKS_PER_NODE']} lists {len(counts)} nodes; {HOW}"
         )
     return counts[int(number)]
 
 
 def _of_open_mpi(environment: Mapping[str, str]) -> dict[str, str]:
-    """The values of a process of Open MPI's mpirun; the address only where all processes are on this machine."""
+    """The launcher's variables for a process of Open MPI's mpirun; the address only if all are on this machine."""
     size = environment.get("OMPI_COMM_WORLD_SIZE")
     if size is None:
         return {}
@@ -144,15 +143,14 @@ def _of_open_mpi(environment: Mapping[str, str]) -> dict[str, str]:
     for name, value in found.items():
         if not value.isdecimal():
             raise UserError(
-                f"mpirun started {size} processes, and OMPI_COMM_WORLD_{parts[name]} does not say which of them this "
-                f"is: {HOW}"
+                f"mpirun started {size} processes, but OMPI_COMM_WORLD_{parts[name]} is not set to an integer: {HOW}"
             )
     if size == found["LOCAL_WORLD_SIZE"]:
         found["MASTER_ADDR"] = "127.0.0.1"
     elif "MASTER_ADDR" not in environment:
         raise UserError(
-            f"mpirun started {size} processes on several machines, and nothing says where rank 0 is: give its machine "
-            "with mpirun -x MASTER_ADDR=HOST"
+            f"mpirun started {size} processes on several machines, but the host of rank 0 is unknown: set it with "
+            "mpirun -x MASTER_ADDR=HOST"
         )
     return found | {"WORLD_SIZE": size}
 
@@ -162,6 +160,6 @@ def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
         size = environment.get(name, "1")
         if size.isdecimal() and int(size) > 1:
             raise UserError(
-                f"{size} processes were started ({name}), and RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR do not say "
-                f"which of them this is: {HOW}"
+                f"{size} processes were started ({name}), but RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR are not "
+                f"set: {HOW}"
             )

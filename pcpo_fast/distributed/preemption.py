@@ -1,9 +1,9 @@
-"""Ending a run in order when the machine is wanted back: SIGTERM, which Slurm and clouds send, and SIGINT (Ctrl-C).
+"""Graceful shutdown on SIGTERM, which Slurm and cloud providers send before preemption, and SIGINT (Ctrl-C).
 
-The first signal asks. Ranks agree on it before a forward of the model, or between epochs, all at the same one, and
-leave the epoch where its weights are still those of the epoch before; in the middle of an update they go on to the end
-of the epoch, if the grace allows. A second signal, or the end of the grace, ends the process at once: also one that
-waits for another rank within a collective, since a thread watches that needs nothing of the main one.
+The first signal requests a stop. Ranks agree on it at the same point, before a forward of the model or between epochs.
+If the weights are still those of the previous epoch, they abandon the epoch there; in the middle of an update they
+continue to the end of the epoch, if the grace period allows. A second signal, or the end of the grace period, ends the
+process immediately, even one blocked in a collective: a separate thread watches for both.
 """
 
 import os
@@ -26,16 +26,16 @@ from pcpo_fast.distributed.collectives import is_distributed, lost_rank, world_s
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_PREEMPTED = 75
-"""Exit code of a run that SIGTERM ended in order (``EX_TEMPFAIL``: try again): put it back into the queue."""
+"""Exit code of a run shut down gracefully by SIGTERM (``EX_TEMPFAIL``: try again), for schedulers that requeue it."""
 
 ECHO = 2.0
-"""Seconds in which further signals count as the first one: a launcher passes on what the terminal has sent already."""
+"""Seconds within which further signals count as the first: a launcher forwards a signal that the terminal also sent."""
 
 
 class Stopped(BaseException):
-    """The run leaves because a signal asked for it; raised on every rank at the same point.
+    """The run stops because of a signal; raised on every rank at the same point.
 
-    No ``except Exception`` holds it up, as with :class:`KeyboardInterrupt`.
+    Like :class:`KeyboardInterrupt`, it is not caught by ``except Exception``.
 
     Attributes:
         exit_code: :data:`EXIT_PREEMPTED` after SIGTERM, 130 after SIGINT.
@@ -48,16 +48,16 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Listens for signals while it is entered; all ranks must enter it together.
+    """Context manager that handles stop signals; all ranks must enter it together.
 
     Args:
         grace: seconds from the first signal to the end of the process.
-        patience: how long ranks wait for each other in :meth:`poll`.
-        announce: called once, with a sentence, when the first signal is there; from another thread.
+        patience: timeout of the collective in :meth:`poll`.
+        announce: called once with a message when the first signal arrives; from another thread.
 
     Attributes:
-        whole: whether the weights are those of a whole number of epochs, so that leaving loses nothing.
-        reserve: seconds of the grace that writing a checkpoint takes.
+        whole: whether the weights are those at the end of an epoch, so that stopping loses no update.
+        reserve: seconds of the grace period reserved for writing a checkpoint.
     """
 
     def __init__(self, grace: float, patience: timedelta, announce: Callable[[str], None]) -> None:
@@ -70,9 +70,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if is_distributed():
-            # Apart from the group of the training, whose collectives may be under way in the background.
+            # A group of its own, because collectives of the training's group may be running in the background.
             self._group = dist.new_group(backend="gloo", timeout=self.patience)
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python cannot listen
+        if threading.current_thread() is threading.main_thread():  # Python sets signal handlers there only
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
             self._former_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -91,10 +91,10 @@ class StopRequest:
             self._before = {}
 
     def poll(self) -> None:
-        """A point where the run may end; all ranks must reach the same points in the same order.
+        """Stop here if a signal has arrived. Collective: all ranks must call it equally often.
 
         Raises:
-            Stopped: a rank was asked to stop, and nothing is lost by it, or the grace is nearly over.
+            Stopped: some rank received a signal, and :attr:`whole` is set or the grace period is nearly over.
             UserError: another rank has died.
         """
         number, over = self._number, self._is_nearly_over()
@@ -110,7 +110,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block that may take long, changes nothing, and is left at once, unless there are several ranks."""
+        """A long block without side effects that a signal interrupts immediately, if there is only one rank."""
         self._interruptible = world_size() == 1
         try:
             if self._interruptible and self._number:
@@ -130,7 +130,7 @@ class StopRequest:
             raise Stopped(self._number)
 
     def _watch(self) -> None:
-        """Read the signals' numbers as they come, whatever the main thread is at, and keep the time."""
+        """Read signal numbers as they arrive, independently of the main thread, and enforce the grace period."""
         reader, first, end = self._reader, 0.0, None
         echo = ECHO if "MASTER_ADDR" in os.environ else 0.0
         with reader:
@@ -145,8 +145,8 @@ class StopRequest:
                     if end is None:
                         first, end = time.monotonic(), time.monotonic() + self.grace
                         self.announce(
-                            f"{signal.Signals(number).name}: the run ends in order, within {self.grace:g} s "
-                            "(checkpoint.grace); a second signal ends it at once"
+                            f"{signal.Signals(number).name}: the run stops gracefully, within {self.grace:g} s "
+                            "(checkpoint.grace); a second signal stops it immediately"
                         )
                     elif time.monotonic() - first >= echo:
                         _leave("a second signal", 128 + number)
@@ -154,12 +154,12 @@ class StopRequest:
 
 def _leave(why: str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.write(2, f"stopped at once: {why}; the run can be resumed from its newest checkpoint\n".encode())
+        os.write(2, f"stopped immediately: {why}; the run can be resumed from its newest checkpoint\n".encode())
     os._exit(code)
 
 
 class Polled(nn.Module):
-    """A module that asks before every forward whether the run is to end."""
+    """Wraps a module and calls ``poll`` before every forward."""
 
     def __init__(self, module: nn.Module, poll: Callable[[], None]) -> None:
         super().__init__()
@@ -167,6 +167,6 @@ class Polled(nn.Module):
         self._poll = poll
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The module's forward."""
+        """Poll, then call the module."""
         self._poll()
         return self._inner[0](*inputs, **named)

@@ -1,7 +1,7 @@
-"""Where the processes of a run meet: who has not come is named, instead of a wait without end.
+"""Where the processes of a run meet: missing ranks are named in an error instead of waited for indefinitely.
 
-A rank that gives up before says so here, so that the others need not wait for it, and the first of each machine, whose
-output a launcher shows, says what was wrong with whom.
+A rank that fails before it has met the others reports its error here, so that they need not wait for it; the first rank
+of each machine, whose output launchers show, prints which rank failed and why.
 """
 
 import contextlib
@@ -21,27 +21,27 @@ from pcpo_fast.distributed.collectives import ranks_per_machine
 from pcpo_fast.distributed.watchdog import GAVE_UP
 from pcpo_fast.errors import UserError, reason_of, shared
 
-LOOK = 0.2
-"""Seconds between two looks at who has come."""
+POLL_SECONDS = 0.2
+"""Interval at which ranks check who has arrived."""
 
-HEARING = timedelta(seconds=30)
-"""How long a rank that gives up waits for the others to hear of it."""
+REPORT_TIMEOUT = timedelta(seconds=30)
+"""How long a failed rank waits for the others to receive its error."""
 
-LEAVING = 5.0
-"""Seconds at most that ranks which give up wait for each other before they leave."""
+EXIT_SECONDS = 5.0
+"""How long failed ranks wait for each other before they exit."""
 
-_store: dist.Store | None = None  # where this process has met the others
+_store: dist.Store | None = None  # the store through which this process has met the others
 
 
 def meet(patience: timedelta) -> dist.Store:
-    """The store of the launcher's processes (MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE), once all have come to it.
+    """Wait for all processes of the launcher (MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE) and return their store.
 
     Args:
         patience: how long to wait for the last of them.
 
     Raises:
-        UserError: rank 0 cannot be reached, or some ranks have not come; says which, and where the others are. Or
-            some have given up; says why.
+        UserError: rank 0 cannot be reached; some ranks are missing (says which, and which are present); or some have
+            failed (says why).
     """
     global _store
     size = int(os.environ["WORLD_SIZE"])
@@ -55,11 +55,11 @@ def meet(patience: timedelta) -> dist.Store:
 
 @contextmanager
 def heard(error: UserError) -> Iterator[str | None]:
-    """Tell the other ranks that this one gives up; within the block it says what it is given.
+    """Report this rank's error to the others; within the block the caller prints what is yielded.
 
     Yields:
-        The sentence to say, which names the rank where not all have the same; None where another process of this
-        machine says it.
+        The message to print, which names the rank unless all ranks have the same error; None if another process of
+        this machine prints it.
     """
     global _store
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -76,7 +76,7 @@ def heard(error: UserError) -> Iterator[str | None]:
             _store.add("problems", 1)
             _wait_for_all(_store, rank, size, HEARING)
             told = _problem_told(_store, size)
-        except (UserError, RuntimeError):  # the others are away, or busy for long
+        except (UserError, RuntimeError):  # the others cannot be reached, or do not answer in time
             yield own
             return
         yield told if first_here else None
@@ -85,7 +85,7 @@ def heard(error: UserError) -> Iterator[str | None]:
 
 
 def _problem_told(store: dist.Store, size: int) -> str | None:
-    """What the ranks that have given up say, once all ranks have come; None where none has."""
+    """The error of the ranks that have failed, once all ranks have arrived; None if none has."""
     if store.add("problems", 0) == 0:
         return None
     keys = {rank: f"problem/{rank}" for rank in range(size)}
@@ -97,16 +97,16 @@ def _problem_told(store: dist.Store, size: int) -> str | None:
 
 
 def _leave_together(store: dist.Store, rank: int, size: int) -> None:
-    """Launchers end the other processes when one has left: all have said what they had to by then, and the process of
-    rank 0, which may keep the store, leaves last.
+    """Exit only after all ranks have printed: launchers kill the others when one exits. Rank 0, which may host the
+    store, exits last.
     """
-    end = time.monotonic() + LEAVING
+    end = time.monotonic() + EXIT_SECONDS
 
     def wait_for(key: str, count: int) -> None:
         while store.add(key, 0) < count and time.monotonic() < end:
-            time.sleep(LOOK / 4)
+            time.sleep(POLL_SECONDS / 4)
 
-    with contextlib.suppress(RuntimeError):  # rank 0 has left
+    with contextlib.suppress(RuntimeError):  # rank 0 has exited
         store.add("said all", 1)
         wait_for("said all", size)
         if rank:
@@ -116,31 +116,32 @@ def _leave_together(store: dist.Store, rank: int, size: int) -> None:
 
 
 def _is_first_to_say(sentence: str, rank: int, named: str) -> bool:
-    """Whether no other process of this machine says it already; the watchdogs of all ranks find it from now on."""
+    """Whether no other process of this machine has printed this error; also publishes it to all ranks' watchdogs."""
     if _store is None:
         return True
     digest = hashlib.sha256(sentence.encode()).hexdigest()
     try:
         _store.set(GAVE_UP, json.dumps([rank, named]))
         return _store.add(f"said/{socket.gethostname()}/{digest}", 1) == 1
-    except RuntimeError:  # the process that keeps the store is gone
+    except RuntimeError:  # the process that hosts the store is gone
         return True
 
 
 def connect(patience: timedelta, *, may_host: bool = False) -> dist.Store:
-    """A connection to the store of the launcher's processes; a thread needs one of its own, since on that of
-    :func:`meet` it would wait behind the main thread.
+    """Connect to the store of the launcher's processes.
+
+    A thread needs a connection of its own: on that of :func:`meet` it would wait for the main thread's requests.
 
     Args:
         patience: how long to wait for the store.
-        may_host: whether this process keeps the store where the launcher does not.
+        may_host: whether this process hosts the store if the launcher does not.
 
     Raises:
         UserError: it cannot be reached.
     """
     rank = int(os.environ["RANK"])
     address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "29500")
-    # torchrun keeps a store at this address itself, and counts its restarts.
+    # torchrun hosts a store at this address itself, and counts its restarts.
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store: dist.Store = dist.TCPStore(
@@ -168,19 +169,18 @@ def _wait_for_all(store: dist.Store, rank: int, world_size: int, patience: timed
         if time.monotonic() > give_up:
             here = [(r, store.get(f"present/{r}").decode()) for r in range(world_size) if r not in missing]
             raise UserError(
-                f"{_ranks(missing)} of {world_size} did not come within {patience.total_seconds():.0f} s "
-                f"(distributed.start_timeout); {home_of(missing, os.environ)}here are {by_host(here)}: look at the "
-                "output of the machine that is missing, and whether every machine was started with the same number of "
-                "processes"
+                f"{_ranks(missing)} of {world_size} did not connect within {patience.total_seconds():.0f} s "
+                f"(distributed.start_timeout); {home_of(missing, os.environ)}connected are {by_host(here)}: check the "
+                "output of the missing machine, and that every machine was started with the same number of processes"
             ) from TimeoutError()
-        time.sleep(LOOK)
+        time.sleep(POLL_SECONDS)
 
 
 def home_of(missing: Iterable[int], environment: Mapping[str, str]) -> str:
-    """Where ranks that have not come belong, as far as the launcher's environment tells: "..., " or nothing.
+    """Which machines missing ranks belong to, as a clause of the error message; "" if the environment does not tell.
 
-    Launchers number ranks machine by machine, and say how many a machine has (``LOCAL_WORLD_SIZE``, DeepSpeed's
-    ``LOCAL_SIZE``); Slurm also names the machines of the job in their order (``SLURM_JOB_NODELIST``).
+    Launchers number ranks machine by machine and set the number per machine (``LOCAL_WORLD_SIZE``, DeepSpeed's
+    ``LOCAL_SIZE``); Slurm also lists the job's machines in order (``SLURM_JOB_NODELIST``).
     """
     per_machine = ranks_per_machine(environment)
     if per_machine is None:
@@ -192,7 +192,7 @@ def home_of(missing: Iterable[int], environment: Mapping[str, str]) -> str:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Slurm's short form of host names, "node[01-03,7],gpu2", as the names; none where it is of another form."""
+    """Expand Slurm's compressed host list, e.g. "node[01-03,7],gpu2"; an empty list if it cannot be parsed."""
     hosts: list[str] = []
     for entry in re.split(r",(?![^\[]*\])", text) if text else ():
         whole = re.fullmatch(r"([^\[\]]+)(?:\[([\d,-]+)\])?([^\[\]]*)", entry)

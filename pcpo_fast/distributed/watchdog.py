@@ -1,7 +1,7 @@
-"""A thread that notices when a run stands still, and says which rank the others wait for.
+"""A thread that detects a hung run and reports which rank the others are waiting for.
 
-A collective waits in silence for a rank that does not come, and when its time is up it can only say that it is.
-Every rank therefore writes into the store that the processes met at how far it is, and reads what the others wrote.
+A collective waits silently for a missing rank, and its timeout error does not name that rank. Every rank therefore
+writes its progress to the store through which the processes met, and reads that of the others.
 """
 
 import json
@@ -15,25 +15,25 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what shows progress says how far it is, and need not load torch for it
+if TYPE_CHECKING:  # the progress display imports this module, and should not load torch for it
     import torch.distributed as dist
 
 EXIT_STALLED = 4
-"""Exit code of a process that gives up because the run stands still, or another rank has given up."""
+"""Exit code of a process that ends because the run hangs or another rank has failed."""
 
 GAVE_UP = "gave up"
-"""Key in the store: the rank that has given up, and what it says."""
+"""Key in the store: the rank that has failed, and its error message."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last wrote.
+    """A rank's latest heartbeat.
 
     Attributes:
-        rank, host: whose it is.
-        count: how many notes the rank had made.
-        what: the last of them: what it does.
-        standing: seconds since that note.
+        rank, host: of the process.
+        count: number of :func:`note` calls so far.
+        what: text of the latest one: what the rank is doing.
+        standing: seconds since that call.
         at: time of writing, seconds since 1970.
     """
 
@@ -46,18 +46,18 @@ class Beat:
 
 
 def explain(beats: Sequence[Beat], missing: Sequence[int], now: float, silent_after: float) -> str:
-    """Which rank the others wait for, as far as their beats tell.
+    """Which rank the others are waiting for, according to their heartbeats.
 
     Args:
         beats: of the ranks that have written one.
-        missing: ranks that never have.
+        missing: ranks that have never written one.
         now: seconds since 1970.
-        silent_after: a beat that is older is of a process that has stopped.
+        silent_after: seconds after which a rank without a new heartbeat counts as dead.
     """
-    lost = [f"rank {rank} has never given a sign" for rank in missing]
+    lost = [f"rank {rank} has sent no heartbeat" for rank in missing]
     silent = [beat for beat in beats if now - beat.at > silent_after]
     lost += [
-        f"rank {beat.rank} on {beat.host} has given no sign for {now - beat.at:.0f} s (last: {beat.what})"
+        f"rank {beat.rank} on {beat.host} has sent no heartbeat for {now - beat.at:.0f} s (last: {beat.what})"
         for beat in silent
     ]
     if lost:
@@ -65,19 +65,19 @@ def explain(beats: Sequence[Beat], missing: Sequence[int], now: float, silent_af
     least = min(beat.count for beat in beats)
     behind = [beat for beat in beats if beat.count == least]
     if len(behind) == len(beats):
-        return f"all {len(beats)} ranks are at the same point ({behind[0].what}) and alive, so none of them is late"
+        return f"all {len(beats)} ranks are alive and at the same point ({behind[0].what}), so none is behind"
     late = [f"rank {b.rank} on {b.host} ({b.what}, for {b.standing:.0f} s)" for b in behind]
     furthest = max(beats, key=lambda beat: beat.count)
     return f"the others wait for {', '.join(late)}; the furthest is rank {furthest.rank} ({furthest.what})"
 
 
 class Watchdog:
-    """Writes this rank's beats, and ends the process with a message where nothing has moved for too long.
+    """Writes this rank's heartbeats, and ends the process with a message after a period without progress.
 
     Args:
-        store: where the ranks met; used by the watching thread alone.
+        store: through which the ranks met; used only by the watching thread.
         rank, world_size: of this process.
-        timeout: how long nothing may move.
+        timeout: longest period without progress.
         give_up: called with the message; the default prints it and ends the process.
     """
 
@@ -99,26 +99,26 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching: what follows needs no other rank."""
+        """Stop the thread; for work that needs no other rank."""
         self._stop.set()
         self._thread.join()
 
     def note(self, what: str) -> None:
-        """Something has been done, and ``what`` comes next."""
+        """Record progress; ``what`` names what comes next."""
         self.count, self.what, self.since = self.count + 1, what, time.monotonic()
 
     def beat(self) -> None:
-        """Write how far this rank is."""
+        """Write this rank's heartbeat."""
         standing = time.monotonic() - self.since
         mine = Beat(self.rank, self.host, self.count, self.what, standing, time.time())
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(mine)))
 
     def message(self) -> str:
-        """What is said when the run stands still."""
+        """The error message for a hung run."""
         beats, missing = [], []
         for rank in range(self.world_size):
             key = f"beat/{rank}"
@@ -128,7 +128,7 @@ class Watchdog:
                 missing.append(rank)
         reason = explain(beats, missing, time.time(), 3 * self.interval + 5)
         return (
-            f"the run has stood still for {self.timeout:.0f} s (distributed.timeout) at rank {self.rank} on "
+            f"no progress for {self.timeout:.0f} s (distributed.timeout) at rank {self.rank} on "
             f"{self.host} ({self.what}): {reason}"
         )
 
@@ -140,8 +140,8 @@ class Watchdog:
                 message = self.message() if stalled else ""
                 if self.store.check([GAVE_UP]):
                     rank, said = json.loads(self.store.get(GAVE_UP))
-                    stalled, message = rank != self.rank, f"another rank has given up: {said}"
-            except RuntimeError as error:  # the store's process is gone, and usually the run with it
+                    stalled, message = rank != self.rank, f"another rank has failed: {said}"
+            except RuntimeError as error:  # the process that hosts the store is gone, and usually the run with it
                 reason = str(error).splitlines()[0]
                 message = f"rank {self.rank} on {self.host} cannot reach the process of rank 0: {reason}"
                 stalled = time.monotonic() - self.since > min(self.timeout, 6 * self.interval)
@@ -152,14 +152,14 @@ class Watchdog:
 
 def _leave(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(EXIT_STALLED)  # the main thread sits in a collective, which nothing but the process's end breaks off
+    os._exit(EXIT_STALLED)  # the main thread is blocked in a collective, which only the end of the process interrupts
 
 
 _current: Watchdog | None = None
 
 
 def set_watchdog(watchdog: Watchdog | None) -> None:
-    """Make a watchdog the process's own, in place of an earlier one; None: none."""
+    """Start the process's watchdog, and stop an earlier one; None only stops it."""
     global _current
     if _current is not None:
         _current.stop()
@@ -169,6 +169,6 @@ def set_watchdog(watchdog: Watchdog | None) -> None:
 
 
 def note(what: str) -> None:
-    """Tell the process's watchdog, if it has one, that something has been done and what comes next."""
+    """Record progress with the process's watchdog, if it has one; ``what`` names what comes next."""
     if _current is not None:
         _current.note(what)

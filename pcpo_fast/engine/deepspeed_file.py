@@ -1,6 +1,6 @@
-"""A user's DeepSpeed JSON: read strictly, and everything that is wrong with it said at once.
+"""Strict validation of a user's DeepSpeed JSON, with all problems in one error.
 
-DeepSpeed itself ignores keys that it does not know at the top level, and takes ``true`` for stage 1 and ``"8"`` for 8.
+DeepSpeed itself ignores unknown top-level keys, and accepts ``true`` as stage 1 and ``"8"`` as 8.
 """
 
 import copy
@@ -38,28 +38,28 @@ OWNED_KEYS = {
     "activation_checkpointing": "model.gradient_checkpointing",
     "compile": "model.compile",
 }
-"""DeepSpeed settings that the configuration decides; naming them in the JSON would say the same thing twice."""
+"""DeepSpeed settings that the configuration decides, by where it does; the JSON must not set them again."""
 
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-"""Owned keys that may be ``"auto"``, which asks for just that: the configuration's value."""
+"""Owned keys that may be ``"auto"``, which means the configuration's value."""
 
 _FIXED: dict[str, Any] = {
     "communication_data_type": "fp32",
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
-    # In bf16 a sum of a thousand micro-batches loses half of them.
+    # A bf16 sum of a thousand micro-batches loses half of them to rounding.
     "data_types.grad_accum_dtype": "fp32",
 }
-"""Keys that only work with one value."""
+"""Keys that must have this value."""
 _CHOICES = {
     "log_level": ("debug", "info", "warning", "error", "critical"),
     "checkpoint.tag_validation": ("ignore", "warn", "fail"),
 }
-"""Strings, in any case, that DeepSpeed accepts."""
+"""Strings that DeepSpeed accepts, in upper or lower case."""
 
 
 class _Strict(BaseModel):
-    """Settings that DeepSpeed has no model for, with their types; defaults play no part."""
+    """Types of settings for which DeepSpeed has no pydantic model; the defaults are not used."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -113,20 +113,20 @@ class _Plain(_Strict):
 
 
 _REFUSED = {
-    "checkpoint.writer": "a checkpoint is read back when written, and takes its name only then",
-    "checkpoint.checkpoint_serialization": "a checkpoint is read back when written, and needs its checksums",
-    "datastates_ckpt": "a checkpoint is read back when written, and takes its name only then",
-    "zero_optimization.legacy_stage1": "DeepSpeed has no such stage any more",
-    "zero_optimization.cpu_offload": "it is called offload_optimizer",
-    "zero_optimization.cpu_offload_param": "it is called offload_param",
-    "zero_optimization.cpu_offload_use_pin_memory": "it is pin_memory of offload_optimizer and offload_param",
-    "zero_optimization.zenflow": "it needs an optimizer of DeepSpeed's",
-    "zero_optimization.offload_optimizer.super_offload": "it needs an optimizer of DeepSpeed's",
+    "checkpoint.writer": "a checkpoint is verified after writing and renamed only then",
+    "checkpoint.checkpoint_serialization": "a checkpoint is verified after writing, which needs its checksums",
+    "datastates_ckpt": "a checkpoint is verified after writing and renamed only then",
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer has this stage",
+    "zero_optimization.cpu_offload": "it is now called offload_optimizer",
+    "zero_optimization.cpu_offload_param": "it is now called offload_param",
+    "zero_optimization.cpu_offload_use_pin_memory": "it is now pin_memory in offload_optimizer and offload_param",
+    "zero_optimization.zenflow": "it needs one of DeepSpeed's own optimizers",
+    "zero_optimization.offload_optimizer.super_offload": "it needs one of DeepSpeed's own optimizers",
     "zero_optimization.zero_quantized_weights": "it changes the precision, which model.dtype decides",
     "zero_optimization.zero_quantized_nontrainable_weights": "it changes the precision, which model.dtype decides",
     "zero_optimization.zero_quantized_gradients": "it changes the precision, which model.dtype decides",
 }
-"""Keys that are not allowed, unless they are off."""
+"""Keys that are not allowed unless off, with the reason."""
 
 _WITHOUT_EFFECT = (
     "autotuning",
@@ -150,31 +150,31 @@ _WITHOUT_EFFECT = (
     "use_data_before_expert_parallelism",
     "vocabulary_size",
 )
-"""Keys that DeepSpeed knows, or has known, and this trainer makes no use of."""
+"""Keys of current or past versions of DeepSpeed that have no effect in this trainer."""
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "flops_profiler": "einops"}
-"""What loggers and profilers import once they are enabled."""
+"""Packages that loggers and profilers need when enabled."""
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that remembers which keys it was given twice."""
+    """A JSON object that records duplicate keys."""
 
     twice: tuple[str, ...] = ()
 
 
 def read_deepspeed_file(path: Path, models: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    """The settings of a DeepSpeed JSON, without those that are ``"auto"``.
+    """Read and validate a DeepSpeed JSON; settings that are ``"auto"`` are dropped.
 
     Args:
         path: the file.
-        models: DeepSpeed's own models of sections, by their key ("timers.throughput" for one within another).
+        models: DeepSpeed's pydantic models of sections, by key ("timers.throughput" for a nested one).
 
     Raises:
-        UserError: the file cannot be read; or one sentence with all keys that are wrong.
+        UserError: the file cannot be read, or keys are invalid; the message lists all of them.
     """
     settings = _read(path)
     broken = list(_broken(settings, ""))
-    infinite = tuple(f"{text.split()[0]}:" for text in broken)  # of those, the types need not be spoken of
+    infinite = tuple(f"{text.split()[0]}:" for text in broken)  # type errors of these would be redundant
     problems = [*broken, *(text for text in _problems(settings, models) if not text.startswith(infinite or ("\n",)))]
     if problems:
         raise UserError(f"{path}: {'; '.join(dict.fromkeys(problems))}")
@@ -182,21 +182,21 @@ def read_deepspeed_file(path: Path, models: Mapping[str, type[BaseModel]]) -> di
         found = settings.get("zero_optimization", {}).get(section) or {}
         if name in found:
             found[name] = os.path.expanduser(found[name])
-    # DeepSpeed pickles its configuration into every checkpoint, and those are read without classes of ours.
+    # DeepSpeed pickles its configuration into every checkpoint, and loading one must not need our classes.
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 
 def check_machine(settings: Mapping[str, Any], file: str | None, asynchronous_io: Callable[[], bool]) -> None:
-    """Refuse what this machine lacks: folders and libraries for NVMe, packages of loggers and profilers.
+    """Check for the folders and libraries that NVMe offload needs and the packages of loggers and profilers.
 
     Args:
-        settings: of :func:`read_deepspeed_file`.
-        file: where they are from.
-        asynchronous_io: says whether DeepSpeed can read and write files in the background here.
+        settings: from :func:`read_deepspeed_file`.
+        file: their source, for messages.
+        asynchronous_io: whether DeepSpeed's asynchronous file I/O works on this machine.
 
     Raises:
-        UserError: one sentence with everything that is missing.
+        UserError: something is missing; the message lists everything.
     """
     problems = [
         f"{section} is enabled, but {package} is not installed (pip install {package})"
@@ -206,11 +206,11 @@ def check_machine(settings: Mapping[str, Any], file: str | None, asynchronous_io
     for name in _on_nvme(settings["zero_optimization"]):
         folder = Path(settings["zero_optimization"][name]["nvme_path"])
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            problems.append(f"zero_optimization.{name}.nvme_path: {folder} is not a folder that can be written")
+            problems.append(f"zero_optimization.{name}.nvme_path: {folder} is not a writable folder")
         if not asynchronous_io():
             problems.append(
                 f"zero_optimization.{name}.device: nvme needs libaio and its headers, from which DeepSpeed builds "
-                "async_io (apt install libaio-dev; `ds_report` says what is missing), or take cpu"
+                "async_io (apt install libaio-dev; `ds_report` shows what is missing); or set it to cpu"
             )
     if problems:
         raise UserError(f"{file}: {'; '.join(problems)}")
@@ -231,7 +231,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"deepspeed: {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"deepspeed: {path} line {error.lineno}: not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; brackets nested too deep
         raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"deepspeed: {path} must contain a JSON object")
@@ -239,7 +239,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _broken(value: Any, key: str) -> Iterator[str]:
-    """What is wrong with the text of any JSON file."""
+    """Problems of any JSON file: duplicate keys and non-finite numbers."""
     if isinstance(value, _Object):
         yield from (f"{_below(key, name)} is given twice" for name in value.twice)
         for name, below in value.items():
@@ -262,7 +262,7 @@ def _problems(settings: dict[str, Any], models: Mapping[str, type[BaseModel]]) -
                 yield f"{key} is set by the configuration ({OWNED_KEYS[key]}), so remove it from the DeepSpeed file"
         elif key == "timers":
             if not isinstance(value, dict) or value.keys() - {"throughput"}:
-                yield f"timers: must be an object with throughput alone, got {_shown(value)}"
+                yield f"timers: must be an object with only the key throughput, got {_shown(value)}"
             elif "throughput" in value:
                 yield from _modelled("timers.throughput", value["throughput"], models["timers.throughput"])
         elif key in models:
@@ -279,11 +279,11 @@ def _problems(settings: dict[str, Any], models: Mapping[str, type[BaseModel]]) -
     if isinstance(zero, dict):
         yield from _zero_problems(zero)
     if settings.get("gradient_predivide_factor", 1) == 0:
-        yield "gradient_predivide_factor must not be 0, since gradients are divided by it"
+        yield "gradient_predivide_factor must not be 0, because gradients are divided by it"
     for key, fixed in _FIXED.items():
         value = _at(settings, key)
         if value is not None and value != fixed:
-            yield f"{key} must be {json.dumps(fixed)} or left out, got {_shown(value)}"
+            yield f"{key} must be {json.dumps(fixed)} or omitted, got {_shown(value)}"
     for key, allowed in _CHOICES.items():
         value = _at(settings, key)
         if isinstance(value, str) and value.lower() not in allowed:
@@ -291,29 +291,29 @@ def _problems(settings: dict[str, Any], models: Mapping[str, type[BaseModel]]) -
     for key, reason in _REFUSED.items():
         value = _at(settings, key)
         if value is not None and value is not (key == "checkpoint.checkpoint_serialization"):
-            yield f"{key} is not allowed, since {reason}; remove it"
+            yield f"{key} is not allowed ({reason}); remove it"
 
 
 def _zero_problems(zero: dict[str, Any]) -> Iterator[str]:
-    """What DeepSpeed's own model of ZeRO does not know of."""
+    """Problems of the ZeRO section that DeepSpeed's own model does not detect."""
     stage = zero.get("stage", 1)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
-        # Stage 0 reports no gradient norm and keeps bf16 gradients; stage 1 costs nothing more, on one GPU too.
+        # Stage 0 reports no gradient norm and keeps bf16 gradients; stage 1 costs no more, even on one GPU.
         yield f"zero_optimization.stage must be 1, 2 or 3, got {_shown(stage)}"
         return
     if zero.get("compute_grad_norm") is False:
-        yield "zero_optimization.compute_grad_norm must be true: the norm is what gradients are clipped by"
+        yield "zero_optimization.compute_grad_norm must be true: clipping needs the gradient norm"
     for name in _on_nvme(zero):
         if stage != 3:
-            yield f"zero_optimization.{name}.device: nvme has an effect at stage 3 only, and the stage is {stage}"
+            yield f"zero_optimization.{name}.device: nvme only takes effect with stage 3, but the stage is {stage}"
         if not zero[name].get("nvme_path"):
-            yield f"zero_optimization.{name}.nvme_path is missing: the folder that nvme writes to"
+            yield f"zero_optimization.{name}.nvme_path is missing: give the folder for nvme"
     if stage != 3:
         offload, hpz = zero.get("offload_param"), zero.get("zero_hpz_partition_size")
         if isinstance(offload, dict) and offload.get("device", "none") == "cpu":
-            yield f"zero_optimization.offload_param has an effect at stage 3 only, and the stage is {stage}"
+            yield f"zero_optimization.offload_param only takes effect with stage 3, but the stage is {stage}"
         if isinstance(hpz, int) and hpz > 1:
-            yield f"zero_optimization.zero_hpz_partition_size has an effect at stage 3 only, and the stage is {stage}"
+            yield f"zero_optimization.zero_hpz_partition_size only takes effect with stage 3, but the stage is {stage}"
 
 
 def _on_nvme(zero: Mapping[str, Any]) -> list[str]:
@@ -322,7 +322,7 @@ def _on_nvme(zero: Mapping[str, Any]) -> list[str]:
 
 
 def _modelled(key: str, value: Any, model: type[BaseModel]) -> Iterator[str]:
-    """What one of DeepSpeed's models, and the types that it takes for one another, say of a section."""
+    """Problems of a section by DeepSpeed's model, and values that the model would silently convert."""
     if not isinstance(value, dict):
         stage = "; zero_optimization.stage must be 1, 2 or 3" if key == "zero_optimization" else ""
         yield f"{key}: must be an object, got {_shown(value)}{stage}"
@@ -330,21 +330,21 @@ def _modelled(key: str, value: Any, model: type[BaseModel]) -> Iterator[str]:
     fields = _keys(model)
     for name in [name for name, given in value.items() if given == "auto"]:
         if name == "stage":
-            continue  # said in words of its own
+            continue  # checked in _zero_problems
         if name in fields and fields[name].annotation is int:
-            del value[name]  # a size: DeepSpeed's own, as where it is left out
+            del value[name]  # a size: DeepSpeed's default, as if omitted
         else:
-            yield f'{_below(key, name)} must not be "auto", which is for sizes alone'
+            yield f'{_below(key, name)} must not be "auto", which only sizes may be'
     given = copy.deepcopy({name: below for name, below in value.items() if below != "auto"})
     if key == "zero_optimization" and given.get("stage") in ("1", "2", "3", True, False):
-        del given["stage"]  # said in words of its own
+        del given["stage"]  # checked in _zero_problems
     try:
         read = model(**copy.deepcopy(given))
     except ValidationError as error:
         yield from _refusals(key, error, model)
         for name in {problem["loc"][0] for problem in error.errors() if problem["loc"]}:
             given.pop(name, None)
-        try:  # what else is wrong with the values that it takes
+        try:  # find problems of the remaining values
             read = model(**copy.deepcopy(given))
         except (AssertionError, ValueError, TypeError):
             return
@@ -355,7 +355,7 @@ def _modelled(key: str, value: Any, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _refusals(key: str, error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
-    """What a model refuses in a section."""
+    """Validation errors of a section's model, as messages."""
     for problem in error.errors():
         *above, last = problem["loc"] or ("",)
         place = ".".join(map(str, (key, *problem["loc"]) if key else problem["loc"]))
@@ -369,12 +369,12 @@ def _refusals(key: str, error: ValidationError, model: type[BaseModel]) -> Itera
 
 
 def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a model by every name that a file may use for them."""
+    """The fields of a model by every name, including aliases, that a file may use."""
     return model.model_fields | {field.alias: field for field in model.model_fields.values() if field.alias}
 
 
 def _mistaken(key: str, given: Mapping[str, Any], read: BaseModel) -> Iterator[str]:
-    """Values that became ones of another type: ``true`` a 1, ``"8"`` an 8."""
+    """Values that the model silently converted to another type: ``true`` to 1, ``"8"`` to 8."""
     names = {field.alias: name for name, field in type(read).model_fields.items()}
     for name, value in given.items():
         taken = getattr(read, names.get(name, name), value)

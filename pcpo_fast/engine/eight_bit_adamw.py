@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits each (Dettmers et al., 2022), by bitsandbytes' kernel; for float32 and bf16 weights."""
+"""AdamW with 8-bit moments (Dettmers et al., 2022) using bitsandbytes' kernel, for float32 and bf16 weights."""
 
 import importlib.util
 from typing import Any
@@ -10,14 +10,14 @@ from pcpo_fast.engine.optimizers import CHUNK, OwnAdamW, check_moments, round_st
 from pcpo_fast.errors import UserError
 
 BLOCK = 256
-"""Elements that share a scale: bitsandbytes' kernel has no other for the moments."""
+"""Elements that share a scale; the only block size of bitsandbytes' kernel."""
 
 
 def check_eight_bit() -> None:
-    """Refuse 8-bit moments where bitsandbytes is not installed, before anything is loaded.
+    """Fail if bitsandbytes is not installed, before anything is loaded.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -29,8 +29,8 @@ class EightBitAdamW(OwnAdamW):
     """AdamW whose two moments take one byte each, in blocks of 256 elements with a float32 scale.
 
     Float32 weights (the master copy of a bf16 model, or a float32 model) are updated in place. Bf16 weights are updated
-    in float32 and rounded stochastically, as :class:`pcpo_fast.engine.optimizers.StochasticAdamW` does: 4 bytes a
-    parameter.
+    in float32 and rounded stochastically, as in :class:`pcpo_fast.engine.optimizers.StochasticAdamW`; weight and
+    moments then take 4 bytes per parameter.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -46,7 +46,7 @@ class EightBitAdamW(OwnAdamW):
         self._unsigned = functional.create_dynamic_map(signed=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned; bytes stay bytes, where PyTorch would cast them to the weights."""
+        """Load a state dict without casting the uint8 moments to the weights' dtype, as PyTorch would."""
         check_moments(state_dict, eight_bit=True)
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -62,7 +62,7 @@ class EightBitAdamW(OwnAdamW):
         if not state:
             state |= {"step": 0, "number": len(self.state) - 1}
             for name in ("exp_avg", "exp_avg_sq"):
-                # Zero is a byte of its own in either map, and a scale of zero makes every byte a zero.
+                # A scale of zero decodes every byte to zero, so the initial bytes do not matter.
                 state[name] = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device)
                 state[f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
         state["step"] += 1
@@ -83,7 +83,7 @@ class EightBitAdamW(OwnAdamW):
                 second,
                 beta1,
                 beta2,
-                0.0,  # of optimisers with three moments, and of another one
+                0.0,  # beta3 and alpha, which AdamW does not use
                 0.0,
                 group["eps"],
                 state["step"],

@@ -1,4 +1,4 @@
-"""A moving average of the trained weights, of the shard that a rank holds: averaging needs no communication."""
+"""Exponential moving average of the trained weights, per rank over its own shard, without communication."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from pcpo_fast.engine.optimizers import CHUNK
 
 
 class Ema:
-    """Exponential moving average of some tensors that an optimiser changes in place.
+    """Exponential moving average of tensors that an optimizer changes in place.
 
-    The average of update n is ``d e + (1 - d) w`` with ``d = min(decay, n / (n + 9))``: while there are few updates the
-    start would otherwise be all of it (the usual warm-up, as in TensorFlow and diffusers, counted from 1).
+    At update n the average e becomes ``d e + (1 - d) w`` with ``d = min(decay, n / (n + 9))``. This is the warm-up of
+    TensorFlow and diffusers, counted from 1; without it the initial weights would dominate the early averages.
 
     Args:
-        shards: what this rank holds of the weights, float32 (a master copy) or bf16.
-        decay: of one update, in 0..1 (1 excluded).
+        shards: this rank's part of the weights, float32 (a master copy) or bf16.
+        decay: per update, in [0, 1).
 
     Attributes:
-        updates: how many the average has seen.
-        average: float32, one for each shard, on its device.
+        updates: number of updates averaged.
+        average: float32, one tensor per shard, on its device.
     """
 
     def __init__(self, shards: Sequence[Tensor], decay: float) -> None:
@@ -31,7 +31,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the shards' present values into the average."""
+        """Update the average with the shards' current values."""
         self.updates += 1
         weight = 1 - min(self.decay, self.updates / (self.updates + 9))
         for shard, average in zip(self.shards, self.average, strict=True):
@@ -42,14 +42,14 @@ class Ema:
                 theirs.lerp_(mine.float(), weight)
 
     @torch.no_grad()
-    def put_in(self) -> None:
-        """Give the shards the average's values, until :meth:`take_out`; float32 shards are kept where the average was.
+    def swap_in(self) -> None:
+        """Put the averages into the shards until :meth:`swap_out`; float32 shards trade places with their averages.
 
         Raises:
-            ValueError: they have them already.
+            ValueError: the averages are already swapped in.
         """
         if self._kept is not None:
-            raise ValueError("the average is in place already")
+            raise ValueError("the average is already swapped in")
         self._kept = []
         for shard, average in zip(self.shards, self.average, strict=True):
             if shard.dtype == torch.float32:
@@ -60,14 +60,14 @@ class Ema:
                 shard.copy_(average)
 
     @torch.no_grad()
-    def take_out(self) -> None:
-        """Give the shards back exactly what they had.
+    def swap_out(self) -> None:
+        """Restore the shards' own values, bit for bit.
 
         Raises:
-            ValueError: the average is not in place.
+            ValueError: the averages are not swapped in.
         """
         if self._kept is None:
-            raise ValueError("the average is not in place")
+            raise ValueError("the average is not swapped in")
         for shard, average, kept in zip(self.shards, self.average, self._kept, strict=True):
             if kept is None:
                 _exchange(shard, average)
@@ -76,26 +76,26 @@ class Ema:
         self._kept = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The average on the CPU, and how many updates it has seen; the tensors are copies."""
+        """Copies of the averages on the CPU, and the number of updates."""
         return {"updates": self.updates, "average": [average.to("cpu", copy=True) for average in self.average]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned.
+        """Restore the state from :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of other shards.
+            ValueError: the shards have other shapes.
         """
         shapes = [tuple(average.shape) for average in self.average]
         given = [tuple(average.shape) for average in state["average"]]
         if shapes != given:
-            raise ValueError(f"the moving average is of shards of shapes {given}, this rank's are {shapes}")
+            raise ValueError(f"the moving average has shards of shapes {given}, but this rank's are {shapes}")
         self.updates = int(state["updates"])
         for mine, theirs in zip(self.average, state["average"], strict=True):
             mine.copy_(theirs)
 
 
 def _exchange(one: Tensor, other: Tensor) -> None:
-    """Exchange the values of two float32 tensors, a part at a time: a third copy would not always fit."""
+    """Swap the values of two float32 tensors chunk by chunk, because a third full copy may not fit."""
     for a, b in zip(one.view(-1).split(CHUNK), other.view(-1).split(CHUNK), strict=True):
         kept = a.clone()
         a.copy_(b)

@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing but DeepSpeed: one process or a thousand go through the same engine."""
+"""The training engine: a thin layer over DeepSpeed, the same for one process and for many."""
 
 import io
 import logging
@@ -34,21 +34,21 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.profiling import profiler_ranges
 
 MARGIN = timedelta(seconds=60)
-"""How much longer a collective waits than the watchdog, which can say more about a rank that does not come."""
+"""Collectives time out this much later than the watchdog, whose message names the missing rank."""
 
 STATE_FOLDER = "engine"
-"""Where a checkpoint's engine state lies within it."""
+"""Folder of the engine state within a checkpoint."""
 
 
 def start_distributed(settings: DistributedConfig | None = None) -> torch.device:
-    """Join the process group of the launcher, or make one of a single process; returns this rank's device.
+    """Join the launcher's process group, or create one of a single process, and return this rank's device.
 
     Args:
-        settings: how long ranks wait for each other; None for the defaults.
+        settings: timeouts; None for the defaults.
 
     Raises:
-        UserError: some of the launcher's ranks have not come, or rank 0 cannot be reached; a rank has given up before;
-            the environment does not say which rank this is.
+        UserError: some ranks are missing, rank 0 cannot be reached, a rank has already failed, or this process's rank
+            is unknown.
     """
     settings = DistributedConfig() if settings is None else settings
     adopt_launch()
@@ -74,7 +74,7 @@ def start_distributed(settings: DistributedConfig | None = None) -> torch.device
             if world_size() > 1:
                 set_watchdog(Watchdog(connect(patience), rank(), world_size(), timeout))
         else:
-            # No launcher: a store in memory needs neither a port nor a host name. DeepSpeed asks the environment.
+            # No launcher: an in-memory store needs no port or host name. DeepSpeed reads the environment.
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
@@ -82,19 +82,19 @@ def start_distributed(settings: DistributedConfig | None = None) -> torch.device
 
 
 def stop_distributed() -> None:
-    """Leave the process group, if there is one; a later :func:`start_distributed` makes a new one."""
+    """Leave the process group, if there is one; :func:`start_distributed` can create a new one later."""
     set_watchdog(None)
     if dist.is_available() and dist.is_initialized():
-        _import_deepspeed().comm.destroy_process_group()  # drops DeepSpeed's own references, too
+        _import_deepspeed().comm.destroy_process_group()  # also drops DeepSpeed's own references
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of an optimiser step.
+    """Result of an optimizer step.
 
     Attributes:
-        applied: False where a gradient was not finite and the step was left out.
-        grad_norm: global norm before clipping; infinite or NaN where the step was left out.
+        applied: False if a gradient was not finite and the step was skipped.
+        grad_norm: global norm before clipping; infinite or NaN if the step was skipped.
         lr: learning rate of the step.
     """
 
@@ -104,18 +104,19 @@ class StepOutcome:
 
 
 class Engine:
-    """Gradient accumulation, clipping, mixed precision and the optimiser around a module.
+    """A module with its optimizer, gradient accumulation, clipping and mixed precision.
 
     Args:
-        module: the model; its trainable parameters are optimised. With ZeRO-3 it may lie in host memory.
+        module: the model; its trainable parameters are optimized. With ZeRO-3 it may be in host memory.
         config: sections ``optimizer``, ``model``, ``train`` and ``deepspeed`` are used.
-        accumulation: micro-batches per optimiser step.
+        accumulation: micro-batches per optimizer step.
 
     Attributes:
-        ema: the moving average of the trained weights, None where the configuration asks for none.
+        ema: the moving average of the trained weights; None without ``train.ema_decay``.
 
     Raises:
-        UserError: the DeepSpeed JSON is missing, malformed, refused by DeepSpeed, or sets what the configuration owns.
+        UserError: the DeepSpeed JSON is missing, malformed, rejected by DeepSpeed, or sets something that the
+            configuration decides.
     """
 
     def __init__(self, module: nn.Module, config: Config, accumulation: int) -> None:
@@ -144,15 +145,15 @@ class Engine:
         zero, trained = ds_config["zero_optimization"], sum(p.numel() for p in parameters)
         bucket = zero.get("reduce_bucket_size", 500_000_000)
         if zero["stage"] < 3 and isinstance(bucket, int | float):
-            # DeepSpeed makes its buffers as large as a bucket may be, two gigabytes by default, for any model.
+            # DeepSpeed allocates buffers of the maximal bucket size, two gigabytes by default, for any model.
             zero["reduce_bucket_size"] = int(min(bucket, trained))
         try:
-            # DeepSpeed's bf16 optimiser prints its memory, which no log level keeps off the progress display.
+            # DeepSpeed's bf16 optimizer prints memory statistics at every log level, into the progress display.
             with redirect_stdout(io.StringIO()):
                 if zero["stage"] == 3:
-                    # Divided among the ranks one weight at a time, so that no device ever holds the whole of them.
+                    # Partitioned one weight at a time, so that no device ever holds the full model.
                     deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
-                    device = next(module.parameters()).device  # an empty rest of the weight
+                    device = next(module.parameters()).device  # of the empty placeholder of a partitioned weight
                     for buffer in module.buffers():
                         buffer.data = buffer.data.to(device)
                 self.deepspeed, *_ = deepspeed.initialize(
@@ -166,7 +167,7 @@ class Engine:
             if config.deepspeed is None:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{config.deepspeed}: DeepSpeed refuses these settings: {reason}") from None
+            raise UserError(f"{config.deepspeed}: DeepSpeed rejects these settings: {reason}") from None
         self.offload = Offload()
         decay = config.train.ema_decay
         self.ema = None if decay is None else Ema(self._shards(), decay)
@@ -177,18 +178,18 @@ class Engine:
         return self.deepspeed  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, last: bool | None = None) -> None:
-        """Add a micro-batch's gradient, divided by ``accumulation``.
+        """Accumulate a micro-batch's gradient, divided by ``accumulation``.
 
         Args:
             loss: a scalar.
-            last: whether the next :meth:`step` steps the optimiser, also after fewer micro-batches than
-                ``accumulation``: those left out count as gradients of 0. None: after every ``accumulation`` of them.
+            last: whether the next :meth:`step` is an optimizer step. After fewer than ``accumulation`` micro-batches,
+                the missing ones count as zero gradients. None: a step after every ``accumulation`` micro-batches.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        """End a micro-batch; on the last of an update, step the optimiser and set :attr:`last_step`."""
+        """End a micro-batch; after the last of an update, step the optimizer and set :attr:`last_step`."""
         note("update")
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         lr = self.lr * min(1.0, (self.updates + 1) / (self.warmup + 1))
@@ -207,11 +208,11 @@ class Engine:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage that is used: 1, 2 or 3."""
+        """The ZeRO stage in use: 1, 2 or 3."""
         return int(self.deepspeed.zero_optimization_stage())
 
     def save(self, folder: Path) -> None:
-        """Write weights (those trained) and optimiser state to ``folder/engine``; all ranks must call it."""
+        """Write trained weights and optimizer state to ``folder/engine``. Collective."""
         self.deepspeed.save_checkpoint(str(folder), tag=STATE_FOLDER, exclude_frozen_parameters=True)
         if self.ema is not None:
             state = self.ema.state_dict()
@@ -219,9 +220,9 @@ class Engine:
             save_file(tensors, average_file(folder, rank()), {"updates": str(state["updates"])})
 
     def load(self, folder: Path) -> bool:
-        """Take up what :meth:`save` wrote with the same weights, ranks and ZeRO stage; False where nothing is there."""
+        """Load what :meth:`save` wrote with the same number of ranks and ZeRO stage; False if there is nothing."""
         self.deepspeed.checkpoint_engine.load = read_state_file
-        # Frozen weights are not in it, so the load cannot be strict.
+        # The state has no frozen weights, so the load cannot be strict.
         loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE_FOLDER, load_module_strict=False)
         if self.ema is not None and loaded is not None:
             stored = read_average(folder, rank())
@@ -232,31 +233,31 @@ class Engine:
         return loaded is not None
 
     def begin_average(self) -> None:
-        """Let the moving average, where there is one, begin at the weights as they are: none was loaded."""
+        """Restart the moving average, if there is one, from the current weights, because none was loaded."""
         self.ema = None if self.ema is None else Ema(self._shards(), self.ema.decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block the model has the moving average's weights; without one, its own. All ranks must enter it.
+        """Within the block the model has the moving average's weights, or its own if there is no average. Collective.
 
-        No optimiser step may be made within.
+        The optimizer must not step within it.
         """
         if self.ema is None:
             yield
             return
-        self.ema.put_in()
+        self.ema.swap_in()
         self._refresh_weights()
         try:
             yield
         finally:
-            self.ema.take_out()
+            self.ema.swap_out()
             self._refresh_weights()
 
     @contextmanager
     def offloaded(self, enabled: bool = True) -> Iterator[None]:
-        """Within the block the optimiser's state, its weights among it, lies in host memory; no step may be made.
+        """Within the block the optimizer's state, including master weights, is in host memory; it must not step.
 
-        What DeepSpeed has in host memory already stays where it is, and so does everything on a machine without a GPU.
+        State that DeepSpeed already keeps in host memory stays there; without a GPU nothing moves.
         """
         if not enabled:
             yield
@@ -270,13 +271,13 @@ class Engine:
             yield
 
     def _shards(self) -> list[Tensor]:
-        """What this rank's optimiser steps: the flat shards of the trained weights."""
+        """This rank's flat shards of the trained weights, which its optimizer updates."""
         names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
         return next(list(found) for name in names if (found := getattr(self.deepspeed.optimizer, name, None)))
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:
-        """Make the model's weights from the shards, as DeepSpeed does after a step."""
+        """Copy the shards into the model's weights, as DeepSpeed does after a step."""
         optimizer = self.deepspeed.optimizer
         if self.zero_stage < 3:
             optimizer.update_lp_params()
@@ -290,9 +291,9 @@ class Engine:
         optimizer.invalidate_secondary_tensor()
 
     def full_state(self) -> dict[str, Tensor]:
-        """The trained parameters, each whole, on the CPU; empty on ranks other than 0. All ranks must call it.
+        """The full trained parameters on the CPU, for export; empty on ranks other than 0. Collective.
 
-        Those of the moving average, where there is one: this is what is exported.
+        They are those of the moving average, if there is one.
         """
         import deepspeed
 
@@ -307,12 +308,13 @@ class Engine:
 
 
 def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed settings of a run: the user's JSON, and what the configuration decides.
+    """The DeepSpeed settings of a run: the user's JSON plus what the configuration decides.
 
-    ZeRO starts from stage 1, and from stage 2 for stochastic rounding.
+    The ZeRO stage is at least 1, and at least 2 for stochastic rounding.
 
     Raises:
-        UserError: as :func:`pcpo_fast.engine.deepspeed_file.read_deepspeed_file`; or the stage is not allowed here.
+        UserError: as :func:`pcpo_fast.engine.deepspeed_file.read_deepspeed_file`; or the stage conflicts with the
+            configuration.
     """
     settings: dict[str, Any] = {}
     if config.deepspeed is not None:
@@ -320,7 +322,7 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage", 1)
     if zero["stage"] == 3:
-        # Weights are there for the time of their layer's call, which neither compiled blocks nor a merge live by.
+        # Full weights exist only during their layer's call, which does not work with compiled blocks or merging.
         for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
             if asked:
                 raise UserError(f"{key}: needs the full weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
@@ -332,11 +334,11 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         )
     if config.model.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
-        # In bf16 a sum of a thousand micro-batches loses half of them.
+        # A bf16 sum of a thousand micro-batches loses half of them to rounding.
         settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if config.optimizer.weights == "stochastic_rounding":
             settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-            # With stage 1 and fp32 sums DeepSpeed takes an optimiser that keeps fp32 weights after all.
+            # With stage 1 and fp32 accumulation DeepSpeed would use an optimizer that keeps fp32 weights.
             zero["stage"] = max(zero["stage"], 2)
     return settings | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -348,8 +350,9 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
 
 
 def read_state_file(path: Path | str, map_location: Any = None, **options: Any) -> Any:
-    """A file of DeepSpeed's. Only tensors and the three records that DeepSpeed puts among them are unpickled, since the
-    checkpoint may be somebody else's.
+    """Load a file that DeepSpeed wrote.
+
+    Only tensors and DeepSpeed's three record types are unpickled, since the checkpoint may come from elsewhere.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -360,17 +363,17 @@ def read_state_file(path: Path | str, map_location: Any = None, **options: Any) 
 
 
 def average_file(folder: Path, of_rank: int) -> Path:
-    """Where a rank's part of the moving average lies in a checkpoint."""
+    """Path of a rank's part of the moving average in a checkpoint."""
     return folder / STATE_FOLDER / f"moving_average_rank_{of_rank:05d}.safetensors"
 
 
 def read_average(folder: Path, of_rank: int) -> dict[str, Any] | None:
-    """A rank's part of a checkpoint's moving average, as :meth:`Ema.load_state_dict` takes it; None: it has none.
+    """A rank's part of a checkpoint's moving average, for :meth:`Ema.load_state_dict`; None if it has none.
 
-    The tensors are mapped into memory, not read.
+    The tensors are memory-mapped.
 
     Raises:
-        ValueError: the file is not what was written.
+        ValueError: the file is corrupt.
     """
     file = average_file(folder, of_rank)
     if not file.is_file():
@@ -384,18 +387,17 @@ def read_average(folder: Path, of_rank: int) -> dict[str, Any] | None:
 
 
 def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> None:
-    """ZeRO++'s hpZ keeps a second copy of the weights on every machine: with one machine that is memory for nothing."""
+    """Fail if ZeRO++'s hpZ, a second copy of the weights per machine, would waste memory on a single machine."""
     size, ranks = settings["zero_optimization"].get("zero_hpz_partition_size", 1), world_size()
     if isinstance(size, int) and size > 1 and (size >= ranks or ranks % size):
         raise UserError(
-            f"{file}: zero_optimization.zero_hpz_partition_size is {size}, which must be the number of ranks per "
-            "machine when there are "
-            f"several, but the run has {ranks} ranks in all; use ds_configs/zero3.json on one machine"
+            f"{file}: zero_optimization.zero_hpz_partition_size is {size}, but must be the number of ranks per machine "
+            f"of several machines, and the run has {ranks} ranks in all; use ds_configs/zero3.json on one machine"
         )
 
 
 def _section_models() -> dict[str, type[BaseModel]]:
-    """DeepSpeed's own models of the sections of its JSON."""
+    """DeepSpeed's pydantic models of its JSON's sections."""
     _import_deepspeed()
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
@@ -414,10 +416,10 @@ def _section_models() -> dict[str, type[BaseModel]]:
 
 
 def check_deepspeed(config: Config) -> None:
-    """Refuse a DeepSpeed JSON that cannot be used, here or anywhere, before anything is loaded.
+    """Check the DeepSpeed JSON, and that this machine can use it, before anything is loaded.
 
     Raises:
-        UserError: as :func:`deepspeed_config`; or this machine lacks a package, a folder or a library that it needs.
+        UserError: as :func:`deepspeed_config`; or a required package, folder or library is missing on this machine.
     """
     settings = deepspeed_config(config, accumulation=1)
 
@@ -431,7 +433,7 @@ def check_deepspeed(config: Config) -> None:
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed quietly and keep it from compiling an op at the start of every CPU run."""
+    """Import DeepSpeed quietly, and prevent it from compiling an op at the start of every CPU run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -439,7 +441,7 @@ def _import_deepspeed() -> Any:
 
     logger.setLevel(logging.WARNING if os.environ.get("PCPO_DEEPSPEED_LOG") else logging.ERROR)
     if not torch.cuda.is_available():
-        # Plain gloo does what the loop needs; the shared-memory op takes half a minute and a compiler. Newer DeepSpeeds
-        # make this table when it is first read, by running compilers, which takes seconds and prints their errors.
+        # Plain gloo suffices; the shared-memory op takes half a minute and a compiler. Newer versions of DeepSpeed
+        # build this table on first access by running compilers, which takes seconds and prints their errors.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed

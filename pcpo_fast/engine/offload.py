@@ -1,4 +1,4 @@
-"""Device memory given back for a while: storages are emptied, and filled again from host memory."""
+"""Temporary offload of tensors to host memory, by resizing their storages in place."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,26 +8,26 @@ from torch import Tensor
 
 
 class Offload:
-    """Takes tensors off a device for the time of a block.
+    """Moves tensors to host memory for the duration of a block.
 
-    A tensor and all views of it stay the same objects over the same storage, which loses its memory and gets it back:
-    a distributed engine holds many references to its optimiser's state, and none has to be told.
+    A tensor and its views stay the same objects over the same storage; only the storage's memory is freed and
+    reallocated. So the many references that a distributed engine holds to its optimizer's state remain valid.
 
     Args:
-        device_type: only tensors on such a device are offloaded: "cuda", or "cpu" to see it work without one.
+        device_type: only tensors on such a device are offloaded: "cuda", or "cpu" for tests without a GPU.
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
         self.device_type = device_type
-        self._host: dict[int, Tensor] = {}  # by address of the storage; pinning memory anew takes longer than a copy
+        self._host: dict[int, Tensor] = {}  # by storage address; reused, as pinning memory takes longer than a copy
 
     @contextmanager
     def without(self, tensors: Sequence[Tensor], needed: Sequence[Tensor] = ()) -> Iterator[None]:
-        """Within the block nothing may read or write ``tensors``; afterwards they have the same bits as before.
+        """Offload ``tensors`` within the block, which must not access them; afterwards they are bitwise the same.
 
         Args:
-            tensors: what is offloaded.
-            needed: tensors that are used within the block; one of ``tensors`` that shares memory with them stays.
+            tensors: to be offloaded.
+            needed: tensors used within the block; tensors that share memory with them are not offloaded.
         """
         stay = {tensor.untyped_storage()._cdata for tensor in needed}
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
@@ -41,7 +41,7 @@ class Offload:
             return
         sizes = {name: storage.nbytes() for name, storage in offloaded.items()}
         hosts = {name: self._copy(name, storage) for name, storage in offloaded.items()}
-        self._host = hosts  # what is no longer offloaded is forgotten
+        self._host = hosts  # drops buffers of tensors that are no longer offloaded
         self._wait()
         for storage in offloaded.values():
             storage.resize_(0)

@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizer state of a checkpoint, given to an engine of another number of ranks or ZeRO stage."""
+"""Loads a checkpoint's optimizer state into an engine with another number of ranks or ZeRO stage."""
 
 import re
 from pathlib import Path
@@ -13,20 +13,20 @@ from pcpo_fast.engine.resharding import SavedState
 
 
 def load_resharded(path: Path, engine: Engine, ranks: int) -> bool:
-    """Give every parameter its weights and moments out of the shards of another number of ranks or ZeRO stage.
+    """Load every parameter's weights and moments from shards of another number of ranks or ZeRO stage.
 
-    The moving average, which is divided as the weights are, comes along.
+    The moving average, which is sharded like the weights, is loaded as well.
 
     Args:
         path: the checkpoint's folder.
         engine: receives the state.
-        ranks: how many ranks wrote the checkpoint.
+        ranks: number of ranks that wrote the checkpoint.
 
     Returns:
-        False if the folder does not hold one file of optimizer states for each of those ranks.
+        False if the folder does not contain one file of optimizer states for each of those ranks.
 
     Raises:
-        UnknownLayoutError: the shards are not in a form that can be resharded.
+        UnknownLayoutError: the shards have a layout that cannot be resharded.
     """
     folder = path / STATE_FOLDER
     trained = {name: p for name, p in engine.deepspeed.module.named_parameters() if p.requires_grad}
@@ -39,7 +39,7 @@ def load_resharded(path: Path, engine: Engine, ranks: int) -> bool:
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trained.items()}
     saved = SavedState(shards, sizes, averages or None)
     if saved.step is not None:
-        for flat in _flat_groups(engine):  # AdamW makes its state in its first step; make it before, to be filled
+        for flat in _flat_groups(engine):  # AdamW creates its state in its first step; create it now, to fill it below
             engine.optimizer.state[flat] = {"step": saved.step.clone()} | {
                 key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in saved.moments
             }
@@ -59,7 +59,7 @@ def load_resharded(path: Path, engine: Engine, ranks: int) -> bool:
 
 
 def _flat_groups(engine: Engine) -> list[Tensor]:
-    """The flat vectors that the optimiser steps."""
+    """The flat vectors that the optimizer updates."""
     zero = engine.deepspeed.optimizer
     scattered = getattr(zero, "fp32_partitioned_groups_flat", None)
     return list(scattered) if scattered is not None else [p for g in engine.optimizer.param_groups for p in g["params"]]
@@ -69,7 +69,7 @@ def _flat_groups(engine: Engine) -> list[Tensor]:
 def _set_scattered(
     engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor], average: Tensor | None
 ) -> None:
-    """A parameter of ZeRO 3: this rank's piece of it, and the weights that the model computes with."""
+    """Set a ZeRO-3 parameter: this rank's shard, and the weights that the model computes with."""
     import deepspeed
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -94,7 +94,7 @@ def _set_scattered(
 def _set_whole(
     engine: Engine, parameter: Any, weights: Tensor, moments: dict[str, Tensor], average: Tensor | None
 ) -> None:
-    """A parameter of ZeRO 1 or 2: the weights, and the part of master weights and moments that lies on this rank."""
+    """Set a ZeRO-1 or ZeRO-2 parameter: the weights, and this rank's part of the master weights and moments."""
     parameter.copy_(weights.view_as(parameter))
     mapping = parameter._hp_mapping
     if mapping is None:

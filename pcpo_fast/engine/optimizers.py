@@ -1,4 +1,4 @@
-"""AdamW that refuses non-finite gradients, in full precision and for bf16 weights without a master copy."""
+"""AdamW that skips steps with non-finite gradients, in full precision and for bf16 weights without a master copy."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -12,16 +12,16 @@ from pcpo_fast.distributed.collectives import is_distributed, rank
 from pcpo_fast.method.noise_keys import Purpose, random_key
 
 CHUNK = 1 << 24
-"""Elements worked on at once where float32 temporaries are needed."""
+"""Elements processed at a time, to bound the size of float32 temporaries."""
 
 
 def gradients_are_finite(parameters: Iterable[Tensor]) -> bool:
     """Whether every gradient is finite on every rank; one transfer to the host."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # The flag goes where the ranks can exchange it: offloaded gradients are on the CPU, which NCCL does not serve.
+    # The flag must be on a device that the backend supports: offloaded gradients are on the CPU, which NCCL cannot use.
     on_gpu = is_distributed() and dist.get_backend() == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    # The norms are finite exactly where all elements are, unless a square overflows, which is as bad.
+    # A norm is finite if and only if all elements are, unless a square overflows, which must be skipped as well.
     finite = torch.ones((), device=device)
     if gradients:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
@@ -32,20 +32,20 @@ def gradients_are_finite(parameters: Iterable[Tensor]) -> bool:
 
 
 def check_moments(state_dict: dict[str, Any], eight_bit: bool) -> None:
-    """Refuse an optimiser's state with moments of the other kind, which PyTorch would cast without a word.
+    """Fail if an optimizer state has the other kind of moments, which PyTorch would cast silently.
 
     Raises:
-        ValueError: the moments are of 8 bits and should not be, or the other way round.
+        ValueError: the moments are 8-bit and should not be, or the reverse.
     """
     if any(("exp_avg_scale" in state) != eight_bit for state in state_dict["state"].values()):
         kinds = ("full", "8bit")
         raise ValueError(
-            f"its moments are {kinds[not eight_bit]}, this run has optimizer.moments={kinds[eight_bit]}; use the same"
+            f"its moments are {kinds[not eight_bit]}, but this run has optimizer.moments={kinds[eight_bit]}"
         )
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """:class:`torch.optim.AdamW` that leaves weights and moments alone when a gradient is not finite.
+    """:class:`torch.optim.AdamW` that skips the step when a gradient is not finite.
 
     Attributes:
         skipped: whether the latest step was left out.
@@ -55,7 +55,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One AdamW step, or none on any rank where a gradient of some rank is not finite."""
+        """One AdamW step; skipped on all ranks if a gradient of any rank is not finite."""
         self.skipped = not gradients_are_finite(p for group in self.param_groups for p in group["params"])
         if self.skipped:
             return None
@@ -68,7 +68,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16 up or down with probabilities that keep the expectation.
+    """Round float32 to bfloat16 stochastically, so that the expectation is exact.
 
     Args:
         values: float32, finite.
@@ -80,15 +80,15 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class OwnAdamW(torch.optim.Optimizer):
-    """What our own forms of AdamW share: no step where a gradient is not finite, and rounding by a seed.
+    """Base of the AdamW variants here: skips steps with non-finite gradients, and rounds by a seed.
 
     Args:
         params: the parameters.
         lr, betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
-        seed: fixes the rounding; with the step count it makes a resumed run repeat the same roundings.
+        seed: of the rounding, together with the step count, so that a resumed run repeats the same roundings.
 
     Attributes:
-        skipped: whether the latest step was left out.
+        skipped: whether the latest step was skipped.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class OwnAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step, or none where a gradient of some rank is not finite."""
+        """One step; skipped on all ranks if a gradient of any rank is not finite."""
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.skipped = not gradients_are_finite(p for p, _ in pairs)
         if not self.skipped:
@@ -110,19 +110,19 @@ class OwnAdamW(torch.optim.Optimizer):
 
     @abstractmethod
     def _step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter, which has a finite gradient, and its state."""
+        """Update one parameter and its state; its gradient is finite."""
 
     def _generator(self, p: Tensor, state: dict[str, Any]) -> torch.Generator:
-        """For the rounding in one step of one parameter."""
+        """Generator for the rounding of one parameter in one step."""
         key = random_key(Purpose.OPTIMIZER, self.seed, int(state["step"]), state.get("number", 0), rank())
         return torch.Generator(p.device).manual_seed(key)
 
 
 class StochasticAdamW(OwnAdamW):
-    """AdamW for bf16 weights: arithmetic in float32, weights and moments stored in bf16 with stochastic rounding.
+    """AdamW for bf16 weights: arithmetic in float32; weights and moments stored in bf16 with stochastic rounding.
 
     Plain bf16 loses updates smaller than half a unit in the last place (at lr 1e-5, most of them); stochastic rounding
-    keeps them in expectation, with 6 bytes per parameter for the weight and two moments.
+    preserves them in expectation. The weight and two moments take 6 bytes per parameter.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class StochasticAdamW(OwnAdamW):
     def _step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
-            # Not the place in the group: ZeRO 3 puts one sub-group after the other there, and each needs other noise.
+            # Not the index in the group: ZeRO-3 puts each sub-group there in turn, and each needs different noise.
             state["number"] = len(self.state) - 1
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)

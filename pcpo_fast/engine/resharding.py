@@ -1,8 +1,8 @@
-"""The training state of a checkpoint parameter by parameter, whatever number of ranks and ZeRO stage wrote it.
+"""Reads a checkpoint's training state per parameter, for any number of ranks and ZeRO stage that wrote it.
 
-DeepSpeed's shards hold flat vectors. With ZeRO 1 and 2 the parameters of a group lie one behind the other and the
-vector is cut into as many pieces as there are ranks; each shard says which names lie where in its piece. With ZeRO 3
-every parameter is cut by itself, into equal pieces of ``ceil(n / ranks)`` of its n elements, the last one padded.
+DeepSpeed's shards are flat vectors. With ZeRO 1 and 2 the parameters of a group are concatenated, and the vector is
+split evenly over the ranks; each shard records which parameters its piece holds, and where. With ZeRO 3 every parameter
+is split separately, into pieces of ``ceil(n / ranks)`` of its n elements, the last one padded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,23 +15,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class UnknownLayoutError(ValueError):
-    """The state has a layout that cannot be resharded."""
+    """The state's layout cannot be resharded."""
 
 
 class SavedState:
-    """Weights and moments out of the shards of all ranks.
+    """Full weights and moments from the shards of all ranks.
 
     Args:
-        shards: ``optimizer_state_dict`` of every rank's file of optimiser states, by rank.
-        sizes: elements of each trained parameter, by name, in the order of the model.
-        averages: a moving average of the weights, by rank: flat vectors divided as those of the weights; None: none.
+        shards: ``optimizer_state_dict`` of every rank's optimizer file, by rank.
+        sizes: number of elements of each trained parameter, by name, in model order.
+        averages: the moving average of the weights, by rank, in flat vectors sharded like the weights; None if none.
 
     Attributes:
-        moments: names of the optimiser's states that are tensors like the weights; none before the first step.
-        step: the optimiser's count of steps, None before the first.
+        moments: names of the optimizer's state tensors with the weights' shape; none before the first step.
+        step: the optimizer's step count; None before the first step.
 
     Raises:
-        UnknownLayoutError: some other optimiser than AdamW wrote it, or a name is missing.
+        UnknownLayoutError: another optimizer than AdamW wrote it, or a parameter is missing.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SavedState:
         self.moments = tuple(name for name in MOMENTS if all(name in keys for keys in found))
         self.step: Tensor | None = self._pieces[0][1]
         if self.moments not in ((), MOMENTS) or (self.step is None) != (not self.moments):
-            raise UnknownLayoutError("its optimiser's state is not AdamW's")
+            raise UnknownLayoutError("its optimizer state is not AdamW's")
         if averages is not None:
             self._take_averages(averages)
         self._places: dict[str, list[tuple[int, int, int, int]]] = {}
@@ -60,7 +60,7 @@ class SavedState:
             raise UnknownLayoutError(f"it does not hold all of {missing[0]}")
 
     def full(self, name: str, what: str = "weights") -> Tensor:
-        """One parameter's ``weights``, ``average`` or one of its :attr:`moments`, whole: flat, in the shards' dtype."""
+        """A parameter's full ``weights``, ``average`` or one of its :attr:`moments`, flat, in the shards' dtype."""
         pieces = [
             self._pieces[rank][0][what][group].narrow(0, start, count)
             for rank, group, start, count in self._places[name]
@@ -73,7 +73,7 @@ class SavedState:
         for (vectors, _), average in zip(self._pieces, averages, strict=True):
             lengths, weights = [len(part) for part in average], [len(part) for part in vectors["weights"]]
             if len(lengths) != len(weights) or any(a < w for a, w in zip(lengths, weights, strict=True)):
-                raise UnknownLayoutError("its moving average is not one number for each weight")
+                raise UnknownLayoutError("its moving average does not have one value for each weight")
             vectors["average"] = list(average)
 
     def _length(self, name: str) -> int:
@@ -86,14 +86,14 @@ class SavedState:
                     self._places.setdefault(name, []).append((rank, group, int(address.start), int(address.numel)))
 
     def _place_by_parameter(self, ranks: int) -> None:
-        """The flat groups of a rank form one row of pieces; a piece does not reach over the end of its group."""
+        """A rank's flat groups hold its pieces in parameter order; no piece crosses the end of a group."""
         lengths = [len(vector) for vector in self._pieces[0][0]["weights"]]
         group, start = 0, 0
         for name, size in self.sizes.items():
             count = -(-size // ranks)
             while group < len(lengths) and start + count > lengths[group]:
                 if start != lengths[group]:
-                    raise UnknownLayoutError(f"{name} is not where it should be")
+                    raise UnknownLayoutError(f"{name} is not at the expected offset")
                 group, start = group + 1, 0
             if group == len(lengths):
                 raise UnknownLayoutError(f"it does not hold all of {name}")
@@ -102,7 +102,7 @@ class SavedState:
 
 
 def _flat_vectors(shard: Mapping[str, Any]) -> tuple[dict[str, list[Tensor]], Tensor | None]:
-    """A shard's flat vectors, ``weights`` and moments, each a list over groups; and its count of steps."""
+    """A shard's flat vectors (``weights`` and moments, each a list over groups), and its step count."""
     try:
         if "fp32_flat_groups" in shard:
             weights, base = list(shard["fp32_flat_groups"]), shard["optimizer_state_dict"]
@@ -119,7 +119,7 @@ def _flat_vectors(shard: Mapping[str, Any]) -> tuple[dict[str, list[Tensor]], Te
     for name in MOMENTS:
         moments = [state.get(name) for state in states]
         if any(not torch.is_tensor(m) or len(m) < len(w) for m, w in zip(moments, weights, strict=True)):
-            raise UnknownLayoutError("its optimiser's moments are not one number for each weight")
+            raise UnknownLayoutError("its optimizer's moments do not have one value for each weight")
         vectors[name] = moments
     step = states[0].get("step")
     return vectors, step if step is None or torch.is_tensor(step) else torch.tensor(float(step))

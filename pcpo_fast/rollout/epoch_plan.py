@@ -1,6 +1,6 @@
 """Who samples and trains what in an epoch: the same for the same seed, whatever the number of ranks.
 
-Images are dealt to optimiser steps first and to ranks second, so that an optimiser step sees the same images on one
+Images are dealt to optimizer steps first and to ranks second, so that an optimizer step sees the same images on one
 GPU and on a hundred, and every rank trains exactly the images that it sampled.
 """
 
@@ -25,7 +25,7 @@ class EpochPlan:
     Attributes:
         epoch: which epoch.
         prompts: [P], index into the prompt list of each group of the epoch, the same on every rank.
-        images: [updates, n], this rank's images of each optimiser step, numbered ``group * images_per_prompt + image``.
+        images: [updates, n], this rank's images of each optimizer step, numbered ``group * images_per_prompt + image``.
         steps: [updates, n, k], the steps trained of each of them, ascending.
     """
 
@@ -81,7 +81,7 @@ def steps_per_image(config: Config, trainable: int) -> int:
 
 
 def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
-    """Micro-batches per optimiser step on each rank.
+    """Micro-batches per optimizer step on each rank.
 
     Raises:
         UserError: the images of an update do not divide over the ranks, or its (image, step) pairs into micro-batches.

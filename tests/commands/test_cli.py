@@ -251,9 +251,9 @@ def test_credit_table_and_plot(tmp_path: Path, capsys: Capture, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--sampler dance --eta 1", "--eta does not apply to dance, which takes --noise, --shift"),
+        ("--sampler dance --eta 1", "--eta does not apply to dance, which accepts --noise, --shift"),
         ("--sampler cps --weight 1", "--weight does not apply to cps"),
-        ("--sampler ddim --noise 0.3", "--noise does not apply to ddim, which takes --eta, --variance, --weight"),
+        ("--sampler ddim --noise 0.3", "--noise does not apply to ddim, which accepts --eta, --variance, --weight"),
         ("--sampler ddim --shift 3", "--shift does not apply to ddim"),
         ("--steps 1", "steps"),
         ("--noise 0", "noise"),

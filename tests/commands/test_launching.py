@@ -148,25 +148,25 @@ def test_the_environment_says_which_process_this_is(environment: dict[str, str],
         (TORCHRUN | {"LOCAL_RANK": "2"}, "contradict each other"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, "contradict each other"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT must be 1 to 65535, got 70000"),
-        (SRUN | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and the job says 5: unset WORLD_SIZE"),
-        (ONE_TASK | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and the job says 1"),
+        (SRUN | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but the job sets 5: unset WORLD_SIZE"),
+        (ONE_TASK | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but the job sets 1"),
         *(
             (SRUN | {name: text}, f"{name} must be an integer of at least 0, got '{text}'")
             for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
             for text in ("x", "-1")
         ),
         (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE must be an integer"),
-        (ONE_TASK | {"SLURM_PROCID": "1"}, "contradict each other: SLURM_PROCID is 1, and there is one task"),
-        (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID is 3, and SLURM_STEP_TASKS_PER_NODE .* names 3 nodes"),
+        (ONE_TASK | {"SLURM_PROCID": "1"}, "contradict each other: SLURM_PROCID is 1, but there is only one task"),
+        (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID is 3, but SLURM_STEP_TASKS_PER_NODE=.* lists 3 nodes"),
         (SRUN | {"SLURM_LOCALID": "2"}, "contradict each other"),
-        (SRUN | {"SLURM_LOCALID": ""}, "Slurm was asked for 5 tasks, .* .SLURM_LOCALID not set, as within srun"),
+        (SRUN | {"SLURM_LOCALID": ""}, "the Slurm job has 5 tasks, .* .SLURM_LOCALID not set; srun sets them"),
         # The script of a job of several tasks, started without srun.
         (
             ONE_TASK | {"SLURM_NTASKS": "2"},
-            "Slurm was asked for 2 tasks, and nothing says which of them this process is",
+            "the Slurm job has 2 tasks, but it is unknown which of them this process is",
         ),
-        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "nothing says where rank 0 is: .*mpirun -x MASTER_ADDR=HOST"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes, and OMPI_COMM_WORLD_RANK does not say"),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "the host of rank 0 is unknown: .*mpirun -x MASTER_ADDR=HOST"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes, but OMPI_COMM_WORLD_RANK is not set"),
         ({"PMI_SIZE": "4", "PMI_RANK": "1"}, "4 processes were started .PMI_SIZE."),
     ],
 )

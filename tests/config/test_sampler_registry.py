@@ -60,7 +60,7 @@ def test_a_registered_sampler_is_one_everywhere(registered: None, capsys: Captur
     assert main(["credit", "--sampler", "still", "--noise", "0.5", "--shift", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["native"] == [2.0] * 16
     assert main(["credit", "--sampler", "still", "--eta", "1"]) == 2
-    assert "--eta does not apply to still, which takes --noise, --shift" in capsys.readouterr().err
+    assert "--eta does not apply to still, which accepts --noise, --shift" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["credit", "--help"])
     words = " ".join(capsys.readouterr().out.split())
@@ -82,7 +82,7 @@ def test_a_diffusion_sampler_takes_the_settings_it_names(registered: None, capsy
     with pytest.raises(UserError, match=r"sampler\.shift only takes effect with"):
         load_config(None, ["sampler.name=louder", "sampler.shift=2"])
     assert main(["credit", "--sampler", "louder", "--variance", "exact"]) == 2
-    assert "--variance does not apply to louder, which takes --eta, --weight" in capsys.readouterr().err
+    assert "--variance does not apply to louder, which accepts --eta, --weight" in capsys.readouterr().err
 
 
 def test_a_sampler_that_is_no_longer_registered_is_refused(capsys: Capture) -> None:

@@ -31,9 +31,9 @@ def work(does, answer, environment):
     os.environ.update(environment)
     os.dup2(os.open(answer, os.O_CREAT | os.O_WRONLY), 2)
     when, _, sentence = does.partition(": ")
-    rendezvous.LEAVING = 0.3 if when == "alone_after" else 100
+    rendezvous.EXIT_SECONDS = 0.3 if when == "alone_after" else 100
     if when == "alone":
-        rendezvous.HEARING = timedelta(seconds=0.3)
+        rendezvous.REPORT_TIMEOUT = timedelta(seconds=0.3)
     def run(arguments):
         if when not in ("before", "alone"):
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -116,7 +116,7 @@ def test_a_rank_speaks_for_itself_where_the_others_do_not_come(said: dict[str, l
 def test_after_the_meeting_the_watchdogs_of_the_others_find_it(said: dict[str, list[tuple[int, str]]]) -> None:
     (code, words), other = said["later"]
     assert other == (2, f"error: rank 1 on {HOST}: the disk is full\n")
-    assert (code, words) == (4, f"error: another rank has given up: rank 1 on {HOST}: the disk is full\n")
+    assert (code, words) == (4, f"error: another rank has failed: rank 1 on {HOST}: the disk is full\n")
 
 
 def test_after_the_meeting_the_first_of_a_machine_says_what_all_meet(said: dict[str, list[tuple[int, str]]]) -> None:

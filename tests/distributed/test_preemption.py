@@ -1,4 +1,4 @@
-"""Runs that a signal ends in order: at once, at the end of the epoch, or when the grace is over; nothing is lost."""
+"""Runs that a signal stops gracefully: immediately, at the end of the epoch, or at the end of the grace period."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def test_a_signal_stops_where_nothing_is_lost(number: int, code: int) -> None:
         end = time.monotonic() + 10
         while not said and time.monotonic() < end:
             time.sleep(0.01)
-    assert len(said) == 1 and "ends in order, within 60 s (checkpoint.grace); a second signal" in said[0]
+    assert len(said) == 1 and "stops gracefully, within 60 s (checkpoint.grace); a second signal" in said[0]
 
 
 def test_the_end_of_the_grace_stops_in_the_middle_too() -> None:
@@ -107,10 +107,10 @@ def test_a_process_that_is_stuck_ends(grace: str, signals: int, code: int) -> No
     started = time.monotonic()
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
-        assert signals == 1 or _ or "a second signal ends it at once" in process.stdout.readline()
+        assert signals == 1 or _ or "a second signal stops it immediately" in process.stdout.readline()
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert err.startswith("stopped at once: ") and err.count("\n") == 1
+    assert err.startswith("stopped immediately: ") and err.count("\n") == 1
     assert time.monotonic() - started < 20
 
 
@@ -181,7 +181,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     answer = train("run", 2)  # in the reward of the second epoch, whose rollout is thrown away
     assert answer.code == 75
     assert answer.err == "stopped by SIGTERM: the same command resumes the run after epoch 1\n"
-    assert "SIGTERM: the run ends in order, within 30 s" in answer.out
+    assert "SIGTERM: the run stops gracefully, within 30 s" in answer.out
     assert kept(run) == ["epoch_000001", "latest"]
 
     step, asked = Engine.step, 0

@@ -56,8 +56,10 @@ def test_a_rank_that_does_not_come_is_named(launched: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError) as caught:
         meet(SECOND)
     text = str(caught.value)
-    assert text.startswith("ranks 2-3, 5 of 6 did not come within 1 s (distributed.start_timeout); they belong to ")
-    assert "they belong to machine 1 (node2), machine 2 (node3), counted from 0 with 2 ranks each; here are " in text
+    assert text.startswith("ranks 2-3, 5 of 6 did not connect within 1 s (distributed.start_timeout); they belong to ")
+    assert (
+        "they belong to machine 1 (node2), machine 2 (node3), counted from 0 with 2 ranks each; connected are " in text
+    )
     assert "ranks 0-1 on node1, rank 4 on node2:" in text
 
 

@@ -26,7 +26,7 @@ def test_the_late_rank_is_named() -> None:
 def test_a_process_that_has_stopped_is_named() -> None:
     beats = [beat(0, 9, "update"), beat(3, 9, "update", ago=60)]
     text = explain(beats, [2], NOW, 30)
-    assert text == "rank 2 has never given a sign; rank 3 on node1 has given no sign for 60 s (last: update)"
+    assert text == "rank 2 has sent no heartbeat; rank 3 on node1 has sent no heartbeat for 60 s (last: update)"
 
 
 def test_where_all_are_at_the_same_point_nobody_is_blamed() -> None:
@@ -52,7 +52,7 @@ def test_a_watchdog_gives_up_once_nothing_moves_and_says_who_is_late() -> None:
         assert done.wait(20)
     finally:
         set_watchdog(None)
-    assert told[0].startswith("the run has stood still for 0 s (distributed.timeout) at rank 0 on ")
+    assert told[0].startswith("no progress for 0 s (distributed.timeout) at rank 0 on ")
     assert "(update): the others wait for rank 1 on " in told[0] and "(reward, for " in told[0]
     assert json.loads(store.get("beat/0"))["count"] == 5
     note("without a watchdog, nothing")
@@ -66,4 +66,4 @@ def test_a_process_that_waits_for_ever_ends_with_a_code_of_its_own() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert ended.returncode == EXIT_STALLED
-    assert ended.stderr.startswith("error: the run has stood still") and "rank 1 has never given a sign" in ended.stderr
+    assert ended.stderr.startswith("error: no progress for") and "rank 1 has sent no heartbeat" in ended.stderr

@@ -73,8 +73,8 @@ def test_each_trains_as_zero_1_does(tmp_path: Path, name: str, precision: str) -
         return Engine(module_of(dtype), config_of("optimizer.lr=1e-2", *overrides, *deepspeed), accumulation=2)
 
     if "offload" in name and "stochastic" in precision:
-        # DeepSpeed offloads bf16 weights without a master copy for its own optimiser only.
-        with pytest.raises(UserError, match="DeepSpeed refuses these settings: Master weights feature requires"):
+        # DeepSpeed offloads bf16 weights without a master copy for its own optimizer only.
+        with pytest.raises(UserError, match="DeepSpeed rejects these settings: Master weights feature requires"):
             engine(f"deepspeed={file}")
         return
     ours, plain = engine(f"deepspeed={file}"), engine()

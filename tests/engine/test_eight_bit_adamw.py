@@ -117,7 +117,7 @@ def test_without_bitsandbytes_a_run_is_refused_before_anything_is_loaded(monkeyp
 
 
 def test_sub_groups_round_with_noise_of_their_own() -> None:
-    """ZeRO 3 shows the optimiser one sub-group after the other, each as the only parameter."""
+    """ZeRO 3 shows the optimizer one sub-group after the other, each as the only parameter."""
     for kind in (EightBitAdamW, pcpo_fast.engine.optimizers.StochasticAdamW):
         parts = [torch.nn.Parameter(torch.full((4000,), 0.03).bfloat16()) for _ in range(2)]
         optimizer = kind(parts[:1], **SETTINGS)

@@ -54,21 +54,21 @@ def test_it_is_the_average_in_float64(dtype: torch.dtype, monkeypatch: pytest.Mo
         assert average.dtype == torch.float32
         assert torch.allclose(average.double(), expected, rtol=1e-6, atol=1e-6)
     averages = [average.clone() for average in ema.average]
-    ema.put_in()
+    ema.swap_in()
     for shard, average, last in zip(shards, averages, path[-1], strict=True):
         assert torch.equal(shard, average.to(dtype)) and (not shard.numel() or not torch.equal(shard, last))
-    ema.take_out()
+    ema.swap_out()
     assert all(torch.equal(shard, last) for shard, last in zip(shards, path[-1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ema.average, averages, strict=True))
 
 
-def test_it_is_put_in_and_taken_out_in_turn() -> None:
+def test_it_is_swapped_in_and_out_in_turn() -> None:
     ema = Ema([torch.ones(3)], 0.9)
-    with pytest.raises(ValueError, match="not in place"):
-        ema.take_out()
-    ema.put_in()
-    with pytest.raises(ValueError, match="in place already"):
-        ema.put_in()
+    with pytest.raises(ValueError, match="not swapped in"):
+        ema.swap_out()
+    ema.swap_in()
+    with pytest.raises(ValueError, match="already swapped in"):
+        ema.swap_in()
 
 
 def test_the_state_of_other_shards_is_refused() -> None:
@@ -95,7 +95,7 @@ def flat(state: dict[str, Tensor]) -> Tensor:
 
 
 def exact(engine: Engine) -> Tensor:
-    """The weights that the optimiser steps, in the order of :meth:`Engine.full_state`."""
+    """The weights that the optimizer steps, in the order of :meth:`Engine.full_state`."""
     return torch.cat([safe_get_full_fp32_param(p).flatten().float() for p in engine.deepspeed.module.parameters()])
 
 

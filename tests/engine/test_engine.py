@@ -307,13 +307,13 @@ def write(folder: Path, content: str | bytes | None) -> Path:
         # what needs another stage, or a folder
         (
             '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}',
-            "nvme has an effect at stage 3 only, and the stage is 2",
+            "nvme only takes effect with stage 3, but the stage is 2",
         ),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "nvme_path is missing"),
-        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "stage 3 only"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "only takes effect with stage 3"),
         ('{"zero_optimization": {"stage": 1, "legacy_stage1": true}}', "legacy_stage1 is not allowed"),
         *(
-            (json.dumps(settings), f"{key} is not allowed, since a checkpoint is read back")
+            (json.dumps(settings), f"{key} is not allowed .a checkpoint is verified after writing")
             for key, settings in {
                 "checkpoint.writer": {"checkpoint": {"writer": {"decoupled": True}}},
                 "checkpoint.checkpoint_serialization": {"checkpoint": {"checkpoint_serialization": False}},
@@ -383,7 +383,7 @@ def test_what_this_machine_lacks_is_said_before_anything_is_loaded(
         assert words in str(caught.value)
 
 
-def test_an_offloaded_optimiser_is_ours_and_trains(tmp_path: Path) -> None:
+def test_an_offloaded_optimizer_is_ours_and_trains(tmp_path: Path) -> None:
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     results = []

@@ -213,15 +213,15 @@ def test_an_average_lies_where_the_weights_do() -> None:
     assert saved.full("a", "average").tolist() == [6, 7] and saved.full("b", "average").tolist() == [8, 9, 10]
     with pytest.raises(UnknownLayoutError, match="only some of its ranks"):
         SavedState(shards, {"a": 2, "b": 3}, averages[:1])
-    with pytest.raises(UnknownLayoutError, match="moving average is not one number for each weight"):
+    with pytest.raises(UnknownLayoutError, match="moving average does not have one value for each weight"):
         SavedState(shards, {"a": 2, "b": 3}, [averages[0], averages[1][:0]])
 
 
 @pytest.mark.parametrize(
     ("shard", "words"),
     [
-        (group_shard([1, 2], {"a": (0, 2)}, exp_avg=torch.zeros(1)), "moments are not one number for each weight"),
-        (group_shard([1, 2], {"a": (0, 2)}, exp_avg_sq=None), "moments are not one number for each weight"),
+        (group_shard([1, 2], {"a": (0, 2)}, exp_avg=torch.zeros(1)), "moments do not have one value for each weight"),
+        (group_shard([1, 2], {"a": (0, 2)}, exp_avg_sq=None), "moments do not have one value for each weight"),
         (group_shard([1, 2], {"a": (0, 1)}), "does not hold all of a"),
         ({"base_optimizer_state": {}}, "shards have no"),
     ],
@@ -240,10 +240,10 @@ def test_a_state_of_another_kind_names_what_wrote_it(
     other = bench_of(pipeline_folder, tmp_path, 2, *LORA)
 
     def refuse(*_: Any) -> None:
-        raise UnknownLayoutError("its optimiser's state is not AdamW's")
+        raise UnknownLayoutError("its optimizer state is not AdamW's")
 
     monkeypatch.setattr("pcpo_fast.engine.optimizer_state.SavedState", refuse)
     with pytest.raises(
-        UserError, match=r"only be resumed on 1 ranks with ZeRO stage 1, as when it was written: its optimiser"
+        UserError, match=r"only be resumed on 1 ranks with ZeRO stage 1, as when it was written: its optimizer"
     ):
         load_checkpoint(path, other.engine)

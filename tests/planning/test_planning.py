@@ -347,7 +347,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     plan = make_plan(shipped("configs/tiny_flux.yaml", f"model.path={ROOT / 'assets' / 'tiny-flux'}"), 1, 1.51)
     advice = plan["recommendation"]
     assert not advice["fits"] and "no settings fit 1 x 1.51 GB" in advice["reason"]
-    assert any(way.startswith("use GPUs of ") for way in advice["ways_out"])
+    assert any(way.startswith("use GPUs with ") for way in advice["ways_out"])
 
 
 RECIPES = sorted((ROOT / "examples").glob("*/config.yaml"))

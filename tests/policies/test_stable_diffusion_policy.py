@@ -177,7 +177,7 @@ def test_v_and_the_epsilon_that_it_means_are_one_model(sd_v_folder: Path, scale:
         table = build_transitions(family.config().sampler, policy.schedule(4))
         latents, old = trajectory(policy, table, start, noise, conditioning)
         with torch.no_grad():
-            for p in policy.module.parameters():  # as an optimiser step would
+            for p in policy.module.parameters():  # as an optimizer step would
                 p.mul_(1.01)
         credit = credit_table(table, "native")
         ratios = []

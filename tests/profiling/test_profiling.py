@@ -151,7 +151,7 @@ def recorder(config: Path, folder: Path, *overrides: str, start: int = 0, **requ
 
 
 def test_a_long_epoch_is_recorded_in_parts(config: Path, tmp_path: Path) -> None:
-    """The first steps and micro-steps, every decode and the optimiser; what is behind the limits leaves no event."""
+    """The first steps and micro-steps, every decode and the optimizer; what is behind the limits leaves no event."""
     listener = recorder(config, tmp_path, "train.epochs=1")
     tensor = torch.ones(2)
     with profiler_ranges.listening(listener), profiler_ranges.named("epoch"):
@@ -212,7 +212,7 @@ def test_ranges_have_one_listener_and_cost_nothing_without(config: Path, tmp_pat
 
 
 def test_python_is_what_no_operation_of_any_thread_covers(tmp_path: Path) -> None:
-    """By hand: micro-steps of 95 µs, 10 of them the optimiser's, 35 + 10 in operations of two threads that overlap."""
+    """By hand: micro-steps of 95 µs, 10 of them the optimizer's, 35 + 10 in operations of two threads that overlap."""
 
     def event(name: str, cat: str, ts: float, dur: float, tid: int = 1) -> dict[str, Any]:
         return {"ph": "X", "name": name, "cat": cat, "ts": ts, "dur": dur, "pid": 1, "tid": tid}

@@ -45,7 +45,7 @@ def test_a_whole_folder_has_no_damage(folder: Path) -> None:
     ("spoil", "words", "visible"),
     [
         (lambda f: flip(f / "engine" / "shard.pt", 3000), "engine/shard.pt is corrupt", False),
-        (lambda f: flip(f / "weights" / "w.safetensors", -1), "weights/w.safetensors is not what was", False),
+        (lambda f: flip(f / "weights" / "w.safetensors", -1), "weights/w.safetensors is corrupt", False),
         (lambda f: (f / "state.json").write_text("[]"), "state.json is corrupt", False),
         (lambda f: (f / "state.json").write_text("{} "), "state.json has 3 bytes, not 2", True),
         (lambda f: (f / "weights" / "w.safetensors").unlink(), "weights/w.safetensors is missing", True),

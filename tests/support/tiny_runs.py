@@ -42,8 +42,8 @@ class Bench:
         at: sampler, credit and trained steps of the latest epoch.
         rollout: its images.
         advantages: random numbers, [n].
-        weights: all weights before each optimiser step.
-        gradients: what the engine accumulated for each optimiser step, before clipping.
+        weights: all weights before each optimizer step.
+        gradients: what the engine accumulated for each optimizer step, before clipping.
     """
 
     config: Config
@@ -91,11 +91,11 @@ class Bench:
         return Update(self.policy, self.engine, self.rollout, self.advantages, at.sampler, at.credit, self.config)
 
     def run(self) -> list[dict[str, float]]:
-        """All optimiser steps of the epoch, and their metrics."""
+        """All optimizer steps of the epoch, and their metrics."""
         return list(self.update().run())
 
     def epochs(self, first: int, end: int) -> list[dict[str, float]]:
-        """Metrics of all optimiser steps of some epochs."""
+        """Metrics of all optimizer steps of some epochs."""
         records = []
         for epoch in range(first, end):
             self.collect(epoch)

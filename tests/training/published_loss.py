@@ -10,7 +10,7 @@ from pcpo_fast.policies.families import load_policy
 
 
 class Published:
-    """Loss of an optimiser step; nothing of ours but the model's forward.
+    """Loss of an optimizer step; nothing of ours but the model's forward.
 
     ``stopped`` cuts the gradient of the unconditional half, to see that it matters.
     """
@@ -118,7 +118,7 @@ class Published:
     def metrics(
         self, update: int, weights: dict[str, Tensor], old_of: str
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Metrics and gradients of one optimiser step; ``old_of``: "itself", "stored", or the policy at the "start"."""
+        """Metrics and gradients of one optimizer step; ``old_of``: "itself", "stored", or the policy at the "start"."""
         plan, trajectories = self.bench.rollout.plan, self.bench.rollout.trajectories
         per_update = plan.images.shape[1]
         pairs = [

@@ -59,7 +59,7 @@ def published_of(bench: Bench, name: str) -> Algorithm:
 
 
 def check_an_epoch(bench: Bench, published: Algorithm) -> None:
-    """Both optimiser steps of an epoch: on-policy at first, then against what the rollout stored."""
+    """Both optimizer steps of an epoch: on-policy at first, then against what the rollout stored."""
     records, double = bench.run(), InDouble(bench)
     plan, trajectories = bench.rollout.plan, bench.rollout.trajectories
     assert len(records) == 2

@@ -28,7 +28,7 @@ def ages(inner: int, updates: int, limit: int) -> Config:
 @pytest.mark.parametrize(("inner", "updates", "limit"), [(3, 4, 11), (33, 1, 32), (2, 2, 3)])
 def test_a_rollout_that_would_grow_too_old_is_refused(inner: int, updates: int, limit: int) -> None:
     reason = (
-        rf"train\.inner_epochs: {inner} passes of {updates} updates make {inner * updates} optimiser steps on one "
+        rf"train\.inner_epochs: {inner} passes of {updates} updates make {inner * updates} optimizer steps on one "
         rf"rollout, "
         rf"more than train\.max_rollout_age allows \({limit}\)$"
     )
@@ -41,7 +41,7 @@ def test_a_rollout_that_would_grow_too_old_is_refused(inner: int, updates: int, 
 
 
 def passes(pipeline: Path, *overrides: str) -> list[float]:
-    """The pass of every optimiser step of an epoch."""
+    """The pass of every optimizer step of an epoch."""
     bench = Bench.build(tiny_config(pipeline, "train.inner_epochs=3", *overrides), record=False)
     return [record["policy/inner_epoch"] for record in bench.run()]
 

@@ -131,7 +131,7 @@ def test_reading_and_copying_are_found() -> None:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_the_engine_reads_nothing_before_the_optimiser_step(pipeline_folder: Any, tmp_path: Any, stage: int) -> None:
+def test_the_engine_reads_nothing_before_the_optimizer_step(pipeline_folder: Any, tmp_path: Any, stage: int) -> None:
     """DeepSpeed's part; on a CPU, where a value that is read is a wait on a GPU."""
     (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
     settings = (*LORA, f"deepspeed={tmp_path / 'ds.json'}", "train.micro_batch_size=3", "train.updates_per_epoch=1")
