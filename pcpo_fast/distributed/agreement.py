@@ -1,4 +1,4 @@
-"""Checks, before anything is loaded, that all ranks run the same code, settings and libraries and read the same files."""
+"""Checks, before anything is loaded, that all ranks have the same code, settings, libraries and files."""
 
 import hashlib
 import importlib.metadata

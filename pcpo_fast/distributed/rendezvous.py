@@ -71,10 +71,10 @@ def heard(error: UserError) -> Iterator[str | None]:
         yield own if _is_first_to_say(str(error), rank, own) else None
     else:
         try:
-            _store = connect(HEARING, may_host=rank == 0)
+            _store = connect(REPORT_TIMEOUT, may_host=rank == 0)
             _store.set(f"problem/{rank}", str(error))
             _store.add("problems", 1)
-            _wait_for_all(_store, rank, size, HEARING)
+            _wait_for_all(_store, rank, size, REPORT_TIMEOUT)
             told = _problem_told(_store, size)
         except (UserError, RuntimeError):  # the others cannot be reached, or do not answer in time
             yield own

@@ -132,7 +132,8 @@ def image_table(
     """
     lengths = {len(rows), *map(len, cells), *(map(len, scores) if scores is not None else ())}
     if len(lengths) != 1 or 0 in lengths or not cells or len(columns) != len(cells):
-        raise ValueError(f"{len(cells)} columns of {[len(column) for column in cells]} images do not match headings")
+        counts = [len(column) for column in cells]
+        raise ValueError(f"columns of {counts} images do not match {len(columns)} headings, {len(rows)} rows or scores")
     pictures = [[resized(to_image(image), len(cells) + 1, None) for image in column] for column in cells]
     width = max(picture.width for column in pictures for picture in column)
     height = max(picture.height for column in pictures for picture in column)
