@@ -19,7 +19,7 @@ LONGEST = (
     "kernels/test_ahead_of_time.py",
     "test_tiny_pipelines.py",
     "test_packaging.py",
-    "policies/test_guided_policies.py",
+    "policies/test_families.py",
     "training/test_waiting.py",
     "engine/test_ds_configs.py",  # 35
     "runs/test_checkpoint.py",
@@ -33,7 +33,7 @@ LONGEST = (
     "policies/test_flux_policy.py",
     "engine/test_engine.py",
     "training/test_guided_update.py",
-    "training/test_stable_diffusion_runs.py",
+    "training/test_family_runs.py",
     "kernels/test_launched_variants.py",  # 17
 )
 

@@ -10,7 +10,8 @@ EXAMPLES = """examples:
   pcpo-fast plan --config configs/flux_dev_pcpo_lora.yaml --gpus 1 --gpu-memory 80 --json
   pcpo-fast plan --config run.yaml --gpus 4 --gpu-memory 48 --peak-tflops 362 model.height=1024 model.width=1024
 
-GB are 1e9 bytes. FLUX.1-dev, SD3.5-medium and Stable Diffusion 1.x need neither a download nor a license."""
+GB are 1e9 bytes. FLUX.1-dev, FLUX.2-klein, SD3.5-medium and Stable Diffusion 1.x need neither a
+download nor a license."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

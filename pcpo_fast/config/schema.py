@@ -119,7 +119,10 @@ class ModelConfig(Section):
     )
     negative_prompt: str = Field("", description="prompt of the unconditional half")
     max_sequence_length: int = Field(
-        512, ge=1, le=512, description="T5 tokens per prompt (FLUX, SD3); longer prompts are truncated"
+        512,
+        ge=1,
+        le=512,
+        description="tokens per prompt that T5 (FLUX, SD3) or Qwen3 (FLUX.2) reads; longer prompts are truncated",
     )
     gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
         False, description="recompute activations in the backward to save memory"

@@ -33,7 +33,7 @@ class Architecture:
     Attributes:
         pipeline: name of the diffusers pipeline.
         parts: (class name, configuration) by part: networks, VAE, text encoders and scheduler.
-        clip_tokens: sequence length of CLIP's tokenizer.
+        clip_tokens: sequence length of CLIP's tokenizer; 0: the model has no CLIP.
         source: where the configuration was read, shown to the user.
     """
 
@@ -117,8 +117,8 @@ def build_on_meta(
         overrides: changes to the trained network's configuration, such as fewer blocks.
 
     Raises:
-        UserError: the image size or a LoRA target does not match the model, or compilation or recomputation is enabled
-            but the model has no blocks for it.
+        UserError: the image size or a LoRA target does not match the model, or compilation, recomputation or block
+            kernels are enabled but the model has no blocks for them.
     """
     import diffusers
 
@@ -135,6 +135,8 @@ def build_on_meta(
         needed(network, policy.recomputed_blocks(network), "model.gradient_checkpointing")
     if settings.compile:
         needed(network, policy.compiled_blocks(network), "model.compile")
+    if settings.block_kernels:
+        needed(network, policy.accelerated_blocks(network), "model.block_kernels")
     if settings.finetune == "lora":
         with META:
             add_lora(network, settings.lora, settings.lora.targets or family.lora_targets)

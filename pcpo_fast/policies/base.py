@@ -69,11 +69,13 @@ class Policy(ABC):
         cfg_scale: scale of classifier-free guidance; 1 is none.
         repeated_blocks: classes of the network's blocks that repeat; None: those that diffusers names.
         also_recomputed: classes of further blocks whose activations diffusers can recompute in the backward.
+        accelerated: classes of the blocks that this package's kernels serve.
     """
 
     family: ClassVar[str]
     repeated_blocks: ClassVar[tuple[str, ...] | None] = None
     also_recomputed: ClassVar[tuple[str, ...]] = ()
+    accelerated: ClassVar[tuple[str, ...]] = ()
     cfg_scale: float = 1.0
 
     def __init__(self, module: nn.Module) -> None:
@@ -91,6 +93,11 @@ class Policy(ABC):
     def recomputed_blocks(cls, network: nn.Module) -> list[nn.Module]:
         """The blocks of a network of this family that ``model.gradient_checkpointing`` can recompute."""
         return _modules(network, (*cls._repeated(network), *cls.also_recomputed))
+
+    @classmethod
+    def accelerated_blocks(cls, network: nn.Module) -> list[nn.Module]:
+        """The blocks of a network of this family that ``model.block_kernels`` can serve."""
+        return _modules(network, cls.accelerated)
 
     @classmethod
     def _repeated(cls, network: nn.Module) -> tuple[str, ...]:

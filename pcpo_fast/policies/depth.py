@@ -1,6 +1,6 @@
 """How deep a network is, for the planner, which measures shallow ones: blocks of one kind cost the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,3 +20,15 @@ class Depth:
     counts: tuple[int, ...] = ()
     configure: Callable[[tuple[int, ...]], dict[str, Any]] = lambda counts: {}
     blocks: Callable[[Any, tuple[int, ...]], dict[str, list[nn.Module]]] = lambda network, counts: {}
+
+
+def double_and_single_blocks(config: Mapping[str, Any]) -> Depth:
+    """The depth of FLUX's networks: double blocks, then single ones."""
+    return Depth(
+        (config["num_layers"], config["num_single_layers"]),
+        configure=lambda counts: {"num_layers": counts[0], "num_single_layers": counts[1]},
+        blocks=lambda network, counts: {
+            "double": list(network.transformer_blocks),
+            "single": list(network.single_transformer_blocks),
+        },
+    )

@@ -10,12 +10,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
-from pcpo_fast.policies.depth import Depth
+from pcpo_fast.policies.depth import Depth, double_and_single_blocks
 from pcpo_fast.policies.lora_names import BlockNames, release_weights
-from pcpo_fast.policies.part_checks import about
+from pcpo_fast.policies.part_checks import about, check_rotary_axes
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
@@ -66,6 +65,7 @@ class FluxPolicy(PipelinePolicy):
     trained_part: ClassVar[str] = "transformer"
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+    accelerated: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -92,11 +92,7 @@ class FluxPolicy(PipelinePolicy):
     @classmethod
     def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
         """The axes of the rotary embeddings make up a head."""
-        axes, width = config.get("axes_dims_rope", (16, 56, 56)), config.get("attention_head_dim", 128)
-        if not isinstance(axes, list | tuple) or sum(axes) != width:
-            raise UserError(
-                f"model.path: {file} says axes_dims_rope {axes}, which must add up to attention_head_dim {width}"
-            )
+        check_rotary_axes(file, config, (16, 56, 56))
 
     @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -106,14 +102,7 @@ class FluxPolicy(PipelinePolicy):
     @classmethod
     def depth(cls, config: Mapping[str, Any]) -> Depth:
         """Double blocks, then single ones."""
-        return Depth(
-            (config["num_layers"], config["num_single_layers"]),
-            configure=lambda counts: {"num_layers": counts[0], "num_single_layers": counts[1]},
-            blocks=lambda network, counts: {
-                "double": list(network.transformer_blocks),
-                "single": list(network.single_transformer_blocks),
-            },
-        )
+        return double_and_single_blocks(config)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -179,8 +168,8 @@ class FluxPolicy(PipelinePolicy):
         return pixels.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
 
     def to_pixels(self, latents: Tensor) -> Tensor:
-        """The packed latents unpacked."""
-        return self.unpack(latents)
+        """The packed latents unpacked and scaled back."""
+        return super().to_pixels(self.unpack(latents))
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""

@@ -39,10 +39,13 @@ def add_lora(
     """
     # A layer that already has an adapter is wrapped, and no longer a Linear itself.
     names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | BaseTunerLayer)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(f"model.lora.targets: {target} matches no linear layer of {type(module).__name__}")
     start = start or {}
+    chosen = dict.fromkeys(start)
+    for target in targets:
+        found = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise UserError(f"model.lora.targets: {target} matches no linear layer of {type(module).__name__}")
+        chosen.update(dict.fromkeys(found))
     larger: dict[int, list[str]] = {}
     for name, update in start.items():
         if update.down.shape[0] > settings.rank:
@@ -54,7 +57,8 @@ def add_lora(
     config = PeftLoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        target_modules="|".join([*(rf"(?:.*\.)?{re.escape(target)}" for target in targets), *map(re.escape, start)]),
+        # Whole names: what ends in a target need not be a linear layer (FLUX.2's attn.to_out is one in single blocks).
+        target_modules="|".join(map(re.escape, chosen)),
         rank_pattern={pattern: rank for rank, pattern in patterns.items()},
         alpha_pattern={pattern: settings.alpha / settings.rank * rank for rank, pattern in patterns.items()},
         init_lora_weights="gaussian",

@@ -165,6 +165,24 @@ def check_latent_scale(part: Path) -> None:
             raise UserError(f"model.path: {file}: {name} must be a number{positive}, got {value!r}")
 
 
+def check_rotary_axes(file: Path, config: Mapping[str, Any], default: tuple[int, ...]) -> None:
+    """Whether the axes of FLUX's rotary embeddings make up a head.
+
+    Args:
+        file: the network's ``config.json``.
+        config: what it says.
+        default: the axes of a configuration that names none.
+
+    Raises:
+        UserError: naming the file.
+    """
+    axes, width = config.get("axes_dims_rope", default), config.get("attention_head_dim", 128)
+    if not isinstance(axes, list | tuple) or sum(axes) != width:
+        raise UserError(
+            f"model.path: {file} says axes_dims_rope {axes}, which must add up to attention_head_dim {width}"
+        )
+
+
 def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
     """Whether a tokenizer has its vocabulary, and only tokens that its text encoder has embeddings for.
 
@@ -202,6 +220,8 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
     config = read_json(encoder / "config.json")
     config = config.get("text_config", config)
     room, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    if "rope_parameters" in config or "rope_theta" in config:
+        positions = None  # rotary embeddings have no table that could end
     largest = max(*ids, *tokenizer.get_vocab().values())
     if isinstance(room, int) and largest >= room:
         raise UserError(

@@ -10,6 +10,18 @@ from pcpo_fast.distributed.collectives import local_rank, shared_errors
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.weight_files import read_json
 
+NOT_TRAINED = {
+    "Flux2Pipeline": "FLUX.2-dev",
+    "Flux2KleinKVPipeline": "FLUX.2-klein-9b-kv",
+    "Flux2KleinInpaintPipeline": "FLUX.2-klein for inpainting",
+    "Flux3ModularPipeline": "FLUX.3",
+    "Flux3DistilledModularPipeline": "distilled FLUX.3",
+    "QwenImagePipeline": "Qwen-Image",
+    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "ZImagePipeline": "Z-Image",
+}
+"""What people call the models of pipelines that are refused."""
+
 
 def pipeline_folder(
     path: str, revision: str | None, known: Collection[str], variant: str | None = None
@@ -41,7 +53,9 @@ def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.pa
     Raises:
         UserError: it names another, or there is no such file; ``key`` names the setting.
     """
-    index = folder / "model_index.json"
+    index, modular = folder / "model_index.json", folder / "modular_model_index.json"
+    if modular.is_file() and not index.is_file():
+        index = modular
     if not index.is_file():
         raise UserError(f"{key}: {folder} holds no model_index.json, so it is not the folder of a diffusers pipeline")
     found = read_json(index, key).get("_class_name")
@@ -49,6 +63,12 @@ def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.pa
         raise UserError(
             f"{key}: {folder} is a pipeline with custom code ({'.'.join(map(str, found))} in model_index.json), "
             f"which is not run; allowed are {', '.join(known)}"
+        )
+    refused = NOT_TRAINED.get(str(found), "a modular pipeline" if index == modular else None)
+    if refused is not None:
+        raise UserError(
+            f"{key}: {folder} is {refused} ({found} in {index.name}), which cannot be trained yet; allowed are "
+            f"{', '.join(known)}"
         )
     if not isinstance(found, str) or found not in known:
         raise UserError(f"{key}: {folder} is a {found}; allowed are {', '.join(known)}")

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self, cast
 
 import pcpo_kernels
 import torch
-from diffusers import AutoencoderKL
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.part_checks import check_finite
 from pcpo_fast.policies.pipeline_files import part_classes
 from pcpo_fast.policies.quiet import quiet_libraries
-from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks
+from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, needed
 from pcpo_fast.policies.truncation import warn_of_long_prompts
 from pcpo_fast.policies.weight_files import find_weights
 
@@ -82,7 +81,7 @@ class PipelinePolicy(Policy):
     def __init__(
         self,
         network: Any,
-        vae: AutoencoderKL,
+        vae: Any,
         scheduler: Any,
         settings: ModelConfig,
         *,
@@ -135,7 +134,7 @@ class PipelinePolicy(Policy):
         vae = _config_of(folder, "vae")
         if isinstance(vae.get("block_out_channels"), list):  # before gigabytes of weights are read
             cell_grid(vae, settings.height, settings.width, cls.cell)
-        cls._refuse_unused(folder, settings)
+        cls.check_settings(folder, settings)
         pipeline = cls.load_pipeline(folder, settings, (cls.trained_part, "vae"))
         files = {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts, settings.variant)
         others = (settings.max_sequence_length, settings.dtype, cls.pipeline_class.__name__, settings.variant)
@@ -156,11 +155,17 @@ class PipelinePolicy(Policy):
         return policy
 
     @classmethod
-    def _refuse_unused(cls, folder: Path, settings: ModelConfig) -> None:
-        """Refuse settings of the user's that this model has no use for (:mod:`pcpo_fast.config.unused_settings`)."""
+    def check_settings(cls, folder: Path, settings: ModelConfig) -> None:
+        """Refuse settings of the user's that this model has no use for (:mod:`pcpo_fast.config.unused_settings`).
+
+        Raises:
+            UserError: naming the setting.
+        """
         unused = {}
         if not cls.cuts_prompts:
-            unused["max_sequence_length"] = "T5 (FLUX, SD3); CLIP reads as many tokens as it was made for"
+            unused["max_sequence_length"] = (
+                "T5 or Qwen3 (FLUX, FLUX.2, SD3); CLIP reads as many tokens as it was made for"
+            )
         if not _config_of(folder, cls.trained_part).get("guidance_embeds"):
             unused["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
         for name, what in unused.items():
@@ -186,23 +191,15 @@ class PipelinePolicy(Policy):
         else:
             network.requires_grad_(True)
         if settings.block_kernels:
+            needed(network, cls.accelerated_blocks(network), "model.block_kernels")
             try:
-                cls.accelerate(network)
+                pcpo_kernels.accelerate(network)
             except ValueError as error:
                 raise UserError(f"model.block_kernels: {error}") from None
         checkpoint_blocks(network, cls.recomputed_blocks(network), settings.recomputed_share)
         if settings.compile:
             compile_blocks(network, cls.compiled_blocks(network))
         network.train()
-
-    @classmethod
-    def accelerate(cls, network: nn.Module) -> int:
-        """Let the network's blocks compute with fused kernels; returns how many do.
-
-        Raises:
-            ValueError: there is no block that the kernels know.
-        """
-        return pcpo_kernels.accelerate(network)
 
     @classmethod
     def network_class(cls) -> str:
@@ -261,8 +258,10 @@ class PipelinePolicy(Policy):
         raise NotImplementedError(f"{type(self).__name__} does not say how its conditioning is shaped")
 
     def to_pixels(self, latents: Tensor) -> Tensor:
-        """The sampler's latents as the VAE takes them, [B, C, h, w]; as they are, where the family packs nothing."""
-        return latents
+        """The sampler's latents as the VAE takes them, [B, C, h, w]: scaled back, and unpacked if packed."""
+        config = self.vae.config
+        scaled: Tensor = latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)
+        return scaled
 
     def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
         """One forward, or both halves of classifier-free guidance in one forward of twice the batch.
@@ -348,10 +347,8 @@ class PipelinePolicy(Policy):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images."""
-        config = self.vae.config
         self.work.decodes += len(latents)
-        pixels = self.to_pixels(latents) / config["scaling_factor"] + (config["shift_factor"] or 0.0)
-        pixels = pixels.to(next(self.vae.parameters()).dtype)
+        pixels = self.to_pixels(latents).to(next(self.vae.parameters()).dtype)
         # A few images at a time: the decoder's activations, not the network's, would limit the batch.
         at_once = max(1, DECODED_PIXELS // (self.rows * self.columns * (self.cell * self.vae_scale) ** 2))
         parts = [self.vae.decode(part, return_dict=False)[0].float() for part in pixels.split(at_once)]

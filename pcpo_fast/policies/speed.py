@@ -21,10 +21,7 @@ def needed(network: nn.Module, blocks: Sequence[nn.Module], setting: str) -> Non
         UserError: there are no blocks.
     """
     if not blocks:
-        raise UserError(
-            f"{setting}: {type(network).__name__} has no block that this applies to; the model's family names the "
-            f"classes of its blocks: set {setting}=false"
-        )
+        raise UserError(f"{setting}: {type(network).__name__} has no block that this applies to: set {setting}=false")
 
 
 def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module], **options: Any) -> int:

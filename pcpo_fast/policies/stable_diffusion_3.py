@@ -65,6 +65,7 @@ class StableDiffusion3Policy(PipelinePolicy):
     optional_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     repeated_blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)  # diffusers names none
+    accelerated: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (

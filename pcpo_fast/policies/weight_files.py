@@ -17,6 +17,8 @@ QUANTISED = re.compile(r"[IU]8|F[468]_.*")
 """What the headers call types of fewer than 16 bits."""
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How a library's weight files begin."""
+COUNTS = ("position_ids", "num_batches_tracked")
+"""Ends of names that are integers by right: of old text encoders, and of batch norms."""
 POINTER = b"version https://git-lfs"
 
 
@@ -150,9 +152,7 @@ def refuse_integers(stored: dict[str, Stored]) -> None:
         UserError: naming the first.
     """
     others = [
-        name
-        for name, one in stored.items()
-        if not re.fullmatch(r"B?F\d+", one.dtype) and not name.endswith("position_ids")  # old text encoders have these
+        name for name, one in stored.items() if not re.fullmatch(r"B?F\d+", one.dtype) and not name.endswith(COUNTS)
     ]
     if others:
         one = stored[others[0]]

@@ -191,7 +191,7 @@ def spoil_index(folder: Path, **changes: Any) -> None:
         (lambda folder: (folder / "model_index.json").write_text("{"), "is not valid JSON"),
         (
             lambda folder: spoil_index(folder, _class_name="PixArtAlphaPipeline"),
-            "is a PixArtAlphaPipeline; allowed are FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline",
+            "is a PixArtAlphaPipeline; allowed are FluxPipeline, Flux2KleinPipeline, ",
         ),
         (
             lambda folder: spoil_index(folder, _class_name="StableDiffusion3Pipeline"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from guided_policies import CPU
+from tested_families import CPU
 from tiny_pipeline import PROMPTS, tiny_config
 from tiny_pipelines import SD3_RUN, SD_RUN
 from torch import Tensor

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ModelMixin
-from guided_policies import Family
 from rich.console import Console
+from tested_families import FIXTURES, Family
 from tiny_pipeline import PROMPTS, tiny_config
 from tiny_runs import CPU, LORA, Bench, randomize_adapters
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.models import build_on_meta, find_architecture
 from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.policies import Policy
-from pcpo_fast.policies.families import find_family, keep_reference, load_policy
+from pcpo_fast.policies.families import FAMILIES, family_of, find_family, keep_reference, load_policy
 from pcpo_fast.policies.lora import merged_adapters
 from pcpo_fast.policies.speed import checkpoint_blocks, checkpointed_numbers, compile_blocks
 from pcpo_fast.rollout.rollout import first_rows
@@ -35,9 +35,13 @@ ROUNDING = 100 * EPS
 """Of a network of a few layers in float32, relative to its largest output."""
 
 
-@pytest.fixture(params=("sd", "sd3"))
+BLOCKS = {"klein": 3, "sd": 4, "sd3": 2}
+"""Of the guided miniatures: those that repeat."""
+
+
+@pytest.fixture(params=BLOCKS)
 def guided(request: pytest.FixtureRequest) -> Family:
-    return Family(request.param, request.getfixturevalue(f"{request.param}_folder"))
+    return Family(request.param, request.getfixturevalue(FIXTURES[request.param]))
 
 
 def inputs_of(policy: Policy, rows: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -165,8 +169,19 @@ def test_compiled_blocks_of_the_other_families(guided: Family) -> None:
             graphs.append(graph)
             return graph.forward
 
-        assert compile_blocks(policy.module, policy.compiled_blocks(policy.module), backend=backend) > 0
+        count = compile_blocks(policy.module, policy.compiled_blocks(policy.module), backend=backend)
+        assert count == BLOCKS[guided.name]
         assert close(policy.predict(*inputs), expected) and graphs
+
+
+def test_every_block_of_the_other_families_is_recomputed(guided: Family) -> None:
+    policy = guided.policy("model.gradient_checkpointing=true")
+    calls: list[nn.Module] = []
+    blocks = policy.compiled_blocks(policy.module)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    gradients_of(policy, inputs_of(policy))
+    assert len(blocks) == BLOCKS[guided.name] and [calls.count(block) for block in blocks] == [2] * len(blocks)
 
 
 def test_the_configuration_compiles_accelerates_and_recomputes(pipeline_folder: Path) -> None:
@@ -179,11 +194,17 @@ def test_the_configuration_compiles_accelerates_and_recomputes(pipeline_folder: 
 
 
 def test_block_kernels_refuse_a_network_without_such_blocks(guided: Family) -> None:
-    if guided.is_sd3:
+    if guided.name == "sd3":
         guided.policy("model.block_kernels=true")
     else:
-        with pytest.raises(UserError, match=r"model\.block_kernels: UNet2DConditionModel has no block"):
+        network = type(guided.policy().module).__name__
+        with pytest.raises(UserError, match=rf"^model\.block_kernels: {network} has no block .*=false$"):
             guided.policy("model.block_kernels=true")
+
+
+def test_the_families_declare_the_blocks_that_the_kernels_know() -> None:
+    declared = {name for pipeline in FAMILIES for name in family_of(pipeline).accelerated}
+    assert declared == set(sys.modules["pcpo_kernels.accelerate"].BLOCKS)
 
 
 @pytest.mark.parametrize("setting", ["compile", "gradient_checkpointing", "block_kernels"])
@@ -195,14 +216,13 @@ def test_a_family_without_blocks_is_told_that_nothing_would_change(
     family = find_family(config.model)[1]
     monkeypatch.setattr(family, "repeated_blocks", ())
     monkeypatch.setattr(family, "also_recomputed", ())
-    monkeypatch.setattr(sys.modules["pcpo_kernels.accelerate"], "BLOCKS", {})
-    network = "SD3Transformer2DModel" if guided.is_sd3 else "UNet2DConditionModel"
+    monkeypatch.setattr(family, "accelerated", ())
+    network = family.network_class()
     with pytest.raises(UserError, match=rf"^model\.{setting}: {network} has no block that "):
         load_policy(config, CPU)
     architecture = find_architecture(config.model)
-    if setting != "block_kernels":
-        with pytest.raises(UserError, match=rf"^model\.{setting}: {network} has no block that "):
-            build_on_meta(architecture, config.model)
+    with pytest.raises(UserError, match=rf"^model\.{setting}: {network} has no block that "):
+        build_on_meta(architecture, config.model)
     costs = ModelCosts(architecture, guided.config().model)
     assert costs.training(1, True) == costs.training(1, False), "a plan counts on no recomputation"
 

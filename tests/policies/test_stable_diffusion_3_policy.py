@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from guided_policies import CPU, Family, random_latents
+from tested_families import CPU, Family, random_latents
 from tiny_pipeline import HEIGHT, PROMPTS, WIDTH
 from tiny_pipelines import NEGATIVE, build_sd3
 

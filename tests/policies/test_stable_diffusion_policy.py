@@ -15,8 +15,8 @@ from diffusers import (
     PNDMScheduler,
     UNet2DConditionModel,
 )
-from guided_policies import CPU, LATENTS, LORA, Family, random_latents
 from pcpo_kernels import Endpoints, policy_loss
+from tested_families import CPU, LATENTS, LORA, Family, random_latents
 from tiny_pipeline import HEIGHT, PROMPTS, WIDTH
 from tiny_pipelines import SCHEDULER
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines of random weights, small enough to run in milliseconds, and what trains them.
+"""Pipelines of random weights of the other families, small enough to run in milliseconds, and what trains them.
 
 Images are those of :mod:`tiny_pipeline`, 16 x 24, and so are the words.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipeline import clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
+from tiny_pipeline import CHANNELS, WORDS, clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
 
 NEGATIVE = "a blue square"
 GUIDED = ("model.cfg_scale=3.0", f"model.negative_prompt={NEGATIVE}")
@@ -56,6 +56,17 @@ TRANSFORMER = {
     "qk_norm": "rms_norm",
 }
 
+KLEIN = {
+    "in_channels": CHANNELS,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 3 * 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+
 
 def build_sd(folder: Path, prediction: str = "epsilon", **unet: Any) -> None:
     """Write a StableDiffusionPipeline that predicts ``prediction``; keyword arguments change the UNet."""
@@ -94,6 +105,82 @@ def build_sd3(folder: Path, *, t5: bool = True, shift: float = 3.0, dynamic: boo
     ).save_pretrained(folder)
 
 
+def build_klein(folder: Path, *, distilled: bool = False, template: bool = True, **transformer: Any) -> None:
+    """Write a Flux2KleinPipeline; ``template``: its tokenizer has a chat template."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+
+    torch.manual_seed(3)
+    tokenizer = qwen_tokenizer()
+    if template:
+        tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=CHANNELS // 4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    pipeline: Any = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=tiny_qwen(),
+        tokenizer=tokenizer,
+        transformer=scaled(Flux2Transformer2DModel(**(KLEIN | transformer)), "proj_out", 1.5),
+        is_distilled=distilled,
+    )
+    with torch.no_grad():  # the text matters
+        for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+            getattr(pipeline.transformer, name).linear.weight.mul_(8)
+    pipeline.save_pretrained(folder)
+
+
+def qwen_tokenizer() -> Any:
+    """A token for each word, with and without a space before it."""
+    from transformers import Qwen2TokenizerFast
+
+    space, words = "\u0120", sorted(WORDS, key=len, reverse=True)
+    # A longer word's letters are merged before a shorter one's, which would split it.
+    merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
+    merges += [(space, word) for word in words]
+    letters = [*sorted(set("".join(WORDS))), space]
+    pieces = dict.fromkeys(["<|endoftext|>", *letters, *map("".join, merges)])
+    return Qwen2TokenizerFast(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=merges,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=131072,  # more than Qwen3's max_position_embeddings, as published
+    )
+
+
+def tiny_qwen(width: int = 16, layers: int = 28) -> Any:
+    """Qwen3, with one layer more than the last whose states are read."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(qwen_tokenizer()),
+            hidden_size=width,
+            intermediate_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=40960,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 def scaled(network: Any, layer: str, factor: float) -> Any:
     """The network with its last layer enlarged, so that what it predicts is of size 1, as a trained one's is."""
     with torch.no_grad():
@@ -122,4 +209,12 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion 3; do not write into it."""
     folder = tmp_path_factory.mktemp("sd3") / "pipeline"
     build_sd3(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.2-klein; do not write into it."""
+    folder = tmp_path_factory.mktemp("klein") / "pipeline"
+    build_klein(folder)
     return folder

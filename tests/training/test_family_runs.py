@@ -1,4 +1,4 @@
-"""Runs of Stable Diffusion 1.x and 3 from the beginning to the end, through the command line."""
+"""Runs of the families from the beginning to the end, through the command line."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cli_runs import Run, call, finished_run, records, write_config
-from guided_policies import Family, random_latents
 from safetensors.torch import load_file
+from tested_families import FIXTURES, Family
 from tiny_pipeline import PROMPTS
 from tiny_pipelines import NEGATIVE
 
@@ -21,24 +21,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2},
     "sd3": GUIDED
     | {"algorithm": "flow_grpo", "sampler__name": "flow", "credit__kl_coefficient": 0.04, "credit__kl": "published"},
+    "klein": GUIDED
+    | {"algorithm": "flow_grpo", "sampler__name": "flow", "credit__kl_coefficient": 0.04, "credit__kl": "published"}
+    | {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2},
 }
-PART = {"sd": "unet", "sd3": "transformer"}
 
 
-@pytest.fixture(scope="module", params=("sd", pytest.param("sd3", marks=pytest.mark.slow)))
+SLOW = (pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "klein"))
+
+
+@pytest.fixture(scope="module", params=("sd", *SLOW))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def pipeline(name: str, request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(f"{name}_folder")
+    folder: Path = request.getfixturevalue(FIXTURES[name])
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished(name: str, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """LoRA on Stable Diffusion 1.x with PCPO's uniform credit; Flow-GRPO with its KL on all of Stable Diffusion 3."""
+    """LoRA on Stable Diffusion 1.x with PCPO's uniform credit; Flow-GRPO with its KL on all of Stable Diffusion 3, and
+    with LoRA on FLUX.2-klein.
+    """
     return finished_run(tmp_path_factory.mktemp(name), pipeline, **SETTINGS[name])
 
 
@@ -55,7 +62,7 @@ def test_a_run_trains_and_says_what_it_did(name: str, finished: Run) -> None:
     assert [line["policy/log_ratio_abs"] > 0 for line in updates] == [False, True] * 2
     assert all(line["policy/grad_norm"] > 0 and line["policy/skipped_updates"] == 0 for line in updates)
     assert all(line["rollout/mismatch_output"] < 1e-4 for line in lines if line["kind"] == "epoch")
-    assert ("policy/kl" in updates[1]) == (name == "sd3")
+    assert ("policy/kl" in updates[1]) == (name != "sd")
     before, after = (lines[i]["heldout/reward/mean"] for i in (0, -1))
     assert before != after
     credit = json.loads((finished.folder / "credit.json").read_text())
@@ -90,12 +97,13 @@ def test_an_exported_pipeline_is_the_policy(
     name: str, pipeline: Path, finished: Run, tmp_path: Path, capsys: Capture
 ) -> None:
     kinds = []
-    for flags in ((), ("--pipeline",)):
-        answer = call(capsys, "export", finished.folder, "--output", tmp_path / f"out{len(flags)}", *flags, "--json")
+    for out, flags in (("out0", ("--dtype", "float32")), ("out1", ("--pipeline",))):
+        answer = call(capsys, "export", finished.folder, "--output", tmp_path / out, *flags, "--json")
         assert (answer.code, answer.err) == (0, "")
         kinds.append(json.loads(answer.out)["kind"])
-    assert kinds == ["LoRA" if name == "sd" else "transformer", "pipeline"]
-    inputs = random_latents(2), torch.tensor([0.751, 0.251]), finished.policy.encode(PROMPTS[:2])
+    assert kinds == ["transformer" if name == "sd3" else "LoRA", "pipeline"]
+    latents = Family(name, pipeline).latents(2)
+    inputs = latents, torch.tensor([0.751, 0.251]), finished.policy.encode(PROMPTS[:2])
     with torch.no_grad():
         expected = finished.policy.predict(*inputs)
         exported = Family(name, tmp_path / "out1").policy().predict(*inputs)
@@ -103,13 +111,13 @@ def test_an_exported_pipeline_is_the_policy(
     assert torch.allclose(exported, expected, atol=1e-4)
     assert not torch.allclose(start, expected, atol=1e-3)
     theirs = Family(name, pipeline).pipeline()
-    if name == "sd":
+    if kinds[0] == "LoRA":
         theirs.load_lora_weights(tmp_path / "out0")
     else:
         network = type(theirs.transformer).from_pretrained(tmp_path / "out0", subfolder="transformer")
         theirs.register_modules(transformer=network)
     images = [
-        Family(name, pipeline).images(one, random_latents(2), list(PROMPTS[:2]), 3.0)
+        Family(name, pipeline).images(one, latents, list(PROMPTS[:2]), 3.0)
         for one in (theirs, Family(name, pipeline).pipeline(tmp_path / "out1"))
     ]
     assert torch.allclose(images[0], images[1], atol=5e-4)

@@ -1,0 +1,160 @@
+"""What is FLUX.2-klein's own: its grid, the published networks, its chat template, distilled models, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from tested_families import LORA, Family, randomize_adapters, trained_state
+from tiny_pipeline import PROMPTS
+from tiny_pipelines import KLEIN, build_klein, tiny_qwen
+
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import ModelConfig
+from pcpo_fast.errors import UserError
+from pcpo_fast.planning.models import build_on_meta, find_architecture
+from pcpo_fast.policies.families import FAMILIES, check_base_model
+from pcpo_fast.policies.flux2_klein import Flux2KleinPolicy
+from pcpo_fast.policies.lora import trained_updates
+from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
+from pcpo_fast.policies.pipeline_files import NOT_TRAINED, pipeline_class_of
+
+
+@pytest.fixture(scope="module")
+def family(klein_folder: Path) -> Family:
+    return Family("klein", klein_folder)
+
+
+@pytest.fixture
+def folder(klein_folder: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(klein_folder, tmp_path / "pipeline"))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "height", "width", "steps"), [(True, 16, 24, 10), (True, 64, 32, 5), (False, 16, 16, 3)]
+)
+def test_scheduler_times_are_those_the_pipeline_runs(
+    family: Family, dynamic: bool, height: int, width: int, steps: int
+) -> None:
+    """The shift depends on the image's size and on the number of steps."""
+    policy, scheduler = family.policy(), FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=dynamic)
+    other = Flux2KleinPolicy(policy.network, policy.vae, scheduler, ModelConfig(height=height, width=width))
+    pipeline: Any = Flux2KleinPipeline(scheduler, policy.vae, None, None, policy.network)
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = policy.encode(PROMPTS[:1])
+    with torch.no_grad():
+        pipeline(
+            height=height, width=width, num_inference_steps=steps, guidance_scale=1.0, output_type="latent", **embeds
+        )
+    assert torch.equal(other.schedule(steps).times, scheduler.sigmas.double())
+    assert other.schedule(steps).times[0] == 1 and other.schedule(steps).times[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters", "encoder", "double", "single"),
+    [("4B", 3_875_544_576, 4_022_468_096, 5, 20), ("9B", 9_078_581_248, 8_190_735_360, 8, 24)],
+)
+def test_published_klein_on_the_meta_device(size: str, parameters: int, encoder: int, double: int, single: int) -> None:
+    path = f"model.path=black-forest-labs/FLUX.2-klein-base-{size}"
+    settings = load_config(None, [path, "model.finetune=lora", "model.cfg_scale=4.0", "model.height=512"]).model
+    model = build_on_meta(find_architecture(settings), settings)
+    assert model.network_parameters == parameters and model.encoders == {"text_encoder": encoder}
+    policy, network = model.policy, model.policy.module
+    adapted = {name.removesuffix(".lora_A") for name, _ in network.named_modules() if name.endswith(".lora_A")}
+    targets = Flux2KleinPolicy.lora_targets
+    assert adapted == {f"transformer_blocks.{i}.{target}" for i in range(double) for target in targets[:12]} | {
+        f"single_transformer_blocks.{i}.{target}" for i in range(single) for target in targets[12:]
+    }
+    assert len(policy.compiled_blocks(network)) == len(policy.recomputed_blocks(network)) == double + single
+    shape = policy.conditioning_shapes(0)["prompt_embeds"]
+    assert policy.latent_shape == (settings.height * settings.width // 256, 128) and shape[0] == 512
+    policy._negative = {"prompt_embeds": torch.empty(1, *shape, device="meta")}
+    conditioning = {"prompt_embeds": torch.empty(2, *shape, device="meta")}
+    with torch.no_grad():
+        latents = torch.empty(2, *policy.latent_shape, device="meta")
+        halves = policy.predict_halves(latents, torch.ones(2, device="meta"), conditioning)
+    assert halves.conditional.shape == latents.shape
+    assert policy.decode(latents[:1]).shape == (1, 3, settings.height, settings.width)
+
+
+def test_kohyas_names_are_read_by_diffusers_and_back(family: Family, tmp_path: Path) -> None:
+    """Those of the original release: the double blocks' projections are one weight, the single blocks' are one here."""
+    tuned = family.policy(*LORA)
+    randomize_adapters(tuned)
+    layers = trained_updates(tuned.module, trained_state(tuned))
+    write_lora(tmp_path / LORA_FILE, layers, Flux2KleinPolicy, "kohya")
+    back = read_lora(tuned.module, tmp_path, "file", Flux2KleinPolicy)
+    assert back.keys() == layers.keys()
+    for name, update in layers.items():
+        assert torch.allclose(back[name].scaled_up @ back[name].down, update.scaled_up @ update.down, atol=1e-5), name
+    latents, pipeline = family.latents(2), family.pipeline()
+    pipeline.load_lora_weights(tmp_path)
+    other = Flux2KleinPolicy(pipeline.transformer, tuned.vae, tuned.scheduler, tuned.settings, cache=tuned.cache)
+    inputs = latents, torch.tensor([0.9, 0.2]), tuned.encode(PROMPTS[:2])
+    with torch.no_grad():
+        assert torch.allclose(other.predict(*inputs), tuned.predict(*inputs), atol=1e-3)
+        assert not torch.allclose(family.policy().predict(*inputs), tuned.predict(*inputs), atol=1e-1)
+
+
+# ----------------------------------------------------------------------------------------------- distilled
+
+
+def test_a_distilled_klein_has_no_guidance_and_comes_with_a_word(tmp_path: Path) -> None:
+    build_klein(tmp_path / "pipeline", distilled=True)
+    distilled = Family("klein", tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"^model\.cfg_scale: .* is distilled .*: set it to 1, or take the base model$"):
+        distilled.policy()
+    with pytest.warns(UserWarning, match=r"^model\.path: .* is distilled to few steps"):
+        policy = distilled.policy("model.cfg_scale=1.0")
+    pipeline, latents = distilled.pipeline(), distilled.latents(2)
+    with torch.no_grad():
+        halves = policy.predict_halves(latents, torch.tensor([1.0, 1.0]), policy.encode(PROMPTS[:2]))
+    assert halves.unconditional is None
+    # diffusers ignores the scale as well.
+    images = [distilled.images(pipeline, latents, list(PROMPTS[:2]), scale) for scale in (1.0, 3.0)]
+    assert torch.equal(*images)
+
+
+def test_an_embedded_guidance_scale_is_refused(family: Family) -> None:
+    with pytest.raises(UserError, match=r"^model\.guidance: only takes effect with an embedded guidance scale"):
+        family.policy("model.guidance=5.0")
+
+
+# ------------------------------------------------------------------------------------- folders that are not
+
+
+def test_a_tokenizer_without_a_chat_template_is_one_sentence(tmp_path: Path) -> None:
+    build_klein(tmp_path / "pipeline", template=False)
+    policy = Family("klein", tmp_path / "pipeline").policy()
+    with pytest.raises(UserError, match=r"^model\.path: the tokenizer of .* has no chat template"):
+        policy.prepare_prompts(PROMPTS)
+
+
+def test_a_text_encoder_without_the_layers_that_are_read_is_refused(family: Family, folder: Path) -> None:
+    tiny_qwen(layers=26).save_pretrained(folder / "text_encoder")
+    with pytest.raises(UserError, match=r"^model\.path: .*text_encoder/config\.json says num_hidden_layers 26; .* 27$"):
+        check_base_model(Family("klein", folder).config())
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "part"), [("joint_attention_dim", 72, "text_encoder"), ("in_channels", 24, "vae")]
+)
+def test_parts_of_different_kleins_are_refused(folder: Path, key: str, width: int, part: str) -> None:
+    Flux2Transformer2DModel(**(KLEIN | {key: width})).save_pretrained(folder / "transformer")
+    with pytest.raises(UserError, match=rf"transformer/config\.json says {key} {width}, and {part}/config\.json"):
+        check_base_model(Family("klein", folder).config())
+
+
+@pytest.mark.parametrize("pipeline", NOT_TRAINED)
+def test_models_that_are_not_trained_are_refused_by_name(tmp_path: Path, pipeline: str) -> None:
+    modular = "Modular" in pipeline
+    (tmp_path / f"{'modular_' * modular}model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    with pytest.raises(
+        UserError, match=r"^model\.path: .* cannot be trained yet; allowed are FluxPipeline, "
+    ) as caught:
+        pipeline_class_of(tmp_path, FAMILIES)
+    assert NOT_TRAINED[pipeline] in str(caught.value)

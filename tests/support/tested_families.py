@@ -1,0 +1,175 @@
+"""What the tests of the model families share: a family's miniature, its policy, and diffusers' own pipeline."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from tiny_pipeline import CHANNELS, HEIGHT, TOKENS, WIDTH, tiny_config
+from tiny_pipelines import NEGATIVE, SD3_RUN, SD_RUN
+from torch import Tensor
+
+from pcpo_fast.policies.families import load_policy
+
+CPU = torch.device("cpu")
+LORA = ("model.finetune=lora", "model.lora.rank=4", "model.lora.alpha=8")
+LATENTS = (4, HEIGHT // 2, WIDTH // 2)
+PACKED = (TOKENS, CHANNELS)
+KEPT = 12
+"""Tokens per prompt, of the families in which a setting says how many are read."""
+
+
+class Kind(NamedTuple):
+    """What differs from family to family in how diffusers and the tests call it.
+
+    Attributes:
+        pipeline: diffusers' class.
+        run: settings that sample and train it with guidance 3 and a negative prompt.
+        latents: shape of one image's.
+        part: that is trained.
+        cuts: whether ``model.max_sequence_length`` says how many tokens are read.
+        readers: of prompts, as warnings call them.
+    """
+
+    pipeline: str
+    run: tuple[str, ...]
+    latents: tuple[int, ...]
+    part: str = "transformer"
+    cuts: bool = True
+    readers: tuple[str, ...] = ("CLIP reads",)
+
+
+KINDS = {
+    "flux": Kind(
+        "FluxPipeline",
+        SD3_RUN,
+        PACKED,
+        readers=("T5 reads (model.max_sequence_length)", "CLIP reads for its one summary vector"),
+    ),
+    "klein": Kind(
+        "Flux2KleinPipeline",
+        SD3_RUN,
+        PACKED,
+        readers=("Qwen3 reads within its chat template (model.max_sequence_length)",),
+    ),
+    "sd": Kind("StableDiffusionPipeline", SD_RUN, LATENTS, "unet", False),
+    "sd_v": Kind("StableDiffusionPipeline", SD_RUN, LATENTS, "unet", False),
+    "sd3": Kind(
+        "StableDiffusion3Pipeline", SD3_RUN, LATENTS, readers=("T5 reads (model.max_sequence_length)", "CLIP reads")
+    ),
+}
+FIXTURES = {"flux": "pipeline_folder"} | {name: f"{name}_folder" for name in KINDS if name != "flux"}
+"""The fixture with a family's miniature."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family under test.
+
+    Attributes:
+        name: of :data:`KINDS`.
+        folder: of its miniature.
+    """
+
+    name: str
+    folder: Path
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
+
+    @property
+    def part(self) -> str:
+        return self.kind.part
+
+    @property
+    def is_flow(self) -> bool:
+        return self.part == "transformer"
+
+    @property
+    def run(self) -> tuple[str, ...]:
+        return self.kind.run
+
+    def config(self, *overrides: str) -> Any:
+        return tiny_config(self.folder, *self.run, *overrides)
+
+    def policy(self, *overrides: str) -> Any:
+        return load_policy(self.config(*overrides), CPU)
+
+    def latents(self, rows: int, seed: int = 0) -> Tensor:
+        return random_latents(rows, seed, self.kind.latents)
+
+    def pipeline(self, folder: Path | None = None) -> Any:
+        """diffusers' pipeline of a folder, with the scheduler whose grid the policy runs."""
+        pipeline = getattr(diffusers, self.kind.pipeline).from_pretrained(folder or self.folder)
+        if not self.is_flow:
+            pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def images(self, pipeline: Any, latents: Tensor, prompts: list[str], scale: float, **options: Any) -> Tensor:
+        """What diffusers makes of latents in four steps without noise."""
+        settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"} | options
+        if self.kind.cuts:
+            settings["max_sequence_length"] = KEPT
+        settings["true_cfg_scale" if self.name == "flux" else "guidance_scale"] = scale
+        if self.name == "klein":
+            # Its call takes the embeddings of another negative prompt than the empty one, and unpacked latents.
+            latents = latents.transpose(1, 2).reshape(len(latents), CHANNELS, HEIGHT // 4, WIDTH // 4)
+            negative = settings.pop("negative_prompt", [NEGATIVE] * len(prompts))
+            if scale != 1:
+                settings["negative_prompt_embeds"] = self.encoded(pipeline, negative)["prompt_embeds"]
+        elif scale != 1:
+            settings.setdefault("negative_prompt", [NEGATIVE] * len(prompts))
+        with torch.no_grad():
+            return pipeline(prompt=prompts, height=HEIGHT, width=WIDTH, latents=latents, **settings).images
+
+    @torch.no_grad()
+    def encoded(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        """What diffusers' pipeline makes of prompts, by the names of a policy's conditioning."""
+        if self.name == "klein":
+            return {"prompt_embeds": pipeline.encode_prompt(prompts, max_sequence_length=KEPT)[0]}
+        if self.name == "flux":
+            states, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=KEPT)
+        elif self.name == "sd3":
+            states, _, pooled, _ = pipeline.encode_prompt(
+                prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=KEPT
+            )
+        else:
+            return {"prompt_embeds": pipeline.encode_prompt(prompts, CPU, 1, False)[0]}
+        return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+
+    @torch.no_grad()
+    def decoded(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """diffusers' images of clean latents, in the words of the end of each pipeline's call."""
+        vae = pipeline.vae
+        if self.name == "klein":
+            ids = pipeline._prepare_latent_ids(torch.empty(len(latents), 1, HEIGHT // 4, WIDTH // 4))
+            pixels = pipeline._unpack_latents_with_ids(latents, ids)
+            mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+            pixels = pipeline._unpatchify_latents(pixels * torch.sqrt(variance + vae.config.batch_norm_eps) + mean)
+        else:
+            if self.name == "flux":
+                latents = pipeline._unpack_latents(latents, HEIGHT, WIDTH, pipeline.vae_scale_factor)
+            pixels = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        images: Tensor = pipeline.image_processor.postprocess(
+            vae.decode(pixels, return_dict=False)[0], output_type="pt"
+        )
+        return images
+
+
+def random_latents(rows: int, seed: int = 0, shape: tuple[int, ...] = LATENTS) -> Tensor:
+    return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize_adapters(policy: Any) -> None:
+    """LoRA starts as the identity; make it do something."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.module.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def trained_state(policy: Any) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in policy.module.named_parameters() if value.requires_grad}
