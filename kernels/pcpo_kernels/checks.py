@@ -6,46 +6,63 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a tensor."""
+def check_tensor(name: str, value: object) -> Tensor:
+    """Return ``value``; raises TypeError unless it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
 
 
-def check_float(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless ``tensor`` is a tensor of fp16, bf16, fp32 or fp64."""
-    check_tensor(name, tensor)
+def check_float(name: str, value: object) -> Tensor:
+    """Return ``value``; raises TypeError unless it is a tensor of fp16, bf16, fp32 or fp64."""
+    tensor = check_tensor(name, value)
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    return tensor
 
 
-def check_like(name: str, tensor: Tensor, output: Tensor) -> None:
-    """Raise unless ``tensor`` is a float tensor with the shape and device of ``output``."""
-    check_float(name, tensor)
-    if tensor.shape != output.shape:
-        raise ValueError(f"{name} must have the output's shape {tuple(output.shape)}, got {tuple(tensor.shape)}")
-    check_device(name, tensor, output)
+Named = tuple[str, object]
 
 
-def check_rows(name: str, tensor: Tensor, output: Tensor) -> None:
-    """Raise unless ``tensor`` holds one float per row of ``output``, on its device."""
-    check_float(name, tensor)
-    check_shape_of_rows(name, tensor, output)
+def check_like(output: Tensor, *tensors: Named) -> None:
+    """Raise unless every (name, tensor) is a float tensor with the shape and device of ``output``."""
+    shape, device = output.shape, output.device
+    for name, tensor in tensors:
+        if not _fits(tensor, FLOATS, shape, device):
+            tensor = check_float(name, tensor)
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have the output's shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            check_device(name, tensor, output)
 
 
-def check_shape_of_rows(name: str, tensor: Tensor, output: Tensor) -> None:
-    """Raise ValueError unless ``tensor`` is [B] for the rows of ``output``, on its device."""
+def check_rows(output: Tensor, *tensors: Named) -> None:
+    """Raise unless every (name, tensor) holds one float per row of ``output``, on its device."""
+    shape, device = output.shape[:1], output.device
+    for name, tensor in tensors:
+        if not _fits(tensor, FLOATS, shape, device):
+            _check_shape_of_rows(name, check_float(name, tensor), output)
+
+
+def check_integer_rows(output: Tensor, *tensors: Named) -> None:
+    """Raise unless every (name, tensor) holds one int64 per row of ``output``, on its device."""
+    shape, device = output.shape[:1], output.device
+    for name, tensor in tensors:
+        if not _fits(tensor, (torch.int64,), shape, device):
+            tensor = check_tensor(name, tensor)
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+            _check_shape_of_rows(name, tensor, output)
+
+
+def _fits(tensor: object, dtypes: tuple[torch.dtype, ...], shape: torch.Size, device: torch.device) -> bool:
+    # What is right is found so in one go, by a call as short as can be; only what is not is looked at in detail.
+    return isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.shape == shape and tensor.device == device
+
+
+def _check_shape_of_rows(name: str, tensor: Tensor, output: Tensor) -> None:
     if tensor.shape != output.shape[:1]:
         raise ValueError(f"{name} must hold one value per row, shape ({output.shape[0]},), got {tuple(tensor.shape)}")
     check_device(name, tensor, output)
-
-
-def check_integer_rows(name: str, tensor: Tensor, output: Tensor) -> None:
-    """Raise unless ``tensor`` holds one int64 per row of ``output``, on its device."""
-    check_tensor(name, tensor)
-    if tensor.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {tensor.dtype}")
-    check_shape_of_rows(name, tensor, output)
 
 
 def check_device(name: str, tensor: Tensor, output: Tensor) -> None:

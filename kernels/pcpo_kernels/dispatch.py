@@ -11,8 +11,8 @@ Backend = Literal["triton", "reference"]
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def backend_for(tensor: Tensor, *others: Tensor | None) -> Backend:
-    """The backend for an op on tensors of one device.
+def backend_for(tensors: Tensor | tuple[Tensor | None, ...]) -> Backend:
+    """The backend for an op on one tensor, or on several of one device, of which the first is never None.
 
     Triton for tensors on a GPU if it is installed; the reference otherwise, and if any tensor is float64, which the
     kernels do not support. The environment variable ``PCPO_KERNELS`` (``triton`` or ``reference``) overrides the
@@ -21,11 +21,15 @@ def backend_for(tensor: Tensor, *others: Tensor | None) -> Backend:
     Raises:
         ValueError: ``PCPO_KERNELS`` is neither ``triton`` nor ``reference``, or requests Triton where it cannot run.
     """
+    if isinstance(tensors, Tensor):
+        tensors = (tensors,)
     choice = os.environ.get("PCPO_KERNELS", "")
     if choice not in ("", "triton", "reference"):
         raise ValueError(f"PCPO_KERNELS must be triton or reference, got {choice!r}")
-    if choice == "reference" or any(t is not None and t.dtype == torch.float64 for t in (tensor, *others)):
+    if choice == "reference" or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return "reference"
+    tensor = tensors[0]
+    assert tensor is not None
     if not choice:
         return "triton" if tensor.is_cuda and triton_installed() else "reference"
     if not triton_installed():

@@ -1,21 +1,31 @@
-"""What the Triton ops share on the host: how rows and tokens are cut, scratch memory, launch options, registration."""
+"""What the Triton ops share on the host: how rows and tokens are cut, scratch memory, launching."""
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_type_hints
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from pcpo_kernels.dispatch import interpreter_lacks, interpreting
 
 if interpreting() and (_reason := interpreter_lacks()):
     raise ImportError(_reason)
 
-SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
-SCHEMA_TYPES |= {torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?"}
+FINISH = 128
+"""How many partial sums of a row are added at once."""
+_MOST_KINDS = 4096
 _counters: dict[int, Tensor] = {}
+_compiled: dict[Any, Any] = {}
+# How a compiled kernel is launched is known of these releases. On AMD, Triton specialises on the size of a tensor's
+# storage as well; the interpreter compiles nothing.
+_remembers = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None and not interpreting()
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many pieces of a size there are, rounded up; Triton's own takes a microsecond."""
+    return -(-count // size)
 
 
 class Plan(NamedTuple):
@@ -32,26 +42,19 @@ class Plan(NamedTuple):
         """So many that a thread has at least 8 elements where the row is long enough: 16 bytes of bf16."""
         return min(4, max(1, self.BLOCK // 256))
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch that cuts rows this way.
-
-        Fused multiply-add only where a kernel writes ``tl.fma``: Triton's default is about to change, and it changes
-        bits.
-        """
-        return {"BLOCK": self.BLOCK, "ITERATIONS": self.ITERATIONS, "num_warps": self.warps, "enable_fp_fusion": False}
-
     def chunks(self, elements: int) -> int:
         """Programs per row, at least one."""
-        return max(1, triton.cdiv(elements, self.BLOCK * self.ITERATIONS))
+        return max(1, cdiv(elements, self.BLOCK * self.ITERATIONS))
 
 
+@functools.cache
 def plan_for(elements: int) -> Plan:
     """Blocks of 2048 (16 elements a thread: two 16-byte loads of bf16), smaller for rows that do not fill one."""
     block = min(2048, max(128, triton.next_power_of_2(elements)))
     return Plan(block, 1 if elements <= 1 << 20 else 2)
 
 
+@functools.cache
 def tokens_per_program(tokens: int) -> int:
     """How many consecutive tokens of one image a backward program takes.
 
@@ -61,21 +64,58 @@ def tokens_per_program(tokens: int) -> int:
     return min(16, max(4, triton.next_power_of_2(tokens) // 256))
 
 
-def block_options(elements: int, *, sums: int = 0) -> dict[str, Any]:
+@functools.cache
+def block_for(elements: int, *, sums: int = 0) -> tuple[int, int]:
     """Block and warps for rows of so many elements: 16 of them per thread of a large row, 8 where three sums are kept.
 
     So a thread needs at most 128 registers, and still loads 16 bytes of bf16 at once.
     """
     block = triton.next_power_of_2(elements)
-    warps = min(16 if sums == 3 else 8, max(1, block // 256))
-    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
+    return block, min(16 if sums == 3 else 8, max(1, block // 256))
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make a GPU tensor's device the current one for a launch; free where it already is."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+def launch(kernel: Any, like: Tensor, grid: tuple[int, int, int], warps: int, *arguments: Any) -> None:
+    """Launch a kernel on the device of ``like``.
+
+    Fused multiply-add only where a kernel writes ``tl.fma``: Triton's default is about to change, and it changes bits.
+
+    Triton binds and inspects every argument of every launch, which takes longer than all else that a small op does on
+    the host. A kernel that was compiled for arguments of the same kind is remembered here and launched directly.
+
+    Args:
+        kernel: a Triton function.
+        like: a tensor on the device.
+        grid: programs along each axis.
+        warps: warps per program.
+        arguments: all of the kernel's, in its order, with its constants last.
+    """
+    if like.is_meta:  # there is nothing to compute
+        return None
+    device = like.device.index
+    if device is not None and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, like, grid, warps, *arguments)
+    if not _remembers or _hooked():
+        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        return None
+    # At least as fine as what Triton specialises on.
+    kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else a for a in arguments]
+    key = (kernel.fn, device, warps, *kinds)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        if len(_compiled) >= _MOST_KINDS:
+            _compiled.clear()
+        _compiled[key] = kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        return None
+    stream = driver.active.get_current_stream(device)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    return None
+
+
+def _hooked() -> bool:
+    """Whether a profiler listens to Triton's launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def arrival_counters(like: Tensor, rows: int) -> Tensor:
@@ -95,10 +135,16 @@ def arrival_counters(like: Tensor, rows: int) -> Tensor:
     return counters
 
 
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself where each row is contiguous, whatever the distance between rows; otherwise a copy."""
-    if tensor.is_contiguous():
+def as_read(tensor: Tensor | None) -> Tensor | None:
+    """An image tensor or a value per row as the kernels read it: the tensor itself where possible, otherwise a copy.
+
+    Of an image tensor each row must be contiguous, whatever the distance between rows. Values per row [B] are
+    contiguous, and float32 where they were float64.
+    """
+    if tensor is None or (tensor.is_contiguous() and (tensor.dtype != torch.float64 or tensor.dim() > 1)):
         return tensor
+    if tensor.dim() == 1:
+        return tensor.to(torch.float32 if tensor.dtype == torch.float64 else tensor.dtype).contiguous()
     expected = 1
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
         if size != 1 and stride != expected:
@@ -112,24 +158,6 @@ def channels_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def row_values(values: Tensor) -> Tensor:
-    """[B] as the kernels read it: contiguous, and float32 where it was float64."""
-    if values.dtype == torch.float64:
-        values = values.to(torch.float32)
-    return values.contiguous()
-
-
-def parameters(fields: type[NamedTuple]) -> str:
-    """The fields of a named tuple, as an operator's schema lists its parameters."""
-    return ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(fields).items())
-
-
-def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define the operator ``pcpo_kernels::name``, for GPUs, for the interpreter on CPUs, and for tracing.
-
-    Every operator is functional: fresh outputs, inputs untouched.
-    """
-    qualified = f"pcpo_kernels::{name}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, ("cuda", "cpu"), implementation)
-    torch.library.register_fake(qualified, fake)
+def row_strides(*tensors: Tensor | None) -> list[int]:
+    """From one row of a tensor to the next; 0 where there is none."""
+    return [0 if tensor is None else tensor.stride(0) for tensor in tensors]

@@ -3,12 +3,11 @@
 # Kernels are compiled from their source; Triton's types are not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import on_device
+from pcpo_kernels.launch import cdiv, launch
 
 SUM_ROWS, SUM_COLUMNS = 32, 64
 
@@ -39,15 +38,9 @@ def token_sums_kernel(partials, result, count, channels, ROWS: tl.constexpr, COL
     tl.store(result + column, tl.sum(total, axis=0).to(result.dtype.element_ty), mask=inside)
 
 
-def token_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum float32 [..., P, C] over P in a fixed order; the result is [..., C] in ``dtype``."""
-    *groups, count, channels = partials.shape
-    result = torch.empty((*groups, channels), dtype=dtype, device=partials.device)
-    if result.numel() == 0:
-        return result
-    grid = (result.numel() // channels, triton.cdiv(channels, SUM_COLUMNS))
-    with on_device(partials):
-        token_sums_kernel[grid](
-            partials, result, count, channels, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4, enable_fp_fusion=False
-        )
-    return result
+def token_sums(partials: Tensor, result: Tensor) -> None:
+    """Sum float32 [..., P, C] over P in a fixed order, into ``result`` [..., C]."""
+    count, channels = partials.shape[-2:]
+    if result.numel() > 0:
+        grid = (result.numel() // channels, cdiv(channels, SUM_COLUMNS), 1)
+        launch(token_sums_kernel, partials, grid, 4, partials, result, count, channels, SUM_ROWS, SUM_COLUMNS)

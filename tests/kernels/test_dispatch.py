@@ -36,8 +36,8 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch) -> None:
     # float64 is the reference's, whatever is asked for.
     assert dispatch.backend_for(torch.zeros(2, dtype=torch.float64)) == "reference"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch.backend_for(torch.zeros(2), None, torch.zeros(2)) == "triton"
-    assert dispatch.backend_for(torch.zeros(2), None, torch.zeros(2, dtype=torch.float64)) == "reference"
+    assert dispatch.backend_for((torch.zeros(2), None, torch.zeros(2))) == "triton"
+    assert dispatch.backend_for((torch.zeros(2), None, torch.zeros(2, dtype=torch.float64))) == "reference"
 
 
 def test_triton_missing(monkeypatch) -> None:

@@ -46,7 +46,7 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         TypeError, ValueError: as :func:`modulated_norm`.
     """
     check_modulation(residual, gate=gate)
-    check_like("branch", branch, residual)
+    check_like(residual, ("branch", branch))
     return _run(Tokens(residual, branch, gate))[0]
 
 
@@ -69,7 +69,7 @@ def gated_residual_norm(
         TypeError, ValueError: as :func:`modulated_norm`.
     """
     check_modulation(residual, gate=gate, shift=shift, scale=scale)
-    check_like("branch", branch, residual)
+    check_like(residual, ("branch", branch))
     return _run(Tokens(residual, branch, gate, shift, scale, float(eps)))
 
 
@@ -91,7 +91,7 @@ def check_modulation(x: Tensor, **modulation: Tensor) -> None:
 
 def _run(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """The gated sum and its norm; what is not asked for (no branch, no shift) means nothing."""
-    if backend_for(tokens.source, tokens.branch, tokens.gate, tokens.shift, tokens.scale) == "triton":
+    if backend_for(tokens[:-1]) == "triton":
         from pcpo_kernels.ops.adaptive_norm.triton import adaptive_norm as backend
     else:
         from pcpo_kernels.ops.adaptive_norm.reference import adaptive_norm as backend

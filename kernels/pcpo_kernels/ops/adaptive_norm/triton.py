@@ -10,14 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import (
-    block_options,
-    channels_contiguous,
-    on_device,
-    parameters,
-    register,
-    tokens_per_program,
-)
+from pcpo_kernels.launch import block_for, cdiv, channels_contiguous, launch, row_strides, tokens_per_program
+from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.adaptive_norm.inputs import Tokens
 from pcpo_kernels.sums import token_sums
 
@@ -185,51 +179,41 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
 
-def _image_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
-
-
 def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else channels_contiguous(tensor) for tensor in tensors]
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = Tokens(*arguments)
-    hidden, normed, mean, rstd = results = _forward_fake(*given)
-    if given.source.numel() == 0:
+def _forward(
+    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, normed, mean, rstd = results = _forward_fake(source, branch, gate, shift, scale, eps)
+    if source.numel() == 0:
         return results
-    images, tokens, channels = given.source.shape
-    chunks = triton.cdiv(tokens, FORWARD_TOKENS)
-    bulk = _ready(given.source, given.branch, given.gate, given.shift, given.scale)
-    with on_device(given.source):
-        adaptive_norm_forward_kernel[(images * chunks,)](
-            *bulk,
-            None if given.branch is None else hidden,
-            *((None,) * 3 if given.shift is None else (normed, mean, rstd)),
-            *_strides(bulk[0]),
-            *_strides(bulk[1]),
-            *(_image_stride(row) for row in bulk[2:]),
-            tokens,
-            channels,
-            chunks,
-            EPS=given.eps,
-            TOKENS=FORWARD_TOKENS,
-            **block_options(channels),
-        )
+    images, tokens, channels = source.shape
+    chunks = cdiv(tokens, FORWARD_TOKENS)
+    bulk = _ready(source, branch, gate, shift, scale)
+    block, warps = block_for(channels)
+    launch(
+        adaptive_norm_forward_kernel, source, (images * chunks, 1, 1), warps,
+        *bulk,
+        None if branch is None else hidden,
+        *((None, None, None) if shift is None else (normed, mean, rstd)),
+        *_strides(bulk[0]), *_strides(bulk[1]), *row_strides(*bulk[2:]),
+        tokens, channels, chunks, eps, FORWARD_TOKENS, block,
+    )  # fmt: skip
     return results
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = Tokens(*arguments)
-    source = given.source
-
-    def fresh(wanted: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape if wanted else (0,), dtype=dtype, device=source.device)
-
-    hidden = fresh(given.branch is not None, source.shape, source.dtype)
-    normed = fresh(given.shift is not None, source.shape, source.dtype)
-    mean, rstd = (fresh(given.shift is not None, source.shape[:2], torch.float32) for _ in range(2))
-    return hidden, normed, mean, rstd
+def _forward_fake(
+    source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, row = (source.shape, source.shape[:2]) if shift is not None else ((0,), (0,))
+    return (
+        source.new_empty((0,) if branch is None else source.shape),
+        source.new_empty(shape),
+        source.new_empty(row, dtype=torch.float32),
+        source.new_empty(row, dtype=torch.float32),
+    )
 
 
 class Incoming(NamedTuple):
@@ -253,68 +237,63 @@ class Incoming(NamedTuple):
     @property
     def some(self) -> Tensor:
         """One of the two gradients: both are of the tokens' shape."""
-        given = self.grad_hidden if self.grad_hidden is not None else self.grad_normed
+        given = self.grad_hidden if self.grad_normed is None else self.grad_normed
         assert given is not None
         return given
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(*arguments: Any) -> list[Tensor]:
     given = Incoming(*arguments)
-    images, tokens, channels = given.some.shape
-    grad_source, grad_branch, sums = results = _backward_fake(*given)
-    if given.some.numel() == 0:
-        return grad_source, grad_branch, torch.zeros_like(sums)
+    results = _backward_fake(*arguments)
+    incoming = given.some
+    images, tokens, channels = incoming.shape
+    if incoming.numel() == 0:
+        return [torch.zeros_like(result) for result in results]
     taken = tokens_per_program(tokens)
-    chunks = triton.cdiv(tokens, taken)
-    wanted = (given.for_shift, given.for_scale, given.for_gate)
-    slots = [sum(wanted[:i]) if wanted[i] else -1 for i in range(3)]
-    partials = None
-    if any(wanted):
-        partials = torch.empty((sum(wanted), images, chunks, channels), dtype=torch.float32, device=sums.device)
-    bulk = _ready(given.grad_hidden, given.grad_normed, given.hidden, given.branch, given.gate, given.scale)
-    with on_device(sums):
-        adaptive_norm_backward_kernel[(images * chunks,)](
-            *bulk,
-            *((None, None) if given.grad_normed is None else (given.mean, given.rstd)),
-            grad_source if given.source_dtype is not None else None,
-            grad_branch if given.branch_dtype is not None else None,
-            partials,
-            *(stride for tensor in bulk[:4] for stride in _strides(tensor)),
-            *(_image_stride(row) for row in bulk[4:]),
-            tokens,
-            channels,
-            chunks,
-            images * chunks,
-            SHIFT=slots[0],
-            SCALE=slots[1],
-            GATE=slots[2],
-            TOKENS=taken,
-            **block_options(channels, sums=sum(wanted)),
-        )
-    return results if partials is None else (grad_source, grad_branch, token_sums(partials, given.row_dtype))
+    chunks = cdiv(tokens, taken)
+    left = iter(results)
+    grad_source = None if given.source_dtype is None else next(left)
+    grad_branch = None if given.branch_dtype is None else next(left)
+    partials, slots, sums = None, [-1, -1, -1], 0
+    if given.for_shift or given.for_scale or given.for_gate:
+        for i, want in enumerate((given.for_shift, given.for_scale, given.for_gate)):
+            if want:
+                slots[i], sums = sums, sums + 1
+        partials = incoming.new_empty((sums, images, chunks, channels), dtype=torch.float32)
+    bulk = _ready(*given[:6])
+    block, warps = block_for(channels, sums=sums)
+    launch(
+        adaptive_norm_backward_kernel, incoming, (images * chunks, 1, 1), warps,
+        *bulk,
+        *((None, None) if given.grad_normed is None else (given.mean, given.rstd)),
+        grad_source, grad_branch, partials,
+        *_strides(bulk[0]), *_strides(bulk[1]), *_strides(bulk[2]), *_strides(bulk[3]), *row_strides(*bulk[4:]),
+        tokens, channels, chunks, images * chunks, *slots, taken, block,
+    )  # fmt: skip
+    if partials is not None:
+        token_sums(partials, next(left))
+    return results
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    """Unwritten gradients of what is wanted: of the source, of the branch, and as one tensor of shift, scale, gate."""
     given = Incoming(*arguments)
-    some = given.some
-
-    def gradient(dtype: torch.dtype | None) -> Tensor:
-        return some.new_empty((0,)) if dtype is None else torch.empty(some.shape, dtype=dtype, device=some.device)
-
-    sums = (given.for_shift + given.for_scale + given.for_gate, some.shape[0], some.shape[2])
-    rows = torch.empty(sums, dtype=given.row_dtype, device=some.device)
-    return gradient(given.source_dtype), gradient(given.branch_dtype), rows
+    incoming = given.some
+    shape = incoming.shape
+    results = [incoming.new_empty(shape, dtype=d) for d in (given.source_dtype, given.branch_dtype) if d is not None]
+    if sums := given.for_shift + given.for_scale + given.for_gate:
+        results.append(incoming.new_empty((sums, shape[0], shape[2]), dtype=given.row_dtype))
+    return results
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    source, branch, gate, shift, scale, _ = Tokens(*inputs)
+    source, branch, gate, shift, scale, _ = inputs
     hidden, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.has_branch, ctx.has_norm = branch is not None, shift is not None
-    ctx.dtypes = source.dtype, None if branch is None else branch.dtype
-    ctx.row_dtypes = [None if row is None else row.dtype for row in (gate, shift, scale)]
-    if not ctx.needs_input_grad[Tokens._fields.index("gate")]:  # for whose gradient alone the branch is kept
+    ctx.dtypes = [None if given is None else given.dtype for given in (source, branch, gate, shift, scale)]
+    if not ctx.needs_input_grad[2]:  # the gate's, for which alone the branch is kept
         branch = None
     normed = (hidden if ctx.has_branch else source) if ctx.has_norm else None
     ctx.save_for_backward(normed, branch, gate, scale, mean, rstd)
@@ -334,40 +313,41 @@ def _autograd_backward(
             return (None,) * len(ctx.needs_input_grad)
         hidden = scale = None
         for_shift = for_scale = False
-    wanted = (for_shift, for_scale, for_gate)
     # Without a norm the residual's gradient is the incoming one.
     passed = grad_hidden if for_source and grad_normed is None else None
-    source_dtype = ctx.dtypes[0] if for_source and passed is None else None
-    branch_dtype = ctx.dtypes[1] if for_branch else None
-    if source_dtype is None and branch_dtype is None and not any(wanted):
+    of_source, of_branch, *of_rows = ctx.dtypes
+    source_dtype = of_source if for_source and passed is None else None
+    branch_dtype = of_branch if for_branch else None
+    sums = for_shift or for_scale or for_gate
+    if source_dtype is None and branch_dtype is None and not sums:
         return passed, None, None, None, None, None
-    kinds = {dtype for dtype in ctx.row_dtypes if dtype is not None}
-    grad_source, grad_branch, sums = torch.ops.pcpo_kernels.adaptive_norm_backward(
+    row_dtype = torch.float32
+    if sums and len(kinds := set(of_rows) - {None}) == 1:
+        row_dtype = kinds.pop()
+    results = _norm_backward(
         grad_hidden, grad_normed, hidden, branch, gate if for_branch else None, scale, mean, rstd,
-        source_dtype, branch_dtype, kinds.pop() if len(kinds) == 1 else torch.float32, *wanted,
+        source_dtype, branch_dtype, row_dtype, for_shift, for_scale, for_gate,
     )  # fmt: skip
-    rows = iter(sums.unbind(0))
-    to_shift, to_scale, to_gate = (next(rows) if want else None for want in wanted)
-    grads = [
-        None if row is None else row.to(dtype)
-        for row, dtype in zip((to_gate, to_shift, to_scale), ctx.row_dtypes, strict=True)
-    ]
-    if passed is None and for_source:
-        passed = grad_source
-    return passed, grad_branch if for_branch else None, *grads, None
+    left = iter(results)
+    if source_dtype is not None:
+        passed = next(left)
+    grad_branch = next(left) if for_branch else None
+    grad_rows: list[Tensor | None] = [None, None, None]
+    if sums:
+        rows = iter(next(left).unbind(0))
+        to_shift, to_scale, to_gate = (next(rows) if want else None for want in (for_shift, for_scale, for_gate))
+        grad_rows = [
+            None if row is None else row.to(dtype)
+            for row, dtype in zip((to_gate, to_shift, to_scale), of_rows, strict=True)
+        ]
+    return passed, grad_branch, *grad_rows, None
 
 
-register(
-    "adaptive_norm",
-    f"({parameters(Tokens)}) -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
-    _forward,
-    _forward_fake,
-)
-register("adaptive_norm_backward", f"({parameters(Incoming)}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake)
-torch.library.register_autograd("pcpo_kernels::adaptive_norm", _autograd_backward, setup_context=_setup_context)
+_norm_backward = Operator("adaptive_norm_backward", _backward, _backward_fake, takes=(Incoming,))
+_norm = Operator("adaptive_norm", _forward, _forward_fake, _setup_context, _autograd_backward)
 
 
 def adaptive_norm(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Triton version of :func:`pcpo_kernels.ops.adaptive_norm.reference.adaptive_norm`."""
-    hidden, normed, _, _ = torch.ops.pcpo_kernels.adaptive_norm(*tokens)
+    hidden, normed, _, _ = _norm(*tokens)
     return tokens.source if tokens.branch is None else hidden, normed

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pcpo_kernels.launch import block_options
+from pcpo_kernels.launch import block_for
 from pcpo_kernels.ops.adaptive_norm.triton import (
     FORWARD_TOKENS,
     adaptive_norm_backward_kernel,
@@ -70,10 +70,9 @@ def _build(
     channels: int,
     **constants: float,
 ) -> Variant:
-    options = block_options(channels, sums=sum(constants.get(slot, -1) >= 0 for slot in ("SHIFT", "SCALE", "GATE")))
-    return build(
-        function, name, loaded, stored, rows, channels, warps=options["num_warps"], BLOCK=options["BLOCK"], **constants
-    )
+    sums = sum(constants.get(slot, -1) >= 0 for slot in ("SHIFT", "SCALE", "GATE"))
+    block, warps = block_for(channels, sums=sums)
+    return build(function, name, loaded, stored, rows, channels, warps=warps, BLOCK=block, **constants)
 
 
 def token_sums(dtype: str) -> Variant:

@@ -30,7 +30,7 @@ def guidance(reference: Tensor, output: Tensor, scale: Tensor | float, *, dtype:
     """
     check_batched("output", output)
     check_float("output", output)
-    check_like("reference", reference, output)
+    check_like(output, ("reference", reference))
     if not isinstance(scale, Tensor):
         scale = torch.full(
             output.shape[:1],
@@ -38,11 +38,11 @@ def guidance(reference: Tensor, output: Tensor, scale: Tensor | float, *, dtype:
             device=output.device,
             dtype=torch.float64 if output.dtype == torch.float64 else torch.float32,
         )
-    check_rows("scale", scale, output)
+    check_rows(output, ("scale", scale))
     dtype = output.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    if dtype != torch.float64 and backend_for(output, reference) == "triton":
+    if dtype != torch.float64 and backend_for((output, reference)) == "triton":
         from pcpo_kernels.ops.guidance.triton import guidance as backend
     else:
         from pcpo_kernels.ops.guidance.reference import guidance as backend

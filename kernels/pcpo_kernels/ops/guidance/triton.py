@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import on_device, plan_for, register, row_values, rows_contiguous
+from pcpo_kernels.launch import as_read, launch, plan_for, row_strides
+from pcpo_kernels.operators import Operator
 
 
 @triton.jit
@@ -82,72 +83,47 @@ def _forward(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtyp
     result = _forward_fake(reference, output, scale, dtype)
     if result.numel() == 0:
         return result
-    rows, elements = output.shape[0], output[0].numel()
+    rows = output.shape[0]
+    elements = output.numel() // rows
     plan = plan_for(elements)
     chunks = plan.chunks(elements)
-    reference, output = rows_contiguous(reference), rows_contiguous(output)
-    with on_device(output):
-        guidance_forward_kernel[(rows * chunks,)](
-            reference,
-            output,
-            row_values(scale),
-            result,
-            reference.stride(0),
-            output.stride(0),
-            elements,
-            chunks,
-            **plan.options,
-        )
+    given = as_read(reference), as_read(output)
+    launch(
+        guidance_forward_kernel, output, (rows * chunks, 1, 1), plan.warps,
+        *given, as_read(scale), result, *row_strides(*given), elements, chunks, plan.BLOCK, plan.ITERATIONS,
+    )  # fmt: skip
     return result
 
 
 def _forward_fake(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(output.shape, dtype=dtype, device=output.device)
+    return output.new_empty(output.shape, dtype=dtype)
 
 
 def _backward(
-    incoming: Tensor,
-    scale: Tensor,
-    reference_dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    for_reference: bool,
-    for_output: bool,
-) -> tuple[Tensor, Tensor]:
-    reference_gradient, output_gradient = results = _backward_fake(
-        incoming, scale, reference_dtype, output_dtype, for_reference, for_output
-    )
+    incoming: Tensor, scale: Tensor, reference_dtype: torch.dtype | None, output_dtype: torch.dtype | None
+) -> list[Tensor]:
+    results = _backward_fake(incoming, scale, reference_dtype, output_dtype)
     if incoming.numel() == 0:
         return results
-    rows, elements = incoming.shape[0], incoming[0].numel()
+    rows = incoming.shape[0]
+    elements = incoming.numel() // rows
     plan = plan_for(elements)
     chunks = plan.chunks(elements)
-    incoming = rows_contiguous(incoming)
-    with on_device(incoming):
-        guidance_backward_kernel[(rows * chunks,)](
-            incoming,
-            row_values(scale),
-            reference_gradient if for_reference else None,
-            output_gradient if for_output else None,
-            incoming.stride(0),
-            elements,
-            chunks,
-            **plan.options,
-        )
+    left, read = iter(results), as_read(incoming)
+    launch(
+        guidance_backward_kernel, incoming, (rows * chunks, 1, 1), plan.warps,
+        read, as_read(scale), *(None if dtype is None else next(left) for dtype in (reference_dtype, output_dtype)),
+        *row_strides(read), elements, chunks, plan.BLOCK, plan.ITERATIONS,
+    )  # fmt: skip
     return results
 
 
 def _backward_fake(
-    incoming: Tensor,
-    scale: Tensor,
-    reference_dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    for_reference: bool,
-    for_output: bool,
-) -> tuple[Tensor, Tensor]:
-    def gradient(dtype: torch.dtype, wanted: bool) -> Tensor:
-        return torch.empty(incoming.shape if wanted else (0,), dtype=dtype, device=incoming.device)
-
-    return gradient(reference_dtype, for_reference), gradient(output_dtype, for_output)
+    incoming: Tensor, scale: Tensor, reference_dtype: torch.dtype | None, output_dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Unwritten gradients of the inputs whose dtype is given."""
+    dtypes = reference_dtype, output_dtype
+    return [incoming.new_empty(incoming.shape, dtype=dtype) for dtype in dtypes if dtype is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -158,25 +134,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd_backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     (scale,) = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:2]
-    gradients = torch.ops.pcpo_kernels.guidance_backward(incoming, scale, *ctx.dtypes, *wanted)
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), None, None
+    dtypes = [dtype if want else None for dtype, want in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+    gradients = iter(_guidance_backward(incoming, scale, *dtypes))
+    return *(None if dtype is None else next(gradients) for dtype in dtypes), None, None
 
 
-register(
-    "guidance", "(Tensor reference, Tensor output, Tensor scale, ScalarType dtype) -> Tensor", _forward, _forward_fake
-)
-register(
-    "guidance_backward",
-    "(Tensor incoming, Tensor scale, ScalarType reference_dtype, ScalarType output_dtype, bool for_reference, "
-    "bool for_output) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-torch.library.register_autograd("pcpo_kernels::guidance", _autograd_backward, setup_context=_setup_context)
+_guidance_backward = Operator("guidance_backward", _backward, _backward_fake)
+_guidance = Operator("guidance", _forward, _forward_fake, _setup_context, _autograd_backward)
 
 
 def guidance(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Triton version of :func:`pcpo_kernels.guidance`."""
-    result: Tensor = torch.ops.pcpo_kernels.guidance(reference, output, scale, dtype)
+    result: Tensor = _guidance(reference, output, scale, dtype)
     return result

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import on_device, plan_for, register
+from pcpo_kernels.launch import launch, plan_for
+from pcpo_kernels.operators import Operator
 
 
 @triton.jit
@@ -136,10 +137,10 @@ def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
         return result
     plan = plan_for(count)
     chunks = plan.chunks(count)
-    with on_device(seed):
-        philox_normal_kernel[(seed.shape[0] * chunks,)](
-            result, seed.contiguous(), offset.contiguous(), count, chunks, **plan.options
-        )
+    launch(
+        philox_normal_kernel, seed, (seed.shape[0] * chunks, 1, 1), plan.warps,
+        result, seed.contiguous(), offset.contiguous(), count, chunks, plan.BLOCK, plan.ITERATIONS,
+    )  # fmt: skip
     return result
 
 
@@ -147,10 +148,10 @@ def _normal_fake(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     return torch.empty((seed.shape[0], count), dtype=torch.float32, device=seed.device)
 
 
-register("philox_normal", "(Tensor seed, Tensor offset, SymInt count) -> Tensor", _normal, _normal_fake)
+_philox_normal = Operator("philox_normal", _normal, _normal_fake)
 
 
 def philox_normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     """Triton version of :func:`pcpo_kernels.philox_normal`."""
-    result: Tensor = torch.ops.pcpo_kernels.philox_normal(seed, offset, count)
+    result: Tensor = _philox_normal(seed, offset, count)
     return result

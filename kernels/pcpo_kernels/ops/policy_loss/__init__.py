@@ -9,6 +9,8 @@ from pcpo_kernels.dispatch import backend_for
 from pcpo_kernels.ops.policy_loss.inputs import LossInputs
 from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss, Reduction
 
+_OBJECTIVES = get_args(Objective)
+
 
 def policy_loss(
     output: Tensor,
@@ -89,25 +91,23 @@ def _check(inputs: LossInputs) -> None:
         raise ValueError("reference and kl go together: give both or neither")
     if (inputs.unconditional is None) != (inputs.guidance_scale is None):
         raise ValueError("unconditional and guidance_scale go together: give both or neither")
-    for name in ("old_output", "reference", "unconditional"):
-        if getattr(inputs, name) is not None:
-            check_like(name, getattr(inputs, name), output)
-    for name in ("linear", "quadratic", "scale", "advantage"):
-        check_rows(name, getattr(inputs, name), output)
-    for name in ("kl", "divergence", "guidance_scale"):
-        if getattr(inputs, name) is not None:
-            check_rows(name, getattr(inputs, name), output)
+    images = ("old_output", inputs.old_output), ("reference", inputs.reference), ("unconditional", inputs.unconditional)
+    check_like(output, *[named for named in images if named[1] is not None])
+    check_rows(
+        output,
+        ("linear", inputs.linear), ("quadratic", inputs.quadratic), ("scale", inputs.scale),
+        ("advantage", inputs.advantage),
+    )  # fmt: skip
+    extra = ("kl", inputs.kl), ("divergence", inputs.divergence), ("guidance_scale", inputs.guidance_scale)
+    check_rows(output, *[named for named in extra if named[1] is not None])
     if isinstance(noise, Endpoints):
-        check_like("noise.latents", noise.latents, output)
-        check_like("noise.next_latents", noise.next_latents, output)
-        for name in ("a", "b", "std"):
-            check_rows(f"noise.{name}", getattr(noise, name), output)
+        check_like(output, ("noise.latents", noise.latents), ("noise.next_latents", noise.next_latents))
+        check_rows(output, ("noise.a", noise.a), ("noise.b", noise.b), ("noise.std", noise.std))
     elif isinstance(noise, NoiseKey):
-        check_integer_rows("noise.seed", noise.seed, output)
-        check_integer_rows("noise.offset", noise.offset, output)
+        check_integer_rows(output, ("noise.seed", noise.seed), ("noise.offset", noise.offset))
     else:
-        check_like("noise", noise, output)
-    check_choice("objective", inputs.objective, get_args(Objective))
+        check_like(output, ("noise", noise))
+    check_choice("objective", inputs.objective, _OBJECTIVES)
     check_choice("reduction", inputs.reduction, ("mean", "sum"))
     if not inputs.clip_range >= 0:
         raise ValueError(f"clip_range must not be negative, got {inputs.clip_range}")

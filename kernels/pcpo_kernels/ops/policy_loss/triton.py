@@ -11,7 +11,6 @@ gradient, which is read from device memory.
 # Kernels are compiled from their source; Triton's types are not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -19,15 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import (
-    arrival_counters,
-    on_device,
-    parameters,
-    plan_for,
-    register,
-    row_values,
-    rows_contiguous,
-)
+from pcpo_kernels.launch import FINISH, arrival_counters, as_read, launch, plan_for, row_strides
+from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.guidance.triton import lerp
 from pcpo_kernels.ops.noise.triton import stream_normals
 from pcpo_kernels.ops.policy_loss.inputs import LossInputs
@@ -354,11 +346,6 @@ class Operands(NamedTuple):
     std: Tensor | None = None
     guidance_scale: Tensor | None = None
 
-    def row_strides(self) -> list[int]:
-        """From one row of an image tensor to the next; 0 where there is none."""
-        images = self.output, self.old_output, self.noise, self.next_latents, self.reference, self.unconditional
-        return [0 if image is None else image.stride(0) for image in images]
-
 
 class Columns(NamedTuple):
     """Values per row that a row's mathematics needs, which the forward alone does."""
@@ -379,144 +366,108 @@ class Settings(NamedTuple):
     mean: bool
 
 
-def _split(arguments: Sequence[Any]) -> tuple[Operands, Columns, Settings]:
-    """The flat arguments of the forward operator."""
-    shared, settings = len(Operands._fields), -len(Settings._fields)
-    return Operands(*arguments[:shared]), Columns(*arguments[shared:settings]), Settings(*arguments[settings:])
-
-
-def _as_read(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Values per row and images as the kernels read them; without a copy where possible."""
-    return [t if t is None else row_values(t) if t.dim() == 1 else rows_contiguous(t) for t in tensors]
+IMAGES = Operands._fields.index("seed")
+OPERANDS, COLUMNS = len(Operands._fields), len(Columns._fields)
+NO_GRADIENTS = (None,) * (OPERANDS + COLUMNS + len(Settings._fields))
+UNCONDITIONAL = Operands._fields.index("unconditional")
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    operands, columns, settings = _split(arguments)
-    output = operands.output
+    output = arguments[0]
     loss, clipped, statistics = results = _forward_fake(output)
     rows = output.shape[0]
     if rows == 0:
         loss.zero_()
         return results
-    elements = output[0].numel()
+    elements = output.numel() // rows
     plan = plan_for(elements)
+    tensors = [as_read(tensor) for tensor in arguments[: OPERANDS + COLUMNS]]
+    _, old_output, _, _, reference, *_ = tensors
     # On-policy without a reference nothing is summed: one program per row does the row's mathematics.
-    chunks = 1 if operands.old_output is None and operands.reference is None else plan.chunks(elements)
-    operands = Operands._make(_as_read(operands))
-    scratch = torch.empty(3 * rows * chunks + rows, dtype=torch.float32, device=output.device)
-    with on_device(output):
-        policy_loss_forward_kernel[(rows * chunks,)](
-            *operands,
-            *_as_read(columns),
-            scratch,
-            arrival_counters(output, rows),
-            loss,
-            clipped,
-            statistics,
-            *operands.row_strides(),
-            rows,
-            elements,
-            chunks,
-            settings.clip_range,
-            settings.objective,
-            int(settings.mean),
-            FINISH=128,
-            **plan.options,
-        )
+    chunks = 1 if old_output is None and reference is None else plan.chunks(elements)
+    scratch = output.new_empty(3 * rows * chunks + rows, dtype=torch.float32)
+    clip_range, objective, mean = arguments[OPERANDS + COLUMNS :]
+    launch(
+        policy_loss_forward_kernel, output, (rows * chunks, 1, 1), plan.warps,
+        *tensors, scratch, arrival_counters(output, rows), loss, clipped, statistics,
+        *row_strides(*tensors[:IMAGES]), rows, elements, chunks, clip_range, objective, int(mean),
+        plan.BLOCK, plan.ITERATIONS, FINISH,
+    )  # fmt: skip
     return results
 
 
 def _forward_fake(output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten loss, clipped flags and row statistics."""
-    rows, device = output.shape[0], output.device
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    clipped = torch.empty((rows,), dtype=torch.bool, device=device)
-    return loss, clipped, torch.empty((7, rows), dtype=torch.float32, device=device)
+    rows = output.shape[0]
+    loss = output.new_empty((), dtype=torch.float32)
+    return loss, output.new_empty(rows, dtype=torch.bool), output.new_empty((7, rows), dtype=torch.float32)
 
 
-def _backward(grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    gradient, unconditional_gradient = results = _backward_fake(grad_loss, statistics, *arguments)
+def _backward(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Tensor]:
+    gradient, *half = results = _backward_fake(grad_loss, statistics, *operands)
+    rows = gradient.shape[0]
     if gradient.numel() == 0:
         return results
-    rows, elements = gradient.shape[0], gradient[0].numel()
+    elements = gradient.numel() // rows
     plan = plan_for(elements)
     chunks = plan.chunks(elements)
-    operands = Operands._make(_as_read(arguments))
-    with on_device(gradient):
-        policy_loss_backward_kernel[(rows * chunks,)](
-            *operands,
-            statistics,
-            grad_loss,
-            gradient,
-            None if operands.unconditional is None else unconditional_gradient,
-            *operands.row_strides(),
-            rows,
-            elements,
-            chunks,
-            **plan.options,
-        )
+    tensors = [as_read(tensor) for tensor in operands]
+    launch(
+        policy_loss_backward_kernel, gradient, (rows * chunks, 1, 1), plan.warps,
+        *tensors, statistics, grad_loss, gradient, half[0] if half else None,
+        *row_strides(*tensors[:IMAGES]), rows, elements, chunks, plan.BLOCK, plan.ITERATIONS,
+    )  # fmt: skip
     return results
 
 
-def _backward_fake(grad_loss: Tensor, statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    operands = Operands(*arguments)
-    output, unconditional = operands.output, operands.unconditional
-    gradient = torch.empty(output.shape, dtype=output.dtype, device=output.device)
-    if unconditional is None:
-        return gradient, gradient.new_empty((0,))
-    return gradient, torch.empty(output.shape, dtype=unconditional.dtype, device=output.device)
+def _backward_fake(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Tensor]:
+    """Unwritten gradients of the output and, where there is one, of the unconditional half."""
+    halves = operands[0], operands[UNCONDITIONAL]
+    return [half.new_empty(half.shape) for half in halves if half is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, clipped, statistics = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(clipped, statistics)
-    operands, *_ = _split(inputs)
-    ctx.save_for_backward(statistics, *operands)
+    ctx.save_for_backward(statistics, *inputs[:OPERANDS])
 
 
 def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    wanted, columns, settings = _split(ctx.needs_input_grad)
-    nothing = (None,) * (len(columns) + len(settings))
     if grad_loss is None:
-        return *(None for _ in wanted), *nothing
-    gradient, half = torch.ops.pcpo_kernels.policy_loss_backward(grad_loss, *ctx.saved_tensors)
-    return *Operands(gradient, unconditional=half if wanted.unconditional else None), *nothing
+        return NO_GRADIENTS
+    gradient, *half = _loss_backward(grad_loss, *ctx.saved_tensors)
+    if not half or not ctx.needs_input_grad[UNCONDITIONAL]:
+        return gradient, *NO_GRADIENTS[1:]
+    return gradient, *NO_GRADIENTS[1:UNCONDITIONAL], *half, *NO_GRADIENTS[UNCONDITIONAL + 1 :]
 
 
-register(
-    "policy_loss",
-    f"({parameters(Operands)}, {parameters(Columns)}, {parameters(Settings)}) "
-    "-> (Tensor loss, Tensor clipped, Tensor statistics)",
-    _forward,
-    _forward_fake,
+_loss_backward = Operator("policy_loss_backward", _backward, _backward_fake, takes=(Operands,))
+_loss = Operator(
+    "policy_loss", _forward, _forward_fake, _setup_context, _autograd_backward, takes=(Operands, Columns, Settings)
 )
-register(
-    "policy_loss_backward",
-    f"(Tensor grad_loss, Tensor statistics, {parameters(Operands)}) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-torch.library.register_autograd("pcpo_kernels::policy_loss", _autograd_backward, setup_context=_setup_context)
+_OBJECTIVES = get_args(Objective)
 
 
 def policy_loss(inputs: LossInputs) -> PolicyLoss:
     """Triton version of :func:`pcpo_kernels.policy_loss`."""
     noise = inputs.noise
+    z = following = None
+    key: tuple[Tensor | None, ...] = (None, None)
+    transition: tuple[Tensor | None, ...] = (None, None, None)
     if isinstance(noise, NoiseKey):
-        given: dict[str, Any] = {"seed": noise.seed, "offset": noise.offset}
+        key = noise
     elif isinstance(noise, Endpoints):
-        given = {"noise": noise.latents, "next_latents": noise.next_latents}
-        given |= {"a": noise.a, "b": noise.b, "std": noise.std}
+        z, following, *rest = noise
+        transition = tuple(rest)
     else:
-        given = {"noise": noise}
-    for name in ("reference", "unconditional", "guidance_scale"):
-        given[name] = getattr(inputs, name)
-    divergence = inputs.quadratic if inputs.divergence is None else inputs.divergence
-    loss, clipped, statistics = torch.ops.pcpo_kernels.policy_loss(
-        *Operands(inputs.output, inputs.old_output, **given),
-        *Columns(inputs.linear, inputs.quadratic, inputs.scale, inputs.advantage, divergence, inputs.kl),
-        *Settings(float(inputs.clip_range), get_args(Objective).index(inputs.objective), inputs.reduction == "mean"),
-    )
-    log_ratio, taylor_error, kl_term, *_, distance = statistics.unbind(0)
+        z = noise
+    loss, clipped, statistics = _loss(
+        inputs.output, inputs.old_output, z, following, inputs.reference, inputs.unconditional,
+        *key, *transition, inputs.guidance_scale,
+        inputs.linear, inputs.quadratic, inputs.scale, inputs.advantage,
+        inputs.quadratic if inputs.divergence is None else inputs.divergence, inputs.kl,
+        float(inputs.clip_range), _OBJECTIVES.index(inputs.objective), inputs.reduction == "mean",
+    )  # fmt: skip
+    log_ratio, taylor_error, kl_term, _, _, _, distance = statistics.unbind(0)
     return PolicyLoss(loss, log_ratio, clipped, taylor_error, None if inputs.reference is None else kl_term, distance)

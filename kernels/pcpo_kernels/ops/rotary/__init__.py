@@ -76,7 +76,7 @@ def norm_rope(
             check_device(name, tensor, x)
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if backend_for(x, weight, cos, sin, second_weight) == "triton":
+    if backend_for((x, weight, cos, sin, second_weight)) == "triton":
         from pcpo_kernels.ops.rotary.triton import norm_rope as backend
     else:
         from pcpo_kernels.ops.rotary.reference import norm_rope as backend

@@ -3,6 +3,7 @@
 # Kernels are compiled from their source; Triton's types are not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import channels_contiguous, on_device, parameters, register, tokens_per_program
+from pcpo_kernels.launch import as_read, cdiv, channels_contiguous, launch, tokens_per_program
+from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.rotary.inputs import Heads
 from pcpo_kernels.sums import token_sums
 
@@ -125,48 +127,35 @@ def norm_rope_backward_kernel(
         tl.store(partials + tl.program_id(0).to(tl.int64) * size + place, tl.sum(total, axis=0), mask=inside)
 
 
-def tile_options(heads: int, size: int) -> dict[str, Any]:
+@functools.cache
+def tile_for(heads: int, size: int) -> tuple[tuple[int, int], int]:
     """The tile of one token and its warps: 16 elements per thread of a large one."""
     tile = triton.next_power_of_2(heads), max(2, triton.next_power_of_2(size))
-    warps = min(8, max(1, tile[0] * tile[1] // 512))
-    return {"HEADS": tile[0], "SIZE": tile[1], "num_warps": warps, "enable_fp_fusion": False}
-
-
-def _row(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    return tile, min(8, max(1, tile[0] * tile[1] // 512))
 
 
 def _parts(heads: Heads) -> list[tuple[Tensor, Tensor | None, int]]:
     """Each sequence, its weight and its first place in the result."""
-    parts = [(channels_contiguous(heads.x), _row(heads.weight), 0)]
+    parts = [(channels_contiguous(heads.x), as_read(heads.weight), 0)]
     if heads.second is not None:
-        parts.append((channels_contiguous(heads.second), _row(heads.second_weight), heads.x.shape[1]))
+        parts.append((channels_contiguous(heads.second), as_read(heads.second_weight), heads.x.shape[1]))
     return parts
 
 
 def _forward(*arguments: Any) -> Tensor:
     given = Heads(*arguments)
     result = _forward_fake(*given)
-    cos, sin = _row(given.cos), _row(given.sin)
-    with on_device(result):
-        for part, factor, first in _parts(given):
-            images, tokens, heads, size = part.shape
-            if part.numel() > 0:
-                norm_rope_forward_kernel[(images * tokens,)](
-                    part,
-                    factor,
-                    cos,
-                    sin,
-                    result,
-                    *part.stride()[:3],
-                    tokens,
-                    heads,
-                    size,
-                    first,
-                    result.stride(0),
-                    EPS=given.eps,
-                    **tile_options(heads, size),
-                )
+    cos, sin = as_read(given.cos), as_read(given.sin)
+    for part, factor, first in _parts(given):
+        images, tokens, heads, size = part.shape
+        if part.numel() > 0:
+            tile, warps = tile_for(heads, size)
+            launch(
+                norm_rope_forward_kernel, result, (images * tokens, 1, 1), warps,
+                part, factor, cos, sin, result, *part.stride()[:3],
+                tokens, heads, size, first, result.stride(0),
+                given.eps, *tile,
+            )  # fmt: skip
     return result
 
 
@@ -179,65 +168,43 @@ def _forward_fake(*arguments: Any) -> Tensor:
 
 def _backward(
     incoming: Tensor, for_x: bool, for_weight: bool, for_second: bool, for_second_weight: bool, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     given, wanted = Heads(*arguments), ((for_x, for_weight), (for_second, for_second_weight))
-    results = list(_backward_fake(incoming, for_x, for_weight, for_second, for_second_weight, *arguments))
-    incoming, cos, sin = channels_contiguous(incoming), _row(given.cos), _row(given.sin)
-    with on_device(incoming):
-        for i, (part, factor, first) in enumerate(_parts(given)):
-            images, tokens, heads, size = part.shape
-            for_part, for_factor = wanted[i]
-            if not (for_part or for_factor):
-                continue
-            if part.numel() == 0:
-                if for_factor:
-                    results[2 * i + 1].zero_()
-                continue
-            taken = tokens_per_program(tokens)
-            chunks = triton.cdiv(tokens, taken)
-            partials = None
-            if for_factor:
-                partials = torch.empty((images * chunks, size), dtype=torch.float32, device=part.device)
-            norm_rope_backward_kernel[(images * chunks,)](
-                incoming,
-                part,
-                factor,
-                cos,
-                sin,
-                results[2 * i] if for_part else None,
-                partials,
-                *incoming.stride()[:3],
-                *part.stride()[:3],
-                tokens,
-                heads,
-                size,
-                first,
-                chunks,
-                EPS=given.eps,
-                TOKENS=taken,
-                **tile_options(heads, size),
-            )
-            if partials is not None:
-                results[2 * i + 1] = token_sums(partials, results[2 * i + 1].dtype)
-    return results[0], results[1], results[2], results[3]
+    results = _backward_fake(incoming, for_x, for_weight, for_second, for_second_weight, *arguments)
+    left = iter(results)
+    read, cos, sin = channels_contiguous(incoming), as_read(given.cos), as_read(given.sin)
+    for (part, factor, first), (for_part, for_factor) in zip(_parts(given), wanted, strict=False):
+        images, tokens, heads, size = part.shape
+        gradient = next(left) if for_part else None
+        total = next(left) if for_factor else None
+        if part.numel() == 0:
+            if total is not None:
+                total.zero_()
+            continue
+        if gradient is None and total is None:
+            continue
+        taken = tokens_per_program(tokens)
+        chunks = cdiv(tokens, taken)
+        partials = None if total is None else part.new_empty((images * chunks, size), dtype=torch.float32)
+        tile, warps = tile_for(heads, size)
+        launch(
+            norm_rope_backward_kernel, part, (images * chunks, 1, 1), warps,
+            read, part, factor, cos, sin, gradient, partials, *read.stride()[:3], *part.stride()[:3],
+            tokens, heads, size, first, chunks, given.eps, taken, *tile,
+        )  # fmt: skip
+        if partials is not None and total is not None:
+            token_sums(partials, total)
+    return results
 
 
 def _backward_fake(
     incoming: Tensor, for_x: bool, for_weight: bool, for_second: bool, for_second_weight: bool, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Unwritten gradients of what is wanted."""
     given = Heads(*arguments)
-
-    def gradient(tensor: Tensor | None, want: bool) -> Tensor:
-        if tensor is None or not want:
-            return given.x.new_empty((0,))
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=given.x.device)
-
-    return (
-        gradient(given.x, for_x),
-        gradient(given.weight, for_weight),
-        gradient(given.second, for_second),
-        gradient(given.second_weight, for_second_weight),
-    )
+    tensors = (given.x, for_x), (given.weight, for_weight), (given.second, for_second)
+    wanted = [t for t, want in (*tensors, (given.second_weight, for_second_weight)) if want and t is not None]
+    return [tensor.new_empty(tensor.shape) for tensor in wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -248,25 +215,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd_backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     wanted = Heads(*ctx.needs_input_grad)
     flags = wanted.x, wanted.weight, wanted.second, wanted.second_weight
-    gradients = torch.ops.pcpo_kernels.norm_rope_backward(incoming, *flags, *ctx.saved_tensors, ctx.eps)
-    x, weight, second, second_weight = (
-        gradient if flag else None for gradient, flag in zip(gradients, flags, strict=True)
-    )
+    gradients = iter(_rope_backward(incoming, *flags, *ctx.saved_tensors, ctx.eps))
+    x, weight, second, second_weight = (next(gradients) if flag else None for flag in flags)
     return x, weight, None, None, second, second_weight, None
 
 
-register("norm_rope", f"({parameters(Heads)}) -> Tensor", _forward, _forward_fake)
-register(
-    "norm_rope_backward",
-    "(Tensor incoming, bool for_x, bool for_weight, bool for_second, bool for_second_weight, "
-    f"{parameters(Heads)}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-torch.library.register_autograd("pcpo_kernels::norm_rope", _autograd_backward, setup_context=_setup_context)
+_rope_backward = Operator("norm_rope_backward", _backward, _backward_fake, takes=(Heads,))
+_rope = Operator("norm_rope", _forward, _forward_fake, _setup_context, _autograd_backward, takes=(Heads,))
 
 
 def norm_rope(heads: Heads) -> Tensor:
     """Triton version of :func:`pcpo_kernels.norm_rope`."""
-    result: Tensor = torch.ops.pcpo_kernels.norm_rope(*heads)
+    result: Tensor = _rope(*heads)
     return result

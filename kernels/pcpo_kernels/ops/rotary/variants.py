@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pcpo_kernels.ops.rotary.triton import norm_rope_backward_kernel, norm_rope_forward_kernel, tile_options
+from pcpo_kernels.ops.rotary.triton import norm_rope_backward_kernel, norm_rope_forward_kernel, tile_for
 from pcpo_kernels.variant import Variant, build
 
 HEADS, HEAD, SD3_HEAD = 24, 128, 64  # number of heads (both models), and elements per head
@@ -33,13 +33,10 @@ def _build_heads(
     rope: bool,
     **constants: float,
 ) -> Variant:
-    options = tile_options(HEADS, HEAD if rope else SD3_HEAD)
-    tile = {"HEADS": options["HEADS"], "SIZE": options["SIZE"]}
-    tile["BLOCK"] = tile["HEADS"] * tile["SIZE"]
+    (heads, size), warps = tile_for(HEADS, HEAD if rope else SD3_HEAD)
+    tile = {"HEADS": heads, "SIZE": size, "BLOCK": heads * size}
     name += "" if rope else "-norope"
-    return build(
-        function, name, loaded, stored, rows, HEADS * HEAD, warps=options["num_warps"], EPS=1e-6, **tile, **constants
-    )
+    return build(function, name, loaded, stored, rows, HEADS * HEAD, warps=warps, EPS=1e-6, **tile, **constants)
 
 
 def variants() -> Iterator[Variant]:

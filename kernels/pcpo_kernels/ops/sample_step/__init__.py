@@ -35,16 +35,14 @@ def sample_step(
     """
     check_batched("latents", latents)
     check_float("latents", latents)
-    check_like("output", output, latents)
-    for name, value in (("a", a), ("b", b), ("std", std)):
-        check_rows(name, value, latents)
+    check_like(latents, ("output", output))
+    check_rows(latents, ("a", a), ("b", b), ("std", std))
     if isinstance(noise, NoiseKey):
-        check_integer_rows("noise.seed", noise.seed, latents)
-        check_integer_rows("noise.offset", noise.offset, latents)
+        check_integer_rows(latents, ("noise.seed", noise.seed), ("noise.offset", noise.offset))
     elif noise is not None:
-        check_like("noise", noise, latents)
+        check_like(latents, ("noise", noise))
     check_choice("reduction", reduction, ("mean", "sum"))
-    if backend_for(latents, output) == "triton":
+    if backend_for((latents, output)) == "triton":
         from pcpo_kernels.ops.sample_step.triton import sample_step as backend
     else:
         from pcpo_kernels.ops.sample_step.reference import sample_step as backend

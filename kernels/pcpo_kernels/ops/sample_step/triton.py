@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import arrival_counters, on_device, plan_for, register, rows_contiguous
+from pcpo_kernels.launch import FINISH, arrival_counters, as_read, launch, plan_for, row_strides
+from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.noise.triton import stream_normals
 from pcpo_kernels.sums import ordered_sum
 from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
@@ -116,49 +117,30 @@ def _step(
     rows = latents.shape[0]
     if rows == 0:
         return results
-    elements = latents[0].numel()
+    elements = latents.numel() // rows
     plan = plan_for(elements)
     chunks = plan.chunks(elements)
-    big = [None if tensor is None else rows_contiguous(tensor) for tensor in (latents, output, noise)]
+    big = as_read(latents), as_read(output), as_read(noise)
     columns = [_row_values(column) for column in (a, b, std)]
     noisy = noise is not None or seed is not None
-    with on_device(latents):
-        sample_step_kernel[(rows * chunks,)](
-            *big,
-            None if seed is None else seed.contiguous(),
-            None if offset is None else offset.contiguous(),
-            *columns,
-            next_latents,
-            log_prob,
-            torch.empty(rows * chunks, dtype=torch.float32, device=latents.device) if noisy else None,
-            arrival_counters(latents, rows) if noisy else None,
-            *(0 if tensor is None else tensor.stride(0) for tensor in big),
-            *(column.stride(0) for column in columns),
-            rows,
-            elements,
-            chunks,
-            int(mean),
-            FINISH=128,
-            **plan.options,
-        )
+    launch(
+        sample_step_kernel, latents, (rows * chunks, 1, 1), plan.warps,
+        *big, as_read(seed), as_read(offset), *columns, next_latents, log_prob,
+        latents.new_empty(rows * chunks, dtype=torch.float32) if noisy else None,
+        arrival_counters(latents, rows) if noisy else None,
+        *row_strides(*big), *row_strides(*columns), rows, elements, chunks, int(mean),
+        plan.BLOCK, plan.ITERATIONS, FINISH,
+    )  # fmt: skip
     return results
 
 
 def _step_fake(latents: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    following = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
-    return following, torch.empty(latents.shape[:1], dtype=torch.float32, device=latents.device)
+    return latents.new_empty(latents.shape), latents.new_empty(latents.shape[:1], dtype=torch.float32)
 
 
-register(
-    "sample_step",
-    "(Tensor latents, Tensor output, Tensor? noise, Tensor? seed, Tensor? offset, Tensor a, Tensor b, Tensor std, "
-    "bool mean) -> (Tensor, Tensor)",
-    _step,
-    _step_fake,
-)
+_sample_step = Operator("sample_step", _step, _step_fake)
 
 
-@torch.no_grad()
 def sample_step(
     latents: Tensor,
     output: Tensor,
@@ -171,6 +153,4 @@ def sample_step(
     """Triton version of :func:`pcpo_kernels.sample_step`."""
     seed, offset = noise if isinstance(noise, NoiseKey) else (None, None)
     z = None if isinstance(noise, NoiseKey) else noise
-    return SampledStep(
-        *torch.ops.pcpo_kernels.sample_step(latents, output, z, seed, offset, a, b, std, reduction == "mean")
-    )
+    return SampledStep(*_sample_step(latents, output, z, seed, offset, a, b, std, reduction == "mean"))

@@ -1,0 +1,104 @@
+"""How the Triton ops are called: registered with ``torch.library`` for tracing, and without its dispatcher in eager."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype))
+
+
+class Operator:
+    """One op, ``pcpo_kernels::name``, which is functional: fresh outputs, inputs untouched.
+
+    It is registered for GPUs, for the interpreter on CPUs, and for tracing. A call with plain tensors in eager mode
+    goes past the dispatcher, whose autograd costs several times as much host time as the launches: through an
+    ``autograd.Function`` around the same implementation where a gradient is wanted, and straight to it elsewhere.
+
+    Args:
+        name: of the operator.
+        implementation: takes the parameters in order; its annotations make the schema.
+        fake: the same without computing anything.
+        setup_context: keeps for the backward what it needs, as ``torch.library.register_autograd`` describes.
+        backward: returns one gradient, or None, per parameter; without it the op has no derivative.
+        takes: named tuples whose fields are the parameters that the implementation takes as ``*arguments``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        implementation: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        *,
+        takes: tuple[type, ...] = (),
+    ) -> None:
+        qualified = f"pcpo_kernels::{name}"
+        torch.library.define(qualified, _schema(implementation, takes), tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, ("cuda", "cpu"), implementation)
+        torch.library.register_fake(qualified, fake)
+        self.registered = getattr(torch.ops.pcpo_kernels, name).default
+        self.implementation = implementation
+        self.apply: Callable[..., Any] | None = None
+        if setup_context is not None and backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+            # Past Function's own apply, which looks for torch.func in each argument; __call__ has done so.
+            self.apply = super(Function, _function(name, implementation, setup_context, backward)).apply  # type: ignore[misc]
+
+    def __call__(self, *arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or not _PLAIN.issuperset(map(type, arguments))
+            or is_in_torch_dispatch_mode()
+            or torch._C._are_functorch_transforms_active()  # torch.func
+        ):
+            return self._dispatch(arguments)
+        if self.apply is not None and torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    return self.apply(*arguments)
+        return self.implementation(*arguments)
+
+    def _dispatch(self, arguments: tuple[Any, ...]) -> Any:
+        if self.apply is not None:
+            return self.registered(*arguments)
+        with torch.no_grad():  # an op without a derivative would warn
+            return self.registered(*arguments)
+
+
+def _schema(implementation: Callable[..., Any], takes: tuple[type, ...]) -> str:
+    own = inspect.signature(implementation)
+    listed = [one for one in own.parameters.values() if one.kind is not one.VAR_POSITIONAL]
+    for fields in takes:
+        for name, kind in get_type_hints(fields).items():
+            listed.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind))
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, mutates_args=())
+
+
+def _function(
+    name: str,
+    implementation: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> type[Function]:
+    once = once_differentiable(backward)
+
+    def run_forward(ctx: Any, *arguments: Any) -> Any:
+        results = implementation(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    def run_backward(ctx: Any, *incoming: Any) -> Any:
+        return once(ctx, *incoming) if torch.is_grad_enabled() else backward(ctx, *incoming)
+
+    methods = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
+    return type(name, (Function,), methods)
