@@ -335,7 +335,8 @@ class AdvantageConfig(Section):
         0.1,
         ge=0,
         le=1,
-        description="baseline and gain: smallest standard deviation to divide by, as a share of its running mean",
+        description="smallest standard deviation to divide by, as a share of its running mean; not for steps=final "
+        "with scale=own",
     )
     audit_every: NotNegative = Field(
         0, description="epochs between audits by branches, which measure what a step's gain is worth; 0: none"

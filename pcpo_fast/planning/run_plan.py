@@ -14,7 +14,7 @@ from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.states import SHIPPED, Zero
-from pcpo_fast.planning.work import work_of_epoch
+from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
 from pcpo_fast.rollout.epoch_plan import accumulation_steps
 
 GB = 1e9
@@ -41,13 +41,16 @@ def make_plan(
     costs = ModelCosts(architecture, config.model)
     policy = costs.model.policy
     check_sampler(config.sampler, policy.schedule_kind)
-    trainable = RunTables(config, policy.schedule(config.sampler.steps), torch.device("cpu")).trained_count
+    tables = RunTables(config, policy.schedule(config.sampler.steps), torch.device("cpu"))
+    trainable, predictions = tables.trained_count, predictions_of_image(config.advantage, tables.at(0))
     pairs = accumulation_steps(config, trainable, gpus) * config.train.micro_batch_size
     rate = gpus * peak_tflops * 1e12
     model = costs.model
     own = plan_memory(config, costs, Zero.of(config), gpus)
     plain, again = costs.training(1, False), costs.training(1, True)
-    phases = work_of_epoch(config, costs, trainable, checkpointed=config.model.recomputed_share)
+    phases = work_of_epoch(
+        config, costs, trainable, checkpointed=config.model.recomputed_share, predictions=predictions
+    )
     epoch = [work for name, work in phases.items() if name != "evaluation"]
     return {
         "model": {

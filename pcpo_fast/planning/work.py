@@ -1,9 +1,12 @@
 """Floating-point operations of an epoch by phase. Recomputation does not count as model operations."""
 
-import math
 from typing import NamedTuple
 
-from pcpo_fast.config.schema import Config
+import torch
+
+from pcpo_fast.config.schema import AdvantageConfig, Config
+from pcpo_fast.method.step_advantages import Segments, StepAdvantages
+from pcpo_fast.method.step_tables import EpochTables
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.rollout.epoch_plan import steps_per_image
 
@@ -24,7 +27,19 @@ class Work(NamedTuple):
         return self.flops / rate
 
 
-def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpointed: float) -> dict[str, Work]:
+def predictions_of_image(settings: AdvantageConfig, tables: EpochTables) -> int:
+    """Predictions of an image that per-step credit decodes, where each step is trained for some image of its group."""
+    if settings.steps == "final":
+        return 0
+    trained = torch.zeros(tables.sampler.steps, dtype=torch.bool)
+    trained[tables.steps] = True
+    segments = Segments.of(tables.sampler.noisy, settings.scored_steps)
+    return int(segments.needed(trained, StepAdvantages(settings, len(trained)).gain_lambda).sum())
+
+
+def work_of_epoch(
+    config: Config, costs: ModelCosts, trainable: int, *, checkpointed: float, predictions: int = 0
+) -> dict[str, Work]:
     """Operations of each phase of an epoch, and of one evaluation.
 
     Args:
@@ -32,6 +47,7 @@ def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpoi
         costs: costs of its model.
         trainable: number of steps that may be trained in an epoch.
         checkpointed: share of the blocks whose activations the update recomputes.
+        predictions: of :func:`predictions_of_image`.
 
     Returns:
         Keys "rollout", "decode", "predictions" (only with per-step credit), "update" and "evaluation".
@@ -52,10 +68,10 @@ def work_of_epoch(config: Config, costs: ModelCosts, trainable: int, *, checkpoi
     phases = {"rollout": Work(images * steps * forward), "decode": Work(images * decode)}
     settings = config.advantage
     if settings.steps != "final":
-        predictions = images * math.ceil(trainable / settings.scored_steps) * decode
+        flops = images * predictions * decode
         if settings.audit_every:  # two branches per image, starting halfway on average
-            predictions += settings.audit_images * (steps * forward + 4 * decode) / settings.audit_every
-        phases["predictions"] = Work(predictions)
+            flops += settings.audit_images * (steps * forward + 4 * decode) / settings.audit_every
+        phases["predictions"] = Work(flops)
     shown = config.evaluation.prompts * config.evaluation.images_per_prompt
     if config.prompts.heldout is None:
         shown = 0

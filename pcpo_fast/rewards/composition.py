@@ -77,7 +77,7 @@ class RewardUnits:
         self.weights = [1.0] if normalize == "sum" else [spec.weight for spec in specs]
         everyone = torch.zeros_like(groups)
         members = groups if settings.within_prompts else everyone
-        compared = groups if settings.normalization == "group" else everyone
+        compared = {"group": groups, "flow_grpo": everyone, "global": everyone}[settings.normalization]
         self.members = members
         self.spreads, self.divisors = [], []
         self.equal = torch.ones(len(total), dtype=torch.bool)
@@ -92,8 +92,7 @@ class RewardUnits:
             before = running[index] if running else 0.0
             if before and settings.scale == "earlier":
                 divisor = torch.full_like(own, before)
-            if settings.steps != "final":
-                divisor = divisor.clamp(min=settings.min_spread * (before or self.spreads[-1]))
+            divisor = divisor.clamp(min=settings.min_spread * (before or self.spreads[-1]))
             self.divisors.append(divisor + settings.epsilon)
             self.equal &= spread(centered(values, members), members, unbiased=False) == 0
         final = self._weighed(total, components, torch.arange(len(total)))

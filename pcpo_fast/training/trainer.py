@@ -29,6 +29,7 @@ from pcpo_fast.distributed.collectives import (
 from pcpo_fast.distributed.preemption import Polled, Stopped, StopRequest
 from pcpo_fast.engine.engine import MARGIN, Engine, check_deepspeed, start_distributed, stop_distributed
 from pcpo_fast.errors import UserError
+from pcpo_fast.files.content import digest
 from pcpo_fast.method.advantages import RunningAdvantages
 from pcpo_fast.method.step_advantages import StepAdvantages
 from pcpo_fast.method.step_tables import EpochTables, RunTables
@@ -197,11 +198,21 @@ class Trainer:
         self.predicted_reward: float | None = None  # of the latest epoch's predictions
         self.heldout_reward: float | None = None  # of the current weights
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
+        # Buffers, spreads and slopes of other rewards say nothing about these.
+        self.rewarded = digest(
+            [config.scoring.normalize, *(reward.model_dump(mode="json") for reward in config.rewards)]
+        )
         if start.checkpoint is not None:
             state = load_checkpoint(start.checkpoint, self.engine)
-            self.running.load_state_dict(state["running_advantages"])
-            if "step_advantages" in state:
-                self.stepwise.load_state_dict(state["step_advantages"])
+            if state.get("rewarded", self.rewarded) == self.rewarded:
+                self.running.load_state_dict(state["running_advantages"])
+                if "step_advantages" in state:
+                    self.stepwise.load_state_dict(state["step_advantages"])
+            else:
+                self.progress.message(
+                    "The checkpoint was trained with other rewards: what it remembers of them (running advantages, "
+                    "spreads and slopes of per-step credit) is left behind"
+                )
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.collapse.before = state.get("diversity_before")
         self.loop_state = self._loop_state()
@@ -266,6 +277,7 @@ class Trainer:
         return {
             "running_advantages": copy.deepcopy(self.running.state_dict()),
             "step_advantages": self.stepwise.state_dict(),
+            "rewarded": self.rewarded,
             "skipped_in_a_row": self.skipped_in_a_row,
             "diversity_before": self.collapse.before,
         }

@@ -40,6 +40,11 @@ IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
     ("advantage.buffer_size=20", ("advantage.normalization=running",), "advantage.normalization=running"),
     ("advantage.scored_steps=2", ("advantage.steps=baseline",), "advantage.steps baseline or gain"),
     ("advantage.control=permuted", ("advantage.steps=gain",), "advantage.steps baseline or gain"),
+    (
+        "advantage.min_spread=0.5",
+        ("advantage.scale=others",),
+        "advantage.steps baseline or gain, or advantage.scale others or earlier",
+    ),
     ("advantage.gain_lambda=0.5", ("advantage.steps=gain",), "advantage.steps=gain"),
     ("train.max_log_ratio=0.1", ("train.inner_epochs=2",), "train.inner_epochs above 1"),
 ]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -226,6 +227,8 @@ def test_a_saved_state_goes_on_as_if_it_had_not_stopped() -> None:
 # Units
 
 
+NORMALIZATION = AdvantageConfig.model_fields["normalization"].annotation
+"""A new one is taught to RewardUnits, or refused together with what needs it."""
 SPECS = (RewardConfig(name="a", weight=0.7), RewardConfig(name="b", weight=-1.0))
 GROUPS = torch.arange(3).repeat_interleave(5)
 
@@ -237,7 +240,7 @@ def rewards(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("normalize", ["sum", "each"])
-@pytest.mark.parametrize("normalization", ["group", "flow_grpo", "global"])
+@pytest.mark.parametrize("normalization", sorted({*get_args(NORMALIZATION)} - {"running"}))
 def test_final_rewards_in_units_are_the_usual_advantages(normalization: str, normalize: str, unbiased: bool) -> None:
     settings = settings_of(normalization=normalization, unbiased=unbiased)
     units = RewardUnits(*rewards(), SPECS, GROUPS, settings, normalize)
@@ -279,6 +282,10 @@ def test_the_spread_of_earlier_epochs_and_the_least_spread() -> None:
     assert float(guarded.divisors[0][0]) == pytest.approx(float(total[:5].std(correction=0)), rel=1e-6)
     first = RewardUnits(nearly, components, SPECS, GROUPS, settings_of(min_spread=0.2), "sum")
     assert float(first.divisors[0][5]) == pytest.approx(0.2 * first.spreads[0], rel=1e-6)  # of the epoch itself
+    others = settings_of(steps="final", scale="others", min_spread=0.2)
+    assert float(RewardUnits(nearly, components, SPECS, GROUPS, others, "sum", [2.5]).divisors[0][5]) == pytest.approx(
+        0.5
+    )
     same = torch.cat([torch.full((5,), 0.3, dtype=torch.float64), total[5:]])
     assert (
         RewardUnits(same, components, SPECS, GROUPS, settings_of(), "sum").equal.tolist() == [True] * 5 + [False] * 10

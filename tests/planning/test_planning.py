@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config, ModelConfig
+from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.planning.advice import choose, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import plan_memory, rollout_buffers
@@ -22,7 +23,7 @@ from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.recomputing import least_recomputing
 from pcpo_fast.planning.run_plan import make_plan
 from pcpo_fast.planning.states import SHIPPED, OptimizerBytes, Zero, optimizer_bytes, states_of
-from pcpo_fast.planning.work import work_of_epoch
+from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
 from pcpo_fast.policies.families import load_policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 
@@ -99,17 +100,22 @@ def test_an_epoch_of_flux() -> None:
 def test_predictions_and_audits_are_work() -> None:
     """Every image decoded once more for each scored step, and two branches per audited image from a step halfway."""
     costs, config = flux(720), shipped(FLUX)
+    tables = RunTables(config, None, torch.device("cpu")).at(0)
 
     def predictions(**advantage: Any) -> float:
         changed = config.advantage.model_copy(update={"steps": "gain", **advantage})
-        return work_of_epoch(config.model_copy(update={"advantage": changed}), costs, 15, checkpointed=False)[
-            "predictions"
-        ].flops
+        count = predictions_of_image(changed, tables)
+        changed_config = config.model_copy(update={"advantage": changed})
+        return work_of_epoch(changed_config, costs, 15, checkpointed=False, predictions=count)["predictions"].flops
 
     decode, images = costs.decoding(1).flops, config.images_per_epoch
     assert "predictions" not in work_of_epoch(config, costs, 15, checkpointed=False)
     assert predictions() == 15 * images * decode
     assert predictions(scored_steps=4) == 4 * images * decode
+    noisy = RunTables(shipped(FLUX, "sampler.final_step=noisy"), None, torch.device("cpu")).at(0)
+    assert noisy.steps == tables.steps == list(range(15))  # the last prediction is what the last trained step leads to
+    for steps, count in (("final", 0), ("baseline", 15), ("gain", 16)):
+        assert predictions_of_image(config.advantage.model_copy(update={"steps": steps}), noisy) == count
     audit = 8 * (16 * costs.forward(1).flops + 4 * decode) / 5
     assert predictions(audit_every=5) == pytest.approx(15 * images * decode + audit)
 

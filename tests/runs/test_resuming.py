@@ -43,7 +43,7 @@ def test_a_complete_run_says_so(full: Run, capsys: Capture) -> None:
     assert (full.folder / "metrics.jsonl").read_bytes() == before
     answer = call(capsys, "train", "--config", full.config, "--json")
     assert json.loads(answer.out) == json.loads((full.folder / "summary.json").read_text())
-    assert "complete" in answer.err
+    assert "is finished" in answer.err
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,23 @@ def test_resume_path_goes_on_in_a_new_directory(full: Run, tmp_path: Path, capsy
     assert second[0]["policy/grad_norm"] == pytest.approx(first[1]["policy/grad_norm"], rel=1e-3)
     assert (new / "images" / "before_after.png").is_file()  # before means: where this run began
     assert full.folder.exists() and len(list((full.folder / "checkpoints").glob("epoch_*"))) == 2
+
+
+def test_what_is_known_of_other_rewards_is_left_behind(full: Run, tmp_path: Path, capsys: Capture) -> None:
+    checkpoint = full.folder / "checkpoints" / "epoch_000001"
+    arguments = (
+        "train",
+        "--config",
+        full.config,
+        "--resume",
+        checkpoint,
+        "train.epochs=1",
+        "logging.tensorboard=false",
+    )
+    for name, settings, expected in (("same", (), False), ("other", ("rewards.0.weight=2",), True)):
+        answer = call(capsys, *arguments, f"output_dir={tmp_path / name}", *settings)
+        assert answer.code == 0, answer.err
+        assert ("The checkpoint was trained with other rewards" in answer.out) == expected
 
 
 def test_a_run_without_a_checkpoint_begins_again_unless_it_is_complete(copy_of_full: Run, capsys: Capture) -> None:
