@@ -24,6 +24,7 @@ from pcpo_fast.commands import (
     reproduce,
     sample,
     serve_reward,
+    step_gradients,
     train,
     votes,
 )
@@ -41,6 +42,7 @@ COMMANDS = (
     votes,
     compare,
     credit,
+    step_gradients,
     report,
     export,
     serve_reward,

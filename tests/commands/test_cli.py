@@ -53,6 +53,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
         "votes",
         "compare",
         "credit",
+        "step-gradients",
         "report",
         "export",
         "serve-reward",

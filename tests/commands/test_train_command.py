@@ -85,6 +85,22 @@ def test_the_kl_to_the_start_is_a_metric(lora: Run, full: Run) -> None:
     assert before == 0 < after and not any("heldout/kl" in line for line in records(full.folder))
 
 
+def test_gradients_of_credit_are_measured_on_the_weights_of_a_run(full: Run, capsys: Capture) -> None:
+    numbers = ("--rollouts", "3", "--warm-up", "1")
+    answer = call(capsys, "step-gradients", full.folder, *numbers, "--json")
+    assert answer.code == 0, answer.err
+    record = json.loads(answer.out)
+    assert (record["epoch"], record["rollouts"], record["kinds"]) == (2, 3, ["final", "baseline", "gain"])
+    assert answer.err.count("mean reward") == 4 and len(record["cosines"]) == 3
+    for arguments, said in (
+        ((full.folder, "--rollouts", "2"), "--rollouts: must be at least 3, got 2"),
+        ((), "step-gradients needs either one run directory (or checkpoint) or --config FILE"),
+        (("--config", full.config, "--epoch", "1"), "--epoch: chooses a checkpoint of a run"),
+    ):
+        answer = call(capsys, "step-gradients", *arguments)
+        assert answer.code == 2 and answer.err.startswith(f"error: {said}")
+
+
 def test_the_work_of_an_epoch_is_counted(full: Run, lora: Run) -> None:
     work = [
         {name.partition("/")[2]: value for name, value in line.items() if name.startswith("compute/")}
