@@ -1,6 +1,6 @@
-"""Which of several configurations learns faster: runs over seeds, compared with intervals.
+"""Comparison of configurations over several seeds, with confidence intervals.
 
-From Python, for run directories that are there already::
+From Python, for existing run directories::
 
     from pcpo_fast.comparison import ComparisonSettings, compare_runs, write_comparison
 
@@ -21,10 +21,10 @@ __all__ = ["Comparison", "ComparisonSettings", "compare_runs", "write_comparison
 
 
 def compare_runs(runs: Mapping[str, Sequence[Path | str]], settings: ComparisonSettings | None = None) -> Comparison:
-    """Compare run directories, by the name of their variant; runs of the same seed are compared with each other.
+    """Compare run directories, grouped by the name of their variant; runs of the same seed are paired.
 
     Raises:
-        UserError: a folder holds no run, no run is finished, or a setting does not fit the runs.
+        UserError: a folder contains no run, no run is finished, or a setting does not match the runs.
     """
     return compare(
         {name: [read_run(folder) for folder in folders] for name, folders in runs.items()},

@@ -1,4 +1,4 @@
-"""From runs to a comparison: numbers per seed, means over seeds, differences to the baseline, and a verdict on each."""
+"""Analysis of runs: measures per seed, means over seeds, differences to the baseline, and a verdict on each."""
 
 import math
 import statistics
@@ -28,7 +28,7 @@ from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference, ratio_of_means
 
 WAY_TO_THE_END = 0.9
-"""Where the target lies if none is given: this share of the baseline's way from the start to its final reward."""
+"""Default target: this fraction of the baseline's increase from the starting to the final reward."""
 
 FEW = 5
 """Below this many seeds a verdict is hedged; below :data:`VERY_FEW` there is none."""
@@ -38,18 +38,18 @@ Bound = Literal["", "at least", "at most", "restricted"]
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """What can be chosen about a comparison.
+    """Settings of the analysis.
 
     Attributes:
-        target: reward whose reaching is timed; None: :data:`WAY_TO_THE_END` of the way to the baseline's final reward.
-        metric: the reward meant: "training" (trailing mean over the rollouts) or "heldout" (between evaluations).
+        target: reward for the time to target; None: :data:`WAY_TO_THE_END` of the baseline's increase.
+        metric: which reward: "training" (trailing mean over the rollouts) or "heldout" (between evaluations).
         baseline: the variant that the others are compared with; None: the first.
         at_epoch: also compare the rewards after so many epochs.
         smoothing: epochs of the trailing mean.
-        include_unfinished: use runs that are not finished, and of all runs only the epochs that the shortest has.
-        primary: the measure that decides, named before anything was run; None: there is none.
-        costs: what decodes and reward calls count in the compute.
-        notes: what else a reader must know, a sentence each.
+        include_unfinished: also use unfinished runs, and only as many epochs of every run as the shortest has.
+        primary: the measure that decides, chosen before any run; None: there is none.
+        costs: compute costs of decodes and reward calls.
+        notes: further caveats for the reader.
     """
 
     target: float | None = None
@@ -64,13 +64,13 @@ class ComparisonSettings:
 
     @property
     def primary_measure(self) -> Measure:
-        """The measure that `primary` names; there is one."""
+        """The measure that `primary` names, which must be set."""
         return MEASURES[str(self.primary)]
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A run that is not in the comparison, and why."""
+    """A run that is excluded from the comparison, and why."""
 
     variant: str
     seed: int | None
@@ -83,10 +83,10 @@ class Against:
 
     Attributes:
         difference: mean of the variant minus mean of the baseline.
-        paired: runs of the same seed were compared with each other.
-        higher, lower, ties: seeds by the sign of their difference; all 0 where runs are not paired.
-        verdict: "better", "worse" (or "higher", "lower" for what is no merit by itself), the same with "probably" for
-            three or four seeds, "no clear difference", or "too few seeds".
+        paired: whether runs were paired by seed.
+        higher, lower, ties: number of seeds by the sign of their difference; all 0 if runs are not paired.
+        verdict: "better", "worse" (or "higher", "lower" if neither direction is better), with "probably" for three or
+            four seeds; "no clear difference"; or "too few seeds".
     """
 
     difference: Estimate
@@ -99,16 +99,16 @@ class Against:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """All about a variant.
+    """Results of a variant.
 
     Attributes:
-        runs: those that count.
-        values: a number per run and measure; None where the run does not say.
-        means: mean over seeds by measure, where there is a number at all.
-        reached: of how many runs the reward reached the target; None without a target.
+        runs: the runs that are included.
+        values: a number per run and measure; None if the run has none.
+        means: mean over seeds by measure, for measures with at least one number.
+        reached: number of runs whose reward reached the target; None without a target.
         against: differences to the baseline by measure; empty for the baseline itself.
-        speed_up: epochs to target of the baseline over the variant's: 1.5 is half as fast again.
-        speed_up_bound: how a run that never reached the target limits what `speed_up` says.
+        speed_up: the baseline's epochs to target divided by the variant's.
+        speed_up_bound: in which direction `speed_up` is only a bound, because a run never reached the target.
     """
 
     name: str
@@ -123,16 +123,16 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome.
+    """The result of a comparison.
 
     Attributes:
-        settings: as they were chosen.
-        reading: how the runs were read, with the target and the horizon that this came to.
-        target_source: where the target comes from, in words; why there is none.
+        settings: as given.
+        reading: how the runs were read, including the resolved target and horizon.
+        target_source: where the target comes from, or why there is none, for the reader.
         baseline: its name.
-        variants: in the order in which they were given.
-        missing: runs that do not count.
-        all_measures: those that were looked at.
+        variants: in the order given.
+        missing: excluded runs.
+        all_measures: all measures that were computed.
         decisions: the primary measure of every variant but the baseline; empty where there is none.
     """
 
@@ -147,7 +147,7 @@ class Comparison:
 
     @property
     def measures(self) -> list[Measure]:
-        """Those that at least one run has a number for."""
+        """The measures for which at least one run has a number."""
         return [
             measure for measure in self.all_measures if any(measure.key in variant.means for variant in self.variants)
         ]
@@ -165,10 +165,10 @@ def compare(
     Args:
         runs: run directories as read, by the name of their variant.
         settings: what can be chosen.
-        missing: runs that should be there and are not.
+        missing: runs that should exist but do not.
 
     Raises:
-        UserError: there is nothing to compare, or a setting does not fit the runs.
+        UserError: there is nothing to compare, or a setting does not match the runs.
     """
     baseline = next(iter(runs), "") if settings.baseline is None else settings.baseline
     if baseline not in runs:
@@ -206,7 +206,7 @@ def compare(
 
 
 def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> str:
-    """What an interval says in words: see :attr:`Against.verdict`."""
+    """The verdict on an interval: see :attr:`Against.verdict`."""
     if difference.n < VERY_FEW:
         return "too few seeds"
     if not difference.excludes_zero:
@@ -217,10 +217,10 @@ def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> 
 
 
 def reading_of(runs: Sequence[RunCurves], settings: ComparisonSettings) -> Reading:
-    """How these runs are read: as far as all of them go, and without a target.
+    """How the runs are read: up to the epoch that all of them have, and without a target.
 
     Raises:
-        UserError: a setting does not fit the runs.
+        UserError: a setting does not match the runs.
     """
     horizon = min(run.epochs for run in runs)
     if settings.at_epoch is not None and settings.at_epoch > horizon:
@@ -257,7 +257,7 @@ def _target(
     ends = [last_value(curve(run), reading.horizon) for run in chosen[baseline]]
     final = [end for end in ends if end is not None]
     if not final or not starts:
-        return None, f"none: no run of the baseline {baseline} says what it reaches"
+        return None, f"none: no run of the baseline {baseline} has a final reward"
     start, end = statistics.fmean(starts), statistics.fmean(final)
     if end <= start:
         return None, f"none: the reward of the baseline {baseline} does not rise ({start:.4g} to {end:.4g})"
@@ -315,7 +315,7 @@ def _sides(
     baseline_runs: Sequence[RunCurves],
     baseline_values: Sequence[float | None],
 ) -> tuple[tuple[list[float], list[float]], bool]:
-    """The values of both sides, in pairs of a seed where there are such pairs, and whether there are."""
+    """The values of both sides, paired by seed if possible, and whether they are paired."""
     own, other = (
         [(run.seed, value) for run, value in zip(group, column, strict=True) if value is not None]
         for group, column in ((runs, values), (baseline_runs, baseline_values))
@@ -329,5 +329,5 @@ def _sides(
 
 
 def _sign(x: float, y: float) -> int:
-    """Values that differ by rounding alone are a tie."""
+    """Values that differ only by rounding are a tie."""
     return 0 if math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-15) else 1 if x > y else -1

@@ -1,4 +1,4 @@
-"""comparison.yaml: a comparison as a file, written by people and into every comparison's folder."""
+"""comparison.yaml: the definition of a comparison, written by the user and saved to every comparison's folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ FILE = "comparison.yaml"
 
 
 REPORTED = ("baseline", "metric", "target", "at_epoch", "smoothing", "primary")
-"""What both a file and :class:`ComparisonSettings` hold, under the same names."""
+"""Fields that the file and :class:`ComparisonSettings` share."""
 
 
 class ComparisonFile(BaseModel):
-    """What a file may hold; what has an option on the command line may also be given there, and that wins.
+    """The schema of the file; command-line options take precedence over it.
 
-    Descriptions say what a value must be.
+    Field descriptions complete the error message "must be ...".
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -49,10 +49,10 @@ class ComparisonFile(BaseModel):
 
 
 def read_plan_file(path: Path) -> ComparisonFile:
-    """Read and check a file.
+    """Read and validate a file.
 
     Raises:
-        UserError: it cannot be read, or a key or value is wrong; one sentence with the line.
+        UserError: it cannot be read, or a key or value is invalid; the message gives the line.
     """
     values, places = read_yaml(find(path))
     try:
@@ -70,7 +70,7 @@ def _sentence(problem: ErrorDetails) -> str:
     fields = sections[first].model_fields if below and first in sections else ComparisonFile.model_fields
     last = below[-1] if below else first
     if problem["type"] == "extra_forbidden":
-        hint = did_you_mean(last, list(fields)) or f"; {first if below else 'a comparison'} takes {', '.join(fields)}"
+        hint = did_you_mean(last, list(fields)) or f"; {first if below else 'a comparison'} has {', '.join(fields)}"
         return f"unknown key {'.'.join([first, *below])}{hint}"
     if problem["type"] == "missing":
         return f"{'.'.join([first, *below])} is missing"
@@ -79,7 +79,7 @@ def _sentence(problem: ErrorDetails) -> str:
 
 
 def variants_of(file: ComparisonFile) -> tuple[Variant, ...]:
-    """The variants of a file; ``config`` among a variant's settings is its own file."""
+    """The variants of a file; the key ``config`` of a variant names its own configuration."""
     found = []
     for name, values in file.variants.items():
         own = dict(values or {})
@@ -96,7 +96,7 @@ def variants_of(file: ComparisonFile) -> tuple[Variant, ...]:
 
 
 def seeds_of(file: ComparisonFile) -> tuple[int, ...]:
-    """The seeds of a file: a number counts from 0."""
+    """The seeds of a file; an integer n means 0 to n - 1."""
     seeds = tuple(range(file.seeds)) if isinstance(file.seeds, int) else tuple(file.seeds)
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds: must be a number of at least 1, or distinct numbers from 0, got {file.seeds}")
@@ -104,16 +104,16 @@ def seeds_of(file: ComparisonFile) -> tuple[int, ...]:
 
 
 def tuning_of(file: ComparisonFile, seeds: Sequence[int]) -> Tuning | None:
-    """How a file says that variants are tuned, and `seeds` are those of the comparison.
+    """The validated tuning section of a file; `seeds` are those of the comparison.
 
     Raises:
-        UserError: the rates or the seeds are not sound, or a variant searches and there is no ``tuning``.
+        UserError: the rates or the seeds are invalid, or a variant has ``search`` and there is no ``tuning``.
     """
     given = file.tuning
     if given is None:
         searching = [name for name, values in file.variants.items() if "search" in (values or {})]
         if searching:
-            raise UserError(f"variants.{searching[0]}.search: needs the key tuning, whose lr and seeds say how")
+            raise UserError(f"variants.{searching[0]}.search: needs a section tuning with lr and seeds")
         return None
     rates = sorted(set(given.lr))
     if len(rates) < 2 or len(rates) < len(given.lr) or not (rates[0] > 0 and rates[-1] < float("inf")):
@@ -123,8 +123,8 @@ def tuning_of(file: ComparisonFile, seeds: Sequence[int]) -> Tuning | None:
     both = sorted(set(given.seeds) & set(seeds))
     if both:
         raise UserError(
-            f"tuning.seeds: {', '.join(map(str, both))} also decides the comparison (seeds), which needs seeds that "
-            "nothing was chosen on"
+            f"tuning.seeds: {', '.join(map(str, both))} is also a seed of the comparison (seeds), which must not be "
+            "used for tuning"
         )
     return given.model_copy(update={"lr": tuple(rates)})
 

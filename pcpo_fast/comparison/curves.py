@@ -1,4 +1,4 @@
-"""What is read off a curve over epochs: its trailing mean, its value at an epoch, when it reaches a target."""
+"""Curves over epochs: trailing mean, value at an epoch, and when a target is reached."""
 
 import bisect
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ class Reached:
 
 
 def until(curve: Series, epochs: float) -> Series:
-    """The points that no more than `epochs` epochs of training made."""
+    """The points up to and including an epoch."""
     count = bisect.bisect_right(curve.epochs, epochs)
     return Series(curve.epochs[:count], curve.values[:count])
 
 
 def trailing_mean(curve: Series, window: int) -> Series:
-    """At every epoch the mean over it and the `window` - 1 epochs before it; fewer where the curve begins.
+    """Trailing mean: at every epoch, over it and the `window` - 1 epochs before it; fewer at the start of the curve.
 
-    It looks back only, so that nothing counts before it has happened.
+    It never uses later epochs.
     """
     values = []
     for i, epoch in enumerate(curve.epochs):
@@ -39,13 +39,13 @@ def trailing_mean(curve: Series, window: int) -> Series:
 
 
 def last_value(curve: Series, epochs: float) -> float | None:
-    """The latest value that no more than `epochs` epochs of training made."""
+    """The latest value up to and including an epoch."""
     values = until(curve, epochs).values
     return values[-1] if values else None
 
 
 def interpolated(curve: Series, epochs: float) -> float | None:
-    """The value at an epoch, on the straight line between its neighbours; None outside of the curve."""
+    """The value at an epoch by linear interpolation; None outside the curve."""
     if not curve or not curve.epochs[0] <= epochs <= curve.epochs[-1]:
         return None
     right = bisect.bisect_left(curve.epochs, epochs)

@@ -1,4 +1,4 @@
-"""What differs between configurations, and what that does to a comparison."""
+"""Differences between configurations, and their consequences for a comparison."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +24,9 @@ _CONSEQUENCES = (
 
 
 def differences(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
-    """The settings that are not the same in all configurations: {key: {name: value}}, without a run's own.
+    """The settings that differ between configurations, as {key: {name: value}}, except those specific to a run.
 
-    A setting that one of them does not have (of a reward that only the other uses) is None there.
+    A setting that a configuration does not have (of a reward that only another one uses) is None there.
     """
     flat = {name: dict(flattened(config.model_dump(mode="json"), lists=True)) for name, config in configs.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
@@ -40,12 +40,12 @@ def differences(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
 
 
 def decisive(found: Mapping[str, Any]) -> list[str]:
-    """Those of the keys that change what is learnt."""
+    """The keys that affect what is learnt."""
     return [key for key in found if role_of(Config, key).in_comparison == "decisive"]
 
 
 def consequences(found: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before comparing variants that differ in these keys, one sentence each."""
+    """Caveats for comparing variants that differ in these keys, a sentence each."""
     sentences = []
     for names, consequence in _CONSEQUENCES:
         keys = [key for key in found if any(key == name or key.startswith(f"{name}.") for name in names)]

@@ -1,4 +1,4 @@
-"""One command at a time in a comparison's folder, and no two trainers in one run directory."""
+"""Lock of a comparison's folder: one command at a time, even if a killed command left runs behind."""
 
 import os
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from pcpo_fast.files.locks import lock_folder, write_holder
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[int | None]:
-    """Hold the folder's lock; yields its file descriptor, which child processes inherit and thereby hold, too.
+    """Hold the folder's lock; yields its file descriptor, which child processes inherit and thereby also hold.
 
-    The system releases the lock when the last process that holds it has ended, however it ended: also where the
-    command was killed and its children were not. Yields None on systems and file systems without such locks.
+    The system releases the lock when the last process that holds it has ended, even if the command was killed and its
+    children were not. Yields None on systems and file systems without such locks.
 
     Raises:
-        UserError: somebody else holds it.
+        UserError: another process holds it.
     """
     attempt = lock_folder(folder, inherited=True)
     if attempt is None:

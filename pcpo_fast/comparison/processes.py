@@ -1,4 +1,4 @@
-"""One training run as a process of its own: how it is started, watched, and ended."""
+"""A training run in a process of its own: starting, watching and stopping it."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ from pcpo_fast.comparison.variants import PlannedRun
 from pcpo_fast.errors import UserError
 
 PATIENCE = 20.0
-"""Seconds that a run has to end by itself after an interrupt."""
+"""Seconds that a run has to stop after an interrupt before it is killed."""
 
 FIRST_PORT = 29_500
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""A run directory as the comparison sees it: its curves, its seed, and whether it is finished."""
+"""Reads a run directory for a comparison: its curves, its seed, and whether it is finished."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""All runs of a comparison, some at a time; finished runs are left alone, interrupted ones resume."""
+"""Runs all runs of a comparison, several at a time; finished runs are kept, interrupted ones resume."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from pcpo_fast.comparison.variants import PlannedRun
 from pcpo_fast.errors import UserError
 
 POLL = 0.2
-"""Seconds between looks at the processes."""
+"""Seconds between checks of the processes."""
 
 _USER_ERROR = 2
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json")

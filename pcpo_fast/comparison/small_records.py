@@ -1,4 +1,4 @@
-"""What a comparison needs of its finished runs, in little space: to be committed, and continued from elsewhere."""
+"""Small records of a comparison's finished runs, which can be committed and continued from elsewhere."""
 
 import gzip
 import shutil

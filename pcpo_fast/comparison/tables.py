@@ -1,4 +1,4 @@
-"""A comparison in words: the table on the terminal, and comparison.md."""
+"""Tables of a comparison: on the terminal, and comparison.md."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a comparison runs: variants of a configuration, their seeds, and every run's configuration, checked."""
+"""Variants of a configuration, their seeds, and the validated configuration of every run of a comparison."""
 
 import json
 import re
@@ -187,7 +187,7 @@ def planned_runs(plan: ComparisonPlan, *, twins: bool = False) -> list[PlannedRu
     for name in names:
         check_name(name)
         if names.count(name) > 1:
-            raise UserError(f"variant {name}: there are two of this name")
+            raise UserError(f"variant {name}: two variants have this name")
     runs = [
         planned_run(plan, variant, seed, plan.output / variant.name) for seed in plan.seeds for variant in plan.variants
     ]

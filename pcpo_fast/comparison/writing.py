@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: comparison.json, comparison.md and figures/."""
+"""Writes a comparison's results: comparison.json, comparison.md and figures/."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,8 @@
 """Per-step advantages: credit for what a step changed (docs/stepwise.md).
 
-A step's output predicts the clean image; the reward of that prediction, known before the step's noise, says what could
-be expected of the image, and the reward of the next prediction what the noise has made of it. All rewards here are
-centred and divided by what divides the final advantages ("in units"), all arithmetic is float64, and every function
-sees the images of all ranks.
+A step's output predicts the clean image. The reward of that prediction, known before the step's noise, is the expected
+reward; the reward of the next prediction shows what the noise changed. All rewards here are centred and divided by the
+divisor of the final advantages ("in units"), all arithmetic is float64, and every function sees all ranks' images.
 """
 
 import math
@@ -17,9 +16,9 @@ from torch import Tensor
 from pcpo_fast.config.schema import AdvantageConfig
 
 KEPT = 0.9
-"""Share of what earlier epochs have said that is left after each epoch."""
+"""Decay per epoch of the statistics of earlier epochs."""
 SETTLED = 1e-12
-"""A sum of squares of units below this is no spread."""
+"""A sum of squares (in units) below this counts as no spread."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Segments:
         return cls(tuple(random[::every]), tuple(of_step))
 
     def needed(self, trained: Tensor, gain_lambda: float) -> Tensor:
-        """Which predictions the credit of some steps is made of.
+        """Which predictions are needed for the credit of some steps.
 
         Args:
-            trained: bool [..., N], steps whose credit is asked for.
+            trained: bool [..., N], steps whose credit is needed.
             gain_lambda: 1 for the baseline.
 
         Returns:
@@ -69,7 +68,7 @@ class Segments:
 def segment_credit(
     final: Tensor, predicted: Tensor, weights: Tensor, gain_lambda: float, multipliers: Tensor | None = None
 ) -> Tensor:
-    """What the steps of each segment are credited with, before clipping.
+    """Credit of each segment's steps, before clipping.
 
     ``values = weights * predicted`` before the final reward; the gain of a segment is the difference of the value
     after it and the one at its start, and its credit the sum of its own and the later gains, each of these times
@@ -78,12 +77,12 @@ def segment_credit(
     Args:
         final: [B], the images' final rewards in units.
         predicted: [B, S], rewards of the predictions at the start of each segment in units; NaN where not scored.
-        weights: [S], beta: what a prediction's reward says of the final one.
+        weights: [S], beta: regression slope of the final reward on a prediction's.
         gain_lambda: 0 to 1.
-        multipliers: [S], factors of the gains of predictions taken as they are, in place of ``weights``.
+        multipliers: [S], factors of the gains of unweighted predictions, in place of ``weights``.
 
     Returns:
-        [B, S]; NaN where a prediction that it needs is not scored.
+        [B, S]; NaN where a required prediction was not scored.
     """
     if gain_lambda == 1:
         return final[:, None] - weights * predicted
@@ -100,7 +99,7 @@ def segment_credit(
 
 
 class Regression:
-    """A slope through the origin for each of N steps, over epochs, with earlier ones counting less.
+    """Regression slope through the origin for each of N steps, with exponentially decaying weight of past epochs.
 
     Args:
         steps: N.
@@ -110,7 +109,7 @@ class Regression:
         self.products, self.squares = (torch.zeros(steps, dtype=torch.float64) for _ in range(2))
 
     def add(self, steps: Sequence[int], results: Tensor, predictors: Tensor) -> None:
-        """Another epoch's pairs, [B, K] both, of K of the steps; a row that is NaN in either is left out."""
+        """Add an epoch's pairs, both [B, K], of K of the steps; pairs with a NaN are ignored."""
         known = results.isfinite() & predictors.isfinite()
         results, predictors = results.where(known, 0.0), predictors.where(known, 0.0)
         for total, new in ((self.products, results * predictors), (self.squares, predictors**2)):
@@ -118,7 +117,7 @@ class Regression:
 
     @property
     def slopes(self) -> Tensor:
-        """[N], not below 0, and 0 where the predictor has had no spread."""
+        """[N], at least 0, and 0 where the predictor has had no spread."""
         spread = self.squares > SETTLED
         return torch.where(spread, self.products / self.squares.where(spread, 1.0), 0.0).clamp(min=0)
 
@@ -134,9 +133,9 @@ class Regression:
 
 
 class StepAdvantages:
-    """What earlier epochs say of the predictions of each step, and the advantages made with it.
+    """Statistics of each step's predictions over earlier epochs, and the advantages computed with them.
 
-    Every rank holds the same: it is made of the gathered rewards of all of them.
+    All ranks hold the same state, computed from the gathered rewards of all ranks.
 
     Args:
         settings: the configuration's section ``advantage``.
@@ -145,8 +144,8 @@ class StepAdvantages:
     Attributes:
         spreads: running mean of the standard deviation of each reward that is normalised; empty before the first epoch.
         predictions: regression of final rewards on those of predictions, both in units.
-        branches: regression of what an audit's noise has changed on what it has changed in the next prediction.
-        seen: steps whose prediction some epoch has scored, of images that were not all equal.
+        branches: regression, in audits, of the change of the final reward on the change of the next prediction's.
+        seen: steps whose prediction was scored in some epoch with rewards that were not all equal.
     """
 
     def __init__(self, settings: AdvantageConfig, steps: int) -> None:
@@ -161,7 +160,7 @@ class StepAdvantages:
         return 1.0 if self.settings.steps == "baseline" else self.settings.gain_lambda
 
     def learn_spreads(self, spreads: Sequence[float]) -> None:
-        """Remember an epoch's mean standard deviations, after they have been used; 0 says nothing of a reward's."""
+        """Update the running spreads with an epoch's mean standard deviations, after their use; zeros are ignored."""
         before = self.spreads if len(self.spreads) == len(spreads) else [0.0] * len(spreads)
         self.spreads = [
             KEPT * old + (1 - KEPT) * new if old and new else old or new
@@ -171,20 +170,20 @@ class StepAdvantages:
     def compute(
         self, final: Tensor, predicted: Tensor, segments: Segments, equal: Tensor, order: Tensor | None = None
     ) -> tuple[Tensor, dict[str, float]]:
-        """Advantages of an epoch by earlier epochs' regression; then this epoch's pairs are added to it.
+        """Advantages of an epoch by the regression of earlier epochs, to which this epoch's pairs are then added.
 
-        Until every step scored here has been in the regression of an earlier epoch, all steps have the final advantage.
+        Until every step scored here has entered the regression in an earlier epoch, all steps get the final advantage.
 
         Args:
             final: [B], final rewards in units.
-            predicted: [B, S], predictions' in the same units; NaN where not scored.
-            segments: which steps these are.
+            predicted: [B, S], rewards of the predictions in the same units; NaN where not scored.
+            segments: the segments that they start.
             equal: bool [B], images whose group has equal final rewards: their advantages are exactly 0.
-            order: int64 [B], of which image the predictions are that make the credit of each; None: its own. What is
-                learnt and measured stays each image's own.
+            order: int64 [B], the image whose predictions are used for each image's credit; None: its own. Regression
+                and metrics always use each image's own.
 
         Returns:
-            float64 [B, N], clipped, NaN where a prediction that is needed is not scored, and metrics of the steps.
+            float64 [B, N], clipped, NaN where a required prediction was not scored, and metrics of the steps.
         """
         settings, scored = self.settings, list(segments.scored)
         known = settings.calibrated is False or self.seen.issuperset(_steps_in(predicted, scored))
@@ -193,7 +192,7 @@ class StepAdvantages:
         if settings.calibrated == "branches":
             audited = self.branches.squares[scored] > SETTLED
             multipliers = torch.where(audited, self.branches.slopes[scored], 1.0)
-            multipliers[-1] = 1.0  # up to the final reward itself, even where another window's audit says otherwise
+            multipliers[-1] = 1.0  # the next reward is the final one, even if another window's audit has a slope here
         elif settings.calibrated:
             weights = self.predictions.slopes[scored]
         if known:
@@ -224,7 +223,7 @@ class StepAdvantages:
         multipliers: Tensor | None,
         equal: Tensor,
     ) -> dict[str, float]:
-        """Per scored step, over groups whose rewards differ; absent where nothing is known of a step."""
+        """Metrics per scored step, over groups whose rewards differ; absent for steps without data."""
         rows = ~equal
         final, predicted, credit = final[rows], predicted[rows], credit[rows]
         gains = torch.cat([predicted, final[:, None]], dim=1).diff(dim=1)
@@ -242,7 +241,7 @@ class StepAdvantages:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as plain lists and numbers."""
+        """The state as plain lists and numbers."""
         return {
             "spreads": list(self.spreads),
             "predictions": self.predictions.state_dict(),
@@ -251,7 +250,7 @@ class StepAdvantages:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; one of another number of steps says nothing of these."""
+        """Restore a saved state; one with another number of steps is ignored."""
         if len(state["predictions"]["products"]) != self.steps:
             return
         self.spreads, self.seen = list(state["spreads"]), set(state["seen"])
@@ -260,7 +259,7 @@ class StepAdvantages:
 
 
 def _steps_in(rewards: Tensor, scored: Sequence[int]) -> set[int]:
-    """The steps of which [B, S] holds a reward."""
+    """The steps with a reward in [B, S]."""
     return {step for step, some in zip(scored, rewards.isfinite().any(dim=0).tolist(), strict=True) if some}
 
 

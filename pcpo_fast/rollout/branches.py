@@ -1,9 +1,9 @@
-"""Audit of a step by branches: what its noise alone changes of an image.
+"""Audit of a step by branches: the effect of its noise alone on an image.
 
-A few images of the rollout are taken up again before one of their steps, once with a fresh noise and once with its
-negative; all later noise is that of the rollout, the same in both. Half the difference of the two final rewards is the
-effect of the step's noise, without bias and with little noise of its own. What the next scored prediction makes of the
-same two branches is what a gain of the step would be: the regression of the one on the other says what it is worth.
+A few images of the rollout are resampled from one of their steps on, once with fresh noise and once with its negative;
+all later noise is that of the rollout, the same in both branches. Half the difference of the two final rewards is an
+unbiased, low-variance estimate of the effect of the step's noise. The corresponding difference of the next scored
+predictions is what a gain of the step would be; regressing the former on the latter shows how much a gain is worth.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ class Branches:
     """Two branches of each of m images.
 
     Attributes:
-        step: where they part.
-        time: of the step whose prediction is scored next, 1 noise to 0 image.
+        step: where they diverge.
+        time: of the step whose prediction is scored next, from 1 (noise) to 0 (image).
         rows: m positions in the rollout.
         images: float32 [2 m, 3, H, W], final images of the branches with the noise, then of those with its negative.
-        predictions: the same of what the next scored step predicts.
+        predictions: images that the next scored step predicts, in the same layout.
     """
 
     step: int
@@ -39,9 +39,9 @@ class Branches:
 
 
 def audited_step(scored: Sequence[int], trained: Sequence[int], epoch: int, seed: int) -> int | None:
-    """The step of an epoch's audit, drawn among the trained ones where a segment begins.
+    """The step of an epoch's audit, drawn from the trained steps at which a segment begins; None if there is none.
 
-    Not the last segment's: after it the final reward is the next one, and its slope is 1. None where no step is left.
+    The last segment is excluded: it is followed by the final reward itself, so its slope is 1.
     """
     steps = [step for step in scored[:-1] if step in trained]
     generator = torch.Generator().manual_seed(random_key(Purpose.AUDIT, seed, epoch))
@@ -67,7 +67,7 @@ def branch(
     chosen: Sequence[int],
     seed: int,
 ) -> Branches:
-    """Sample both branches of some of this rank's images; all ranks must call it, with equally many.
+    """Sample both branches of some of this rank's images. Collective; all ranks must pass equally many.
 
     Args:
         policy: the policy that sampled the rollout, unchanged.

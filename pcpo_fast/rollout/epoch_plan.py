@@ -1,7 +1,7 @@
-"""Who samples and trains what in an epoch: the same for the same seed, whatever the number of ranks.
+"""Assigns an epoch's images to optimizer steps and ranks: the same for the same seed, for any number of ranks.
 
-Images are dealt to optimizer steps first and to ranks second, so that an optimizer step sees the same images on one
-GPU and on a hundred, and every rank trains exactly the images that it sampled.
+Images are assigned first to optimizer steps and then to ranks, so that an optimizer step sees the same images on any
+number of GPUs, and every rank trains exactly the images that it sampled.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pcpo_fast.method.noise_keys import Purpose, random_key
 from pcpo_fast.prompts import epoch_prompts
 
 MOST_NAMED = 1024
-"""Micro-batches up to this size are named to somebody who chose one that does not divide."""
+"""The error for a micro-batch size that does not divide lists valid sizes up to this one."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class EpochPlan:
         epoch: which epoch.
         prompts: [P], index into the prompt list of each group of the epoch, the same on every rank.
         images: [updates, n], this rank's images of each optimizer step, numbered ``group * images_per_prompt + image``.
-        steps: [updates, n, k], the steps trained of each of them, ascending.
+        steps: [updates, n, k], the trained steps of each image, ascending.
     """
 
     epoch: int
@@ -38,14 +38,14 @@ class EpochPlan:
 def plan_epoch(
     config: Config, prompt_count: int, trainable_steps: list[int], epoch: int, rank: int, world_size: int
 ) -> EpochPlan:
-    """Draw an epoch's prompts, deal its images to updates and ranks, and choose each image's trained steps.
+    """Draw an epoch's prompts, assign its images to updates and ranks, and choose each image's trained steps.
 
     Args:
         config: a configuration that :func:`accumulation_steps` accepts for ``world_size``.
         prompt_count: prompts to choose from.
         trainable_steps: steps that may be trained.
         epoch: counted from 0.
-        rank, world_size: which share.
+        rank, world_size: whose share.
     """
     prompts = torch.tensor(
         epoch_prompts(prompt_count, config.rollout.prompts_per_epoch, epoch, config.seed), dtype=torch.int64
@@ -58,11 +58,11 @@ def plan_epoch(
 
 
 def chosen_steps(config: Config, trainable_steps: list[int], epoch: int, images: Tensor) -> Tensor:
-    """The steps trained of each image of an epoch, int64 [n, k], ascending.
+    """The trained steps of each image of an epoch, int64 [n, k], ascending.
 
     Args:
-        config, trainable_steps, epoch: as of :func:`plan_epoch`.
-        images: int64 [n], their numbers; of any rank.
+        config, trainable_steps, epoch: as for :func:`plan_epoch`.
+        images: int64 [n], image numbers, of any rank.
     """
     generator = torch.Generator()
     count = steps_per_image(config, len(trainable_steps))
@@ -75,8 +75,8 @@ def chosen_steps(config: Config, trainable_steps: list[int], epoch: int, images:
 
 
 def steps_per_image(config: Config, trainable: int) -> int:
-    """Trained steps of each image: the fraction of the trainable ones, cut to a whole number, at least one."""
-    # The small term keeps 0.6 * 15 at 9 where floating point says 8.99...
+    """Number of trained steps of each image: the fraction of the trainable ones, rounded down, at least one."""
+    # The small term makes 0.6 * 15 round to 9, not 8, in floating point.
     return max(1, int(config.credit.fraction * trainable + 1e-9))
 
 
@@ -84,7 +84,7 @@ def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
     """Micro-batches per optimizer step on each rank.
 
     Raises:
-        UserError: the images of an update do not divide over the ranks, or its (image, step) pairs into micro-batches.
+        UserError: the images of an update cannot be divided over the ranks, or its pairs into micro-batches.
     """
     per_update = config.images_per_epoch // config.train.updates_per_epoch
     if per_update % world_size:

@@ -30,14 +30,14 @@ STRIPS = 4
 
 @dataclass(frozen=True)
 class ScoredEpoch:
-    """What the rewards say of an epoch.
+    """Advantages and reward metrics of an epoch.
 
     Attributes:
         advantages: float64 [n], of this rank's images in the order of the rollout, or [n, N] of their steps; 0 in
-            groups that were left out.
+            groups that were dropped.
         metrics: the same on every rank.
-        equal: rewards trained on whose scores, in float32, are the same wherever they are compared.
-        warning: one sentence about groups that were left out, the same on every rank; empty where there are none.
+        equal: trained rewards whose scores have no spread, in float32, wherever they are compared.
+        warning: message about dropped groups, the same on every rank; empty if there are none.
     """
 
     advantages: Tensor
@@ -53,13 +53,13 @@ class RolloutScoring:
         config: the run.
         rewards, prompts: those of the run.
         running: the buffers of running advantages.
-        stepwise: what earlier epochs say of the steps.
+        stepwise: per-step statistics of earlier epochs.
         tables: the epoch's sampler and trained steps.
         plan: this rank's images.
         device: where tensors are gathered.
 
     Attributes:
-        predicted: the predictions that the rollout is to hand over; None where every step has the image's advantage.
+        predicted: the predictions that the rollout must decode; None if every step has the image's advantage.
     """
 
     def __init__(
@@ -96,19 +96,19 @@ class RolloutScoring:
             self.predicted = PredictedImages(self.segments.scored, needed, self._add_predictions)
 
     def add(self, rows: Sequence[int], images: Tensor) -> None:
-        """Take a finished batch of the rollout: with ``scoring.overlap`` its scoring begins."""
+        """Accept a finished batch of the rollout; with ``scoring.overlap`` its scoring starts now."""
         if self.overlap:
             self.batches.append((None, list(rows)))
             self.jobs.add(images, *self._prompts_of(rows))
 
     def keep_strips(self) -> None:
-        """Keep what the steps predict of the first images, for :meth:`strips_of`; before the rollout begins."""
+        """Keep the steps' predictions of the first images for :meth:`strips_of`; call before the rollout."""
         self.strips = {} if self.predicted is not None else None
 
     def strips_of(self, images: Tensor) -> tuple[Tensor, list[str]] | None:
         """One row for each of the first images: its predictions, then itself [n, S + 1, 3, H, W], and captions.
 
-        Steps whose predictions were not scored for each of them are left out; None where no step is left.
+        Steps whose predictions were not scored for all of them are omitted; None if no step is left.
         """
         if self.predicted is None or self.strips is None:
             return None
@@ -131,7 +131,7 @@ class RolloutScoring:
             self.prediction_seconds += self.jobs.seconds - before
 
     def add_branches(self, branches: Branches) -> None:
-        """Score an audit's branches, whose rewards :meth:`finish` compares."""
+        """Score an audit's branches; :meth:`finish` compares their rewards."""
         with shared_errors():
             texts, metadata = self._prompts_of(branches.rows * 2)
             metadata += self._prompts_of(branches.rows * 2, branches.time)[1]
@@ -140,10 +140,10 @@ class RolloutScoring:
             self.branches = branches, scores
 
     def finish(self, images: Tensor) -> ScoredEpoch:
-        """Wait for the scores of all images [n, 3, H, W] of the rollout. All ranks must call it.
+        """Wait for the scores of the rollout's images [n, 3, H, W]. Collective.
 
         Raises:
-            UserError: a reward failed, on any rank; or no group is left.
+            UserError: a reward failed on any rank, or no group is left.
         """
         specs = [spec for spec in self.config.rewards if spec.trained_on]
         with shared_errors():
@@ -197,14 +197,14 @@ class RolloutScoring:
     def _prompts_of(
         self, rows: Sequence[int], predicted_at: float | None = None
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """Texts and metadata of some images, or of what a step at a time predicts of them."""
+        """Texts and metadata of some images, or of one step's predictions of them."""
         groups = (self.numbers // self.per_group).tolist()
         prompts = [self.group_prompts[groups[row]] for row in rows]
         mark = {} if predicted_at is None else {PREDICTED_AT: predicted_at}
         return [prompt.text for prompt in prompts], [{**prompt.metadata, **mark} for prompt in prompts]
 
     def _kept_groups(self, trained: Tensor, predictions: Tensor) -> Tensor:
-        """bool [P]: all images of the group have all the scores that the advantage is made of."""
+        """bool [P]: whether all images of the group have all scores that enter the advantage."""
         kept = trained.isfinite().all(dim=1).reshape(-1, self.per_group).all(dim=1)
         if self.predicted is not None:
             known = predictions.isfinite().all(dim=2).reshape(-1, self.per_group, predictions.shape[1]).all(dim=1)
@@ -219,12 +219,12 @@ class RolloutScoring:
         more = f" ({len(messages) - 1} more failures)" if len(messages) > 1 else ""
         if not bool(kept.any()):
             raise UserError(f"no image in epoch {self.plan.epoch} has a reward: {cause}{more}")
-        return f"epoch {self.plan.epoch}: {dropped} of {len(kept)} groups left out: {cause}{more}"
+        return f"epoch {self.plan.epoch}: {dropped} of {len(kept)} groups dropped: {cause}{more}"
 
     def _advantages(
         self, total: Tensor, trained: Tensor, predictions: Tensor, specs: Sequence[RewardConfig], rows: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        """Of the kept images [B], or of their steps [B, N], and metrics of the steps."""
+        """Advantages of the kept images [B], or of their steps [B, N], and metrics of the steps."""
         settings, normalize = self.config.advantage, self.config.scoring.normalize
         groups = torch.arange(len(self.group_prompts)).repeat_interleave(self.per_group)[rows]
         if settings.normalization == "running":
@@ -251,13 +251,13 @@ class RolloutScoring:
         return advantages.masked_fill(unknown, 0.0), metrics | steps
 
     def _permutation(self, count: int) -> Tensor:
-        """int64 [count], the images of every group in an order that seed and epoch say, the same on all ranks."""
+        """int64 [count], a permutation of images within groups, fixed by seed and epoch, the same on all ranks."""
         generator = torch.Generator().manual_seed(random_key(Purpose.CONTROL, self.config.seed, self.plan.epoch))
         drawn = torch.rand(count // self.per_group, self.per_group, generator=generator).argsort(dim=1)
         return (drawn + self.per_group * torch.arange(len(drawn))[:, None]).flatten()
 
     def _audited(self, units: RewardUnits, specs: Sequence[RewardConfig]) -> dict[str, float]:
-        """Let an audit say what a step's gain is worth."""
+        """Add an audit's branches to the statistics, and return its metrics."""
         if self.branches is None:
             return {}
         branches, scores = self.branches
@@ -277,7 +277,7 @@ class RolloutScoring:
         }
 
     def _equal(self, trained: Tensor, specs: Sequence[RewardConfig]) -> Iterator[str]:
-        """Rewards without spread: within groups where these are compared, else within the epoch."""
+        """Columns of rewards without spread, within groups if advantages compare within groups, else in the epoch."""
         for spec, scores in zip(specs, trained.T, strict=True):
             per_group = self.per_group if self.config.advantage.within_prompts else len(scores)
             compared = clipped(scores, spec).float().reshape(-1, per_group)
@@ -292,6 +292,6 @@ class RolloutScoring:
 
 
 def _mean(scores: Tensor) -> float:
-    """Mean of the scores that there are: a reward of weight 0 may lack some of a group that is kept."""
+    """Mean of the finite scores: a reward of weight 0 may lack scores in a kept group."""
     finite = scores.isfinite()
     return float(scores.mean() if finite.all() else scores[finite].mean())

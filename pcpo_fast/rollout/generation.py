@@ -1,4 +1,4 @@
-"""Images without a training step: held-out evaluation, and generation for the user."""
+"""Sampling without training: held-out evaluation, and generation for the user."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,10 +22,10 @@ def generate(
     batch_size: int,
     advance: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Images of each prompt with noise that depends on (seed, prompt index, image) alone.
+    """Sample images of each prompt, with noise that depends only on (seed, prompt index, image). Collective.
 
     Args:
-        policy: what samples; all ranks must call this together, and share the work.
+        policy: samples the images; the ranks share the work.
         prompts: P prompts.
         images_per_prompt: k images of each.
         table: the sampler.
@@ -49,9 +49,9 @@ def path_kl(
 ) -> float:
     """KL divergence of the policy's trajectories from the reference's, in nats per image.
 
-    Both take every step with the same amount of noise, so that the chain rule gives the mean over the policy's own
-    trajectories of ``sum_i ||b_i (f_i - f_ref,i)||^2 / (2 std_i^2)`` over the steps with noise: exact but for
-    the choice of images. The KL of the images themselves is at most this.
+    Both have the same noise level at every step, so by the chain rule the KL is the mean, over the policy's own
+    trajectories, of ``sum_i ||b_i (f_i - f_ref,i)||^2 / (2 std_i^2)`` over the steps with noise. The only error is
+    that of sampling. It is an upper bound of the KL between the distributions of the images.
 
     Args:
         policy: one that has a reference (:meth:`Policy.as_reference`); all ranks must call this together.
@@ -79,7 +79,7 @@ def _batches(
     """This rank's images in batches: conditioning, and the names (prompt index, image) of their noise."""
     total = len(prompts) * images_per_prompt
     per_rank = -(-total // world_size())
-    # The last rank repeats the last image where the images do not divide: a gather needs equal shares.
+    # The last rank repeats the last image if the images do not divide evenly: a gather needs equal shares.
     mine = torch.arange(rank() * per_rank, (rank() + 1) * per_rank).clamp_max(total - 1)
     conditioning = policy.encode(prompts)
     for rows in profiler_ranges.each("batch", mine.split(batch_size)):

@@ -17,7 +17,7 @@ from pcpo_fast.rollout.epoch_plan import EpochPlan
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What happened to a batch of images.
+    """Trajectories of a batch of images.
 
     Attributes:
         latents: float32 [B, N + 1, ...], from noise to image; the last is what was decoded.
@@ -39,7 +39,7 @@ class Rollout:
     """A rank's images of an epoch, in the order of ``plan.images.flatten()``.
 
     Attributes:
-        plan: what was asked for.
+        plan: which images, and their trained steps.
         conditioning: one row for each group of the epoch.
         groups: int64 [n], the group of each image.
         seeds: int64 [n], key of each image's step noise; its offset at step i is ``i * D``.
@@ -61,11 +61,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PredictedImages:
-    """The clean images that some steps of a rollout predict, for somebody who looks at them.
+    """Which steps' predicted clean images a rollout decodes, and what receives them.
 
     Attributes:
         steps: S steps, ascending.
-        needed: bool [P, S] on the CPU, whether a group's predictions of a step are looked at.
+        needed: bool [P, S] on the CPU, whether a group's predictions of a step are needed.
         finished: gets the position of the step among ``steps``, the positions of the images in the rollout, and the
             predictions, float32 [B, 3, H, W] in 0..1, as soon as a batch of them is decoded.
     """
@@ -106,9 +106,9 @@ def sampler_steps(
         initial: float32 [B, ...].
         seeds: int64 [B], keys of the step noise.
         table: the sampler.
-        alike: from :func:`first_rows`, of rows with equal initial latents and conditioning: their predictions are made
+        alike: from :func:`first_rows`, for rows with equal initial latents and conditioning: they are predicted only
             once, up to the first step with noise. None: every row is predicted.
-        first_step: where to begin; ``initial`` are the latents before that step.
+        first_step: first step to take; ``initial`` are the latents before it.
     """
     x = initial
     count = x[0].numel()
@@ -121,17 +121,17 @@ def sampler_steps(
                 first, copies = alike
                 output = policy.predict(x[first], time[first], select_rows(conditioning, first))[copies]
             if noisy:
-                alike = None  # from here on the images go their own ways
+                alike = None  # from here on the rows differ
             noise = NoiseKey(seeds, torch.full_like(seeds, step * count)) if noisy else None
             x = sample_step(x, output, a, b, std, noise).next_latents
         yield output, x
 
 
 def first_rows(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each distinct label stands first, and for every row which of these it equals.
+    """Index of each distinct label's first occurrence, and for every row the position of its label among these.
 
     Args:
-        labels: int64 [B] on the CPU, so that the number of distinct ones costs no wait for a GPU.
+        labels: int64 [B] on the CPU, so that counting distinct ones needs no GPU synchronization.
         device: of the result.
     """
     values, copies = labels.unique(return_inverse=True)
@@ -159,7 +159,7 @@ def collect_rollout(
         table: the sampler.
         seed: the run's seed; with epoch, group and image it fixes every noise.
         finished: gets the position and the images of each batch as soon as they are decoded.
-        predicted: the predictions of the steps that are looked at, if any are.
+        predicted: the predictions to decode; None for none.
     """
     device, size = policy.device, settings.batch_size
     numbers = plan.images.flatten()
@@ -171,7 +171,7 @@ def collect_rollout(
         for purpose, pairs in ((Purpose.INITIAL_NOISE, starts), (Purpose.STEP_NOISE, names))
     )
     conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
-    # All that is copied to the device is copied before the first batch: a copy waits for what the device is at.
+    # Copy everything to the device before the first batch: a later copy would wait for queued work.
     sharing = [first_rows(part, device) if settings.share_first_steps else None for part in groups.split(size)]
     wanted = [] if predicted is None else [_wanted(predicted.needed[part], device) for part in groups.split(size)]
     groups = groups.to(device)
@@ -201,6 +201,6 @@ def collect_rollout(
 
 
 def _wanted(needed: Tensor, device: torch.device) -> list[tuple[list[int], Tensor | None]]:
-    """For each column of bool [B, S] its rows, on the host and, where they are not all, on the device."""
+    """For each column of bool [B, S] the indices of its true rows, on the host and, unless all are, on the device."""
     found = [column.nonzero().flatten() for column in needed.T]
     return [(rows.tolist(), None if len(rows) == len(needed) else rows.to(device)) for rows in found]

@@ -143,7 +143,7 @@ def test_runs_of_a_plan_go_seed_by_seed_and_share_the_embeddings(tmp_path: Path)
     [
         ((NATIVE, Variant("b", None, ("credit.rul=1",))), r"variant b: setting \(credit.rul=1\): unknown key"),
         ((NATIVE, Variant("b", "nowhere.yaml")), "variant b: config file nowhere.yaml does not exist"),
-        ((NATIVE, Variant("native")), "variant native: there are two of this name"),
+        ((NATIVE, Variant("native")), "variant native: two variants have this name"),
         ((NATIVE, Variant("a/b")), "variant 'a/b': a name is also a folder's name"),
         ((NATIVE, Variant("figures")), "and not be embeddings, tuning or figures"),
         ((NATIVE, Variant("b", None, ("seed=3",))), "variant b: seed is not set here .seed=3.: --seeds says which"),

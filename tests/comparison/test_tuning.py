@@ -149,7 +149,7 @@ def test_a_plan_with_tuning_is_read_written_and_read_again(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("[100, 101]", "[1, 100]", "tuning.seeds: 1 also decides the comparison (seeds), which needs"),
+        ("[100, 101]", "[1, 100]", "tuning.seeds: 1 is also a seed of the comparison (seeds)"),
         ("[100, 101]", "[]", "tuning.seeds: must be distinct numbers from 0, got []"),
         ("[100, 101]", "two", "c.yaml line 7: tuning.seeds: must be a list of integers, got 'two'"),
         ("[1e-4, 1e-5]", "[1e-4]", "tuning.lr: must be two or more distinct numbers above 0, got [0.0001]"),
@@ -164,7 +164,7 @@ def test_a_plan_with_tuning_is_read_written_and_read_again(tmp_path: Path) -> No
          "variant native: optimizer.lr is searched (tuning.lr), so nothing else may set it"),
         ("pcpo: {", "pcpo: {credit.clip_range: 1, ",
          "variant pcpo: credit.clip_range is searched (variants.pcpo.search), so nothing else may set it"),
-        ("tuning:", "# ", "variants.pcpo.search: needs the key tuning, whose lr and seeds say how"),
+        ("tuning:", "# ", "variants.pcpo.search: needs a section tuning with lr and seeds"),
         ("costs:", "primary: area\ncosts:", "c.yaml line 8: primary: must be one of heldout_area, heldout_final"),
     ],
 )  # fmt: skip

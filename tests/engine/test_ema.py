@@ -73,7 +73,7 @@ def test_it_is_swapped_in_and_out_in_turn() -> None:
 
 def test_the_state_of_other_shards_is_refused() -> None:
     state = Ema([torch.ones(3)], 0.9).state_dict()
-    with pytest.raises(ValueError, match=r"of shards of shapes \[\(3,\)\], this rank's are \[\(4,\)\]"):
+    with pytest.raises(ValueError, match=r"has shards of shapes \[\(3,\)\], but this rank's are \[\(4,\)\]"):
         Ema([torch.ones(4)], 0.9).load_state_dict(state)
 
 

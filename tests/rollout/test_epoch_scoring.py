@@ -298,7 +298,7 @@ def test_the_group_of_a_failure_is_left_out_and_the_others_are_as_if_alone(
     metrics = epoch.metrics
     assert (metrics["scoring/dropped_groups"], metrics["scoring/failed_images"]) == (1, 4)
     assert metrics["reward/mean"] == pytest.approx(float(total.double().mean()), rel=1e-6)
-    message = rf"epoch 7: 1 of 3 groups left out: reward {HERE}:{reward} .*{group_of(config, 1)}"
+    message = rf"epoch 7: 1 of 3 groups dropped: reward {HERE}:{reward} .*{group_of(config, 1)}"
     assert re.match(message, epoch.warning), epoch.warning
 
 

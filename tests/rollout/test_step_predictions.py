@@ -198,7 +198,7 @@ def test_a_group_whose_prediction_cannot_be_scored_is_left_out(
     scored, _, _ = epoch_of(policy, config)
     lost = (scored.advantages == 0).all(dim=1)
     assert 0 < int(lost.sum()) < 8 and scored.metrics["scoring/dropped_groups"] == 1
-    assert "groups left out" in scored.warning
+    assert "groups dropped" in scored.warning
     with pytest.raises(UserError, match="blind_late"):
         epoch_of(policy, config_of(reward="blind_late"))
 
