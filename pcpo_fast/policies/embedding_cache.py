@@ -1,6 +1,7 @@
 """Encoded prompts on disk: text encoders run once per prompt and leave the memory."""
 
 import hashlib
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ class EmbeddingCache:
             How many prompts were missing.
 
         Raises:
-            UserError: a file cannot be written.
+            UserError: a file cannot be written, or the disk has no space for what is left after the first batch.
         """
         missing = self.missing(prompts)
         barrier()  # before anyone writes: all must divide the same list
@@ -77,7 +78,20 @@ class EmbeddingCache:
                     raise UserError(
                         f"model.embedding_cache: {self.folder.parent} cannot be written: {reason}"
                     ) from None
+                if start == 0:
+                    each = sum(value[0].nbytes for value in rows.values())
+                    self._check_space(each, len(missing) - local_world_size() * len(chunk), len(missing))
         return len(missing)
+
+    def _check_space(self, each: int, left: int, missing: int) -> None:
+        """Refuse, before hours of encoding, what the disk has no space for."""
+        free = shutil.disk_usage(self.folder).free
+        if left * each > free:
+            raise UserError(
+                f"model.embedding_cache: {missing} prompts take {missing * each / 1e9:.3g} GB "
+                f"({each / 1e6:.3g} MB each) in {self.folder.parent}, where {free / 1e9:.3g} GB are free: choose "
+                "another folder, fewer prompts, or a smaller model.max_sequence_length"
+            )
 
 
 def _is_whole(path: Path) -> bool:

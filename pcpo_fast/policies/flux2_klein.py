@@ -141,6 +141,8 @@ class Flux2KleinPolicy(PipelinePolicy):
             UserError: the tokenizer has no chat template.
         """
         self._template_tokens(pipeline.tokenizer)
+        # Without its head: nobody reads the logits, which are gigabytes for a batch of prompts.
+        pipeline.text_encoder = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
         states, _ = pipeline.encode_prompt(
             prompts, device=device, max_sequence_length=self.settings.max_sequence_length
         )

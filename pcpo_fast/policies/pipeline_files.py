@@ -8,6 +8,7 @@ from pathlib import Path
 from pcpo_fast.config.shipped import find
 from pcpo_fast.distributed.collectives import local_rank, shared_errors
 from pcpo_fast.errors import UserError
+from pcpo_fast.files.content import INDEX
 from pcpo_fast.policies.weight_files import read_json
 
 NOT_TRAINED = {
@@ -42,8 +43,8 @@ def pipeline_folder(
         check_hub_id(path)
         with shared_errors():
             if local_rank() == 0:
-                _download(path, revision, variant)
-        folder = _download(path, revision, variant)
+                _download(path, revision, variant, tuple(known))
+        folder = _download(path, revision, variant, tuple(known))
     return folder, pipeline_class_of(folder, known)
 
 
@@ -103,9 +104,10 @@ def part_classes(folder: Path, key: str = "model.path") -> dict[str, str | None]
 
 
 @cache  # what is hashed, what is loaded and what loads later is one snapshot, though a branch may move on
-def _download(path: str, revision: str | None, variant: str | None) -> Path:
+def _download(path: str, revision: str | None, variant: str | None, known: tuple[str, ...]) -> Path:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RevisionNotFoundError
 
     from pcpo_fast.policies.hub_errors import hub_problem
@@ -113,7 +115,11 @@ def _download(path: str, revision: str | None, variant: str | None) -> Path:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn at length of what is said below in a sentence
     try:
+        index = Path(hf_hub_download(path, INDEX, revision=revision))
+        pipeline_class_of(index.parent, known)  # before a hundred gigabytes of a model that cannot be trained
         return Path(DiffusionPipeline.download(path, revision=revision, variant=variant))
+    except UserError:
+        raise
     except Exception as error:
         if isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):
             raise UserError(f"model.revision: the hub model {path} has no revision {revision!r}") from None

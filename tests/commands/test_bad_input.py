@@ -245,12 +245,10 @@ def hub_error(kind: str) -> Exception:
 def test_hub_models_that_cannot_be_had(
     kind: str, words: str, config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import DiffusionPipeline
-
     def download(*_: Any, **__: Any) -> None:
         raise hub_error(kind)
 
-    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     message = refused(capsys, "train", "--config", config, "model.path=some/model", "model.revision=v9")
     assert words in message
     assert "some/model" in message

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +143,24 @@ def test_a_damaged_cache_file_is_encoded_again(pipeline_folder: Path, tmp_path: 
     after = policy.encode(PROMPTS)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert sorted(tmp_path.rglob("*.*")) == files  # nothing half-written stays
+
+
+def test_a_cache_that_does_not_fit_the_disk_is_said_after_the_first_prompts(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}"), CPU)
+    usage = shutil.disk_usage(tmp_path)
+    each = 4 * (12 * 32 + 32)  # bytes: T5's states and CLIP's pooled state
+    prompts = ["red " * (1 + n % 5) + "circle " * (n // 5) for n in range(20)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * each - 1))
+    with pytest.raises(
+        UserError, match=r"^model\.embedding_cache: 20 prompts take .* GB \(0\.00166 MB each\) in .* free:"
+    ):
+        policy.prepare_prompts(prompts)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 16
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * each))
+    policy.prepare_prompts(prompts)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 20
 
 
 def test_the_cache_depends_on_sequence_length_dtype_and_encoder_files(own_pipeline: Path, loads: list[int]) -> None:
@@ -356,14 +375,18 @@ def hub_errors() -> Iterator[Any]:
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(("error", "reason"), list(hub_errors()))
 def test_a_hub_model_that_cannot_be_had_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, wrapped: bool
+    monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path, error: Exception, reason: str, wrapped: bool
 ) -> None:
     def download(*_: Any, **__: Any) -> str:
-        if wrapped:  # as diffusers does once it has found no local copy
-            raise OSError("Cannot load model owner/name: the model is not fully cached") from error
+        raise OSError("Cannot load model owner/name: the model is not fully cached") from error
+
+    def download_index(*_: Any, **__: Any) -> str:
+        if wrapped:
+            return str(pipeline_folder / "model_index.json")
         raise error
 
-    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download_index)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)  # once it has found no local copy
     with pytest.raises(UserError, match=reason) as caught:
         locate("owner/name", "v2", ["FluxPipeline"])
     assert "owner/name" in str(caught.value) and "\n" not in str(caught.value)
@@ -378,10 +401,18 @@ def test_a_hub_model_offline_is_one_sentence() -> None:
 def test_a_hub_model_is_used_from_its_snapshot(monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:
     asked: list[Any] = []
 
+    def download_index(path: str, name: str, revision: str | None = None) -> str:
+        asked.append((path, revision, name))
+        return str(pipeline_folder / name)
+
     def download(path: str, revision: str | None = None, variant: str | None = None) -> str:
         asked.append((path, revision, variant))
         return str(pipeline_folder)
 
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download_index)
     monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(UserError, match="is a FluxPipeline; allowed are StableDiffusionPipeline"):
+        locate("owner/name", "v2", ["StableDiffusionPipeline"], "fp16")
+    assert asked == [("owner/name", "v2", "model_index.json")], "no weights of a model that is refused"
     assert locate("owner/name", "v2", ["FluxPipeline"], "fp16") == (pipeline_folder, "FluxPipeline")
-    assert set(asked) == {("owner/name", "v2", "fp16")}
+    assert asked[1:] == [("owner/name", "v2", "model_index.json"), ("owner/name", "v2", "fp16")]
