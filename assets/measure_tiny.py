@@ -1,4 +1,4 @@
-"""Judges a tiny pipeline as plain diffusers runs it: how often are held-out captions drawn right?
+"""Measures how often a tiny pipeline, run with plain diffusers, draws held-out captions correctly.
 
 python assets/measure_tiny.py --pipeline assets/tiny-sd --json benchmarks/results/tiny_sd.json --grid docs/tiny_sd.png
 """
@@ -73,7 +73,7 @@ def sample(
 
 
 def judge(images: Tensor, captions: list[str]) -> dict[str, float]:
-    """Shares of right backgrounds, shape colors and shapes, and the mean caption-match reward."""
+    """Shares of correct backgrounds, shape colors and shapes, and the mean caption-match reward."""
     found = measure_scenes(images, captions)
     scores = {"background": found.background, "color": found.color, "shape": found.shape}
     scores["reward"] = caption_match(images, captions)

@@ -1,6 +1,6 @@
-"""What the scripts that make the tiny pipelines share: scenes, their latents, tokenizers, text encoders, training.
+"""Shared code of make_tiny_flux.py, make_tiny_sd.py and make_tiny_sd3.py: scenes, latents, text encoders, training.
 
-No script of its own; see make_tiny_flux.py, make_tiny_sd.py and make_tiny_sd3.py beside it.
+Not a script.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def train(
 ) -> dict[str, Tensor]:
     """AdamW with linear warm-up and cosine decay; returns the exponential moving average of the weights.
 
-    Every step draws from generators seeded by (seed, step), so stopping and going on changes nothing.
+    Every step draws from generators seeded by (seed, step), so an interruption does not change the result.
     """
     optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     mean = {name: value.detach().clone() for name, value in modules.state_dict().items()}
@@ -127,7 +127,7 @@ def train_denoiser(
 
 
 def save(content: object, file: Path) -> None:
-    """A file that is there is whole, also where another process makes the same one."""
+    """Write a file atomically, even if another process writes the same one."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     torch.save(content, partial)
     partial.replace(file)
@@ -144,7 +144,7 @@ def finish(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 def load_vae(folder: Path = Path(__file__).parent / "tiny-flux" / "vae") -> AutoencoderKL:
     """A finished VAE; the other pipelines use that of `assets/tiny-flux`."""
-    # from_pretrained would write the folder's place into the config.
+    # from_pretrained would write the folder's path into the config.
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
     vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     return vae.eval()

@@ -1,4 +1,4 @@
-"""Bytes that PyTorch's CPU allocator hands out, as its profiler records them: the judge of the memory plans."""
+"""Measures CPU allocations with PyTorch's profiler, to validate memory plans."""
 
 import gc
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Allocations(NamedTuple):
-    """Bytes over what was allocated before: the highest number, and what is left at the end."""
+    """Bytes relative to what was allocated before: the peak, and the remainder at the end."""
 
     peak: int
     left: int
 
 
 def allocations(call: Callable[[], Any]) -> Allocations:
-    """What a call allocates at its peak; what it returns is kept until the count is done."""
+    """Allocations of a call; its result is kept alive until they are counted."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
@@ -30,7 +30,7 @@ def allocations(call: Callable[[], Any]) -> Allocations:
 
 
 def trained_once(predict: Callable[[], torch.Tensor], module: torch.nn.Module) -> None:
-    """A forward and backward whose gradients leave as soon as they are there, as an engine's do."""
+    """A forward and backward whose gradients are freed as soon as they are computed, as by an engine."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None

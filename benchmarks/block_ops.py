@@ -1,10 +1,10 @@
-"""Measure the transformer-block ops on a GPU and write one JSON file, growing case by case.
+"""Measure the transformer-block ops on a GPU; the JSON file is updated after each case.
 
     python benchmarks/block_ops.py --out benchmarks/results/my_gpu
 
 Ours, eager PyTorch as diffusers writes the same chain, and torch.compile of that; forward, and forward and backward
 with frozen modulation (LoRA) or with all gradients; at the widths and lengths of FLUX and Stable Diffusion 3.5.
-Whether `pcpo_kernels.accelerate` pays is read from here: where `ours` is faster than `compiled`.
+`pcpo_kernels.accelerate` is worthwhile where `ours` is faster than `compiled`.
 """
 
 import sys
@@ -47,7 +47,7 @@ SHAPES = [
         ("sd35_1024", 333, 4096, 38, 64),
     )
 ]
-"""The one that our own training step has comes first."""
+"""The case of our own training step comes first."""
 TINY = [Shape("tiny", 2, 3, 5, 2, 8)]
 
 
@@ -82,7 +82,7 @@ def our_heads(text: Tensor, text_weight: Tensor, image: Tensor, weight: Tensor, 
 
 
 class Op(NamedTuple):
-    """One op: ours, eager, how many leading inputs are tokens, and passes over them (forward, frozen, all gradients).
+    """An op: ours, eager, how many leading inputs are tokens, and passes over them (forward, frozen, all gradients).
 
     A pass reads or writes one [B, S, C] tensor.
     """
@@ -102,7 +102,7 @@ OPS = {
 
 
 def op_inputs(name: str, shape: Shape, device: torch.device) -> tuple[list[Tensor], list[int], list[int]]:
-    """Inputs in bf16, and the indices of those that want a gradient: under LoRA, and in full training."""
+    """Inputs in bf16, and the indices of those that need a gradient: with LoRA, and in full training."""
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, device=device, dtype=torch.bfloat16)

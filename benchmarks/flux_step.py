@@ -1,4 +1,4 @@
-"""Measure a training step of FLUX with random weights: seconds per phase, throughput, memory, what each lever gives.
+"""Measure a training step of FLUX with random weights: seconds per phase, throughput, memory, gain of each setting.
 
     python benchmarks/flux_step.py --size cpu --json step.json
     python benchmarks/flux_step.py --size full --finetune lora --json step.json --budget-seconds 400
@@ -50,13 +50,13 @@ PATHS = ("ours", "strong", "baseline", "unproved", "ladder", "extras")
 
 @dataclass(frozen=True)
 class Rung:
-    """A step of the ladder: everything before it, and one lever more.
+    """A rung of the ladder: everything before it, plus one optimization.
 
     Attributes:
-        name: of the lever.
-        overrides: settings that switch it on.
-        gpu: it is for GPUs only.
-        unproved: it has not run on a GPU, and ``ours`` is measured without it.
+        name: of the optimization.
+        overrides: settings that enable it.
+        gpu: for GPUs only.
+        unproved: not yet tested on a GPU, so ``ours`` is measured without it.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Session:
 
     @property
     def peak(self) -> float | None:
-        """Of the datasheet; None for a device that is not listed."""
+        """Datasheet peak; None for an unlisted device."""
         name = torch.cuda.get_device_name() if self.gpu else ""
         return next((peak for part, peak in PEAKS.items() if part in name), None)
 
@@ -132,7 +132,7 @@ class Session:
         return self.size.config(self.chosen.finetune, *self.base, *overrides)
 
     def rungs(self) -> list[tuple[Rung, tuple[str, ...]]]:
-        """The ladder that this machine can climb, with all settings of each rung."""
+        """The rungs that run on this machine, each with all its settings."""
         settings: dict[str, str] = {}
         climbed = []
         for rung in ladder(self.size):
@@ -144,7 +144,7 @@ class Session:
         return climbed
 
     def run(self) -> None:
-        """Everything that was asked for, the most valuable first, until the time is up."""
+        """Measure everything requested, the most valuable first, until the time is up."""
         rungs = self.rungs()
         proved = [climbed for climbed in rungs if not climbed[0].unproved]
         best = proved[-1][1]
@@ -175,7 +175,7 @@ class Session:
         self._record(group, lambda: Ours(self.size, self.config(settings), self.device), settings, rung.name, key)
 
     def check(self, config: Config) -> dict[str, Any]:
-        """Whether a configuration computes what eager PyTorch does; the first one computes the references."""
+        """Whether a configuration matches eager PyTorch; the first call computes the references."""
         if self.checker is None:
             self.checker = Check(self.size, self.config(()), self.device)
         return self.checker(config)
@@ -186,7 +186,7 @@ class Session:
     def _record(
         self, group: str, build: Callable[[], StepPath], settings: tuple[str, ...], name: str = "", key: str = ""
     ) -> None:
-        """Measure one path if it was asked for; what fails is written down, and the next one's turn comes."""
+        """Measure a path if requested; a failure is recorded and the next path continues."""
         key, name = key or group, name or group
         if group not in self.only or self.late():
             self.left_out.append(name)
@@ -201,7 +201,7 @@ class Session:
 
     @contextmanager
     def _noting_failure(self, key: str, record: dict[str, Any]) -> Iterator[None]:
-        """Write down what is raised, and go on."""
+        """Record an exception and continue."""
         try:
             yield
         except Exception as error:
@@ -235,7 +235,7 @@ class Session:
         self._finish(key, record, timed)
 
     def _take_turns(self) -> None:
-        """Time all that waits in turns: a CPU's clock drifts by more than what is compared."""
+        """Time the waiting paths alternately, because a CPU's clock drifts by more than the differences."""
         for _ in range(self.chosen.repeats):
             if self.late() and self.waiting and self.waiting[0][2].rollouts:
                 break
@@ -294,7 +294,7 @@ class Session:
         self.write()
 
     def _insert(self, key: str, record: dict[str, Any]) -> None:
-        """Into one of the lists, in the order of its rungs, and instead of a record of the same name."""
+        """Add a record to one of the lists, in rung order, replacing one of the same name."""
         names = [rung.name for rung in (ladder(self.size) if key == "ladder" else EXTRAS)]
         others = [other for other in self.content[key] if other["name"] != record["name"]]
         self.content[key] = sorted([*others, record], key=lambda one: names.index(one["name"]))
@@ -303,7 +303,7 @@ class Session:
         """The paths that a file has already.
 
         Raises:
-            UserError: they are of another step, or of another machine.
+            UserError: they were measured for another step or on another machine.
         """
         before = json.loads(self.chosen.json.read_text())
         for fact in ("device", "size", "finetune", "images", "micro_batch"):
@@ -347,7 +347,7 @@ class Session:
 
 
 def free(device: torch.device) -> None:
-    """Give back what the path before left."""
+    """Free the memory of the previous path."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="PATHS", help=f"some of {','.join(PATHS)} (all of them)")
     parser.add_argument("--add", action="store_true", help="keep the paths that the file has already")
     parser.add_argument(
-        "--public-images", type=int, default=0, help="measure the public way on so many images, and scale its times"
+        "--public-images", type=int, default=0, help="measure the public way on this many images, and scale its times"
     )
     parser.add_argument("--repeats", type=int, default=5, help="steps per median (%(default)s)")
     parser.add_argument(
@@ -379,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     if chosen.repeats < 1 or not chosen.budget_seconds > 0:
-        parser.error("--repeats and --budget-seconds must be above 0")
+        parser.error("--repeats and --budget-seconds must be positive")
     if unknown := set(filter(None, chosen.only.split(","))) - set(PATHS):
         parser.error(f"--only takes {', '.join(PATHS)}, not {', '.join(sorted(unknown))}")
     if chosen.size not in ("cpu", "dry") and not torch.cuda.is_available():

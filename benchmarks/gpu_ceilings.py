@@ -1,8 +1,8 @@
-"""What this GPU reaches at best: a copy, a bf16 matrix product, and attention at FLUX's sizes by PyTorch's backends.
+"""Measure this GPU's ceilings: a copy, a bf16 matrix product, and attention at FLUX's sizes by PyTorch's backends.
 
     python benchmarks/gpu_ceilings.py --out benchmarks/results/my_gpu
 
-All other numbers are shares of these, measured on the same card in the same minutes.
+All other measurements are compared with these, made on the same card at the same time.
 """
 
 import sys

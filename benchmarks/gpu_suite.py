@@ -1,8 +1,8 @@
-"""Run the parts of the GPU suite within a time: see benchmarks/gpu_suite.sh, which starts it.
+"""Run the parts of the GPU suite within a time limit; started by benchmarks/gpu_suite.sh.
 
-Every part is a process of its own with its own limit: one that fails, hangs or loses the device stops no other. All of
-them write what they measure as it comes, into seven files: ``table.txt`` (what was measured, what failed and why),
-``suite.json`` (the same for a script), ``suite.log`` (what the parts printed), and the parts' own JSON files.
+Every part is a process with its own limit: one that fails, hangs or loses the device does not stop the others. They
+write their results as soon as they are measured, into seven files: ``table.txt`` (what was measured, what failed and
+why), ``suite.json`` (the same for a script), ``suite.log`` (what the parts printed), and the parts' own JSON files.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from suite_table import table
 BENCHMARKS = Path(__file__).parent
 STEP_NEEDS = ("deepspeed", "diffusers", "peft", "pydantic", "transformers")
 LOG_BYTES = 1 << 20
-"""What one part may write into the log: all parts together stay below 16 MB."""
+"""Log size limit of one part, so that all parts together stay below 16 MB."""
 LAST_LINES = 40
 NO_TESTS = 5
-"""pytest's exit code where every test file was left out."""
+"""pytest's exit code if every test file was skipped."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def run_part(part: Part, seconds: float, environment: dict[str, str], log: Any) 
 
 
 def _drain(process: subprocess.Popen[bytes], until: float, log: Any, last: deque[str]) -> bool:
-    """Copy output to the log as it comes; whether the process closed it before the time was up."""
+    """Copy output to the log as it arrives; returns whether the process closed it in time."""
     assert process.stdout is not None
     written, rest = 0, b""
     with selectors.DefaultSelector() as selector:
@@ -156,7 +156,7 @@ def _drain(process: subprocess.Popen[bytes], until: float, log: Any, last: deque
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a part with everything that it started."""
+    """Kill a part and all processes that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -197,7 +197,7 @@ class Suite:
         return run_part(part, seconds, self.environment, log)
 
     def write(self) -> None:
-        """The state and the table, each in one move."""
+        """Write the state and the table, each atomically."""
         texts = {"suite.json": json.dumps(self.content, indent=1), "table.txt": table(self.out, self.content)}
         for name, text in texts.items():
             temporary = self.out / f"{name}.tmp"
@@ -208,7 +208,7 @@ class Suite:
 
 
 def gpu() -> dict[str, Any]:
-    """Name and memory of the first GPU, as PyTorch sees it; empty where it sees none."""
+    """Name and memory of the first GPU visible to PyTorch; empty if there is none."""
     code = (
         "import json, torch; p = torch.cuda.is_available() and torch.cuda.get_device_properties(0); "
         "print(json.dumps({'device': p.name, 'gib': p.total_memory / 2**30} if p else {}))"
@@ -219,13 +219,13 @@ def gpu() -> dict[str, Any]:
 
 
 def refused() -> str:
-    """Why Triton's interpreter cannot be used here; empty where it can."""
+    """Why Triton's interpreter cannot be used here; empty if it can."""
     code = "from pcpo_kernels.dispatch import interpreter_lacks; print(interpreter_lacks())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit status is 1 where a part failed."""
+    """Command line; the exit status is 1 if a part failed."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_suite.sh", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, on any machine")
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", default="", help="numbers of the parts to run, 1,2,5 for example (all)")
     chosen = parser.parse_args(arguments)
     if not chosen.minutes > 0:
-        parser.error("--minutes must be above 0")
+        parser.error("--minutes must be positive")
     os.chdir(BENCHMARKS.parent)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     for name in ("TRITON_INTERPRET", "PCPO_KERNELS"):

@@ -1,4 +1,4 @@
-"""Measure the kernels on a GPU and write one JSON file, growing case by case.
+"""Measure the kernels on a GPU; the JSON file is updated after each case.
 
     python benchmarks/kernel_times.py --out benchmarks/results/my_gpu
 
@@ -37,7 +37,7 @@ class Clock:
         self.flush = torch.empty(max(size, 1), dtype=torch.int8, device=device)
 
     def milliseconds(self, call: Call) -> float:
-        """Median over as many runs as fit the time, 5 to 200; tiny, of one run or more."""
+        """Median of as many runs as fit the time, 5 to 200 (1 or more in tiny mode)."""
         for _ in range(self.warm):
             call()
         self.wait()
@@ -58,7 +58,7 @@ class Clock:
         return statistics.median(times)
 
     def graph_milliseconds(self, call: Call) -> float | None:
-        """The same for a captured CUDA graph: what is left without the host's share. None where capturing fails."""
+        """The same for a captured CUDA graph, without host overhead. None if capturing fails."""
         if not self.gpu:
             return None
         try:
@@ -76,7 +76,7 @@ class Clock:
         return self.milliseconds(graph.replay)
 
     def host_microseconds(self, call: Call) -> float:
-        """How long a call keeps the CPU, not waiting for the device."""
+        """CPU time of a call, without waiting for the device."""
         self.wait()
         begin = time.perf_counter()
         for _ in range(self.host):
@@ -96,7 +96,7 @@ class Clock:
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
     def peak_bytes(self, call: Call) -> int | None:
-        """Memory that a call needs beyond what is allocated before it."""
+        """Peak memory of a call beyond what was allocated before it."""
         if not self.gpu:
             return None
         self.wait()
@@ -107,7 +107,7 @@ class Clock:
         return torch.cuda.max_memory_allocated() - before
 
     def wait(self) -> None:
-        """Until the device has finished."""
+        """Wait for the device."""
         if self.gpu:
             torch.cuda.synchronize()
 
@@ -120,7 +120,7 @@ def copy_bandwidth(clock: Clock, size: int) -> float:
 
 
 def with_backward(forward: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Call:
-    """Forward and backward of a call; ``inputs`` get fresh gradients, not added ones."""
+    """Forward and backward of a call; gradients of ``inputs`` are not accumulated."""
     return lambda: torch.autograd.grad(forward(), inputs)
 
 
@@ -142,7 +142,7 @@ def baseline_loss_call(case: Case, function: Callable[..., Any]) -> Callable[[],
 
 
 def measure(clock: Clock, name: str, call: Call, traffic: int | None, copy: float, **facts: Any) -> dict[str, Any]:
-    """All numbers of one call, or why there are none: a call that raises must not cost the others."""
+    """All measurements of a call, or the reason for their absence: a failing call must not stop the others."""
     try:
         return _measure(clock, name, call, traffic, copy, **facts)
     except Exception as error:
@@ -150,7 +150,7 @@ def measure(clock: Clock, name: str, call: Call, traffic: int | None, copy: floa
 
 
 def failure(name: str, error: Exception, **facts: Any) -> dict[str, Any]:
-    """The record of a call that raises."""
+    """The record of a failing call."""
     return facts | {"name": name, "failed": f"{type(error).__name__}: {error}"[:2000]}
 
 
@@ -247,14 +247,14 @@ def measurements(clock: Clock, sizes: list[tuple[str, int, int]], large: tuple[i
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Replace the file in one move: a reader never sees half of it."""
+    """Replace the file atomically, so that readers never see a partial one."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """Device and versions of the measurements."""
     facts: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
     try:
         import triton
@@ -276,7 +276,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def options(description: str | None, file: str, budget: float, seconds: float, tiny: str) -> argparse.ArgumentParser:
-    """What every script that measures on a GPU is told."""
+    """Command-line options common to all scripts that measure on a GPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {file}")
     parser.add_argument(
@@ -293,7 +293,7 @@ def run(
     records: Callable[[Clock, float], Iterator[dict[str, Any]]],
     label: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Measure, and write and print each record as it comes; returns the exit code.
+    """Measure, writing and printing each record immediately; returns the exit code.
 
     Args:
         chosen: what :func:`options` parsed.

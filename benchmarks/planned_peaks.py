@@ -1,6 +1,6 @@
-"""Planned against measured: ``python benchmarks/planned_peaks.py --json benchmarks/results/planned_peaks.json``.
+"""Planned against measured peaks: ``python benchmarks/planned_peaks.py --json benchmarks/results/planned_peaks.json``.
 
-Measured is what PyTorch's allocator hands out on a CPU at the peak of a forward and backward of the tiny pipelines.
+The measured peak is that of PyTorch's CPU allocator in a forward and backward of the tiny pipelines.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def peaks(model: str, finetune: str, cache: Path) -> list[dict[str, Any]]:
         def predict() -> torch.Tensor:
             return policy.predict_halves(latents, times, conditioning).conditional  # type: ignore[no-any-return]
 
-        trained_once(predict, policy.module)  # what is made once, is made
+        trained_once(predict, policy.module)  # allocate everything that is allocated only once
         measured = allocations(lambda: trained_once(predict, policy.module)).peak
         planned = costs.training_peak(IMAGES, checkpointed)
         row = {"model": model, "finetune": finetune, "checkpointing": checkpointed}

@@ -1,4 +1,4 @@
-"""A figure of what benchmarks/flux_step.py measured: the ladder from the public trainers' way to ours.
+"""Figure of the results of benchmarks/flux_step.py: the ladder from the public trainers' way to ours.
 
 python benchmarks/plot_step.py step.json --out figures/step.png
 """

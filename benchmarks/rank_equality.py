@@ -1,4 +1,4 @@
-"""One configuration on 1, 2 and 4 CPU ranks, in every ZeRO stage: the same rollouts, rewards, gradients and weights?
+"""Checks that 1, 2 and 4 CPU ranks in every ZeRO stage give the same rollouts, rewards, gradients and weights.
 
     python benchmarks/rank_equality.py --json benchmarks/results/rank_equality.json
 
@@ -6,8 +6,8 @@ Each number of ranks is one launch of DeepSpeed's launcher, in which every case 
 epochs of two optimizer steps through the ordinary loop. What is recorded, by image and by step, is compared with one
 rank in ZeRO 1. Exit code 1 where a difference is above the limits below.
 
-A difference is rounding if it vanishes with the rounding: the cases of float64 compute network, latents and losses in
-float64, and there everything, whatever magnifies it, must agree to 1e-5. (DeepSpeed sums and steps in float32.)
+To show that the differences are rounding, the float64 cases compute network, latents and losses in float64; there
+everything must agree to 1e-5, however much it is magnified. (DeepSpeed accumulates and steps in float32.)
 """
 
 import argparse
@@ -35,7 +35,7 @@ DTYPES = ("float32", "float64")
 CASES = tuple(f"zero{stage}-{mode}-{dtype}" for dtype in DTYPES for stage in STAGES for mode in MODES)
 KINDS = ("rollouts", "rewards", "gradients", "weights", "advantages", "log_ratios")
 ROUNDING = 8 * float(torch.finfo(torch.float32).eps)
-"""What a float32 forward of this network may round to in another order of its sums, relative to its output."""
+"""Rounding error of a float32 forward of this network from another order of summation, relative to its output."""
 
 LIMITS = {
     "float32": {
@@ -146,7 +146,7 @@ def record(case: str, folder: Path, pipeline: Path, *overrides: str) -> Record:
 
 
 def _trained(trainer: Any, config: Any, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What this rank saw of a run, and the weights that it started from (on rank 0)."""
+    """This rank's record of a run, and on rank 0 the initial weights."""
     from deepspeed.utils import safe_get_full_grad
 
     from pcpo_fast.rollout import rollout

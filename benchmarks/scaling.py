@@ -5,8 +5,8 @@
     deepspeed --hostfile HOSTS benchmarks/scaling.py --worker FILE --config my_run.yaml    # one point, several machines
 
 Weak: every rank samples and trains the configuration's images, so N ranks have N times as many. Strong: the ranks share
-them. Each point is a run of its own through the ordinary loop; its first epoch warms up and counts in nothing, and
-communication is timed in an epoch of its own, since on GPUs that takes a wait around every collective.
+them. Each point is a separate run of the ordinary loop; its first epoch warms up and is not measured, and communication
+is timed in a separate epoch, because on GPUs that requires synchronizing around every collective.
 """
 
 import argparse
@@ -49,7 +49,7 @@ TINY = (
     "rewards=[{name: jpeg_compressibility}]",
     "logging.tensorboard=false",
 )
-"""What is added to the demo's configuration where no other is given."""
+"""Settings added to the demo's configuration if no other is given."""
 
 
 class Communication:
@@ -104,7 +104,7 @@ def _now() -> float:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """One point: what each process of a launch does; rank 0 writes the file."""
+    """Measure one point in each process of a launch; rank 0 writes the file."""
     import torch
     from rich.console import Console
 

@@ -1,7 +1,7 @@
-"""Whether a path computes what plain eager PyTorch computes: checked before anything is timed.
+"""Checks that a path computes the same as plain eager PyTorch, before anything is timed.
 
-The same weights, moved a little from those that sampled, and the same inputs, in a wider type, eager, and with the
-levers of a configuration. From each of the three outputs the log-ratio is formed in float64 by the same formula.
+With the same inputs and slightly perturbed weights, outputs are computed in a wider type, in eager mode, and with a
+configuration's optimizations. From each of the three, the log-ratio is computed in float64 by the same formula.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from pcpo_fast.policies.pipeline_policy import DTYPES
 
 ROWS = 4
 FACTOR = 2.0
-"""An output may be this many times as far from the wider type's as the eager one is."""
+"""An output's error relative to the wider type may be this many times the eager one's."""
 MOVED = 1e-3
 """Standard deviation of what is added to the trained weights, relative to theirs, or to 1 where they are 0."""
 
@@ -48,7 +48,7 @@ class Check:
         self.eager_error = rms(self.eager.to(wide) - self.wide)
 
     def __call__(self, config: Config) -> dict[str, Any]:
-        """How far a configuration's levers move outputs and log-ratios, and whether that is rounding."""
+        """How far a configuration's optimizations change outputs and log-ratios, and whether that is rounding."""
         path = Parts(self.size, config, self.device, self.dtype)
         move(path.policy.module)
         with path.policy.sampling(config.rollout):

@@ -18,7 +18,7 @@ from pcpo_fast.policies.pipeline_policy import DTYPES
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done its work."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -33,7 +33,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_memory(call: Callable[[], Any]) -> float:
-    """GiB that PyTorch allocates on a CPU for a call, at its peak, on top of what is there."""
+    """Peak GiB that PyTorch allocates on a CPU for a call, beyond what was allocated before."""
     return allocations(call).peak / 2**30
 
 
@@ -136,7 +136,7 @@ class Timed:
         return sum(self.rollouts) + sum(self.updates)
 
     def record(self) -> dict[str, Any]:
-        """Medians, and the memory of a step: on a CPU of one more, since recording it slows it."""
+        """Medians, and the memory of a step; on a CPU of an additional step, because recording slows it."""
 
         def step() -> None:
             self.path.rollout()

@@ -18,7 +18,7 @@ from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.flux import FluxPolicy
 
 SHARE_OF_MEMORY = 0.92
-"""What a plan may need of a GPU's memory: the rest is the context's, the libraries' and fragments."""
+"""Share of a GPU's memory for the planned peak; the rest is for the context, libraries and fragmentation."""
 FLUX = PUBLISHED["black-forest-labs/FLUX.1-dev"]
 TRANSFORMER, VAE = (dict(FLUX["parts"][name][1]) for name in ("transformer", "vae"))
 
@@ -67,7 +67,7 @@ class Size:
         base, each = self.memory
         fits = math.floor((SHARE_OF_MEMORY * gib - base) / each)
         if fits < 1:
-            raise UserError(f"this size needs {(base + each) / SHARE_OF_MEMORY:.0f} GiB, and this GPU has {gib:.0f}")
+            raise UserError(f"this size needs {(base + each) / SHARE_OF_MEMORY:.0f} GiB, but this GPU has {gib:.0f}")
         return replace(self, together=min(self.together, fits))
 
     def operations(self, config: Config) -> tuple[float, float]:
@@ -162,7 +162,7 @@ SIZES = {
     "full": FULL,
 }
 """What ``--size`` takes."""
-# Two blocks and four tiny images: every line of the benchmark in seconds, and no number that says anything.
+# Two blocks and four tiny images: runs every line of the benchmark in seconds; the numbers are meaningless.
 SIZES["dry"] = replace(
     SIZES["cpu"],
     transformer={**SIZES["cpu"].transformer, "num_layers": 1, "num_single_layers": 1},

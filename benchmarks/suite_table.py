@@ -12,7 +12,7 @@ def table(out: Path, suite: dict[str, Any]) -> str:
     """Parts first, then their numbers from the files in ``out``."""
     lines = [f"{suite['device']}, {suite['minutes']:g} minutes"]
     if suite.get("dry"):
-        lines.append("A dry run in Triton's interpreter: no time below says anything of a GPU.")
+        lines.append("A dry run in Triton's interpreter: the times below say nothing about a GPU.")
     if any(part["name"] == "kernel tests" and part["status"] != "done" for part in suite["parts"]):
         lines.append("The kernel tests did not pass: no time of our kernels below may be published.")
     for part in suite["parts"]:
@@ -31,7 +31,7 @@ def table(out: Path, suite: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A part's file; empty where the part has not written one."""
+    """A part's file; empty if it has not been written."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Nested values as one flat row of dotted keys, as they are written on the command line."""
+"""Flattens nested values to dotted keys, as on the command line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

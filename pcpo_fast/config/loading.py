@@ -1,4 +1,4 @@
-"""From YAML and command line to a checked :class:`pcpo_fast.config.schema.Config`, with errors that say where."""
+"""Loads and validates a :class:`pcpo_fast.config.schema.Config` from YAML and the command line."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +19,7 @@ from pcpo_fast.config.yaml_text import TextPath, dump_yaml, parse_value, read_ya
 from pcpo_fast.errors import UserError
 
 _WRITTEN_OUT = {"deepspeed", "model.revision", "model.lora.targets", "model.lora.init", "credit.steps", "seed"}
-"""Nobody sets all of these by hand: a file that does is what a run of any version has written of itself."""
+"""A file that sets all of these was written by a run (of any version), not by hand."""
 
 
 def load_config(
@@ -96,7 +96,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unused(
     config: Config, given: Collection[str], commanded: Collection[str], places: Mapping[TextPath, str], fallback: str
 ) -> None:
-    """Refuse settings without an effect, all of them in one sentence."""
+    """Fail if settings have no effect; the message lists all of them."""
     found = list(unused(config, Config.model_validate(PRESETS[config.algorithm]), given, commanded))
     if not found:
         return
@@ -150,7 +150,7 @@ def _assign(values: dict[str, Any], key: TextPath, value: Any, place: str) -> No
 
 
 def _without_empty_sections(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Leave out sections that are null: in YAML, one whose keys are all commented out."""
+    """Drop sections that are null: in YAML, those whose keys are all commented out."""
     kept: dict[str, Any] = {}
     for name, value in values.items():
         field = model.model_fields.get(name) if isinstance(name, str) else None

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one sentence."""
+"""Error messages for invalid configurations."""
 
 import difflib
 import re
@@ -46,7 +46,7 @@ def explain(error: ValidationError, places: Mapping[TextPath, str], fallback: st
     problems = error.errors()
     first = problems[0]
     inner = [tuple(problem["loc"]) for problem in problems]
-    # A list whose value is refused counts as too short, too, which is no second problem.
+    # pydantic also reports a list with an invalid value as too short, which is not a second problem.
     distinct = [
         key for key in dict.fromkeys(inner) if not any(len(o) > len(key) and o[: len(key)] == key for o in inner)
     ]

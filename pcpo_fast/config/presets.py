@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 DEFAULT_CONFIG = "configs/tiny_flux.yaml"
-"""What a command uses that is given no configuration: the demo (:mod:`pcpo_fast.config.shipped` finds it)."""
+"""Configuration of commands that are given none: the demo (found by :mod:`pcpo_fast.config.shipped`)."""
 
 Preset = dict[str, dict[str, Any]]
 
 
 def _varied(base: Preset, **sections: Mapping[str, Any]) -> Preset:
-    """``base`` with the named choices of some sections exchanged, or added."""
+    """``base`` with settings of some sections replaced or added."""
     names = dict.fromkeys((*base, *sections))
     return {name: {**base.get(name, {}), **sections.get(name, {})} for name in names}
 

@@ -159,7 +159,7 @@ REWARD_RULES: tuple[tuple[str, str, Callable[[RewardConfig], bool]], ...] = (
 def unused(
     config: Config, unset: Config, given: Collection[str], commanded: Collection[str]
 ) -> Iterator[tuple[list[str], str]]:
-    """Settings that are set without effect, with the condition under which they would take effect.
+    """Settings that have no effect, with the condition under which they would have one.
 
     Args:
         config: the run.

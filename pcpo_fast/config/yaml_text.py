@@ -1,4 +1,4 @@
-"""YAML as people write it: ``1e-4`` is a number, a key given twice is an error, and every value has a line."""
+"""YAML parsing in which ``1e-4`` is a number, duplicate keys are errors, and every value has a line number."""
 
 import re
 from collections.abc import Iterator

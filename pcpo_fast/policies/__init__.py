@@ -1,4 +1,4 @@
-"""Model families as policies: everything about a diffusers pipeline stays in here."""
+"""Model families as policies; all code that depends on diffusers pipelines is in this package."""
 
 from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput, select_rows
 

@@ -1,4 +1,4 @@
-"""Attention kernels by diffusers' name, checked before the run instead of in its first forward."""
+"""Selects diffusers' attention backends, checked before the run instead of failing in its first forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,9 +26,9 @@ SDPA_KERNELS = {
     "_native_flash": SDPBackend.FLASH_ATTENTION,
     "_native_math": SDPBackend.MATH,
 }
-"""The single kernels behind PyTorch's scaled dot product, which ``native`` chooses among."""
+"""The kernels of PyTorch's scaled dot product attention, among which ``native`` chooses."""
 PLAIN = ("native", *SDPA_KERNELS, "xformers")
-"""What serves layers that know no backends (:attr:`PipelinePolicy.dispatches_attention`)."""
+"""Backends for layers that do not use diffusers' dispatcher (:attr:`PipelinePolicy.dispatches_attention`)."""
 
 
 class HeldProcessor:
@@ -46,11 +46,11 @@ def choose_attention(module: Any, backend: str, device: torch.device | None = No
     """Make a diffusers model use an attention backend; ``native`` is PyTorch's scaled dot product.
 
     The backend is tried with the model's dtype and head sizes on ``device`` (default: the model's), forward and
-    backward. diffusers' UNet and its transformer of Stable Diffusion 3 know no backends: they have those of
-    :data:`PLAIN`.
+    backward. diffusers' UNet and its transformer of Stable Diffusion 3 do not use the dispatcher; they support
+    :data:`PLAIN` only.
 
     Raises:
-        UserError: no such backend, what it needs is not there, or it cannot train this model here.
+        UserError: the backend does not exist, lacks a requirement, or cannot train this model here.
     """
     layers = attention_layers(module)
     _known(backend)
@@ -67,16 +67,16 @@ def choose_attention(module: Any, backend: str, device: torch.device | None = No
 
 
 def check_attention(config: Config, folder: Path, family: "type[PipelinePolicy]", device: torch.device) -> None:
-    """Refuse the attention backends of a run before its model is loaded.
+    """Check the attention backends of a run before its model is loaded.
 
     Args:
-        config: ``model.attention`` is to train, ``rollout.attention`` to sample.
+        config: ``model.attention`` is for training, ``rollout.attention`` for sampling.
         folder: the pipeline.
         family: of the pipeline.
         device: where it will run.
 
     Raises:
-        UserError: as :func:`check_backend`, or the network's layers know no backends.
+        UserError: as :func:`check_backend`, or the network's layers do not support the backend.
     """
     head_dim = family.head_dim(read_json(folder / family.trained_part / "config.json"))
     chosen = [("model.attention", config.model.attention, True)]
@@ -98,19 +98,19 @@ def check_backend(
     dtype: torch.dtype = torch.bfloat16,
     key: str = "model.attention",
 ) -> None:
-    """Refuse an attention backend that cannot serve, without a model: by what is known of it, then by trying it.
+    """Check an attention backend without a model: first by its known requirements, then by trying it.
 
     Args:
-        name: diffusers' name of it.
-        device: where it is to run.
-        head_dim: elements of an attention head; None: not known, tried with 64.
-        needs_backward: whether gradients are wanted, as in the update, or not, as in a rollout.
+        name: diffusers' name of the backend.
+        device: where it will run.
+        head_dim: elements of an attention head; None: unknown, tried with 64.
+        needs_backward: whether gradients are needed, as in the update, or not, as in a rollout.
         dtype: of queries, keys and values.
         key: the setting that names it.
 
     Raises:
-        UserError: no such backend; no GPU or too old a one; a package is not installed; heads of this size, this dtype
-            or gradients are not among what it does.
+        UserError: the backend does not exist; there is no GPU, or it is too old; a package is missing; or the head
+            size, the dtype or gradients are not supported.
     """
     _known(name, key)
     reason = lacking(name, device, head_dim, needs_backward, dtype)
@@ -130,13 +130,13 @@ def attention_layers(network: nn.Module) -> list[Any]:
 
 
 def set_backend(network: nn.Module, name: str) -> None:
-    """Let every attention layer of a diffusers model compute by a backend from here on.
+    """Set the backend of every attention layer of a diffusers model.
 
-    Nothing is tried and nothing is loaded: :func:`choose_attention` or :func:`check_backend` come first.
+    The backend is not checked; call :func:`choose_attention` or :func:`check_backend` first.
 
     Raises:
-        UserError: there is no such backend.
-        ValueError: the model's layers know no backends, and it is not one of :data:`PLAIN`.
+        UserError: the backend does not exist.
+        ValueError: the model's layers support only :data:`PLAIN`, and it is not one of these.
     """
     _known(name)
     for layer in attention_layers(network):
@@ -156,7 +156,7 @@ def set_backend(network: nn.Module, name: str) -> None:
 
 @contextmanager
 def attention_backend(network: nn.Module, name: str | None) -> Iterator[None]:
-    """Within the block, a diffusers model's attention is computed by another backend; None changes nothing.
+    """Use another attention backend within the block; None changes nothing.
 
     The switch sets one attribute per layer, so that a phase of a run can have a backend of its own.
 
@@ -188,13 +188,13 @@ def _serves(kind: str, name: str, key: str = "model.attention") -> None:
 
 
 def _dispatches(layer: Any) -> bool:
-    """Whether a layer asks diffusers' dispatcher; diffusers silently skips one that does not."""
+    """Whether a layer uses diffusers' dispatcher; diffusers silently skips those that do not."""
     return hasattr(layer.processor, "_attention_backend")
 
 
 @torch.inference_mode(False)
 def _try(name: str, device: torch.device, head_dim: int, needs_backward: bool, dtype: torch.dtype) -> None:
-    """Attention of 64 tokens and two heads: whether the backend takes them, and gives gradients back if wanted."""
+    """Try attention with 64 tokens and two heads, and its backward if needed."""
     states = torch.zeros(1, 64, 2, head_dim, device=device, dtype=dtype, requires_grad=needs_backward)
     # diffusers' own switch looks whether packages are there, and fetches kernels that come from its Hub.
     with library_backend(name), torch.set_grad_enabled(needs_backward):

@@ -1,6 +1,6 @@
-"""What diffusers' attention backends need of the hardware: known before a model is loaded, and said in one sentence.
+"""Hardware requirements of diffusers' attention backends, checked before a model is loaded.
 
-Which package a backend needs, diffusers says itself when the backend is tried.
+Missing packages are reported by diffusers itself when the backend is tried.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ LOW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Needs:
-    """What a backend needs; what it does not say is left to a trial.
+    """Known requirements of a backend; others are found by trying it.
 
     Attributes:
-        capability: least compute capability of the GPU; None: no GPU is needed, or which one is not known.
+        capability: minimum compute capability of the GPU; None: no GPU is needed, or unknown.
         family: the only major compute capability that it supports; None: all from ``capability`` on.
-        largest_head: in elements; None: any.
-        backward: whether gradients come back through diffusers' call of it.
-        low_precision: whether it takes nothing but bfloat16 and float16 on a GPU.
-        hardware: what it runs on where that is no NVIDIA GPU.
+        largest_head: maximum head size in elements; None: any.
+        backward: whether it supports gradients as diffusers calls it.
+        low_precision: whether it supports only bfloat16 and float16 on a GPU.
+        hardware: what it runs on, if not on an NVIDIA GPU.
     """
 
     capability: tuple[int, int] | None = None
@@ -70,13 +70,13 @@ NEEDS: dict[str, Needs] = {
 def lacking(
     name: str, device: torch.device, head_dim: int | None, needs_backward: bool, dtype: torch.dtype
 ) -> str | None:
-    """Why a backend of :data:`NEEDS` cannot be used, as the end of a sentence; None: nothing speaks against it.
+    """Why a backend cannot be used, as the end of a sentence; None if no known requirement is violated.
 
     Args:
-        name: the backend; one that is not listed lacks nothing that is known.
-        device: where it is to run.
-        head_dim: elements of an attention head; None: not known.
-        needs_backward: whether gradients are wanted.
+        name: the backend; one that is not in :data:`NEEDS` has no known requirements.
+        device: where it will run.
+        head_dim: elements of an attention head; None: unknown.
+        needs_backward: whether gradients are needed.
         dtype: of queries, keys and values.
     """
     needs = NEEDS.get(name, Needs())

@@ -1,4 +1,4 @@
-"""What the loop asks of a model family; one subclass per family holds everything that differs."""
+"""The interface between the training loop and model families; one subclass per family."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ def select_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
 
 
 class PolicyOutput(NamedTuple):
-    """What the network says: one output, or the two halves of classifier-free guidance before they are combined.
+    """The network's prediction: one output, or the two halves of classifier-free guidance before they are combined.
 
     Attributes:
         conditional: [B, *latent_shape] in the model's dtype.
@@ -38,11 +38,11 @@ class PolicyOutput(NamedTuple):
 
 @dataclass
 class PolicyWork:
-    """What a policy has been asked for on this rank, in rows; each half of classifier-free guidance is one.
+    """Work done by a policy on this rank, in rows; each half of classifier-free guidance counts as one.
 
     Attributes:
-        forwards: network passes without a gradient.
-        trained: network passes with one, each of which has a backward pass.
+        forwards: network passes without gradients.
+        trained: network passes with gradients, each followed by a backward pass.
         decodes: images decoded.
     """
 
@@ -59,17 +59,17 @@ class PolicyWork:
 
 
 class Policy(ABC):
-    """A generative model seen as a policy: conditioning and noisy latents in, model output out.
+    """A generative model as a policy: maps conditioning and noisy latents to model output.
 
     Attributes:
         module: the network that is trained.
-        forward_module: what :meth:`predict` calls; the engine puts its wrapper of ``module`` here.
-        reference_module: frozen copy of the start of the training, where one is needed.
-        work: how much it has been asked for.
-        cfg_scale: scale of classifier-free guidance; 1 is none.
-        repeated_blocks: classes of the network's blocks that repeat; None: those that diffusers names.
+        forward_module: called by :meth:`predict`; the engine sets its wrapper of ``module`` here.
+        reference_module: frozen copy of the initial network, if one is needed.
+        work: counts of network passes and decodes.
+        cfg_scale: scale of classifier-free guidance; 1: off.
+        repeated_blocks: classes of the network's repeated blocks; None: those that diffusers declares.
         also_recomputed: classes of further blocks whose activations diffusers can recompute in the backward.
-        accelerated: classes of the blocks that this package's kernels serve.
+        accelerated: classes of the blocks that this package's kernels support.
     """
 
     family: ClassVar[str]
@@ -96,7 +96,7 @@ class Policy(ABC):
 
     @classmethod
     def accelerated_blocks(cls, network: nn.Module) -> list[nn.Module]:
-        """The blocks of a network of this family that ``model.block_kernels`` can serve."""
+        """The blocks of a network of this family that ``model.block_kernels`` can accelerate."""
         return _modules(network, cls.accelerated)
 
     @classmethod
@@ -121,15 +121,15 @@ class Policy(ABC):
 
     @abstractmethod
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Make sure that :meth:`encode` needs no text encoder for these prompts; all ranks must call it."""
+        """Encode prompts in advance, so that :meth:`encode` needs no text encoder for them. Collective."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of each prompt, on the CPU. All ranks must call it with the same prompts."""
+        """Conditioning of each prompt, on the CPU. Collective; all ranks must pass the same prompts."""
 
     @abstractmethod
     def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
-        """What the network says, before guidance.
+        """The network's prediction, before guidance.
 
         Args:
             latents: [B, *latent_shape], any float dtype.
@@ -138,8 +138,8 @@ class Policy(ABC):
         """
 
     def combine(self, halves: PolicyOutput) -> Tensor:
-        """The output after guidance: the only half as it is, or both in float32 (float64 where the model is), as the
-        policy loss combines them.
+        """The output after guidance: a single half unchanged, or both combined in float32 (float64 for a float64
+        model) with the policy loss's arithmetic.
         """
         if halves.unconditional is None:
             return halves.conditional
@@ -147,7 +147,7 @@ class Policy(ABC):
         return guidance(halves.unconditional, halves.conditional, self.cfg_scale, dtype=dtype)
 
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Model output after guidance, of :meth:`predict_halves`'s arguments.
+        """Model output after guidance; arguments as for :meth:`predict_halves`.
 
         Returns:
             [B, *latent_shape], in the model's dtype, or in float32 with classifier-free guidance.
@@ -160,20 +160,20 @@ class Policy(ABC):
 
     @abstractmethod
     def schedule(self, steps: int) -> Schedule:
-        """The times of the pipeline's own scheduler, and what kind of model this is."""
+        """The times of the pipeline's own scheduler, as a schedule of the model's kind."""
 
     @abstractmethod
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write trained weights, by parameter name, as diffusers loads them: a LoRA file, or a whole model folder."""
+        """Write trained weights, by parameter name, in diffusers' format: a LoRA file, or a model folder."""
 
     @contextmanager
     def sampling(self, settings: RolloutConfig) -> Iterator[None]:
-        """Around the rollouts of an epoch: a family may run its network another way where no gradients are needed."""
+        """Context of an epoch's rollouts: a family may run its network differently when no gradients are needed."""
         yield
 
     @contextmanager
     def running(self, network: nn.Module) -> Iterator[None]:
-        """Within the block, :meth:`predict` runs another network of the same kind."""
+        """Within the block, :meth:`predict` runs another network of the same class."""
         own, self.forward_module = self.forward_module, network
         try:
             yield
@@ -181,7 +181,7 @@ class Policy(ABC):
             self.forward_module = own
 
     def as_reference(self) -> AbstractContextManager[None]:
-        """Within the block, :meth:`predict` is the reference: the kept copy of the start, or the adapters are off.
+        """Within the block, :meth:`predict` is the reference: the copy of the initial network, or adapters disabled.
 
         Raises:
             ValueError: there is neither a copy nor an adapter, so the reference would be the policy itself.

@@ -1,4 +1,4 @@
-"""How deep a network is, for the planner, which measures shallow ones: blocks of one kind cost the same."""
+"""A network's depth, for the planner, which measures shallow networks: blocks of one kind cost the same."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Depth:
-    """How often each kind of block occurs in a network, in the order of the forward; no kinds where all blocks differ.
+    """Number of blocks of each kind, in forward order; no kinds if all blocks differ.
 
     Attributes:
         counts: number of blocks of each kind.
-        configure: the changes to the network's configuration that make other numbers of blocks.
+        configure: changes to the network's configuration for other numbers of blocks.
         blocks: the blocks of each kind of a network with given numbers.
     """
 

@@ -1,4 +1,4 @@
-"""Encoded prompts on disk: text encoders run once per prompt and leave the memory."""
+"""Cache of encoded prompts on disk, so that text encoders run once per prompt and can then be freed."""
 
 import hashlib
 import shutil
@@ -18,23 +18,23 @@ from pcpo_fast.errors import UserError
 class EmbeddingCache:
     """One safetensors file per prompt under ``folder / fingerprint``.
 
-    The fingerprint names everything that an embedding depends on besides the prompt, the encoders by their content, so
-    a changed model or sequence length never meets old files. A file that cannot be read is encoded again.
+    The fingerprint covers everything that an embedding depends on besides the prompt, including the content of the
+    encoders, so a changed model or sequence length never uses old files. An unreadable file is encoded again.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder / fingerprint
 
     def path(self, prompt: str) -> Path:
-        """Where a prompt's embeddings are."""
+        """Path of a prompt's embeddings."""
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
-        """Distinct prompts without a whole file, in order."""
+        """Distinct prompts without a complete file, in order."""
         return [prompt for prompt in dict.fromkeys(prompts) if not _is_whole(self.path(prompt))]
 
     def store(self, prompt: str, embeddings: dict[str, Tensor]) -> None:
-        """Write a prompt's embeddings; a reader never sees half a file."""
+        """Write a prompt's embeddings atomically."""
         path = self.path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # hosts may share the folder
@@ -50,21 +50,21 @@ class EmbeddingCache:
     def fill(
         self, prompts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int = 16
     ) -> int:
-        """Encode what is missing, shared among the ranks of this machine, and wait for all of it.
+        """Encode missing prompts, distributed over the ranks of this machine, and wait for all of them.
 
         Args:
             prompts: prompts that must be in the cache afterwards.
-            encode: takes some prompts, returns tensors with a row for each; called only where something is missing.
+            encode: maps prompts to tensors with one row each; called only if some are missing.
             batch_size: prompts per call of ``encode``.
 
         Returns:
-            How many prompts were missing.
+            Number of missing prompts.
 
         Raises:
             UserError: a file cannot be written, or the disk has no space for what is left after the first batch.
         """
         missing = self.missing(prompts)
-        barrier()  # before anyone writes: all must divide the same list
+        barrier()  # before any rank writes, because all must split the same list
         mine = missing[local_rank() :: local_world_size()]
         with shared_errors():
             for start in range(0, len(mine), batch_size):
@@ -95,7 +95,7 @@ class EmbeddingCache:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether there is a whole safetensors file, by its header: nothing else is read."""
+    """Whether a complete safetensors file exists, judging by its header and size."""
     try:
         with safe_open(path, "pt"):
             return True

@@ -1,4 +1,4 @@
-"""From the configuration to a policy, without importing the families that are not used."""
+"""Creates a policy from the configuration, importing only the family that is used."""
 
 import copy
 import importlib
@@ -68,13 +68,13 @@ def model_files(settings: ModelConfig) -> dict[str, Path]:
 
 
 def check_base_model(config: Config) -> tuple[Path, type[PipelinePolicy]]:
-    """The pipeline's folder and its policy class, as :func:`find_family`, once they are known to serve a run.
+    """The pipeline's folder and its policy class, as :func:`find_family`, after checking them.
 
-    All ranks must call it; the first of each machine looks at the folder.
+    Collective; the first rank of each machine checks the folder.
 
     Raises:
         UserError: on every rank, as :func:`find_family` and :func:`~pcpo_fast.policies.folder_checks.check_folder`, or
-            the sampler serves another kind of model.
+            the sampler is for another kind of model.
     """
     folder, family = find_family(config.model)
     check_sampler(config.sampler, family.schedule_kind)
@@ -87,13 +87,13 @@ def check_base_model(config: Config) -> tuple[Path, type[PipelinePolicy]]:
 def load_policy(
     config: Config, device: torch.device, prompts: Sequence[str] = (), network_device: torch.device | None = None
 ) -> Policy:
-    """Load the model of a run onto a device, after encoding the prompts that it will need.
+    """Load the model of a run onto a device, after encoding its prompts.
 
     Args:
         config: the run.
-        device: where it works.
+        device: where it runs.
         prompts: encoded first, so that text encoders and network are never on the device together.
-        network_device: where the network is left if not on ``device``: in host memory, for ZeRO-3 to divide.
+        network_device: where to leave the network if not on ``device``: in host memory, for ZeRO-3 to partition.
 
     Raises:
         UserError: as :func:`check_base_model`, :func:`~pcpo_fast.policies.attention.check_attention` and the family's
@@ -108,7 +108,7 @@ def load_policy(
 
 
 def keep_reference(policy: Policy, config: Config, device: torch.device) -> None:
-    """Where a KL is asked for, keep the frozen start: adapters can be switched off, full weights need a copy there."""
+    """Keep a frozen copy of the initial network for the KL, unless adapters can simply be disabled."""
     if config.keeps_start:
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False).to(device)
         if config.model.compile:
@@ -117,16 +117,16 @@ def keep_reference(policy: Policy, config: Config, device: torch.device) -> None
 
 
 def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapter: str = "default") -> None:
-    """Put weights that a run exported into the network of a policy loaded with the run's configuration.
+    """Load a run's exported weights into the network of a policy that was loaded with the run's configuration.
 
     Args:
         module: the network.
         config: of the run.
         folder: what the policy's ``save_weights`` wrote.
-        adapter: which adapters are filled where ``model.finetune`` is ``lora``; added if there are none of this name.
+        adapter: name of the adapters for ``model.finetune: lora``; added if they do not exist.
 
     Raises:
-        UserError: the folder does not hold the weights that ``model.finetune`` promises, or they do not fit.
+        UserError: the folder has no weights of the kind of ``model.finetune``, or they do not match the network.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -142,10 +142,10 @@ def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapte
         return
     files = sorted((folder / part).glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder} holds no {part}/*.safetensors")
+        raise UserError(f"{folder} has no {part}/*.safetensors")
     try:
         module.load_state_dict({name: value for file in files for name, value in load_file(file).items()})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}/{part} cannot be read: {error}") from None
     except RuntimeError as error:
-        raise UserError(f"{folder}/{part} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{folder}/{part} does not match the model: {str(error).splitlines()[-1].strip()}") from None

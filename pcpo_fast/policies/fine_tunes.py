@@ -1,4 +1,4 @@
-"""Fine-tunes of one model in memory together: adapters inside its network, or whole networks next to it."""
+"""Loads several fine-tunes of one model together: as adapters of its network, or as networks of their own."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,11 +15,11 @@ from pcpo_fast.policies.families import load_policy, load_trained_weights
 from pcpo_fast.policies.lora import only_adapter
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""What :meth:`pcpo_fast.policies.Policy.predict` is: latents, times and conditioning in, output after guidance out."""
+"""Signature of :meth:`pcpo_fast.policies.Policy.predict`: (latents, times, conditioning) to output after guidance."""
 
 
 class FineTune(NamedTuple):
-    """What a run made of its model.
+    """A run's fine-tuned weights.
 
     Attributes:
         config: of the run.
@@ -31,7 +31,7 @@ class FineTune(NamedTuple):
 
 
 def predicting(policy: Policy, switch: Callable[[], AbstractContextManager[None]]) -> Predict:
-    """What a policy says within a block, such as that of :meth:`Policy.as_reference`."""
+    """A policy's prediction within a context, such as that of :meth:`Policy.as_reference`."""
 
     def predict(latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         with switch():
@@ -50,22 +50,22 @@ def load_fine_tunes(
 ) -> tuple[Policy, list[Predict | None]]:
     """Load a base model and fine-tunes of it.
 
-    LoRA runs are adapters of their own rank, alpha and targets in the one network. A full fine-tune is a second
-    network, or, where nobody needs the base model's weights, takes their place.
+    LoRA runs become adapters, each with its own rank, alpha and targets, of one network. A full fine-tune becomes a
+    second network, or replaces the base model's weights if these are not needed.
 
     Args:
         fine_tunes: runs of the same model; the first one's configuration says how it is loaded.
         wanted: which of them to load.
         device: where everything goes.
         prompts: encoded first, so that text encoders and network are never on the device together.
-        keep_base: whether the base model itself will be asked.
+        keep_base: whether predictions of the base model are needed.
 
     Returns:
-        A policy that predicts what the base model says, if it was kept; and what each fine-tune says, with the policy's
-        prompts and guidance, None where it was not wanted.
+        A policy for the base model, if kept; and the predictor of each fine-tune, with the policy's prompts and
+        guidance, None for those not in ``wanted``.
 
     Raises:
-        UserError: as :func:`pcpo_fast.policies.families.load_policy`, or weights do not fit.
+        UserError: as :func:`pcpo_fast.policies.families.load_policy`, or weights do not match.
     """
     config = fine_tunes[0].config
     model = config.model.model_copy(update={"finetune": "full"})  # the network without adapters
@@ -78,8 +78,8 @@ def load_fine_tunes(
     adapted = [number for number in chosen if number not in whole]
     for number in whole:
         in_place = number == whole[-1] and not (keep_base or adapted)
-        # Loaded, not copied: on a CPU the last bits depend on how the weights lie in memory, and a fine-tune alone
-        # and among others has to say the same.
+        # Loaded, not copied: on a CPU the last bits depend on the weights' memory layout, and a fine-tune must give
+        # the same results alone and among others.
         own = network if in_place else load_policy(base, device).module.requires_grad_(False)
         load_trained_weights(own, *fine_tunes[number])
         predictions[number] = predicting(policy, partial(policy.running, own))

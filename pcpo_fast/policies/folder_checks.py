@@ -1,4 +1,4 @@
-"""Whether a pipeline's folder can be loaded, said in one sentence before anything large is read."""
+"""Checks that a pipeline's folder can be loaded, before anything large is read."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -26,10 +26,10 @@ _passed: set[tuple[object, ...]] = set()
 
 
 def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelConfig) -> None:
-    """Refuse a pipeline's folder whose parts are not whole, or not those of its family.
+    """Check that the parts of a pipeline's folder are complete and belong to its family.
 
-    Parts that the family never uses need not be there. A folder that has passed is not looked at again by this
-    process, unless a file has changed.
+    Parts that the family never uses may be missing. A folder that has passed is not checked again by this process
+    unless a file changes.
 
     Raises:
         UserError: naming part, file and, of weights, the key.
@@ -61,7 +61,7 @@ def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelCo
 
 
 def used_parts(folder: Path, family: "type[PipelinePolicy]", key: str = "model.path") -> dict[str, Any]:
-    """The class of each part that a family uses of a folder; of the scheduler, of which there are many, its name.
+    """The class of each part that a family uses; for the scheduler, of which there are many, its name.
 
     Raises:
         UserError: ``model_index.json`` names another class, or none where one is needed; ``key`` names the
@@ -96,7 +96,7 @@ def single_file(settings: ModelConfig, trained_part: str) -> tuple[Path | None, 
 
 
 def _check_fit(folder: Path, parts: Collection[str], family: "type[PipelinePolicy]") -> None:
-    """Refuse parts that are whole, and of different models."""
+    """Check that the parts belong to the same model, by their widths."""
     file = folder / family.trained_part / "config.json"
     ours = read_json(file)
     for key, times, other, its_key in family.fits:

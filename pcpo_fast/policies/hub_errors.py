@@ -1,4 +1,4 @@
-"""What the client of the Hugging Face hub raises, in words for a user."""
+"""Translates errors of the Hugging Face hub's client into messages for the user."""
 
 from huggingface_hub.errors import (
     DryRunError,

@@ -1,4 +1,4 @@
-"""LoRA adapters through peft, with the mistakes caught that peft lets pass."""
+"""LoRA adapters through peft, with checks for errors that peft ignores."""
 
 import re
 import warnings

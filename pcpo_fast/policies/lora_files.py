@@ -1,8 +1,8 @@
-"""LoRA weights as people have them, read for a network; and ours, written for diffusers, ComfyUI and the WebUIs.
+"""Reads LoRA files of all common formats for a network, and writes them for diffusers, ComfyUI and the WebUIs.
 
-A layer's update is ``scale * up @ down``. A file may say the scale in three ways, the first that is there counts:
-``.alpha`` beside the layer (kohya), peft's ``adapter_config.json`` next to the file, diffusers' metadata in its header;
-where there is none, every reader takes alpha for the rank, and the scale is 1.
+A layer's update is ``scale * up @ down``. A file may give the scale in three ways, in order of precedence: ``.alpha``
+beside the layer (kohya), peft's ``adapter_config.json`` next to the file, diffusers' metadata in its header. Without
+any of them all readers set alpha to the rank, so the scale is 1.
 """
 
 import json
@@ -77,12 +77,12 @@ class LowRank(NamedTuple):
 
     @property
     def scaled_up(self) -> Tensor:
-        """``up`` in float32 with the scale in it, so that alpha is the rank."""
+        """``up`` in float32, multiplied by the scale, so that alpha equals the rank."""
         return self.up.float() * self.scale
 
     @property
     def trimmed(self) -> "LowRank":
-        """The same as two matrices, without the ranks that ours were padded with to be equal."""
+        """The update as two matrices, without the zero ranks that ours are padded with."""
         down, up = self.down.flatten(1), self.up.flatten(1)  # some write linear layers as convolutions of one pixel
         used = (down.float() != 0).any(dim=1) | (up.float() != 0).any(dim=0)
         used[0] = True
@@ -90,10 +90,10 @@ class LowRank(NamedTuple):
 
 
 def find_lora_file(path: str | Path, key: str) -> Path:
-    """The safetensors file that a path means: itself, or the folder's LoRA weights, or the only file in it.
+    """The safetensors file of a path: the path itself, the folder's LoRA weights, or the only such file in it.
 
     Raises:
-        UserError: there is none, or more than one that could be meant.
+        UserError: there is none, or it is ambiguous.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -161,7 +161,7 @@ def read_lora(module: nn.Module, path: str | Path, key: str, family: "type[Pipel
 
 
 def _strangers(updates: Mapping[str, LowRank], named: Collection[str], network: str) -> str:
-    """What the layers are that a network has no place for."""
+    """Describes a file's layers that the network does not have."""
     kinds: dict[str, list[str]] = defaultdict(list)
     flats = {flat(other) for other in named}
     for name, update in updates.items():
@@ -310,7 +310,7 @@ def write_lora(
     dtype: torch.dtype | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write LoRA weights with the scale folded in, so that they act at the strength that was trained in every reader.
+    """Write LoRA weights with the scale folded in, so that every reader applies them at the trained strength.
 
     Args:
         file: what to write.
@@ -352,7 +352,7 @@ def write_lora(
 
 
 def _padded(update: LowRank, size: int) -> LowRank:
-    """The same update of a higher rank: where ranks differ, diffusers has given alphas to the wrong layers."""
+    """The update padded to a higher rank: with unequal ranks, diffusers assigns alphas to the wrong layers."""
     more = size - update.down.shape[0]
     return update._replace(
         down=nn.functional.pad(update.down.float(), (0, 0, 0, more)), up=nn.functional.pad(update.up, (0, more))

@@ -1,4 +1,4 @@
-"""What the layers of a network are called in LoRA files: by diffusers, and as in the model's original release.
+"""Names of a network's layers in LoRA files: those of diffusers, and those of the model's original release.
 
 kohya's sd-scripts, ComfyUI and the WebUIs take the names of FLUX.1 and SD3 from the original releases, where the
 projections of an attention are rows of one weight. Each model family has the table of its own.

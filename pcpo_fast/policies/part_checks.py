@@ -1,4 +1,4 @@
-"""Whether the parts of a pipeline's folder are complete, before any of them is loaded.
+"""Checks that the parts of a pipeline's folder are complete, before any of them is loaded.
 
 diffusers and transformers continue with random weights where a file lacks them or names them differently, and with an
 empty tokenizer where there is no vocabulary. The libraries' own rules for names are applied here to the files' headers.

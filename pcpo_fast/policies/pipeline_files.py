@@ -1,4 +1,4 @@
-"""From ``model.path`` to a folder on this machine, with an error that says what to do."""
+"""Resolves ``model.path`` to a folder on this machine, downloading it from the hub if necessary."""
 
 import re
 from collections.abc import Collection
@@ -21,7 +21,7 @@ NOT_TRAINED = {
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
     "ZImagePipeline": "Z-Image",
 }
-"""What people call the models of pipelines that are refused."""
+"""Names of the models of unsupported pipelines, for error messages."""
 
 
 def pipeline_folder(
@@ -77,10 +77,10 @@ def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.pa
 
 
 def check_hub_id(path: str) -> None:
-    """Refuse a ``model.path`` that is no folder and can be no model of the hub.
+    """Check that ``model.path`` is a folder or looks like a hub id.
 
     Raises:
-        UserError: it is a file, or nothing.
+        UserError: it is a file, or neither.
     """
     single = path.endswith((".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin"))
     if single or Path(path).expanduser().is_file():

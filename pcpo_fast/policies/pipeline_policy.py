@@ -1,4 +1,4 @@
-"""What the policies of diffusers pipelines share: loading, prompts, guidance, decoding, saving."""
+"""Base class of policies for diffusers pipelines: loading, prompts, guidance, decoding, saving."""
 
 import gc
 import json

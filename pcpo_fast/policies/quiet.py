@@ -1,4 +1,4 @@
-"""Loading without the libraries' progress bars and notices, which would tear the terminal display apart."""
+"""Suppresses the libraries' progress bars and notices while loading; they would break the terminal display."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Trained weights for other programs: LoRA files, networks, and whole pipelines with the weights in them."""
+"""Exports trained weights for other programs: as LoRA files, networks, or complete pipelines."""
 
 import json
 import shutil

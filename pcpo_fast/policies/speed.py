@@ -1,4 +1,4 @@
-"""Ways to run the blocks of a diffusers network faster, or in less memory, that leave its weights and names alone."""
+"""Runs the blocks of a diffusers network faster or in less memory, without changing its weights and their names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from pcpo_fast.errors import UserError
 
 MOST_VERSIONS = 64
-"""How often a block may be compiled, once for each kind of batch that a run has."""
+"""Limit of compilations per block; each kind of batch in a run needs one."""
 
 
 def needed(network: nn.Module, blocks: Sequence[nn.Module], setting: str) -> None:
-    """Refuse a setting that would change nothing.
+    """Check that a setting has blocks to apply to.
 
     Raises:
         UserError: there are no blocks.

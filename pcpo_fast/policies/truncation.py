@@ -1,4 +1,4 @@
-"""Say once what the text encoder will not see."""
+"""Warns about prompts that a text encoder truncates."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The weight files of a pipeline's part, and what their headers say; no weight is read for that."""
+"""The weight files of a pipeline's part, and their headers; no weights are read."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from torch import Tensor
 from pcpo_fast.errors import UserError, reason_of
 
 QUANTISED = re.compile(r"[IU]8|F[468]_.*")
-"""What the headers call types of fewer than 16 bits."""
+"""Names of types with fewer than 16 bits in safetensors headers."""
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-"""How a library's weight files begin."""
+"""Prefix of the weight files of each library."""
 COUNTS = ("position_ids", "num_batches_tracked")
-"""Ends of names that are integers by right: of old text encoders, and of batch norms."""
+"""Suffixes of tensors that may be integers: of old text encoders, and of batch norms."""
 POINTER = b"version https://git-lfs"
 
 

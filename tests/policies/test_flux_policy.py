@@ -331,10 +331,10 @@ def test_lora_weights_that_do_not_fit_are_refused(pipeline_folder: Path, tmp_pat
 def test_weights_of_another_kind_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(pipeline_folder)
     policy = load_policy(config, CPU)
-    with pytest.raises(UserError, match=r"holds no transformer/\*\.safetensors"):
+    with pytest.raises(UserError, match=r"has no transformer/\*\.safetensors"):
         load_trained_weights(policy.module, config, tmp_path)
     build_pipeline(tmp_path / "other", num_layers=2)
-    with pytest.raises(UserError, match="does not fit the model"):
+    with pytest.raises(UserError, match="does not match the model"):
         load_trained_weights(policy.module, config, tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""Runs that several test files look at; made once."""
+"""Runs shared by several test files, made once per session."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Run
 
 @pytest.fixture
 def copy_of_full(full: Run, tmp_path: Path) -> Iterator[Run]:
-    """A copy of the finished run to go on with."""
+    """A copy of the finished run, to be continued."""
     shutil.copytree(full.folder, tmp_path / "run")
     config = tmp_path / "run.yaml"
     config.write_text(full.config.read_text().replace(str(full.folder), str(tmp_path / "run")))

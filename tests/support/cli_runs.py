@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def wait_for(
     condition: Callable[[], bool], process: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None
 ) -> None:
-    """Until it holds; at most four minutes, and only as long as the process lives."""
+    """Wait until the condition holds, for at most four minutes and only while the process lives."""
     end = time.monotonic() + 240
     while not condition():
         assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
@@ -54,7 +54,7 @@ def redness(images, prompts, metadata):
 
 
 class Output(NamedTuple):
-    """What a command answered."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -131,7 +131,7 @@ def start(folder: Path, *arguments: str | Path, launcher: str = sys.executable) 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that started the tests in the background ignores SIGINT, and its children would, too.
+        # If a shell started the tests in the background, they ignore SIGINT, and so would child processes.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
 

@@ -137,13 +137,13 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_pipeline(pipeline_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the pipeline to spoil."""
+    """A copy of the pipeline that tests may modify."""
     return Path(shutil.copytree(pipeline_folder, tmp_path / "pipeline"))
 
 
 @pytest.fixture
 def process_group() -> Iterator[torch.device]:
-    """DeepSpeed in this process; stays up from test to test, since starting it takes seconds."""
+    """DeepSpeed's process group in this process; kept between tests, because starting it takes seconds."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from pcpo_fast.engine.engine import start_distributed
 
@@ -153,7 +153,7 @@ def process_group() -> Iterator[torch.device]:
 def tiny_config(pipeline: Path, *overrides: str) -> "Config":
     """A run of two updates of four images on the pipeline, in float32; ``overrides`` are ``key=value``.
 
-    A later override wins, and those that have no effect under it are left out, since the configuration refuses them.
+    Later overrides take precedence; settings that then have no effect are dropped, because they would be rejected.
     """
     from pcpo_fast.config.loading import load_config
 

@@ -1,4 +1,4 @@
-"""One epoch on the tiny pipeline, taken apart: what the tests of update, engine and checkpoints share."""
+"""The parts of one epoch on the tiny pipeline, for the tests of update, engine and checkpoints."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ LORA = ("model.finetune=lora", "model.lora.rank=4", "model.lora.alpha=8")
 
 
 def randomize_adapters(policy: Policy) -> None:
-    """LoRA starts as the identity; make it do something."""
+    """Set the adapters to random values, because LoRA starts as the identity."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.module.named_parameters():
         if "lora_" in name:

@@ -1,4 +1,4 @@
-"""A launcher for tests: the trainer in a process that has its libraries loaded already.
+"""A launcher for tests: forks the trainer from a process that has already loaded its libraries.
 
 Loading them takes ten seconds of a run of the tiny pipeline, and training it for two epochs one. `serve` loads them
 once and forks for every run; this file as a script (``python warm_trainer.py SOCKET train.py ARGUMENT ...``) asks for
@@ -16,7 +16,7 @@ import sys
 
 
 def ask(path: str, arguments: list[str]) -> int:
-    """Have a run made."""
+    """Request a run from the server."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         signal.signal(signal.SIGINT, lambda *_: server.send(b"interrupt"))
@@ -26,7 +26,7 @@ def ask(path: str, arguments: list[str]) -> int:
 
 
 def serve(path: str) -> None:
-    """Load what a run loads, and fork a process for each that asks, until this one is ended."""
+    """Load the libraries of a run, and fork a process for each request, until this process is killed."""
     import pcpo_fast.policies.flux
     import pcpo_fast.training.trainer  # noqa: F401
     from pcpo_fast.cli import main

@@ -1,4 +1,4 @@
-"""Layer norm with modulation and gated residuals: what stands between the linear layers of a diffusion transformer.
+"""Layer norm with modulation, and gated residuals: the ops between the linear layers of a diffusion transformer.
 
 One op covers adaLN-Zero (Peebles and Xie, arXiv 2212.09748, section 3.2), as FLUX and Stable Diffusion 3 use it.
 """
@@ -55,7 +55,7 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """:func:`gated_residual`, and :func:`modulated_norm` of its result, in one pass.
 
-    The norm is taken of the sum as it is returned, after rounding, so that the backward finds the same numbers.
+    The norm is taken of the returned sum, after rounding, so that the backward sees the same numbers.
 
     Args:
         residual, branch: [B, S, C].
@@ -90,7 +90,7 @@ def check_modulation(x: Tensor, **modulation: Tensor) -> None:
 
 
 def _run(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The gated sum and its norm; what is not asked for (no branch, no shift) means nothing."""
+    """The gated sum and its norm; without a branch or a shift the respective result is meaningless."""
     if backend_for(tokens[:-1]) == "triton":
         from pcpo_kernels.ops.adaptive_norm.triton import adaptive_norm as backend
     else:

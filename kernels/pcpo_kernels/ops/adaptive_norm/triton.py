@@ -43,7 +43,7 @@ def adaptive_norm_forward_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``h = source + gate branch``, rounded; ``(1 + scale) LN(h) + shift``. What is None is left out."""
+    """``h = source + gate branch``, rounded; ``(1 + scale) LN(h) + shift``. Parts whose pointer is None are skipped."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
     start = (tl.program_id(0) % chunks) * TOKENS
     channel = tl.arange(0, BLOCK)
@@ -111,7 +111,7 @@ def adaptive_norm_backward_kernel(
 ):
     """Gradients of the tokens, and sums over this program's tokens for shift, scale and gate.
 
-    ``SHIFT``, ``SCALE`` and ``GATE`` say which slice of ``partials`` [K, images, chunks, C] takes a sum; -1: none.
+    ``SHIFT``, ``SCALE`` and ``GATE`` are the slices of ``partials`` [K, images, chunks, C] for their sums; -1: none.
     """
     image = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -217,7 +217,7 @@ def _forward_fake(
 
 
 class Incoming(NamedTuple):
-    """What the backward reads: gradients, what the forward kept, and of which dtype which gradients are wanted."""
+    """Inputs of the backward: gradients, saved tensors, and the dtypes of the gradients that are needed."""
 
     grad_hidden: Tensor | None
     grad_normed: Tensor | None

@@ -61,7 +61,7 @@ def guidance_backward_kernel(
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """``(1 - scale) g`` and ``scale g``; a gradient that nobody needs is None and not written."""
+    """``(1 - scale) g`` and ``scale g``; a gradient that is not needed is None and not written."""
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     weight = tl.load(scale + row).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Gaussian noise by name: the same numbers for the same key, element and no matter what else."""
+"""Counter-based Gaussian noise: a function of key and element index alone."""
 
 import torch
 from torch import Tensor
