@@ -156,7 +156,9 @@ def test_torchvision_is_not_needed() -> None:
 
 
 def test_light_commands_do_not_load_the_heavy_libraries(tmp_path: Path) -> None:
-    """``--help``, ``credit``, ``report`` and ``votes`` answer at once: run for real, and their modules looked at."""
+    """``--help``, ``credit``, ``report`` and ``votes`` answer at once, and sizes that do not divide are
+    refused at once: run for real, and their modules looked at.
+    """
     (tmp_path / "votes.json").write_text("{}")
     code = (
         "import contextlib, json, sys\n"
@@ -171,6 +173,8 @@ def test_light_commands_do_not_load_the_heavy_libraries(tmp_path: Path) -> None:
     )
     commands = [
         ["--help"],
+        ["configs"],
+        ["train", "train.micro_batch_size=7"],
         ["credit", "--steps", "4"],
         ["report", str(tmp_path)],
         ["votes", str(tmp_path / "votes.json")],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
-from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from pcpo_fast.config.credit_rules import CREDIT_RULES, rules_taking
 from pcpo_fast.config.roles import BASE_FILES, BASE_MODEL, CHANGEABLE, EXECUTION, RESULT, Role
@@ -31,6 +31,9 @@ Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, in which ``~`` is the home folder: shells expand it neither within ``key=value`` nor in a file."""
+
+AUTO: Literal["auto"] = "auto"
+"""A size that is resolved before the run starts (:mod:`pcpo_fast.planning.sizes`)."""
 
 TOTALS = ("mean", "std", "group_std")
 """Metrics ``reward/...`` of the weighted sum, which no reward can be called."""
@@ -49,6 +52,21 @@ class NameIn:
         if isinstance(value, str) and value in self.registry:
             return value
         raise PydanticKnownError("literal_error", {"expected": listed(map(repr, self.registry))})
+
+
+@dataclass(frozen=True, eq=False)
+class SizeOrAuto:
+    """Annotates a count that may be :data:`AUTO`."""
+
+    ge: int = 1
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def _check(self, value: Any) -> int | str:
+        if value == AUTO or (type(value) is int and self.ge <= value <= LARGEST):
+            return value  # type: ignore[no-any-return]
+        raise PydanticCustomError("size_or_auto", f"must be an integer of at least {self.ge}, or {AUTO}")  # type: ignore[arg-type]
 
 
 class Section(BaseModel):
@@ -224,6 +242,11 @@ class WindowConfig(Section):
     )
 
 
+def _resolved(size: int | Literal["auto"]) -> int:
+    assert size != AUTO, "sizes are resolved before they are used (pcpo_fast.planning.sizes)"
+    return size
+
+
 class RolloutConfig(Section):
     """How many images an epoch samples, over all ranks together."""
 
@@ -231,8 +254,10 @@ class RolloutConfig(Section):
     prompts_per_epoch: Positive = Field(4, description="prompts sampled in an epoch")
     images_per_prompt: Positive = Field(24, description="group size: images of each prompt")
     same_initial_noise: bool = Field(True, description="all images of a group start from the same noise")
-    batch_size: Annotated[Positive, EXECUTION] = Field(
-        96, description="images sampled at once on each rank; limits memory only"
+    batch_size: Annotated[int | Literal["auto"], SizeOrAuto(), EXECUTION] = Field(
+        AUTO,
+        description="images sampled at once on each rank; limits memory only. auto: as many as the memory plan allows, "
+        "on a CPU up to 96",
     )
     share_first_steps: Annotated[bool, EXECUTION] = Field(
         False,
@@ -247,6 +272,11 @@ class RolloutConfig(Section):
     offload_optimizer: Annotated[bool, EXECUTION] = Field(
         False, description="keep the optimizer's state in host memory during rollouts and rewards"
     )
+
+    @property
+    def images_at_once(self) -> int:
+        """``batch_size`` of a run whose sizes are resolved."""
+        return _resolved(self.batch_size)
 
 
 class CreditConfig(Section):
@@ -432,8 +462,10 @@ class TrainConfig(Section):
         description="once the mean absolute log-ratio of a pass exceeds this, the rollout is stale and gets no further "
         "pass; null: never",
     )
-    micro_batch_size: Annotated[Positive, EXECUTION] = Field(
-        1, description="(image, step) pairs in one forward and backward on each rank"
+    micro_batch_size: Annotated[int | Literal["auto"], SizeOrAuto(), EXECUTION] = Field(
+        AUTO,
+        description="(image, step) pairs in one forward and backward on each rank; divides those that a rank trains in "
+        "an update. auto: as many as the memory plan allows, on a CPU up to 120",
     )
     old_output: Literal["detach", "rollout", "recompute"] = Field(
         "detach", description="what the new output is compared with (docs/method.md, Which old output)"
@@ -445,6 +477,11 @@ class TrainConfig(Section):
     max_skipped_updates: Annotated[Positive, CHANGEABLE] = Field(
         5, description="end the run after this many updates in a row without a finite gradient"
     )
+
+    @property
+    def pairs_at_once(self) -> int:
+        """``micro_batch_size`` of a run whose sizes are resolved."""
+        return _resolved(self.micro_batch_size)
 
 
 class EvaluationConfig(Section):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pcpo_fast.config.schema import Config, DistributedConfig
+from pcpo_fast.config.schema import AUTO, Config, DistributedConfig
 from pcpo_fast.config.shipped import find
 from pcpo_fast.distributed.collectives import launcher_rank, own_gpu, rank, world_size
 from pcpo_fast.distributed.launching import adopt_launch
@@ -340,8 +340,9 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
             settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
             # With stage 1 and fp32 accumulation DeepSpeed would use an optimizer that keeps fp32 weights.
             zero["stage"] = max(zero["stage"], 2)
+    size = config.train.micro_batch_size  # not yet resolved where a file is only checked
     return settings | {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1 if size == AUTO else size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "zero_allow_untested_optimizer": True,

@@ -25,6 +25,7 @@ from pcpo_fast.comparison.comparison_file import (
 )
 from pcpo_fast.comparison.measures import Metric, Primary
 from pcpo_fast.comparison.reading import read_run
+from pcpo_fast.comparison.run_sizes import check_run_sizes, with_common_sizes
 from pcpo_fast.comparison.scheduling import Failure, HowToRun, check_folders
 from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tuning import Search, look, tuned, tuning_notes, write_search
@@ -198,6 +199,7 @@ def _run_and_report(
         left = check_folders(planned)
         _check(planned, reported)
         write_plan_file(plan, reported)
+        left = _sized(left, how)
         failures = scheduling.run_all(left, len(planned) - len(left), plan.output, how, console)
     try:
         trained = [run for run in planned if find_metrics(run.folder)]
@@ -285,7 +287,7 @@ def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | 
     while search.waiting and not failures and how is not None and time.monotonic() < how.until:
         count = len(search.waiting)
         console.print(f"tuning: {count} runs until the next choice", highlight=False)
-        failures = scheduling.run_all(search.waiting, 0, plan.output, how, console)
+        failures = scheduling.run_all(_sized(search.waiting, how), 0, plan.output, how, console)
         search = look(plan, settings)
     paths = write_search(plan, settings, search)
     state = f"not finished, {len(search.waiting)} runs left until the next choice" if search.waiting else "finished"
@@ -295,8 +297,16 @@ def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | 
     return search
 
 
+def _sized(runs: Sequence[PlannedRun], how: HowToRun) -> list[PlannedRun]:
+    """Runs with common sizes; behind a launcher, how many ranks a run has is not known here."""
+    from pcpo_fast.planning.sizes import gpu_memory
+
+    return list(runs) if how.launcher is not None else with_common_sizes(runs, gpu_memory())
+
+
 def _check(runs: Sequence[PlannedRun], settings: ComparisonSettings) -> None:
     """Check that the runs can be started, and measure what the comparison needs."""
+    check_run_sizes(runs)
     blind = [run.name for run in runs if run.config.prompts.heldout is None]
     if blind and str(settings.primary).startswith("heldout"):
         raise UserError(f"primary: {settings.primary} needs held-out prompts, but {blind[0]} has no prompts.heldout")

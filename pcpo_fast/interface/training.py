@@ -84,11 +84,16 @@ def train(
     """
     from rich.console import Console
 
+    run = load_config(config, settings, rewards=rewards)
+
+    from pcpo_fast.rollout.epoch_plan import check_sizes
+
+    check_sizes(run, int(os.environ.get("WORLD_SIZE", "1")))  # before the libraries are loaded, which takes long
+
     from pcpo_fast.distributed.collectives import launcher_rank
     from pcpo_fast.profiling.recording import ProfileRequest
     from pcpo_fast.training.trainer import train as train_run
 
-    run = load_config(config, settings, rewards=rewards)
     console = Console() if console is None else console
     if launcher_rank() == 0:
         text = f"{run.algorithm} on {run.model.path}, run directory {run.output_dir}"

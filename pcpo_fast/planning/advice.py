@@ -62,12 +62,12 @@ def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Itera
     With offloaded parameters large batches are preferred to avoiding recomputation, because gathering the weights from
     host memory for every forward costs more than recomputing a forward, unless the batch is large.
     """
-    own = config.train.micro_batch_size
+    own = config.train.pairs_at_once
     sizes = [size for size in sorted({1, 2, 3, 4, 6, 8, own}, reverse=True) if pairs % size == 0]
     for zero, again, size in sorted(product(SHIPPED.values(), (False, True), sizes), key=_preference):
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
             continue  # the engine replaces stage 1 with stage 2
-        own_batch = config.rollout.batch_size
+        own_batch = config.rollout.images_at_once
         for rollout_batch in (own_batch >> halvings for halvings in range(own_batch.bit_length())):
             memory = plan_memory(
                 config, costs, zero, ranks, checkpointed=again, micro_batch=size, rollout_batch=rollout_batch

@@ -67,8 +67,8 @@ def plan_memory(
     ``checkpointed`` is the share of the blocks that are recomputed in the backward.
     """
     checkpointed = config.model.recomputed_share if checkpointed is None else checkpointed
-    micro_batch = config.train.micro_batch_size if micro_batch is None else micro_batch
-    rollout_batch = config.rollout.batch_size if rollout_batch is None else rollout_batch
+    micro_batch = config.train.pairs_at_once if micro_batch is None else micro_batch
+    rollout_batch = config.rollout.images_at_once if rollout_batch is None else rollout_batch
     width, model = WEIGHT_BYTES[config.model.dtype], costs.model
     states = states_of(
         zero,

@@ -13,9 +13,10 @@ from pcpo_fast.planning.advice import Choice, choose, least_memory, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.models import find_architecture
+from pcpo_fast.planning.sizes import fitted
 from pcpo_fast.planning.states import SHIPPED, Zero
 from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
-from pcpo_fast.rollout.epoch_plan import accumulation_steps
+from pcpo_fast.rollout.epoch_plan import pairs_per_update
 
 GB = 1e9
 """Decimal, as GPU memory is advertised; CUDA's tools report GiB of 1.074e9 bytes."""
@@ -43,7 +44,8 @@ def make_plan(
     check_sampler(config.sampler, policy.schedule_kind)
     tables = RunTables(config, policy.schedule(config.sampler.steps), torch.device("cpu"))
     trainable, predictions = tables.trained_count, predictions_of_image(config.advantage, tables.at(0))
-    pairs = accumulation_steps(config, trainable, gpus) * config.train.micro_batch_size
+    pairs = pairs_per_update(config, trainable, gpus)
+    config = fitted(config, pairs, gpus, memory_gb * GB, costs)
     rate = gpus * peak_tflops * 1e12
     model = costs.model
     own = plan_memory(config, costs, Zero.of(config), gpus)
@@ -89,7 +91,13 @@ def make_plan(
         "memory_gb": {
             name: _memory_record(plan_memory(config, costs, zero, gpus), memory_gb) for name, zero in SHIPPED.items()
         },
-        "configured": {"zero": Zero.of(config).name, "deepspeed": config.deepspeed} | _memory_record(own, memory_gb),
+        "configured": {
+            "zero": Zero.of(config).name,
+            "deepspeed": config.deepspeed,
+            "micro_batch_size": config.train.pairs_at_once,
+            "rollout_batch_size": config.rollout.images_at_once,
+        }
+        | _memory_record(own, memory_gb),
         "recommendation": _recommend(config, costs, gpus, memory_gb, pairs),
     }
 

@@ -17,7 +17,7 @@ def shrunk(config: Config, folder: Path, ranks: int) -> Config:
 
     Model, sampler, rewards, batch sizes and ZeRO stage are unchanged, since they are what the dry run tests.
     """
-    images = 2 * ranks * config.train.micro_batch_size
+    images = 2 * ranks * config.train.pairs_at_once
     changes = [
         f"output_dir={folder / 'run'}",
         "train.epochs=1",
@@ -43,7 +43,7 @@ def dry_run(config: Config, gpus: int, timeout: float) -> tuple[Status, str]:
     """Train two steps, with DeepSpeed's launcher for several GPUs.
 
     Args:
-        config: the run; its output_dir is not touched.
+        config: the run, its sizes resolved; its output_dir is not touched.
         gpus: ranks on this machine.
         timeout: seconds after which the dry run is stopped and fails.
     """

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.sampler_registry import SAMPLERS
+from pcpo_fast.config.schema import AUTO, Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.noise_keys import Purpose, random_key
+from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.prompts import epoch_prompts
 
 MOST_NAMED = 1024
@@ -41,7 +43,7 @@ def plan_epoch(
     """Draw an epoch's prompts, assign its images to updates and ranks, and choose each image's trained steps.
 
     Args:
-        config: a configuration that :func:`accumulation_steps` accepts for ``world_size``.
+        config: a configuration that :func:`pairs_per_update` accepts for ``world_size``.
         prompt_count: prompts to choose from.
         trainable_steps: steps that may be trained.
         epoch: counted from 0.
@@ -80,11 +82,12 @@ def steps_per_image(config: Config, trainable: int) -> int:
     return max(1, int(config.credit.fraction * trainable + 1e-9))
 
 
-def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
-    """Micro-batches per optimizer step on each rank.
+def pairs_per_update(config: Config, trainable: int, world_size: int) -> int:
+    """(Image, step) pairs that each rank trains in an update.
 
     Raises:
-        UserError: the images of an update cannot be divided over the ranks, or its pairs into micro-batches.
+        UserError: the images of an update cannot be divided over the ranks, or the pairs into micro-batches of a given
+            size.
     """
     per_update = config.images_per_epoch // config.train.updates_per_epoch
     if per_update % world_size:
@@ -94,11 +97,32 @@ def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
             f"divided equally over {world_size} ranks"
         )
     pairs = per_update // world_size * steps_per_image(config, trainable)
-    if pairs % config.train.micro_batch_size:
+    size = config.train.micro_batch_size
+    if size != AUTO and pairs % size:
         allowed = [str(size) for size in range(1, min(pairs, MOST_NAMED) + 1) if pairs % size == 0]
         more = ", ..." if pairs > MOST_NAMED else ""
         raise UserError(
-            f"train.micro_batch_size: {config.train.micro_batch_size} does not divide the {pairs} (image, step) pairs "
-            f"that each rank trains in an update; allowed: {', '.join(allowed)}{more}"
+            f"train.micro_batch_size: {size} does not divide the {pairs} (image, step) pairs that each rank trains in "
+            f"an update; allowed: {AUTO}, {', '.join(allowed)}{more}"
         )
-    return pairs // config.train.micro_batch_size
+    return pairs
+
+
+def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
+    """Micro-batches per optimiser step on each rank, of a run whose sizes are resolved.
+
+    Raises:
+        UserError: as :func:`pairs_per_update`.
+    """
+    return pairs_per_update(config, trainable, world_size) // config.train.pairs_at_once
+
+
+def check_sizes(config: Config, world_size: int) -> int | None:
+    """:func:`pairs_per_update` before anything is loaded; None where only the model knows which steps are trained.
+
+    Raises:
+        UserError: as :func:`pairs_per_update`, or sampler, credit or window cannot be.
+    """
+    if config.sampler.grid != "shifted" or SAMPLERS[config.sampler.name].kind != "flow":
+        return None
+    return pairs_per_update(config, RunTables(config, None, torch.device("cpu")).trained_count, world_size)

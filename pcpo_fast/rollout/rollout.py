@@ -161,7 +161,7 @@ def collect_rollout(
         finished: gets the position and the images of each batch as soon as they are decoded.
         predicted: the predictions to decode; None for none.
     """
-    device, size = policy.device, settings.batch_size
+    device, size = policy.device, settings.images_at_once
     numbers = plan.images.flatten()
     groups, members = numbers // settings.images_per_prompt, numbers % settings.images_per_prompt
     names = list(zip(groups.tolist(), members.tolist(), strict=True))

@@ -8,19 +8,17 @@ from pathlib import Path
 
 import torch
 
-from pcpo_fast.config.sampler_registry import SAMPLERS
 from pcpo_fast.config.schema import Config, LoggingConfig
 from pcpo_fast.distributed.collectives import once_per_machine, own_gpu
 from pcpo_fast.engine.eight_bit_adamw import check_eight_bit
 from pcpo_fast.engine.engine import deepspeed_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, part_files
-from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.policies.families import model_files
 from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
 from pcpo_fast.reporting.loggers import check_wandb_options
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.rollout.epoch_plan import accumulation_steps
+from pcpo_fast.rollout.epoch_plan import check_sizes
 from pcpo_fast.runs.input_record import Input
 
 SINGLE_FILES = ("transformer", "unet")
@@ -60,7 +58,7 @@ class RunInputs:
         if config.optimizer.moments == "8bit":
             check_eight_bit()
         _check_logging(config.logging)
-        _check_tables(config)
+        check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
         per_epoch, seed = config.rollout.prompts_per_epoch, config.seed
         epochs = (epoch_prompts(len(prompts), per_epoch, epoch, seed) for epoch in range(config.train.epochs))
         trained = sorted({index for epoch in epochs for index in epoch})
@@ -122,13 +120,6 @@ def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> d
 def _of_prompts(path: str, prompts: list[Prompt]) -> Input:
     rows = [[row.text, json.dumps(row.metadata, sort_keys=True, default=lambda _: "not JSON")] for row in prompts]
     return {"path": path, "count": len(prompts), "hash": digest(rows)}
-
-
-def _check_tables(config: Config) -> None:
-    """Check sampler, credit rule and batch sizes, as far as that is possible without the model's schedule."""
-    if config.sampler.grid == "shifted" and SAMPLERS[config.sampler.name].kind == "flow":
-        tables = RunTables(config, None, torch.device("cpu"))
-        accumulation_steps(config, tables.trained_count, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _check_logging(settings: LoggingConfig) -> None:

@@ -34,6 +34,7 @@ from pcpo_fast.method.advantages import RunningAdvantages
 from pcpo_fast.method.step_advantages import StepAdvantages
 from pcpo_fast.method.step_tables import EpochTables, RunTables
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
+from pcpo_fast.planning.sizes import fitted, is_auto, kept_sizes, with_sizes
 from pcpo_fast.planning.states import Zero
 from pcpo_fast.policies.families import check_base_model, keep_reference, load_policy
 from pcpo_fast.policies.speed import checkpoint_blocks
@@ -43,7 +44,7 @@ from pcpo_fast.reporting.grids import image_grid
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout.branches import audited_images, audited_step, branch
-from pcpo_fast.rollout.epoch_plan import accumulation_steps, plan_epoch
+from pcpo_fast.rollout.epoch_plan import accumulation_steps, pairs_per_update, plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
 from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -179,6 +180,7 @@ class Trainer:
         in_parts = Zero.of(config).stage == 3
         self.policy = load_policy(config, device, inputs.texts, torch.device("cpu") if in_parts else None)
         self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
+        config = self.config = self._sized(config)
         accumulation = accumulation_steps(config, self.tables.trained_count, world_size())
         keep_reference(self.policy, config, device)
         if config.model.gradient_checkpointing and config.model.checkpointed_share is None:
@@ -216,6 +218,23 @@ class Trainer:
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.collapse.before = state.get("diversity_before")
         self.loop_state = self._loop_state()
+
+    def _sized(self, config: Config) -> Config:
+        """The run with its automatic sizes resolved, on all ranks alike: as it began where it is resumed."""
+        pairs = pairs_per_update(config, self.tables.trained_count, world_size())
+        if not is_auto(config):
+            return config
+        kept = gather_objects(None if self.start.fresh else kept_sizes(self.folder, pairs))[0]
+        if kept is not None:
+            config = with_sizes(config, *kept)
+        else:
+            memory = gather_objects(device_memory(self.device, 1) if self.device.type == "cuda" else None)
+            config = fitted(config, pairs, world_size(), min(memory, default=None))
+        sizes = (
+            f"train.micro_batch_size={config.train.pairs_at_once} rollout.batch_size={config.rollout.images_at_once}"
+        )
+        self.progress.message(f"Sizes: {sizes}")
+        return config
 
     def _choose_recomputing(self) -> None:
         """Recompute as few blocks as the device's memory allows."""

@@ -78,7 +78,7 @@ class Update:
     def run(self) -> Iterator[dict[str, float]]:
         """Yield the metrics of each optimizer step, the same on all ranks."""
         settings = self.config.train
-        self.pairs = pairs_to_run(self.rollout.plan, self.silent, settings.micro_batch_size)
+        self.pairs = pairs_to_run(self.rollout.plan, self.silent, settings.pairs_at_once)
         if settings.old_output == "recompute":
             self.recomputed = self._recompute_outputs()
         for inner in range(settings.inner_epochs):
@@ -90,7 +90,7 @@ class Update:
                     self.table.steps,
                     self.policy.device,
                     divergence=self.masks,
-                    left_out=skipped // settings.micro_batch_size,
+                    left_out=skipped // settings.pairs_at_once,
                 )
                 with profiler_ranges.named("update"):
                     for batch in profiler_ranges.each("micro-step", self._micro_batches(update)):
@@ -108,7 +108,7 @@ class Update:
                 return  # the policy has moved too far from the one that sampled
 
     def _micro_batches(self, update: int) -> Iterator[MicroBatch]:
-        device, pairs, size = self.policy.device, self.pairs[update], self.config.train.micro_batch_size
+        device, pairs, size = self.policy.device, self.pairs[update], self.config.train.pairs_at_once
         counted = pairs.steps.where(pairs.taught, self.table.steps)
         columns = (column.to(device).split(size) for column in (pairs.rows, pairs.steps, counted))
         left = len(pairs.rows) // size

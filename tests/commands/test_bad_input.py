@@ -81,7 +81,7 @@ def config(tmp_path: Path, pipeline_folder: Path) -> Path:
         (
             "train.micro_batch_size=5",
             "train.micro_batch_size: 5 does not divide the 12 (image, step) pairs that each rank trains in an update; "
-            "allowed: 1, 2, 3, 4, 6, 12",
+            "allowed: auto, 1, 2, 3, 4, 6, 12",
         ),
         ("credit.steps=[9]", "credit.steps: there is no step 9"),
         ("credit.steps=[3]", "credit.steps: step 3 cannot be trained"),

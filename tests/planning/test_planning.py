@@ -396,7 +396,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
         (("--peak-tflops", "nan"), "--peak-tflops: must be a number above 0, got nan"),
         (("--gpu-memory", "1e300"), "--gpu-memory: must be between 0.001 and 1000000, got 1e+300"),
         (("model.height=1000000000000000000000000",), "model.height: must be at most 65536"),
-        (("rollout.images_per_prompt=2147483644",), "train.micro_batch_size: 120 does not divide the"),
+        (
+            ("rollout.images_per_prompt=3", "train.micro_batch_size=120"),
+            "train.micro_batch_size: 120 does not divide the 15",
+        ),
         (("--gpus", "7"), "train.updates_per_epoch: an update has 24 images"),
         (("--model-config", "nowhere"), "--model-config nowhere: not a folder"),
         (("model.path=nowhere",), "model.path: nowhere is neither a folder nor a hub id"),

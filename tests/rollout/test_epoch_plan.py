@@ -132,6 +132,6 @@ def test_images_that_do_not_divide_over_the_ranks_are_refused() -> None:
 
 def test_a_micro_batch_that_does_not_divide_is_refused_with_what_is_allowed() -> None:
     with pytest.raises(
-        UserError, match=r"^train\.micro_batch_size: 5 does not divide the 12 .* allowed: 1, 2, 3, 4, 6, 12$"
+        UserError, match=r"^train\.micro_batch_size: 5 does not divide the 12 .* allowed: auto, 1, 2, 3, 4, 6, 12$"
     ):
         accumulation_steps(config_of("train.micro_batch_size=5"), 3, 1)
