@@ -7,8 +7,9 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NoReturn, TextIO
 
 from pcpo_fast import __version__
@@ -54,7 +55,13 @@ EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors like the rest of the program, and does not accept abbreviated options."""
+    """Reports errors like the rest of the program, and does not accept abbreviated options.
+
+    Attributes:
+        commands: parsers of its commands, by name.
+    """
+
+    commands: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})
 
     def __init__(self, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter  # keeps the lines of examples
@@ -63,7 +70,14 @@ class Parser(argparse.ArgumentParser):
             self.register("type", kind, _number(kind))
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one sentence."""
+        """Exit with one sentence, which suggests what a misspelt choice was meant to be."""
+        choice = re.fullmatch(r"(.*invalid choice: '(.*)') (\(choose from (.*)\))", message, re.DOTALL)
+        if choice is not None:
+            from pcpo_fast.config.messages import did_you_mean
+
+            said, word, allowed, names = choice.groups()
+            hint = did_you_mean(word, re.findall(r"[\w.-]+", names))
+            message = f"{said}{hint} {allowed}"
         self.exit(EXIT_USER_ERROR, f"error: {message} (see {self.prog} --help)\n")
 
 
@@ -91,6 +105,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    parser.commands = commands.choices
     return parser
 
 
@@ -106,12 +121,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if rest:
         words = list(sys.argv[1:] if argv is None else argv)
         following = words[words.index(rest[0]) + 1 :][:1]
+        command = parser.commands[next(word for word in words if word in parser.commands)]
         hint = _as_setting(rest[0], following) if takes_settings else ""
-        parser.error(f"unknown arguments: {' '.join(rest)}{hint}")
+        command.error(f"unknown arguments: {' '.join(rest)}{hint or _as_option(rest[0], command)}")
     for name, value in vars(arguments).items():
         if isinstance(value, str) and value.startswith("~/"):  # as in --config=~/run.yaml, which shells do not expand
             setattr(arguments, name, os.path.expanduser(value))
     return arguments
+
+
+def _as_option(option: str, command: argparse.ArgumentParser) -> str:
+    """A hint for a misspelt option, or for a setting that is misspelt and written as one."""
+    from pcpo_fast.config.messages import close_settings, did_you_mean
+
+    name = option.partition("=")[0]
+    hint = did_you_mean(name, re.findall(r"--[\w-]+", command.format_usage()))
+    if not hint and "key.subkey=value" in command.format_usage():
+        found = close_settings(name.lstrip("-").replace("-", "_"))
+        hint = f"; a setting is written {found[0]}=VALUE" if found else ""
+    return hint
 
 
 def _as_setting(option: str, following: list[str]) -> str:

@@ -2,10 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.commands import add_settings, values_of
 from pcpo_fast.config.presets import DEFAULT_CONFIG
+
+if TYPE_CHECKING:
+    from pcpo_fast.config.schema import Config
 
 EXAMPLES = """examples:
   pcpo-fast train                                            the demo: tiny FLUX on a CPU
@@ -13,6 +16,7 @@ EXAMPLES = """examples:
   deepspeed --module pcpo_fast train --config mine.yaml      one process per GPU
   pcpo-fast train train.epochs=20 credit.rule=native output_dir=runs/native
   pcpo-fast train --profile train.epochs=2 output_dir=runs/profiled
+  pcpo-fast train --config mine.yaml --dry-run               try it first
 
 exit codes:
   0 trained; 2 an error; 75 stopped cleanly by SIGTERM, run it again to continue; 130 the same by Ctrl-C; 143 or 130
@@ -56,6 +60,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="optimizer steps of the epoch to record (default: 1)",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only try it: two optimizer steps on a handful of images in a temporary folder, an evaluation, a "
+        "checkpoint and an export, in one process (pcpo-fast preflight checks more, and several GPUs)",
+    )
     # DeepSpeed's launcher adds this; the actual rank is in the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON at the end")
@@ -77,6 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.interface.training import train
 
     config = load_config(arguments.config, arguments.settings)
+    if arguments.dry_run:
+        return _dry_run(config, as_json=arguments.json)
+    del arguments.dry_run  # the rest is what train takes
     try:
         console = Console(stderr=arguments.json)  # with --json, stdout carries only the JSON
         run = train(**values_of(arguments) | {"config": config, "settings": (), "console": console})
@@ -91,6 +104,22 @@ def run(arguments: argparse.Namespace) -> int:
         return stopped.exit_code
     if launcher_rank() == 0:
         print(json.dumps(run.summary, indent=2) if arguments.json else _closing_words(run.summary, run.folder))
+    return 0
+
+
+def _dry_run(config: "Config", *, as_json: bool) -> int:
+    import json
+    import os
+
+    from pcpo_fast.errors import UserError
+    from pcpo_fast.preflight.dry_run import dry_run_here
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--dry-run: is one process; pcpo-fast preflight --gpus N tries several")
+    status, says = dry_run_here(config)
+    if status != "ok":
+        raise UserError(says.removeprefix("error: "))
+    print(json.dumps({"status": status, "says": says}) if as_json else f"dry run: {says}: ready to train")
     return 0
 
 

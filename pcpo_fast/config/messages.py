@@ -114,12 +114,23 @@ def _unknown_key(key: Sequence[str | int]) -> str:
         if not isinstance(part, int):
             model = sections_in(model.model_fields[part].annotation)[0]
     allowed, word = list(model.model_fields), str(key[-1])
-    hint = did_you_mean(word, allowed)
-    if not hint:  # the right key in the wrong place: lr for optimizer.lr
-        elsewhere = [name for name in dotted_keys(Config) if name.rpartition(".")[2] == word]
-        hint = f", did you mean {elsewhere[0]}?" if elsewhere else ""
-    section = ".".join(map(str, key[:-1])) or "the top level"
-    return f"unknown key {'.'.join(map(str, key))}{hint or f'; {section} takes ' + ', '.join(allowed)}"
+    section = ".".join(map(str, key[:-1]))
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
+    found = [f"{section}.{close[0]}" if section else close[0]] if close else close_settings(word)
+    hint = f", did you mean {found[0]}?" if found else f"; {section or 'the top level'} takes {', '.join(allowed)}"
+    return f"unknown key {'.'.join(map(str, key))}{hint}"
+
+
+def close_settings(word: str) -> list[str]:
+    """Settings anywhere whose own name is this word, or else the one whose name is close to it, as dotted keys."""
+    named: dict[str, list[str]] = {}
+    for key in dotted_keys(Config):
+        named.setdefault(key.rpartition(".")[2], []).append(key)
+    return (
+        named[word]
+        if word in named
+        else [named[name][0] for name in difflib.get_close_matches(word, named, n=1, cutoff=0.75)]
+    )
 
 
 def _shown(value: Any) -> str:

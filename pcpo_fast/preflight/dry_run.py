@@ -3,10 +3,17 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from pcpo_fast.config.loading import dump_config, load_config
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import AUTO, Config
+from pcpo_fast.planning.recomputing import device_memory
+from pcpo_fast.planning.run_plan import GB, make_plan
+from pcpo_fast.planning.sizes import is_auto, with_sizes
 from pcpo_fast.preflight.checks import Status
 
 OUTCOME_LINES = 3
@@ -17,7 +24,8 @@ def shrunk(config: Config, folder: Path, ranks: int) -> Config:
 
     Model, sampler, rewards, batch sizes and ZeRO stage are unchanged, since they are what the dry run tests.
     """
-    images = 2 * ranks * config.train.pairs_at_once
+    size = config.train.micro_batch_size
+    images = 2 * ranks * (2 if size == AUTO else max(size, 2))  # a group needs two images, some three
     changes = [
         f"output_dir={folder / 'run'}",
         "train.epochs=1",
@@ -39,11 +47,24 @@ def shrunk(config: Config, folder: Path, ranks: int) -> Config:
     return load_config(full, changes)
 
 
+def with_planned_sizes(config: Config, plan: Mapping[str, Any]) -> Config:
+    """The run with its automatic sizes as its plan for this GPU has them, to try what they need."""
+    own = plan["configured"]
+    return with_sizes(config, own["micro_batch_size"], own["rollout_batch_size"])
+
+
+def dry_run_here(config: Config, timeout: float = 1800) -> tuple[Status, str]:
+    """:func:`dry_run` in one process, on this machine's GPU if it has one."""
+    if is_auto(config) and torch.cuda.is_available():
+        config = with_planned_sizes(config, make_plan(config, 1, device_memory(torch.device("cuda"), 1) / GB))
+    return dry_run(config, 1, timeout)
+
+
 def dry_run(config: Config, gpus: int, timeout: float) -> tuple[Status, str]:
     """Train two steps, with DeepSpeed's launcher for several GPUs.
 
     Args:
-        config: the run, its sizes resolved; its output_dir is not touched.
+        config: the run; its output_dir is not touched.
         gpus: ranks on this machine.
         timeout: seconds after which the dry run is stopped and fails.
     """

@@ -10,7 +10,6 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.planning.run_plan import GB, make_plan
-from pcpo_fast.planning.sizes import CPU_IMAGES, CPU_PAIRS, with_sizes
 from pcpo_fast.preflight.checks import (
     Check,
     attempt,
@@ -21,7 +20,7 @@ from pcpo_fast.preflight.checks import (
     check_model,
     check_versions,
 )
-from pcpo_fast.preflight.dry_run import dry_run
+from pcpo_fast.preflight.dry_run import dry_run, with_planned_sizes
 
 
 def run_checks(
@@ -60,15 +59,8 @@ def run_checks(
     elif failed:
         yield Check("dry run", "skipped", "an earlier check failed")
     else:
-        yield attempt("dry run", lambda: dry_run(_sized(config, planned()), ranks_here, timeout))
-
-
-def _sized(config: Config, plan: dict[str, Any]) -> Config:
-    """The run with its automatic sizes as the plan has them; a CPU takes no more than it would in the run itself."""
-    own = plan["configured"]["micro_batch_size"], plan["configured"]["rollout_batch_size"]
-    if torch.cuda.is_available():
-        return with_sizes(config, *own)
-    return with_sizes(config, min(own[0], CPU_PAIRS), min(own[1], CPU_IMAGES))
+        tried = with_planned_sizes(config, planned()) if torch.cuda.is_available() else config
+        yield attempt("dry run", lambda: dry_run(tried, ranks_here, timeout))
 
 
 def check_arguments(gpus: int, nodes: int, timeout: float) -> int:

@@ -61,7 +61,7 @@ def config(tmp_path: Path, pipeline_folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("model.hieght=32", "unknown key model.hieght, did you mean height?"),
+        ("model.hieght=32", "unknown key model.hieght, did you mean model.height?"),
         ("trian={epochs: 1}", "unknown key trian, did you mean train?"),
         ("epochs=3", "unknown key epochs, did you mean train.epochs?"),
         ("train.epochs=many", "train.epochs: must be an integer, got 'many'"),
@@ -117,7 +117,7 @@ def test_config_file_with_line(config: Path, no_model: None, capsys: Capture) ->
     config.write_text("seed: 0\ntrain:\n  epoch: 3\n")
     assert (
         refused(capsys, "train", "--config", config)
-        == f"{config} line 3: unknown key train.epoch, did you mean epochs?"
+        == f"{config} line 3: unknown key train.epoch, did you mean train.epochs?"
     )
     config.write_bytes(b"seed: \xff\n")
     assert (

@@ -2,6 +2,7 @@
 this is, by the variables that launchers and job schedulers set."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from pcpo_fast.cli import parse
 from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.shipped import find
 from pcpo_fast.distributed.collectives import own_gpu
 from pcpo_fast.distributed.launching import adopt_launch
 from pcpo_fast.errors import UserError
@@ -63,6 +65,53 @@ def test_a_launcher_passes_on_settings_that_train_takes(
     config = load_config(parsed.config, parsed.settings)
     assert config.optimizer.lr == 2e-6 and Path(str(config.deepspeed)).is_file()
     assert config.output_dir == "runs/flux_two_machines"
+
+
+RECIPES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/run.sh"))
+
+
+@pytest.mark.parametrize("where", ["PYTHON", "VIRTUAL_ENV", "PATH"])
+@pytest.mark.parametrize("recipe", RECIPES[:1] + RECIPES[-1:])
+def test_a_recipe_finds_python_and_takes_paths_from_where_its_user_stands(
+    recipe: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "env" / "bin" / ("python3" if where == "PATH" else "python")
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/usr/bin/env bash\necho "$PWD $*" >> "$LOG"\n')
+    python.chmod(0o755)
+    copied = shutil.copytree(ROOT / "examples", tmp_path / "checkout" / "examples")  # with no .venv beside it
+    user = tmp_path / "user"
+    user.mkdir()
+    given = {
+        "PYTHON": str(python),
+        "VIRTUAL_ENV": str(python.parents[1]),
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+    }
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VIRTUAL_ENV")}
+    environment |= {where: given[where], "LOG": str(tmp_path / "log")}
+    command = ["bash", str(copied / recipe / "run.sh"), "prompts.train=mine.txt", "prompts.heldout=null"]
+    subprocess.run(command, env=environment, cwd=user, check=True, stdin=subprocess.DEVNULL)
+    found, preflight, train = (tmp_path / "log").read_text().splitlines()
+    assert found.endswith("import pcpo_fast")
+    assert preflight.startswith(f"{user} -m pcpo_fast preflight --config {copied / recipe / 'config.yaml'} --gpus")
+    assert train.startswith(f"{user} -m ")
+    words = train.split()
+    monkeypatch.chdir(user)
+    parsed = parse(["train", *words[words.index("train") + 1 :]])
+    config = load_config(parsed.config, parsed.settings)
+    assert config.prompts.train == "mine.txt"
+    assert config.deepspeed is None or find(config.deepspeed).is_file()
+
+
+def test_a_recipe_without_python_says_so(tmp_path: Path) -> None:
+    copied = shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "python").symlink_to("python3")
+    command = ["bash", str(copied / RECIPES[0] / "run.sh")]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no Python with pcpo_fast found: run make install")
 
 
 def test_the_host_file_is_deepspeeds() -> None:

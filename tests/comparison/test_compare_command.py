@@ -202,7 +202,7 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
     ("arguments", "said"),
     [
         (("--variant", "a: credit.rul=1"),
-         "variant a: setting (credit.rul=1): unknown key credit.rul, did you mean rule?"),
+         "variant a: setting (credit.rul=1): unknown key credit.rul, did you mean credit.rule?"),
         (("--variant", "a:", "--baseline", "b"), "--baseline: must be one of a, got b"),
         (("--variant", "a:", "--seeds", "x"),
          "--seeds: must be a number of seeds (5), or a list of them (3,7,11), got 'x'"),

@@ -196,13 +196,16 @@ def test_every_value_is_written_out() -> None:
     ("text", "expected"),
     [
         # unknown keys, with the nearest one
-        ("model:\n  path: x\n  hieght: 32\n", "run.yaml line 3: unknown key model.hieght, did you mean height?"),
+        ("model:\n  path: x\n  hieght: 32\n", "run.yaml line 3: unknown key model.hieght, did you mean model.height?"),
         ("modle:\n  path: x\n", "run.yaml line 1: unknown key modle, did you mean model?"),
         ("seed: 1\nlr: 1e-4\n", "run.yaml line 2: unknown key lr, did you mean optimizer.lr?"),
-        ("model:\n  lora: {ranks: 2}\n", "run.yaml line 2: unknown key model.lora.ranks, did you mean rank?"),
+        (
+            "model:\n  lora: {ranks: 2}\n",
+            "run.yaml line 2: unknown key model.lora.ranks, did you mean model.lora.rank?",
+        ),
         (
             "rewards:\n- name: a\n- name: b\n  wieght: 1\n",
-            "run.yaml line 4: unknown key rewards.1.wieght, did you mean weight?",
+            "run.yaml line 4: unknown key rewards.1.wieght, did you mean rewards.1.weight?",
         ),
         ("checkpoint:\n  xyz: 1\n", "run.yaml line 2: unknown key checkpoint.xyz; checkpoint takes every, keep"),
         ("train.epochs: 3\n", "run.yaml line 1: unknown key train.epochs"),

@@ -84,7 +84,10 @@ def test_rewards_are_named_by_their_module() -> None:
     ("call", "message"),
     [
         (lambda f: f("nowhere.yaml"), "config file nowhere.yaml does not exist"),
-        (lambda f: f({"train.epoch": 1}), "setting (train.epoch=1): unknown key train.epoch, did you mean epochs?"),
+        (
+            lambda f: f({"train.epoch": 1}),
+            "setting (train.epoch=1): unknown key train.epoch, did you mean train.epochs?",
+        ),
         (lambda f: f(TINY, {"train.epochs": "x"}), 'setting (train.epochs="x"): train.epochs: must be '),
         (lambda f: f(TINY, ["train.epochs=x"]), "setting (train.epochs=x): train.epochs: must be "),
         (lambda f: f(TINY, "train.epochs=3"), "settings: must be a mapping such as "),

@@ -194,6 +194,27 @@ def test_several_gpus_are_launched_by_deepspeed(config: Config, monkeypatch: pyt
     assert commands[0][1:6] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module"]
 
 
+def test_train_tries_itself(config: Config, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--dry-run`` is the preflight's two steps, with automatic sizes left to the process that takes them."""
+    seen: list[Config] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        seen.append(load_config(command[command.index("--config") + 1]))
+        code = len(seen) - 1
+        return SimpleNamespace(returncode=code, stderr="error: rewards: nothing fits", stdout="")
+
+    monkeypatch.setattr(dry_runs.subprocess, "run", run)
+    arguments = ("train", "--config", tmp_path / "run.yaml", "train.micro_batch_size=auto", "--dry-run")
+    answer = call(capsys, *arguments)
+    assert (answer.code, answer.err) == (0, "") and answer.out.endswith("a checkpoint and an export: ready to train\n")
+    assert seen[0].train.epochs == 1 and seen[0].train.micro_batch_size == "auto" and seen[0].images_per_epoch == 4
+    answer = call(capsys, *arguments)
+    assert (answer.code, answer.out, answer.err) == (2, "", "error: rewards: nothing fits\n")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--dry-run: is one process; pcpo-fast preflight --gpus N" in call(capsys, *arguments).err
+
+
 def test_nothing_is_trained_after_a_failure(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcpo_fast.preflight.run.check_inputs", raising(UserError("no prompts")))
     monkeypatch.setattr("pcpo_fast.preflight.run.dry_run", raising(AssertionError("trained")))
