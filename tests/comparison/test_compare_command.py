@@ -209,7 +209,7 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         (("--variant", "a:", "--jobs", "0"), "--jobs: must be at least 1, got 0"),
         (("--variant", "a:", "--primary", "heldout_area", "prompts.heldout=null"),
          "primary: heldout_area needs held-out prompts, but a, seed 0 has no prompts.heldout"),
-        (("--variant", "a:", "--variant", "b: train.micro_batch_size=7"),
+        (("--variant", "a:", "--variant", "b: credit.rule=native train.micro_batch_size=7"),
          "variant b: train.micro_batch_size: 7 does not divide the 120 (image, step) pairs that each rank trains in an "
          "update; allowed: auto, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 30, 40, 60, 120"),
         (("--variant", "a:", "seed=1"), "variant a: seed is not set here (seed=1): --seeds says which"),

@@ -15,7 +15,7 @@ from pcpo_fast.comparison.comparison_file import read_plan_file, seeds_of, tunin
 from pcpo_fast.comparison.tuning import Search, Trial, look, tuned, tuning_notes, write_search
 from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Tuning, Variant, planned_runs, settings_from
 from pcpo_fast.errors import UserError
-from pcpo_fast.rollout.epoch_plan import accumulation_steps
+from pcpo_fast.rollout.epoch_plan import pairs_per_update
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ComparisonSettings(primary="heldout_area")
@@ -193,4 +193,4 @@ def test_the_plans_that_come_with_the_project_can_be_run(
     )
     for run in planned_runs(whole) if whole.tuning is None else look(whole, SETTINGS).waiting:
         trained = run.config.sampler.steps - (not run.config.credit.train_last_step)
-        assert accumulation_steps(run.config, trained, 1) >= 1
+        assert pairs_per_update(run.config, trained, 1) >= 1

@@ -19,7 +19,7 @@ from pcpo_fast.method.schedules import DiffusionSchedule, FlowSchedule, Schedule
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.method.transitions import ddim_timesteps, shifted_times, stable_diffusion_alphas
 from pcpo_fast.policies.pipeline_policy import DTYPES
-from pcpo_fast.rollout.epoch_plan import accumulation_steps
+from pcpo_fast.rollout.epoch_plan import pairs_per_update
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -369,7 +369,7 @@ def test_shipped_configurations_are_valid_and_can_be_run(path: Path) -> None:
     config = load_config(path)
     tables = RunTables(config, schedule_of(config), torch.device("cpu"))
     ranks = 1 if path.name.startswith("tiny") else 8
-    assert accumulation_steps(config, tables.trained_count, ranks) >= 1
+    assert pairs_per_update(config, tables.trained_count, ranks) >= 1
     assert len(tables.at(0).steps) == tables.trained_count
 
 

@@ -13,6 +13,7 @@ import torch
 from cli_runs import call, write_config
 from tiny_pipeline import tiny_config
 
+from pcpo_fast.cli import parse
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
@@ -212,7 +213,9 @@ def test_train_tries_itself(config: Config, tmp_path: Path, capsys: Any, monkeyp
     assert (answer.code, answer.out, answer.err) == (2, "", "error: rewards: nothing fits\n")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--dry-run: is one process; pcpo-fast preflight --gpus N" in call(capsys, *arguments).err
+    parsed = parse([str(argument) for argument in arguments])
+    with pytest.raises(UserError, match=r"^--dry-run: is one process; pcpo-fast preflight --gpus N tries several"):
+        parsed.run(parsed)
 
 
 def test_nothing_is_trained_after_a_failure(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
