@@ -4,9 +4,9 @@
 #   bash examples/1x24gb_flux2_klein_lora/run.sh prompts.train=PROMPTS.txt prompts.heldout=OTHERS.txt
 #
 # Checks everything first (pcpo-fast preflight), trains only if nothing failed, and goes on where an interrupted run
-# stopped. Further settings are passed on as they are.
+# stopped. Further settings are passed on as they are. Paths start from where you stand, the run directory too.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-config=examples/1x24gb_flux2_klein_lora/config.yaml
-python -m pcpo_fast preflight --config "$config" --gpus 1 --gpu-memory 24 "$@"
-exec python train.py --config "$config" "$@"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/../find_python.sh"
+"$python" -m pcpo_fast preflight --config "$here/config.yaml" --gpus 1 --gpu-memory 24 "$@"
+exec "$python" -m pcpo_fast train --config "$here/config.yaml" "$@"

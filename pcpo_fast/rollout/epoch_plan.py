@@ -109,7 +109,7 @@ def pairs_per_update(config: Config, trainable: int, world_size: int) -> int:
 
 
 def accumulation_steps(config: Config, trainable: int, world_size: int) -> int:
-    """Micro-batches per optimiser step on each rank, of a run whose sizes are resolved.
+    """Micro-batches per optimizer step on each rank, of a run whose sizes are resolved.
 
     Raises:
         UserError: as :func:`pairs_per_update`.
