@@ -146,6 +146,8 @@ class StepAdvantages:
         predictions: regression of final rewards on those of predictions, both in units.
         branches: regression, in audits, of the change of the final reward on the change of the next prediction's.
         seen: steps whose prediction was scored in some epoch with rewards that were not all equal.
+        gains: float64 [2, N, N], sums over images and epochs, earlier ones counting less: products of the gains of two
+            steps, and images that have both.
     """
 
     def __init__(self, settings: AdvantageConfig, steps: int) -> None:
@@ -153,6 +155,7 @@ class StepAdvantages:
         self.spreads: list[float] = []
         self.predictions, self.branches = Regression(steps), Regression(steps)
         self.seen: set[int] = set()
+        self.gains = torch.zeros(2, steps, steps, dtype=torch.float64)
 
     @property
     def gain_lambda(self) -> float:
@@ -207,11 +210,30 @@ class StepAdvantages:
         pairs = predicted.masked_fill(equal[:, None], torch.nan)
         self.predictions.add(scored, final[:, None].expand_as(pairs), pairs)
         self.seen |= _steps_in(pairs, scored)
+        gains = torch.cat([pairs, final[:, None]], dim=1).diff(dim=1)
+        there, place = gains.isfinite().double(), torch.tensor(scored)
+        gains = gains.nan_to_num()
+        new = torch.stack([gains.T @ gains, there.T @ there])
+        self.gains[:, place[:, None], place] = KEPT * self.gains[:, place[:, None], place] + new
         advantages = torch.zeros(len(final), self.steps, dtype=torch.float64)
         for step, segment in enumerate(segments.of_step):
             if segment >= 0:
                 advantages[:, step] = credit[:, segment]
         return advantages.clamp(-settings.clip, settings.clip), metrics
+
+    def gain_correlations(self) -> dict[str, Any]:
+        """Correlation of every two steps' gains over recent epochs, as JSON: S steps and [S, S], None where two are not
+        known together or one has no spread.
+        """
+        products, counts = self.gains
+        steps = counts.diagonal().nonzero().flatten()
+        mean = (products / counts)[steps[:, None], steps]
+        scale = mean.diagonal().where(mean.diagonal() > SETTLED, torch.nan).sqrt()
+        rows = (mean / scale / scale[:, None]).tolist()
+        return {
+            "steps": steps.tolist(),
+            "correlations": [[round(value, 4) if value == value else None for value in row] for row in rows],
+        }
 
     def _metrics(
         self,
@@ -247,6 +269,7 @@ class StepAdvantages:
             "predictions": self.predictions.state_dict(),
             "branches": self.branches.state_dict(),
             "seen": sorted(self.seen),
+            "gains": self.gains.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -256,6 +279,8 @@ class StepAdvantages:
         self.spreads, self.seen = list(state["spreads"]), set(state["seen"])
         self.predictions.load_state_dict(state["predictions"])
         self.branches.load_state_dict(state["branches"])
+        if "gains" in state:
+            self.gains = torch.tensor(state["gains"], dtype=torch.float64)
 
 
 def _steps_in(rewards: Tensor, scored: Sequence[int]) -> set[int]:

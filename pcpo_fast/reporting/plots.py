@@ -180,6 +180,29 @@ def stepwise_figure(records: Sequence[Record]) -> "Figure | None":
     return figure
 
 
+def gain_correlation_figure(steps: Sequence[int], correlations: Sequence[Sequence[float | None]]) -> "Figure":
+    """The correlation of every two steps' gains as a map from -1 to 1; `correlations` is [S, S], None: not known."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    table = np.array(correlations, dtype=float)
+    figure = new_figure(max(2.8, min(5.2, 1.3 + 0.16 * len(steps))))
+    axes = figure.subplots()
+    styled(axes, "Correlation of the gains of two steps", "step (0 = noise)", "step")
+    palette = colormaps["RdBu"].with_extremes(bad=MISSING)
+    picture = axes.imshow(table, cmap=palette, vmin=-1, vmax=1, interpolation="nearest", origin="upper")
+    axes.grid(False)
+    named = FuncFormatter(lambda place, _: str(steps[int(place)]) if 0 <= place < len(steps) else "")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axis.set_major_formatter(named)
+    bar = figure.colorbar(picture, ax=axes, pad=0.015, aspect=30)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
+    return figure
+
+
 def _step_map(figure: "Figure", axes: "Axes", steps: dict[int, Series], title: str, least: float) -> "Axes":
     """Draw a heat map of a metric over steps and epochs; its scale ends at `least` or above. Returns the colour bar."""
     import numpy as np

@@ -96,6 +96,9 @@ def _figures(run: RunFiles) -> dict[str, Markup]:
         "gradient": (plots.gradient_norm_figure(records), "Gradient norm of every update"),
         "time": (plots.time_figure(records), "Seconds per phase and images per second, over epochs"),
     }
+    if run.gains is not None:
+        figure = plots.gain_correlation_figure(run.gains.steps, run.gains.correlations)
+        drawn["gains"] = figure, "Correlation of the gains of every two steps"
     if credit is not None:
         figure = plots.credit_figure(
             credit.times,

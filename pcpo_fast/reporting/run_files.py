@@ -48,6 +48,19 @@ class Credit(BaseModel):
         return self
 
 
+class Gains(BaseModel):
+    """gains.json after validation: S steps, and the correlation of every two steps' gains (None: not known)."""
+
+    steps: list[int] = Field(min_length=1)
+    correlations: list[list[FiniteFloat | None]]
+
+    @model_validator(mode="after")
+    def _square(self) -> "Gains":
+        if {len(self.steps)} != {len(self.correlations), *map(len, self.correlations)}:
+            raise ValueError("the matrix does not fit the steps")
+        return self
+
+
 @dataclass
 class RunFiles:
     """The content of a run directory; `notes` has one sentence for everything that could not be read."""
@@ -57,6 +70,7 @@ class RunFiles:
     config_text: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     credit: Credit | None = None
+    gains: Gains | None = None
     captions: list[str] = field(default_factory=list)
     finished: bool = False
     summary: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +121,12 @@ def read_run_files(folder: Path) -> RunFiles:
             run.credit = Credit.model_validate(credit)
         except ValidationError:
             run.notes.append("credit.json is incomplete or its columns differ in length; the credit figure is omitted.")
+    gains = _read_json(run, "gains.json")
+    if gains is not None:
+        try:
+            run.gains = Gains.model_validate(gains)
+        except ValidationError:
+            run.notes.append("gains.json is incomplete or its matrix is not square; its figure is omitted.")
     captions = _read_json(run, "images/captions.json")
     if isinstance(captions, list):
         run.captions = [str(caption) for caption in captions]

@@ -16,7 +16,13 @@ from pcpo_fast.runs.checkpoint import checkpoints, read_state, set_aside, visibl
 from pcpo_fast.runs.input_record import ACCEPT, INPUTS_FILE
 from pcpo_fast.runs.manifest import damage_of
 
-CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE = "config.yaml", "metrics.jsonl", "summary.json", "credit.json"
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CREDIT_FILE, GAINS_FILE = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "credit.json",
+    "gains.json",
+)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,18 @@ from pcpo_fast.reporting.grids import before_after
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.reporting.report import write_report
 from pcpo_fast.reporting.summary import write_summary
-from pcpo_fast.runs.run_directory import CREDIT_FILE
+from pcpo_fast.runs.run_directory import CREDIT_FILE, GAINS_FILE
 from pcpo_fast.training.heldout import HeldOut
 
 
 def write_credit(folder: Path, sampler: str, transitions: Transitions, table: CreditTable) -> None:
     """Write ``credit.json`` of a run."""
     write_atomically(folder / CREDIT_FILE, json.dumps(credit_record(sampler, transitions, table), indent=1))
+
+
+def write_gains(folder: Path, correlations: Mapping[str, Any]) -> None:
+    """Write ``gains.json`` of a run with per-step credit: how the gains of its steps go together."""
+    write_atomically(folder / GAINS_FILE, json.dumps(correlations))
 
 
 def write_captions(folder: Path, captions: list[str]) -> None:

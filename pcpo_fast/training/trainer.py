@@ -54,7 +54,7 @@ from pcpo_fast.runs.run_lock import only_run
 from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor
 from pcpo_fast.training.heldout import HeldOut
 from pcpo_fast.training.run_inputs import RunInputs, read_contents
-from pcpo_fast.training.run_results import finish_run, write_captions, write_credit
+from pcpo_fast.training.run_results import finish_run, write_captions, write_credit, write_gains
 from pcpo_fast.training.update import Update
 
 WORK = ("compute/forwards", "compute/trained", "compute/decodes", "compute/reward_calls")
@@ -282,6 +282,8 @@ class Trainer:
         self.done, self.stop.whole = epoch + 1, True
         last, config = self.done == self.config.train.epochs, self.config
         if self._evaluation_is_due(self.done):
+            if rank() == 0 and config.advantage.steps != "final":
+                write_gains(self.folder, self.stepwise.gain_correlations())
             self._evaluate(self.done)
         if last or self.collapse.reason or (config.checkpoint.every and self.done % config.checkpoint.every == 0):
             self._save()

@@ -147,6 +147,30 @@ def test_the_rescaled_control_is_the_final_advantage_in_the_size_of_the_gain() -
     assert bool((nothing.nan_to_num() == 0).all())
 
 
+def test_gains_of_every_two_steps_are_correlated_over_recent_epochs() -> None:
+    """The reference is numpy's weighted covariance about 0: the second epoch counts 1, the first KEPT."""
+    stepwise, segments, equal = StepAdvantages(settings_of(), 5), Segments.of((True,) * 5, 2), torch.arange(9) < 2
+    gains, weights = [], []
+    for epoch, weight in enumerate((KEPT, 1.0)):
+        final, predicted = normal(9, seed=epoch), normal(9, 3, seed=10 + epoch)
+        stepwise.compute(final, predicted, segments, equal)
+        gains.append(torch.cat([predicted, final[:, None]], dim=1).diff(dim=1)[~equal])
+        weights += [weight] * 7
+    rows, weight = torch.cat(gains), torch.tensor(weights, dtype=torch.float64)[:, None]
+    products = (weight * rows).T @ rows
+    expected = products / products.diagonal().sqrt() / products.diagonal().sqrt()[:, None]
+    again = StepAdvantages(settings_of(), 5)
+    again.load_state_dict(stepwise.state_dict())
+    found = again.gain_correlations()
+    assert found["steps"] == [0, 2, 4]
+    torch.testing.assert_close(torch.tensor(found["correlations"]).double(), expected, rtol=0, atol=1e-4)
+    half = normal(9, 3, seed=20)
+    half[:, 0] = math.nan  # the first gain is not known, and all else is
+    fresh = StepAdvantages(settings_of(), 5)
+    fresh.compute(final, half, segments, equal)
+    assert fresh.gain_correlations()["steps"] == [2, 4]
+
+
 def test_epochs_whose_images_are_all_equal_calibrate_nothing() -> None:
     """Until some images differ every step has the final advantage, also where a step is never asked for."""
     stepwise, segments = StepAdvantages(settings_of(), 6), Segments.of((True,) * 6, 2)

@@ -103,6 +103,14 @@ def test_what_steps_decided_is_a_map_and_what_predictions_say_a_mean_of_late_epo
     assert (list(branches.get_xdata()), list(branches.get_ydata())) == ([1], [0.9])
 
 
+def test_correlations_of_gains_are_a_map_with_holes() -> None:
+    figure = plots.gain_correlation_figure([2, 5], [[1.0, None], [None, 1.0]])
+    axes = figure.axes[0]
+    table = axes.images[0].get_array()
+    assert table is not None and np.isnan(np.ma.filled(table, np.nan)).tolist() == [[False, True], [True, False]]
+    assert [axes.xaxis.get_major_formatter()(place) for place in (0, 1, 2)] == ["2", "5", ""]
+
+
 def test_credit_figure_has_a_bar_for_every_credit() -> None:
     data = credit()
     figure = plots.credit_figure(

@@ -2,6 +2,7 @@
 say of the steps is kept, and a resumed run goes on with both.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def test_a_windowed_run_resumed_in_the_middle_equals_the_straight_one(
     weights, others = (load_file(file) for file in files)
     for name, value in weights.items():
         assert value.allclose(others[name], rtol=0, atol=1e-7), name
+
+    gains, same = (json.loads((run / "gains.json").read_text()) for run in runs.values())
+    assert gains["steps"] == [0, 1, 2, 3] and gains["correlations"][0][3] is None  # no window had both
+    for row, other in zip(gains["correlations"], same["correlations"], strict=True):
+        assert [value is None for value in row] == [value is None for value in other]
+        assert [value or 0 for value in row] == pytest.approx([value or 0 for value in other], abs=1e-3)
+    assert "Correlation of the gains of two steps" in (runs["straight"] / "report.html").read_text()
 
     strips = runs["straight"] / "images" / "predictions_0002.png"
     with Image.open(strips) as sheet:  # four images, the window's two predictions of each, then itself
