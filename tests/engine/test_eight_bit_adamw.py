@@ -100,9 +100,9 @@ def test_moments_of_the_other_kind_are_refused(kind: type) -> None:
     other = kind([torch.nn.Parameter(torch.ones(300, dtype=torch.bfloat16))], **SETTINGS)
     for optimizer in (one, other):
         run(optimizer, gradients(1, 300))
-    with pytest.raises(ValueError, match=r"its moments are 8bit, this run has optimizer\.moments=full"):
+    with pytest.raises(ValueError, match=r"its moments are 8bit, but this run has optimizer\.moments=full"):
         other.load_state_dict(one.state_dict())
-    with pytest.raises(ValueError, match=r"its moments are full, this run has optimizer\.moments=8bit"):
+    with pytest.raises(ValueError, match=r"its moments are full, but this run has optimizer\.moments=8bit"):
         one.load_state_dict(other.state_dict())
 
 
