@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from safetensors.torch import save_file
 from tested_families import LORA, Family, randomize_adapters, trained_state
 from tiny_pipeline import PROMPTS
 from tiny_pipelines import KLEIN, build_klein, tiny_qwen
@@ -158,3 +159,30 @@ def test_models_that_are_not_trained_are_refused_by_name(tmp_path: Path, pipelin
     ) as caught:
         pipeline_class_of(tmp_path, FAMILIES)
     assert NOT_TRAINED[pipeline] in str(caught.value)
+
+
+def test_the_network_as_one_file_with_the_names_of_its_authors(family: Family, tmp_path: Path) -> None:
+    policy = family.policy()
+    state = policy.network.state_dict()
+    layers = [name for name, module in policy.network.named_modules() if isinstance(module, torch.nn.Linear)]
+    file = {
+        f"{original}.weight": torch.cat([state[f"{name}.weight"] for name in names])
+        for original, names in Flux2KleinPolicy.release_weights(layers).items()
+    }
+    modulation = file["final_layer.adaLN_modulation.1.weight"]
+    file["final_layer.adaLN_modulation.1.weight"] = torch.cat(modulation.chunk(2)[::-1])
+    for name in state.keys() - {f"{layer}.weight" for layer in layers}:  # the norms of queries and keys
+        stem, number, _, norm, _ = name.split(".")
+        stream = "" if stem.startswith("single") else "txt_attn." if "added" in norm else "img_attn."
+        of = {"q": "query", "k": "key"}[norm[-1]]
+        blocks = "single_blocks" if stem.startswith("single") else "double_blocks"
+        file[f"{blocks}.{number}.{stream}norm.{of}_norm.scale"] = state[name]
+    save_file(file, tmp_path / "klein.safetensors")
+    shutil.copytree(family.folder, tmp_path / "pipeline")
+    other = Family("klein", tmp_path / "pipeline").policy(f"model.transformer={tmp_path / 'klein.safetensors'}")
+    assert all(torch.equal(other.network.state_dict()[name], value) for name, value in state.items())
+    (tmp_path / "klein.safetensors").unlink()
+    del file["single_stream_modulation.lin.weight"]
+    save_file(file, tmp_path / "klein.safetensors")
+    with pytest.raises(UserError, match=r"^model\.transformer: .*klein\.safetensors "):
+        Family("klein", tmp_path / "pipeline").policy(f"model.transformer={tmp_path / 'klein.safetensors'}")
