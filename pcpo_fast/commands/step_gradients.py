@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pcpo_fast.commands import add_settings, show_results
+from pcpo_fast.commands import add_run_or_config, run_or_config, show_results
 
 if TYPE_CHECKING:
     from pcpo_fast.training.step_gradients import GradientComparison
@@ -25,10 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Compare the mean gradients of final, baseline and gain credit on the frozen weights of a run.",
         epilog=EXAMPLES,
     )
-    # One list for both, since argparse would take the first setting for the run where there is none.
-    add_settings(parser, "run directory or checkpoint (none: the base model of --config), and settings that win")
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration of the base model, instead of a run")
-    parser.add_argument("--epoch", type=int, help="checkpoint after this many epochs (default: the newest)")
+    add_run_or_config(parser)
     parser.add_argument(
         "--rollouts", type=int, default=8, metavar="K", help="rollouts to take gradients of (default 8)"
     )
@@ -43,33 +40,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, and print a table."""
     import json
     import sys
-    from pathlib import Path
 
     import torch
 
-    from pcpo_fast.config.loading import load_config
     from pcpo_fast.errors import UserError
-    from pcpo_fast.runs.checkpoint import WEIGHTS, read_state
-    from pcpo_fast.runs.exporting import find_checkpoint
     from pcpo_fast.training.step_gradients import measure_gradients
 
     for name, least in (("rollouts", 3), ("warm_up", 1)):
         if getattr(arguments, name) < least:
             option = name.replace("_", "-")
             raise UserError(f"--{option}: must be at least {least}, got {getattr(arguments, name)}")
-    folders = [text for text in arguments.settings if "=" not in text]
-    settings = [text for text in arguments.settings if "=" in text]
-    if len(folders) + (arguments.config is not None) != 1:
-        raise UserError("step-gradients needs either one run directory (or checkpoint) or --config FILE")
-    weights, epoch = None, 0
-    if folders:
-        checkpoint = find_checkpoint(Path(folders[0]), arguments.epoch)
-        weights, epoch = checkpoint / WEIGHTS, int(read_state(checkpoint)["epoch"])
-        config = load_config(checkpoint.absolute().parent.parent / "config.yaml", settings)
-    elif arguments.epoch is not None:
-        raise UserError("--epoch: chooses a checkpoint of a run, and --config names none")
-    else:
-        config = load_config(arguments.config, settings)
+    config, weights, epoch = run_or_config("step-gradients", arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = measure_gradients(
         config, weights, epoch, arguments.rollouts, arguments.warm_up, device, lambda text: print(text, file=sys.stderr)

@@ -54,6 +54,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
         "compare",
         "credit",
         "step-gradients",
+        "first-difference",
         "report",
         "export",
         "serve-reward",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -98,6 +99,21 @@ def test_gradients_of_credit_are_measured_on_the_weights_of_a_run(full: Run, cap
         (("--config", full.config, "--epoch", "1"), "--epoch: chooses a checkpoint of a run"),
     ):
         answer = call(capsys, "step-gradients", *arguments)
+        assert answer.code == 2 and answer.err.startswith(f"error: {said}")
+
+
+def test_where_two_forwards_part_is_found_on_the_weights_of_a_run(full: Run, capsys: Capture) -> None:
+    answer = call(capsys, "first-difference", full.folder, "--other", "model.dtype=bfloat16", "--step", "1", "--json")
+    assert answer.code == 0, answer.err
+    record = json.loads(answer.out)
+    assert record["compared"] > 100 and record["first"]["distance"] > 1e-4 and record["distances"][""] > 1e-4
+    answer = call(capsys, "first-difference", full.folder)
+    assert answer.code == 0 and re.search(r"no difference: all \d+ operations|first difference: \S+ in \S+", answer.out)
+    for arguments, said in (
+        (("--other", "train.epochs=3"), "--other: must be a setting of the model, model.KEY=VALUE, got train.epochs=3"),
+        (("--step", "99"), "--step: must be 0 to "),
+    ):
+        answer = call(capsys, "first-difference", full.folder, *arguments)
         assert answer.code == 2 and answer.err.startswith(f"error: {said}")
 
 

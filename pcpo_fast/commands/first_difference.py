@@ -1,0 +1,98 @@
+"""``pcpo-fast first-difference``: the operation at which rollout and update, or two settings, begin to differ."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from pcpo_fast.commands import add_run_or_config, run_or_config, show_results
+
+if TYPE_CHECKING:
+    from pcpo_fast.profiling.operations import Comparison
+
+EXAMPLES = """examples:
+  pcpo-fast first-difference runs/flux                                  rollout against update, same weights
+  pcpo-fast first-difference --config flux_dev_pcpo_lora --other model.block_kernels=true
+  pcpo-fast first-difference runs/demo --other model.dtype=bfloat16 --step 2 --json
+
+`rollout/mismatch_log_ratio` says how far apart the forwards are, and this where they part (docs/performance.md)."""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "first-difference",
+        help="find the operation at which rollout and update, or two settings, begin to differ",
+        description="Compare two forwards of one image at one step, operation by operation: that of the rollout with "
+        "that of the update, or the update's with other settings.",
+        epilog=EXAMPLES,
+    )
+    add_run_or_config(parser)
+    parser.add_argument(
+        "--other",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="compare the update's forward with the same under this setting of the model; may be repeated",
+    )
+    parser.add_argument("--step", type=int, metavar="I", help="sampler step of the image (default: the middle one)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, and print what was found."""
+    import json
+
+    import torch
+
+    from pcpo_fast.errors import UserError
+    from pcpo_fast.training.forward_differences import compare_forwards
+
+    for text in arguments.other:
+        if not text.startswith("model.") or "=" not in text:
+            raise UserError(f"--other: must be a setting of the model, model.KEY=VALUE, got {text}")
+    config, weights, epoch = run_or_config("first-difference", arguments)
+    other = run_or_config("first-difference", arguments, arguments.other)[0] if arguments.other else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = compare_forwards(config, weights, arguments.step, device, other)
+    if arguments.json:
+        print(json.dumps({"epoch": epoch} | _record(found), indent=1, allow_nan=False))
+    else:
+        _print(found)
+    return 0
+
+
+def _record(found: "Comparison") -> dict[str, Any]:
+    first = None
+    if found.first is not None:
+        one, other = found.first
+        first = {"module": one.module, "operation": one.name, "elements": one.size, "distance": one.distance(other)}
+    return {
+        "compared": found.compared,
+        "unmatched": found.unmatched,
+        "first": first,
+        "distances": dict(found.distances),
+    }
+
+
+def _print(found: "Comparison") -> None:
+    from rich.console import Console
+
+    from pcpo_fast.reporting.tables import Grid
+
+    lines, tables = [], []
+    if found.first is None:
+        lines.append(f"no difference: all {found.compared} operations that both forwards have gave the same bits")
+    else:
+        one, other = found.first
+        size = one.distance(other)
+        amount = f"{size:.1e} of its size" if size else "less than the elements that are looked at show"
+        lines.append(f"first difference: {one.name} in {one.module or 'the network itself'}, by {amount}")
+        if found.before is not None:
+            lines.append(f"last equal before it: {found.before.name} in {found.before.module or 'the network itself'}")
+        blocks = [(name, value) for name, value in found.distances.items() if name.count(".") <= 1]
+        rows = tuple((name or "output", f"{value:.1e}" if value else "0") for name, value in blocks)
+        tables.append(Grid("Relative difference of what each block gives", ("block", "difference"), rows))
+        lines.append(f"{found.compared} operations compared")
+    if found.unmatched:
+        lines.append(f"{found.unmatched} operations are in one forward only, or of another size, and were left out")
+    show_results(Console(), tables, lines)

@@ -1,0 +1,110 @@
+"""Where the forwards of rollout and update part, or those of an update with other settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pcpo_fast.config.schema import AUTO, Config
+from pcpo_fast.errors import UserError
+from pcpo_fast.method.noise_keys import Purpose, random_key
+from pcpo_fast.method.step_tables import RunTables
+from pcpo_fast.policies import Conditioning, Policy, select_rows
+from pcpo_fast.policies.families import load_policy, load_trained_weights
+from pcpo_fast.profiling.operations import Comparison, Operation, compare, recorded
+from pcpo_fast.prompts import load_prompts
+from pcpo_fast.rollout.rollout import initial_latents, sampler_steps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows for the network: the watched one first, at the watched step; the others only share its batch.
+
+    Attributes:
+        latents: float32 [B, ...].
+        steps: int64 [B].
+        conditioning: B rows.
+    """
+
+    latents: Tensor
+    steps: Tensor
+    conditioning: Conditioning
+
+
+def compare_forwards(
+    config: Config, weights: Path | None, step: int | None, device: torch.device, other: Config | None = None
+) -> Comparison:
+    """Compare the forwards of one image at one step, operation by operation.
+
+    Without `other`, the forward of the rollout (a batch at one step, without gradients) with that of the update (a
+    micro-batch of mixed steps, with gradients). With it, the forwards of the update with the two configurations.
+
+    Args:
+        config: the run.
+        weights: what a checkpoint holds of the trained weights; None: the base model.
+        step: step of the watched row; None: the middle one.
+        device: where the policy works.
+        other: the same run with other settings of the model.
+
+    Raises:
+        UserError: the model or the prompts cannot be loaded, or there is no such step.
+    """
+    policy, tables, inputs = _prepared(config, weights, step, device)
+    rollout_rows, update_rows = _rows(config)
+    times = tables.at(0).sampler.times
+    if other is None:
+        with torch.no_grad(), policy.sampling(config.rollout):
+            alike = inputs.steps[:1].expand(rollout_rows)
+            one = _forward(policy, config, inputs, times[alike], rollout_rows)
+        return compare(one, _forward(policy, config, inputs, times[inputs.steps], update_rows))
+    one = _forward(policy, config, inputs, times[inputs.steps], update_rows)
+    del policy
+    changed, _, _ = _prepared(other, weights, step, device)
+    return compare(one, _forward(changed, other, inputs, times[inputs.steps], update_rows))
+
+
+def _rows(config: Config) -> tuple[int, int]:
+    """Rows of a batch of the rollout and of a micro-batch; where they are ``auto``, any two numbers that differ."""
+    sizes = config.rollout.batch_size, config.train.micro_batch_size
+    return tuple(few if size == AUTO else int(size) for size, few in zip(sizes, (4, 3), strict=True))  # type: ignore[return-value]
+
+
+def _prepared(
+    config: Config, weights: Path | None, step: int | None, device: torch.device
+) -> tuple[Policy, RunTables, Inputs]:
+    prompts = load_prompts(config.prompts.train)
+    rows = max(_rows(config))
+    texts = [prompts[row % len(prompts)].text for row in range(rows)]
+    policy = load_policy(config, device, sorted(set(texts)))
+    if weights is not None:
+        load_trained_weights(policy.module, config, weights)
+    tables = RunTables(config, policy.schedule(config.sampler.steps), device)
+    table = tables.at(0).sampler
+    watched = table.steps // 2 if step is None else step
+    if not 0 <= watched < table.steps:
+        raise UserError(f"--step: must be 0 to {table.steps - 1}, got {watched}")
+    keys, seeds = (
+        torch.tensor([random_key(purpose, config.seed, 0, row, 0) for row in range(rows)], device=device)
+        for purpose in (Purpose.INITIAL_NOISE, Purpose.STEP_NOISE)
+    )
+    conditioning = {name: value.to(device) for name, value in policy.encode(texts).items()}
+    latents = initial_latents(policy, keys)
+    small = min(rows, _rows(config)[0])
+    for first in range(0, rows, small):
+        part = torch.arange(first, min(first + small, rows), device=device)
+        walk = sampler_steps(policy, select_rows(conditioning, part), latents[part], seeds[part], table)
+        for number, (_, after) in enumerate(walk, 1):
+            if number == watched:
+                latents[part] = after
+                break
+    steps = (watched + torch.arange(rows, device=device)) % table.steps
+    return policy, tables, Inputs(latents, steps, conditioning)
+
+
+def _forward(policy: Policy, config: Config, inputs: Inputs, times: Tensor, rows: int) -> list[Operation]:
+    chosen = torch.arange(rows, device=inputs.latents.device)
+    halves = 1 if policy.cfg_scale == 1 else 2
+    with recorded(policy.module, rows, halves, operations=not config.model.compile) as operations:
+        policy.predict_halves(inputs.latents[chosen], times[chosen], select_rows(inputs.conditioning, chosen))
+    return operations
