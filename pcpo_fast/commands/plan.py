@@ -4,14 +4,19 @@ import argparse
 
 from pcpo_fast.commands import add_settings
 from pcpo_fast.config.presets import DEFAULT_CONFIG
+from pcpo_fast.planning.cards import CARDS, MFU, find_card
+
+EXIT_NOTHING_FITS = 3
 
 EXAMPLES = """examples:
-  pcpo-fast plan --config configs/flux_dev_pcpo.yaml --gpus 8 --gpu-memory 80
-  pcpo-fast plan --config configs/flux_dev_pcpo_lora.yaml --gpus 1 --gpu-memory 80 --json
+  pcpo-fast plan --config flux_dev_pcpo --gpus 8 --gpu H100
+  pcpo-fast plan --config 1x24gb_flux_lora --gpu 4090 --json
   pcpo-fast plan --config run.yaml --gpus 4 --gpu-memory 48 --peak-tflops 362 model.height=1024 model.width=1024
 
 GB are 1e9 bytes. FLUX.1-dev, FLUX.2-klein, SD3.5-medium and Stable Diffusion 1.x need neither a
-download nor a license."""
+download nor a license.
+
+Exit code 0: the recommended settings fit; 3: nothing fits; 2: an error."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,16 +24,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "plan",
         help="memory and time of a run before it starts",
-        description="Estimate what a run needs on its GPUs, how long its phases take at best, and which settings fit.",
+        description="Estimate what a run needs on its GPUs, how long it takes, and which settings fit.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
         "--config", metavar="FILE", help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})"
     )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one (default 80)")
     parser.add_argument(
-        "--peak-tflops", type=float, default=989, metavar="RATE", help="TFLOP/s of one (default 989, an H100 in bf16)"
+        "--gpu", default="H100", metavar="NAME", help=f"which: {', '.join(CARDS)} (default H100, of 80 GB)"
+    )
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one (default: that of --gpu)")
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="RATE", help="dense bf16 TFLOP/s of one (default: those of --gpu)"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=MFU,
+        metavar="SHARE",
+        help=f"share of the peak rate that the whole run is assumed to reach (default {MFU}; docs/planning.md)",
     )
     parser.add_argument(
         "--model-config", metavar="FOLDER", help="read the architecture from this pipeline folder; no weights needed"
@@ -49,9 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.planning.run_plan import make_plan
 
     config = load_config(arguments.config or DEFAULT_CONFIG, arguments.settings)
-    plan = make_plan(config, arguments.gpus, arguments.gpu_memory, arguments.peak_tflops, arguments.model_config)
+    card = find_card(arguments.gpu)
+    memory = card.memory_gb if arguments.gpu_memory is None else arguments.gpu_memory
+    rate = card.peak_tflops if arguments.peak_tflops is None else arguments.peak_tflops
+    plan = make_plan(config, arguments.gpus, memory, rate, arguments.model_config, arguments.mfu)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:
         show_plan(plan, Console())
-    return 0
+    return 0 if plan["recommendation"]["fits"] else EXIT_NOTHING_FITS

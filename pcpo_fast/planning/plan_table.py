@@ -1,7 +1,9 @@
 """A plan as tables for the terminal."""
 
+import re
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -11,6 +13,12 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     console.print(_parameters(plan))
     console.print(_work(plan))
     console.print(_memory(plan))
+    run = plan["run"]
+    _say(
+        console,
+        f"The whole run, {run['epochs']} epochs and {run['evaluations']} evaluations: {_number(run['tflops'])} TFLOP, "
+        f"{_seconds(3600 * run['hours'])} at an assumed MFU of {run['mfu']:g} (--mfu), without rewards and loading",
+    )
     own, gpus = plan["configured"], f"{plan['gpus']} x {plan['gpu_memory_gb']:g} GB"
     peak = f"{own['peak']:.1f} GB at its peak ({own['worst_phase']})"
     verdict = "fits" if own["fits"] else "does not fit"
@@ -59,11 +67,11 @@ def _work(plan: dict[str, Any]) -> Table:
 
 def _memory(plan: dict[str, Any]) -> Table:
     stages, own = plan["memory_gb"], plan["configured"]
-    table = Table(title="Memory per GPU in GB, with the configuration's batch sizes and checkpointing")
-    table.add_column("part")
-    columns = {**stages, f"this config ({own['zero']})": own}
+    table = Table(box=SIMPLE_HEAD, title="Memory per GPU in GB, with the configuration's batch sizes and checkpointing")
+    table.add_column("part", no_wrap=True)
+    columns = {**stages, "this config": own}
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(re.sub("[_ ]", "\n", name), justify="right", no_wrap=True)
     for part in own["parts"]:
         if part != "text encoders" and any(column["parts"][part] for column in columns.values()):
             table.add_row(part, *(_number(column["parts"][part]) for column in columns.values()))

@@ -10,6 +10,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.method.samplers import check_sampler
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.planning.advice import Choice, choose, least_memory, usable
+from pcpo_fast.planning.cards import MFU
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.models import find_architecture
@@ -23,7 +24,12 @@ GB = 1e9
 
 
 def make_plan(
-    config: Config, gpus: int, memory_gb: float, peak_tflops: float = 989.0, model_config: str | None = None
+    config: Config,
+    gpus: int,
+    memory_gb: float,
+    peak_tflops: float = 989.0,
+    model_config: str | None = None,
+    mfu: float = MFU,
 ) -> dict[str, Any]:
     """The plan as a JSON-compatible dictionary.
 
@@ -33,11 +39,14 @@ def make_plan(
         memory_gb: memory of one GPU, in 1e9 bytes.
         peak_tflops: rate of one GPU for the ideal times, in 1e12 operations per second.
         model_config: pipeline folder to read the architecture from, instead of ``model.path``.
+        mfu: model operations over time and peak rate that the whole run is assumed to reach.
 
     Raises:
         UserError: a number is out of range, the model is unknown, or images and batches do not divide over the GPUs.
     """
     _check(gpus, memory_gb, peak_tflops)
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu: must be above 0 and at most 1, got {mfu:g}")
     architecture = find_architecture(config.model, model_config)
     costs = ModelCosts(architecture, config.model)
     policy = costs.model.policy
@@ -54,6 +63,8 @@ def make_plan(
         config, costs, trainable, checkpointed=config.model.recomputed_share, predictions=predictions
     )
     epoch = [work for name, work in phases.items() if name != "evaluation"]
+    evaluations = evaluation_count(config)
+    whole = config.train.epochs * sum(work.flops for work in epoch) + evaluations * phases["evaluation"].flops
     return {
         "model": {
             "path": config.model.path,
@@ -87,6 +98,13 @@ def make_plan(
             "epoch_tflops": sum(work.flops for work in epoch) / 1e12,
             "epoch_ideal_seconds": sum(work.seconds(rate) for work in epoch),
         },
+        "run": {
+            "epochs": config.train.epochs,
+            "evaluations": evaluations,
+            "tflops": whole / 1e12,
+            "mfu": mfu,
+            "hours": whole / (rate * mfu) / 3600,
+        },
         "saved_activations_gb": {"plain": plain.saved / GB, "checkpointed": again.saved / GB},
         "memory_gb": {
             name: _memory_record(plan_memory(config, costs, zero, gpus), memory_gb) for name, zero in SHIPPED.items()
@@ -100,6 +118,14 @@ def make_plan(
         | _memory_record(own, memory_gb),
         "recommendation": _recommend(config, costs, gpus, memory_gb, pairs),
     }
+
+
+def evaluation_count(config: Config) -> int:
+    """Evaluations of a whole run: before training, every so many epochs, and after the last."""
+    if config.prompts.heldout is None:
+        return 0
+    epochs, every = config.train.epochs, config.evaluation.every
+    return 1 + (-(-epochs // every) if every else min(epochs, 1))
 
 
 def _check(gpus: int, memory_gb: float, peak_tflops: float) -> None:

@@ -1,5 +1,6 @@
 """The planner against closed formulas, PyTorch's own accounting, and measured peaks."""
 
+import io
 import json
 from dataclasses import replace
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 from allocations import allocations, trained_once
 from cli_runs import call
 from planned_peaks import FINETUNES, MODELS, peaks, render
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcpo_fast.config.loading import load_config
@@ -20,8 +22,9 @@ from pcpo_fast.planning.advice import choose, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import plan_memory, rollout_buffers
 from pcpo_fast.planning.models import find_architecture
+from pcpo_fast.planning.plan_table import show_plan
 from pcpo_fast.planning.recomputing import least_recomputing
-from pcpo_fast.planning.run_plan import make_plan
+from pcpo_fast.planning.run_plan import evaluation_count, make_plan
 from pcpo_fast.planning.states import SHIPPED, OptimizerBytes, Zero, optimizer_bytes, states_of
 from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
 from pcpo_fast.policies.families import load_policy
@@ -324,6 +327,65 @@ def test_a_plan_has_every_part(tiny_plan: dict[str, Any]) -> None:
     json.dumps(tiny_plan, allow_nan=False)
 
 
+def test_a_whole_run_in_hours(tiny_plan: dict[str, Any]) -> None:
+    """60 epochs, and evaluations before them and after every tenth; at an MFU of 1 the ideal times added up."""
+    run, flops = tiny_plan["run"], tiny_plan["flops"]
+    assert (run["epochs"], run["evaluations"], run["mfu"]) == (60, 7, 0.35)
+    ideal = 60 * flops["epoch_ideal_seconds"] + 7 * flops["phases"]["evaluation"]["ideal_seconds"]
+    assert run["hours"] == pytest.approx(ideal / 0.35 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("train.epochs=25",), 4),
+        (("train.epochs=30",), 4),
+        (("train.epochs=0",), 1),
+        (("evaluation.every=0",), 2),
+        (("prompts.heldout=null",), 0),
+    ],
+)
+def test_evaluations_of_a_run(settings: tuple[str, ...], expected: int) -> None:
+    assert evaluation_count(shipped("configs/tiny_flux.yaml", *settings)) == expected
+
+
+def test_a_plan_is_whole_in_80_columns(tiny_plan: dict[str, Any]) -> None:
+    """With numbers of the widest form, nothing is cut or folded."""
+
+    def wide(value: Any) -> Any:
+        return {key: wide(one) for key, one in value.items()} if isinstance(value, dict) else 1234.5
+
+    memory = {name: stage | {key: wide(stage[key]) for key in ("parts", "phases")} for name, stage in
+              {**tiny_plan["memory_gb"], "own": tiny_plan["configured"]}.items()}  # fmt: skip
+    own = memory.pop("own")
+    console = Console(width=80, file=io.StringIO())
+    show_plan(tiny_plan | {"memory_gb": memory, "configured": own}, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert not any("…" in line for line in lines)
+    for name in (*own["parts"], *(f"peak: {phase}" for phase in own["phases"])):
+        if name != "text encoders":
+            row = next(line for line in lines if line.strip().startswith(name))
+            assert row.split()[-6:] == 6 * ["1,234"] and len(row) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory", "rate", "code"),
+    [
+        (("--gpu", "4090"), 24, 165, 0),
+        (("--gpu", "b200", "--gpus", "2"), 180, 2250, 0),
+        (("--gpu", "L40S", "--gpu-memory", "40", "--mfu", "0.5"), 40, 362, 0),
+        (("--gpu-memory", "1.51"), 1.51, 989, 3),
+    ],
+)
+def test_gpus_by_name_and_exit_codes(
+    arguments: tuple[str, ...], memory: float, rate: float, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = call(capsys, "plan", *arguments, "--json")
+    plan = json.loads(answer.out)
+    assert (plan["gpu_memory_gb"], plan["peak_tflops"], answer.code) == (memory, rate, code)
+    assert plan["recommendation"]["fits"] == (code == 0)
+
+
 def test_recommended_settings_are_accepted_and_fit(tiny_plan: dict[str, Any]) -> None:
     settings = tiny_plan["recommendation"]["settings"]
     config = shipped("configs/tiny_flux.yaml", *settings)
@@ -393,6 +455,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
         (("--gpus", "0"), "--gpus: must be at least 1, got 0"),
         (("--gpu-memory", "-1"), "--gpu-memory: must be a number above 0, got -1"),
         (("--peak-tflops", "nan"), "--peak-tflops: must be a number above 0, got nan"),
+        (("--mfu", "1.5"), "--mfu: must be above 0 and at most 1, got 1.5"),
+        (
+            ("--gpu", "H10"),
+            "--gpu: must be one of 3090, 4090, 5090, L40S, A100, H100, H200, B200, got 'H10', did you mean",
+        ),
         (("--gpu-memory", "1e300"), "--gpu-memory: must be between 0.001 and 1000000, got 1e+300"),
         (("model.height=1000000000000000000000000",), "model.height: must be at most 65536"),
         (
