@@ -15,11 +15,12 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages
 from pcpo_fast.method.step_advantages import Segments, StepAdvantages
 from pcpo_fast.method.step_tables import EpochTables, RunTables
+from pcpo_fast.planning.sizes import fitted, gpu_memory
 from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.policies.families import load_policy, load_trained_weights
 from pcpo_fast.prompts import epoch_prompts, load_prompts
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.rollout.epoch_plan import plan_epoch
+from pcpo_fast.rollout.epoch_plan import pairs_per_update, plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
 from pcpo_fast.training.update import Update
@@ -116,6 +117,7 @@ def measure_gradients(
     if weights is not None:
         load_trained_weights(policy.module, config, weights)
     tables = RunTables(config, policy.schedule(config.sampler.steps), device)
+    config = fitted(config, pairs_per_update(config, tables.trained_count, 1), 1, gpu_memory())
 
     def encode(indices: list[int]) -> Conditioning:
         return policy.encode([prompts[index].text for index in indices])

@@ -60,7 +60,11 @@ def test_gradients_are_of_the_whole_rollout_and_differ_by_what_steps_are_credite
 ) -> None:
     taken: list[Tensor] = []
     monkeypatch.setattr(pcpo_fast.training.step_gradients, "compare_gradients", taken.append)
-    for settings in (("train.updates_per_epoch=1",), ("train.micro_batch_size=2", "advantage.gain_lambda=1")):
+    automatic = ("train.micro_batch_size=auto", "rollout.batch_size=auto")
+    for settings in (
+        ("train.updates_per_epoch=1", *automatic),
+        ("train.micro_batch_size=2", "advantage.gain_lambda=1"),
+    ):
         config = tiny_config(pipeline_folder, "advantage.steps=gain", "rollout.same_initial_noise=false", *settings)
         measure_gradients(config, None, 2, 3, 1, torch.device("cpu"))
     one, other = taken  # in one update, and in two of smaller micro-batches, with a gain that is the baseline
