@@ -84,6 +84,7 @@ def write_config(folder: Path, pipeline: Path, **changes: Any) -> Path:
         "sampler__noise": 0.7,
         "rollout__prompts_per_epoch": 2,
         "rollout__images_per_prompt": 4,
+        "rollout__batch_size": 8,
         "rewards": [{"name": "tiny_pipeline:redness"}],
         "optimizer__lr": 1e-3,
         "train__epochs": 2,
