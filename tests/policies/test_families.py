@@ -142,6 +142,7 @@ def test_guidance_is_one_forward_of_twice_the_batch(family: Family, policy: Any)
     assert [len(call[0]) for call in calls] == [6]
 
 
+@pytest.mark.parametrize("family", ("sd3",), indirect=True)  # the same code for all
 def test_scales_of_0_and_2_need_both_halves(family: Family, policy: Any) -> None:
     inputs = family.latents(2), torch.tensor([0.501, 0.251]), policy.encode(PROMPTS[:2])
     halves = policy.predict_halves(*inputs)
@@ -150,6 +151,7 @@ def test_scales_of_0_and_2_need_both_halves(family: Family, policy: Any) -> None
     assert torch.allclose(twice, 2 * halves.conditional - halves.unconditional, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ("sd3",), indirect=True)  # the same code for all
 def test_the_negative_prompt_is_used(family: Family, pipeline: Any) -> None:
     """And none is the empty prompt, as in diffusers."""
     for negative in ("", "a green circle"):
@@ -263,11 +265,13 @@ def test_prompts_are_encoded_once_and_as_the_pipeline_does(
         assert not torch.allclose(value[0], value[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ("sd3",), indirect=True)  # the same code for all
 def test_without_guidance_no_negative_prompt_is_encoded(family: Family, tmp_path: Path) -> None:
     family.policy("model.cfg_scale=1.0", f"model.embedding_cache={tmp_path}").prepare_prompts(PROMPTS)
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("family", ("sd3",), indirect=True)  # the same code for all
 def test_prompts_given_to_the_loader_are_encoded_before_the_network_moves(
     family: Family, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +308,7 @@ def test_a_prompt_that_is_too_long_warns_once_and_says_what_is_cut(
         policy.encode([long])
 
 
+@pytest.mark.parametrize("family", ("sd3",), indirect=True)  # the same code for all
 def test_a_negative_prompt_that_is_too_long_warns_too(family: Family, tmp_path: Path) -> None:
     negative = "red background on background green background"
     settings = (f"model.embedding_cache={tmp_path}", f"model.negative_prompt={negative}")
@@ -353,6 +358,7 @@ def test_saved_weights_make_the_same_policy_and_the_same_pipeline(
         assert torch.allclose(images, theirs, atol=5e-4), (name, (images - theirs).abs().max())
 
 
+@pytest.mark.parametrize("family", ("sd3",), indirect=True)  # the same code for all
 def test_a_large_network_is_written_in_parts(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pipeline_policy.save_torch_state_dict
 
@@ -398,6 +404,7 @@ def test_lora_goes_where_the_family_says(family: Family) -> None:
     assert all(("lora_" in name) == p.requires_grad for name, p in policy.module.named_parameters())
 
 
+@pytest.mark.parametrize("family", ("klein", "sd"), indirect=True)
 def test_lora_weights_start_a_run(family: Family, tmp_path: Path) -> None:
     tuned = family.policy(*LORA)
     randomize_adapters(tuned)
@@ -465,6 +472,7 @@ def test_a_sampler_of_the_other_kind_is_refused(family: Family, policy: Any) -> 
         build_transitions(settings, policy.schedule(4))
 
 
+@pytest.mark.parametrize("family", ("sd3",), indirect=True)  # the same code for all
 def test_a_pipeline_without_its_network_is_refused(family: Family, tmp_path: Path) -> None:
     index = {"_class_name": type(family.pipeline()).__name__, "_diffusers_version": "0.42.1"}
     (tmp_path / "pipeline").mkdir()
