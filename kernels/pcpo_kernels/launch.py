@@ -1,6 +1,8 @@
 """What the Triton ops share on the host: how rows and tokens are cut, scratch memory, launching."""
 
 import functools
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ FINISH = 128
 """How many partial sums of a row are added at once."""
 _MOST_KINDS = 4096
 _counters: dict[int, Tensor] = {}
+_traced = threading.local()
 _compiled: dict[Any, Any] = {}
 # How a compiled kernel is launched is known of these releases. On AMD, Triton specialises on the size of a tensor's
 # storage as well; the interpreter compiles nothing.
@@ -54,14 +57,13 @@ def plan_for(elements: int) -> Plan:
     return Plan(block, 1 if elements <= 1 << 20 else 2)
 
 
-@functools.cache
 def tokens_per_program(tokens: int) -> int:
     """How many consecutive tokens of one image a backward program takes.
 
     It depends on the length of the sequence alone, so an image's sums have the same bits in a batch of any size. Few
     for short sequences, so that there are programs enough; many for long ones, so that partial sums cost little.
     """
-    return min(16, max(4, triton.next_power_of_2(tokens) // 256))
+    return 4 if tokens <= 1024 else 8 if tokens <= 2048 else 16
 
 
 @functools.cache
@@ -89,6 +91,9 @@ def launch(kernel: Any, like: Tensor, grid: tuple[int, int, int], warps: int, *a
         warps: warps per program.
         arguments: all of the kernel's, in its order, with its constants last.
     """
+    if is_traced():
+        torch.library.wrap_triton(kernel)[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        return None
     if like.is_meta:  # there is nothing to compute
         return None
     device = like.device.index
@@ -112,6 +117,24 @@ def launch(kernel: Any, like: Tensor, grid: tuple[int, int, int], warps: int, *a
     return None
 
 
+def traced(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The same host code for a tracer such as torch.compile, which is to see the launches of kernels."""
+
+    def run(*arguments: Any) -> Any:
+        before, _traced.now = is_traced(), True
+        try:
+            return implementation(*arguments)
+        finally:
+            _traced.now = before
+
+    return run
+
+
+def is_traced() -> bool:
+    """Whether this host code runs for a tracer."""
+    return getattr(_traced, "now", False)
+
+
 def _hooked() -> bool:
     """Whether a profiler listens to Triton's launches."""
     runtime = triton.knobs.runtime
@@ -126,7 +149,7 @@ def arrival_counters(like: Tensor, rows: int) -> Tensor:
     pool lends to its stream must not be held beyond the call.
     """
     device = like.device
-    if not like.is_cuda or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+    if is_traced() or not like.is_cuda or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return torch.zeros(rows + 1, dtype=torch.int32, device=device)
     counters = _counters.get(device.index)
     if counters is None or counters.numel() < rows + 1:

@@ -5,17 +5,27 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from pcpo_kernels.dispatch import interpreting
+from pcpo_kernels.launch import traced
+
+_SEEN = not triton.knobs.language.default_fp_fusion
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype))
 
 
 class Operator:
     """One op, ``pcpo_kernels::name``, which is functional: fresh outputs, inputs untouched.
 
-    It is registered for GPUs, for the interpreter on CPUs, and for tracing. A call with plain tensors in eager mode
+    It is registered for GPUs, for the interpreter on CPUs, and for tracing, in two forms: opaque, and as
+    ``name_kernels`` with its launches visible (``torch.library.triton_op``), which Inductor takes up into its own code.
+    Inductor compiles a kernel that it sees with Triton's default for fused multiply-add, and ours only have the same
+    bits everywhere without it: they are shown where ``TRITON_DEFAULT_FP_FUSION=0`` was set before they were imported.
+
+    A call with plain tensors in eager mode
     goes past the dispatcher, whose autograd costs several times as much host time as the launches: through an
     ``autograd.Function`` around the same implementation where a gradient is wanted, and straight to it elsewhere.
 
@@ -26,6 +36,7 @@ class Operator:
         setup_context: keeps for the backward what it needs, as ``torch.library.register_autograd`` describes.
         backward: returns one gradient, or None, per parameter; without it the op has no derivative.
         takes: named tuples whose fields are the parameters that the implementation takes as ``*arguments``.
+        shown: False for a kernel that is given a float as it runs, which Inductor would pass as float64.
     """
 
     def __init__(
@@ -37,16 +48,26 @@ class Operator:
         backward: Callable[..., Any] | None = None,
         *,
         takes: tuple[type, ...] = (),
+        shown: bool = True,
     ) -> None:
         qualified = f"pcpo_kernels::{name}"
-        torch.library.define(qualified, _schema(implementation, takes), tags=(torch.Tag.pt2_compliant_tag,))
+        prototype = traced(implementation)
+        prototype.__signature__ = _signature(implementation, takes)  # type: ignore[attr-defined]
+        schema = torch.library.infer_schema(prototype, mutates_args=())
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, ("cuda", "cpu"), implementation)
         torch.library.register_fake(qualified, fake)
-        self.registered = getattr(torch.ops.pcpo_kernels, name).default
+        names = [name]
+        if shown and not interpreting():
+            torch.library.triton_op(f"{qualified}_kernels", prototype, mutates_args=())
+            names.append(f"{name}_kernels")
+        self.opaque, *visible = (getattr(torch.ops.pcpo_kernels, one).default for one in names)
+        self.visible = visible[0] if visible else self.opaque
         self.implementation = implementation
         self.apply: Callable[..., Any] | None = None
         if setup_context is not None and backward is not None:
-            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+            for one in names:
+                torch.library.register_autograd(f"pcpo_kernels::{one}", backward, setup_context=setup_context)
             # Past Function's own apply, which looks for torch.func in each argument; __call__ has done so.
             self.apply = super(Function, _function(name, implementation, setup_context, backward)).apply  # type: ignore[misc]
 
@@ -65,23 +86,20 @@ class Operator:
         return self.implementation(*arguments)
 
     def _dispatch(self, arguments: tuple[Any, ...]) -> Any:
+        registered = self.visible if _SEEN else self.opaque
         if self.apply is not None:
-            return self.registered(*arguments)
+            return registered(*arguments)
         with torch.no_grad():  # an op without a derivative would warn
-            return self.registered(*arguments)
+            return registered(*arguments)
 
 
-def _schema(implementation: Callable[..., Any], takes: tuple[type, ...]) -> str:
+def _signature(implementation: Callable[..., Any], takes: tuple[type, ...]) -> inspect.Signature:
     own = inspect.signature(implementation)
     listed = [one for one in own.parameters.values() if one.kind is not one.VAR_POSITIONAL]
     for fields in takes:
         for name, kind in get_type_hints(fields).items():
             listed.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind))
-
-    def prototype() -> None: ...
-
-    prototype.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
-    return torch.library.infer_schema(prototype, mutates_args=())
+    return own.replace(parameters=listed)
 
 
 def _function(

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -192,6 +193,8 @@ class PipelinePolicy(Policy):
             network.requires_grad_(True)
         if settings.block_kernels:
             needed(network, cls.accelerated_blocks(network), "model.block_kernels")
+            if settings.compile:  # the compiler sees into the kernels only where that leaves their bits as they are
+                os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
             try:
                 pcpo_kernels.accelerate(network)
             except ValueError as error:

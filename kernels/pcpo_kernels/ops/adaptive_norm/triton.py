@@ -192,7 +192,7 @@ def _forward(
     images, tokens, channels = source.shape
     chunks = cdiv(tokens, FORWARD_TOKENS)
     bulk = _ready(source, branch, gate, shift, scale)
-    block, warps = block_for(channels)
+    block, warps = block_for(int(channels))
     launch(
         adaptive_norm_forward_kernel, source, (images * chunks, 1, 1), warps,
         *bulk,
@@ -261,7 +261,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
                 slots[i], sums = sums, sums + 1
         partials = incoming.new_empty((sums, images, chunks, channels), dtype=torch.float32)
     bulk = _ready(*given[:6])
-    block, warps = block_for(channels, sums=sums)
+    block, warps = block_for(int(channels), sums=sums)
     launch(
         adaptive_norm_backward_kernel, incoming, (images * chunks, 1, 1), warps,
         *bulk,

@@ -85,7 +85,7 @@ def _forward(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtyp
         return result
     rows = output.shape[0]
     elements = output.numel() // rows
-    plan = plan_for(elements)
+    plan = plan_for(int(elements))
     chunks = plan.chunks(elements)
     given = as_read(reference), as_read(output)
     launch(
@@ -107,7 +107,7 @@ def _backward(
         return results
     rows = incoming.shape[0]
     elements = incoming.numel() // rows
-    plan = plan_for(elements)
+    plan = plan_for(int(elements))
     chunks = plan.chunks(elements)
     left, read = iter(results), as_read(incoming)
     launch(

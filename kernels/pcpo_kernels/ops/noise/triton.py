@@ -135,7 +135,7 @@ def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     result = _normal_fake(seed, offset, count)
     if result.numel() == 0:
         return result
-    plan = plan_for(count)
+    plan = plan_for(int(count))
     chunks = plan.chunks(count)
     launch(
         philox_normal_kernel, seed, (seed.shape[0] * chunks, 1, 1), plan.warps,

@@ -380,7 +380,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss.zero_()
         return results
     elements = output.numel() // rows
-    plan = plan_for(elements)
+    plan = plan_for(int(elements))
     tensors = [as_read(tensor) for tensor in arguments[: OPERANDS + COLUMNS]]
     _, old_output, _, _, reference, *_ = tensors
     # On-policy without a reference nothing is summed: one program per row does the row's mathematics.
@@ -409,7 +409,7 @@ def _backward(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Ten
     if gradient.numel() == 0:
         return results
     elements = gradient.numel() // rows
-    plan = plan_for(elements)
+    plan = plan_for(int(elements))
     chunks = plan.chunks(elements)
     tensors = [as_read(tensor) for tensor in operands]
     launch(
@@ -444,8 +444,9 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Ten
 
 _loss_backward = Operator("policy_loss_backward", _backward, _backward_fake, takes=(Operands,))
 _loss = Operator(
-    "policy_loss", _forward, _forward_fake, _setup_context, _autograd_backward, takes=(Operands, Columns, Settings)
-)
+    "policy_loss", _forward, _forward_fake, _setup_context, _autograd_backward,
+    takes=(Operands, Columns, Settings), shown=False,
+)  # fmt: skip
 _OBJECTIVES = get_args(Objective)
 
 

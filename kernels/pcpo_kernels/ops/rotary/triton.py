@@ -149,7 +149,7 @@ def _forward(*arguments: Any) -> Tensor:
     for part, factor, first in _parts(given):
         images, tokens, heads, size = part.shape
         if part.numel() > 0:
-            tile, warps = tile_for(heads, size)
+            tile, warps = tile_for(int(heads), int(size))
             launch(
                 norm_rope_forward_kernel, result, (images * tokens, 1, 1), warps,
                 part, factor, cos, sin, result, *part.stride()[:3],
@@ -186,7 +186,7 @@ def _backward(
         taken = tokens_per_program(tokens)
         chunks = cdiv(tokens, taken)
         partials = None if total is None else part.new_empty((images * chunks, size), dtype=torch.float32)
-        tile, warps = tile_for(heads, size)
+        tile, warps = tile_for(int(heads), int(size))
         launch(
             norm_rope_backward_kernel, part, (images * chunks, 1, 1), warps,
             read, part, factor, cos, sin, gradient, partials, *read.stride()[:3], *part.stride()[:3],

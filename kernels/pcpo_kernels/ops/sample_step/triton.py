@@ -118,7 +118,7 @@ def _step(
     if rows == 0:
         return results
     elements = latents.numel() // rows
-    plan = plan_for(elements)
+    plan = plan_for(int(elements))
     chunks = plan.chunks(elements)
     big = as_read(latents), as_read(output), as_read(noise)
     columns = [_row_values(column) for column in (a, b, std)]
