@@ -12,6 +12,7 @@ from pcpo_fast.reporting.run_files import RunFiles, embedded_sheet, is_number, n
 from pcpo_fast.reporting.series import series
 from pcpo_fast.reporting.summary import summarize_run
 from pcpo_fast.reporting.svg import inline_svg
+from pcpo_fast.runs.provenance import read_provenance
 
 _MOST_GRIDS = 24
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
@@ -45,6 +46,7 @@ def write_report(run_dir: Path | str) -> Path:
         samples=_samples(run),
         strips=_latest_strips(run),
         figures=_figures(run),
+        provenance=read_provenance(run.folder)[-1:],
     )
     write_atomically(run.folder / "report.html", page)
     return run.folder / "report.html"

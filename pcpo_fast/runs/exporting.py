@@ -9,6 +9,7 @@ from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.runs.checkpoint import STATE_FILE, WEIGHTS, checkpoints, read_state
 from pcpo_fast.runs.manifest import changed_file
+from pcpo_fast.runs.provenance import copy_provenance
 from pcpo_fast.runs.run_directory import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def export_run(
             save_lora(config, weights, temporary, names, given or (None if output is None else torch.bfloat16))
         else:
             save_network(weights, temporary, given)
+        copy_provenance(folder, temporary)
         for file in temporary.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # libraries write files that only the owner can read
         shutil.rmtree(target, ignore_errors=True)

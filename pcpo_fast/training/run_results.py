@@ -18,6 +18,7 @@ from pcpo_fast.reporting.grids import before_after
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.reporting.report import write_report
 from pcpo_fast.reporting.summary import write_summary
+from pcpo_fast.runs.provenance import copy_provenance
 from pcpo_fast.runs.run_directory import CREDIT_FILE, GAINS_FILE
 from pcpo_fast.training.heldout import HeldOut
 
@@ -59,5 +60,6 @@ def _replace_export(policy: Policy, target: Path, weights: Mapping[str, Tensor])
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_weights(temporary, weights)
+    copy_provenance(target.parent, temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

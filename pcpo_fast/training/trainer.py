@@ -49,6 +49,7 @@ from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
 from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.runs.input_record import ACCEPT, Input, check_unchanged, hashes, write_record
+from pcpo_fast.runs.provenance import write_provenance
 from pcpo_fast.runs.run_directory import RunStart, claim, open_run, read_summary, verified
 from pcpo_fast.runs.run_lock import only_run
 from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor
@@ -251,6 +252,7 @@ class Trainer:
             if rank() == 0:
                 open_run(config, self.start)
                 write_record(self.folder, self.contents, first)
+                write_provenance(self.folder, config, first)
                 write_credit(self.folder, config.sampler.name, self.tables.transitions, self.tables.credit)
                 if self.heldout.prompts:
                     write_captions(self.folder, self.heldout.captions)

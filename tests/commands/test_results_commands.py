@@ -162,7 +162,7 @@ def test_an_exported_lora_starts_the_same_images(
 
     answer = call(capsys, "export", lora.folder, "--output", tmp_path / "lora", *options)
     assert answer.code == 0, answer.err
-    [file] = (tmp_path / "lora").iterdir()
+    [file] = (tmp_path / "lora").glob("*.safetensors")
     assert file.stat().st_mode & 0o777 == 0o644
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
@@ -258,7 +258,7 @@ def test_export_of_an_earlier_epoch_a_checkpoint_and_the_default_folders(
     answer = call(capsys, "export", run, "--pipeline")
     assert answer.out == f"pipeline after 2 epochs: {run / 'pipeline'}\n"
     assert (run / "pipeline" / "model_index.json").is_file()
-    assert {path.name for path in (run / "export").iterdir()} == {"transformer"}
+    assert {path.name for path in (run / "export").iterdir()} == {"transformer", "provenance.json"}
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
 
 
@@ -276,7 +276,7 @@ def test_export_of_an_earlier_epoch_a_checkpoint_and_the_default_folders(
             ("{run}", "--format", "kohya"),
             "--format kohya: only applies to LoRA files, but this is a full",
         ),
-        (("{run}", "--format", "kohya", "--pipeline"), "and this is a whole pipeline"),
+        (("{run}", "--format", "kohya", "--pipeline"), "but this is a whole pipeline"),
     ],
 )
 def test_export_refuses(arguments: tuple[str, ...], words: str, full: Run, capsys: Capture) -> None:

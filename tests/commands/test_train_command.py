@@ -44,7 +44,7 @@ def test_run_directory_is_complete(full: Run) -> None:
     left = {path.name for path in full.folder.iterdir()}
     assert left == {
         "config.yaml", "metrics.jsonl", "credit.json", "images", "checkpoints", "export", "report.html", "summary.json",
-        "tensorboard", "inputs.json", ".lock",
+        "tensorboard", "inputs.json", "provenance.json", ".lock",
     }  # fmt: skip
 
 

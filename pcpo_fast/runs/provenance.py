@@ -1,0 +1,91 @@
+"""What made a run: ``provenance.json`` in its folder, which its page shows and its exports carry."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pcpo_fast
+from pcpo_fast.config.schema import Config
+from pcpo_fast.distributed.collectives import world_size
+from pcpo_fast.files.atomic import write_atomically
+
+PROVENANCE_FILE = "provenance.json"
+LIBRARIES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "numpy")
+_CHECKOUT = Path(pcpo_fast.__file__).resolve().parents[1]
+_SECRET = re.compile(r"((?:api_?key|password|passwd|secret|token)[\w.-]*[\"']?\s*[:=]\s*)[^\s,}]+", re.IGNORECASE)
+
+
+def write_provenance(folder: Path, config: Config, epoch: int) -> None:
+    """Add this start of a run to its ``provenance.json``.
+
+    Args:
+        folder: the run directory.
+        config: the run, its sizes resolved.
+        epoch: epochs trained before this start; a run that begins anew forgets earlier starts.
+    """
+    starts = read_provenance(folder) if epoch else []
+    write_atomically(folder / PROVENANCE_FILE, json.dumps([*starts, _provenance(config, epoch)], indent=1) + "\n")
+
+
+def read_provenance(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a run, oldest first; none where they are not recorded."""
+    try:
+        found = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else []
+
+
+def copy_provenance(run: Path, target: Path) -> None:
+    """Put a run's provenance beside its weights, if it has one."""
+    if (run / PROVENANCE_FILE).is_file():
+        shutil.copyfile(run / PROVENANCE_FILE, target / PROVENANCE_FILE)
+
+
+def _provenance(config: Config, epoch: int) -> dict[str, Any]:
+    settings = json.dumps(config.model_dump(mode="json", exclude={"output_dir"}), sort_keys=True)
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "after_epoch": epoch,
+        "pcpo_fast": pcpo_fast.__version__,
+        "commit": commit,
+        "commit_dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name)) is not None},
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "ranks": world_size(),
+        "command": _SECRET.sub(r"\1(not shown)", shlex.join(sys.argv)),
+        "configuration_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout that pcpo_fast runs from; None where it is none, or git does not answer."""
+    if not (_CHECKOUT / ".git").exists():
+        return None
+    command = ["git", "--no-optional-locks", "-C", str(_CHECKOUT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
