@@ -39,11 +39,10 @@ from step_paths import Ours, Public, StepPath, Strong, WithEngine
 from pcpo_fast.config.schema import Config
 from pcpo_fast.engine.engine import start_distributed, stop_distributed
 from pcpo_fast.errors import UserError
+from pcpo_fast.planning.cards import card_of
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.rollout.epoch_plan import steps_per_image
 
-PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
-"""Dense bf16 TFLOP/s of the datasheet, by a part of the GPU's name."""
 PATHS = ("ours", "strong", "baseline", "unproved", "ladder", "extras")
 """What ``--only`` takes, in the order of measurement."""
 
@@ -124,9 +123,9 @@ class Session:
 
     @property
     def peak(self) -> float | None:
-        """Datasheet peak; None for an unlisted device."""
-        name = torch.cuda.get_device_name() if self.gpu else ""
-        return next((peak for part, peak in PEAKS.items() if part in name), None)
+        """Dense bf16 TFLOP/s of the data sheet; None for an unlisted device."""
+        card = card_of(torch.cuda.get_device_name()) if self.gpu else None
+        return None if card is None else card.peak_tflops
 
     def config(self, overrides: tuple[str, ...]) -> Config:
         return self.size.config(self.chosen.finetune, *self.base, *overrides)

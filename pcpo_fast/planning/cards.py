@@ -1,5 +1,6 @@
 """GPUs by name: memory, and the rate of dense bf16 products with sums in float32, from data sheets."""
 
+import re
 from typing import NamedTuple
 
 from pcpo_fast.errors import UserError
@@ -43,3 +44,11 @@ def find_card(name: str) -> Card:
             "(another GPU: --gpu-memory and --peak-tflops)"
         )
     return CARDS[name.upper()]
+
+
+def card_of(device_name: str) -> Card | None:
+    """The card that CUDA calls by this name; None for one that is not listed, or for a slower or faster relative."""
+    for name, card in CARDS.items():
+        if re.search(rf"\b{name}\b(?!.*\b(Ti|D|PCIe|NVL|Laptop)\b)", device_name):
+            return card
+    return None

@@ -36,6 +36,7 @@ from pcpo_fast.method.step_tables import EpochTables, RunTables
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.sizes import fitted, is_auto, kept_sizes, with_sizes
 from pcpo_fast.planning.states import Zero
+from pcpo_fast.planning.utilization import utilization_of
 from pcpo_fast.policies.families import check_base_model, keep_reference, load_policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.profiling import profiler_ranges
@@ -198,6 +199,7 @@ class Trainer:
         self.warned_of_mismatch = False
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
         self.spread, self.predictions = SpreadMonitor(), PredictionMonitor()
+        self.utilization = utilization_of(config, self.device, self.progress.message)
         self.predicted_reward: float | None = None  # of the latest epoch's predictions
         self.heldout_reward: float | None = None  # of the current weights
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
@@ -351,6 +353,8 @@ class Trainer:
         for name, begin, end in zip(("rollout", "reward", "update"), clock, clock[1:], strict=False):
             metrics[f"time/{name}"] = end - begin
         metrics["throughput/images_per_second"] = self.config.images_per_epoch / (clock[-1] - clock[0])
+        if self.utilization is not None:
+            metrics |= self.utilization.metrics(*work[:3], clock[-1] - clock[0], world_size())
         if self.device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics
