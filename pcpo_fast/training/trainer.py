@@ -231,8 +231,8 @@ class Trainer:
         if kept is not None:
             config = with_sizes(config, *kept)
         else:
-            memory = gather_objects(device_memory(self.device, 1) if self.device.type == "cuda" else None)
-            config = fitted(config, pairs, world_size(), min(memory, default=None))
+            memory = gather_objects(device_memory(self.device, 1)) if self.device.type == "cuda" else [None]
+            config = fitted(config, pairs, world_size(), min(memory))
         sizes = (
             f"train.micro_batch_size={config.train.pairs_at_once} rollout.batch_size={config.rollout.images_at_once}"
         )
@@ -354,7 +354,9 @@ class Trainer:
             metrics[f"time/{name}"] = end - begin
         metrics["throughput/images_per_second"] = self.config.images_per_epoch / (clock[-1] - clock[0])
         if self.utilization is not None:
-            metrics |= self.utilization.metrics(*work[:3], clock[-1] - clock[0], world_size())
+            forwards, trained, decodes, _ = work
+            seconds = clock[-1] - clock[0]
+            metrics |= self.utilization.metrics(forwards, trained, decodes, seconds, world_size())
         if self.device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics

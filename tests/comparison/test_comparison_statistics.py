@@ -96,7 +96,7 @@ def test_unpaired_sides_may_differ_in_number_and_their_variances_add() -> None:
     half = stats.t.ppf(0.975, 49) * np.sqrt(x.var(ddof=1) / 60 + y.var(ddof=1) / 50)
     assert estimate.n == 50
     assert (estimate.high - estimate.low) / 2 == pytest.approx(half, rel=0.06)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="pairs"):
+    with pytest.raises(ValueError, match="paired samples must have equal lengths"):
         mean_difference([1.0], [1.0, 2.0], paired=True)
 
 

@@ -249,7 +249,7 @@ def test_finished_images_against_a_folder_and_inception(
     torch.save({"fc.bias": torch.zeros(3)}, weights)
     monkeypatch.setattr(FakeInception, "__init__", refuse_weights)
     answer = call(capsys, *named, "--count", "2")
-    assert answer.code == 2 and f"{weights} does not hold the Inception weights of torch-fidelity" in answer.err
+    assert answer.code == 2 and f"{weights} does not hold torch-fidelity's Inception weights" in answer.err
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
@@ -348,7 +348,7 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
         (("--checkpoint", "RUN", "--metric", "fvd"), "--metric 'fvd': must be one of fd-dinov2"),
         (("--checkpoint", "RUN", "--metric", "cmmd="), "the model after '=' is missing"),
         (("--checkpoint", "RUN", "--metric", "cmmd", "--metric", "cmmd=x"), "cmmd is given twice"),
-        (("--checkpoint", "RUN", "--metric", "fid=a", "--metric", "is=b"), "fid and is use one Inception network"),
+        (("--checkpoint", "RUN", "--metric", "fid=a", "--metric", "is=b"), "fid and is share one Inception network"),
         (("--checkpoint", "RUN", "--metric", "cmmd"), "--metric cmmd: a distance needs a reference"),
         (("--checkpoint", "RUN", "--reference", "nowhere"), "--reference: nowhere is neither base nor a folder"),
         (("--checkpoint", "RUN", "--prompts", "nowhere.txt"), "prompt file nowhere.txt does not exist"),
@@ -359,7 +359,10 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
         (("--checkpoint", "RUN", "--checkpoint", "RUN"), "the name run is used twice; choose names"),
         (("--checkpoint", "a b=RUN"), "a name consists of at most 60 letters, digits"),
         (("--checkpoint", "x=", "--config", "RUN/config.yaml"), "expected [NAME=]WHAT[@SCALES]"),
-        (("--checkpoint", "./nowhere", "--config", "RUN/config.yaml"), "nowhere is neither base, nor a run directory"),
+        (
+            ("--checkpoint", "./nowhere", "--config", "RUN/config.yaml"),
+            "./nowhere is not 'base', a run directory, a checkpoint",
+        ),
         (
             ("--checkpoint", "base", "--checkpoint", "RUN", "--metric", "fd-dinov2=nowhere/at-all", "--limit", "1"),
             "--metric fd-dinov2=nowhere/at-all: nowhere/at-all is not under",

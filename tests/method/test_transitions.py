@@ -501,7 +501,7 @@ NAN, INF = math.nan, math.inf
     [
         ([1.0, 0.5, 0.5, 0.0], r"strictly decrease, but 0\.5 follows 0\.5 at position 2"),
         ([0.0, 0.5, 1.0], r"strictly decrease, but 0\.5 follows 0\.0 at position 1"),
-        ([1.5, 0.5, 0.0], r"from 1 \(noise\) to 0 \(image\), got 1\.5 at position 0"),
+        ([1.5, 0.5, 0.0], r"between 1 \(noise\) and 0 \(image\), got 1\.5 at position 0"),
         ([1.0, 0.5, -0.1], r"got -0\.1 at position 2"),
         ([1.0, NAN, 0.0], "finite, got nan at position 1"),
         ([1.0, 0.0], "at least 2 steps, got 1"),
@@ -528,7 +528,7 @@ def test_bad_noise_is_refused(sampler, noise):
 
 def test_cps_noise_above_one_is_refused():
     assert bool((coefficients_preserving(shifted_times(4, 3.0), 1.0).std[:-1] > 0).all())
-    with pytest.raises(ValueError, match=r"within 0\.\.1, got 1\.01"):
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.01"):
         coefficients_preserving(shifted_times(4, 3.0), 1.01)
 
 

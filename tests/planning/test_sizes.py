@@ -1,6 +1,7 @@
 """Automatic batch sizes: what they come to, that they divide, and that they are kept."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,3 +100,22 @@ def test_other_values_are_refused(value: str, capsys: Any) -> None:
     for key in ("train.micro_batch_size", "rollout.batch_size"):
         answer = call(capsys, "train", f"{key}={value}")
         assert answer.code == 2 and f"{key}: must be an integer of at least 1, or auto, got " in answer.err
+
+
+def test_a_trainer_on_two_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from pcpo_fast.training import trainer
+
+    monkeypatch.setattr(trainer, "world_size", lambda: 2)
+    monkeypatch.setattr(trainer, "gather_objects", lambda one: [one, one])
+    said: list[str] = []
+    stand_in: Any = SimpleNamespace(
+        tables=SimpleNamespace(trained_count=5),
+        start=SimpleNamespace(fresh=True),
+        device=torch.device("cpu"),
+        progress=SimpleNamespace(message=said.append),
+        folder=tmp_path,
+    )
+    assert of(trainer.Trainer._sized(stand_in, demo())) == (60, 48)
+    assert said == ["Sizes: train.micro_batch_size=60 rollout.batch_size=48"]
