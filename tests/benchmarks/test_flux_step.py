@@ -195,7 +195,7 @@ def test_a_micro_step_is_one_forward_and_backward(size: Size, monkeypatch: pytes
 def test_micro_batches_fit_the_memory_there_is() -> None:
     assert [SIZES["full"].fitting(gib).together for gib in (139.8, 79.2, 79.6, 60.0, 44.5)] == [4, 3, 3, 2, 1]
     assert SIZES["small"].fitting(23.0) == SIZES["small"]
-    with pytest.raises(UserError, match="this size needs 44 GiB, and this GPU has 40"):
+    with pytest.raises(UserError, match="this size needs 44 GiB, but this GPU has 40"):
         SIZES["full"].fitting(39.6)
 
 

@@ -377,7 +377,7 @@ def test_what_this_machine_lacks_is_said_before_anything_is_loaded(
         "wandb is not",
         "comet_ml is not",
         "einops is not",
-        "none is not a folder",
+        "none is not a writable folder",
         "libaio",
     ):
         assert words in str(caught.value)

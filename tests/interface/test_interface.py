@@ -213,7 +213,7 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
         (lambda run: pcpo_fast.sample("a", runs=run, config=TINY), "config: a run has its own configuration"),
         (lambda run: pcpo_fast.sample("a", config=TINY, scales=1), "scales: needs a trained run to scale; give one "),
         (lambda run: pcpo_fast.sample("a", runs=run, folder="x"), "folder: also needs output, the image file"),
-        (lambda run: pcpo_fast.evaluate([]), "checkpoints: name what to evaluate"),
+        (lambda run: pcpo_fast.evaluate([]), "checkpoints: missing; for example checkpoints=base"),
         (lambda run: pcpo_fast.evaluate("base", shown=-1), "shown: must be at least 0, got -1"),
         (lambda run: pcpo_fast.export(run, format="x"), "format: must be one of diffusers, comfyui, kohya, got 'x'"),
         (lambda run: pcpo_fast.export(run, epoch=9), "epoch: "),

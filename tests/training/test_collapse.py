@@ -65,7 +65,7 @@ def test_the_monitor_compares_with_the_diversity_before() -> None:
     assert monitor.reason is None
     monitor.look(0.099, 6, is_first=False)
     assert monitor.reason is not None
-    assert "after 6 epochs" in monitor.reason and "0.099 is below 0.5 of the 0.200" in monitor.reason
+    assert "after 6 epochs" in monitor.reason and "0.099 is below 0.5 times the 0.200" in monitor.reason
     monitor.look(0.15, 8, is_first=False)
     assert monitor.reason is None
 
@@ -115,7 +115,7 @@ def test_a_run_that_collapses_ends_and_says_why(
     folder = tmp_path / "run"
     answer = call(capsys, "train", "--config", config)
     assert (answer.code, answer.err) == (0, "")
-    assert "stopped after 2 epochs" in answer.out and "0.100 is below 0.5 of the 0.300" in answer.out
+    assert "stopped after 2 epochs" in answer.out and "0.100 is below 0.5 times the 0.300" in answer.out
     held = [record for record in records(folder) if record["kind"] == "evaluation"]
     assert [record["epoch"] for record in held] == [0, 1, 2]
     assert held[0]["heldout/base_distance"] == 0 < held[1]["heldout/base_distance"]
