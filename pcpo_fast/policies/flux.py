@@ -13,7 +13,7 @@ from torch import Tensor
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth, double_and_single_blocks
-from pcpo_fast.policies.lora_names import BlockNames, release_weights
+from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about, check_rotary_axes
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
 
@@ -69,14 +69,7 @@ class FluxPolicy(PipelinePolicy):
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",

@@ -18,7 +18,7 @@ from pcpo_fast.files.content import INDEX
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth, double_and_single_blocks
-from pcpo_fast.policies.lora_names import BlockNames, release_weights
+from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about, check_rotary_axes
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
 from pcpo_fast.policies.weight_files import read_json
@@ -69,14 +69,7 @@ class Flux2KleinPolicy(PipelinePolicy):
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "ff.linear_in",
         "ff.linear_out",
         "ff_context.linear_in",

@@ -25,6 +25,18 @@ _UNET_WORDS = re.compile(
 )
 
 
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""Layers of diffusers' attention over image and text together, as in the blocks of FLUX and SD3."""
+
 BlockNames = Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
 """By the name of a list of blocks in diffusers' network: its name in the original release, and for each weight of
 a block the layers that are its rows, in order."""

@@ -12,7 +12,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth
-from pcpo_fast.policies.lora_names import BlockNames, release_weights
+from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_files import part_classes
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
@@ -68,16 +68,7 @@ class StableDiffusion3Policy(PipelinePolicy):
     accelerated: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
 
     fits: ClassVar[tuple[Fit, ...]] = (
         ("joint_attention_dim", 1, "text_encoder_3", "d_model"),
