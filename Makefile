@@ -13,14 +13,16 @@ PYTEST := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/bytecod
 # A stamp is younger than what it was installed from.
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 
-.PHONY: help install demo test test-all lint format bench kernels-report clean clean-all
+.PHONY: help install demo test test-all lint format docs bench kernels-report clean clean-all
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      train the tiny FLUX pipeline (3 minutes on 2 cores) and write runs/demo/report.html"
 	@echo "make test      run the tests, but for the slow ones (make test-all)"
 	@echo "make lint      check formatting, lint and types (make format mends the first)"
+	@echo "make docs      build the documentation's site into build/site and check its links"
 	@echo "make bench     time the operations on this machine"
 	@echo "make kernels-report   compile every kernel variant and print what it needs"
 	@echo "make install   install with the development tools into .venv, and do nothing else"
@@ -45,6 +47,9 @@ lint: $(DEV)
 format: $(DEV)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(DOCS)
+	@$(BIN)/python docs/site/build_site.py
 
 bench: $(DEV)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -77,4 +82,9 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing what training and development need into $(VENV) (minutes, the first time)"
 	@$(PIP_INSTALL) -e ".[dev]"
+	@touch $(RUNTIME) $@
+
+$(DOCS): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what the documentation's site needs into $(VENV)"
+	@$(PIP_INSTALL) -e ".[docs]"
 	@touch $(RUNTIME) $@
