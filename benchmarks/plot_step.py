@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.reporting.style import BLUE, GRID, INK, ORANGE, SOFT, new_figure, styled
+from pcpo_fast.reporting.style import GRID, INK, OTHERS, SOFT, new_figure, styled
 
 
 def rungs_of(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -51,8 +51,10 @@ def draw(content: dict[str, Any]) -> Any:
     axes.grid(True, axis="x", color=GRID, linewidth=0.8)
     places = range(len(rungs))
     rollouts = [rung["rollout_s"] for _, rung in rungs]
-    axes.barh(places, rollouts, color=BLUE, label="rollout", height=0.62)
-    axes.barh(places, [rung["update_s"] for _, rung in rungs], left=rollouts, color=ORANGE, label="update", height=0.62)
+    axes.barh(places, rollouts, color=OTHERS[0], label="rollout", height=0.62)
+    axes.barh(
+        places, [rung["update_s"] for _, rung in rungs], left=rollouts, color=OTHERS[2], label="update", height=0.62
+    )
     longest = max(rung["step_s"] for _, rung in rungs)
     for place, (_, rung) in zip(places, rungs, strict=True):
         times = rungs[0][1]["step_s"] / rung["step_s"]

@@ -22,13 +22,11 @@ from pcpo_fast.comparison.tables import epochs_text
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import mean_curve
 from pcpo_fast.reporting.style import (
-    BLUE,
-    GREEN,
     GRID,
     INK,
-    ORANGE,
-    PURPLE,
     SOFT,
+    credit_color,
+    distinct_looks,
     epoch_axis,
     legend,
     marker,
@@ -40,10 +38,6 @@ from pcpo_fast.reporting.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# The first colours of the style, then the rest of the same palette, then the same again with dashed lines.
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", "#8a8f98", "#20242c")
-_DASHES = ("-", "--", ":")
 
 Curve = Callable[[RunCurves], Series]
 
@@ -117,14 +111,14 @@ def _curves_figure(result: Comparison, curves: Mapping[str, Curve], x: str, y: s
     figure = new_figure(height)
     for place, (title, groups) in enumerate(found.items(), start=1):
         axes = styled(figure.add_subplot(1, len(found), place), title, x, y, with_legend=True)
-        for index, (variant, group) in enumerate(zip(result.variants, groups, strict=True)):
+        for variant, group, look in zip(result.variants, groups, _looks(result), strict=True):
             if group:
-                _draw(axes, group, index, variant.name)
+                _draw(axes, group, look, variant.name)
     return figure
 
 
-def _draw(axes: "Axes", curves: list[Series], index: int, name: str) -> None:
-    colour, line = _look(index)
+def _draw(axes: "Axes", curves: list[Series], look: tuple[str, str], name: str) -> None:
+    colour, line = look
     if len(curves) > 1:
         for curve in curves:
             axes.plot(curve.epochs, curve.values, color=colour, linewidth=0.7, alpha=0.35, linestyle=line)
@@ -140,7 +134,8 @@ def _draw(axes: "Axes", curves: list[Series], index: int, name: str) -> None:
 
 def target_figure(result: Comparison) -> "Figure | None":
     """Epochs to the target: a dot per seed (hollow where it was not reached), the mean and its interval."""
-    shown = [one for one in enumerate(result.variants) if EPOCHS_TO_TARGET.key in one[1].means]
+    timed_ones = zip(result.variants, _looks(result), strict=True)
+    shown = [one for one in timed_ones if EPOCHS_TO_TARGET.key in one[0].means]
     if not shown:
         return None
     reading = result.reading
@@ -148,8 +143,7 @@ def target_figure(result: Comparison) -> "Figure | None":
     which = "held-out" if reading.metric == "heldout" else "training"
     title = f"Epochs until the {which} reward reaches {reading.target:.4g}"
     axes = styled(figure.add_subplot(), title, "epochs trained", "")
-    for row, (index, variant) in enumerate(shown):
-        colour, _ = _look(index)
+    for row, (variant, (colour, _)) in enumerate(shown):
         times = [time for run in variant.runs if (time := timed(run, reading)) is not None]
         offsets = [0.0] if len(times) == 1 else [0.18 - 0.36 * i / (len(times) - 1) for i in range(len(times))]
         for time, offset in zip(times, offsets, strict=True):
@@ -162,12 +156,12 @@ def target_figure(result: Comparison) -> "Figure | None":
         text = epochs_text(variant)
         axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5, color=INK)
     axes.axvline(reading.horizon, color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)))
-    axes.set_yticks(range(len(shown)), [variant.name for _, variant in shown], color=INK)
+    axes.set_yticks(range(len(shown)), [variant.name for variant, _ in shown], color=INK)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.grid(False, axis="y")
     axes.grid(True, axis="x", color=GRID, linewidth=0.8)
     epoch_axis(axes, 0, reading.horizon)
-    if any(variant.reached is not None and variant.reached < len(variant.runs) for _, variant in shown):
+    if any(variant.reached is not None and variant.reached < len(variant.runs) for variant, _ in shown):
         axes.set_xlabel(f"epochs trained (hollow: not reached within {reading.horizon})")
     return figure
 
@@ -199,7 +193,7 @@ def gradient_figure(result: Comparison) -> "Figure | None":
     figure, top = new_figure(3.3), 0.0
     title, x = "Spread of the gradient norm over updates", "gradient norm / median of its run"
     axes = styled(figure.add_subplot(), title, x, "share of updates above", with_legend=True)
-    for index, variant in enumerate(result.variants):
+    for variant, (colour, line) in zip(result.variants, _looks(result), strict=True):
         pooled: list[float] = []
         for run in variant.runs:
             norms = norms_after_warm_up(run, result.reading)
@@ -208,7 +202,6 @@ def gradient_figure(result: Comparison) -> "Figure | None":
         if pooled:
             pooled.sort()
             above = [1 - i / len(pooled) for i in range(len(pooled))]
-            colour, line = _look(index)
             axes.step(pooled, above, where="pre", color=colour, linewidth=1.8, linestyle=line, label=variant.name)
             top = max(top, pooled[-1])
     if not top:
@@ -225,8 +218,9 @@ def gradient_figure(result: Comparison) -> "Figure | None":
     return figure
 
 
-def _look(index: int) -> tuple[str, str]:
-    return COLOURS[index % len(COLOURS)], _DASHES[index // len(COLOURS) % len(_DASHES)]
+def _looks(result: Comparison) -> list[tuple[str, str]]:
+    """Colour and line style of every variant."""
+    return distinct_looks([credit_color(v.runs[0].config) if v.runs else None for v in result.variants])
 
 
 def _legend(figure: "Figure") -> None:

@@ -2,23 +2,18 @@
 
 from pathlib import Path
 
-from PIL import Image
-
 from pcpo_fast.evaluation.image_sets import ImageSet
 from pcpo_fast.evaluation.result import Evaluation
 from pcpo_fast.evaluation.result_tables import evaluation_tables, images_text
 from pcpo_fast.evaluation.trade_off_figures import trade_off_figure
-from pcpo_fast.reporting.grids import image_bytes, to_image
-from pcpo_fast.reporting.pages import data_url, render_page
-from pcpo_fast.reporting.svg import inline_svg
+from pcpo_fast.reporting.charts import charts
+from pcpo_fast.reporting.grids import to_image
+from pcpo_fast.reporting.pages import embedded, render_page
 from pcpo_fast.reporting.tables import number_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_IMAGES = 4
 """Images per prompt that the page shows."""
-
-_SMALL = 128
-_LARGE = 512
 
 
 def evaluation_page(result: Evaluation, shown: int) -> str:
@@ -50,18 +45,12 @@ def evaluation_page(result: Evaluation, shown: int) -> str:
         subtitle=", ".join(result.names),
         footer=images_text(result),
         tables=evaluation_tables(result),
-        trade_off=figure and inline_svg(figure, "trade", "rewards against distances"),
+        trade_off=figure and charts(figure, "Rewards against distances"),
         prompts=prompts,
-        large=_LARGE,
         notes=result.notes,
     )
 
 
 def embedded_image(images: ImageSet, row: int) -> dict[str, object]:
-    """The image as a data URL. Images of at most 128 pixels are stored losslessly and shown with visible pixels."""
-    image = to_image(images.read(row))
-    small = max(image.size) <= _SMALL
-    if small:
-        return {"source": data_url(image_bytes(image), "png"), "small": True}
-    image.thumbnail((_LARGE, _LARGE), Image.Resampling.LANCZOS)
-    return {"source": data_url(image_bytes(image, "jpeg", quality=90), "jpeg"), "small": False}
+    """An image of a set for a page."""
+    return embedded(to_image(images.read(row)))

@@ -8,13 +8,21 @@ from pcpo_fast.evaluation.matching import Point
 from pcpo_fast.evaluation.metrics import MetricColumn
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.reporting.statistics import Estimate
-from pcpo_fast.reporting.style import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, legend, new_figure, point_label, styled
+from pcpo_fast.reporting.style import (
+    BASE,
+    TUNED,
+    credit_color,
+    distinct_looks,
+    legend,
+    new_figure,
+    point_label,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, INK)
 _MARKERS = ("o", "s", "^", "D", "v")
 
 
@@ -62,9 +70,12 @@ def trade_off_figure(result: Evaluation) -> "Figure | None":
 def _panel(axes: "Axes", result: Evaluation, reward: RewardColumn, column: MetricColumn) -> None:
     base = next((one for one in result.candidates if one.kind == "base"), None)
     if base is not None:
-        _dot(axes, reward.estimate(base.name), column.estimates[base.name], SOFT, "*", base.name)
-    for number, (family, members) in enumerate(curves(result.candidates).items()):
-        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        _dot(axes, reward.estimate(base.name), column.estimates[base.name], BASE, "*", base.name)
+    families = curves(result.candidates)
+    meant = [TUNED if len(families) == 1 else credit_color(members[-1].config) for members in families.values()]
+    looks = distinct_looks(meant)
+    for number, (family, members) in enumerate(families.items()):
+        colour, marker = looks[number][0], _MARKERS[number % len(_MARKERS)]
         if len(members) > 1:
             ys, xs = zip(*points(members, reward, column), strict=True)
             axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.6)

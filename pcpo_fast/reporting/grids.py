@@ -1,6 +1,7 @@
 """Image sheets with captions: sample grids, before/after pairs, and tables with row and column headings."""
 
 import io
+import json
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -10,9 +11,14 @@ from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 ImageLike = Any
 """A PIL image, or a tensor or array [3, H, W] (or [1, H, W]) with values in 0..1."""
+
+TILES = "tiles"
+"""Text of a PNG sheet: JSON with ``tiles``, of each the boxes of its images (one, or before and after), its caption
+and scores; ``scale``, how often a pixel of theirs is repeated; and ``headings``."""
 
 _PAPER = (255, 255, 255)
 _INK = (32, 36, 44)
@@ -43,7 +49,10 @@ def to_image(image: ImageLike) -> Image.Image:
 
 
 def image_bytes(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
-    """Encode an image as "png" or "jpeg"; `options` are passed to PIL."""
+    """Encode an image as "png" or "jpeg"; `options` are passed to PIL. A PNG sheet keeps where its tiles are."""
+    if kind == "png" and TILES in image.info:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt(TILES, image.info[TILES])
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -64,10 +73,14 @@ def image_grid(
     Captions are wrapped to the image and cut after four lines. Raises ValueError if there are no images, if the
     number of captions differs, or if `columns` or `scale` is not positive.
     """
-    cells = [resized(image, columns, scale) for image in _images(images)]
+    pictures = _images(images)
+    cells = [resized(image, columns, scale) for image in pictures]
     _check(len(cells), columns, captions)
     font = _font(_font_size(cells[0].width))
-    return _sheet(cells, columns, _wrapped(captions, len(cells), cells[0].width, font), font, title=title)
+    texts = _wrapped(captions, len(cells), cells[0].width, font)
+    sheet, boxes = _sheet(cells, columns, texts, font, title=title)
+    _note_tiles(sheet, [[box] for box in boxes], captions, max(1, cells[0].width // pictures[0].width), ())
+    return sheet
 
 
 def before_after(
@@ -107,7 +120,27 @@ def before_after(
     for lines, old, new in zip(texts, *(scores or ([], [])), strict=False):
         colour = _GOOD if new > old else _BAD if new < old else _SOFT
         lines.append((f"{float(old):.2f} to {float(new):.2f}", colour))
-    return _sheet(pairs, columns, texts, font, title=title, headings=labels)
+    sheet, boxes = _sheet(pairs, columns, texts, font, title=title, headings=labels)
+    halves = [[(x, y, (x + end - 4) // 2, bottom), ((x + end + 4) // 2, y, end, bottom)] for x, y, end, bottom in boxes]
+    _note_tiles(sheet, halves, captions, max(1, (pairs[0].width - 4) // 2 // first[0].width), labels, scores)
+    return sheet
+
+
+def _note_tiles(
+    sheet: Image.Image,
+    boxes: Sequence[Sequence[tuple[int, int, int, int]]],
+    captions: Sequence[str] | None,
+    scale: int,
+    headings: Sequence[str],
+    scores: tuple[Sequence[float], ...] | None = None,
+) -> None:
+    """Remember for pages, which set captions as text and wrap the tiles, where the images of a sheet are (`TILES`)."""
+    columns = [[float(score) for score in one] for one in scores or ()]
+    tiles = [
+        {"boxes": places, "caption": str(captions[i]) if captions else "", "scores": [column[i] for column in columns]}
+        for i, places in enumerate(boxes)
+    ]
+    sheet.info[TILES] = json.dumps({"tiles": tiles, "scale": scale, "headings": list(headings)}, ensure_ascii=False)
 
 
 def image_table(
@@ -175,8 +208,11 @@ def _sheet(
     *,
     title: str | None,
     headings: tuple[str, str] | None = None,
-) -> Image.Image:
-    """Lay out cells in rows, with lines of text below each, headings above each column, and a title."""
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """Lay out cells in rows, with lines of text below each, headings above each column, and a title.
+
+    Returns the sheet, and the box of every cell (left, upper, right, lower).
+    """
     columns = min(columns, len(cells))
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     line_height = _line_height(font)
@@ -199,15 +235,16 @@ def _sheet(
             for half, heading in enumerate(headings):
                 left = _MARGIN + column * (width + _GAP) + half * (width + 4) // 2
                 draw.text((left, top - line_height - 2), heading, _SOFT, font=font)
-    y = top
+    y, boxes = top, []
     for row, text_height in zip(rows, text_heights, strict=True):
         for column, i in enumerate(row):
             x = _MARGIN + column * (width + _GAP)
             sheet.paste(cells[i], (x, y))
+            boxes.append((x, y, x + cells[i].width, y + cells[i].height))
             for number, (line, colour) in enumerate(texts[i]):
                 draw.text((x, y + height + 4 + number * line_height), line, colour, font=font)
         y += height + 4 + text_height + _GAP
-    return sheet
+    return sheet, boxes
 
 
 def _wrapped(captions: Sequence[str] | None, count: int, width: int, font: Any) -> list[list[Line]]:

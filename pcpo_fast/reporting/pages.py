@@ -5,16 +5,20 @@ import hashlib
 from pathlib import Path
 
 import jinja2
+from PIL import Image
 
-from pcpo_fast.reporting.svg import color_variables
+from pcpo_fast.reporting.charts import chart_library
+from pcpo_fast.reporting.grids import image_bytes
+from pcpo_fast.reporting.style import color_variables
 
+_SMALL, _LARGE = 128, 512
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_page(template: Path, **values: object) -> str:
     """Render a template that extends ``page.html``.
 
-    The content security policy of ``page.html`` allows only embedded images, the page's own style and its one script
+    The content security policy of ``page.html`` allows only embedded images, the page's own style and its own scripts
     (by hash): the browser makes no request, and a script injected through a value would not run. Values are escaped
     unless they are ``markupsafe.Markup``.
     """
@@ -26,9 +30,19 @@ def render_page(template: Path, **values: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return environment.get_template(template.name).render(values, color_variables=color_variables)
+    functions = {"color_variables": color_variables, "chart_library": chart_library}
+    return environment.get_template(template.name).render(values, **functions)
 
 
 def data_url(data: bytes, kind: str) -> str:
     """A "png" or "jpeg" image as a data URL for the ``src`` of an ``<img>``."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def embedded(image: Image.Image) -> dict[str, object]:
+    """An image as a data URL, at most 512 pixels large; up to 128 pixels it is lossless and its pixels stay visible."""
+    if max(image.size) <= _SMALL:
+        return {"source": data_url(image_bytes(image), "png"), "small": True}
+    image = image.convert("RGB")
+    image.thumbnail((_LARGE, _LARGE), Image.Resampling.LANCZOS)
+    return {"source": data_url(image_bytes(image, "jpeg", quality=90), "jpeg"), "small": False}

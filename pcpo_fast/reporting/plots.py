@@ -1,6 +1,6 @@
 """The figures of a training run. Each function takes plain numbers and returns a matplotlib Figure; None without data.
 
-Save a figure with `save_figure`, or embed it into a page with `pcpo_fast.reporting.svg.inline_svg`.
+Save a figure with `save_figure`, or put it on a page with `pcpo_fast.reporting.charts.charts`.
 """
 
 import io
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.series import Record, Series, reward_names, series, skipped_updates, step_series, update_values
 from pcpo_fast.reporting.style import (
-    BLUE,
-    GREEN,
+    BASE,
     GRID,
     MISSING,
-    ORANGE,
-    PURPLE,
+    NATIVE,
+    OTHERS,
+    PROPORTIONATE,
     SOFT,
+    STEPWISE,
+    TUNED,
     WIDTH,
     epoch_axis,
     legend,
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EPOCHS = "epochs trained"
-_PHASES = (("time/rollout", "rollout", BLUE), ("time/reward", "reward", ORANGE), ("time/update", "update", GREEN))
+_PHASES = tuple(
+    (f"time/{phase}", phase, color) for phase, color in zip(("rollout", "reward", "update"), OTHERS, strict=False)
+)
+_ROLLOUTS, _SINGLE = OTHERS[:2]  # colours of the rollouts, and of a curve that is alone
 
 
 def save_figure(figure: "Figure", path: Path | str, dpi: int = 160) -> None:
@@ -59,15 +64,25 @@ def mean_reward_figure(records: Sequence[Record]) -> "Figure | None":
     if epochs:
         mean, label = train.by_epoch(), "± 1 std over the images of an epoch"
         low, high = ([mean[epoch] + sign * std[epoch] for epoch in epochs] for sign in (-1, 1))
-        axes.fill_between(epochs, low, high, color=BLUE, alpha=0.16, linewidth=0, label=label)
+        axes.fill_between(epochs, low, high, color=_ROLLOUTS, alpha=0.16, linewidth=0, label=label)
     if train:
-        axes.plot(train.epochs, train.values, color=BLUE, linewidth=1.6, marker=marker(train.epochs), label="rollouts")
+        look: dict[str, Any] = {"color": _ROLLOUTS, "linewidth": 1.6, "marker": marker(train.epochs)}
+        axes.plot(train.epochs, train.values, label="rollouts", **look)
     if heldout:
         label = "held-out prompts and seeds"
-        axes.plot(heldout.epochs, heldout.values, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
+        axes.plot(heldout.epochs, heldout.values, color=TUNED, linewidth=2, marker="o", markersize=4, label=label)
         for epoch, value in dict.fromkeys([heldout.points()[0], heldout.points()[-1]]):
-            look: dict[str, Any] = {"ha": "center", "fontsize": 8.5, "color": ORANGE, "fontweight": "bold"}
+            look = {
+                "ha": "left" if epoch == heldout.epochs[0] else "right",
+                "fontsize": 8.5,
+                "color": TUNED,
+                "fontweight": "bold",
+            }
             point_label(axes, f"{value:.3f}", (epoch, value), (0, 7), **look)
+        if heldout.epochs[0] == 0:
+            axes.axhline(
+                heldout.values[0], color=BASE, linewidth=1.2, linestyle="--", label="held-out, before training"
+            )
     _span(axes, train, heldout)
     legend(axes)
     return figure
@@ -85,8 +100,8 @@ def reward_parts_figure(records: Sequence[Record]) -> "Figure | None":
     figure = new_figure(0.2 + 2.3 * rows)
     for i, (name, (train, heldout)) in enumerate(curves.items(), start=1):
         axes = styled(figure.add_subplot(rows, columns, i), name, EPOCHS, "mean score")
-        axes.plot(train.epochs, train.values, color=BLUE, linewidth=1.4, marker=marker(train.epochs))
-        axes.plot(heldout.epochs, heldout.values, color=ORANGE, linewidth=1.8, marker="o", markersize=3)
+        axes.plot(train.epochs, train.values, color=_ROLLOUTS, linewidth=1.4, marker=marker(train.epochs))
+        axes.plot(heldout.epochs, heldout.values, color=TUNED, linewidth=1.8, marker="o", markersize=3)
         _span(axes, train, heldout)
     return figure
 
@@ -94,8 +109,7 @@ def reward_parts_figure(records: Sequence[Record]) -> "Figure | None":
 def reward_spread_figure(records: Sequence[Record]) -> "Figure | None":
     """Each reward's spread within a group times its weight, over epochs; None with a single reward."""
     names = reward_names(records, "reward_spread/")
-    colours = (BLUE, ORANGE, GREEN, PURPLE)
-    looks = [(colours[i % len(colours)], ("-", "--", ":")[i // len(colours) % 3]) for i in range(len(names))]
+    looks = [(OTHERS[i % len(OTHERS)], ("-", "--", ":")[i // len(OTHERS) % 3]) for i in range(len(names))]
     curves = [(series(records, f"reward_spread/{name}"), name, *look) for name, look in zip(names, looks, strict=True)]
     return _lines_figure(curves, "Influence of each reward on the sum", "weight × spread")
 
@@ -103,8 +117,8 @@ def reward_spread_figure(records: Sequence[Record]) -> "Figure | None":
 def diversity_figure(records: Sequence[Record]) -> "Figure | None":
     """Held-out diversity and distance to the base model over epochs; None if neither was measured."""
     curves = [
-        (series(records, "heldout/diversity"), "between images of the same prompt (diversity)", BLUE, "-"),
-        (series(records, "heldout/base_distance"), "to the image before training", ORANGE, "--"),
+        (series(records, "heldout/diversity"), "between images of the same prompt (diversity)", TUNED, "-"),
+        (series(records, "heldout/base_distance"), "to the image before training", BASE, "--"),
     ]
     return _lines_figure(curves, "Distances of held-out images", "RMS over pixels")
 
@@ -133,7 +147,7 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
     if not steps:
         figure = new_figure()
         axes = styled(figure.add_subplot(), "Clip fraction", EPOCHS, "share of clipped images")
-        axes.plot(mean.epochs, mean.values, color=BLUE, linewidth=1.6, marker=marker(mean.epochs))
+        axes.plot(mean.epochs, mean.values, color=_SINGLE, linewidth=1.6, marker=marker(mean.epochs))
         axes.set_ylim(bottom=0)
         percent(axes.yaxis)
         _span(axes, mean)
@@ -146,7 +160,7 @@ def clip_fraction_figure(records: Sequence[Record]) -> "Figure | None":
 
     styled(right, "Mean over epochs", "share of clipped images", "")
     means = [sum(curve.values) / len(curve.values) for curve in steps.values()]
-    right.barh(list(steps), means, color=BLUE, height=0.72)
+    right.barh(list(steps), means, color=_SINGLE, height=0.72)
     right.grid(False, axis="y")
     right.grid(True, axis="x", color=GRID, linewidth=0.8)
     right.set_xlim(0, max(0.05, 1.05 * max(means)))
@@ -165,9 +179,9 @@ def stepwise_figure(records: Sequence[Record]) -> "Figure | None":
     _step_map(figure, left, gains, "Gain of each step", 0.1)
     styled(right, "Quality of its prediction", "step (0 = noise)", "", with_legend=True)
     for name, label, colour in (
-        ("correlation", "correlation", BLUE),
-        ("beta", "weight", ORANGE),
-        ("branch_slope", "slope from branches", GREEN),
+        ("correlation", "correlation", OTHERS[0]),
+        ("beta", "weight", OTHERS[1]),
+        ("branch_slope", "slope from branches", OTHERS[2]),
     ):
         # Only the last quarter of the epochs, since predictions and policy change during training.
         curves = step_series(records, f"stepwise/{name}")
@@ -204,7 +218,11 @@ def gain_correlation_figure(steps: Sequence[int], correlations: Sequence[Sequenc
 
 
 def _step_map(figure: "Figure", axes: "Axes", steps: dict[int, Series], title: str, least: float) -> "Axes":
-    """Draw a heat map of a metric over steps and epochs; its scale ends at `least` or above. Returns the colour bar."""
+    """Draw a heat map of a metric over steps and epochs. Returns the colour bar.
+
+    The scale ends at `least` or above, so that small values look small, and leaves out the first tenth of the epochs
+    and the highest hundredth of the rest: early and rare values may be far larger, and would flatten all others.
+    """
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
@@ -217,7 +235,8 @@ def _step_map(figure: "Figure", axes: "Axes", steps: dict[int, Series], title: s
         table[step, [epoch - first for epoch in curve.epochs]] = curve.values
     styled(axes, title, "epoch", "step (0 = noise)")
     palette = colormaps["cividis"].with_extremes(bad=MISSING)
-    top = max(least, float(np.nanmax(table)))
+    late = table[:, table.shape[1] // 10 + (table.shape[1] > 2) :]
+    top = max(least, float(np.nanquantile(late, 0.99)))
     extent = (first - 0.5, last + 0.5, rows - 0.5, -0.5)
     picture = axes.imshow(
         table, cmap=palette, vmin=0, vmax=top, aspect="auto", extent=extent, interpolation="nearest", origin="upper"
@@ -257,9 +276,12 @@ def credit_figure(
     x = "step, and the time at which it starts (1 = noise, 0 = image)"
     axes = styled(figure.add_subplot(), title, x, "credit", with_legend=True)
     trained = set(steps if trained_steps is None else trained_steps) & set(steps)
-    columns = [(native, "native: |b| / std", ORANGE), (proportionate, f"proportionate: ζ Δt, ζ = {zeta:.5g}", BLUE)]
+    columns = [
+        (native, "native: |b| / std", NATIVE),
+        (proportionate, f"proportionate: ζ Δt, ζ = {zeta:.5g}", PROPORTIONATE),
+    ]
     if used is not None and not _same(used, native, trained) and not _same(used, proportionate, trained):
-        columns.append((used, "used in this run", GREEN))
+        columns.append((used, "used in this run", STEPWISE))
     width = 0.8 / len(columns)
     for place, (values, label, colour) in enumerate(columns):
         offset = (place - (len(columns) - 1) / 2) * width
@@ -277,38 +299,29 @@ def credit_figure(
 def mismatch_figure(records: Sequence[Record], clip_range: float | None = None) -> "Figure | None":
     """Difference between the update's outputs and those stored in the rollout, before the first optimizer step.
 
-    `clip_range` adds a line at a tenth of it; a log-ratio above that line distorts clipping.
+    `clip_range` adds a line at a tenth of it; a log-ratio above that line distorts clipping. A difference that is 0 in
+    every epoch has no plot, and single zeros no point.
     """
-    outputs, ratios = series(records, "rollout/mismatch_output"), series(records, "rollout/mismatch_log_ratio")
-    if not outputs and not ratios:
+    shown = [
+        (name, y, Series(*map(list, zip(*points, strict=True))))
+        for name, y, metric in (
+            ("Outputs: relative difference", "relative difference", "rollout/mismatch_output"),
+            ("Resulting log-ratio", "|log-ratio|", "rollout/mismatch_log_ratio"),
+        )
+        if (points := [(epoch, abs(value)) for epoch, value in series(records, metric).points() if value])
+    ]
+    if not shown:
         return None
     figure = new_figure(2.9)
-    left, right = figure.subplots(1, 2)
-    styled(left, "Outputs: relative difference", "epoch", "relative difference", with_legend=True)
-    _logarithmic(left, outputs)
-    styled(right, "Resulting log-ratio", "epoch", "|log-ratio|", with_legend=True)
-    _logarithmic(right, ratios)
-    if clip_range and any(ratios.values):
-        right.axhline(0.1 * clip_range, color=ORANGE, linewidth=1.2, linestyle="--", label="a tenth of the clip range")
-        legend(right)
+    for place, (name, y, curve) in enumerate(shown, start=1):
+        axes = styled(figure.add_subplot(1, len(shown), place), name, "epoch", y, with_legend=True)
+        axes.plot(curve.epochs, curve.values, color=_SINGLE, linewidth=1.5, marker=marker(curve.values))
+        axes.set_yscale("log")
+        if clip_range and y == "|log-ratio|":
+            axes.axhline(0.1 * clip_range, color=SOFT, linestyle="--", label="a tenth of the clip range")
+            legend(axes)
+        _span(axes, curve)
     return figure
-
-
-def _logarithmic(axes: "Axes", curve: Series) -> None:
-    """Plot absolute values on a logarithmic axis that includes 0; a note instead if all are 0 or none was recorded."""
-    values = [abs(value) for value in curve.values]
-    if any(values):
-        axes.plot(curve.epochs, values, color=PURPLE, linewidth=1.5, marker=marker(values))
-        if 0 in values:
-            axes.set_yscale("symlog", linthresh=min(value for value in values if value > 0))
-        else:
-            axes.set_yscale("log")
-    else:
-        said = "exactly 0 in every epoch" if values else "not recorded"
-        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", color=SOFT, fontsize=9)
-        axes.set_ylim(0, 1)
-        axes.set_yticks([])
-    _span(axes, curve)
 
 
 def gradient_norm_figure(records: Sequence[Record]) -> "Figure | None":
@@ -321,14 +334,14 @@ def gradient_norm_figure(records: Sequence[Record]) -> "Figure | None":
         return None
     figure = new_figure(2.6)
     axes = styled(figure.add_subplot(), "Gradient norm before clipping", "epoch", "L2 norm", with_legend=True)
-    axes.plot(positions, norms, color=BLUE, linewidth=1.1, marker=marker(positions))
+    axes.plot(positions, norms, color=_SINGLE, linewidth=1.1, marker=marker(positions))
     if min(norms) > 0 and max(norms) / min(norms) > 30:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
     skipped = skipped_updates(records)
     for number, epoch in enumerate(skipped):
-        axes.axvline(epoch, color=ORANGE, linewidth=1, alpha=0.8, label="updates skipped" if number == 0 else None)
+        axes.axvline(epoch, color=SOFT, linewidth=1, alpha=0.8, label="updates skipped" if number == 0 else None)
     if skipped:
         legend(axes)
     epoch_axis(axes, positions[0], positions[-1])
@@ -342,25 +355,25 @@ def time_figure(records: Sequence[Record]) -> "Figure | None":
     throughput = series(records, "throughput/images_per_second")
     if not phases and not throughput:
         return None
-    figure = new_figure(2.9)
-    left, right = figure.subplots(1, 2)
-    styled(left, "Time per epoch", "epoch", "seconds", with_legend=True)
-    epochs = sorted({epoch for curve, *_ in phases for epoch in curve.epochs})
-    if epochs:
+    figure, count = new_figure(2.9), bool(phases) + bool(throughput)
+    if phases:
+        axes = styled(figure.add_subplot(1, count, 1), "Time per epoch", "epoch", "seconds", with_legend=True)
+        epochs = sorted({epoch for curve, *_ in phases for epoch in curve.epochs})
         base = [0.0] * len(epochs)
         edges = [epoch - 0.5 for epoch in epochs] + [epochs[-1] + 0.5]
         for curve, label, colour in phases:
             values = curve.by_epoch()
             top = [low + values.get(epoch, 0.0) for low, epoch in zip(base, epochs, strict=True)]
-            left.stairs(top, edges, baseline=base, fill=True, color=colour, label=label, linewidth=0)
+            axes.stairs(top, edges, baseline=base, fill=True, color=colour, label=label, linewidth=0)
             base = top
-        left.set_ylim(0, 1.05 * max(base) or 1)
-        epoch_axis(left, epochs[0], epochs[-1])
-        legend(left)
-    styled(right, "Throughput", "epoch", "images per second", with_legend=True)
-    right.plot(throughput.epochs, throughput.values, color=PURPLE, linewidth=1.5, marker=marker(throughput.epochs))
-    right.set_ylim(0, 1.1 * max(throughput.values, default=1.0) or 1)
-    _span(right, throughput)
+        axes.set_ylim(0, 1.05 * max(base) or 1)
+        epoch_axis(axes, epochs[0], epochs[-1])
+        legend(axes)
+    if throughput:
+        axes = styled(figure.add_subplot(1, count, count), "Throughput", "epoch", "images per second", with_legend=True)
+        axes.plot(throughput.epochs, throughput.values, color=_SINGLE, linewidth=1.5, marker=marker(throughput.epochs))
+        axes.set_ylim(0, 1.1 * max(throughput.values) or 1)
+        _span(axes, throughput)
     return figure
 
 

@@ -1,17 +1,18 @@
 """report.html: a training run on one page, made from the files of its run directory."""
 
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting import plots
+from pcpo_fast.reporting.charts import charts
 from pcpo_fast.reporting.pages import render_page
 from pcpo_fast.reporting.progress import duration
-from pcpo_fast.reporting.run_files import RunFiles, embedded_sheet, is_number, number_at, read_run_files
+from pcpo_fast.reporting.run_files import RunFiles, Sheet, embedded_sheet, is_number, number_at, read_run_files
 from pcpo_fast.reporting.series import series
 from pcpo_fast.reporting.summary import summarize_run
-from pcpo_fast.reporting.svg import inline_svg
 from pcpo_fast.runs.provenance import read_provenance
 
 _MOST_GRIDS = 24
@@ -22,9 +23,9 @@ def write_report(run_dir: Path | str) -> Path:
     """Write ``report.html`` into a run directory, finished or not; returns its path.
 
     The file is self-contained: images and figures are embedded, opening it causes no network request, and everything
-    from the run's files is escaped. Sections whose files are missing say so. Values of config keys that look like
-    passwords or API keys are hidden. Raises `UserError` if `run_dir` is not a run directory, or if metrics.jsonl is
-    damaged (a partial last line is fine).
+    from the run's files is escaped. Sections without content are left out and named at the end. Values of config keys
+    that look like passwords or API keys are hidden. Raises `UserError` if `run_dir` is not a run directory, or if
+    metrics.jsonl is damaged (a partial last line is fine).
     """
     run = read_run_files(Path(run_dir))
     numbers = summarize_run(run.records) | {key: value for key, value in run.summary.items() if is_number(value)}
@@ -46,6 +47,7 @@ def write_report(run_dir: Path | str) -> Path:
         samples=_samples(run),
         strips=_latest_strips(run),
         figures=_figures(run),
+        exact=_exact(run.records),
         provenance=read_provenance(run.folder)[-1:],
     )
     write_atomically(run.folder / "report.html", page)
@@ -60,13 +62,19 @@ def _subtitle(run: RunFiles, done: int) -> str:
     return f"PCPO training run, {state}: {done}{of} epochs{credit}"
 
 
-def _latest_strips(run: RunFiles) -> str | None:
-    """The latest ``images/predictions_<epoch>.png``, as a data URL."""
+def _exact(records: list[dict[str, Any]]) -> bool:
+    """Whether rollout and update agreed exactly in every epoch that recorded how far they differ."""
+    outputs = series(records, "rollout/mismatch_output").values
+    return bool(outputs) and not any(outputs)
+
+
+def _latest_strips(run: RunFiles) -> Sheet | None:
+    """The latest ``images/predictions_<epoch>.png``."""
     found = sorted((run.folder / "images").glob("predictions_*.png"))
     return embedded_sheet(run, found[-1]) if found else None
 
 
-def _samples(run: RunFiles) -> list[dict[str, str]]:
+def _samples(run: RunFiles) -> list[dict[str, Any]]:
     grids = run.grids()
     if len(grids) > _MOST_GRIDS:  # the first, the last, and evenly in between
         places = [round(i * (len(grids) - 1) / (_MOST_GRIDS - 1)) for i in range(_MOST_GRIDS)]
@@ -74,16 +82,16 @@ def _samples(run: RunFiles) -> list[dict[str, str]]:
     rewards = series(run.records, "heldout/reward/mean").by_epoch()
     samples = []
     for epoch, path in grids:
-        source = embedded_sheet(run, path)
-        if source is not None:
+        sheet = embedded_sheet(run, path)
+        if sheet is not None:
             label = f"after {epoch} epoch{'' if epoch == 1 else 's'}" if epoch else "before training"
             caption = label + (f", held-out reward {rewards[epoch]:.3f}" if epoch in rewards else "")
-            samples.append({"label": label, "caption": caption, "source": source})
+            samples.append({"label": label, "caption": caption, "sheet": sheet})
     return samples
 
 
 def _figures(run: RunFiles) -> dict[str, Markup]:
-    """All figures for which there are data, as SVG."""
+    """All figures for which there are data."""
     records, credit = run.records, run.credit
     masks = bool(series(records, "rollout/mismatch_divergence"))  # has no clip range
     clip_range = None if masks else number_at(run.config, "credit", "clip_range")
@@ -112,4 +120,4 @@ def _figures(run: RunFiles) -> dict[str, Markup]:
             used=credit.used and [abs(value) for value in credit.used],
         )
         drawn["credit"] = figure, "Native and proportionate credit of every step"
-    return {name: inline_svg(figure, name, text) for name, (figure, text) in drawn.items() if figure is not None}
+    return {name: charts(figure, text) for name, (figure, text) in drawn.items() if figure is not None}

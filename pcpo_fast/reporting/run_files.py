@@ -14,9 +14,9 @@ from PIL import Image
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.reporting.grids import image_bytes
+from pcpo_fast.reporting.grids import TILES, image_bytes
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
-from pcpo_fast.reporting.pages import data_url
+from pcpo_fast.reporting.pages import data_url, embedded
 
 _GRID_NAME = re.compile(r"epoch_(\d+)\.png")
 _SECRET = re.compile(
@@ -147,8 +147,37 @@ def _read_json(run: RunFiles, name: str) -> Any:
         return None
 
 
-def embedded_sheet(run: RunFiles, path: Path) -> str | None:
-    """A PNG file as a data URL (as JPEG above 400 kB); None if it is missing, or with a note if it is damaged."""
+class _Tile(BaseModel):
+    boxes: list[tuple[int, int, int, int]]
+    caption: str = ""
+    scores: list[FiniteFloat] = []
+
+
+class _Tiles(BaseModel):
+    """What a sheet knows about itself (`pcpo_fast.reporting.grids.TILES`)."""
+
+    tiles: list[_Tile]
+    scale: int = Field(1, ge=1)
+    headings: list[str] = []
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """An image sheet for a page: its tiles, or the whole sheet where it was written without them.
+
+    Attributes:
+        source: the sheet as a data URL (as JPEG above 400 kB); None with tiles.
+        tiles: of each the ``images`` (see `pcpo_fast.reporting.pages.embedded`), ``caption`` and ``scores``.
+        headings: of the images of a tile; empty if a tile is one image.
+    """
+
+    source: str | None
+    tiles: list[dict[str, Any]] = field(default_factory=list)
+    headings: list[str] = field(default_factory=list)
+
+
+def embedded_sheet(run: RunFiles, path: Path) -> Sheet | None:
+    """A PNG file for a page; None if it is missing, or with a note if it is damaged."""
     if not path.exists():
         return None
     try:
@@ -160,13 +189,39 @@ def embedded_sheet(run: RunFiles, path: Path) -> str | None:
     except Exception:  # PIL raises many kinds of errors for damaged files
         run.notes.append(f"{path.relative_to(run.folder)} is not a valid PNG image; it is omitted.")
         return None
+    try:
+        known = _Tiles.model_validate_json(image.info.get(TILES, ""))
+        if not all(_inside(box, image.size) for tile in known.tiles for box in tile.boxes):
+            raise ValueError("a tile is outside the sheet")
+        tiles = [
+            {
+                "images": [embedded(_shrunk(image.crop(box), known.scale)) for box in tile.boxes],
+                "caption": tile.caption,
+                "scores": tile.scores,
+            }
+            for tile in known.tiles
+        ]
+        return Sheet(None, tiles, known.headings)
+    except (ValidationError, ValueError):
+        pass  # written before sheets had tiles, or by something else
     if len(data) <= _EMBED_LIMIT:
-        return data_url(data, "png")
+        return Sheet(data_url(data, "png"))
     image = image.convert("RGB")
     if image.width > _EMBED_WIDTH:
         height = max(1, round(image.height * _EMBED_WIDTH / image.width))
         image = image.resize((_EMBED_WIDTH, height), Image.Resampling.LANCZOS)
-    return data_url(image_bytes(image, "jpeg", quality=88, optimize=True), "jpeg")
+    return Sheet(data_url(image_bytes(image, "jpeg", quality=88, optimize=True), "jpeg"))
+
+
+def _inside(box: tuple[int, int, int, int], size: tuple[int, int]) -> bool:
+    left, upper, right, lower = box
+    return 0 <= left < right <= size[0] and 0 <= upper < lower <= size[1]
+
+
+def _shrunk(image: Image.Image, scale: int) -> Image.Image:
+    """An image whose pixels were repeated `scale` times, as it was."""
+    size = (max(1, image.width // scale), max(1, image.height // scale))
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def is_number(value: Any) -> bool:

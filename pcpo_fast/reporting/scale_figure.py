@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pcpo_fast.reporting.style import BLUE, SOFT, legend, new_figure, point_label, styled
+from pcpo_fast.reporting.style import BASE, TUNED, legend, new_figure, point_label, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "F
         scales, means = [point.scale for point in points], [point.mean for point in points]
         for scale in (0.0, 1.0):
             if scales[0] <= scale <= scales[-1]:
-                axes.axvline(scale, color=SOFT, linewidth=0.9, linestyle=(0, (2, 3)), zorder=0.5)
+                axes.axvline(scale, color=TUNED if scale else BASE, linewidth=0.9, linestyle=(0, (2, 3)), zorder=0.5)
                 point_label(axes, "tuned" if scale else "base", (scale, 0), (4, 4), xycoords=("data", "axes fraction"))
         spread = [point for point in points if point.std is not None]
         if spread:
@@ -55,14 +55,14 @@ def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "F
                 [point.scale for point in spread],
                 [point.mean - (point.std or 0.0) for point in spread],
                 [point.mean + (point.std or 0.0) for point in spread],
-                color=BLUE,
+                color=TUNED,
                 alpha=0.14,
                 linewidth=0,
                 label="± 1 std over images",
             )
-        axes.plot(scales, means, color=BLUE, linewidth=1.6, marker="o", markersize=4, label=f"mean of {images} images")
+        axes.plot(scales, means, color=TUNED, linewidth=1.6, marker="o", markersize=4, label=f"mean of {images} images")
         bars = [(p.scale, p.low, p.high) for p in points if p.low is not None and p.high is not None]
         if bars:
-            axes.vlines(*zip(*bars, strict=True), color=BLUE, linewidth=1.6, label="95 % interval of the mean")
+            axes.vlines(*zip(*bars, strict=True), color=TUNED, linewidth=1.6, label="95 % interval of the mean")
         legend(axes)
     return figure

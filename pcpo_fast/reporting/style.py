@@ -1,5 +1,6 @@
-"""The common style of all figures: a colour-blind safe palette, thin axes, a light grid; no pyplot."""
+"""The style of all figures: one colour per meaning, safe for the colour-blind; thin axes, a light grid; no pyplot."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,24 +10,31 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, "Color Universal Design" (2008), slightly darkened for legibility on white.
-BLUE = "#0072b2"
-ORANGE = "#d55e00"
-GREEN = "#009e73"
-PURPLE = "#aa4a8a"
+    from pcpo_fast.config.schema import Config
+
+# Okabe and Ito's palette, "Color Universal Design" (2008), slightly darkened for legibility on white. A colour stands
+# for the same thing in every figure, page and document.
+PROPORTIONATE = "#0072b2"  # blue
+NATIVE = "#d55e00"  # orange
+STEPWISE = "#009e73"  # green
+TUNED = "#aa4a8a"  # purple: the policy on held-out prompts, and images of a tuned model
+BASE = "#7d8491"  # grey: the model before training
+OTHERS = ("#a87900", "#3f4b8c", "#7a5230", "#20242c")  # whatever a single figure tells apart
+
 INK = "#20242c"
 SOFT = "#606773"
 GRID = "#e3e6eb"
 PAPER = "#ffffff"
 MISSING = "#eceef2"
 
-# Each colour's counterpart on a dark page; figures in the report follow the reader's light or dark setting.
+# Each colour's counterpart on a dark page; charts follow the reader's light or dark setting.
 DARK = {
-    BLUE: "#58b1ee",
-    ORANGE: "#f0904e",
-    GREEN: "#3cc9a0",
-    PURPLE: "#dd8fc4",
-    INK: "#e6e9ef",
+    PROPORTIONATE: "#58b1ee",
+    NATIVE: "#f0904e",
+    STEPWISE: "#3cc9a0",
+    TUNED: "#dd8fc4",
+    BASE: "#9aa3b2",
+    **dict(zip(OTHERS, ("#e0b84a", "#a3b0f2", "#cf9f77", "#e6e9ef"), strict=True)),
     SOFT: "#9aa3b2",
     GRID: "#2c323d",
     PAPER: "#181b21",
@@ -35,6 +43,41 @@ DARK = {
 
 WIDTH = 10.2  # inches; the width of the report
 HEIGHT = 3.0
+
+
+def credit_color(config: "Config | None") -> str | None:
+    """The colour of a run's credit; None where no colour stands for it."""
+    if config is None:
+        return None
+    if config.advantage.steps != "final":
+        return STEPWISE
+    return {"native": NATIVE, "proportionate": PROPORTIONATE}.get(config.credit.rule)
+
+
+def distinct_looks(meant: Sequence[str | None]) -> list[tuple[str, str]]:
+    """A colour and a line style for each of several curves, no two alike.
+
+    A curve gets the colour that it is `meant` to have, unless an earlier one has it; then it gets the next of `OTHERS`.
+    """
+    others = itertools.cycle((color, line) for line in ("-", "--", ":", "-.") for color in OTHERS)
+    looks: list[tuple[str, str]] = []
+    for color in meant:
+        looks.append(next(others) if color is None or (color, "-") in looks else (color, "-"))
+    return looks
+
+
+def css_color(color: str) -> str:
+    """A colour as a page should write it: the variable of a colour of this module, of which the page has two values."""
+    return f"var({_variable(color)})" if color in DARK else color
+
+
+def color_variables(dark: bool) -> str:
+    """CSS declarations of all colours, for a light or a dark page."""
+    return " ".join(f"{_variable(light)}: {deep if dark else light};" for light, deep in DARK.items())
+
+
+def _variable(color: str) -> str:
+    return f"--plot-{color.lstrip('#')}"
 
 
 def new_figure(height: float = HEIGHT, width: float = WIDTH) -> "Figure":

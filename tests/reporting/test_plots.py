@@ -1,7 +1,9 @@
-"""pcpo_fast.reporting.plots, series and svg: the figures show the numbers, in colours that can be told apart."""
+"""pcpo_fast.reporting.plots, series and charts: the figures show the numbers, in colours that can be told apart."""
 
 import io
+import json
 import math
+import re
 import subprocess
 import sys
 from itertools import combinations
@@ -13,10 +15,13 @@ import pytest
 from PIL import Image
 from reporting_runs import credit, make_run
 
+from pcpo_fast.config.loading import load_config
 from pcpo_fast.reporting import plots, style
+from pcpo_fast.reporting.charts import charts
 from pcpo_fast.reporting.metrics_file import read_metrics
 from pcpo_fast.reporting.series import series, skipped_updates, update_values
-from pcpo_fast.reporting.svg import inline_svg
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,8 @@ def test_reward_figure_shows_the_numbers(records: list[dict[str, Any]]) -> None:
     figure = plots.mean_reward_figure(records)
     assert figure is not None
     (axes,) = figure.axes
-    rollouts, heldout = axes.lines
+    rollouts, heldout, before = axes.lines
+    assert before.get_ydata() == pytest.approx([heldout.get_ydata()[0]] * 2)  # type: ignore[index]
     mean = series(records, "reward/mean")
     assert rollouts.get_ydata() == pytest.approx(mean.values)
     assert heldout.get_xdata() == pytest.approx([0, 10, 20])
@@ -147,17 +153,18 @@ def test_png_of_a_figure(tmp_path: Path) -> None:
         plots.save_figure(figure, tmp_path / "credit.pdf")
 
 
-def test_mismatch_of_exactly_zero_says_so() -> None:
+def test_a_mismatch_of_zero_is_not_drawn() -> None:
     lines = [
         {"kind": "epoch", "epoch": e, "rollout/mismatch_output": 0.0, "rollout/mismatch_log_ratio": 1e-7 * (e % 2)}
         for e in range(4)
     ]
     figure = plots.mismatch_figure(lines, clip_range=1e-4)
     assert figure is not None
-    left, right = figure.axes
-    assert [text.get_text() for text in left.texts] == ["exactly 0 in every epoch"]
-    assert right.get_yscale() == "symlog"
-    assert right.lines[-1].get_ydata() == pytest.approx([1e-5, 1e-5])
+    (axes,) = figure.axes  # none for the outputs, which are equal
+    assert axes.get_title(loc="left") == "Resulting log-ratio" and axes.get_yscale() == "log"
+    assert (list(axes.lines[0].get_xdata()), list(axes.lines[0].get_ydata())) == ([1, 3], [1e-7, 1e-7])
+    assert axes.lines[-1].get_ydata() == pytest.approx([1e-5, 1e-5])
+    assert plots.mismatch_figure([line | {"rollout/mismatch_log_ratio": 0.0} for line in lines]) is None
 
 
 def test_times_are_stacked(records: list[dict[str, Any]]) -> None:
@@ -225,17 +232,71 @@ def test_axes_are_labelled(records: list[dict[str, Any]]) -> None:
             assert colorbar or axes.get_xlabel(), draw.__name__
 
 
-def test_inline_svg_refers_to_nothing_outside(records: list[dict[str, Any]]) -> None:
-    figure = plots.clip_fraction_figure(records)
-    assert figure is not None
-    svg = inline_svg(figure, "clip", 'Clip "fraction" & more')
-    assert svg.startswith("<svg viewBox=") and svg.endswith("</svg>")
-    assert "http" not in svg and "<!" not in svg and "xlink" not in svg
-    assert 'aria-label="Clip &#34;fraction&#34; &amp; more"' in svg
-    assert "data:image/png;base64," in svg
-    for colour in style.DARK:
-        assert colour not in svg.lower()
-    assert svg == inline_svg(plots.clip_fraction_figure(records), "clip", 'Clip "fraction" & more')  # type: ignore[arg-type]
+def shown(figure: Any) -> list[dict[str, Any]]:
+    """What a page shows of a figure: its panels, and what is drawn in each."""
+    return [json.loads(data) for data in re.findall(r'application/json">(.*?)</script>', str(charts(figure, "d")))]
+
+
+def test_a_chart_has_the_numbers_of_its_figure(records: list[dict[str, Any]]) -> None:
+    clip = plots.clip_fraction_figure(records)
+    assert clip is not None
+    left, right = shown(clip)
+    (heat,), (bars,) = left["marks"], right["marks"]
+    table = clip.axes[0].images[0].get_array()
+    assert table is not None and np.array(heat["rows"]) == pytest.approx(table)
+    assert (heat["x"], heat["y"], heat["percent"]) == ([-0.5, 19.5], [-0.5, 14.5], True)
+    assert left["y"]["range"] == [14.5, -0.5]  # step 0 on top
+    assert bars["at"] == list(range(15)) and bars["shown"] == pytest.approx(table.mean(axis=1))
+    (panel,) = shown(plots.mean_reward_figure(records))
+    kinds = [mark["kind"] for mark in panel["marks"]]
+    assert kinds == ["area", "line", "line", "span", "text", "text"]
+    assert panel["marks"][1]["y"] == series(records, "reward/mean").values
+    assert [mark["text"] for mark in panel["marks"][-2:]] == ["0.625", "0.790"]
+    times = shown(plots.time_figure(records))[0]["marks"]
+    assert [mark["label"] for mark in times] == ["rollout", "reward", "update"]
+    assert times[2]["shown"] == pytest.approx(series(records, "time/update").values)  # not the height of the stack
+
+
+def test_a_chart_names_what_matplotlib_names() -> None:
+    table = [[1.0, None], [None, 1.0]]
+    (panel,) = shown(plots.gain_correlation_figure([2, 5], table))
+    assert panel["x"]["ticks"] == {"0": "2", "1": "5"}
+    assert panel["marks"][0]["rows"] == table and panel["marks"][0]["limits"] == [-1, 1]
+
+
+def test_a_chart_of_something_unknown_is_an_error_and_text_is_escaped() -> None:
+    figure = style.new_figure()
+    axes = style.styled(figure.add_subplot(), "<b>", "</script>", "y")
+    axes.plot([0, 1], [0, 1], color=style.NATIVE, label="<i>")
+    page = str(charts(figure, '"<u>"'))
+    assert "&lt;b&gt;" in page and "&lt;i&gt;" in page and "&lt;u&gt;" in page and page.count("</script>") == 1
+    assert f"--color: {style.css_color(style.NATIVE)}" in page and shown(figure)[0]["x"]["label"] == "</script>"
+    axes.pie([1, 2])
+    with pytest.raises(TypeError, match="Wedge"):
+        charts(figure, "")
+
+
+def test_the_first_epochs_do_not_flatten_a_map() -> None:
+    lines = [
+        {"kind": "epoch", "epoch": e, f"stepwise/gain_step_{step}": 9.0 if e < 2 else 0.3 + 0.01 * e}
+        for e in range(20)
+        for step in range(3)
+    ]
+    merged = [{k: v for line in lines if line["epoch"] == e for k, v in line.items()} for e in range(20)]
+    figure = plots.stepwise_figure(merged)
+    assert figure is not None and figure.axes[0].images[0].get_clim() == pytest.approx((0, 0.49))
+
+
+def test_a_curve_has_the_colour_of_its_meaning() -> None:
+    def colour(*settings: str) -> str | None:
+        return style.credit_color(load_config(ROOT / "configs" / "tiny_flux.yaml", list(settings)))
+
+    assert colour() == style.PROPORTIONATE and colour("credit.rule=uniform") is None
+    assert colour("credit.rule=native") == style.NATIVE
+    assert colour("advantage.steps=gain") == style.STEPWISE
+    looks = style.distinct_looks([style.NATIVE, None, style.NATIVE, *[None] * 6])
+    assert looks[:3] == [(style.NATIVE, "-"), (style.OTHERS[0], "-"), (style.OTHERS[1], "-")]
+    assert len(set(looks)) == 9
 
 
 def luminance(colour: str) -> float:
@@ -248,7 +309,8 @@ def rgb(colour: str) -> list[float]:
     return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
 
 
-SERIES = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+RULES = (style.NATIVE, style.PROPORTIONATE, style.STEPWISE)
+SERIES = (*RULES, style.TUNED)
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -260,7 +322,9 @@ def test_colours_stand_out_from_the_paper(dark: bool) -> None:
         low, high = sorted((luminance(shown(colour)), luminance(shown(style.PAPER))))
         return (high + 0.05) / (low + 0.05)
 
-    assert all(contrast(colour) >= 3 for colour in SERIES)  # WCAG 1.4.11, graphical objects
+    assert all(
+        contrast(colour) >= 3 for colour in (*SERIES, style.BASE, *style.OTHERS)
+    )  # WCAG 1.4.11, graphical objects
     assert contrast(style.INK) >= 7 and contrast(style.SOFT) >= 4.5
 
 
@@ -285,8 +349,7 @@ def test_colours_can_be_told_apart_by_the_colour_blind(vision: np.ndarray, dark:
 
     shown = {colour: style.DARK[colour] if dark else colour for colour in SERIES}
     pairs = {pair: float(np.linalg.norm(lab(shown[pair[0]]) - lab(shown[pair[1]]))) for pair in combinations(SERIES, 2)}
-    together = [pairs[style.BLUE, style.ORANGE], pairs[style.ORANGE, style.GREEN], pairs[style.BLUE, style.GREEN]]
-    assert min(together) > 20  # those that share a plot
+    assert min(pairs[pair] for pair in combinations(RULES, 2)) > 20  # those that share a plot
     assert min(pairs.values()) > 10
 
 

@@ -1,5 +1,5 @@
 document.querySelectorAll("[data-frames]").forEach(function (box) {
-  var frames = box.querySelectorAll("figure"), range = box.querySelector("input"), text = box.querySelector("output");
+  var frames = box.querySelectorAll("[data-label]"), range = box.querySelector("input"), text = box.querySelector("output");
   var button = box.querySelector("button"), timer = null;
   function show() {
     frames.forEach(function (frame, i) { frame.hidden = i !== +range.value; });
