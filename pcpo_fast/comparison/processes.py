@@ -18,7 +18,7 @@ from pcpo_fast.comparison.variants import PlannedRun
 from pcpo_fast.errors import UserError
 
 PATIENCE = 20.0
-"""Seconds that a run has to stop after an interrupt before it is killed."""
+"""Seconds a run is given to stop after an interrupt, before SIGTERM."""
 
 FIRST_PORT = 29_500
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -29,8 +29,8 @@ class RunningRun:
     """A running process.
 
     Attributes:
-        run: which.
-        slot: its place among those at work at the same time, from 0.
+        run: the planned run.
+        slot: its index among the runs in progress, from 0.
         process: the trainer, or the launcher above it.
     """
 
@@ -47,14 +47,14 @@ def command_of(run: PlannedRun, launcher: str | None, slot: int) -> list[str]:
     """The command line of a run.
 
     Args:
-        run: which.
-        launcher: None for this interpreter, or a launcher with its options, to which script and settings are appended;
-            ``{slot}`` and ``{port}`` become a number from 0 and a free-standing port, different for runs at work at the
-            same time.
-        slot: that number.
+        run: the planned run.
+        launcher: None for this interpreter, or a launcher with its options, to which script and settings are appended.
+            ``{slot}`` and ``{port}`` are replaced by ``slot`` and a port of its own, so that simultaneous runs do not
+            collide.
+        slot: index among the runs in progress, from 0.
 
     Raises:
-        UserError: there is no script that the launcher could start.
+        UserError: no script was found for the launcher to start.
     """
     arguments = [*(["--config", run.config_file] if run.config_file else []), *run.overrides]
     if launcher is None:
@@ -68,13 +68,13 @@ def command_of(run: PlannedRun, launcher: str | None, slot: int) -> list[str]:
 def start_run(
     run: PlannedRun, slot: int, *, launcher: str | None, environment: Mapping[str, str], keep_open: int | None = None
 ) -> RunningRun:
-    """Start a run; what it prints is appended to its log.
+    """Start a run; its output is appended to its log.
 
     Args:
-        run: which.
+        run: the planned run.
         slot: see :func:`command_of`.
         launcher: see :func:`command_of`.
-        environment: its whole environment.
+        environment: its complete environment.
         keep_open: a file descriptor that the process inherits.
 
     Raises:
@@ -94,7 +94,7 @@ def start_run(
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
                 pass_fds=() if keep_open is None else (keep_open,),
-                # A group of its own: an interrupt from the terminal reaches this command alone, which passes it on.
+                # Its own process group: Ctrl-C in the terminal reaches only this command, which passes it on.
                 start_new_session=True,
                 preexec_fn=_before_start(os.getpid()),
             )
@@ -104,7 +104,7 @@ def start_run(
 
 
 def end_runs(running: Sequence[RunningRun]) -> None:
-    """Interrupt runs as Ctrl-C would, wait for them, and end those that do not listen."""
+    """Interrupt runs as Ctrl-C would and wait for them; those that do not stop get SIGTERM, then SIGKILL."""
     for how, seconds in ((signal.SIGINT, PATIENCE), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         left = [job for job in running if job.process.poll() is None]
         for job in left:
@@ -116,7 +116,7 @@ def end_runs(running: Sequence[RunningRun]) -> None:
 
 
 def last_words(log: Path) -> str:
-    """What a run that failed said last: its ``error:`` sentence, or its last line."""
+    """The last ``error:`` message of a failed run's log, or its last line if there is none."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 20_000))
@@ -129,7 +129,7 @@ def last_words(log: Path) -> str:
 
 
 def _script() -> list[str]:
-    """What a launcher starts: the checkout's train.py, or the installed command."""
+    """What a launcher starts: the checkout's train.py, or else the installed command."""
     package = Path(pcpo_fast.__file__).parent
     if (package.parent / "train.py").is_file():
         return [str(package.parent / "train.py")]
@@ -140,9 +140,9 @@ def _script() -> list[str]:
 
 
 def _before_start(parent: int) -> Callable[[], None]:
-    """What a new process does first: take interrupts, and end with this command, were it killed outright.
+    """What a new process does first: restore SIGINT, and ask the kernel to end it if this command is killed.
 
-    A process that was started in the background by a shell ignores interrupts, and so would its children.
+    A process that a shell started in the background ignores SIGINT, and its children would inherit that.
     """
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl

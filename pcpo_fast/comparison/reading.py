@@ -23,7 +23,7 @@ _READ = {
 
 
 def what_is_read(record: Record) -> Record:
-    """A line of the metrics without the numbers that no comparison looks at."""
+    """A metrics record without the numbers that comparisons do not use."""
     read = _READ.get(record.get("kind", ""), _READ["evaluation"])
     fixed = ("kind", "epoch", "update", "time")
     return {name: value for name, value in record.items() if name in fixed or read.fullmatch(name)}
@@ -31,24 +31,25 @@ def what_is_read(record: Record) -> Record:
 
 @dataclass(frozen=True)
 class RunCurves:
-    """What a run measured.
+    """The measurements of a run.
 
     Attributes:
         folder: the run directory.
-        config: its resolved configuration; None where that cannot be read (`problem` says why).
+        config: its resolved configuration; None if it cannot be read.
+        problem: why the configuration cannot be read; None if it can.
         epochs: epochs trained.
-        finished: trained for as many epochs as its configuration says, and its summary is written.
+        finished: whether it trained for all configured epochs and its summary was written.
         reward: mean training reward; the value at epoch e comes from weights trained for e epochs.
         heldout: mean held-out reward by epochs trained; empty without held-out prompts.
-        diversity: mean distance between images of the same held-out prompt; empty where it was not measured.
-        clip_fraction: share of clipped (image, step) pairs by epoch.
+        diversity: mean distance between images of the same held-out prompt; empty if not measured.
+        clip_fraction: fraction of (image, step) pairs clipped, by epoch.
         clip_steps: the same for each sampler step.
         grad_norms: (epoch, gradient norm before clipping) of every applied update, in order.
-        skipped: updates left out because a gradient was not finite, by epoch.
+        skipped: updates skipped because a gradient was not finite, by epoch.
         seconds: seconds of rollout, reward and update by epoch.
-        work: what each epoch took, by the metrics' names below ``compute/``; empty in runs that did not count it.
-        judges: by name, the held-out scores of rewards that are for evaluation only, by epochs trained.
-        kl: KL of held-out trajectories from the base model's, by epochs trained; empty where it was not measured.
+        work: compute of each epoch, by metric name below ``compute/``; empty for runs that did not count it.
+        judges: held-out scores of evaluation-only rewards by epochs trained, by reward name.
+        kl: KL divergence of held-out trajectories from the base model's, by epochs trained; empty if not measured.
         base_distance: mean pixel distance of held-out images from the base model's, by epochs trained.
     """
 
@@ -72,7 +73,7 @@ class RunCurves:
 
     @property
     def seed(self) -> int | None:
-        """The seed of its random numbers, which pairs it with runs of other variants."""
+        """Its random seed, which pairs it with runs of other variants."""
         return None if self.config is None else self.config.seed
 
 
@@ -80,7 +81,7 @@ def read_run(folder: Path | str) -> RunCurves:
     """Read a run directory, finished or not.
 
     Raises:
-        UserError: it holds no metrics.jsonl (or metrics.jsonl.gz), or one that is damaged.
+        UserError: it holds no metrics.jsonl (or metrics.jsonl.gz), or a damaged one.
     """
     folder = Path(folder)
     metrics = find_metrics(folder)
@@ -132,7 +133,7 @@ def _is_finished(folder: Path, config: Config | None, epochs: int) -> bool:
 
 
 def _grad_norms(records: list[Record]) -> list[tuple[int, float]]:
-    """A skipped update's norm is not finite, and says nothing about the others."""
+    """Norms of applied updates only: a skipped update's norm is not finite."""
     found = []
     for record in records:
         norm = record.get("policy/grad_norm")

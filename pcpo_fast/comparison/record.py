@@ -1,4 +1,4 @@
-"""comparison.json: every number of a comparison, with what it was made from."""
+"""comparison.json: every number of a comparison, and where it came from."""
 
 import importlib.metadata
 import platform
@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "deepspeed", "peft"
 
 
 def comparison_record(result: Comparison) -> dict[str, Any]:
-    """The comparison as JSON values; NaN does not occur."""
+    """The comparison as JSON values, without NaN."""
     reading = result.reading
     return {
         "format": FORMAT,
@@ -61,23 +61,23 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
 
 
 def variant_differences(result: Comparison) -> dict[str, dict[str, Any]]:
-    """What differs between the variants, by their first runs: {key: {variant: value}}."""
+    """Settings that differ between the variants, read from their first runs: {key: {variant: value}}."""
     return differences({v.name: v.runs[0].config for v in result.variants if v.runs and v.runs[0].config is not None})
 
 
 def notes(result: Comparison) -> list[str]:
-    """What a reader should know before believing a number."""
+    """Caveats for readers of the numbers."""
     found = list(result.settings.notes)
     runs = [run for variant in result.variants for run in variant.runs]
     if len({run.epochs for run in runs}) > 1:
         longest = max(run.epochs for run in runs)
         found.append(
-            f"The runs are not equally long: of all only the first {result.reading.horizon} epochs count "
+            f"The runs differ in length: only the first {result.reading.horizon} epochs of each count "
             f"(the longest has {longest})."
         )
     if (primary := result.settings.primary) is not None:
         undecided = [v.name for v in result.variants if v.name not in (result.baseline, *result.decisions)]
-        found += [f"{name}: no verdict, since it or {result.baseline} has no {primary}." for name in undecided]
+        found += [f"{name}: no verdict, because it or {result.baseline} has no {primary}." for name in undecided]
     if result.reading.target is None:
         found.append(f"Epochs to target are left out: {result.target_source}.")
     found += consequences(variant_differences(result))
@@ -88,16 +88,16 @@ def notes(result: Comparison) -> list[str]:
             for key, values in differences(configs).items()
         ]
         if varying:
-            found.append(f"{variant.name}: its runs do not have the same settings: {'; '.join(varying)}.")
+            found.append(f"{variant.name}: its runs have different settings: {'; '.join(varying)}.")
     changed = read_differently([run.folder for run in runs])
     if changed:
-        found.append(f"Not all runs read the same: the content of {', '.join(changed)} changed between them.")
+        found.append(f"The runs did not read the same files: the content of {', '.join(changed)} changed between them.")
     for variant in result.variants:
         skipped = sum(sum(run.skipped.values()) for run in variant.runs)
         if skipped:
             found.append(f"{variant.name}: {skipped} updates were skipped because a gradient was not finite.")
         if variant.runs and len({run.seed for run in variant.runs}) < len(variant.runs) and variant.runs[0].config:
-            found.append(f"{variant.name}: several runs have the same seed, which are not independent runs.")
+            found.append(f"{variant.name}: several runs have the same seed, so they are not independent.")
     found += [f"{run.problem}; its seed and settings are unknown." for run in runs if run.problem]
     return found + _about_intervals(result)
 
@@ -106,14 +106,14 @@ def _about_intervals(result: Comparison) -> list[str]:
     compared = [variant for variant in result.variants if variant.runs]
     found = []
     if any(not against.paired for variant in compared for against in variant.against.values()):
-        found.append("Runs are not paired by seed everywhere: such differences have wider intervals.")
+        found.append("Some runs are not paired by seed: their differences have wider intervals.")
     count = min(len(variant.runs) for variant in compared)
     if count == 1:
-        found.append("A variant with one seed has no interval: nothing can be said about how much seeds differ.")
+        found.append("A variant with one seed has no interval: how much seeds differ is unknown.")
     elif count < 5:
         found.append(
-            f"With {count} seeds an interval holds the truth at most {attainable(count):.0%} of the time, "
-            "whatever it is called: it means little.".replace("%", " %")
+            f"With {count} seeds an interval covers the true mean at most {attainable(count):.0%} of the time, "
+            "whatever its nominal level: do not rely on it.".replace("%", " %")
         )
     return found
 

@@ -31,9 +31,9 @@ class Failure:
     """A run that ended with an error.
 
     Attributes:
-        run: which.
-        code: exit code of its process; 2 is a mistake that the user can mend.
-        sentence: what it said last.
+        run: the run that failed.
+        code: exit code of its process; 2 is a user error.
+        sentence: the last message in its log.
     """
 
     run: PlannedRun
@@ -45,7 +45,7 @@ class Interrupted(Exception):
     """The runs were stopped from outside; the next call resumes them.
 
     Attributes:
-        folder: of the comparison.
+        folder: the comparison's folder.
     """
 
     def __init__(self, message: str, folder: Path) -> None:
@@ -58,10 +58,10 @@ class HowToRun:
     """How runs are started.
 
     Attributes:
-        jobs: how many runs run at the same time.
-        threads: CPU threads of each; None: the machine's, divided among the jobs, unless OMP_NUM_THREADS is set.
-        launcher: command that starts a run on several GPUs; None: a plain process.
-        until: no run is begun after this time (of ``time.monotonic``); infinite: there is none.
+        jobs: number of runs at a time.
+        threads: CPU threads per run; None divides the machine's cores among the jobs, unless OMP_NUM_THREADS is set.
+        launcher: command that starts a run on several GPUs; None starts a plain process.
+        until: no run starts after this time (of ``time.monotonic``); infinity means no limit.
     """
 
     jobs: int = 1
@@ -71,10 +71,10 @@ class HowToRun:
 
 
 def check_folders(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Which of the runs are not finished; nothing is changed.
+    """The runs that have not finished; changes nothing on disk.
 
     Raises:
-        UserError: a folder holds another run, with another configuration.
+        UserError: a folder holds a run with a different configuration.
     """
     left = []
     for run in runs:
@@ -94,19 +94,19 @@ def check_folders(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 def run_all(
     runs: Sequence[PlannedRun], done: int, folder: Path, how: HowToRun, console: Console, poll: float = POLL
 ) -> list[Failure]:
-    """Run what is left of a comparison; returns the runs that failed.
+    """Run the remaining runs of a comparison and return those that failed.
 
     Args:
-        runs: those left to do, in this order.
-        done: how many are finished already.
-        folder: the comparison's, which is locked meanwhile.
-        how: how many at a time, and how they are started.
-        console: where the progress is shown.
-        poll: seconds between looks.
+        runs: the remaining runs, in the order in which they start.
+        done: number of runs that have already finished.
+        folder: the comparison's folder, which stays locked until this returns.
+        how: number of runs at a time, and how they are started.
+        console: where progress is shown.
+        poll: seconds between checks of the processes.
 
     Raises:
         UserError: another comparison is using the folder, or the launcher cannot be started.
-        Interrupted: Ctrl-C, or the system asked this process to end; the children have ended.
+        Interrupted: on Ctrl-C or SIGTERM, after all child processes have ended.
     """
     queue, running, failures = list(runs), list[RunningRun](), list[Failure]()
     with only_one(folder) as lock, _ending_is_an_interrupt():
@@ -146,9 +146,10 @@ def run_all(
 
 
 def environment_of(how: HowToRun, slot: int, outside: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a run: its threads, and one of this machine's GPUs where there are several runs for them.
+    """The environment variables of a run: its thread count, and one GPU if several runs share a machine with several.
 
-    A launcher chooses the GPUs itself. Without one a run is a single process, whatever job this command is a part of.
+    A launcher chooses the GPUs itself. Without one, a run is a single process even if this command is itself one rank
+    of a distributed job.
     """
     environment = dict(outside) | {"PYTHONUNBUFFERED": "1"}
     if how.launcher is None:
@@ -167,7 +168,7 @@ def environment_of(how: HowToRun, slot: int, outside: Mapping[str, str]) -> dict
 
 
 def _failure(job: RunningRun) -> Failure | None:
-    """A run is done when its process says so and its summary is there."""
+    """A run has succeeded if its process exited with 0 and its summary exists."""
     code = job.process.returncode
     if code == 0 and (job.run.folder / "summary.json").is_file():
         return None
@@ -187,7 +188,7 @@ def _cores() -> int:
 
 
 def _gpus(outside: Mapping[str, str]) -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = outside.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
@@ -198,7 +199,7 @@ def _gpus(outside: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def _ending_is_an_interrupt() -> Iterator[None]:
-    """A request to end (SIGTERM, of a job scheduler) is treated as Ctrl-C, so that the children are not left alone."""
+    """Treat SIGTERM (sent by job schedulers) like Ctrl-C, so that no child process is orphaned."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -18,7 +18,7 @@ _MAIN = {
 
 
 def main_table(result: Comparison) -> Grid:
-    """One row per variant: what it reached, how fast, and the verdict on the difference to the baseline."""
+    """One row per variant: final reward, epochs to the target, and the verdict against the baseline."""
     header, title = ["variant", "seeds"], "Means over seeds [95 % interval]"
     timed_at_all = result.reading.target is not None
     if timed_at_all:
@@ -40,7 +40,7 @@ def main_table(result: Comparison) -> Grid:
 
 
 def difference_table(variant: VariantResult, result: Comparison) -> Grid:
-    """One row per measure: both means, the difference with its interval, the seeds that agree, the verdict."""
+    """One row per measure: both means, the difference with its interval, the signs by seed, and the verdict."""
     baseline = result.variant(result.baseline)
     header = ("measure", result.baseline, variant.name, "difference [95 % interval]", "seeds", "verdict")
     rows = []
@@ -55,7 +55,7 @@ def difference_table(variant: VariantResult, result: Comparison) -> Grid:
 
 
 def decision_table(result: Comparison) -> Grid:
-    """The primary measure: one row per variant but the baseline."""
+    """The primary measure, with one row per variant other than the baseline."""
     measure, baseline = result.settings.primary_measure, result.variant(result.baseline)
     names = (f"{result.baseline}", "variant mean", "difference [95 % t-interval]", "seeds", "p", "p after Holm")
     rows = []
@@ -84,7 +84,7 @@ def seed_table(result: Comparison) -> Grid:
 
 
 def missing_lines(result: Comparison) -> list[str]:
-    """Runs that do not count, a line each."""
+    """One line for each run that does not count."""
     return [f"{run.variant}{'' if run.seed is None else f', seed {run.seed}'}: {run.reason}" for run in result.missing]
 
 
@@ -93,7 +93,7 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
 
     Args:
         result: the comparison.
-        figures: their paths, relative to the file.
+        figures: paths of the figures, relative to the file.
     """
     main, missing, differing = main_table(result), missing_lines(result), variant_differences(result)
     parts = ["# Comparison", f"{main.title}.", main.markdown()]
@@ -101,7 +101,7 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
         parts += ["**Not in these numbers:**", bullets(missing)]
     if result.decisions:
         decided = decision_table(result)
-        said = "The measure named beforehand, to which alone the correction for several variants belongs."
+        said = "The primary measure was named beforehand; only its p-values are corrected for several variants."
         parts += [f"## {decided.title}", said, decided.markdown()]
     if differing:
         rows = [
@@ -121,21 +121,21 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
 
 
 def explanations(result: Comparison) -> list[str]:
-    """What the numbers are, and what they are not."""
+    """How to read the numbers, and what they do not show."""
     reading = result.reading
     lines = list(notes(result))
     if reading.target is not None and any(v.reached is not None and v.reached < len(v.runs) for v in result.variants):
         lines.append(
-            f"≥: not every run reached the target. Those that did not count with {reading.horizon} epochs, so that "
-            "the mean and its interval are lower bounds."
+            f"≥: not every run reached the target. Those that did not count as {reading.horizon} epochs, so the mean "
+            "and its interval are lower bounds."
         )
     lines.append(
         f"Training rewards are trailing means over {reading.smoothing} epochs. Epochs count training: the reward at "
         "epoch e is that of weights trained for e epochs."
     )
     lines.append(
-        f"Intervals: bootstrap over seeds ({RESAMPLES} resamples, percentiles widened for few seeds). They say how far "
-        "the mean would move with other seeds, and nothing about other prompts, rewards or settings."
+        f"Intervals: bootstrap over seeds ({RESAMPLES} resamples, percentiles widened for few seeds). They show how "
+        "much the mean varies with the seeds, and say nothing about other prompts, rewards or settings."
     )
     if any(against.paired for variant in result.variants for against in variant.against.values()):
         lines.append(
@@ -144,20 +144,20 @@ def explanations(result: Comparison) -> list[str]:
         )
     lines.append(
         "*better*, *worse*, *higher*, *lower*: the interval of the difference excludes 0; *probably* for 3 or 4 seeds. "
-        "Of many verdicts some are wrong: look at the measure that was chosen beforehand."
+        "Among many verdicts some will be wrong: rely on the measure that was chosen beforehand."
     )
     return lines
 
 
 def epochs_text(variant: VariantResult) -> str:
-    """Mean epochs to the target with its interval, marked as a lower bound where a run did not reach it."""
+    """Mean epochs to the target with its interval, marked as a lower bound if a run did not reach it."""
     if variant.reached == 0:  # then all values are the same bound, and an interval would look like certainty
         return _mean(variant, EPOCHS_TO_TARGET)
     return _bound(variant) + _estimate(variant.means.get(EPOCHS_TO_TARGET.key), EPOCHS_TO_TARGET)
 
 
 def _speed_up(variant: VariantResult) -> str:
-    """How many times faster than the baseline."""
+    """How many times as fast as the baseline."""
     if variant.speed_up is None:
         return _NONE
     bound = {"": "", "at least": "≥ ", "at most": "≤ ", "restricted": "about "}[variant.speed_up_bound]
@@ -167,7 +167,7 @@ def _speed_up(variant: VariantResult) -> str:
 
 
 def _bound(variant: VariantResult) -> str:
-    """The mark of epochs that are a lower bound."""
+    """The mark for epochs that are a lower bound."""
     return "≥ " if variant.reached is not None and variant.reached < len(variant.runs) else ""
 
 

@@ -1,9 +1,9 @@
-"""Which learning rate and other settings each variant is compared with: chosen on seeds that are not used again.
+"""Tunes the learning rate and other settings of each variant on search seeds that the comparison does not use.
 
 Every variant begins with the same learning rates, each with every combination of the settings that it searches. A
-variant whose best rate is the lowest or the highest of its list gets another one beyond it, until that is no longer so;
-the others then get as many trials more, between their best rate and its neighbours. What comes next follows from the
-results on disk alone, so that an interrupted search continues as if nothing had happened.
+variant whose best rate is the lowest or the highest in its list gets another one beyond it, until its best rate lies
+inside; the other variants then get equally many extra trials, between their best rate and its neighbours. The next
+trials depend only on the results on disk, so an interrupted search continues where it stopped.
 """
 
 import itertools
@@ -39,11 +39,11 @@ _LR = "optimizer.lr"
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings of a variant that are tried.
+    """One set of settings tried for a variant.
 
     Attributes:
-        variant: its name.
-        searched: ``key=value`` of what it searches besides the learning rate.
+        variant: the variant's name.
+        searched: ``key=value`` for each setting searched besides the learning rate.
         lr: the learning rate.
     """
 
@@ -53,21 +53,20 @@ class Trial:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """All that it sets, as the command line takes it."""
+        """Every setting of the trial, as on the command line."""
         return (*self.searched, f"{_LR}={self.lr!r}")
 
 
 @dataclass(frozen=True)
 class Search:
-    """How far a search is.
+    """The state of a search.
 
     Attributes:
-        trials: of every variant, in the order in which they came.
-        waiting: runs that must finish before it continues, all known beforehand.
-        scores: the primary measure of each search seed; None as long as the first trials are not all finished.
+        trials: trials of every variant, oldest first.
+        waiting: runs that must finish before the search can continue.
+        scores: the primary measure of each finished trial, one value per search seed.
         chosen: the best trial of every variant; empty until the search is over.
-        at_edge: variants whose best rate still lies at the end of their list, because they have had every trial
-            allowed.
+        at_edge: variants that used up their trials while their best rate was still at an end of their list.
     """
 
     trials: Mapping[str, tuple[Trial, ...]]
@@ -78,10 +77,10 @@ class Search:
 
 
 def look(plan: ComparisonPlan, settings: ComparisonSettings) -> Search:
-    """What is known of a search from the runs that are finished, and which come next.
+    """The state of a search, from the runs that have finished on disk.
 
     Raises:
-        UserError: the plan's ``tuning`` is not sound, or a run has no value of the primary measure.
+        UserError: the plan's ``tuning`` is invalid, or a run has no value for the primary measure.
     """
     tuning = plan.tuning
     assert tuning is not None
@@ -126,7 +125,7 @@ def look(plan: ComparisonPlan, settings: ComparisonSettings) -> Search:
 
 
 def trial_runs(plan: ComparisonPlan, trial: Trial) -> list[PlannedRun]:
-    """A run for each search seed, in ``OUTPUT/tuning/VARIANT/TRIAL/seed_S``."""
+    """One run per search seed, in ``OUTPUT/tuning/VARIANT/TRIAL/seed_S``."""
     assert plan.tuning is not None
     variant = next(variant for variant in plan.variants if variant.name == trial.variant)
     tried = replace(variant, settings=(*variant.settings, *trial.settings), search={})
@@ -139,7 +138,7 @@ def trial_runs(plan: ComparisonPlan, trial: Trial) -> list[PlannedRun]:
 
 
 def tuned(plan: ComparisonPlan, search: Search) -> ComparisonPlan:
-    """The comparison of the variants as they were chosen, on its own seeds."""
+    """The comparison of the tuned variants, on the comparison's own seeds."""
     variants = (
         replace(variant, settings=(*variant.settings, *search.chosen[variant.name].settings), search={})
         for variant in plan.variants
@@ -148,7 +147,7 @@ def tuned(plan: ComparisonPlan, search: Search) -> ComparisonPlan:
 
 
 def tuning_notes(plan: ComparisonPlan, search: Search) -> tuple[str, ...]:
-    """What a reader of the comparison must know of the search, one sentence each."""
+    """What readers of the comparison should know about the search, one sentence each."""
     assert plan.tuning is not None
     seeds = ", ".join(map(str, plan.tuning.seeds))
     count = len(next(iter(search.trials.values())))
@@ -204,7 +203,7 @@ def write_search(plan: ComparisonPlan, settings: ComparisonSettings, search: Sea
 
 
 def _grid(plan: ComparisonPlan, variant: Variant) -> list[Trial]:
-    """The first trials: every combination of the settings that are searched, with every rate."""
+    """The first trials: every combination of the searched settings with every rate."""
     assert plan.tuning is not None
     searched = [_LR, *variant.search]
     fixed = [key for key in settings_mapping((*plan.settings, *variant.settings)) if key in searched]
@@ -217,7 +216,7 @@ def _grid(plan: ComparisonPlan, variant: Variant) -> list[Trial]:
 
 
 def _beyond(best: Trial, own: Sequence[Trial], rates: Sequence[float]) -> Trial | None:
-    """The next rate beyond the best one by the list's own ratio; None where the best is not at an end."""
+    """The next rate beyond the best one, by the list's own ratio; None if the best is not at an end."""
     alike = sorted(trial.lr for trial in own if trial.searched == best.searched)
     if best.lr == alike[0]:
         return replace(best, lr=_rounded(best.lr * rates[0] / rates[1]))
@@ -227,7 +226,7 @@ def _beyond(best: Trial, own: Sequence[Trial], rates: Sequence[float]) -> Trial 
 
 
 def _between(best: Trial, own: Sequence[Trial]) -> Trial:
-    """A rate in the middle of the wider of the gaps on both sides of the best one."""
+    """The geometric middle of the wider gap beside the best rate."""
     alike = sorted(trial.lr for trial in own if trial.searched == best.searched)
     place = alike.index(best.lr)
     gaps = list(itertools.pairwise(alike[max(0, place - 1) : place + 2]))

@@ -1,4 +1,4 @@
-"""Variants of a configuration, their seeds, and the validated configuration of every run of a comparison."""
+"""A comparison's variants and seeds, and the validated configuration of each of its runs."""
 
 import json
 import re
@@ -30,13 +30,13 @@ _OWNED = {"seed": "--seeds says which", "output_dir": "--output says where"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the configurations that are compared.
+    """One of the configurations to compare.
 
     Attributes:
-        name: what it and its folder are called.
-        config: its own YAML file; None: the comparison's.
-        settings: ``key.subkey=value``, over the file and over the settings of the whole comparison.
-        search: values to choose from, by dotted key.
+        name: its name, and its folder's.
+        config: its own YAML file; None for the comparison's.
+        settings: ``key.subkey=value``, which override the file and the settings common to all variants.
+        search: candidate values to tune over, by dotted key.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Tuning(BaseModel):
     """How every variant is tuned before the comparison.
 
     Attributes:
-        lr: learning rates that each begins with, ascending, two at least.
-        seeds: of the runs that choose; none of them is a seed of the comparison.
-        max_trials: trials of each variant at most; None: twice those of the largest grid.
+        lr: learning rates that every variant starts with, ascending, at least two.
+        seeds: seeds of the tuning runs; none of them may be a seed of the comparison.
+        max_trials: maximum number of trials per variant; None means twice the size of the largest grid.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -63,15 +63,15 @@ class Tuning(BaseModel):
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """A comparison to be run.
+    """A comparison to run.
 
     Attributes:
         output: its folder.
-        config: the YAML file of the variants that have none of their own; None: the defaults.
-        settings: ``key.subkey=value`` of all variants.
+        config: the YAML file for variants without their own; None for the defaults.
+        settings: ``key.subkey=value`` common to all variants.
         variants: at least one, with distinct names.
-        seeds: of each variant.
-        tuning: how variants are tuned first; None: they are compared as they are.
+        seeds: seeds that every variant is run with.
+        tuning: how variants are tuned first; None compares them as they are.
     """
 
     output: Path
@@ -84,14 +84,14 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run.
+    """One run of a comparison.
 
     Attributes:
-        variant, seed: which.
+        variant, seed: the variant's name and the seed.
         folder: its run directory.
-        log: the file that takes what it prints.
-        config_file, overrides: what the trainer is given.
-        config: what that comes to.
+        log: file for its output.
+        config_file, overrides: the trainer's arguments.
+        config: the configuration they resolve to.
     """
 
     variant: str
@@ -104,7 +104,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Its name for people."""
+        """How messages name the run."""
         return f"{self.variant}, seed {self.seed}"
 
 
@@ -112,7 +112,7 @@ def parse_variant(text: str) -> Variant:
     """``NAME: [FILE.yaml] key=value ...`` from the command line; quotes as in a shell.
 
     Raises:
-        UserError: it is not written so.
+        UserError: the text is not in this form.
     """
     name, colon, rest = text.partition(":")
     where = f"--variant {text!r}"
@@ -130,10 +130,10 @@ def parse_variant(text: str) -> Variant:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """``5``: the seeds 0 to 4; ``3,7,11``: these (``3,`` is the seed 3 alone).
+    """Seeds from the command line: ``5`` means 0 to 4, ``3,7,11`` exactly these, ``3,`` only 3.
 
     Raises:
-        UserError: it is neither.
+        UserError: the text is in neither form, or names a seed twice.
     """
     parts = [part.strip() for part in text.split(",")]
     listed = parts[:-1] if len(parts) > 1 and not parts[-1] else parts
@@ -146,12 +146,12 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def settings_from(values: Mapping[str, object]) -> tuple[str, ...]:
-    """Nested or dotted settings of a YAML file as ``key.subkey=value``."""
+    """Convert nested or dotted settings of a YAML file to ``key.subkey=value``."""
     return tuple(f"{key}={json.dumps(value)}" for key, value in flattened(values) if key)
 
 
 def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
-    """``key.subkey=value`` as dotted keys with values, the last of each key: the opposite of :func:`settings_from`."""
+    """The inverse of :func:`settings_from`: dotted keys and their values; the last value of a key wins."""
     found: dict[str, object] = {}
     for text in settings:
         key, _, value = text.partition("=")
@@ -161,7 +161,7 @@ def settings_mapping(settings: Sequence[str]) -> dict[str, object]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a variant's name that cannot be a folder's.
+    """Check that a variant's name can name its folder.
 
     Raises:
         UserError: it cannot.
@@ -174,14 +174,14 @@ def check_name(name: str) -> None:
 
 
 def planned_runs(plan: ComparisonPlan, *, twins: bool = False) -> list[PlannedRun]:
-    """Every run, with its configuration read and checked; seed by seed, so that a comparison grows evenly.
+    """Every run with its validated configuration, ordered by seed so that all variants progress evenly.
 
     Args:
         plan: the comparison.
-        twins: allow variants that are the same, as they may be when each was tuned.
+        twins: allow identical variants, which tuning may produce.
 
     Raises:
-        UserError: a name, a setting or a configuration is wrong, or two variants are the same; names the variant.
+        UserError: a name, setting or configuration is invalid, or two variants are identical; names the variant.
     """
     names = [variant.name for variant in plan.variants]
     for name in names:
@@ -197,10 +197,10 @@ def planned_runs(plan: ComparisonPlan, *, twins: bool = False) -> list[PlannedRu
 
 
 def planned_run(plan: ComparisonPlan, variant: Variant, seed: int, above: Path) -> PlannedRun:
-    """A run in ``ABOVE/seed_S``, with its configuration read and checked.
+    """The run in ``ABOVE/seed_S`` with its validated configuration.
 
     Raises:
-        UserError: a setting is wrong; names the variant.
+        UserError: a setting is invalid; names the variant.
     """
     settings = (*plan.settings, *variant.settings)
     for text in settings:
@@ -223,7 +223,10 @@ def planned_run(plan: ComparisonPlan, variant: Variant, seed: int, above: Path) 
 
 
 def _refuse_twins(runs: Sequence[PlannedRun]) -> None:
-    """Variants that train the same thing under two names: a setting of the file wins over what a preset fills in."""
+    """Refuse variants that train the same thing under two names.
+
+    This happens when a setting in the file overrides what a variant's preset would fill in.
+    """
     for index, run in enumerate(runs):
         for other in runs[:index]:
             found = differences({"one": run.config, "other": other.config})

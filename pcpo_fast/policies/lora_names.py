@@ -1,7 +1,7 @@
-"""Names of a network's layers in LoRA files: those of diffusers, and those of the model's original release.
+"""Names of a network's layers in LoRA files: diffusers' names and those of the model's original release.
 
-kohya's sd-scripts, ComfyUI and the WebUIs take the names of FLUX.1 and SD3 from the original releases, where the
-projections of an attention are rows of one weight. Each model family has the table of its own.
+kohya's sd-scripts, ComfyUI and the WebUIs use the original names for FLUX.1 and SD3, where the query, key and value
+projections are rows of one weight. Each model family has its own table.
 """
 
 import re
@@ -17,7 +17,7 @@ _PREFIXES = re.compile(
 TEXT_ENCODER = re.compile(
     r"(base_model\.model\.)?(lora_(te|clip)\d?_|text_encoders?(_\d)?\.|text_model\.|cond_stage_model\.)"
 )
-"""How the name of a text encoder's layer begins."""
+"""Prefixes of text encoder layers."""
 
 _UNET_WORDS = re.compile(
     r"(?:down|up|transformer)_blocks|mid_block|to_(?:[qkv]|out)|proj_(?:in|out)|time_embedding|time_emb_proj|linear_\d"
@@ -35,23 +35,23 @@ JOINT_ATTENTION = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
-"""Layers of diffusers' attention over image and text together, as in the blocks of FLUX and SD3."""
+"""Linear layers of diffusers' joint attention over image and text tokens, as in the blocks of FLUX and SD3."""
 
 BlockNames = Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
-"""By the name of a list of blocks in diffusers' network: its name in the original release, and for each weight of
-a block the layers that are its rows, in order."""
+"""For each list of blocks in diffusers' network: its name in the original release and, for each weight of a block,
+the diffusers layers that make up its rows, in order."""
 
 
 def release_weights(blocks: BlockNames, rest: Mapping[str, str], layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Weights of a transformer's original release, and the layers of diffusers' network that are their rows, in order.
+    """Map weights of a transformer's original release to the diffusers layers that make up their rows, in order.
 
     Args:
         blocks: names within the repeated blocks.
-        rest: layers outside of them, by the release's names.
-        layers: of the network, by diffusers' names.
+        rest: layers outside the blocks, by their original names.
+        layers: the network's layers, by their diffusers names.
 
     Returns:
-        The weights that have at least one of the layers; names without ``.weight``.
+        Original weights (names without ``.weight``) that contain at least one of the layers.
     """
     found: dict[str, tuple[str, ...]] = {original: (layer,) for original, layer in rest.items()}
     for stem, number in dict.fromkeys(match.groups() for layer in layers if (match := _BLOCK.match(layer))):
@@ -62,17 +62,17 @@ def release_weights(blocks: BlockNames, rest: Mapping[str, str], layers: Sequenc
 
 
 def shares(original: str, count: int) -> tuple[int, ...]:
-    """Rows of the layers that make up a weight of the original release, relative to each other."""
+    """Relative numbers of rows of the layers that make up a weight of the original release."""
     return (1, 1, 1, 4) if original.endswith("linear1") else (1,) * count
 
 
 def halves_swapped(original: str, up: Tensor, down: Tensor) -> bool:
-    """Whether the release has shift before scale where diffusers has scale before shift: in each last modulation."""
+    """Whether shift and scale are swapped between the release and diffusers, as in the final modulation."""
     return original.endswith("adaLN_modulation.1") and up.shape[0] == 2 * down.shape[1]
 
 
 def flat(name: str) -> str:
-    """A layer's name without prefix, dots and processors: what all writers' names of it have in common."""
+    """A layer's name without prefix, dots and processors, which all programs that write LoRA files share."""
     bare = name[_PREFIXES.match(name).end() :]  # type: ignore[union-attr]
     return bare.replace(".processor.", ".").replace(".", "_")
 
@@ -80,14 +80,14 @@ def flat(name: str) -> str:
 def spellings(
     originals: Mapping[str, tuple[str, ...]], layers: Sequence[str]
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Every flat name under which a file may have some of a network's linear layers.
+    """All flat names that LoRA files may use for a network's linear layers.
 
     Args:
-        originals: weights of the original release, and the layers that are their rows.
-        layers: of the network, by diffusers' names.
+        originals: weights of the original release, and the layers that make up their rows.
+        layers: the network's layers, by their diffusers names.
 
     Returns:
-        For each the name in the original release ("" where it is diffusers'), and the layers that are its rows.
+        For each flat name: the name in the original release ("" for a diffusers name), and its layers in order.
     """
     found = {flat(original): (original, ends) for original, ends in originals.items()}
     for layer in layers:
@@ -96,10 +96,10 @@ def spellings(
 
 
 def unet_layer(name: str) -> str:
-    """diffusers' name of a UNet's layer from kohya's, in which the dots are underscores."""
+    """Convert kohya's name of a UNet layer, with underscores for dots, to diffusers' name."""
     return ".".join(_UNET_WORDS.findall(name))
 
 
 def kohya_name(original: str) -> str:
-    """What kohya calls a layer."""
+    """kohya's name of a layer."""
     return "lora_unet_" + original.replace(".", "_")

@@ -30,19 +30,19 @@ from pcpo_fast.policies.weight_files import (
 
 META = torch.device("meta")
 HARMLESS = ("lm_head.weight", "position_ids")
-"""Ends of names that published files hold beyond what is loaded: T5's decoder's, and what old versions saved."""
+"""Suffixes of weights in published files that are not loaded: T5's decoder head, and buffers saved by old versions."""
 
 
 Difference = tuple[list[str], list[str], list[tuple[str, list[int], list[int]]]]
-"""How the tensors of files differ from those that a configuration makes: names that only the configuration has, names
-that only the files have, and names with the shape in the file and by the configuration."""
+"""How the tensors in files differ from those of a configuration: names missing from the files, unexpected names in the
+files, and mismatches as (name, shape in the file, shape by the configuration)."""
 
 
 @contextmanager
 def about(where: object) -> Iterator[None]:
-    """Turn whatever a library raises within the block into a sentence about ``where``.
+    """Turn any exception that a library raises within the block into a UserError about ``where``.
 
-    A file that a user gives can make the libraries raise anything; what is tried in the block is to say so of one file.
+    A user's file can make the libraries raise anything, so the block should concern only one file.
     """
     try:
         with quiet_libraries():
@@ -54,15 +54,15 @@ def about(where: object) -> Iterator[None]:
 
 
 def check_model(part: Path, kind: Any, variant: str | None) -> None:
-    """Whether a network, VAE or text encoder has every weight that its configuration asks for, and no other.
+    """Check that a network, VAE or text encoder has exactly the weights that its configuration asks for.
 
     Args:
         part: its folder.
-        kind: its class, of diffusers or transformers.
-        variant: of the files, as in :func:`pcpo_fast.policies.weight_files.find_weights`.
+        kind: its class in diffusers or transformers.
+        variant: variant of the files, as in :func:`pcpo_fast.policies.weight_files.find_weights`.
 
     Raises:
-        UserError: naming part, file and weight.
+        UserError: otherwise; names the file and the weight.
     """
     config = check_config(part, kind)
     library = kind.__module__.partition(".")[0]
@@ -75,23 +75,23 @@ def check_model(part: Path, kind: Any, variant: str | None) -> None:
     else:
         model, given = _on_meta(kind, part, config), _tensors(stored)
         if weights.index is None:
-            model._fix_state_dict_keys_on_load(given)  # names of a time before there were several files
+            model._fix_state_dict_keys_on_load(given)  # names from before weights could be split over files
         difference = _compare(model.state_dict(), given)
     where = weights.files[0] if weights.index is None else weights.index
     _refuse(difference, stored, where, kind.__name__, "model.path")
 
 
 def check_single_file(file: Path, part: Path, kind: Any, key: str) -> None:
-    """Whether a file holds a network, by the names of its authors or by diffusers'.
+    """Check that a single file holds a network's weights, under its authors' names or diffusers'.
 
     Args:
-        file: of weights.
-        part: folder whose ``config.json`` says what the network is.
-        kind: its class.
+        file: the file of weights.
+        part: folder whose ``config.json`` describes the network.
+        kind: the network's class.
         key: the setting that names the file.
 
     Raises:
-        UserError: naming file and weight.
+        UserError: otherwise; names the file and the weight.
     """
     if not file.exists():
         raise UserError(f"{key}: {file} does not exist")
@@ -115,7 +115,7 @@ def check_single_file(file: Path, part: Path, kind: Any, key: str) -> None:
                 given = convert(config=config, checkpoint=given)
         except KeyError as error:
             raise UserError(f"{key}: {file} lacks {error.args[0]}, so it holds no {kind.__name__}") from None
-        except Exception:  # other names lead the conversion anywhere
+        except Exception:  # with unknown names the conversion can fail in any way
             raise UserError(
                 f"{key}: {file} holds no {kind.__name__}: its names, such as {min(stored, default='none')}, are "
                 "neither diffusers' nor those of its authors"
@@ -124,10 +124,15 @@ def check_single_file(file: Path, part: Path, kind: Any, key: str) -> None:
 
 
 def check_config(part: Path, kind: Any, key: str = "model.path") -> dict[str, Any]:
-    """The configuration of a part, which must be of the class; ``key`` names the setting of the pipeline's folder.
+    """Read a part's ``config.json`` and check that it describes the class ``kind``.
+
+    Args:
+        part: the part's folder.
+        kind: the class it must be.
+        key: the setting that names the pipeline's folder, for messages.
 
     Raises:
-        UserError: it is missing, malformed, another part's, or says that the weights are quantised.
+        UserError: it is missing, malformed, of another class, or says that the weights are quantised.
     """
     file = part / "config.json"
     config = read_json(file, key)
@@ -148,10 +153,10 @@ def check_config(part: Path, kind: Any, key: str = "model.path") -> dict[str, An
 
 
 def check_latent_scale(part: Path) -> None:
-    """Whether the VAE's configuration says by numbers how its latents are scaled and shifted, where it says so.
+    """Check that the scale and shift of latents in the VAE's configuration, if given, are valid numbers.
 
     Raises:
-        UserError: naming file and key.
+        UserError: otherwise; names the file and the key.
     """
     file = part / "config.json"
     config = read_json(file)
@@ -166,15 +171,15 @@ def check_latent_scale(part: Path) -> None:
 
 
 def check_rotary_axes(file: Path, config: Mapping[str, Any], default: tuple[int, ...]) -> None:
-    """Whether the axes of FLUX's rotary embeddings make up a head.
+    """Check that the axes of FLUX's rotary embeddings add up to the size of an attention head.
 
     Args:
-        file: the network's ``config.json``.
-        config: what it says.
-        default: the axes of a configuration that names none.
+        file: the network's ``config.json``, for messages.
+        config: its contents.
+        default: the axes if the configuration gives none.
 
     Raises:
-        UserError: naming the file.
+        UserError: otherwise; names the file.
     """
     axes, width = config.get("axes_dims_rope", default), config.get("attention_head_dim", 128)
     if not isinstance(axes, list | tuple) or sum(axes) != width:
@@ -184,10 +189,10 @@ def check_rotary_axes(file: Path, config: Mapping[str, Any], default: tuple[int,
 
 
 def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
-    """Whether a tokenizer has its vocabulary, and only tokens that its text encoder has embeddings for.
+    """Check that a tokenizer has a vocabulary, and that its text encoder has an embedding for every token.
 
     Raises:
-        UserError: naming part and file.
+        UserError: otherwise; names the file.
     """
     names: dict[str, str] = kind.vocab_files_names
     whole, pieces = names["tokenizer_file"], [name for key, name in names.items() if key != "tokenizer_file"]
@@ -237,15 +242,15 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
 
 
 def check_scheduler(part: Path, name: str, *, flow: bool) -> None:
-    """Whether a scheduler can be made of its configuration.
+    """Check that a scheduler can be created from its configuration and fits the kind of model.
 
     Args:
         part: its folder.
-        name: its class, of diffusers.
+        name: its class in diffusers.
         flow: whether the model is a flow model.
 
     Raises:
-        UserError: naming the file.
+        UserError: otherwise; names the file.
     """
     file = part / "scheduler_config.json"
     config = read_json(file)
@@ -257,10 +262,10 @@ def check_scheduler(part: Path, name: str, *, flow: bool) -> None:
 
 
 def check_finite(module: nn.Module, part: Path) -> None:
-    """Refuse weights that are not numbers; one pass over the weights where they are.
+    """Refuse weights that are infinite or NaN; takes one pass over the weights if all are finite.
 
     Raises:
-        UserError: naming part and weight.
+        UserError: a weight is not finite; names the part and the weight.
     """
     weights = {
         name: weight.detach()
@@ -295,7 +300,7 @@ def _compare(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Differen
 
 
 def _of_transformers(kind: Any, part: Path, stored: Mapping[str, Stored]) -> Difference:
-    """What transformers says of loading the files: names that it changes, ties or ignores are its business."""
+    """The difference as transformers reports it, after its own renaming, tying and ignoring of weights."""
     with about(f"{part / 'config.json'} makes no {kind.__name__}"):
         config = kind.config_class.from_pretrained(part, local_files_only=True)
         _, report = kind.from_pretrained(
@@ -333,7 +338,7 @@ def _refuse(difference: Difference, stored: Mapping[str, Stored], where: Path, k
 
 
 def _without_merge(model: Mapping[str, Any], vocabulary: Collection[str]) -> list[str]:
-    """Pieces of more than one letter that no merge of a byte-pair encoding makes, longest first."""
+    """Tokens of more than one character that no merge of a byte-pair encoding produces, longest first."""
     if model.get("type") != "BPE":
         return []
     end = model.get("end_of_word_suffix") or ""

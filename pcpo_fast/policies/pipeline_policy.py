@@ -36,34 +36,34 @@ from pcpo_fast.policies.truncation import warn_of_long_prompts
 from pcpo_fast.policies.weight_files import find_weights
 
 Fit = tuple[str, int, str, str]
-"""A width of the network, by its key, is so many times that of another part, by its key there."""
+"""(key, factor, part, key there): a width of the network is a multiple of a width of another part."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-"""Names of the files that diffusers reads a network from."""
+"""Names of the files that diffusers loads a network from."""
 DECODED_PIXELS = 1 << 21
-"""Pixels that the VAE decodes at once: two images of 1024 x 1024."""
+"""Pixels that the VAE decodes at a time: two images of 1024 x 1024."""
 
 
 class PipelinePolicy(Policy):
-    """A policy made of the parts of a diffusers pipeline.
+    """A policy built from the parts of a diffusers pipeline.
 
-    A subclass names its pipeline and its parts, encodes prompts and runs the network; everything else is here.
+    Subclasses name the pipeline and its parts, encode prompts and run the network; everything else is shared.
 
     Attributes:
-        pipeline_class: diffusers' pipeline.
-        trained_part: the pipeline's part that is trained: "transformer" or "unet".
-        encoder_parts: text encoders and tokenizers, which load for encoding only.
-        optional_parts: those of them that a pipeline may do without.
-        unused_parts: parts that a policy never needs, such as a safety checker; they need not be in the folder.
-        cell: latent pixels across that the network takes as one; the image size is a multiple of it.
-        schedule_kind: what :meth:`schedule` returns, known without loading anything.
-        lora_targets: linear layers that get an adapter where the configuration names none.
-        about: what the headers of LoRA files say of the run.
-        cuts_prompts: whether ``model.max_sequence_length`` says how many tokens are read.
-        fits: the widths by which the parts of a pipeline fit together.
-        dispatches_attention: whether the network's attention layers ask diffusers' dispatcher for their backend.
-        kohya_keeps_names: whether kohya's sd-scripts call the layers what diffusers calls them, not what the original
-            release does; ComfyUI reads the names of which this is so.
+        pipeline_class: the pipeline's class in diffusers.
+        trained_part: the part of the pipeline that is trained: "transformer" or "unet".
+        encoder_parts: text encoders and tokenizers, which are loaded only to encode prompts.
+        optional_parts: encoder parts that a pipeline may lack.
+        unused_parts: parts that a policy never needs, such as a safety checker; the folder may lack them.
+        cell: side of the latent patch that becomes one token; the image size must be a multiple of its pixels.
+        schedule_kind: the type that :meth:`schedule` returns, known without loading anything.
+        lora_targets: linear layers that get an adapter if the configuration names none.
+        about: metadata about the run for the headers of LoRA files.
+        cuts_prompts: whether ``model.max_sequence_length`` sets the number of tokens read from a prompt.
+        fits: widths that must agree between the parts of a pipeline.
+        dispatches_attention: whether the network's attention layers use diffusers' attention dispatcher.
+        kohya_keeps_names: whether kohya's sd-scripts use diffusers' layer names instead of those of the original
+            release; ComfyUI reads these.
     """
 
     pipeline_class: ClassVar[Any]
@@ -89,10 +89,10 @@ class PipelinePolicy(Policy):
         folder: Path | None = None,
         cache: EmbeddingCache | None = None,
     ) -> None:
-        """Put a policy together from loaded parts; one without folder and cache has no text encoders.
+        """Assemble a policy from loaded parts; without a folder and cache it cannot encode prompts.
 
         Raises:
-            UserError: VAE and network cannot take the image size.
+            UserError: the image size does not suit the VAE and the network.
         """
         super().__init__(network)
         self.network = network
@@ -124,13 +124,13 @@ class PipelinePolicy(Policy):
         Args:
             folder: the pipeline.
             settings: the configuration's ``model`` section.
-            cache_folder: where encoded prompts are kept, and what is known of files' content.
-            device: where network and VAE go.
+            cache_folder: folder for encoded prompts and content hashes of files.
+            device: device for the network and the VAE.
             prompts: encoded first, so that text encoders and network are never on the device together.
-            network_device: where the network goes if not to ``device``.
+            network_device: device for the network if it differs from ``device``.
 
         Raises:
-            UserError: the folder cannot be loaded; LoRA, attention or image size refused.
+            UserError: the folder cannot be loaded, or the LoRA, attention or image size is refused.
         """
         vae = _config_of(folder, "vae")
         if isinstance(vae.get("block_out_channels"), list):  # before gigabytes of weights are read
@@ -139,7 +139,7 @@ class PipelinePolicy(Policy):
         pipeline = cls.load_pipeline(folder, settings, (cls.trained_part, "vae"))
         files = {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts, settings.variant)
         others = (settings.max_sequence_length, settings.dtype, cls.pipeline_class.__name__, settings.variant)
-        known = repr(others if settings.variant else others[:3])  # of a time without variants
+        known = repr(others if settings.variant else others[:3])  # as caches were named before variants existed
         fingerprint = once_per_machine(lambda: digest([Contents(cache_folder / RECORD_FOLDER).of_files(files), known]))
         network = getattr(pipeline, cls.trained_part)
         cache = EmbeddingCache(cache_folder, fingerprint)
@@ -157,10 +157,10 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def check_settings(cls, folder: Path, settings: ModelConfig) -> None:
-        """Refuse settings of the user's that this model has no use for (:mod:`pcpo_fast.config.unused_settings`).
+        """Refuse settings that have no effect with this model (:mod:`pcpo_fast.config.unused_settings`).
 
         Raises:
-            UserError: naming the setting.
+            UserError: such a setting was given; names it.
         """
         unused = {}
         if not cls.cuts_prompts:
@@ -175,11 +175,11 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def prepare_network(cls, network: Any, settings: ModelConfig, device: torch.device) -> None:
-        """Give a network just loaded its attention, its trainable weights, and what makes its blocks fast or small.
+        """Set up a loaded network: attention backend, trainable weights, block kernels, recomputation, compilation.
 
         Raises:
-            UserError: LoRA or attention refused, or the network has no block that can be accelerated, recomputed or
-                compiled where that is asked for.
+            UserError: the LoRA or attention setting is refused, or the network has no block that can be accelerated,
+                recomputed or compiled although that was asked for.
         """
         choose_attention(network, settings.attention, device)
         if settings.finetune == "lora":
@@ -193,7 +193,7 @@ class PipelinePolicy(Policy):
             network.requires_grad_(True)
         if settings.block_kernels:
             needed(network, cls.accelerated_blocks(network), "model.block_kernels")
-            if settings.compile:  # the compiler sees into the kernels only where that leaves their bits as they are
+            if settings.compile:  # the compiler sees into the kernels only if that keeps their results bit for bit
                 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
             try:
                 pcpo_kernels.accelerate(network)
@@ -206,43 +206,43 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def network_class(cls) -> str:
-        """diffusers' class of the network."""
+        """The network's class name in diffusers."""
         return str(cls.pipeline_class._get_signature_types()[cls.trained_part][0].__name__)
 
     @classmethod
     def head_dim(cls, config: Mapping[str, Any]) -> int | None:
-        """Elements of the network's attention heads by its configuration; None where they differ or it does not say."""
+        """Size of the network's attention heads by its configuration; None if they differ or it does not say."""
         size = config.get("attention_head_dim")
         return size if isinstance(size, int) else None
 
     @classmethod
     def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
-        """Refuse a configuration of the network whose settings do not fit each other.
+        """Refuse an inconsistent configuration of the network.
 
         Raises:
-            UserError: naming the file.
+            UserError: it is inconsistent; names the file.
         """
 
     @classmethod
     @abstractmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Weights of the model's original release, and the layers of diffusers' network that are their rows, in order.
+        """Map weights of the model's original release to the diffusers layers that make up their rows, in order.
 
         Args:
-            layers: linear layers of the network, by diffusers' names.
+            layers: linear layers of the network, by their diffusers names.
 
         Returns:
-            The weights that have at least one of the layers; names without ``.weight``.
+            Original weights (names without ``.weight``) that contain at least one of the layers.
         """
 
     @classmethod
     def depth(cls, config: Mapping[str, Any]) -> Depth:
-        """The depth of the trained network by its configuration; a family whose blocks all differ has none to tell."""
+        """Depth of the trained network by its configuration; empty for families whose blocks all differ."""
         return Depth()
 
     @abstractmethod
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
-        """Conditioning of some prompts by a pipeline that holds the text encoders."""
+        """Encode prompts with a pipeline that has the text encoders loaded."""
 
     @abstractmethod
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -250,18 +250,18 @@ class PipelinePolicy(Policy):
 
     @abstractmethod
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
-        """(tokenizer, tokens read, who reads them) of each text encoder, to warn of prompts that are cut."""
+        """(tokenizer, tokens read, name) of each text encoder, to warn about truncated prompts."""
 
     def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one prompt's row of what :meth:`encode_with` returns, for planning without text encoders.
+        """Shapes of one prompt's row in the result of :meth:`encode_with`, for planning without text encoders.
 
         Args:
-            clip_tokens: tokens that CLIP's tokenizer reads.
+            clip_tokens: number of tokens that CLIP's tokenizer reads.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how its conditioning is shaped")
 
     def to_pixels(self, latents: Tensor) -> Tensor:
-        """The sampler's latents as the VAE takes them, [B, C, h, w]: scaled back, and unpacked if packed."""
+        """Convert the sampler's latents to the VAE's input, [B, C, h, w]: unscaled, and unpacked if packed."""
         config = self.vae.config
         scaled: Tensor = latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)
         return scaled
@@ -269,7 +269,7 @@ class PipelinePolicy(Policy):
     def predict_halves(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> PolicyOutput:
         """One forward, or both halves of classifier-free guidance in one forward of twice the batch.
 
-        The times go in as they are; diffusers rounds them to the model's dtype.
+        Times are passed as they are; diffusers rounds them to the model's dtype.
         """
         device, dtype, count = latents.device, self.dtype, latents.shape[0]
         latents, times = latents.to(dtype), times.to(device, torch.float32)
@@ -294,14 +294,14 @@ class PipelinePolicy(Policy):
         return self._negative
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of each prompt, from the cache."""
+        """Conditioning of each prompt, from the cache; missing prompts are encoded first."""
         cache = self._cache()
         if cache.missing(prompts):
             self.prepare_prompts(prompts)
         return cache.load(prompts)
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode what the cache lacks; the encoders load only for that, and leave the memory afterwards."""
+        """Encode prompts that the cache lacks; the encoders are loaded only if needed, and freed afterwards."""
         prompts = self._with_negative(prompts)
         cache, encoders, device = self._cache(), list[Any](), self.encoding_device or self.device
 
@@ -311,7 +311,7 @@ class PipelinePolicy(Policy):
                 for name in self.encoder_parts:
                     if isinstance(part := getattr(encoders[0], name), nn.Module):
                         check_finite(part, cast(Path, self.folder) / name)
-            with torch.no_grad(), quiet_libraries():  # diffusers reports every cut prompt at length
+            with torch.no_grad(), quiet_libraries():  # diffusers reports every truncated prompt at length
                 return self.encode_with(encoders[0], chunk, device)
 
         if cache.missing(prompts) and rank() == 0:
@@ -324,7 +324,7 @@ class PipelinePolicy(Policy):
                 torch.cuda.empty_cache()
 
     def _with_negative(self, prompts: Sequence[str]) -> Sequence[str]:
-        """Whoever asks for prompts needs the unconditional half, too."""
+        """The prompts, plus the negative prompt if classifier-free guidance needs it."""
         return [*prompts, self.settings.negative_prompt] if prompts and self.cfg_scale != 1 else prompts
 
     def _cache(self) -> EmbeddingCache:
@@ -342,7 +342,7 @@ class PipelinePolicy(Policy):
 
     @contextmanager
     def sampling(self, settings: RolloutConfig) -> Iterator[None]:
-        """Within the block the network has the rollout's attention backend, and its adapters merged if so wished."""
+        """Within the block, use the rollout's attention backend and, if configured, merged adapters."""
         merged = merged_adapters(self.network) if settings.merge_lora else nullcontext()
         with attention_backend(self.network, settings.attention), merged:
             yield
@@ -352,39 +352,42 @@ class PipelinePolicy(Policy):
         """Decode latents to images."""
         self.work.decodes += len(latents)
         pixels = self.to_pixels(latents).to(next(self.vae.parameters()).dtype)
-        # A few images at a time: the decoder's activations, not the network's, would limit the batch.
+        # A few images at a time: otherwise the decoder's activations would limit the batch.
         at_once = max(1, DECODED_PIXELS // (self.rows * self.columns * (self.cell * self.vae_scale) ** 2))
         parts = [self.vae.decode(part, return_dict=False)[0].float() for part in pixels.split(at_once)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """``pytorch_lora_weights.safetensors``, by names that diffusers and ComfyUI read, or the network's folder."""
+        """Write ``pytorch_lora_weights.safetensors``, in names that diffusers and ComfyUI read, or the network."""
         if hasattr(self.network, "peft_config"):
             folder.mkdir(parents=True, exist_ok=True)
             layers = trained_updates(self.network, state)
             write_lora(folder / LORA_FILE, layers, type(self), about=self.about)
         else:
-            # save_pretrained would write what this rank holds of the weights, which under ZeRO 3 is nothing.
+            # save_pretrained would write this rank's share of the weights, which is empty under ZeRO 3.
             target = folder / self.trained_part
             self.network.save_config(target)
-            whole = {**self.network.state_dict(), **state}  # buffers, such as SD3's places, are not trained
+            whole = {
+                **self.network.state_dict(),
+                **state,
+            }  # buffers, such as SD3's position embeddings, are not trained
             save_torch_state_dict(whole, target, filename_pattern=WEIGHTS_PATTERN, max_shard_size="10GB")
             for file in target.glob("*.safetensors"):
-                file.chmod(0o644)  # the library lets nobody else read it
+                file.chmod(0o644)  # the library makes it readable by its owner only
 
     @classmethod
     def load_pipeline(cls, folder: Path, settings: ModelConfig, parts: Collection[str] | None = None) -> Any:
-        """diffusers' pipeline of a folder that :func:`pcpo_fast.policies.folder_checks.check_folder` has passed.
+        """Load a pipeline from a folder that has passed :func:`pcpo_fast.policies.folder_checks.check_folder`.
 
         Args:
-            folder: the pipeline's.
-            settings: the configuration's ``model`` section: dtype, variant, and a single file of the network.
-            parts: what to load besides the scheduler; None: all that are used.
+            folder: the pipeline's folder.
+            settings: the configuration's ``model`` section: dtype, variant, and a single file with the network.
+            parts: parts to load besides the scheduler; None for all that are used.
 
         Raises:
             UserError: diffusers cannot load it.
         """
-        # diffusers wants to be told what model_index.json says already: which parts there are not.
+        # diffusers requires an explicit None for every part that is not loaded.
         given: dict[str, Any] = dict.fromkeys(part_classes(folder))
         try:
             with quiet_libraries():
@@ -412,13 +415,13 @@ class PipelinePolicy(Policy):
         return kind.from_pretrained(part, local_files_only=True, use_safetensors=True, variant=variant, dtype=dtype)
 
     def _load_parts(self, *parts: str) -> Any:
-        """A pipeline of nothing but a scheduler and some of the encoders and tokenizers."""
+        """A pipeline with only the scheduler and the given encoders and tokenizers."""
         assert self.folder is not None  # as for the cache
         return self.load_pipeline(self.folder, self.settings, parts)
 
 
 def _config_of(folder: Path, part: str) -> dict[str, Any]:
-    """``config.json`` of a part; empty where it cannot be read, since loading the part says what is wrong with it."""
+    """A part's ``config.json``; empty if it cannot be read, since loading the part reports the reason."""
     try:
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -427,20 +430,20 @@ def _config_of(folder: Path, part: str) -> dict[str, Any]:
 
 
 def vae_factor(vae_config: Mapping[str, Any]) -> int:
-    """How many pixels across a latent is: the VAE halves the image between its blocks."""
+    """Pixels per latent along each side: the VAE halves the image between its blocks."""
     return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 def cell_grid(vae_config: Mapping[str, Any], height: int, width: int, cell: int) -> tuple[int, int]:
-    """Rows and columns of the cells that an image makes.
+    """Rows and columns of latent patches (network tokens) in an image.
 
     Args:
-        vae_config: of the pipeline.
-        height, width: of the image, in pixels.
-        cell: latent pixels across that the network takes as one.
+        vae_config: the VAE's configuration.
+        height, width: image size in pixels.
+        cell: side of a patch in latent pixels.
 
     Raises:
-        UserError: VAE and network cannot take the image size.
+        UserError: the image size does not suit the VAE and the network.
     """
     factor = vae_factor(vae_config)
     unit = cell * factor

@@ -1,4 +1,4 @@
-"""The weight files of a pipeline's part, and their headers; no weights are read."""
+"""Finds the weight files of a pipeline's part and reads their headers, without reading weights."""
 
 import json
 import re
@@ -14,21 +14,21 @@ from torch import Tensor
 from pcpo_fast.errors import UserError, reason_of
 
 QUANTISED = re.compile(r"[IU]8|F[468]_.*")
-"""Names of types with fewer than 16 bits in safetensors headers."""
+"""Names that safetensors headers use for types of fewer than 16 bits."""
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Prefix of the weight files of each library."""
 COUNTS = ("position_ids", "num_batches_tracked")
-"""Suffixes of tensors that may be integers: of old text encoders, and of batch norms."""
+"""Suffixes of tensors that may hold integers: in old text encoders, and in batch norms."""
 POINTER = b"version https://git-lfs"
 
 
 class Stored(NamedTuple):
-    """A tensor of a file.
+    """A tensor in a file.
 
     Attributes:
-        file: that holds it.
-        dtype: by the header's name, such as "BF16".
-        tensor: of its shape, on PyTorch's meta device.
+        file: the file that holds it.
+        dtype: its type as in the header, such as "BF16".
+        tensor: an empty tensor of its shape on the meta device.
     """
 
     file: Path
@@ -38,12 +38,12 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a part.
+    """The weight files of a part.
 
     Attributes:
-        files: that hold them.
-        variant: of the files, such as "fp16"; None: the plain ones.
-        index: that lists the files, where there is one.
+        files: the files.
+        variant: their variant, such as "fp16"; None for files without one.
+        index: the index that lists them; None for a single file.
     """
 
     files: tuple[Path, ...]
@@ -52,10 +52,10 @@ class Weights:
 
 
 def read_json(path: Path, key: str = "model.path") -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: it is not there, cannot be read, or holds something else; ``key`` names the setting.
+        UserError: the file is missing, unreadable or not a JSON object; ``key`` names the setting.
     """
     try:
         text = path.read_bytes()
@@ -74,16 +74,15 @@ def read_json(path: Path, key: str = "model.path") -> dict[str, Any]:
 
 
 def find_weights(folder: Path, library: str, wanted: str | None) -> Weights:
-    """The files that the library reads a part from.
+    """Find the files that a library would read a part from.
 
     Args:
-        folder: of the part.
+        folder: the part's folder.
         library: "diffusers" or "transformers".
-        wanted: the variant that is preferred. Without one the plain files are, and where there are none the only
-            variant is.
+        wanted: the preferred variant. None prefers files without a variant, then the only variant if there is one.
 
     Raises:
-        UserError: there are none, their index is broken, or it is not clear which are meant.
+        UserError: no weights were found, their index is broken, or there are several variants to choose from.
     """
     stem = STEMS[library]
     candidates = [wanted, None] if wanted is not None else [None]
@@ -102,7 +101,7 @@ def find_weights(folder: Path, library: str, wanted: str | None) -> Weights:
 
 
 def variants(folder: Path, library: str) -> list[str]:
-    """The variants that a part has files of."""
+    """The variants for which a part has files."""
     stem = re.escape(STEMS[library])
     name = re.compile(
         rf"{stem}\.([\w-]+?)(-\d{{5}}-of-\d{{5}})?\.safetensors"
@@ -113,10 +112,10 @@ def variants(folder: Path, library: str) -> list[str]:
 
 
 def read_headers(files: Iterable[Path], key: str = "model.path") -> dict[str, Stored]:
-    """Every tensor of some files.
+    """Read the headers of safetensors files: every tensor, by name.
 
     Raises:
-        UserError: a file is cut off, a git-lfs pointer, or something else than safetensors; ``key`` names the setting.
+        UserError: a file is truncated, a git-lfs pointer or not safetensors; ``key`` names the setting.
     """
     found: dict[str, Stored] = {}
     for file in files:
@@ -134,7 +133,7 @@ def refuse_quantised(stored: dict[str, Stored], key: str = "model.path") -> None
     """Refuse quantised weights.
 
     Raises:
-        UserError: naming the first; ``key`` names the setting.
+        UserError: a weight is quantised; names the first one, and ``key`` names the setting.
     """
     quantised = [name for name, one in stored.items() if QUANTISED.fullmatch(one.dtype)]
     if quantised:
@@ -146,10 +145,10 @@ def refuse_quantised(stored: dict[str, Stored], key: str = "model.path") -> None
 
 
 def refuse_integers(stored: dict[str, Stored]) -> None:
-    """Refuse weights that are no floating-point numbers, which the libraries would turn into some.
+    """Refuse integer weights, which the libraries would silently convert to floating point.
 
     Raises:
-        UserError: naming the first.
+        UserError: a weight is an integer; names the first one.
     """
     others = [
         name for name, one in stored.items() if not re.fullmatch(r"B?F\d+", one.dtype) and not name.endswith(COUNTS)
@@ -163,7 +162,7 @@ def refuse_integers(stored: dict[str, Stored]) -> None:
 
 
 def and_more(names: Sequence[str]) -> str:
-    """How many names besides the first there are, for the middle of a sentence."""
+    """The number of names after the first, to be inserted into a sentence."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
@@ -171,10 +170,10 @@ def _weights(folder: Path, library: str, variant: str | None) -> Weights | None:
     stem, infix = STEMS[library], "" if variant is None else f".{variant}"
     single = folder / f"{stem}{infix}.safetensors"
     index = folder / f"{stem}.safetensors.index{infix}.json"
-    old = folder / f"{stem}.safetensors{infix}.index.json"  # how diffusers used to call it
+    old = folder / f"{stem}.safetensors{infix}.index.json"  # the name in older versions of diffusers
     if library == "diffusers" and variant is not None and not index.is_file() and old.is_file():
         index = old
-    # Each library prefers another one where there are both.
+    # Given both, diffusers reads the index and transformers the single file.
     if (single.is_file() or single.is_symlink()) and not (library == "diffusers" and index.is_file()):
         return Weights((single,), variant)
     if not index.is_file():
@@ -189,7 +188,7 @@ def _weights(folder: Path, library: str, variant: str | None) -> Weights | None:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without weights has instead, as the end of a sentence."""
+    """What a folder without weights contains instead, as the end of a sentence."""
     names = sorted(path.name for path in folder.glob("*"))
     for suffix, problem in (
         (".gguf", "quantised weights cannot be trained"),
@@ -214,7 +213,7 @@ def _broken(file: Path, error: Exception) -> str:
         return "is a GGUF file: quantised weights cannot be trained, so take the model that was quantised"
     if size == 0:
         return "is empty: copy or download it again"
-    return f"is cut off or no safetensors file ({reason_of(error)}): copy or download it again"
+    return f"is truncated or not a safetensors file ({reason_of(error)}): copy or download it again"
 
 
 def _pointer(file: Path) -> str:

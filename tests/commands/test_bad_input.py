@@ -199,7 +199,7 @@ def spoil_index(folder: Path, **changes: Any) -> None:
         ),
         (
             lambda folder: (folder / "text_encoder_2" / "model.safetensors").write_bytes(b"no"),
-            "text_encoder_2/model.safetensors is cut off or no safetensors file",
+            "text_encoder_2/model.safetensors is truncated or not a safetensors file",
         ),
     ],
 )

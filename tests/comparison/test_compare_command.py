@@ -170,7 +170,7 @@ def test_a_comparison_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
         for name in ("native", "pcpo")
     ]
     assert first[0] == first[1] and first[0][0] != first[0][1]
-    assert "With 2 seeds an interval holds the truth at most 50 % of the time" in answer.out
+    assert "With 2 seeds an interval covers the true mean at most 50 % of the time" in answer.out
 
     # A finished comparison has nothing to train, and another one is refused.
     answer = call(capsys, "compare", *options, "--json")

@@ -162,7 +162,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         (f"{NETWORK} has single_transformer_blocks.0.", "which config.json does not ask for"),
     ),
     "nonsense layers": (settings_of("transformer", num_layers="many"), ("transformer/config.json makes no Flux",)),
-    "cut": (cut("text_encoder_2"), (f"{ENCODER} is cut off or no safetensors file", "download it again")),
+    "cut": (cut("text_encoder_2"), (f"{ENCODER} is truncated or not a safetensors file", "download it again")),
     "cut network": (cut("transformer"), (f"{NETWORK} is cut off",)),
     "empty": (written(NETWORK, b""), (f"{NETWORK} is empty",)),
     "pointer": (written(ENCODER, POINTER), (f"{ENCODER} is a git-lfs pointer", "git lfs pull")),
