@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.candidate_images import EvaluationSettings, Request
-from pcpo_fast.evaluation.diversity import feature_diversity, pairs, pixel_diversity
 from pcpo_fast.evaluation.feature_cache import features_of
 from pcpo_fast.evaluation.features import ClipImages, DinoV2, Extractor, Inception
 from pcpo_fast.evaluation.frechet import Gaussian, distance, sample_notes
@@ -21,6 +20,7 @@ from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.kernel_distance import kernel_distance
 from pcpo_fast.evaluation.lpips import Lpips
 from pcpo_fast.reporting.statistics import Estimate, mean
+from pcpo_fast.training.diversity import feature_diversity, pairs, pixel_diversity
 
 T = TypeVar("T")
 METRICS = ("fd-dinov2", "cmmd", "fid", "is", "lpips")

@@ -15,7 +15,7 @@ from pcpo_fast.reporting.grids import image_table
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.reporting.scale_figure import ScalePoint, scale_figure
 from pcpo_fast.reporting.statistics import mean
-from pcpo_fast.training.heldout import diversity
+from pcpo_fast.training.diversity import mean_pixel_diversity
 
 SHOWN_ROWS = 24
 """Rows of the grid; with more images than rows, the first image of each prompt is shown first."""
@@ -85,7 +85,7 @@ def sweep_numbers(columns: Sequence[ScaleResult], count: int) -> list[dict[str, 
     return [
         {
             "guidance_scale_reward": column.scale,
-            "diversity": diversity(column.images, count) if count > 1 else None,
+            "diversity": mean_pixel_diversity(column.images, count) if count > 1 else None,
             "rewards": {name: _summary(scores) for name, scores in column.scores.items()},
         }
         for column in columns

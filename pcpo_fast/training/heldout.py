@@ -19,22 +19,11 @@ from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.rewards import RewardSet, Scores
 from pcpo_fast.rollout.generation import generate, path_kl
 from pcpo_fast.training.collapse import base_distance
+from pcpo_fast.training.diversity import mean_pixel_diversity
 from pcpo_fast.training.run_inputs import RunInputs
 
 SHOWN = 16
 """Number of images in the grids that show the progress of training."""
-
-
-def diversity(images: Tensor, per_prompt: int) -> float:
-    """Mean over prompts of the root mean square pixel distance between two images of a prompt, over all pairs.
-
-    Args:
-        images: [P k, 3, H, W] in 0..1, prompt-major.
-        per_prompt: k, at least 2.
-    """
-    groups = images.double().reshape(-1, per_prompt, images[0].numel())
-    # The mean squared distance of all pairs is twice the sample variance.
-    return float((2 * groups.var(dim=1, unbiased=True).mean(dim=1)).sqrt().mean())
 
 
 def _present(scores: Tensor) -> Tensor:
@@ -93,7 +82,7 @@ class HeldOut:
         if len(total) < len(scores.total):
             metrics["heldout/failed_images"] = float(len(scores.total) - len(total))
         if count > 1:
-            metrics["heldout/diversity"] = diversity(images, count)
+            metrics["heldout/diversity"] = mean_pixel_diversity(images, count)
         if self.stochastic is not None:
             settings = self.settings
             metrics["heldout/kl"] = path_kl(

@@ -29,7 +29,7 @@ def test_a_process_that_has_stopped_is_named() -> None:
     assert text == "rank 2 has sent no heartbeat; rank 3 on node1 has sent no heartbeat for 60 s (last: update)"
 
 
-def test_where_all_are_at_the_same_point_nobody_is_blamed() -> None:
+def test_no_rank_is_named_if_all_are_at_the_same_point() -> None:
     assert "so none is behind" in explain([beat(0, 3, "update"), beat(1, 3, "update")], [], NOW, 30)
 
 

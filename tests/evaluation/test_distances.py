@@ -17,9 +17,9 @@ from pcpo_fast.evaluation import (
     kernel_distance,
     pixel_diversity,
 )
-from pcpo_fast.evaluation.diversity import pairs
 from pcpo_fast.evaluation.frechet import distance, sample_notes
 from pcpo_fast.evaluation.inception_score import SPLIT_FROM, SPLITS
+from pcpo_fast.training.diversity import pairs
 
 EPS = torch.finfo(torch.float64).eps
 

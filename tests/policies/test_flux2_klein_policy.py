@@ -104,7 +104,7 @@ def test_kohyas_names_are_read_by_diffusers_and_back(family: Family, tmp_path: P
 # ----------------------------------------------------------------------------------------------- distilled
 
 
-def test_a_distilled_klein_has_no_guidance_and_comes_with_a_word(tmp_path: Path) -> None:
+def test_a_distilled_klein_refuses_guidance_and_warns(tmp_path: Path) -> None:
     build_klein(tmp_path / "pipeline", distilled=True)
     distilled = Family("klein", tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"^model\.cfg_scale: .* is distilled .*: set it to 1, or take the base model$"):

@@ -12,7 +12,8 @@ import pcpo_fast.training.heldout
 from pcpo_fast.config.schema import EvaluationConfig, RewardConfig
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.training.heldout import SHOWN, HeldOut, diversity
+from pcpo_fast.training.diversity import mean_pixel_diversity
+from pcpo_fast.training.heldout import SHOWN, HeldOut
 
 PROMPTS = [Prompt(f"prompt {n}", {"n": n}) for n in range(5)]
 
@@ -91,9 +92,9 @@ def test_diversity_is_the_mean_distance_of_a_prompts_images(per_prompt: int) -> 
         group = images[prompt * per_prompt : (prompt + 1) * per_prompt].double()
         squares = [((one - other) ** 2).mean() for one, other in combinations(group, 2)]
         of_prompts.append(float(torch.stack(squares).mean().sqrt()))
-    assert diversity(images, per_prompt) == pytest.approx(sum(of_prompts) / 4, rel=1e-12)
-    assert diversity(images[:1].expand(2, -1, -1, -1), 2) == 0
-    assert diversity(torch.stack((torch.zeros(3, 2, 2), torch.ones(3, 2, 2))), 2) == pytest.approx(1)
+    assert mean_pixel_diversity(images, per_prompt) == pytest.approx(sum(of_prompts) / 4, rel=1e-12)
+    assert mean_pixel_diversity(images[:1].expand(2, -1, -1, -1), 2) == 0
+    assert mean_pixel_diversity(torch.stack((torch.zeros(3, 2, 2), torch.ones(3, 2, 2))), 2) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -103,4 +104,4 @@ def test_diversity_is_a_metric_where_a_prompt_has_several_images(
     images = torch.rand(5 * count, 3, 4, 4)
     monkeypatch.setattr(pcpo_fast.training.heldout, "generate", lambda *_: images)
     metrics, _ = heldout(tmp_path, images_per_prompt=count).evaluate()
-    assert metrics.get("heldout/diversity") == (None if count == 1 else pytest.approx(diversity(images, 2)))
+    assert metrics.get("heldout/diversity") == (None if count == 1 else pytest.approx(mean_pixel_diversity(images, 2)))

@@ -53,7 +53,7 @@ def test_mixed_dtypes(device) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_that_nobody_wants_are_not_computed(device, kind, monkeypatch) -> None:
+def test_unneeded_gradients_are_not_computed(device, kind, monkeypatch) -> None:
     """Frozen modulation, as under LoRA, sums nothing; the others have the same bits with and without it."""
     given = [value.to(device) for value in inputs(kind)]
     results = 2 if kind == "residual-norm" else 1

@@ -68,7 +68,7 @@ def test_views(device) -> None:
     torch.autograd.grad(joined(rope)(*leaves)[0].sum(), leaves)
 
 
-def test_gradients_that_nobody_wants_are_not_computed(device, monkeypatch) -> None:
+def test_unneeded_gradients_are_not_computed(device, monkeypatch) -> None:
     given = [value.to(device) for value in inputs()]
     full = with_gradients(joined(tables(5, 8)), given)
     monkeypatch.setattr(triton_rotary, "token_sums", None)

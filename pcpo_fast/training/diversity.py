@@ -1,4 +1,6 @@
-"""How different the images of one prompt are: the first thing a collapsing policy loses."""
+"""How much the images of one prompt differ: the first thing a collapsing policy loses."""
+
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -13,6 +15,16 @@ def pixel_diversity(images: Tensor) -> float:
     _check(len(images))
     # The mean squared distance of all pairs is twice the sample variance.
     return float((2 * images.double().flatten(1).var(dim=0, unbiased=True).mean()).sqrt())
+
+
+def mean_pixel_diversity(images: Tensor, per_prompt: int) -> float:
+    """Mean of :func:`pixel_diversity` over prompts.
+
+    Args:
+        images: [P k, 3, H, W] in 0..1, prompt-major.
+        per_prompt: k, at least 2.
+    """
+    return fmean(map(pixel_diversity, images.split(per_prompt)))
 
 
 def feature_diversity(features: Tensor) -> float:
