@@ -335,6 +335,7 @@ KERNELS_AVAILABLE = (
 )
 
 
+@pytest.mark.slow
 def test_libraries_see_the_same_kernels_inside_and_outside_the_project(tmp_path: Path) -> None:
     """diffusers and transformers ask whether `kernels` is there; standing in our root must not change the answer."""
     (tmp_path / "elsewhere").mkdir()

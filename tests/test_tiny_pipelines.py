@@ -211,11 +211,11 @@ def test_every_caption_is_tokenized_word_by_word(pipeline: DiffusionPipeline, ti
 # The transformers read all text tokens of their pipeline's default (512, 256): fewer images and steps.
 CASES = [
     ("tiny-flux", 4, {}),
-    ("tiny-flux", 2, {"num_inference_steps": 4, "max_sequence_length": 512}),
+    pytest.param("tiny-flux", 2, {"num_inference_steps": 4, "max_sequence_length": 512}, marks=pytest.mark.slow),
     ("tiny-sd", 3, {}),
     ("tiny-sd3", 3, {}),
-    ("tiny-sd3", 2, {"num_inference_steps": 6, "max_sequence_length": 8}),
-    ("tiny-sd3", 1, {"num_inference_steps": 6, "max_sequence_length": 256}),
+    pytest.param("tiny-sd3", 2, {"num_inference_steps": 6, "max_sequence_length": 8}, marks=pytest.mark.slow),
+    pytest.param("tiny-sd3", 1, {"num_inference_steps": 6, "max_sequence_length": 256}, marks=pytest.mark.slow),
 ]
 
 

@@ -114,6 +114,7 @@ def two_rungs(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flux_step, "stop_distributed", lambda: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_rungs")
 def test_the_file_and_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new" / "step.json"

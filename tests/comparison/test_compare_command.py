@@ -116,6 +116,7 @@ def is_unlocked(folder: Path) -> bool:
     return attempt.holder is None
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     project: Path,
     launcher: str,
@@ -302,6 +303,7 @@ tuning: {{lr: [1e-5, 1e-4, 1e-3], seeds: [100, 101]}}
 """
 
 
+@pytest.mark.slow
 def test_a_tuned_comparison_goes_on_in_portions_and_decides_on_its_own_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

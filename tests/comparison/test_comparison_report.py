@@ -96,7 +96,7 @@ def test_the_area_over_compute_ends_where_the_cheaper_run_has_spent_all(tmp_path
     old = {name: [write_run(tmp_path / name, line(0.01))] for name in ("one", "two")}
     uncounted = compare_runs(old, ComparisonSettings(primary="heldout_area"))
     assert uncounted.reading.compute is None and "heldout_area" not in uncounted.variant("one").means
-    assert "two: no verdict, since it or one has no heldout_area." in notes(uncounted)
+    assert "two: no verdict, because it or one has no heldout_area." in notes(uncounted)
 
 
 def test_a_judge_that_is_never_trained_on_is_a_measure(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_unfinished_runs_are_named_and_left_out_or_cut_to_the_shortest(tmp_path:
     assert result.variant("pcpo").against["epochs_to_target"].verdict == "probably better"
     cut = compare_runs(runs, ComparisonSettings(include_unfinished=True))
     assert cut.reading.horizon == 12 and cut.missing == ()
-    assert any("only the first 12 epochs count (the longest has 40)" in note for note in notes(cut))
+    assert any("only the first 12 epochs of each count (the longest has 40)" in note for note in notes(cut))
     with pytest.raises(UserError, match="--at-epoch: must be at most 12, the epochs of the shortest run, got 20"):
         compare_runs(runs, ComparisonSettings(include_unfinished=True, at_epoch=20))
 
@@ -359,7 +359,7 @@ def test_runs_that_read_other_content_under_one_name_are_noticed(tmp_path: Path)
 def test_runs_of_a_variant_with_unlike_settings_or_the_same_seed_are_noticed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(i), line(0.01), epochs=9, optimizer__lr=1e-4 * (i + 1)) for i in range(2)]
     said = " ".join(notes(compare_runs({"a": runs})))
-    assert "a: its runs do not have the same settings: optimizer.lr (0.0001, 0.0002)" in said
+    assert "a: its runs have different settings: optimizer.lr (0.0001, 0.0002)" in said
     assert "several runs have the same seed" in said
 
 

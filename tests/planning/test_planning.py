@@ -205,6 +205,7 @@ def test_the_committed_peaks_are_within_ten_percent_and_in_the_documentation() -
     assert render(rows) in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_measured_peaks_of_a_share_of_the_blocks(tmp_path: Path) -> None:
     """Between none and all, with a network deep enough for shares."""
     from diffusers import FluxTransformer2DModel
@@ -373,8 +374,8 @@ def test_a_plan_is_whole_in_80_columns(tiny_plan: dict[str, Any]) -> None:
     [
         (("--gpu", "4090"), 24, 165, 0),
         (("--gpu", "b200", "--gpus", "2"), 180, 2250, 0),
-        (("--gpu", "L40S", "--gpu-memory", "40", "--mfu", "0.5"), 40, 362, 0),
-        (("--gpu-memory", "1.51"), 1.51, 989, 3),
+        pytest.param(("--gpu", "L40S", "--gpu-memory", "40", "--mfu", "0.5"), 40, 362, 0, marks=pytest.mark.slow),
+        pytest.param(("--gpu-memory", "1.51"), 1.51, 989, 3, marks=pytest.mark.slow),
     ],
 )
 def test_gpus_by_name_and_exit_codes(
@@ -403,6 +404,7 @@ def test_zero_3_loads_one_weight_at_a_time() -> None:
         assert load == pytest.approx(4 * (network + vae)), name
 
 
+@pytest.mark.slow
 def test_weights_from_host_memory_are_used_for_large_batches() -> None:
     """Moving all of them for a batch costs more than computing a forward again."""
     config = shipped(FLUX, "model.finetune=lora", "model.lora.rank=1", "model.lora.alpha=1")

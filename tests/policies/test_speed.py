@@ -119,7 +119,7 @@ def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_p
 # Compiled blocks; the back end of the compiler does not matter to what is ours
 
 
-@pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize("finetune", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_compiled_blocks_compute_the_same(pipeline_folder: Path, finetune: str) -> None:
     config = tiny_config(pipeline_folder, *LORA, f"model.finetune={finetune}", "credit.kl_coefficient=0.1")
     policy = load_policy(config, CPU)
@@ -148,6 +148,7 @@ def test_compiled_blocks_compute_the_same(pipeline_folder: Path, finetune: str) 
             assert not close(policy.predict(*inputs), output), "the adapters are switched off in compiled blocks, too"
 
 
+@pytest.mark.slow
 def test_a_run_may_have_many_batch_sizes(pipeline_folder: Path) -> None:
     """PyTorch's own limit is eight, after which a whole graph is an error."""
     policy = load_policy(tiny_config(pipeline_folder), CPU)
@@ -355,7 +356,11 @@ def test_nothing_is_parked_that_is_not_on_the_device() -> None:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [(1, ("model.dtype=bfloat16",)), (2, ("optimizer.moments=8bit", "train.ema_decay=0.9")), (3, ())],
+    [
+        (1, ("model.dtype=bfloat16",)),
+        (2, ("optimizer.moments=8bit", "train.ema_decay=0.9")),
+        pytest.param(3, (), marks=pytest.mark.slow),
+    ],
 )
 def test_an_engine_offloads_its_state_and_trains_on(
     pipeline_folder: Path, tmp_path: Path, stage: int, settings: tuple[str, ...]

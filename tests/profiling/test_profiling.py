@@ -131,6 +131,7 @@ def test_the_training_does_not_notice(
     assert numbers(profiled.run) == numbers(folder / "plain")
 
 
+@pytest.mark.slow
 def test_another_epoch_and_more_updates(folder: Path, config: Path, capsys: Capture) -> None:
     run = folder / "other"
     chosen = ("--profile-epoch", "1", "--profile-updates", "2", "train.epochs=1", f"output_dir={run}")
