@@ -18,7 +18,6 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-THIN_TARGETS = ("sm_90", "gfx942")
 
 
 class Compiled(NamedTuple):
@@ -125,8 +124,8 @@ def bulk_accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
 def pairs(targets: Iterable[str], thin: bool) -> list[tuple[Any, str]]:
     """All (variant, target) pairs to compile.
 
-    With ``thin`` only bf16 variants are compiled for sm_80 and sm_100: the others differ from them only in the width of
-    the outputs, and are compiled for one target per vendor.
+    With ``thin`` every variant is compiled for sm_90, and only bf16's for gfx942: the others differ from them in the
+    width of the outputs alone.
     """
     from pcpo_kernels.variant import all_variants
 
@@ -134,7 +133,7 @@ def pairs(targets: Iterable[str], thin: bool) -> list[tuple[Any, str]]:
         (variant, target)
         for variant in all_variants()
         for target in targets
-        if not thin or target in THIN_TARGETS or variant.name.startswith("bf16")
+        if not thin or target == "sm_90" or (target == "gfx942" and variant.name.startswith("bf16"))
     ]
 
 
