@@ -260,7 +260,7 @@ def credit_figure(
     trained_steps: Sequence[int] | None = None,
     used: Sequence[float] | None = None,
 ) -> "Figure":
-    """Native and proportionate credit of every step, side by side.
+    """Native and proportionate credit of every step, side by side, and below per unit of time.
 
     `times` [N+1] run from 1 (noise) to 0 (image); `native` and `proportionate` are [N]; the proportionate credit of a
     step is `zeta` times its length in time. Steps not in `trained_steps` are pale. `used` [N], the run's own credit, is
@@ -271,10 +271,11 @@ def credit_figure(
 
     if len(times) != count + 1 or len(proportionate) != count or (used is not None and len(used) != count):
         raise ValueError(f"credit of {count} steps needs {count + 1} times and {count} values in every column")
-    figure = new_figure(3.5, max(WIDTH, min(16.0, 0.3 * count)))
+    figure = new_figure(6.2, max(WIDTH, min(16.0, 0.3 * count)))
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     steps = list(range(count))
     x = "step, and the time at which it starts (1 = noise, 0 = image)"
-    axes = styled(figure.add_subplot(), title, x, "credit", with_legend=True)
+    axes = styled(above, title, x, "credit", with_legend=True)
     trained = set(steps if trained_steps is None else trained_steps) & set(steps)
     columns = [
         (native, "native: |b| / std", NATIVE),
@@ -293,6 +294,14 @@ def credit_figure(
     axes.set_xticks(steps[::every], [f"{step}\n{times[step]:.2f}" for step in steps[::every]])
     pale_entry = [Patch(color=SOFT, alpha=0.35, label="pale: not trained")] if len(trained) < count else []
     legend(axes, pale_entry)
+
+    styled(below, "Per unit of time: the area below a line is credit", "time", "credit / Δt")
+    edges = [time for time in times for _ in range(2)][1:-1]
+    for values, _, colour in columns:
+        rates = [value / (times[step] - times[step + 1]) for step, value in enumerate(values)]
+        below.plot(edges, [rate for rate in rates for _ in range(2)], color=colour, linewidth=2)
+    below.set_xlim(times[0], times[-1])
+    below.set_ylim(bottom=0)
     return figure
 
 

@@ -117,12 +117,12 @@ def test_correlations_of_gains_are_a_map_with_holes() -> None:
     assert [axes.xaxis.get_major_formatter()(place) for place in (0, 1, 2)] == ["2", "5", ""]
 
 
-def test_credit_figure_has_a_bar_for_every_credit() -> None:
+def test_credit_figure_has_a_bar_for_every_credit_and_the_credit_below_its_lines() -> None:
     data = credit()
     figure = plots.credit_figure(
         data["times"], data["native"], data["proportionate"], data["zeta"], "Dance SDE", trained_steps=range(15)
     )
-    (axes,) = figure.axes
+    axes, below = figure.axes
     heights = sorted(bar.get_height() for bar in axes.patches)  # type: ignore[attr-defined]
     assert heights == pytest.approx(sorted(data["native"] + data["proportionate"]))
     assert sum(bar.get_alpha() < 1 for bar in axes.patches) == 2  # type: ignore[operator, misc]
@@ -131,6 +131,10 @@ def test_credit_figure_has_a_bar_for_every_credit() -> None:
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["native: |b| / std", "proportionate: ζ Δt, ζ = 13.343", "pale: not trained"]
     assert axes.get_title(loc="left") == "Dance SDE"
+    native, proportionate = (np.asarray(line.get_data(), float) for line in below.lines)
+    assert proportionate[1] == pytest.approx([data["zeta"]] * 32)
+    for line, total in ((native, sum(data["native"])), (proportionate, sum(data["native"]))):
+        assert -np.trapezoid(line[1], line[0]) == pytest.approx(total)
 
 
 def test_credit_figure_shows_a_third_rule_only_where_it_differs() -> None:
