@@ -42,12 +42,12 @@ class HeldProcessor:
             return self.used(*arguments, **options)
 
 
-def choose_attention(module: Any, backend: str, device: torch.device | None = None) -> None:
+def choose_attention(module: Any, backend: str, device: torch.device | None = None, *, masked: bool = False) -> None:
     """Make a diffusers model use an attention backend; ``native`` is PyTorch's scaled dot product.
 
     The backend is tried with the model's dtype and head sizes on ``device`` (default: the model's), forward and
-    backward. diffusers' UNet and its transformer of Stable Diffusion 3 do not use the dispatcher; they support
-    :data:`PLAIN` only.
+    backward, and with a mask if ``masked``. diffusers' UNet and its transformer of Stable Diffusion 3 do not use the
+    dispatcher; they support :data:`PLAIN` only.
 
     Raises:
         UserError: the backend does not exist, lacks a requirement, or cannot train this model here.
@@ -59,7 +59,7 @@ def choose_attention(module: Any, backend: str, device: torch.device | None = No
     weight = next(module.parameters())
     device = weight.device if device is None else device
     for head_dim in sorted({layer.inner_dim // layer.heads for layer in layers}) if not weight.is_meta else ():
-        check_backend(backend, device, head_dim, needs_backward=True, dtype=weight.dtype)
+        check_backend(backend, device, head_dim, needs_backward=True, dtype=weight.dtype, masked=masked)
     try:
         set_backend(module, backend)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
@@ -87,7 +87,8 @@ def check_attention(config: Config, folder: Path, family: "type[PipelinePolicy]"
         if not family.dispatches_attention:
             _serves(family.network_class(), backend, key)
         dtype = getattr(torch, config.model.dtype)
-        check_backend(backend, device, head_dim, needs_backward=trains, dtype=dtype, key=key)
+        masked = family.masks_prompts
+        check_backend(backend, device, head_dim, needs_backward=trains, dtype=dtype, key=key, masked=masked)
 
 
 def check_backend(
@@ -97,6 +98,7 @@ def check_backend(
     needs_backward: bool,
     dtype: torch.dtype = torch.bfloat16,
     key: str = "model.attention",
+    masked: bool = False,
 ) -> None:
     """Check an attention backend without a model: first by its known requirements, then by trying it.
 
@@ -107,17 +109,18 @@ def check_backend(
         needs_backward: whether gradients are needed, as in the update, or not, as in a rollout.
         dtype: of queries, keys and values.
         key: the setting that names it.
+        masked: whether it has to leave out the padding of prompts.
 
     Raises:
         UserError: the backend does not exist; there is no GPU, or it is too old; a package is missing; or the head
-            size, the dtype or gradients are not supported.
+            size, the dtype, gradients or masks are not supported.
     """
     _known(name, key)
     reason = lacking(name, device, head_dim, needs_backward, dtype)
     if reason is None:
         try:
             with quiet_libraries():
-                _try(name, device, 64 if head_dim is None else head_dim, needs_backward, dtype)
+                _try(name, device, 64 if head_dim is None else head_dim, needs_backward, dtype, masked)
         except (ImportError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
             reason = reason_of(error)
     if reason is not None:
@@ -193,12 +196,20 @@ def _dispatches(layer: Any) -> bool:
 
 
 @torch.inference_mode(False)
-def _try(name: str, device: torch.device, head_dim: int, needs_backward: bool, dtype: torch.dtype) -> None:
-    """Try attention with 64 tokens and two heads, and its backward if needed."""
+def _try(
+    name: str, device: torch.device, head_dim: int, needs_backward: bool, dtype: torch.dtype, masked: bool
+) -> None:
+    """Try attention with 64 tokens and two heads, its mask and its backward if needed."""
     states = torch.zeros(1, 64, 2, head_dim, device=device, dtype=dtype, requires_grad=needs_backward)
     # diffusers' own switch looks whether packages are there, and fetches kernels that come from its Hub.
     with library_backend(name), torch.set_grad_enabled(needs_backward):
-        result = dispatch_attention_fn(states, states, states, backend=AttentionBackendName(name))
+        values, mask = states, None
+        if masked:  # what is masked would be seen
+            mask = torch.arange(64, device=device)[None, None, None] < 32
+            values = states + ~mask.view(1, 64, 1, 1)
+        result = dispatch_attention_fn(states, states, values, attn_mask=mask, backend=AttentionBackendName(name))
+        if masked and not result.is_meta and bool(result.detach().abs().max() > 1e-3):
+            raise RuntimeError("it does not leave out the padding of prompts (attn_mask), as this model needs")
         if needs_backward:
             if not result.requires_grad:
                 raise RuntimeError("it computes no gradients, so it serves rollouts only (rollout.attention)")

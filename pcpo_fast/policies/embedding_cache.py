@@ -3,16 +3,19 @@
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pcpo_fast.distributed.collectives import barrier, local_rank, local_world_size, shared_errors
 from pcpo_fast.errors import UserError
+
+Encoded = Mapping[str, Tensor | Sequence[Tensor]]
+"""What encoders make of prompts, one row each; rows may have different lengths."""
 
 
 class EmbeddingCache:
@@ -20,6 +23,7 @@ class EmbeddingCache:
 
     The fingerprint covers everything that an embedding depends on besides the prompt, including the content of the
     encoders, so a changed model or sequence length never uses old files. An unreadable file is encoded again.
+    Prompts of a model that masks their padding are stored without it.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -42,19 +46,20 @@ class EmbeddingCache:
         temporary.replace(path)
 
     def load(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Stack the embeddings of prompts that are in the cache: each tensor [len(prompts), ...] on the CPU."""
+        """Stack the embeddings of prompts that are in the cache: each tensor [len(prompts), ...] on the CPU.
+
+        Where prompts have different lengths, the shorter ones are padded with zeros, and so are their masks.
+        """
         distinct = {prompt: load_file(self.path(prompt)) for prompt in dict.fromkeys(prompts)}
         names = next(iter(distinct.values())).keys()
-        return {name: torch.stack([distinct[prompt][name] for prompt in prompts]) for name in names}
+        return {name: pad_sequence([distinct[prompt][name] for prompt in prompts], True) for name in names}
 
-    def fill(
-        self, prompts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int = 16
-    ) -> int:
+    def fill(self, prompts: Sequence[str], encode: Callable[[list[str]], Encoded], batch_size: int = 16) -> int:
         """Encode missing prompts, distributed over the ranks of this machine, and wait for all of them.
 
         Args:
             prompts: prompts that must be in the cache afterwards.
-            encode: maps prompts to tensors with one row each; called only if some are missing.
+            encode: encodes prompts; called only if some are missing.
             batch_size: prompts per call of ``encode``.
 
         Returns:
@@ -79,11 +84,11 @@ class EmbeddingCache:
                         f"model.embedding_cache: {self.folder.parent} cannot be written: {reason}"
                     ) from None
                 if start == 0:
-                    each = sum(value[0].nbytes for value in rows.values())
+                    each = sum(row.nbytes for value in rows.values() for row in value) / len(chunk)
                     self._check_space(each, len(missing) - local_world_size() * len(chunk), len(missing))
         return len(missing)
 
-    def _check_space(self, each: int, left: int, missing: int) -> None:
+    def _check_space(self, each: float, left: int, missing: int) -> None:
         """Refuse, before hours of encoding, what the disk has no space for."""
         free = shutil.disk_usage(self.folder).free
         if left * each > free:

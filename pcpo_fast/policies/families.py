@@ -28,6 +28,7 @@ FAMILIES = {
     "Flux2KleinPipeline": "pcpo_fast.policies.flux2_klein:Flux2KleinPolicy",
     "StableDiffusion3Pipeline": "pcpo_fast.policies.stable_diffusion_3:StableDiffusion3Policy",
     "StableDiffusionPipeline": "pcpo_fast.policies.stable_diffusion:StableDiffusionPolicy",
+    "ZImagePipeline": "pcpo_fast.policies.z_image:ZImagePolicy",
 }
 """The class of the policy for each diffusers pipeline."""
 

@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth, double_and_single_blocks
+from pcpo_fast.policies.flow_grids import shifted_schedule
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
-from pcpo_fast.policies.part_checks import about, check_rotary_axes
+from pcpo_fast.policies.part_checks import check_rotary_axes
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
@@ -166,15 +165,4 @@ class FluxPolicy(PipelinePolicy):
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        get = scheduler.config.get
-        with about("scheduler/scheduler_config.json"):
-            mu = calculate_shift(
-                self.rows * self.columns,
-                get("base_image_seq_len", 256),
-                get("max_image_seq_len", 4096),
-                get("base_shift", 0.5),
-                get("max_shift", 1.15),
-            )
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-        return FlowSchedule(scheduler.sigmas.double())
+        return shifted_schedule(self.scheduler.config, self.rows * self.columns, steps)

@@ -1,6 +1,5 @@
 """FLUX.2-klein as a policy: packed latents behind the VAE's batch norm, states of three layers of Qwen3."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +11,6 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from pcpo_fast.config.schema import ModelConfig
-from pcpo_fast.distributed.collectives import rank
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import INDEX
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
@@ -20,7 +18,8 @@ from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth, double_and_single_blocks
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about, check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, warn_of_distillation
+from pcpo_fast.policies.truncation import template_tokens
 from pcpo_fast.policies.weight_files import read_json
 
 LAST_STATES = 27
@@ -105,12 +104,7 @@ class Flux2KleinPolicy(PipelinePolicy):
                 f"model.cfg_scale: {folder} is distilled (is_distilled in {INDEX}) and was made for images without "
                 "classifier-free guidance: set it to 1, or take the base model"
             )
-        if rank() == 0:
-            warnings.warn(
-                f"model.path: {folder} is distilled to few steps without noise. Training samples with noise, and can "
-                "unlearn what the distillation gave it; the base model is the one made for training",
-                stacklevel=2,
-            )
+        warn_of_distillation(folder)
 
     @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -133,7 +127,7 @@ class Flux2KleinPolicy(PipelinePolicy):
         Raises:
             UserError: the tokenizer has no chat template.
         """
-        self._template_tokens(pipeline.tokenizer)
+        template_tokens(pipeline.tokenizer, self.folder, enable_thinking=False)
         # Without its head: nobody reads the logits, which are gigabytes for a batch of prompts.
         pipeline.text_encoder = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
         states, _ = pipeline.encode_prompt(
@@ -147,18 +141,9 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Qwen3, which reads the chat template around a prompt as well."""
-        limit = self.settings.max_sequence_length - self._template_tokens(pipeline.tokenizer)
+        limit = self.settings.max_sequence_length
+        limit -= template_tokens(pipeline.tokenizer, self.folder, enable_thinking=False)
         return [(pipeline.tokenizer, limit, "Qwen3 reads within its chat template (model.max_sequence_length)")]
-
-    def _template_tokens(self, tokenizer: Any) -> int:
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"model.path: the tokenizer of {self.folder} has no chat template (chat_template.jinja), in which "
-                "FLUX.2-klein reads prompts"
-            )
-        empty = [{"role": "user", "content": ""}]
-        text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        return len(tokenizer(text)["input_ids"])
 
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity for a batch whose rows may be at different times."""

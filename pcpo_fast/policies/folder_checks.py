@@ -1,6 +1,6 @@
 """Checks that a pipeline's folder can be loaded, before anything large is read."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,7 @@ def used_parts(folder: Path, family: "type[PipelinePolicy]", key: str = "model.p
         UserError: ``model_index.json`` names another class, or none where one is needed; ``key`` names the
             setting.
     """
-    named, pipeline = part_classes(folder, key), family.pipeline_class
-    kinds: Mapping[str, Any] = {name: kind[0] for name, kind in pipeline._get_signature_types().items()}
+    named, pipeline, kinds = part_classes(folder, key), family.pipeline_class, family.part_kinds()
     index, parts = folder / "model_index.json", {}
     for name in (family.trained_part, "vae", *family.encoder_parts, "scheduler"):
         found, wanted = named.get(name), kinds[name]

@@ -108,18 +108,24 @@ def check_single_file(file: Path, part: Path, kind: Any, key: str) -> None:
     refuse_quantised(stored, key)
     model, given = _on_meta(kind, part, config), _tensors(stored)
     own = model.state_dict()
-    if len(own.keys() & given.keys()) <= len(own) / 2:
-        convert = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"]
+    found, problem = len(own.keys() & given.keys()), ""
+    if found < len(own):
         try:
             with quiet_libraries():
-                given = convert(config=config, checkpoint=given)
+                convert = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"]
+                converted = convert(config=config, checkpoint=dict(given))
         except KeyError as error:
-            raise UserError(f"{key}: {file} lacks {error.args[0]}, so it holds no {kind.__name__}") from None
+            problem = f"lacks {error.args[0]}, so it holds no {kind.__name__}"
         except Exception:  # with unknown names the conversion can fail in any way
-            raise UserError(
-                f"{key}: {file} holds no {kind.__name__}: its names, such as {min(stored, default='none')}, are "
+            problem = (
+                f"holds no {kind.__name__}: its names, such as {min(stored, default='none')}, are "
                 "neither diffusers' nor those of its authors"
-            ) from None
+            )
+        few = found <= len(own) / 2
+        if problem and few:
+            raise UserError(f"{key}: {file} {problem}")
+        if not problem and (few or len(own.keys() & converted.keys()) > found):  # many names may be the same in both
+            given = converted
     _refuse(_compare(own, given), stored, file, kind.__name__, key)
 
 

@@ -19,7 +19,6 @@ NOT_TRAINED = {
     "Flux3DistilledModularPipeline": "distilled FLUX.3",
     "QwenImagePipeline": "Qwen-Image",
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
-    "ZImagePipeline": "Z-Image",
 }
 """Names of the models of unsupported pipelines, for error messages."""
 

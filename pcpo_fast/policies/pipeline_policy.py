@@ -24,7 +24,7 @@ from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
 from pcpo_fast.policies.depth import Depth
-from pcpo_fast.policies.embedding_cache import EmbeddingCache
+from pcpo_fast.policies.embedding_cache import EmbeddingCache, Encoded
 from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
@@ -62,6 +62,7 @@ class PipelinePolicy(Policy):
         cuts_prompts: whether ``model.max_sequence_length`` sets the number of tokens read from a prompt.
         fits: widths that must agree between the parts of a pipeline.
         dispatches_attention: whether the network's attention layers use diffusers' attention dispatcher.
+        masks_prompts: whether attention leaves out the padding of prompts, which not every backend can.
         kohya_keeps_names: whether kohya's sd-scripts use diffusers' layer names instead of those of the original
             release; ComfyUI reads these.
     """
@@ -77,6 +78,7 @@ class PipelinePolicy(Policy):
     cuts_prompts: ClassVar[bool] = True
     fits: ClassVar[tuple[Fit, ...]]
     dispatches_attention: ClassVar[bool] = True
+    masks_prompts: ClassVar[bool] = False
     kohya_keeps_names: ClassVar[bool] = False
 
     def __init__(
@@ -108,6 +110,20 @@ class PipelinePolicy(Policy):
         self.rows, self.columns = cell_grid(vae.config, settings.height, settings.width, self.cell)
         self.about: dict[str, str] = {}
         self._negative: Conditioning | None = None
+
+    def check_places(self, rows: int, columns: int) -> None:
+        """Check that the image has no more cells than the network has position embeddings for.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        unit = self.cell * self.vae_scale
+        for name, count, limit in (("height", self.rows, rows), ("width", self.columns, columns)):
+            if count > limit:
+                raise UserError(
+                    f"model.{name}: {count * unit} is more than the {limit * unit} pixels that the model has position "
+                    "embeddings for"
+                )
 
     @classmethod
     def load(
@@ -165,7 +181,7 @@ class PipelinePolicy(Policy):
         unused = {}
         if not cls.cuts_prompts:
             unused["max_sequence_length"] = (
-                "T5 or Qwen3 (FLUX, FLUX.2, SD3); CLIP reads as many tokens as it was made for"
+                "T5 or Qwen3 (FLUX, FLUX.2, SD3, Z-Image); CLIP reads as many tokens as it was made for"
             )
         if not _config_of(folder, cls.trained_part).get("guidance_embeds"):
             unused["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
@@ -181,7 +197,7 @@ class PipelinePolicy(Policy):
             UserError: the LoRA or attention setting is refused, or the network has no block that can be accelerated,
                 recomputed or compiled although that was asked for.
         """
-        choose_attention(network, settings.attention, device)
+        choose_attention(network, settings.attention, device, masked=cls.masks_prompts)
         if settings.finetune == "lora":
             lora, targets = settings.lora, settings.lora.targets or cls.lora_targets
             start = None if lora.init is None else read_lora(network, lora.init, "model.lora.init", cls)
@@ -205,9 +221,14 @@ class PipelinePolicy(Policy):
         network.train()
 
     @classmethod
+    def part_kinds(cls) -> dict[str, Any]:
+        """The class of each part, as the pipeline's constructor declares it."""
+        return {name: kind[0] for name, kind in cls.pipeline_class._get_signature_types().items()}
+
+    @classmethod
     def network_class(cls) -> str:
         """The network's class name in diffusers."""
-        return str(cls.pipeline_class._get_signature_types()[cls.trained_part][0].__name__)
+        return str(cls.part_kinds()[cls.trained_part].__name__)
 
     @classmethod
     def head_dim(cls, config: Mapping[str, Any]) -> int | None:
@@ -241,8 +262,11 @@ class PipelinePolicy(Policy):
         return Depth()
 
     @abstractmethod
-    def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
-        """Encode prompts with a pipeline that has the text encoders loaded."""
+    def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Encoded:
+        """Encode prompts with a pipeline that has the text encoders loaded.
+
+        A family that masks padding returns rows without it, each with a mask of ones.
+        """
 
     @abstractmethod
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -279,7 +303,7 @@ class PipelinePolicy(Policy):
             return PolicyOutput(self.run_network(latents, times, given), None)
         negative = self._negative_conditioning(device)
         both = {
-            name: torch.cat((negative[name].to(dtype).expand(count, *value.shape[1:]), value))
+            name: torch.cat(_equally_long(negative[name].to(dtype).expand(count, *negative[name].shape[1:]), value))
             for name, value in given.items()
         }
         output = self.run_network(latents.repeat(2, *[1] * (latents.dim() - 1)), times.repeat(2), both)
@@ -305,7 +329,7 @@ class PipelinePolicy(Policy):
         prompts = self._with_negative(prompts)
         cache, encoders, device = self._cache(), list[Any](), self.encoding_device or self.device
 
-        def encode_now(chunk: list[str]) -> Conditioning:
+        def encode_now(chunk: list[str]) -> Encoded:
             if not encoders:
                 encoders.append(self._load_parts(*self.encoder_parts).to(device))
                 for name in self.encoder_parts:
@@ -427,6 +451,26 @@ def _config_of(folder: Path, part: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def warn_of_distillation(model: str | Path) -> None:
+    """Say once what training does to a model that was distilled to few steps."""
+    if rank() == 0:
+        warnings.warn(
+            f"model.path: {model} is distilled to few steps without noise. Training samples with noise, and can "
+            "unlearn what the distillation gave it; the base model is the one made for training",
+            stacklevel=2,
+        )
+
+
+def _equally_long(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings or masks [B, tokens, ...] of two sets of prompts, padded with zeros to the same number of tokens."""
+    missing = other.shape[1] - one.shape[1]
+    places = (0, 0) * (one.dim() - 2)
+    return (
+        nn.functional.pad(one, (*places, 0, max(missing, 0))),
+        nn.functional.pad(other, (*places, 0, max(-missing, 0))),
+    )
 
 
 def vae_factor(vae_config: Mapping[str, Any]) -> int:

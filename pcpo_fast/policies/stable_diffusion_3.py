@@ -8,7 +8,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth
@@ -84,13 +83,8 @@ class StableDiffusion3Policy(PipelinePolicy):
         """
         super().__init__(network, *others, **places)
         limit = network.config["pos_embed_max_size"]
-        for name, count in (("height", self.rows), ("width", self.columns)):
-            if limit is not None and count > limit:
-                unit = self.cell * self.vae_scale
-                raise UserError(
-                    f"model.{name}: {count * unit} is more than the {limit * unit} pixels that the model has position "
-                    "embeddings for"
-                )
+        if limit is not None:
+            self.check_places(limit, limit)
 
     @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -2,7 +2,31 @@
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from pcpo_fast.errors import UserError
+
+
+def template_tokens(tokenizer: Any, folder: Path | None, **options: Any) -> int:
+    """How many tokens the chat template around a prompt has.
+
+    Args:
+        tokenizer: of transformers.
+        folder: of the pipeline, for the message.
+        options: of the template.
+
+    Raises:
+        UserError: there is no template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"model.path: the tokenizer of {folder} has no chat template (chat_template.jinja), in which the text "
+            "encoder reads prompts"
+        )
+    empty = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, **options)
+    return len(tokenizer(text)["input_ids"])
 
 
 def warn_of_long_prompts(prompts: Sequence[str], tokenizer: Any, limit: int, reader: str) -> int:

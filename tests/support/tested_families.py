@@ -9,6 +9,7 @@ import torch
 from tiny_pipeline import CHANNELS, HEIGHT, TOKENS, WIDTH, tiny_config
 from tiny_pipelines import NEGATIVE, SD3_RUN, SD_RUN
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pcpo_fast.policies.families import load_policy
 
@@ -58,9 +59,24 @@ KINDS = {
     "sd3": Kind(
         "StableDiffusion3Pipeline", SD3_RUN, LATENTS, readers=("T5 reads (model.max_sequence_length)", "CLIP reads")
     ),
+    "z_image": Kind(
+        "ZImagePipeline",
+        SD3_RUN,
+        LATENTS,
+        readers=("Qwen3 reads within its chat template (model.max_sequence_length)",),
+    ),
 }
 FIXTURES = {"flux": "pipeline_folder"} | {name: f"{name}_folder" for name in KINDS if name != "flux"}
 """The fixture with a family's miniature."""
+
+
+class Call(NamedTuple):
+    """What a network is asked and answers."""
+
+    latents: Any
+    time: Tensor
+    states: Any
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ class Family:
         settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"} | options
         if self.kind.cuts:
             settings["max_sequence_length"] = KEPT
-        settings["true_cfg_scale" if self.name == "flux" else "guidance_scale"] = scale
+        settings["true_cfg_scale" if self.name == "flux" else "guidance_scale"] = scale - (self.name == "z_image")
         if self.name == "klein":
             # Its call takes the embeddings of another negative prompt than the empty one, and unpacked latents.
             latents = latents.transpose(1, 2).reshape(len(latents), CHANNELS, HEIGHT // 4, WIDTH // 4)
@@ -125,11 +141,35 @@ class Family:
         with torch.no_grad():
             return pipeline(prompt=prompts, height=HEIGHT, width=WIDTH, latents=latents, **settings).images
 
+    def halves(self, calls: list["Call"]) -> list["Call"]:
+        """What diffusers' pipeline asks of its network in each step: the unconditional half, then the other."""
+        if self.name == "z_image":  # lists of images and prompts, the conditional half first, and time the other way
+            return [
+                Call(
+                    torch.stack(call.latents).squeeze(2),
+                    call.time,
+                    pad_sequence([*call.states[half:], *call.states[:half]], True),
+                    -torch.stack([*call.output[half:], *call.output[:half]]).squeeze(2),
+                )
+                for call in calls
+                for half in [len(call.states) // 2]
+            ]
+        if self.name in ("flux", "klein"):  # the conditional half first, and the other in a call of its own
+            return [
+                Call(one.latents, one.time, *(torch.cat((two[place], one[place])) for place in (2, 3)))
+                for one, two in zip(calls[::2], calls[1::2], strict=True)
+            ]
+        return calls
+
     @torch.no_grad()
     def encoded(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         """What diffusers' pipeline makes of prompts, by the names of a policy's conditioning."""
         if self.name == "klein":
             return {"prompt_embeds": pipeline.encode_prompt(prompts, max_sequence_length=KEPT)[0]}
+        if self.name == "z_image":
+            rows, _ = pipeline.encode_prompt([*prompts], do_classifier_free_guidance=False, max_sequence_length=KEPT)
+            masks = [row.new_ones(len(row)) for row in rows]
+            return {"prompt_embeds": pad_sequence(rows, True), "prompt_mask": pad_sequence(masks, True)}
         if self.name == "flux":
             states, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=KEPT)
         elif self.name == "sd3":

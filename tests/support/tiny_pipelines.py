@@ -56,6 +56,17 @@ TRANSFORMER = {
     "qk_norm": "rms_norm",
 }
 
+Z_IMAGE = {
+    "in_channels": CHANNELS // 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 16,
+    "axes_dims": (4, 6, 6),
+    "axes_lens": (600, 32, 32),
+}
 KLEIN = {
     "in_channels": CHANNELS,
     "num_layers": 1,
@@ -105,6 +116,27 @@ def build_sd3(folder: Path, *, t5: bool = True, shift: float = 3.0, dynamic: boo
     ).save_pretrained(folder)
 
 
+def build_z_image(folder: Path, *, template: bool = True, **transformer: Any) -> None:
+    """Write a ZImagePipeline; ``template``: its tokenizer has a chat template."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(4)
+    network = ZImageTransformer2DModel(**(Z_IMAGE | transformer))
+    with torch.no_grad():
+        scaled(network.all_final_layer["2-1"], "linear", 3.0)
+        for token in (network.x_pad_token, network.cap_pad_token):
+            token.normal_()  # zeros before training
+        network.t_embedder.mlp[2].weight.mul_(8)  # the time matters
+        network.cap_embedder[1].weight.mul_(4)  # and so does the text
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny_vae(shift_factor=0.1),
+        text_encoder=tiny_qwen(layers=3).model,
+        tokenizer=qwen_tokenizer(template),
+        transformer=network,
+    ).save_pretrained(folder)
+
+
 def build_klein(folder: Path, *, distilled: bool = False, template: bool = True, **transformer: Any) -> None:
     """Write a Flux2KleinPipeline; ``template``: its tokenizer has a chat template."""
     from diffusers import (
@@ -115,9 +147,6 @@ def build_klein(folder: Path, *, distilled: bool = False, template: bool = True,
     )
 
     torch.manual_seed(3)
-    tokenizer = qwen_tokenizer()
-    if template:
-        tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -133,7 +162,7 @@ def build_klein(folder: Path, *, distilled: bool = False, template: bool = True,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
         text_encoder=tiny_qwen(),
-        tokenizer=tokenizer,
+        tokenizer=qwen_tokenizer(template),
         transformer=scaled(Flux2Transformer2DModel(**(KLEIN | transformer)), "proj_out", 1.5),
         is_distilled=distilled,
     )
@@ -143,8 +172,8 @@ def build_klein(folder: Path, *, distilled: bool = False, template: bool = True,
     pipeline.save_pretrained(folder)
 
 
-def qwen_tokenizer() -> Any:
-    """A token for each word, with and without a space before it."""
+def qwen_tokenizer(template: bool = True) -> Any:
+    """A token for each word, with and without a space before it; ``template``: with a chat template."""
     from transformers import Qwen2TokenizerFast
 
     space, words = "\u0120", sorted(WORDS, key=len, reverse=True)
@@ -153,12 +182,15 @@ def qwen_tokenizer() -> Any:
     merges += [(space, word) for word in words]
     letters = [*sorted(set("".join(WORDS))), space]
     pieces = dict.fromkeys(["<|endoftext|>", *letters, *map("".join, merges)])
-    return Qwen2TokenizerFast(
+    tokenizer = Qwen2TokenizerFast(
         vocab={piece: number for number, piece in enumerate(pieces)},
         merges=merges,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         model_max_length=131072,  # more than Qwen3's max_position_embeddings, as published
     )
+    if template:
+        tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    return tokenizer
 
 
 def tiny_qwen(width: int = 16, layers: int = 28) -> Any:
@@ -209,6 +241,14 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion 3; do not write into it."""
     folder = tmp_path_factory.mktemp("sd3") / "pipeline"
     build_sd3(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def z_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Z-Image; do not write into it."""
+    folder = tmp_path_factory.mktemp("z_image") / "pipeline"
+    build_z_image(folder)
     return folder
 
 

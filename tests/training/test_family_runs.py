@@ -25,9 +25,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"algorithm": "flow_grpo", "sampler__name": "flow", "credit__kl_coefficient": 0.04, "credit__kl": "published"}
     | {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2},
 }
+SETTINGS["z_image"] = SETTINGS["klein"]
 
 
-SLOW = (pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "klein"))
+SLOW = (pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "klein", "z_image"))
 
 
 @pytest.fixture(scope="module", params=("sd", *SLOW))

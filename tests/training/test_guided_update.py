@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "klein_native_lora": ("klein_folder", (*SD3_RUN, *NATIVE, *LORA, "optimizer.lr=0.02")),
     "klein_full_kl": ("klein_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
+    "z_image_full_kl": ("z_image_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
     "sd3_full_kl": ("sd3_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
 }
 
@@ -75,6 +76,7 @@ def test_the_gradient_of_the_unconditional_half_counts(bench_of: Callable[..., B
         pytest.param("sd_native", "rollout", "bfloat16", marks=pytest.mark.slow),
         ("sd3_full_kl", "rollout", "bfloat16"),
         pytest.param("klein_full_kl", "rollout", "bfloat16", marks=pytest.mark.slow),
+        ("z_image_full_kl", "rollout", "bfloat16"),
         ("klein_native_lora", "recompute", "float32"),
         ("sd3_native_kl", "recompute", "float32"),
     ],
@@ -99,8 +101,9 @@ def test_the_log_ratio_is_exactly_0_where_the_output_is_unchanged(
     )
     record = bench.run()[0]
     # bf16 has no 501: the time reaches the network before anything is rounded.
-    time = float(bench.transitions.times[1]) * (1 if name.startswith("klein") else 1000)
-    assert asked and all(torch.equal(one, torch.full((16,), time)) for one in asked)
+    time = float(bench.transitions.times[1])
+    time = 1 - time if name.startswith("z_image") else time if name.startswith("klein") else 1000 * time
+    assert asked and all(torch.allclose(one, torch.full((16,), time), rtol=1e-6) for one in asked)
     assert record["policy/log_ratio_abs"] == 0
     assert record["rollout/mismatch_output"] == record["rollout/mismatch_log_ratio"] == 0
     assert record["policy/grad_norm"] > 0

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("model.cfg_scale=2.0", "train.old_output=recompute", "rollout.share_first_steps=true"),
     ),
     "klein_lora": ("klein_folder", (*SD3_RUN, *LORA)),
+    "z_image_lora": ("z_image_folder", (*SD3_RUN, *LORA)),
     "sd3": ("sd3_folder", SD3_RUN),
     "sd": ("sd_folder", (*SD_RUN, "train.old_output=rollout")),
 }
