@@ -9,6 +9,7 @@ EXAMPLES = """examples:
   pcpo-fast export runs/demo --epoch 20 --output my-lora
   pcpo-fast export runs/demo --format kohya           a LoRA for the WebUIs
   pcpo-fast export runs/demo --pipeline --output my-flux      a whole pipeline folder
+  pcpo-fast export runs/demo --output my-lora --push-to-hub ME/my-lora
 
 LoRA weights load with the pipeline's load_lora_weights(FOLDER), and in ComfyUI from models/loras, where any file name
 works. At strength 1 they act as they were trained. A full fine-tune is a folder transformer/ or unet/ that the
@@ -41,6 +42,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="{bfloat16,float16,float32}",
         help="of the weights (default: bfloat16 for LoRA with --output, else the run's own)",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="also upload the folder to this model repository of the Hugging Face hub",
+    )
+    parser.add_argument("--private", action="store_true", help="create that repository as a private one")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
 
@@ -54,7 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     values = values_of(arguments)
     done = export(values.pop("run_directory"), **values)
     if arguments.json:
-        print(json.dumps({"output": str(done.folder), "kind": done.kind, "epoch": done.epoch}))
+        record = {"output": str(done.folder), "kind": done.kind, "epoch": done.epoch}
+        print(json.dumps(record | ({} if done.address is None else {"address": done.address})))
     else:
         print(f"{done.kind} after {done.epoch} epochs: {done.folder}")
+        if done.address is not None:
+            print(f"uploaded to {done.address}")
     return 0

@@ -173,12 +173,17 @@ class ModelConfig(Section):
 
 
 class PromptConfig(Section):
-    """Where prompts come from: one per line, or JSONL with ``prompt`` and ``metadata``."""
+    """Where prompts come from: files, here or in a dataset on the hub (hf://datasets/OWNER/NAME/FILE)."""
 
     role = RESULT
     train: HomePath = Field("assets/prompts/scenes_train.txt", min_length=1, description="prompts to train on")
     heldout: HomePath | None = Field(
         "assets/prompts/scenes_heldout.txt", description="prompts to evaluate on, never trained on; null: no evaluation"
+    )
+    column: str | None = Field(
+        None,
+        min_length=1,
+        description="column or key of the prompt in tables and JSON files; null: prompt, prompts, text or caption",
     )
 
 

@@ -6,6 +6,7 @@ the model itself (``model.guidance``) are checked by its family in :mod:`pcpo_fa
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pcpo_fast.config.credit_rules import CREDIT_RULES, rules_taking
@@ -45,6 +46,11 @@ RULES = (
         "model.gradient_checkpointing=true",
         lambda c: c.model.gradient_checkpointing,
         switch="model.gradient_checkpointing",
+    ),
+    Rule(
+        ("prompts.column",),
+        "prompt files that have columns or keys",
+        lambda c: any(Path(path).suffix not in ("", ".txt") for path in (c.prompts.train, c.prompts.heldout) if path),
     ),
     Rule(("model.revision",), "a hub id as model.path, not a folder", lambda c: not find(c.model.path).is_dir()),
     Rule(

@@ -146,7 +146,7 @@ def evaluate(
         raise UserError("--prompts: missing; give a prompt file, since the configuration has no prompts.heldout")
     scored = reward_configs(rewards, shared.rewards) or list(shared.rewards)
     measured = replace(measured, rewards=scored, timeout=shared.scoring.timeout)
-    request = Request(load_prompts(source)[:limit], count, seed, stochastic, batch_size, remake)
+    request = Request(load_prompts(source, shared.prompts.column)[:limit], count, seed, stochastic, batch_size, remake)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from pcpo_fast.engine.engine import start_distributed
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pcpo_fast.errors import UserError
 from pcpo_fast.interface.configuration import check_choice
 
 
@@ -16,11 +17,13 @@ class Exported:
         folder: folder that contains them.
         kind: "pipeline", "LoRA", "transformer" or "unet".
         epoch: epoch of the checkpoint.
+        address: where it was uploaded; None if it was not.
     """
 
     folder: Path
     kind: str
     epoch: int
+    address: str | None = None
 
 
 def export(
@@ -31,8 +34,10 @@ def export(
     pipeline: bool = False,
     format: Literal["diffusers", "comfyui", "kohya"] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> Exported:
-    """Write the weights of a run's checkpoint in a format that other programs load (docs/lora.md).
+    """Write the weights of a run's checkpoint, with a model card, in a format that other programs load (docs/lora.md).
 
     Args:
         run: run directory, or one of its checkpoints.
@@ -41,15 +46,32 @@ def export(
         pipeline: write a whole pipeline folder that includes the trained weights.
         format: naming scheme of the LoRA layers; None: the one that diffusers and ComfyUI both read.
         dtype: dtype of the weights; None: bfloat16 for LoRA with ``output``, otherwise the run's own.
+        push_to_hub: "owner/name" of a model repository on the Hugging Face hub to upload the folder to.
+        private: create that repository as a private one.
 
     Raises:
         UserError: the run or checkpoint does not exist, its weights are damaged, or the folder is not empty or not
-            writable.
+            writable; or the hub refuses the upload.
     """
+    from pcpo_fast.config.loading import load_config
+    from pcpo_fast.files.hub_upload import check_repository, upload
+    from pcpo_fast.reporting.model_card import write_model_card
+    from pcpo_fast.reporting.run_files import read_run_files
     from pcpo_fast.runs.exporting import export_run
+    from pcpo_fast.runs.run_directory import CONFIG_FILE
 
     check_choice(("diffusers", "comfyui", "kohya"), format=format)
     check_choice(("bfloat16", "float16", "float32"), dtype=dtype)
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    elif private:
+        raise UserError("--private: only takes effect with --push-to-hub")
     target = None if output is None else os.fspath(output)
     written = export_run(os.fspath(run), target, epoch, pipeline, format, dtype)
-    return Exported(Path(written["output"]), written["kind"], written["epoch"])
+    folder, kind, trained = Path(written["output"]), written["kind"], written["epoch"]
+    config = load_config(written["run"] / CONFIG_FILE)
+    write_model_card(folder, read_run_files(written["run"]), config, trained, kind, push_to_hub)
+    address = None
+    if push_to_hub is not None:
+        address = upload(folder, push_to_hub, f"{kind} after {trained} epochs", private=private)
+    return Exported(folder, kind, trained, address)

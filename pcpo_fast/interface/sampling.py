@@ -95,7 +95,7 @@ def sample(
         tunes = []
         own = load_config(config, texts)
     if isinstance(listed, os.PathLike):
-        found, place = load_prompts(os.fspath(listed)), f"--prompts {listed}"
+        found, place = load_prompts(os.fspath(listed), own.prompts.column), f"--prompts {listed}"
     else:
         place = "--prompt"
         found = [prompt_of(dict(one) if isinstance(one, Mapping) else {"prompt": one}, place) for one in listed]

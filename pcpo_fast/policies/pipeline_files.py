@@ -109,7 +109,7 @@ def _download(path: str, revision: str | None, variant: str | None, known: tuple
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RevisionNotFoundError
 
-    from pcpo_fast.policies.hub_errors import hub_problem
+    from pcpo_fast.files.hub_errors import hub_problem
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn at length of what is said below in a sentence

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
+from pcpo_fast.prompts.entries import Prompt, column_of, prompt_of, wanted_columns
 
 
-def read_dataset(path: Path) -> list[Prompt]:
+def read_dataset(path: Path, column: str | None = None) -> list[Prompt]:
     """The prompts of a Parquet file or of a folder written by ``Dataset.save_to_disk``, in order.
 
-    The other columns become metadata, except values that JSON cannot represent (images, dates).
+    The other columns become metadata, except values that JSON cannot represent (images, dates). ``column`` names the
+    prompt's; None: one of :data:`pcpo_fast.prompts.entries.COLUMNS`.
 
     Raises:
         UserError: the file does not exist, the folder is not such a dataset or has several splits, ``datasets`` is not
@@ -53,9 +54,9 @@ def read_dataset(path: Path) -> list[Prompt]:
         datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
-    if column_of(table.column_names, str(path)) is None:
-        raise UserError(f"{path}: the table needs a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
-    return [prompt_of(row, f"{path} row {number}") for number, row in enumerate(rows, start=1)]
+    if column_of(table.column_names, str(path), column) is None:
+        raise UserError(f"{path}: the table needs a column {wanted_columns(column)}")
+    return [prompt_of(row, f"{path} row {number}", column) for number, row in enumerate(rows, start=1)]
 
 
 def _is_json(value: Any) -> bool:

@@ -25,13 +25,15 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-def column_of(names: Iterable[str], where: str) -> str | None:
-    """The name of the prompt's column (:data:`COLUMNS`); None if there is none.
+def column_of(names: Iterable[str], where: str, column: str | None = None) -> str | None:
+    """The name of the prompt's column: ``column``, or the first of :data:`COLUMNS`; None if there is none.
 
     Raises:
         UserError: two candidates differ only in case.
     """
     names = list(names)
+    if column is not None:
+        return column if column in names else None
     for wanted in COLUMNS:
         found = [name for name in names if name.lower() == wanted]
         if len(found) > 1:
@@ -41,19 +43,25 @@ def column_of(names: Iterable[str], where: str) -> str | None:
     return None
 
 
-def prompt_of(entry: Any, where: str) -> Prompt:
+def wanted_columns(column: str | None) -> str:
+    """The columns that may hold the prompt, for error messages."""
+    return f'"{column}" (prompts.column)' if column is not None else f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
+
+
+def prompt_of(entry: Any, where: str, column: str | None = None) -> Prompt:
     """Parse ``{"prompt": "...", "metadata": {...}}``; without ``metadata`` the other keys become the metadata.
 
     Args:
         entry: a parsed JSON value.
         where: prefix of error messages.
+        column: the key of the prompt; None: one of :data:`COLUMNS`.
 
     Raises:
         UserError: the entry is not such an object, has no prompt, or contains invalid text.
     """
     if not isinstance(entry, dict):
         raise UserError(f'{where}: must be a JSON object with the key "prompt", got {_kind(entry)}')
-    key = column_of(entry, where)
+    key = column_of(entry, where, column)
     others = {name: value for name, value in entry.items() if name not in (key, "metadata")}
     # Next to "metadata" no other key is allowed, and a key that nearly reads "metadata" is a typo.
     unknown = next(
@@ -63,7 +71,8 @@ def prompt_of(entry: Any, where: str) -> Prompt:
         raise UserError(f'{where}: unknown key "{unknown}"; allowed: "prompt" and "metadata", which may hold any keys')
     if key is None:
         there = ", ".join(f'"{name}"' for name in list(entry)[:5]) or "none"
-        raise UserError(f'{where}: the key "prompt" (or "text", or "caption") is missing; the keys are {there}')
+        key = '"prompt" (or "text", or "caption")' if column is None else wanted_columns(column)
+        raise UserError(f"{where}: the key {key} is missing; the keys are {there}")
     text, metadata = entry[key], entry.get("metadata", others)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{where}: "{key}" must be a non-empty string, got {_kind(text)}')

@@ -10,6 +10,7 @@ from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts.datasets_files import read_dataset
 from pcpo_fast.prompts.entries import Prompt, column_of, prompt_of
+from pcpo_fast.prompts.hub_files import SCHEME, hub_file
 from pcpo_fast.prompts.table_files import SEPARATORS, parse_table
 
 _TEXT = ("", ".txt")
@@ -23,8 +24,10 @@ _MARKS = (
 )
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
+def load_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
     """Read prompts from a text file, JSON, a table, or one of the formats in which benchmarks are published.
+
+    ``hf://datasets/OWNER/NAME/FILE`` is a file of a dataset on the Hugging Face hub, which is downloaded once.
 
     The format follows from the extension:
 
@@ -35,25 +38,26 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     - ``.csv``, ``.tsv``: tables with a header (DrawBench, PartiPrompts); the other columns become the metadata.
     - ``.parquet``, or a folder saved by the library ``datasets``: likewise, read with that library.
 
-    The prompt's key or column is ``prompt``, ``prompts``, ``text`` or ``caption`` (case-insensitive, in this order).
+    The prompt's key or column is ``column``, or else ``prompt``, ``prompts``, ``text`` or ``caption``
+    (case-insensitive, in this order).
     Files are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Blank lines are skipped, surrounding whitespace is
     stripped, and prompts may repeat.
 
     Raises:
         UserError: the file is missing, unreadable, empty, of an unknown format or not UTF-8; a line or an entry is
-            invalid; or ``datasets`` is needed but not installed.
+            invalid; it has no such column; ``datasets`` is needed but not installed; or the hub cannot be reached.
     """
-    path = find(path)
+    path = hub_file(str(path)) if str(path).startswith(SCHEME) else find(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet" or os.path.isdir(path):
-        listed = read_dataset(path)
+        listed = read_dataset(path, column)
     elif suffix in (*_TEXT, *_JSON, *SEPARATORS) or not os.path.lexists(path):
         text = _read_text(path)
         if suffix in SEPARATORS:
-            listed = parse_table(text, SEPARATORS[suffix], path)
+            listed = parse_table(text, SEPARATORS[suffix], path, column)
         else:
             lines = text.replace("\r\n", "\n").replace("\r", "\n")
-            listed = _parse_json(lines, path) if suffix in _JSON else _parse_text(lines, path)
+            listed = _parse_json(lines, path, column) if suffix in _JSON else _parse_text(lines, path)
     else:
         known = ", ".join((*_TEXT[1:], *_JSON, *SEPARATORS, ".parquet"))
         raise UserError(f"prompt file {path}: files ending in {suffix} are not supported; allowed are {known}")
@@ -118,16 +122,18 @@ def _is_prompt(line: str) -> bool:
     return True
 
 
-def _parse_json(text: str, path: Path) -> list[Prompt]:
+def _parse_json(text: str, path: Path, column: str | None) -> list[Prompt]:
     """Parse the file as a single list or object if it is one, otherwise line by line."""
     whole = _loads(text, str(path)) if text.lstrip().startswith("[") else _json_or_none(text)
     if isinstance(whole, list):
-        entries = ({"prompt": entry} if isinstance(entry, str) else entry for entry in whole)
-        return [prompt_of(entry, f"{path} entry {number}") for number, entry in enumerate(entries, start=1)]
+        entries = ({column or "prompt": entry} if isinstance(entry, str) else entry for entry in whole)
+        return [prompt_of(entry, f"{path} entry {number}", column) for number, entry in enumerate(entries, start=1)]
     if isinstance(whole, dict):
         annotations = whole.get("annotations")
-        return _of_coco(annotations, path) if isinstance(annotations, list) else [prompt_of(whole, f"{path} line 1")]
-    return [prompt_of(_loads(line, where), where) for where, line in _numbered(text, path)]
+        if isinstance(annotations, list):
+            return _of_coco(annotations, path)
+        return [prompt_of(whole, f"{path} line 1", column)]
+    return [prompt_of(_loads(line, where), where, column) for where, line in _numbered(text, path)]
 
 
 def _of_coco(annotations: list[Any], path: Path) -> list[Prompt]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.prompts.entries import COLUMNS, Prompt, column_of, prompt_of
+from pcpo_fast.prompts.entries import Prompt, column_of, prompt_of, wanted_columns
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """The column separator by file extension."""
 
 
-def parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
+def parse_table(text: str, separator: str, path: Path, column: str | None = None) -> list[Prompt]:
     """The prompts of a table with a header; the other columns become the metadata.
 
     Args:
@@ -20,18 +20,19 @@ def parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
         separator: the separator expected from the extension. If the header has no prompt column with it, the first of
             comma, semicolon (written by spreadsheets in much of Europe) and tab that gives one is used.
         path: path of the file, for error messages.
+        column: the prompt's column; None: one of :data:`pcpo_fast.prompts.entries.COLUMNS`.
 
     Raises:
         UserError: the header has no prompt column or a duplicate column, or a row has too many cells.
     """
-    rows = _rows_of(text, _separator(text, separator, path), path)
+    rows = _rows_of(text, _separator(text, separator, path, column), path)
     if not rows:
         return []
     (where, header), *rows = rows
     header = [name.strip() for name in header]
-    column = column_of(header, where)
-    if column is None:
-        raise UserError(f"{where}: the header needs a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
+    found = column_of(header, where, column)
+    if found is None:
+        raise UserError(f"{where}: the header needs a column {wanted_columns(column)}")
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
         raise UserError(f'{where}: duplicate column "{twice}" in the header')
@@ -40,17 +41,17 @@ def parse_table(text: str, separator: str, path: Path) -> list[Prompt]:
         if len(row) > len(header):
             raise UserError(f"{where}: {len(row)} cells, but the header has {len(header)}")
         cells = dict(zip(header, row, strict=False))
-        metadata = {name: cell for name, cell in cells.items() if name != column and cell.strip()}
-        prompts.append(prompt_of({column: cells.get(column), "metadata": metadata}, where))
+        metadata = {name: cell for name, cell in cells.items() if name != found and cell.strip()}
+        prompts.append(prompt_of({found: cells.get(found), "metadata": metadata}, where, column))
     return prompts
 
 
-def _separator(text: str, promised: str, path: Path) -> str:
+def _separator(text: str, promised: str, path: Path, column: str | None) -> str:
     lines = enumerate(io.StringIO(text, newline=""), start=1)
     number, first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
     for separator in (promised, ",", ";", "\t"):
         header = next(csv.reader([first], delimiter=separator), [])
-        if column_of([name.strip() for name in header], f"{path} line {number}") is not None:
+        if column_of([name.strip() for name in header], f"{path} line {number}", column) is not None:
             return separator
     return promised
 

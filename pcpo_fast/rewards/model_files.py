@@ -11,7 +11,7 @@ from typing import Any
 
 from pcpo_fast.distributed.collectives import local_rank
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies.hub_errors import hub_problem
+from pcpo_fast.files.hub_errors import hub_problem
 from pcpo_fast.rewards.sources import note_source
 
 _SETTINGS = ["*.json", "*.txt", "*.model"]

@@ -36,7 +36,8 @@ def export_run(
         dtype: PyTorch's name of the dtype; None: bfloat16 for LoRA in ``output``, otherwise the run's own dtype.
 
     Returns:
-        ``{"output", "kind", "epoch"}``; kind is "pipeline", "LoRA", "transformer" or "unet".
+        ``{"output", "kind", "epoch", "run"}``: kind is "pipeline", "LoRA", "transformer" or "unet", and run is the run
+        directory.
 
     Raises:
         UserError: the run or checkpoint does not exist, its weights are damaged, ``names`` is given for weights that
@@ -85,6 +86,7 @@ def export_run(
         "output": str(target),
         "kind": "pipeline" if pipeline else part,
         "epoch": int(read_state(checkpoint)["epoch"]),
+        "run": folder,
     }
 
 

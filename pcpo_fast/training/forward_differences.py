@@ -73,7 +73,7 @@ def _rows(config: Config) -> tuple[int, int]:
 def _prepared(
     config: Config, weights: Path | None, step: int | None, device: torch.device
 ) -> tuple[Policy, RunTables, Inputs]:
-    prompts = load_prompts(config.prompts.train)
+    prompts = load_prompts(config.prompts.train, config.prompts.column)
     rows = max(_rows(config))
     texts = [prompts[row % len(prompts)].text for row in range(rows)]
     policy = load_policy(config, device, sorted(set(texts)))

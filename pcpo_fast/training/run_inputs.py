@@ -51,9 +51,9 @@ class RunInputs:
         """
         if torch.cuda.is_available():
             torch.cuda.set_device(own_gpu())  # so that rewards load their models onto this rank's GPU
-        prompts = load_prompts(config.prompts.train)
+        prompts = load_prompts(config.prompts.train, config.prompts.column)
         path = config.prompts.heldout
-        heldout = [] if path is None else load_prompts(path)[: config.evaluation.prompts]
+        heldout = [] if path is None else load_prompts(path, config.prompts.column)[: config.evaluation.prompts]
         deepspeed_config(config, accumulation=1)
         if config.optimizer.moments == "8bit":
             check_eight_bit()

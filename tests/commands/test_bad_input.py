@@ -237,7 +237,7 @@ def hub_error(kind: str) -> Exception:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("GatedRepoError", "is gated: accept its license on its model page, then run `hf auth login`"),
+        ("GatedRepoError", "is gated: accept its license on its page, then run `hf auth login`"),
         ("RepositoryNotFoundError", "the hub has no model some/model that you may read: check the spelling"),
         ("RevisionNotFoundError", "model.revision: the hub model some/model has no revision 'v9'"),
     ],

@@ -258,7 +258,12 @@ def test_export_of_an_earlier_epoch_a_checkpoint_and_the_default_folders(
     answer = call(capsys, "export", run, "--pipeline")
     assert answer.out == f"pipeline after 2 epochs: {run / 'pipeline'}\n"
     assert (run / "pipeline" / "model_index.json").is_file()
-    assert {path.name for path in (run / "export").iterdir()} == {"transformer", "provenance.json"}
+    assert {path.name for path in (run / "export").iterdir()} == {
+        "transformer",
+        "provenance.json",
+        "README.md",
+        "samples.png",
+    }
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
 
 

@@ -86,6 +86,7 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
         (("credit.objective=divergence_mask", "credit.clip_range=0.1"), "clip_range .* credit.objective hinge or clip"),
         (("evaluation.every=0", "checkpoint.keep_best=2"), "keep_best .* evaluation.every and checkpoint.every"),
         (("model.path=.", "model.revision=main"), "model.revision .* hub id"),
+        (("prompts.train=a.txt", "prompts.heldout=b.txt", "prompts.column=c"), "prompts.column .* columns or keys"),
         (
             ("rewards=[{name: a}, {name: b, evaluation_only: true, clip: [0, 1]}]",),
             r"rewards\.1\.clip only takes .*only=false",
@@ -110,6 +111,7 @@ def test_every_rule_has_a_test() -> None:
         "evaluation.every",
         "checkpoint.keep_best",
         "model.revision",
+        "prompts.column",
     ]
     assert [rule for rule in RULES if not any(rule.concerns(key) for key in tried)] == []
     known = dict(flattened(Config().model_dump(mode="json")))

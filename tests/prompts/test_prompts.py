@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -329,6 +330,55 @@ def test_every_kind_of_file_has_the_same_names_for_the_prompt(keys: list[str], c
     forms |= {name: f"{s.join(row)}\n{s.join(row.values())}\n" for name, s in (("p.csv", ","), ("p.tsv", "\t"))}
     for name, text in forms.items():
         assert load_prompts(write(tmp_path, name, text)) == [Prompt(f"the {chosen}", rest)], name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", "prompt,Wish\nno,a cat\n"),
+        ("p.tsv", "Wish\tprompt\na cat\tno\n"),
+        ("p.jsonl", '{"prompt": "no", "Wish": "a cat"}'),
+        ("p.json", '[{"prompt": "no", "Wish": "a cat"}]'),
+    ],
+)
+def test_a_column_of_another_name(name: str, text: str, tmp_path: Path) -> None:
+    file = write(tmp_path, name, text)
+    assert load_prompts(file, "Wish") == [Prompt("a cat", {"prompt": "no"})]
+    with pytest.raises(UserError, match=r'"wish" \(prompts\.column\)'):
+        load_prompts(file, "wish")
+    assert load_prompts(write(tmp_path, "list.json", '["a cat"]'), "Wish") == [Prompt("a cat")]
+
+
+# In a dataset on the hub.
+
+
+def test_a_file_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, file: str, **rest: Any) -> str:
+        asked.append((name, file, rest))
+        return str(write(tmp_path, "p.csv", "Prompt\na cat\n"))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert load_prompts("hf://datasets/me/prompts/sub/p.csv") == [Prompt("a cat")]
+    assert load_prompts("hf://datasets/me/prompts@v2/p.csv") == [Prompt("a cat")]
+    assert asked == [
+        ("me/prompts", "sub/p.csv", {"repo_type": "dataset", "revision": None}),
+        ("me/prompts", "p.csv", {"repo_type": "dataset", "revision": "v2"}),
+    ]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["README.md", "a.csv", "b.txt"])
+    with pytest.raises(UserError, match=r"hf://datasets/me/prompts: name one of the dataset's files: a\.csv, b\.txt$"):
+        load_prompts("hf://datasets/me/prompts")
+    with pytest.raises(UserError, match="an address is hf://datasets/OWNER/NAME/FILE"):
+        load_prompts("hf://datasets/me")
+
+
+def test_a_hub_dataset_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="the hub dataset me/prompts is neither in the local cache nor") as caught:
+        load_prompts("hf://datasets/me/prompts/p.csv")
+    assert "\n" not in str(caught.value)
 
 
 # Through the library datasets.

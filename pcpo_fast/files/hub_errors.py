@@ -12,12 +12,13 @@ from huggingface_hub.errors import (
 from pcpo_fast.errors import reason_of
 
 
-def hub_problem(error: Exception, model: str) -> str:
-    """Why a model cannot be downloaded: the end of a sentence that says that it is no path, either.
+def hub_problem(error: Exception, name: str, kind: str = "model") -> str:
+    """Why a model or dataset cannot be downloaded, as the second half of a sentence.
 
     Args:
-        error: of the hub's client, of diffusers, or of a library below them.
-        model: the hub id.
+        error: raised by the hub's client, by diffusers, or by a library below them.
+        name: the hub id.
+        kind: "model" or "dataset".
 
     Raises:
         Exception: ``error`` itself, if it is none of these.
@@ -33,23 +34,23 @@ def hub_problem(error: Exception, model: str) -> str:
     no_answer = any(type(cause).__module__.startswith(("httpx", "httpcore", "requests")) for cause in causes)
     if met(GatedRepoError):
         return (
-            f"the hub model {model} is gated: accept its license on its model page, then run `hf auth login` (or set "
+            f"the hub {kind} {name} is gated: accept its license on its page, then run `hf auth login` (or set "
             "HF_TOKEN)"
         )
     if met(RepositoryNotFoundError):
         return (
-            f"the hub has no model {model} that you may read: check the spelling, and for a private or gated model run "
-            "`hf auth login` (or set HF_TOKEN)"
+            f"the hub has no {kind} {name} that you may read: check the spelling, and for a private or gated {kind} "
+            "run `hf auth login` (or set HF_TOKEN)"
         )
     if met(EntryNotFoundError) and not met(LocalEntryNotFoundError):
-        return f"the hub model {model} lacks a file that is needed: {reason}"
+        return f"the hub {kind} {name} lacks a file that is needed: {reason}"
     if met(HfHubHTTPError):
-        return f"the hub refused {model}: {reason}"
+        return f"the hub refused {name}: {reason}"
     if met(ConnectionError, TimeoutError, LocalEntryNotFoundError, DryRunError) or no_answer:
         return (
-            f"the hub model {model} is neither in the local cache nor can the hub be reached; download it once with a "
+            f"the hub {kind} {name} is neither in the local cache nor can the hub be reached; download it once with a "
             f"network (`hf download`), or give a path ({reason})"
         )
     if met(OSError, ValueError):
-        return f"{model} could not be downloaded from the hub: {reason}"
+        return f"{name} could not be downloaded from the hub: {reason}"
     raise error

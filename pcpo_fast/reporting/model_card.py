@@ -1,0 +1,156 @@
+"""The model card of exported weights: a README.md with the front matter that the Hugging Face hub reads."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import pcpo_fast
+from pcpo_fast.config.schema import Config
+from pcpo_fast.reporting.run_files import RunFiles
+from pcpo_fast.runs.provenance import read_provenance
+
+SAMPLES = "samples.png"
+LICENSES = {
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-9B": "flux-non-commercial-license",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux-non-commercial-license",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+}
+"""The hub's names of the licenses of base models; they hold for what is trained from them, too."""
+_OWN_NAMES = ("apache-2.0", "creativeml-openrail-m")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def write_model_card(folder: Path, run: RunFiles, config: Config, epoch: int, kind: str, name: str | None) -> None:
+    """Write ``README.md`` and, if the run has one, the sample grid of that epoch beside exported weights.
+
+    Args:
+        folder: the exported weights.
+        run: the run that they come from.
+        config: its configuration.
+        epoch: epochs trained.
+        kind: "pipeline", "LoRA", "transformer" or "unet".
+        name: the hub repository that the weights go to; None: they are loaded from the folder.
+    """
+    grid = dict(run.grids()).get(epoch)
+    if grid is not None:
+        shutil.copyfile(grid, folder / SAMPLES)
+    path = config.model.path
+    on_hub = _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+    base = path if on_hub else Path(path).name
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(base if on_hub else None, kind), sort_keys=False)}---",
+        f"# {Path(name or folder.name).name}",
+        f"{_ARTICLES[kind]} of {base}, trained by reinforcement learning to raise {_rewards(config)} on its images: "
+        f"{epoch} epochs of {config.algorithm or 'policy optimization'} with pcpo_fast.",
+    ]
+    if grid is not None:
+        parts.append(f"![Held-out prompts after {epoch} epochs]({SAMPLES})")
+    parts += ["## What the training changed", _results(run, config, epoch)]
+    parts += ["## Use", "No trigger word is needed.", _usage(folder, config, kind, base, name or str(folder.name))]
+    parts += ["## Origin", _origin(run, config), _license(base if on_hub else None)]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+_ARTICLES = {
+    "LoRA": "A LoRA",
+    "pipeline": "A version",
+    "transformer": "The fine-tuned transformer",
+    "unet": "The fine-tuned UNet",
+}
+
+
+def _front_matter(base: str | None, kind: str) -> dict[str, Any]:
+    matter: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if base is not None:
+        matter |= {"base_model": base, "base_model_relation": "adapter" if kind == "LoRA" else "finetune"}
+        license = LICENSES.get(base)
+        if license in _OWN_NAMES:
+            matter["license"] = license
+        elif license is not None:
+            matter |= {
+                "license": "other",
+                "license_name": license,
+                "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md",
+            }
+    return matter | {"tags": ["text-to-image", *(["lora"] if kind == "LoRA" else []), "reinforcement-learning", "pcpo"]}
+
+
+def _rewards(config: Config) -> str:
+    names = [f"`{reward.name}`" for reward in config.rewards if not reward.evaluation_only]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _results(run: RunFiles, config: Config, epoch: int) -> str:
+    """A table of the held-out metrics before and after; what was not measured is said."""
+    evaluations = {record["epoch"]: record for record in run.records if record.get("kind") == "evaluation"}
+    before, after = evaluations.get(0), evaluations.get(epoch)
+    if before is None or after is None:
+        return "Held-out images were not scored at this point of the training."
+    judges = [f"heldout/reward/{one.column}" for one in config.rewards if one.evaluation_only]
+    labels = {"heldout/reward/mean": "reward that was trained"}
+    labels |= {key: f"{key.rsplit('/', 1)[-1]} (never trained on)" for key in judges}
+    labels |= {"heldout/diversity": "diversity: pixel distance between two images of a prompt"}
+    rows = [
+        f"| {label} | {before[key]:.4g} | {after[key]:.4g} |"
+        for key, label in labels.items()
+        if isinstance(before.get(key), float) and isinstance(after.get(key), float)
+    ]
+    said = "Means over images of held-out prompts, which were not trained on, with the same seeds before and after."
+    caveat = "The training maximised the first line: that it rises shows no more than that. Look at the images."
+    return "\n".join(["| | before | after |", "|---|---|---|", *rows]) + f"\n\n{said} {caveat}"
+
+
+def _usage(folder: Path, config: Config, kind: str, base: str, source: str) -> str:
+    model = config.model
+    options = f"height={model.height}, width={model.width}, num_inference_steps={config.sampler.steps}"
+    if model.cfg_scale != 1:
+        options += f", guidance_scale={model.cfg_scale}"
+    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    if kind == "LoRA":
+        lines += [f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")']
+        lines += [f'pipe.load_lora_weights("{source}")']
+    elif kind == "pipeline":
+        lines += [f'pipe = DiffusionPipeline.from_pretrained("{source}", dtype=torch.bfloat16).to("cuda")']
+    else:
+        lines[1] = "from diffusers import AutoModel, DiffusionPipeline"
+        lines += [f'network = AutoModel.from_pretrained("{source}", subfolder="{kind}", dtype=torch.bfloat16)']
+        lines += [
+            f'pipe = DiffusionPipeline.from_pretrained("{base}", {kind}=network, dtype=torch.bfloat16).to("cuda")'
+        ]
+    code = "\n".join([*lines, f'image = pipe("a prompt", {options}).images[0]'])
+    text = f"```python\n{code}\n```\n\nThese are the size and the number of steps of the training."
+    if kind == "LoRA":
+        file = next((path.name for path in sorted(folder.glob("*.safetensors"))), "the .safetensors file")
+        text += (
+            f"\n\nIn ComfyUI: put `{file}` into `models/loras` and load it with *LoraLoaderModelOnly* at strength 1, "
+            "the strength that was trained."
+        )
+    return text
+
+
+def _origin(run: RunFiles, config: Config) -> str:
+    starts = read_provenance(run.folder)
+    lines = [f"- pcpo_fast {pcpo_fast.__version__}, seed {config.seed}"]
+    if starts:
+        last = starts[-1]
+        lines += [f"- {label}: {last[key]}" for key, label in _SHOWN.items() if last.get(key)]
+    lines.append("- the whole record of what made it: `provenance.json`")
+    return "\n".join(lines if starts else lines[:-1])
+
+
+_SHOWN = {"started": "started", "commit": "commit", "gpu": "GPU"}
+
+
+def _license(base: str | None) -> str:
+    what = "the base model" if base is None else f"[{base}](https://huggingface.co/{base})"
+    return f"The license of {what} holds for these weights as well."
