@@ -6,6 +6,7 @@ It also fills the table of samplers in ``docs/algorithms.md``. Run it from the p
 
 import re
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -89,7 +90,7 @@ def render() -> str:
     """The document as Markdown."""
     parts = [_HEAD, "\n## Top level\n\n", _table(Config, "")]
     for name, section, text in _sections(Config):
-        parts.append(f"\n## {name}\n\n{text}\n\n{_table(section, name)}")
+        parts.append(f"\n## {escape(name)}\n\n{text}\n\n{_table(section, name)}")
     parts.append(_RULES_HEAD)
     for rule in RULES:
         parts.append(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {rule.condition} |\n")
