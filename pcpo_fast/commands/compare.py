@@ -25,8 +25,8 @@ EXAMPLES = """examples:
   pcpo-fast compare --output report --runs "native=runs/n*" --runs "pcpo=runs/p0,runs/p1"      runs made elsewhere
 
 Every run is an ordinary run directory OUTPUT/NAME/seed_S. The command can be interrupted or killed at any time;
-calling it again continues. It writes comparison.md, comparison.json and figures/ into OUTPUT, which docs/comparing.md
-explains."""
+calling it again continues. It writes comparison.html, comparison.md, comparison.json and figures/ into OUTPUT, which
+docs/comparing.md explains."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -154,6 +154,7 @@ def _say(compared: "Compared", console: "Console", *, as_json: bool) -> None:
         lines.append(f"target: {result.target_source}")
     lines += notes(result)
     figures = f"{len(compared.figures)} figures in {compared.report.parent / 'figures'}"
+    lines.append(f"Page: {compared.page}")
     lines.append(f"Report: {compared.report}, {compared.record.name} and {figures}")
     tables = [main_table(result), *([decision_table(result)] if result.decisions else [])]
     show_results(console, tables, lines)

@@ -1,6 +1,10 @@
 """``pcpo-fast votes``: win rates from people's votes."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pcpo_fast.evaluation.votes import WinRate
 
 EXAMPLES = """example:
   pcpo-fast evaluate --checkpoint base --checkpoint pcpo=runs/pcpo --preference pcpo,base
@@ -13,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "votes",
         help="win rates from a preference page's vote files",
-        description="Turn the vote files of a blind preference page into a win rate with intervals.",
+        description="Turn the vote files of a blind preference page into win rates with intervals, for each question.",
         epilog=EXAMPLES,
     )
     parser.add_argument("key", metavar="KEY", help="preference_key.json, written by evaluate beside the page")
@@ -27,12 +31,21 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from pcpo_fast.evaluation.votes import win_rate
+    from pcpo_fast.evaluation.votes import OVERALL, QUESTIONS, win_rates
 
-    found = win_rate(Path(arguments.key), [Path(file) for file in arguments.votes])
+    rates = win_rates(Path(arguments.key), [Path(file) for file in arguments.votes])
     if arguments.json:
-        print(json.dumps(found.record()))
+        records = {question: found.record() for question, found in rates.items()}
+        print(json.dumps(records[OVERALL] if list(records) == [OVERALL] else {"questions": records}))
         return 0
+    for question, found in rates.items():
+        if question != OVERALL:
+            print(f"Which image {QUESTIONS[question]}?")
+        _print(found)
+    return 0
+
+
+def _print(found: "WinRate") -> None:
     total = found.wins + found.losses + found.ties
     low, high = found.wilson_interval
     print(f"{found.first} against {found.second}: {found.wins} won, {found.losses} lost, {found.ties} ties")
@@ -43,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  95 % interval over prompts (bootstrap):       {low:.1%} to {high:.1%}")
     if found.left_share is not None:
         print(f"The left side was chosen in {found.left_share:.0%} of the votes that were not ties")
+    for voter in found.one_sided:
+        print(f"warning: {voter} always chose the same side; leave that file out unless the voter really looked")
     print("Voters: " + ", ".join(f"{name} ({count})" for name, count in found.voters.items()))
     print(f"Verdict: {found.verdict}")
-    return 0

@@ -1,6 +1,7 @@
 """Tables of a comparison: on the terminal, and comparison.md."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pcpo_fast.comparison.analysis import Against, Comparison, VariantResult
 from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, Measure, timed
@@ -83,6 +84,17 @@ def seed_table(result: Comparison) -> Grid:
     return Grid("Every run", header, tuple(rows))
 
 
+def setting_table(result: Comparison) -> Grid | None:
+    """The settings in which the variants differ; None where there are none."""
+    differing = variant_differences(result)
+    if not differing:
+        return None
+    rows = tuple(
+        (key, *("not set" if v is None else str(v) for v in values.values())) for key, values in differing.items()
+    )
+    return Grid("What differs", ("setting", *next(iter(differing.values()))), rows)
+
+
 def missing_lines(result: Comparison) -> list[str]:
     """One line for each run that does not count."""
     return [f"{run.variant}{'' if run.seed is None else f', seed {run.seed}'}: {run.reason}" for run in result.missing]
@@ -95,7 +107,7 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
         result: the comparison.
         figures: paths of the figures, relative to the file.
     """
-    main, missing, differing = main_table(result), missing_lines(result), variant_differences(result)
+    main, missing = main_table(result), missing_lines(result)
     parts = ["# Comparison", f"{main.title}.", main.markdown()]
     if missing:
         parts += ["**Not in these numbers:**", bullets(missing)]
@@ -103,13 +115,10 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
         decided = decision_table(result)
         said = "The primary measure was named beforehand; only its p-values are corrected for several variants."
         parts += [f"## {decided.title}", said, decided.markdown()]
-    if differing:
-        rows = [
-            (f"`{key}`", *("not set" if value is None else f"`{value}`" for value in values.values()))
-            for key, values in differing.items()
-        ]
-        names = next(iter(differing.values()))
-        parts.append(Grid("What differs", ("setting", *names), tuple(rows)).section())
+    differing = setting_table(result)
+    if differing is not None:
+        rows = tuple(tuple(cell if cell == "not set" else f"`{cell}`" for cell in row) for row in differing.rows)
+        parts.append(replace(differing, rows=rows).section())
     parts += [difference_table(variant, result).section() for variant in result.variants if variant.against]
     if figures:
         parts += ["## Figures", *(f"![{path}]({path})" for path in figures)]

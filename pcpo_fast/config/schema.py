@@ -548,10 +548,14 @@ class DistributedConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl, and when the report is written."""
 
     role = EXECUTION
     tensorboard: bool = Field(True, description="write TensorBoard events")
+    live_report: bool = Field(
+        True,
+        description="also write report.html while the run goes on: at most once a minute, for at most 1 % of the time",
+    )
     wandb: dict[str, JsonValue] | None = Field(
         None,
         description="Weights & Biases: a mapping of project, entity, name, group, job_type, tags, notes, mode and id, "

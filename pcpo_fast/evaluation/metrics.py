@@ -19,7 +19,7 @@ from pcpo_fast.evaluation.inception_score import inception_score
 from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.kernel_distance import kernel_distance
 from pcpo_fast.evaluation.lpips import Lpips
-from pcpo_fast.reporting.statistics import Estimate, mean
+from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference
 from pcpo_fast.training.diversity import feature_diversity, pairs, pixel_diversity
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ class MetricColumn:
         better: whether higher or lower values are better.
         kind: distance, diversity or score.
         estimates: the value by candidate.
+        by_prompt: by candidate, the values of which that is the mean, one for each prompt; of diversities alone.
     """
 
     key: str
@@ -45,6 +46,17 @@ class MetricColumn:
     better: Literal["higher", "lower"]
     kind: Literal["distance", "diversity", "score"]
     estimates: dict[str, Estimate]
+    by_prompt: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def diversity(cls, key: str, label: str, by_prompt: dict[str, list[float]]) -> "MetricColumn":
+        """A diversity, from its values by candidate and prompt."""
+        means = {name: mean(values) for name, values in by_prompt.items()}
+        return cls(f"diversity_{key}", f"diversity, {label}", "higher", "diversity", means, by_prompt)
+
+    def difference(self, candidate: str, baseline: str) -> Estimate:
+        """Difference of the means of a diversity, paired by prompt."""
+        return mean_difference(self.by_prompt[candidate], self.by_prompt[baseline], paired=True)
 
 
 def parse_metrics(texts: Sequence[str]) -> dict[str, str | None]:
@@ -115,7 +127,7 @@ class Measuring:
                 found.append(MetricColumn("inception_score", "IS", "higher", "score", scores))
         if self.request.count > 1:
             pixels = {one.name: self._over_prompts(one, pixel_diversity) for one in sets}
-            found.append(MetricColumn("diversity_pixel", "diversity, pixels", "higher", "diversity", pixels))
+            found.append(MetricColumn.diversity("pixel", "pixels", pixels))
             if "lpips" in metrics:
                 found.append(self._lpips(sets))
         return found
@@ -172,15 +184,13 @@ class Measuring:
     ) -> list[MetricColumn]:
         if self.request.count < 2:
             return []
-        estimates = {
-            one.name: mean(
-                [feature_diversity(group) for group in features[one.name][feature].split(self.request.count)]
-            )
+        values = {
+            one.name: [feature_diversity(group) for group in features[one.name][feature].split(self.request.count)]
             for one in sets
         }
-        return [MetricColumn(f"diversity_{feature}", f"diversity, {label}", "higher", "diversity", estimates)]
+        return [MetricColumn.diversity(feature, label, values)]
 
-    def _over_prompts(self, one: ImageSet, measure: Callable[[Tensor], float]) -> Estimate:
+    def _over_prompts(self, one: ImageSet, measure: Callable[[Tensor], float]) -> list[float]:
         values = []
         for prompt in range(len(self.request.prompts)):
             rows = range(prompt * self.request.count, (prompt + 1) * self.request.count)
@@ -188,7 +198,7 @@ class Measuring:
             if len({tuple(image.shape) for image in images}) > 1:
                 raise UserError(f"--checkpoint {one.name}: all images of a prompt must have the same size")
             values.append(measure(torch.stack(images)))
-        return mean(values)
+        return values
 
     def _lpips(self, sets: Sequence[ImageSet]) -> MetricColumn:
         backbone, _, linear = (self.settings.metrics["lpips"] or _LPIPS_TRUNK).partition(",")
@@ -200,5 +210,5 @@ class Measuring:
             found = [model.distance(features[i], features[j]) for i, j in pairs(len(images))]
             return float(torch.cat(found).double().mean())
 
-        estimates = {one.name: self._over_prompts(one, measure) for one in sets}
-        return MetricColumn("diversity_lpips", f"diversity, LPIPS {model.trunk.name}", "higher", "diversity", estimates)
+        values = {one.name: self._over_prompts(one, measure) for one in sets}
+        return MetricColumn.diversity("lpips", f"LPIPS {model.trunk.name}", values)

@@ -1,4 +1,4 @@
-"""A blind preference study: one HTML file with pairs of images, and a key that identifies the two sides."""
+"""A blind preference study: an HTML file with two questions on pairs of images, and a key that identifies the sides."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def write_preference(result: Evaluation, pair: tuple[str, str], folder: Path) ->
     document = render_page(
         TEMPLATES / "preference.html",
         title="Which image is better?",
-        subtitle="Choose the image that fits the text better and looks better. Click it, or use the arrow keys.",
+        subtitle="Two questions on each pair. Click an image, or use the arrow keys.",
         footer=f"{len(rows)} pairs",
         identity=identity,
         pairs=pairs,

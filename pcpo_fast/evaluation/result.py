@@ -106,9 +106,13 @@ class Evaluation:
             "images": len(images.files),
             "made_by": images.identity,
             "rewards": rewards,
-            "metrics": {column.key: _estimate(column.estimates[one.name]) for column in self.columns},
+            "metrics": {
+                column.key: _estimate(column.estimates[one.name])
+                | ({"difference": _estimate(column.difference(one.name, self.baseline))} if column.by_prompt else {})
+                for column in self.columns
+            },
         }
 
 
-def _estimate(estimate: Estimate) -> dict[str, float | None]:
+def _estimate(estimate: Estimate) -> dict[str, Any]:
     return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from functools import partial
 
-from pcpo_fast.evaluation.result import Evaluation
+from pcpo_fast.evaluation.metrics import MetricColumn
+from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.reporting.tables import Grid, bullets, estimate_text, number_text
 
 _ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def evaluation_tables(result: Evaluation) -> list[Grid]:
-    """The table of all numbers and, with several candidates, reward differences and distances at equal reward.
+    """The table of all numbers and, with several candidates, differences of rewards and diversities, and distances at
+    equal reward.
 
     The first table has a row for each candidate and a column for each reward and metric. Differences are paired by
     prompt.
@@ -23,22 +25,28 @@ def evaluation_tables(result: Evaluation) -> list[Grid]:
         estimates += [column.estimates[name] for column in result.columns]
         rows.append((name, *map(estimate_text, estimates)))
     tables = [Grid(f"{images_text(result)} [95 % interval over prompts]", tuple(header), tuple(rows))]
-    if len(result.names) > 1 and result.rewards:
+    compared: list[RewardColumn | MetricColumn] = [
+        *result.rewards,
+        *(column for column in result.columns if column.by_prompt),
+    ]
+    if len(result.names) > 1 and compared:
         rows = []
         for name in result.names[1:]:
             cells = []
-            for column in result.rewards:
-                difference = column.difference(name, result.baseline)
+            for one in compared:
+                difference = one.difference(name, result.baseline)
                 mark = "" if not difference.excludes_zero else " better" if difference.value > 0 else " worse"
                 cells.append(estimate_text(difference, partial(number_text, signed=True)) + mark)
             rows.append((name, *cells))
-        names = ("checkpoint", *(column.name for column in result.rewards))
-        tables.append(Grid(f"Reward differences from {result.baseline}, paired by prompt", names, tuple(rows)))
+        labels = (one.name if isinstance(one, RewardColumn) else one.label for one in compared)
+        tables.append(
+            Grid(f"Differences from {result.baseline}, paired by prompt", ("checkpoint", *labels), tuple(rows))
+        )
     if result.matched:
-        labels = {column.key: column.label for column in result.columns}
+        distances = {column.key: column.label for column in result.columns}
         rows = [
             (
-                f"{labels[found.distance]} at {found.reward} = {number_text(found.level)}",
+                f"{distances[found.distance]} at {found.reward} = {number_text(found.level)}",
                 *map(number_text, found.at.values()),
             )
             for found in result.matched

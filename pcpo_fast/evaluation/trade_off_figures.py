@@ -1,4 +1,4 @@
-"""Figures of reward against distance: the gain of each checkpoint and its cost."""
+"""Figures of an evaluation: every number with its interval, and reward against distance."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.reporting.statistics import Estimate
 from pcpo_fast.reporting.style import (
     BASE,
+    GRID,
     TUNED,
     credit_color,
     distinct_looks,
@@ -45,6 +46,36 @@ def points(members: Sequence[Candidate], reward: RewardColumn, column: MetricCol
     return [(reward.estimate(one.name).value, column.estimates[one.name].value) for one in members]
 
 
+def _colours(result: Evaluation) -> dict[str, str]:
+    """A colour for each family of candidates: that of its credit, or of a tuned model if it is the only one."""
+    families = curves(result.candidates)
+    meant = [TUNED if len(families) == 1 else credit_color(members[-1].config) for members in families.values()]
+    looks = dict(zip(families, distinct_looks(meant), strict=True))
+    return {one.family: BASE if one.kind == "base" else looks[one.family][0] for one in result.candidates}
+
+
+def overview_figure(result: Evaluation) -> "Figure | None":
+    """A panel for each reward and metric: the value of every candidate, and its 95 % interval; None without any."""
+    panels = [(f"{column.name} ↑", {name: column.estimate(name) for name in result.names}) for column in result.rewards]
+    arrows = {"higher": "↑", "lower": "↓"}
+    panels += [(f"{column.label} {arrows[column.better]}", column.estimates) for column in result.columns]
+    if not panels:
+        return None
+    colours, figure = _colours(result), new_figure(1.4 + 0.32 * len(result.names), 3.4 * len(panels))
+    for place, (title, estimates) in enumerate(panels, start=1):
+        axes = styled(figure.add_subplot(1, len(panels), place), title, "mean [95 % interval]", "")
+        for row, one in enumerate(result.candidates):
+            estimate, colour = estimates[one.name], colours[one.family]
+            if estimate.low is not None and estimate.high is not None:
+                axes.hlines(row, estimate.low, estimate.high, color=colour, linewidth=1.6)
+            axes.scatter([estimate.value], [row], s=28, color=colour)
+        axes.set_yticks(range(len(result.names)), result.names)
+        axes.set_ylim(len(result.names) - 0.5, -0.5)
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x", color=GRID, linewidth=0.8)
+    return figure
+
+
 def trade_off_figure(result: Evaluation) -> "Figure | None":
     """Reward over distance, one panel per pair of a reward and a distance; None without either."""
     distances = [column for column in result.columns if column.kind == "distance"]
@@ -71,11 +102,9 @@ def _panel(axes: "Axes", result: Evaluation, reward: RewardColumn, column: Metri
     base = next((one for one in result.candidates if one.kind == "base"), None)
     if base is not None:
         _dot(axes, reward.estimate(base.name), column.estimates[base.name], BASE, "*", base.name)
-    families = curves(result.candidates)
-    meant = [TUNED if len(families) == 1 else credit_color(members[-1].config) for members in families.values()]
-    looks = distinct_looks(meant)
-    for number, (family, members) in enumerate(families.items()):
-        colour, marker = looks[number][0], _MARKERS[number % len(_MARKERS)]
+    colours = _colours(result)
+    for number, (family, members) in enumerate(curves(result.candidates).items()):
+        colour, marker = colours[family], _MARKERS[number % len(_MARKERS)]
         if len(members) > 1:
             ys, xs = zip(*points(members, reward, column), strict=True)
             axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.6)

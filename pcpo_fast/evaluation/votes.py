@@ -13,6 +13,11 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.statistics import LEVEL, ratio_of_means
 
 CHOICES = ("left", "right", "tie")
+QUESTIONS = {"text": "follows the text better", "looks": "looks better"}
+OVERALL = "overall"
+"""The question of pages that asked only one."""
+
+_ONE_SIDED = 6  # votes; that many on one side by chance are rarer than 1 in 20
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class WinRate:
         prompt_interval: 95 % bootstrap interval over prompts, whose votes are correlated; None for one prompt.
         left_share: share of the left side among votes without ties; far from 0.5, voters did not look.
         voters: number of votes by voter.
+        one_sided: voters who always chose the same side, in at least six votes: did they look?
     """
 
     first: str
@@ -39,6 +45,7 @@ class WinRate:
     prompt_interval: tuple[float, float] | None
     left_share: float | None
     voters: dict[str, int]
+    one_sided: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -55,8 +62,8 @@ class WinRate:
         return asdict(self) | {"verdict": self.verdict}
 
 
-def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
-    """Count votes.
+def win_rates(key_file: Path, vote_files: Sequence[Path]) -> dict[str, WinRate]:
+    """Count votes, for each question apart: `QUESTIONS`, or `OVERALL` for files of pages that asked one.
 
     Args:
         key_file: ``preference_key.json`` of the page.
@@ -67,48 +74,69 @@ def win_rate(key_file: Path, vote_files: Sequence[Path]) -> WinRate:
     """
     key = _read_json(key_file)
     try:
-        first, second = key["checkpoints"]
+        first, second = map(str, key["checkpoints"])
         pairs = [(int(entry["prompt"]), str(entry["left"])) for entry in key["pairs"]]
         page = str(key["page"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{key_file} is not the preference_key.json of a preference page") from None
-    points: dict[int, list[float]] = {}
-    counts: Counter[str] = Counter()
-    sides: Counter[str] = Counter()
-    voters: dict[str, int] = {}
+    ballots: dict[str, list[_Ballot]] = {}
     files: dict[str, Path] = {}
     for file in vote_files:
         voter, votes = _votes(file, page, len(pairs))
         if voter in files:
             raise UserError(f"{files[voter]} and {file} are both by {voter!r}; keep one of them")
-        files[voter], voters[voter] = file, len(votes)
-        for place, choice in votes.items():
+        files[voter] = file
+        for question, place, choice in votes:
             prompt, left = pairs[place]
-            sides[choice] += 1
-            won = choice != "tie" and (choice == "left") == (left == first)
-            counts["tie" if choice == "tie" else "win" if won else "loss"] += 1
-            points.setdefault(prompt, []).append(0.5 if choice == "tie" else float(won))
-    total = sum(counts.values())
-    if not total:
+            won = 0.5 if choice == "tie" else float((choice == "left") == (left == first))
+            ballots.setdefault(question, []).append(_Ballot(voter, prompt, choice, won))
+    if not ballots:
         raise UserError("the vote files contain no votes")
-    rate = (counts["win"] + counts["tie"] / 2) / total
-    decided = sides["left"] + sides["right"]
-    sums, numbers = [sum(votes) for votes in points.values()], [len(votes) for votes in points.values()]
-    by_prompt = ratio_of_means(sums, numbers, paired=True)
+    return {name: _counted(first, second, ballots[name]) for name in (*QUESTIONS, OVERALL) if name in ballots}
+
+
+@dataclass(frozen=True)
+class _Ballot:
+    """One answer: who, on which prompt, the side, and its points for the first checkpoint."""
+
+    voter: str
+    prompt: int
+    choice: str
+    won: float
+
+
+def _counted(first: str, second: str, ballots: Sequence[_Ballot]) -> WinRate:
+    points: dict[int, list[float]] = {}
+    sides: dict[str, Counter[str]] = {}
+    for ballot in ballots:
+        points.setdefault(ballot.prompt, []).append(ballot.won)
+        sides.setdefault(ballot.voter, Counter())[ballot.choice] += 1
+    counts, total = Counter(ballot.won for ballot in ballots), len(ballots)
+    left = sum(side["left"] for side in sides.values())
+    decided = total - counts[0.5]
+    rate = sum(ballot.won for ballot in ballots) / total
+    by_prompt = ratio_of_means(
+        [sum(votes) for votes in points.values()], [len(v) for v in points.values()], paired=True
+    )
     assert by_prompt is not None
     low, high = by_prompt.low, by_prompt.high
     return WinRate(
         first,
         second,
-        counts["win"],
-        counts["loss"],
-        counts["tie"],
+        counts[1.0],
+        counts[0.0],
+        counts[0.5],
         rate,
         wilson_interval(rate, total),
         None if low is None or high is None else (low, high),
-        sides["left"] / decided if decided else None,
-        voters,
+        left / decided if decided else None,
+        {voter: side.total() for voter, side in sides.items()},
+        tuple(voter for voter, side in sides.items() if _one_sided(side)),
     )
+
+
+def _one_sided(sides: Counter[str]) -> bool:
+    return min(sides["left"], sides["right"]) == 0 and sides["left"] + sides["right"] >= _ONE_SIDED
 
 
 def wilson_interval(rate: float, count: int, level: float = LEVEL) -> tuple[float, float]:
@@ -119,20 +147,26 @@ def wilson_interval(rate: float, count: int, level: float = LEVEL) -> tuple[floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _votes(file: Path, page: str, pairs: int) -> tuple[str, dict[int, str]]:
+def _votes(file: Path, page: str, pairs: int) -> tuple[str, list[tuple[str, int, str]]]:
+    """The voter, and (question, pair, choice) of every vote."""
     data = _read_json(file)
     voter, votes = (data.get("voter"), data.get("votes")) if isinstance(data, dict) else (None, None)
     if not isinstance(voter, str) or not voter or not isinstance(votes, dict):
         raise UserError(f"{file} is not a file of votes from a preference page")
     if data.get("page") != page:
         raise UserError(f"{file} holds votes on another page ({data.get('page')}, not {page})")
-    found = {}
-    for place, choice in votes.items():
+    found = []
+    for place, answers in votes.items():
         if not (isinstance(place, str) and place.isascii() and place.isdigit() and int(place) < pairs):
             raise UserError(f"{file}: there is no pair {place!r}; the page has pairs 0 to {pairs - 1}")
-        if choice not in CHOICES:
-            raise UserError(f"{file}: the vote on pair {place} must be one of {', '.join(CHOICES)}, got {choice!r}")
-        found[int(place)] = str(choice)
+        for question, choice in (answers if isinstance(answers, dict) else {OVERALL: answers}).items():
+            if question not in (*QUESTIONS, OVERALL):
+                raise UserError(
+                    f"{file}: pair {place} has a vote on {question!r}, expected one on {', '.join(QUESTIONS)}"
+                )
+            if choice not in CHOICES:
+                raise UserError(f"{file}: the vote on pair {place} must be one of {', '.join(CHOICES)}, got {choice!r}")
+            found.append((question, int(place), str(choice)))
     return voter, found
 
 

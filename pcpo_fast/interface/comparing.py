@@ -44,12 +44,14 @@ class Compared:
         result: numbers per seed, means, differences from the baseline, and verdicts.
         report: path of comparison.md.
         record: path of comparison.json.
+        page: path of comparison.html.
         figures: paths of the figures.
     """
 
     result: Comparison
     report: Path
     record: Path
+    page: Path
     figures: tuple[Path, ...]
 
 
@@ -320,5 +322,5 @@ def _check(runs: Sequence[PlannedRun], settings: ComparisonSettings) -> None:
 
 
 def _written(result: Comparison, folder: Path) -> Compared:
-    record, report, *figures = write_comparison(result, folder)
-    return Compared(result, report, record, tuple(figures))
+    record, report, page, *figures = write_comparison(result, folder)
+    return Compared(result, report, record, page, tuple(figures))

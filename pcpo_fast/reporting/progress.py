@@ -52,6 +52,7 @@ class TrainingProgress:
         self.epochs = epochs
         self.done = start_epoch
         self.enabled = enabled
+        self.warnings: list[str] = []
         self._console = console if console is not None else Console()
         self._clock = clock
         self._plain_interval = plain_interval
@@ -102,7 +103,9 @@ class TrainingProgress:
         self._remember(metrics)
 
     def message(self, text: str) -> None:
-        """Print permanent lines above the live display; the text is not interpreted as markup."""
+        """Print permanent lines above the live display; the text is not interpreted as markup. Warnings are kept."""
+        if text.startswith("warning: "):
+            self.warnings.append(text.removeprefix("warning: "))
         if self.enabled:
             _print(self._console, text)
 

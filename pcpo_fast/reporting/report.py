@@ -1,5 +1,7 @@
 """report.html: a training run on one page, made from the files of its run directory."""
 
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ _MOST_GRIDS = 24
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: Path | str, *, warnings: Sequence[str] = (), running: bool = False) -> Path:
     """Write ``report.html`` into a run directory, finished or not; returns its path.
 
     The file is self-contained: images and figures are embedded, opening it causes no network request, and everything
     from the run's files is escaped. Sections without content are left out and named at the end. Values of config keys
     that look like passwords or API keys are hidden. Raises `UserError` if `run_dir` is not a run directory, or if
     metrics.jsonl is damaged (a partial last line is fine).
+
+    `warnings` of the run are listed first. The page of a run that is `running` reloads itself.
     """
     run = read_run_files(Path(run_dir))
     numbers = summarize_run(run.records) | {key: value for key, value in run.summary.items() if is_number(value)}
@@ -33,6 +37,9 @@ def write_report(run_dir: Path | str) -> Path:
     more = f" and {len(run.captions) - 4} more" if len(run.captions) > 4 else ""
     page = render_page(
         _TEMPLATE,
+        warnings=warnings,
+        running=running,
+        written=f"{datetime.now():%-d %B %Y, %H:%M}",
         title=run.folder.resolve().name,
         subtitle=_subtitle(run, numbers["epochs"]),
         run=run,

@@ -42,6 +42,7 @@ from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
 from pcpo_fast.reporting.grids import image_grid
+from pcpo_fast.reporting.live_report import LiveReport
 from pcpo_fast.reporting.progress import TrainingProgress
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout.branches import audited_images, audited_step, branch
@@ -261,6 +262,8 @@ class Trainer:
         self.recorder = RunRecorder(
             self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
         )
+        shown = logging.live_report and rank() == 0
+        live = LiveReport(self.folder, self.progress.message, self.progress.warnings, shown)
         with self.stop, self.recorder, self.progress:
             self.recorder.truncate_after(first)
             try:
@@ -270,6 +273,7 @@ class Trainer:
                         break
                     with profiler_ranges.named("epoch"):
                         self._epoch_and_what_is_due(epoch)
+                    live.look()
                     self.stop.poll()
             except Stopped:
                 if self.stop.whole and self.done > self.saved:

@@ -1,5 +1,6 @@
 """From run directories to a comparison: what counts, what is paired, what is censored, what is said and drawn."""
 
+import html
 import json
 import math
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pcpo_fast.comparison.record import comparison_record, notes
 from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tables import difference_table, main_table, seed_table
 from pcpo_fast.errors import UserError
+from pcpo_fast.reporting import style
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.runs.input_record import write_record
 
@@ -390,6 +392,18 @@ def test_comparison_json_holds_every_number(written: tuple[Comparison, Path]) ->
     assert pcpo["speed_up"]["bound"] == "" and record["variants"]["slow"]["speed_up"]["bound"] == "at most"
     assert record["versions"]["pcpo_fast"] and set(record["measures"]) >= {"epochs_to_target", "grad_spikes"}
     assert "diversity" not in record["measures"]
+
+
+def test_the_page_has_the_tables_and_a_chart_of_every_figure(written: tuple[Comparison, Path]) -> None:
+    result, folder = written
+    page = (folder / "comparison.html").read_text()
+    for table in (main_table(result), difference_table(result.variant("pcpo"), result), seed_table(result)):
+        for row in table.rows:
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+            assert f'<th scope="row">{row[0]}</th>{cells}' in page
+    assert "Comparison of native, pcpo, slow" in page
+    assert page.count('class="charts"') == len(comparison_figures(result))
+    assert style.OTHERS[0] in page and style.PROPORTIONATE in page  # the first is meant, the others have to differ
 
 
 def test_markdown_and_figures(written: tuple[Comparison, Path]) -> None:

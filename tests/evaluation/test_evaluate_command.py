@@ -111,6 +111,8 @@ def test_every_number_follows_from_the_images(done: tuple[Path, list[str]], mode
     difference = whole["rewards"]["tiny_pipeline:redness"]["difference"]["mean"]
     means = [one["rewards"]["tiny_pipeline:redness"]["mean"] for one in (whole, base)]
     assert difference == pytest.approx(means[0] - means[1], rel=1e-6)
+    lpips = [one["metrics"]["diversity_lpips"] for one in (whole, base)]
+    assert lpips[0]["difference"]["mean"] == pytest.approx(lpips[0]["mean"] - lpips[1]["mean"], abs=1e-9)
     assert any("covariance is singular" in note or "10,000" in note for note in record["notes"])
 
 
@@ -134,10 +136,12 @@ def test_page_and_markdown_hold_everything_and_ask_nothing(done: tuple[Path, lis
     output, _ = done
     page = (output / "evaluation.html").read_text(encoding="utf-8")
     page = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)  # BokehJS names addresses that it never asks
-    assert page.count('<div class="prompt">') == 3
+    assert page.count('<div class="prompt" id="prompt-') == 3
     assert page.count("<figure><img") == 3 * 3 * 2
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    assert "<title>Evaluation of base, tuned</title>" in page and "model " in page  # a figure of every number, too
+    assert page.count('class="charts"') == 2 and "<h3>Differences from base, paired by prompt</h3>" in page
     for word in (*PROMPTS[:3], "tuned@0.5", "FD-DINOv2", "CMMD", "diversity, LPIPS alex", "Arrow keys"):
         assert word in page
     text = (output / "evaluation.md").read_text(encoding="utf-8")
@@ -333,7 +337,15 @@ def test_preference_page_is_blind_and_its_votes_are_counted(
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)
     assert (found["wins"], found["losses"], found["ties"], found["win_rate"]) == (6, 0, 0, 1.0)
-    assert found["verdict"] == "tuned@1 is preferred"
+    assert found["verdict"] == "tuned@1 is preferred" and found["one_sided"] == []
+    two = {place: {"text": choice, "looks": "left"} for place, choice in votes.items()}
+    other = tmp_path / "votes-ben.json"
+    other.write_text(json.dumps({"page": key["page"], "voter": "ben", "votes": two}), encoding="utf-8")
+    said = call(capsys, "votes", output / "preference_key.json", other).out
+    assert said.index("Which image follows the text better?") < said.index("Which image looks better?")
+    assert "warning: ben always chose the same side" in said.partition("looks better?")[2]
+    answer = call(capsys, "votes", output / "preference_key.json", other, "--json")
+    assert json.loads(answer.out)["questions"]["text"]["wins"] == 6
     assert "Verdict: tuned@1 is preferred" in call(capsys, "votes", output / "preference_key.json", file).out
     answer = call(capsys, *words, "--preference", "tuned,base")
     assert answer.code == 2 and "with two of base, tuned@0.5, tuned@1" in answer.err

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.votes import wilson_interval, win_rate
+from pcpo_fast.evaluation.votes import OVERALL, WinRate, wilson_interval, win_rates
 
 
 def write_key(folder: Path, prompts: int, per_prompt: int) -> Path:
@@ -22,10 +22,43 @@ def write_key(folder: Path, prompts: int, per_prompt: int) -> Path:
     return folder / "key.json"
 
 
-def write_votes(folder: Path, voter: str, votes: dict[Any, str], page: str = "p1") -> Path:
+def write_votes(folder: Path, voter: str, votes: dict[Any, Any], page: str = "p1") -> Path:
     file = folder / f"{voter}.json"
     file.write_text(json.dumps({"page": page, "voter": voter, "votes": votes}), encoding="utf-8")
     return file
+
+
+def win_rate(key: Path, files: list[Path]) -> WinRate:
+    """Of a page with one question."""
+    found = win_rates(key, files)
+    assert list(found) == [OVERALL]
+    return found[OVERALL]
+
+
+def test_each_question_is_counted_apart(tmp_path: Path) -> None:
+    key = write_key(tmp_path, prompts=4, per_prompt=2)
+    # A is on the left of even pairs. Anna: A follows the text, B looks better; she left one question out.
+    votes: dict[Any, Any] = {
+        n: {"text": "left" if n % 2 == 0 else "right", "looks": "right" if n % 2 == 0 else "left"} for n in range(7)
+    }
+    anna = write_votes(tmp_path, "anna", votes | {7: {"looks": "tie"}})
+    ben = write_votes(tmp_path, "ben", dict.fromkeys(range(8), "left"))  # of a page with one question
+    found = win_rates(key, [anna, ben])
+    assert [(one.wins, one.losses, one.ties) for one in found.values()] == [(7, 0, 0), (0, 7, 1), (4, 4, 0)]
+    assert list(found) == ["text", "looks", OVERALL]
+    assert [one.one_sided for one in found.values()] == [(), (), ("ben",)]
+    assert found[OVERALL].voters == {"ben": 8} and found["looks"].voters == {"anna": 8}
+
+
+@pytest.mark.parametrize(
+    ("lefts", "rights", "ties", "warned"), [(6, 0, 2, True), (0, 6, 0, True), (5, 0, 3, False), (7, 1, 0, False)]
+)
+def test_voters_who_always_chose_one_side_are_named(
+    lefts: int, rights: int, ties: int, warned: bool, tmp_path: Path
+) -> None:
+    choices = ["left"] * lefts + ["right"] * rights + ["tie"] * ties
+    votes = write_votes(tmp_path, "anna", dict(enumerate(choices)))
+    assert win_rate(write_key(tmp_path, prompts=4, per_prompt=2), [votes]).one_sided == (("anna",) if warned else ())
 
 
 def test_sides_are_turned_back(tmp_path: Path) -> None:
@@ -77,6 +110,11 @@ def test_a_clear_case_is_decided(tmp_path: Path) -> None:
         ({"page": "p1", "voter": "a", "votes": {"6": "left"}}, "there is no pair '6'"),
         ({"page": "p1", "voter": "a", "votes": {"-1": "left"}}, "there is no pair '-1'"),
         ({"page": "p1", "voter": "a", "votes": {"0": "A"}}, "must be one of left, right, tie"),
+        ({"page": "p1", "voter": "a", "votes": {"0": {"looks": "A"}}}, "must be one of left, right, tie"),
+        (
+            {"page": "p1", "voter": "a", "votes": {"0": {"taste": "left"}}},
+            "a vote on 'taste', expected one on text, looks",
+        ),
         ({"page": "p1", "voter": "a", "votes": {}}, "contain no votes"),
         ({"page": "p1", "voter": "", "votes": {"0": "left"}}, "is not a file of votes"),
         ([1], "is not a file of votes"),
@@ -87,7 +125,7 @@ def test_wrong_vote_files_are_refused(votes: Any, said: str, tmp_path: Path) -> 
     file = tmp_path / "votes.json"
     file.write_text(json.dumps(votes), encoding="utf-8")
     with pytest.raises(UserError, match=said):
-        win_rate(key, [file])
+        win_rates(key, [file])
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
@@ -102,7 +140,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         ((tmp_path, [votes]), "cannot be read"),
     ):
         with pytest.raises(UserError, match=said):
-            win_rate(*files)
+            win_rates(*files)
     votes.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="not valid JSON"):
-        win_rate(key, [votes])
+        win_rates(key, [votes])

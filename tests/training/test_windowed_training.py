@@ -11,6 +11,8 @@ from cli_runs import call, records, write_config
 from PIL import Image
 from safetensors.torch import load_file
 
+from pcpo_fast.reporting import live_report
+
 Capture = pytest.CaptureFixture[str]
 SETTINGS: dict[str, Any] = {
     "algorithm": "mixgrpo",
@@ -26,18 +28,24 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_a_windowed_run_resumed_in_the_middle_equals_the_straight_one(
-    tmp_path: Path, pipeline_folder: Path, capsys: Capture
+    tmp_path: Path, pipeline_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = {}
+    shown: list[Path] = []  # every epoch of the straight run has its live report; the other has it turned off
+    monkeypatch.setattr(live_report, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(live_report, "SHARE", 1e9)
+    monkeypatch.setattr(live_report, "write_report", lambda folder, **_: shown.append(folder))
     for name, stops in (("straight", (3,)), ("resumed", (1, 3))):
         folder = tmp_path / name
         folder.mkdir()
         for epochs in stops:
-            config = write_config(folder, pipeline_folder, train__epochs=epochs, **SETTINGS)
+            settings = SETTINGS | {"logging__live_report": name == "straight"}
+            config = write_config(folder, pipeline_folder, train__epochs=epochs, **settings)
             answer = call(capsys, "train", "--config", config)
             assert answer.code == 0, answer.err
         assert ("Resuming after epoch 1" in answer.out) == (name == "resumed")
         runs[name] = folder / "run"
+    assert shown == [runs["straight"]] * 3
     straight, resumed = (
         {
             (line["kind"], line["epoch"], line.get("update")): line

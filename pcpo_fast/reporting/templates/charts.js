@@ -11,8 +11,8 @@
     mine.major_label_text_font_size = settings.names ? "11px" : "0px";
     mine.axis_label_text_color = mine.major_label_text_color = soft;
     mine.major_tick_line_color = mine.minor_tick_line_color = mine.axis_line_color = null;
-    var places = Object.keys(settings.ticks), room = Math.max(1, width / 42);
-    places = places.filter(function (place, i) { return i % Math.ceil(places.length / room) === 0; });
+    var places = Object.keys(settings.ticks), every = Math.ceil(places.length * 42 / width) || 1;
+    places = places.filter(function (place, i) { return i % every === 0; });
     if (places.length) {
       mine.ticker = new Bokeh.FixedTicker({ ticks: places.map(Number) });
       mine.major_label_overrides = new Map(places.map(function (place) { return [+place, settings.ticks[place]]; }));
@@ -70,7 +70,7 @@
         var source = new Bokeh.ColumnDataSource({ data: data }), x = { field: "x" }, y = { field: "y" };
         var look = { source: source, color: mark.color, alpha: mark.alpha, line_width: mark.width };
         if (mark.dashed) { look.line_dash = [6, 4]; }
-        if (mark.steps) { drawn = plot.step(x, y, Object.assign({ mode: "before" }, look)); }
+        if (mark.steps) { drawn = plot.step(x, y, "before", look); }
         else if (mark.width) { drawn = plot.line(x, y, look); }
         if (mark.marker) {
           var dots = { source: source, marker: mark.marker, size: Math.max(mark.size, 5), color: mark.color };
