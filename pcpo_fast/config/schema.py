@@ -561,6 +561,11 @@ class LoggingConfig(Section):
         description="Weights & Biases: a mapping of project, entity, name, group, job_type, tags, notes, mode and id, "
         "any of them, {} for the defaults; null: off",
     )
+    trackio: dict[str, JsonValue] | None = Field(
+        None,
+        description="Trackio, a tracker on this machine: a mapping of project, name, group and space_id, any of them, "
+        "{} for the defaults; null: off",
+    )
 
 
 class Config(Section):

@@ -37,6 +37,7 @@ def shrunk(config: Config, folder: Path, ranks: int) -> Config:
         "checkpoint.keep_best=0",
         "logging.tensorboard=false",
         "logging.wandb=null",
+        "logging.trackio=null",
     ]
     if config.prompts.heldout is not None:
         changes += ["evaluation.prompts=1", "evaluation.images_per_prompt=1"]

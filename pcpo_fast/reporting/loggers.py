@@ -1,9 +1,10 @@
-"""TensorBoard and Weights & Biases loggers: they mirror metrics.jsonl, and their failures never stop training."""
+"""TensorBoard, Weights & Biases and Trackio: they mirror metrics.jsonl, and their failures never stop training."""
 
+import io
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 WANDB_OPTIONS = ("project", "entity", "name", "group", "job_type", "tags", "notes", "mode", "id")
 WANDB_MODES = ("online", "offline", "disabled")
+TRACKIO_OPTIONS = ("project", "name", "group", "space_id")
 
 
 class MetricLogger(Protocol):
@@ -122,27 +124,29 @@ class TensorBoardLogger:
 class WandbLogger:
     """A Weights & Biases run, in ``output_dir/wandb``, continued when the training run is resumed.
 
-    `options` are the arguments of `wandb.init` listed in `WANDB_OPTIONS`. Only metrics and images are sent: no config,
-    command line, environment, console output, code, git remote, package list or machine description. Authentication is
-    left to W&B (`wandb login`); a key in `options` is an error. Without a network or a login the run is written to disk
-    after at most 30 seconds, and `wandb sync` uploads it later.
+    `options` are those arguments of `wandb.init` that are listed in `WANDB_OPTIONS`; `about` is the run's config there.
+    Besides these only metrics and images are sent: no environment, console output, code, git remote, package list or
+    machine description. Authentication is left to W&B (`wandb login`); a key in `options` is an error. Without a
+    network or a login the run is written to disk after at most 30 seconds, and `wandb sync` uploads it later.
     """
 
-    def __init__(self, output_dir: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, output_dir: Path, options: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         check_wandb_options(options)
         try:
             import wandb
         except ImportError as error:
+            missing = (error.name or "wandb").partition(".")[0]
             raise UserError(
-                "Weights & Biases logging is on but the package wandb is not installed: "
-                "run `pip install wandb`, or set logging.wandb=null"
+                f"Weights & Biases logging is on but the package {missing} is not installed: "
+                f"run `pip install {missing}`, or set logging.wandb=null"
             ) from error
         self._wandb: Any = wandb
         arguments = {
             "project": "pcpo-fast",
-            "id": _wandb_run_id(output_dir),
+            "id": _run_id(output_dir, "wandb"),
             "resume": "allow",
             **{key: value for key, value in options.items() if value is not None},
+            "config": dict(about),
             "dir": str(output_dir),
             "settings": _wandb_settings(wandb),
         }
@@ -183,6 +187,56 @@ class WandbLogger:
         self._run.finish()
 
 
+class TrackioLogger:
+    """A Trackio run in the user's local store (`trackio show`), or on a Hugging Face Space if `space_id` names one.
+
+    `options` are those arguments of `trackio.init` that are listed in `TRACKIO_OPTIONS`, and `about` is shown as the
+    run's config. A resumed run is continued. Unless `options` names it, it is called after the run directory, with four
+    letters that tell it from others of this name.
+    """
+
+    def __init__(self, output_dir: Path, options: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        check_trackio_options(options)
+        try:
+            import trackio
+        except ImportError as error:
+            missing = (error.name or "trackio").partition(".")[0]
+            raise UserError(
+                f"Trackio logging is on but the package {missing} is not installed: "
+                f"run `pip install {missing}`, or set logging.trackio=null"
+            ) from error
+        self._trackio: Any = trackio
+        arguments = {
+            "project": "pcpo-fast",
+            "name": f"{output_dir.resolve().name}-{_run_id(output_dir, 'trackio')[:4]}",
+            "config": dict(about),
+            "resume": "allow",
+            "embed": False,
+        }
+        with redirect_stdout(io.StringIO()):  # it explains itself on stdout, which may belong to --json
+            self._run = trackio.init(**arguments | {key: value for key, value in options.items() if value is not None})
+
+    def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None:
+        self._run.log({**tags(kind, metrics), "epoch": epoch}, step=step)
+
+    def image(self, tag: str, image: Image.Image, *, epoch: int) -> None:
+        self._run.log({tag: self._trackio.Image(image), "epoch": epoch}, step=epoch)
+
+    def rewind(self, *, epoch: int, update_step: int) -> None:
+        """Does nothing, because Trackio cannot delete points; repeated epochs and updates are recorded again."""
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self._trackio.finish()
+
+
+def check_trackio_options(options: Mapping[str, Any]) -> None:
+    """Raise `UserError` for an option that `TrackioLogger` does not accept."""
+    for name in options:
+        if name not in TRACKIO_OPTIONS:
+            raise UserError(f"trackio: unknown option {name!r} (allowed: {', '.join(TRACKIO_OPTIONS)})")
+
+
 def check_wandb_options(options: Mapping[str, Any]) -> None:
     """Raise `UserError` for an option that `WandbLogger` does not accept, such as an API key."""
     for name in options:
@@ -193,9 +247,9 @@ def check_wandb_options(options: Mapping[str, Any]) -> None:
         raise UserError(f"wandb: mode is {mode!r} (allowed: {', '.join(WANDB_MODES)})")
 
 
-def _wandb_run_id(output_dir: Path) -> str:
-    """One id per run directory, so that a resumed run continues the same W&B run."""
-    path = output_dir / "wandb" / "run_id.txt"
+def _run_id(output_dir: Path, tracker: str) -> str:
+    """One id per run directory, so that a resumed run continues the same run of a tracker."""
+    path = output_dir / tracker / "run_id.txt"
     if not path.exists():
         write_atomically(path, _new_id() + "\n")
     return path.read_text(encoding="utf-8").strip()

@@ -9,7 +9,7 @@ from typing import Any
 
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.grids import ImageLike, image_bytes, to_image
-from pcpo_fast.reporting.loggers import Loggers, MetricLogger, TensorBoardLogger, WandbLogger
+from pcpo_fast.reporting.loggers import Loggers, MetricLogger, TensorBoardLogger, TrackioLogger, WandbLogger
 from pcpo_fast.reporting.metrics_file import MetricsFile, read_metrics
 
 _RESERVED = ("kind", "epoch", "update", "time")
@@ -17,18 +17,26 @@ _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class RunRecorder:
-    """Writes metrics.jsonl and images/ in `output_dir`, and sends the same to TensorBoard and Weights & Biases.
+    """Writes metrics.jsonl and images/ in `output_dir`, and sends the same to TensorBoard and other trackers.
 
-    `tensorboard` turns on event files in ``output_dir/tensorboard``; `wandb` is None or the options of a W&B run (see
-    `pcpo_fast.reporting.loggers.WandbLogger`). With `enabled` False (all ranks but 0) all methods do nothing and no
-    file is touched. An existing metrics.jsonl is continued, including its ``time``.
+    `tensorboard` turns on event files in ``output_dir/tensorboard``; `wandb` and `trackio` are None or the options of a
+    run there (see `pcpo_fast.reporting.loggers`), which shows `about` as its configuration. With `enabled` False (all
+    ranks but 0) all methods do nothing and no file is touched. An existing metrics.jsonl is continued, including its
+    ``time``.
 
     Raises `UserError` if `output_dir` is not writable or a requested logger is not installed. A logger that fails later
     is dropped with one warning; training continues.
     """
 
     def __init__(
-        self, output_dir: Path, *, tensorboard: bool, wandb: Mapping[str, Any] | None, enabled: bool = True
+        self,
+        output_dir: Path,
+        *,
+        tensorboard: bool,
+        wandb: Mapping[str, Any] | None,
+        trackio: Mapping[str, Any] | None = None,
+        about: Mapping[str, Any] | None = None,
+        enabled: bool = True,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.enabled = enabled
@@ -44,8 +52,11 @@ class RunRecorder:
             folder = self.output_dir / "tensorboard"
             self._loggers.add("TensorBoard", lambda: TensorBoardLogger(folder))
         if wandb is not None:
-            options = dict(wandb)
-            self._loggers.add("Weights & Biases", lambda: WandbLogger(self.output_dir, options))
+            wandb_options = dict(wandb)
+            self._loggers.add("Weights & Biases", lambda: WandbLogger(self.output_dir, wandb_options, about or {}))
+        if trackio is not None:
+            trackio_options = dict(trackio)
+            self._loggers.add("Trackio", lambda: TrackioLogger(self.output_dir, trackio_options, about or {}))
 
     def _count(self, records: list[dict[str, Any]]) -> None:
         """Continue the number of updates and the seconds from earlier records of the run."""

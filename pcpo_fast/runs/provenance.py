@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import pcpo_fast
+from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.schema import Config
 from pcpo_fast.distributed.collectives import world_size
 from pcpo_fast.files.atomic import write_atomically
@@ -23,6 +24,7 @@ from pcpo_fast.files.atomic import write_atomically
 PROVENANCE_FILE = "provenance.json"
 LIBRARIES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "numpy")
 _CHECKOUT = Path(pcpo_fast.__file__).resolve().parents[1]
+_SECRET_KEY = re.compile(r"(api_?key|password|passwd|secret|(?<![a-z])token)$", re.IGNORECASE)
 _SECRET = re.compile(r"((?:api_?key|password|passwd|secret|token)[\w.-]*[\"']?\s*[:=]\s*)[^\s,}]+", re.IGNORECASE)
 
 
@@ -45,6 +47,17 @@ def read_provenance(folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else []
+
+
+def about_run(folder: Path, config: Config) -> dict[str, Any]:
+    """What a tracker shows of a run: its settings by dotted key, secrets left out, and its latest start."""
+    settings = {
+        key: "(not shown)" if _SECRET_KEY.search(key) else value
+        for key, value in flattened(config.model_dump(mode="json", exclude={"output_dir"}), lists=True)
+    }
+    return settings | {
+        f"provenance.{key}": value for start in read_provenance(folder)[-1:] for key, value in start.items()
+    }
 
 
 def copy_provenance(run: Path, target: Path) -> None:

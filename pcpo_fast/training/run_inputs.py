@@ -16,7 +16,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, part_files
 from pcpo_fast.policies.families import model_files
 from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
-from pcpo_fast.reporting.loggers import check_wandb_options
+from pcpo_fast.reporting.loggers import check_trackio_options, check_wandb_options
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import check_sizes
 from pcpo_fast.runs.input_record import Input
@@ -125,9 +125,15 @@ def _of_prompts(path: str, prompts: list[Prompt]) -> Input:
 def _check_logging(settings: LoggingConfig) -> None:
     if settings.wandb is not None:
         check_wandb_options(settings.wandb)
-    for key, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
-        if wanted and importlib.util.find_spec(key) is None:
+    if settings.trackio is not None:
+        check_trackio_options(settings.trackio)
+    wanted = {"tensorboard": settings.tensorboard, "wandb": settings.wandb, "trackio": settings.trackio}
+    for key in (key for key, value in wanted.items() if value is not None and value is not False):
+        try:
+            importlib.import_module(key)
+        except ImportError as error:  # of the package, or of one that it needs
+            missing = (error.name or key).partition(".")[0]
             off = "false" if key == "tensorboard" else "null"
             raise UserError(
-                f"logging.{key}: {key} is not installed: run `pip install {key}`, or set logging.{key}={off}"
-            )
+                f"logging.{key}: {missing} is not installed: run `pip install {missing}`, or set logging.{key}={off}"
+            ) from None

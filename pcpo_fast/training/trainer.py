@@ -51,7 +51,7 @@ from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
 from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from pcpo_fast.runs.input_record import ACCEPT, Input, check_unchanged, hashes, write_record
-from pcpo_fast.runs.provenance import write_provenance
+from pcpo_fast.runs.provenance import about_run, write_provenance
 from pcpo_fast.runs.run_directory import RunStart, claim, open_run, read_summary, verified
 from pcpo_fast.runs.run_lock import only_run
 from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor
@@ -260,7 +260,12 @@ class Trainer:
                 if self.heldout.prompts:
                     write_captions(self.folder, self.heldout.captions)
         self.recorder = RunRecorder(
-            self.folder, tensorboard=logging.tensorboard, wandb=logging.wandb, enabled=rank() == 0
+            self.folder,
+            tensorboard=logging.tensorboard,
+            wandb=logging.wandb,
+            trackio=logging.trackio,
+            about=about_run(self.folder, config),
+            enabled=rank() == 0,
         )
         shown = logging.live_report and rank() == 0
         live = LiveReport(self.folder, self.progress.message, self.progress.warnings, shown)

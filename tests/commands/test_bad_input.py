@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,14 +340,27 @@ def test_rewards(
     ("setting", "words"),
     [
         ("logging.wandb={}", "wandb is not installed: run `pip install wandb`, or set logging.wandb=null"),
+        ("logging.trackio={}", "trackio is not installed: run `pip install trackio`, or set logging.trackio=null"),
         ("logging.tensorboard=true", "tensorboard is not installed: run `pip install tensorboard`, or set"),
     ],
 )
 def test_a_logger_that_is_not_installed(
     setting: str, words: str, config: Path, no_model: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, setting.removeprefix("logging.").partition("=")[0], None)
     assert words in refused(capsys, "train", "--config", config, setting)
+
+
+def test_a_package_that_a_logger_lacks_is_named(
+    config: Path, no_model: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "trackio.py").write_text("import a_package_that_is_missing.part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refused(capsys, "train", "--config", config, "logging.trackio={}")
+    assert "logging.trackio: a_package_that_is_missing is not installed: run `pip install a_package" in message
+    assert "trackio: unknown option 'mode' (allowed" in refused(
+        capsys, "train", "--config", config, "logging.trackio={mode: x}"
+    )
 
 
 # In the course of a run

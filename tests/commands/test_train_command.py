@@ -212,6 +212,9 @@ def test_weights_and_biases_gets_the_metrics(
     answer = call(capsys, "train", "--config", config, "logging.wandb={project: mine, tags: [a]}")
     assert answer.code == 0, answer.err
     assert (started[0]["project"], started[0]["tags"]) == ("mine", ["a"])
+    about = started[0]["config"]
+    assert about["train.epochs"] == 1 and about["rewards.0.name"] and about["provenance.libraries"]["torch"]
+    assert "output_dir" not in about
     names = {name for values in run.logged for name in values}
     assert names >= {
         "reward/mean",

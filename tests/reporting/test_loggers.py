@@ -53,6 +53,45 @@ class FakeWandb:
         return SimpleNamespace(size=image.size)
 
 
+class FakeTrackio:
+    """The part of the trackio module that is used."""
+
+    def __init__(self) -> None:
+        self.inits: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished = 0
+
+    def init(self, **arguments: Any) -> "FakeTrackio":
+        print("* Trackio explains itself")
+        self.inits.append(arguments)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def Image(self, image: Any) -> Any:
+        return SimpleNamespace(size=image.size)
+
+
+def test_trackio_gets_the_metrics_under_the_runs_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", fake)  # type: ignore[arg-type]
+    options = {"project": "mine", "group": None}
+    with RunRecorder(tmp_path / "red", tensorboard=False, wandb=None, trackio=options, about={"seed": 3}) as records:
+        train(records, range(2), 0.5)
+    name = f"red-{(tmp_path / 'red' / 'trackio' / 'run_id.txt').read_text()[:4]}"
+    [init] = fake.inits
+    assert init == {"project": "mine", "name": name, "config": {"seed": 3}, "resume": "allow", "embed": False}
+    assert (0, {"heldout/reward/mean": 0.5, "epoch": 0}) in fake.logged
+    assert (3, {"update/policy/loss": 0.5, "epoch": 1}) in fake.logged
+    assert fake.finished == 1 and capsys.readouterr().out == ""
+
+
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
@@ -113,7 +152,8 @@ def test_wandb_gets_metrics_and_images_and_nothing_else(
     with RunRecorder(tmp_path, tensorboard=False, wandb={"project": "p", "tags": ["a"], "name": None}) as records:
         train(records, range(1), 0.5)
     (arguments,) = wandb.inits
-    assert set(arguments) == {"project", "tags", "id", "resume", "dir", "settings"}
+    assert set(arguments) == {"project", "tags", "id", "resume", "config", "dir", "settings"}
+    assert arguments["config"] == {}
     assert arguments["settings"].values == {
         "console": "off",
         "save_code": False,
