@@ -122,6 +122,7 @@ def test_all_numbers_are_there(finished: Path, page: Page) -> None:
     assert "1 min 24 s training time" in page.text  # 84.5 s, from summary.json
     assert re.search(r"10\d images/s", page.text)
     assert "ζ = 13.343" in page.text  # in the legend of the credit chart
+    assert "the native credit varies by a factor of 3.39 here, the proportionate one by 7.67." in page.text
     assert "by a factor of 3.39" in page.text
     assert "Skipped updates: 1 of 40." in page.text
     assert "clip_range: 0.0001" in page.text
