@@ -8,7 +8,6 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.cards import card_of
 from pcpo_fast.planning.costs import ModelCosts
-from pcpo_fast.planning.models import find_architecture
 
 
 class Utilization:
@@ -19,11 +18,11 @@ class Utilization:
 
     Args:
         config: the run.
+        costs: of its model.
         peak: operations per second of one GPU; None: unknown, so that there is no MFU.
     """
 
-    def __init__(self, config: Config, peak: float | None) -> None:
-        costs = ModelCosts(find_architecture(config.model), config.model)
+    def __init__(self, config: Config, costs: ModelCosts, peak: float | None) -> None:
         rows = 1 if config.model.cfg_scale == 1 else 2  # of a prediction; the counts are of rows
         self.flops = (costs.forward(1).flops / rows, costs.training(1, False).flops / rows, costs.decoding(1).flops)
         self.peak = peak
@@ -41,13 +40,22 @@ class Utilization:
         return {"throughput/tflops": rate / 1e12} | ({} if self.peak is None else {"throughput/mfu": rate / self.peak})
 
 
-def utilization_of(config: Config, device: torch.device, told: Callable[[str], None]) -> Utilization | None:
-    """Rates of a run on a GPU; None on a CPU, and for a model whose architecture is unknown, which `told` is told."""
+def utilization_of(
+    config: Config, device: torch.device, told: Callable[[str], None], costs: Callable[[], ModelCosts]
+) -> Utilization | None:
+    """Rates of a run on a GPU; None on a CPU, and for a model whose architecture is unknown, which `told` is told.
+
+    Args:
+        config: the run.
+        device: where it works.
+        told: shows a message.
+        costs: counts those of the run's model; called on a GPU only.
+    """
     if device.type != "cuda":
         return None
     card = card_of(torch.cuda.get_device_name(device))
     try:
-        return Utilization(config, None if card is None else 1e12 * card.peak_tflops)
+        return Utilization(config, costs(), None if card is None else 1e12 * card.peak_tflops)
     except UserError as error:
         told(f"throughput/tflops and throughput/mfu are left out: {error}")
         return None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +34,8 @@ from pcpo_fast.files.content import digest
 from pcpo_fast.method.advantages import RunningAdvantages
 from pcpo_fast.method.step_advantages import StepAdvantages
 from pcpo_fast.method.step_tables import EpochTables, RunTables
+from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.sizes import fitted, is_auto, kept_sizes, with_sizes
 from pcpo_fast.planning.states import Zero
@@ -200,7 +203,7 @@ class Trainer:
         self.warned_of_mismatch = False
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
         self.spread, self.predictions = SpreadMonitor(), PredictionMonitor()
-        self.utilization = utilization_of(config, self.device, self.progress.message)
+        self.utilization = utilization_of(config, self.device, self.progress.message, lambda: self.costs)
         self.predicted_reward: float | None = None  # of the latest epoch's predictions
         self.heldout_reward: float | None = None  # of the current weights
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
@@ -223,6 +226,15 @@ class Trainer:
             self.collapse.before = state.get("diversity_before")
         self.loop_state = self._loop_state()
 
+    @cached_property
+    def costs(self) -> ModelCosts:
+        """Operations and memory of the run's model, counted at the first use.
+
+        Raises:
+            UserError: the architecture of ``model.path`` is unknown.
+        """
+        return ModelCosts(find_architecture(self.config.model), self.config.model)
+
     def _sized(self, config: Config) -> Config:
         """The run with its automatic sizes resolved, on all ranks alike: as it began where it is resumed."""
         pairs = pairs_per_update(config, self.tables.trained_count, world_size())
@@ -233,7 +245,8 @@ class Trainer:
             config = with_sizes(config, *kept)
         else:
             memory = gather_objects(device_memory(self.device, 1)) if self.device.type == "cuda" else [None]
-            config = fitted(config, pairs, world_size(), min(memory))
+            costs = self.costs if self.device.type == "cuda" else None  # takes seconds, and a CPU needs none
+            config = fitted(config, pairs, world_size(), min(memory), costs)
         sizes = (
             f"train.micro_batch_size={config.train.pairs_at_once} rollout.batch_size={config.rollout.images_at_once}"
         )
@@ -243,7 +256,7 @@ class Trainer:
     def _choose_recomputing(self) -> None:
         """Recompute as few blocks as the device's memory allows."""
         memory = device_memory(self.device, local_world_size())
-        chosen = least_recomputing(self.config, world_size(), memory)
+        chosen = least_recomputing(self.config, world_size(), memory, self.costs)
         network = self.policy.module
         checkpoint_blocks(network, self.policy.recomputed_blocks(network), chosen.share)
         self.progress.message(f"model.checkpointed_share: {chosen}")

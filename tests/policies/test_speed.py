@@ -100,7 +100,12 @@ def test_a_share_of_the_blocks_is_recomputed_and_gradients_stay(pipeline_folder:
 
 @pytest.mark.usefixtures("process_group")
 def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The model is counted once, for this and for the rates of a GPU's run."""
     settings = ("model.gradient_checkpointing=true", "model.checkpointed_share=null", "train.epochs=0")
+    counted = list[Any]()
+    of_trainer = "pcpo_fast.training.trainer"
+    monkeypatch.setattr(f"{of_trainer}.ModelCosts", lambda *given: counted.append(given) or ModelCosts(*given))
+    monkeypatch.setattr(f"{of_trainer}.utilization_of", lambda config, device, told, costs: costs() and None)
     for memory, words in ((100e9, "0% of the blocks are recomputed"), (1e9, "100% .* `pcpo-fast plan` shows what")):
         monkeypatch.setattr("pcpo_fast.training.trainer.device_memory", lambda *_, memory=memory: memory)
         shown, chosen = io.StringIO(), list[float]()
@@ -113,6 +118,8 @@ def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_p
         )
         assert re.search(words, " ".join(shown.getvalue().split()))
         assert chosen == [float(memory < 2e9)]
+        assert len(counted) == 1
+        counted.clear()
     assert device_memory(CPU, 1) == 2 * device_memory(CPU, 2) > 1e8
 
 
