@@ -61,7 +61,7 @@ def _check_kernels() -> None:
 _check_kernels()
 
 # Importing peft imports bitsandbytes, which on a CPU with AVX512-BF16 looks for a 4-bit kernel on the Hugging Face hub
-# and warns if there is none. Nothing here uses that kernel.
+# and warns if there is none. Nothing here uses that kernel: it is for modules in evaluation mode.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward from kernels-community" not in str(record.msg)
 )

@@ -125,6 +125,11 @@ class ModelConfig(Section):
         "full", description="train every weight of the transformer or UNet, or LoRA adapters"
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
+    base_weights: Literal["full", "nf4"] = Field(
+        "full",
+        description="frozen weights under LoRA: full: in `dtype`; nf4: those of the blocks' linear layers in 4 bits "
+        "(bitsandbytes), for rollout and update alike (docs/lora.md); not with ZeRO-3",
+    )
     height: ImageSide = Field(32, description="image height in pixels")
     width: ImageSide = Field(32, description="image width in pixels")
     guidance: NotNegativeFloat = Field(
@@ -164,6 +169,11 @@ class ModelConfig(Section):
     )
     embedding_cache: Annotated[HomePath | None, Role(on_resume="free", in_comparison="own", per_host=True)] = Field(
         None, description="folder of encoded prompts; null: embeddings/ next to the run directories"
+    )
+    encode_on: Annotated[Literal["gpu", "cpu"], EXECUTION] = Field(
+        "gpu",
+        description="where prompts are encoded: gpu: where the network then goes; cpu: in host memory, for text "
+        "encoders that do not fit the GPU (slow, but once for each prompt)",
     )
 
     @property
@@ -684,6 +694,15 @@ class Config(Section):
             )
         if self.rollout.merge_lora and self.model.finetune != "lora":
             yield "rollout.merge_lora: needs model.finetune=lora, without which there are no adapters to merge"
+        # Four bits are for weights that nothing adds to.
+        if self.model.base_weights == "nf4":
+            if self.model.finetune != "lora":
+                yield "model.base_weights: nf4 is for frozen weights, and needs model.finetune=lora; otherwise: full"
+            if self.rollout.merge_lora:
+                yield (
+                    "rollout.merge_lora: true would round the adapters to the 4 bits of model.base_weights=nf4; "
+                    "allowed with it: false"
+                )
         # PCPO's variances are solutions for DDIM, and replace its eta.
         sampler = self.sampler
         if "variance" not in SAMPLERS[sampler.name].takes and (

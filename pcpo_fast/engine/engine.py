@@ -326,6 +326,11 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
             if asked:
                 raise UserError(f"{key}: needs the full weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
+        if config.model.base_weights == "nf4":
+            raise UserError(
+                f"model.base_weights: nf4 cannot be partitioned, but {config.deepspeed} has ZeRO stage 3; use stage 1 "
+                "or 2, or model.base_weights=full"
+            )
     offload = zero.get("offload_optimizer")
     if config.train.ema_decay is not None and isinstance(offload, dict) and offload.get("device") == "nvme":
         raise UserError(

@@ -138,6 +138,8 @@ def recipe(one: Candidate, request: Request) -> dict[str, Any]:
     model = one.config.model
     base, _ = find_family(model)
     settings = {key: getattr(model, key) for key in SHARED if key not in BASE_KEYS}
+    if model.base_weights == "full":
+        del settings["base_weights"]  # recipes of a time when there was nothing else
     return {
         **({} if model.variant is None else {"variant": model.variant}),
         "base model": weights_digest(base),

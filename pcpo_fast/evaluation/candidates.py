@@ -21,6 +21,8 @@ from pcpo_fast.runs.run_directory import CONFIG_FILE
 Kind = Literal["base", "run", "pipeline", "images"]
 BASE = "base"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
+WHOLE = {"finetune": "full", "base_weights": "full"}
+"""Model settings of a network that has no adapters: it is what its files say."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 
 
@@ -145,12 +147,12 @@ def _candidate(name: str | None, what: str, shared: Config, overrides: Sequence[
         tune = read_fine_tune(run, overrides, weights=weights, option=f"--checkpoint {text!r}")
         return Candidate(label, label, "run", what, 1.0, _same_base(tune.config, shared, text), tune.weights)
     if (path / "model_index.json").is_file() or (not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", what)):
-        model = shared.model.model_copy(update={"path": what, "revision": None, "finetune": "full"})
+        model = shared.model.model_copy(update={"path": what, "revision": None} | WHOLE)
         return Candidate(label, label, "pipeline", what, 1.0, shared.model_copy(update={"model": model}), None)
     kind = _finetune_kind(path)
     if kind is not None:
         lora = shared.model.lora.model_copy(update={"init": None})
-        model = shared.model.model_copy(update={"finetune": kind, "lora": lora})
+        model = shared.model.model_copy(update={"finetune": kind, "lora": lora} | (WHOLE if kind == "full" else {}))
         return Candidate(label, label, "run", what, 1.0, shared.model_copy(update={"model": model}), path)
     if path.is_dir() and ((path / MANIFEST_FILE).is_file() or any(map(is_image, path.iterdir()))):
         return Candidate(label, label, "images", what, 1.0, None, None)

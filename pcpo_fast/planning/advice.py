@@ -7,7 +7,7 @@ from itertools import product
 from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
-from pcpo_fast.planning.states import SHIPPED, Zero
+from pcpo_fast.planning.states import Zero, usual_stages
 
 RESERVE, RESERVE_SHARE = 1.5e9, 0.04
 """Bytes, and share of a GPU's memory, kept free for the CUDA context, NCCL buffers and fragmentation (assumed)."""
@@ -64,7 +64,7 @@ def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Itera
     """
     own = config.train.pairs_at_once
     sizes = [size for size in sorted({1, 2, 3, 4, 6, 8, own}, reverse=True) if pairs % size == 0]
-    for zero, again, size in sorted(product(SHIPPED.values(), (False, True), sizes), key=_preference):
+    for zero, again, size in sorted(product(usual_stages(config).values(), (False, True), sizes), key=_preference):
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
             continue  # the engine replaces stage 1 with stage 2
         own_batch = config.rollout.images_at_once

@@ -63,6 +63,7 @@ def plan_memory(
 
     The text encoders run first and are freed. Then the network and the VAE are loaded: the network as a whole, or with
     ZeRO-3 one weight at a time from host memory. The other phases repeat every epoch. Reward models are not counted.
+    A layer in four bits is dequantised whenever it is used, one at a time.
 
     ``checkpointed`` is the share of the blocks that are recomputed in the backward.
     """
@@ -87,11 +88,14 @@ def plan_memory(
     reference = 0.0
     if config.keeps_start:
         reference = model.network_parameters * width
-    loaded = float(model.network_parameters * width)
+    saved = sum(count * width - packed for count, packed in model.packed_layers)
+    dequantised = float(max((count * width for count, _ in model.packed_layers), default=0))
+    weights = states.weights - saved
+    loaded = float(model.network_parameters * width) - saved
     if zero.stage == 3:
         loaded = states.weights + model.largest_weight * width
     parts = {
-        "weights": states.weights,
+        "weights": weights,
         "reference": reference,
         "vae": float(model.vae_parameters * width),
         "gradients": states.gradients,
@@ -105,9 +109,11 @@ def plan_memory(
         **buffers,
         "communication": states.communication,
         "gathered weights": states.gathered,
-        "text encoders": float(sum(model.encoders.values()) * width),
+        "text encoders": float(sum(model.encoders.values()) * width) if config.model.encode_on == "gpu" else 0.0,
     }
-    standing = states.weights + reference + parts["vae"] + states.master + states.moments + states.average
+    if model.packed_layers:
+        parts["dequantised layer"] = dequantised
+    standing = weights + reference + parts["vae"] + states.master + states.moments + states.average
     rolling = standing + (states.gradients if states.flat_gradient else 0)
     if config.rollout.offload_optimizer:
         rolling -= states.master + states.moments + states.average
@@ -115,8 +121,14 @@ def plan_memory(
         "encode prompts": parts["text encoders"],
         "load": loaded + reference + parts["vae"],
         # At the end the batches' trajectories are concatenated, and exist twice.
-        "rollout": rolling + max(kept + max(forward + states.gathered, decode), 2 * kept),
-        "update": standing + states.gradients + kept + activations + states.communication + states.gathered,
+        "rollout": rolling + max(kept + max(forward + states.gathered + dequantised, decode), 2 * kept),
+        "update": standing
+        + states.gradients
+        + kept
+        + activations
+        + dequantised
+        + states.communication
+        + states.gathered,
         "optimizer step": standing + states.gradients + kept + states.step,
     }
     return MemoryPlan(parts, phases)

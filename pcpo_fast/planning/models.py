@@ -15,6 +15,7 @@ from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.families import FAMILIES, family_of
 from pcpo_fast.policies.folder_checks import used_parts
+from pcpo_fast.policies.four_bit import frozen_layers, packed_bytes
 from pcpo_fast.policies.lora import add_lora
 from pcpo_fast.policies.part_checks import about, check_config
 from pcpo_fast.policies.pipeline_files import check_hub_id, pipeline_class_of
@@ -75,6 +76,16 @@ class ModelOnMeta:
         return max(p.numel() for p in self.policy.module.parameters())
 
     @cached_property
+    def packed_layers(self) -> list[tuple[int, float]]:
+        """(weights, bytes) of each layer that is stored in four bits (``model.base_weights``)."""
+        if self.settings.base_weights == "full":
+            return []
+        network = self.policy.module
+        names = frozen_layers(network, self.policy.compiled_blocks(network))
+        layers: list[Any] = [network.get_submodule(name) for name in names]
+        return [(layer.weight.numel(), packed_bytes(layer)) for layer in layers]
+
+    @cached_property
     def trained_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(p.numel() for p in self.policy.module.parameters() if p.requires_grad)
@@ -117,8 +128,8 @@ def build_on_meta(
         overrides: changes to the trained network's configuration, such as fewer blocks.
 
     Raises:
-        UserError: the image size or a LoRA target does not match the model, or compilation, recomputation or block
-            kernels are enabled but the model has no blocks for them.
+        UserError: the image size or a LoRA target does not match the model, or compilation, recomputation, block
+            kernels or weights in four bits are enabled but the model has no blocks for them.
     """
     import diffusers
 
@@ -137,6 +148,8 @@ def build_on_meta(
         needed(network, policy.compiled_blocks(network), "model.compile")
     if settings.block_kernels:
         needed(network, policy.accelerated_blocks(network), "model.block_kernels")
+    if settings.base_weights == "nf4":
+        needed(network, frozen_layers(network, policy.compiled_blocks(network)), "model.base_weights", "full")
     if settings.finetune == "lora":
         with META:
             add_lora(network, settings.lora, settings.lora.targets or family.lora_targets)

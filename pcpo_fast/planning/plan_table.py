@@ -37,7 +37,8 @@ def _say(console: Console, text: str) -> None:
 
 def _parameters(plan: dict[str, Any]) -> Table:
     model, counts = plan["model"], plan["parameters"]
-    table = Table(title=f"{model['path']} ({model['source']}), {model['finetune']}, {model['dtype']}")
+    base = "" if model["base_weights"] == "full" else f", frozen weights in {model['base_weights']}"
+    table = Table(title=f"{model['path']} ({model['source']}), {model['finetune']}, {model['dtype']}{base}")
     table.add_column("parameters")
     table.add_column("count", justify="right")
     rows = {key: counts[key] for key in ("network", "trained", "frozen", "vae")} | counts["text_encoders"]

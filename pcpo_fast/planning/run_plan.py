@@ -15,7 +15,7 @@ from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.sizes import fitted
-from pcpo_fast.planning.states import SHIPPED, Zero
+from pcpo_fast.planning.states import Zero, usual_stages
 from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
 from pcpo_fast.rollout.epoch_plan import pairs_per_update
 
@@ -72,6 +72,7 @@ def make_plan(
             "family": policy.family,
             "dtype": config.model.dtype,
             "finetune": config.model.finetune,
+            "base_weights": config.model.base_weights,
         },
         "gpus": gpus,
         "gpu_memory_gb": memory_gb,
@@ -107,7 +108,8 @@ def make_plan(
         },
         "saved_activations_gb": {"plain": plain.saved / GB, "checkpointed": again.saved / GB},
         "memory_gb": {
-            name: _memory_record(plan_memory(config, costs, zero, gpus), memory_gb) for name, zero in SHIPPED.items()
+            name: _memory_record(plan_memory(config, costs, zero, gpus), memory_gb)
+            for name, zero in usual_stages(config).items()
         },
         "configured": {
             "zero": Zero.of(config).name,
@@ -156,15 +158,21 @@ def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, p
             f"of {choice.micro_batch}: peak {choice.memory.peak / GB:.1f} of {memory_gb:g} GB, in the phase "
             f"{choice.memory.worst!r}"
         )
-        return {"fits": True, **_choice_record(choice), "reason": reason}
+        held = choice.zero.offload_parameters and _changed(config, costs, gpus, memory_gb, pairs, base_weights="nf4")
+        ways = [f"without host memory: model.base_weights=nf4 fits with {held}"] if held else []
+        return {"fits": True, **_choice_record(choice), "reason": reason} | ({"ways_out": ways} if ways else {})
     least = least_memory(config, costs, gpus, pairs)
     ways = []
     if config.model.finetune == "full":
-        lora = config.model_copy(update={"model": config.model.model_copy(update={"finetune": "lora"})})
-        adapted = ModelCosts(costs.architecture, lora.model)
-        small = choose(lora, adapted, gpus, memory_gb * GB, pairs)
-        if small is not None:
-            ways.append(f"train LoRA adapters: model.finetune=lora fits with {' '.join(small.settings())}")
+        small = _changed(config, costs, gpus, memory_gb, pairs, finetune="lora")
+        ways += [f"train LoRA adapters: model.finetune=lora fits with {small}"] if small else []
+    else:
+        four_bits, elsewhere = {"base_weights": "nf4"}, {"encode_on": "cpu"}
+        for change in (four_bits, elsewhere, four_bits | elsewhere):
+            if small := _changed(config, costs, gpus, memory_gb, pairs, **change):
+                named = " ".join(f"model.{key}={value}" for key, value in change.items())
+                ways.append(f"hold less of the model on the GPU: {named} fits with {small}")
+                break
     for more in (2, 4, 8, 16, 32, 64):  # whether the images divide evenly over them is not checked
         if more > gpus and choose(config, costs, more, memory_gb * GB, 1) is not None:
             ways.append(f"use {more} such GPUs")
@@ -181,6 +189,16 @@ def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, p
         f"{usable(memory_gb * GB) / GB:.1f} GB are usable"
     )
     return {"fits": False, **_choice_record(least), "reason": reason, "ways_out": ways}
+
+
+def _changed(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, pairs: int, **model: str) -> str | None:
+    """The settings with which the run fits if its model is changed so; None if it does not, or is so already."""
+    settings = config.model.model_copy(update=model)
+    if settings == config.model:
+        return None
+    changed = config.model_copy(update={"model": settings})
+    choice = choose(changed, ModelCosts(costs.architecture, settings), gpus, memory_gb * GB, pairs)
+    return None if choice is None else " ".join(choice.settings())
 
 
 def _choice_record(choice: Choice) -> dict[str, Any]:

@@ -112,6 +112,11 @@ SHIPPED = {
 """The shipped DeepSpeed configurations (ds_configs), from fastest to slowest."""
 
 
+def usual_stages(config: Config) -> dict[str, Zero]:
+    """Those of :data:`SHIPPED` that a run may have: weights in four bits cannot be partitioned."""
+    return {name: zero for name, zero in SHIPPED.items() if config.model.base_weights == "full" or zero.stage < 3}
+
+
 class States(NamedTuple):
     """Bytes on one GPU.
 

@@ -112,7 +112,7 @@ class Policy(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the network's weights."""
-        return next(self.module.parameters()).dtype
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
     @property
     @abstractmethod

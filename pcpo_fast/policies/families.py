@@ -17,6 +17,7 @@ from pcpo_fast.method.samplers import check_sampler
 from pcpo_fast.policies.attention import check_attention
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.folder_checks import check_folder, single_file
+from pcpo_fast.policies.four_bit import check_base_weights
 from pcpo_fast.policies.lora import add_lora, fill_lora
 from pcpo_fast.policies.lora_files import describe_run, read_lora
 from pcpo_fast.policies.pipeline_files import pipeline_folder
@@ -75,10 +76,11 @@ def check_base_model(config: Config) -> tuple[Path, type[PipelinePolicy]]:
 
     Raises:
         UserError: on every rank, as :func:`find_family` and :func:`~pcpo_fast.policies.folder_checks.check_folder`, or
-            the sampler is for another kind of model.
+            the sampler is for another kind of model, or bitsandbytes is missing.
     """
     folder, family = find_family(config.model)
     check_sampler(config.sampler, family.schedule_kind)
+    check_base_weights(config.model)
     with shared_errors():
         if local_rank() == 0:
             check_folder(folder, family, config.model)

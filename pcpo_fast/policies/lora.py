@@ -66,6 +66,12 @@ def add_lora(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
         adapted.add_adapter(config, adapter_name=adapter)
+    for layer in _adapted_layers(module):
+        base = layer.get_base_layer()
+        if adapter in layer.lora_A and not base.weight.is_floating_point():
+            # peft gives adapters the dtype of their layer's weights, but not that of weights in four bits.
+            layer.lora_A[adapter].to(base.compute_dtype)
+            layer.lora_B[adapter].to(base.compute_dtype)
     if start:
         fill_lora(module, start, adapter)
 

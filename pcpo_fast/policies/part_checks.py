@@ -267,16 +267,21 @@ def check_scheduler(part: Path, name: str, *, flow: bool) -> None:
         getattr(diffusers, name).from_config(config)
 
 
-def check_finite(module: nn.Module, part: Path) -> None:
+def check_finite(module: nn.Module, part: Path, prefix: str = "") -> None:
     """Refuse weights that are infinite or NaN; takes one pass over the weights if all are finite.
+
+    Args:
+        module: its adapters, and weights that are not stored as floating-point numbers, are passed over.
+        part: folder of the weights, for the message.
+        prefix: what the names of the module's weights begin with in the whole part.
 
     Raises:
         UserError: a weight is not finite; names the part and the weight.
     """
     weights = {
-        name: weight.detach()
+        prefix + name: weight.detach()
         for name, weight in module.named_parameters()
-        if "lora_" not in name and not weight.is_meta
+        if "lora_" not in name and weight.is_floating_point() and not weight.is_meta
     }
     if weights and not bool(torch.nn.utils.get_total_norm(weights.values(), float("inf")).isfinite()):
         bad = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]

@@ -26,6 +26,7 @@ from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
 from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, Encoded
 from pcpo_fast.policies.folder_checks import single_file, used_parts
+from pcpo_fast.policies.four_bit import quantize_blocks
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.part_checks import check_finite
@@ -160,8 +161,10 @@ class PipelinePolicy(Policy):
         network = getattr(pipeline, cls.trained_part)
         cache = EmbeddingCache(cache_folder, fingerprint)
         policy = cls(network, pipeline.vae, pipeline.scheduler, settings, folder=folder, cache=cache)
+        if settings.base_weights == "nf4":
+            quantize_blocks(network, cls.compiled_blocks(network), device, folder / cls.trained_part)
         cls.prepare_network(network, settings, device)
-        policy.encoding_device = device
+        policy.encoding_device = torch.device("cpu") if settings.encode_on == "cpu" else device
         if prompts and rank() == 0:
             policy._warn_of_long_prompts(policy._with_negative(prompts))
         policy.prepare_prompts(prompts)
@@ -206,7 +209,8 @@ class PipelinePolicy(Policy):
             if differences and rank() == 0:
                 warnings.warn(f"model.lora.init: {lora.init}: {differences}", stacklevel=2)
         else:
-            network.requires_grad_(True)
+            for parameter in network.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
         if settings.block_kernels:
             needed(network, cls.accelerated_blocks(network), "model.block_kernels")
             if settings.compile:  # the compiler sees into the kernels only if that keeps their results bit for bit

@@ -14,14 +14,14 @@ MOST_VERSIONS = 64
 """Limit of compilations per block; each kind of batch in a run needs one."""
 
 
-def needed(network: nn.Module, blocks: Sequence[nn.Module], setting: str) -> None:
-    """Check that a setting has blocks to apply to.
+def needed(network: nn.Module, blocks: Sequence[object], setting: str, off: str = "false") -> None:
+    """Check that a setting has blocks to apply to; ``off`` is its value that needs none.
 
     Raises:
         UserError: there are no blocks.
     """
     if not blocks:
-        raise UserError(f"{setting}: {type(network).__name__} has no block that this applies to: set {setting}=false")
+        raise UserError(f"{setting}: {type(network).__name__} has no block that this applies to: set {setting}={off}")
 
 
 def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module], **options: Any) -> int:

@@ -141,6 +141,8 @@ def _usage(folder: Path, config: Config, kind: str, base: str, source: str) -> s
 def _origin(run: RunFiles, config: Config) -> str:
     starts = read_provenance(run.folder)
     lines = [f"- pcpo_fast {pcpo_fast.__version__}, seed {config.seed}"]
+    if config.model.base_weights == "nf4":
+        lines.append("- trained beside the base model in 4 bits (NF4)")
     if starts:
         last = starts[-1]
         lines += [f"- {label}: {last[key]}" for key, label in _SHOWN.items() if last.get(key)]

@@ -15,6 +15,7 @@ from pcpo_fast.engine.engine import deepspeed_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, part_files
 from pcpo_fast.policies.families import model_files
+from pcpo_fast.policies.four_bit import check_base_weights
 from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
 from pcpo_fast.reporting.loggers import check_trackio_options, check_wandb_options
 from pcpo_fast.rewards import RewardSet
@@ -57,6 +58,7 @@ class RunInputs:
         deepspeed_config(config, accumulation=1)
         if config.optimizer.moments == "8bit":
             check_eight_bit()
+        check_base_weights(config.model)
         _check_logging(config.logging)
         check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
         per_epoch, seed = config.rollout.prompts_per_epoch, config.seed

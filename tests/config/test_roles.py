@@ -90,7 +90,7 @@ def test_the_base_model_is_what_its_output_depends_on() -> None:
     model = Config().model
     assert set(SHARED) < set(type(model).model_fields)
     adapters_and_speed = {"finetune", "lora", "gradient_checkpointing", "checkpointed_share", "compile"}
-    adapters_and_speed |= {"block_kernels", "attention", "embedding_cache"}
+    adapters_and_speed |= {"block_kernels", "attention", "embedding_cache", "encode_on"}
     assert set(type(model).model_fields) - set(SHARED) == adapters_and_speed
     hosts_own = {key for key, role in roles(Config) if role is not None and role.per_host}
     assert hosts_own == {"model.path", "model.transformer", "model.unet", "model.embedding_cache"}

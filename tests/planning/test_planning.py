@@ -422,7 +422,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
 
 
 RECIPES = sorted((ROOT / "examples").glob("*/config.yaml"))
-MACHINES = {"1x24gb": (1, 24), "1x80gb": (1, 80), "8x80gb": (8, 80), "2x8x80gb": (16, 80)}
+MACHINES = {"1x16gb": (1, 16), "1x24gb": (1, 24), "1x80gb": (1, 80), "8x80gb": (8, 80), "2x8x80gb": (16, 80)}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
