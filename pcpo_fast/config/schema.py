@@ -145,7 +145,7 @@ class ModelConfig(Section):
         512,
         ge=1,
         le=512,
-        description="tokens per prompt that T5 (FLUX, SD3) or Qwen3 (FLUX.2, Z-Image) reads; longer prompts are cut",
+        description="tokens per prompt that T5, Qwen3 or Qwen2.5-VL reads; longer prompts are cut",
     )
     gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
         False, description="recompute activations in the backward to save memory"

@@ -3,8 +3,8 @@
 ``published.json`` holds the values of the ``config.json`` files that the models' authors publish on the hub, with the
 keys of diffusers and transformers. Three of these models are gated; their configurations are also given by the
 libraries' defaults and conversion scripts. The resulting parameter counts agree with model cards and papers:
-FLUX.1-dev 11,901,408,320; FLUX.2-klein 3.88 and 9.08 billion; Z-Image 6.15 billion; SD3.5-medium 2.24 billion;
-Stable Diffusion 1.x 859,520,964.
+FLUX.1-dev 11,901,408,320; FLUX.2-klein 3.88 and 9.08 billion; Z-Image 6.15 billion; Qwen-Image 20.4 billion;
+SD3.5-medium 2.24 billion; Stable Diffusion 1.x 859,520,964.
 """
 
 import json
@@ -20,6 +20,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.2-klein-9B": _ARCHITECTURES["flux2_klein_9b"],
     "stabilityai/stable-diffusion-3.5-medium": _ARCHITECTURES["sd35_medium"],
     "Tongyi-MAI/Z-Image": _ARCHITECTURES["z_image"],
+    "Qwen/Qwen-Image": _ARCHITECTURES["qwen_image"],
+    "Qwen/Qwen-Image-2512": _ARCHITECTURES["qwen_image"],
     "CompVis/stable-diffusion-v1-4": _ARCHITECTURES["sd1"],
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _ARCHITECTURES["sd1"],
 }

@@ -14,7 +14,7 @@ from pcpo_fast.policies.depth import Depth, double_and_single_blocks
 from pcpo_fast.policies.flow_grids import shifted_schedule
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
 from pcpo_fast.policies.part_checks import check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
 # convert_flux_transformer_checkpoint_to_diffusers.
@@ -147,21 +147,9 @@ class FluxPolicy(PipelinePolicy):
         column = torch.arange(self.columns, device=device).repeat(self.rows)
         return torch.stack((torch.zeros_like(row), row, column), dim=1).to(dtype)
 
-    def unpack(self, latents: Tensor) -> Tensor:
-        """[B, tokens, 4 C] to the VAE's [B, C, 2 rows, 2 columns]."""
-        batch, _, channels = latents.shape
-        pixels = latents.reshape(batch, self.rows, self.columns, channels // 4, 2, 2)
-        return pixels.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * self.rows, 2 * self.columns)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Inverse of :meth:`unpack`."""
-        batch, channels, height, width = latents.shape
-        pixels = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-        return pixels.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
-
     def to_pixels(self, latents: Tensor) -> Tensor:
         """The packed latents unpacked and scaled back."""
-        return super().to_pixels(self.unpack(latents))
+        return super().to_pixels(unpacked(latents, self.rows, self.columns))
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""

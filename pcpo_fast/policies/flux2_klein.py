@@ -18,7 +18,7 @@ from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth, double_and_single_blocks
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about, check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, warn_of_distillation
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked, warn_of_distillation
 from pcpo_fast.policies.truncation import template_tokens
 from pcpo_fast.policies.weight_files import read_json
 
@@ -163,13 +163,9 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """The latents without the VAE's batch norm, unpacked."""
-        batch, _, channels = latents.shape
         norm = self.vae.bn
         std = (norm.running_var.to(latents) + self.vae.config["batch_norm_eps"]).sqrt()
-        pixels = (latents * std + norm.running_mean.to(latents)).reshape(
-            batch, self.rows, self.columns, channels // 4, 2, 2
-        )
-        return pixels.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * self.rows, 2 * self.columns)
+        return unpacked(latents * std + norm.running_mean.to(latents), self.rows, self.columns)
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size, shifted by the pipeline's fit to both."""

@@ -17,7 +17,6 @@ NOT_TRAINED = {
     "Flux2KleinInpaintPipeline": "FLUX.2-klein for inpainting",
     "Flux3ModularPipeline": "FLUX.3",
     "Flux3DistilledModularPipeline": "distilled FLUX.3",
-    "QwenImagePipeline": "Qwen-Image",
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
 }
 """Names of the models of unsupported pipelines, for error messages."""

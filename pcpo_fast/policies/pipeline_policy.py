@@ -41,6 +41,8 @@ Fit = tuple[str, int, str, str]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 """Names of the files that diffusers loads a network from."""
+HALVINGS = ("block_out_channels", "temperal_downsample")
+"""Keys of a VAE's configuration that tell how often it halves an image; the second is that of VAEs for video."""
 DECODED_PIXELS = 1 << 21
 """Pixels that the VAE decodes at a time: two images of 1024 x 1024."""
 
@@ -63,6 +65,7 @@ class PipelinePolicy(Policy):
         cuts_prompts: whether ``model.max_sequence_length`` sets the number of tokens read from a prompt.
         fits: widths that must agree between the parts of a pipeline.
         dispatches_attention: whether the network's attention layers use diffusers' attention dispatcher.
+        linear_guidance: whether guidance is linear in its halves, as in the loss; any other serves sampling only.
         masks_prompts: whether attention leaves out the padding of prompts, which not every backend can.
         kohya_keeps_names: whether kohya's sd-scripts use diffusers' layer names instead of those of the original
             release; ComfyUI reads these.
@@ -79,6 +82,7 @@ class PipelinePolicy(Policy):
     cuts_prompts: ClassVar[bool] = True
     fits: ClassVar[tuple[Fit, ...]]
     dispatches_attention: ClassVar[bool] = True
+    linear_guidance: ClassVar[bool] = True
     masks_prompts: ClassVar[bool] = False
     kohya_keeps_names: ClassVar[bool] = False
 
@@ -150,7 +154,7 @@ class PipelinePolicy(Policy):
             UserError: the folder cannot be loaded, or the LoRA, attention or image size is refused.
         """
         vae = _config_of(folder, "vae")
-        if isinstance(vae.get("block_out_channels"), list):  # before gigabytes of weights are read
+        if any(isinstance(vae.get(name), list) for name in HALVINGS):  # before gigabytes of weights are read
             cell_grid(vae, settings.height, settings.width, cls.cell)
         cls.check_settings(folder, settings)
         pipeline = cls.load_pipeline(folder, settings, (cls.trained_part, "vae"))
@@ -183,14 +187,26 @@ class PipelinePolicy(Policy):
         """
         unused = {}
         if not cls.cuts_prompts:
-            unused["max_sequence_length"] = (
-                "T5 or Qwen3 (FLUX, FLUX.2, SD3, Z-Image); CLIP reads as many tokens as it was made for"
-            )
+            unused["max_sequence_length"] = "T5, Qwen3 or Qwen2.5-VL; CLIP reads as many tokens as it was made for"
         if not _config_of(folder, cls.trained_part).get("guidance_embeds"):
             unused["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
         for name, what in unused.items():
             if name in settings.model_fields_set and getattr(settings, name) != ModelConfig.model_fields[name].default:
                 raise UserError(f"model.{name}: only takes effect with {what}: remove it")
+
+    @classmethod
+    def check_training(cls, settings: ModelConfig) -> None:
+        """Refuse settings that serve sampling, but not training.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if settings.cfg_scale != 1 and not cls.linear_guidance:
+            raise UserError(
+                f"model.cfg_scale: a {cls.pipeline_class.__name__} is trained with 1. Its guidance rescales the result "
+                "to the norm of the conditional half, and the loss needs one that is linear in both halves; sampling "
+                "takes other scales"
+            )
 
     @classmethod
     def prepare_network(cls, network: Any, settings: ModelConfig, device: torch.device) -> None:
@@ -477,9 +493,17 @@ def _equally_long(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def unpacked(latents: Tensor, rows: int, columns: int) -> Tensor:
+    """Packed latents [B, tokens, 4 C], one token per 2 x 2 latent pixels, as the VAE's [B, C, 2 rows, 2 columns]."""
+    batch, _, channels = latents.shape
+    pixels = latents.reshape(batch, rows, columns, channels // 4, 2, 2)
+    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * rows, 2 * columns)
+
+
 def vae_factor(vae_config: Mapping[str, Any]) -> int:
     """Pixels per latent along each side: the VAE halves the image between its blocks."""
-    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
+    blocks = vae_config.get(HALVINGS[0])
+    return int(2 ** (len(vae_config[HALVINGS[1]]) if blocks is None else len(blocks) - 1))
 
 
 def cell_grid(vae_config: Mapping[str, Any], height: int, width: int, cell: int) -> tuple[int, int]:

@@ -55,6 +55,13 @@ def checkpointed_numbers(count: int, share: float) -> list[int]:
     return [number for number in range(count) if (number + 1) * chosen // count > number * chosen // count]
 
 
+def run_block(network: Any, block: nn.Module, *inputs: Any) -> Any:
+    """Run a block in a forward of ours, recomputed in the backward where diffusers' own forward would do so."""
+    if network.gradient_checkpointing and torch.is_grad_enabled():
+        return network._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
 def checkpoint_blocks(network: Any, blocks: Sequence[nn.Module], share: float) -> int:
     """Recompute the activations of a share of the blocks in the backward, and keep those of the others.
 

@@ -22,6 +22,7 @@ from pcpo_fast.policies.embedding_cache import Encoded
 from pcpo_fast.policies.flow_grids import shifted_schedule
 from pcpo_fast.policies.lora_names import release_weights
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, warn_of_distillation
+from pcpo_fast.policies.speed import run_block
 from pcpo_fast.policies.truncation import template_tokens
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
@@ -186,12 +187,6 @@ def forward_batch(
         The velocity from noise to image, [B, C, h, w].
     """
 
-    def run(block: Any, *inputs: Any) -> Tensor:
-        if network.gradient_checkpointing and torch.is_grad_enabled():
-            block, inputs = network._gradient_checkpointing_func, (block, *inputs)
-        output: Tensor = block(*inputs)
-        return output
-
     batch, channels, height, width = hidden_states.shape
     rows, columns, device = height // 2, width // 2, hidden_states.device
     tokens = rows * columns
@@ -206,7 +201,7 @@ def forward_batch(
     caption = torch.where(written.unsqueeze(-1), caption, network.cap_pad_token)
     caption_places = network.rope_embedder(pad(1 + place.unsqueeze(1), (0, 2))).expand(batch, -1, -1)
     for block in network.context_refiner:
-        caption = run(block, caption, seen, caption_places)
+        caption = run_block(network, block, caption, seen, caption_places)
 
     modulation = network.t_embedder(timestep * network.t_scale).to(hidden_states.dtype)
     patches = hidden_states.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1)
@@ -217,12 +212,12 @@ def forward_batch(
     places = torch.cat(((1 + ends).expand(batch, tokens).unsqueeze(-1), across.expand(batch, -1, -1)), dim=-1)
     image_places = network.rope_embedder(pad(places, (0, 0, 0, filled)).flatten(0, 1)).unflatten(0, (batch, -1))
     for block in network.noise_refiner:
-        image = run(block, image, None, image_places, modulation)
+        image = run_block(network, block, image, None, image_places, modulation)
 
     both, both_places = torch.cat((image, caption), dim=1), torch.cat((image_places, caption_places), dim=1)
     both_seen = None if seen is None else pad(seen, (image.shape[1], 0), value=True)
     for block in network.layers:
-        both = run(block, both, both_seen, both_places, modulation)
+        both = run_block(network, block, both, both_seen, both_places, modulation)
     patches = network.all_final_layer["2-1"](both[:, :tokens], c=modulation)
     patches = patches.reshape(batch, rows, columns, 2, 2, channels).permute(0, 5, 1, 3, 2, 4)
     return (patches.reshape(hidden_states.shape),)

@@ -83,6 +83,7 @@ def check_model(config: Config) -> tuple[Status, str]:
     if folder.is_dir():
         _, family = find_family(config.model)
         check_folder(folder, family, config.model)
+        family.check_training(config.model)
         return "ok", f"{path}: a {family.pipeline_class.__name__} with all its weights"
     if _is_cached(config.model):
         return "ok", f"{path} is in the hub's cache on this machine"

@@ -108,7 +108,8 @@ def _train(
     try:
         with naming_lost_ranks():
             check_agreement(config)
-            check_base_model(config)  # before gigabytes of it are read
+            _, family = check_base_model(config)  # before gigabytes of it are read
+            family.check_training(config.model)
             contents = read_contents(config, inputs, anew=verify)
             check_alike(hashes(contents))
             start = verified(gather_objects(start)[0])  # the first rank, which holds the lock, decides for all

@@ -36,10 +36,12 @@ from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.saving import save_pipeline
 
 FAMILIES = tuple(name for name in FIXTURES if name != "sd_v")
+TOKENS = ("flux", "klein", "qwen_image")
+"""Those whose pipelines multiply the time by 1000 and divide again: a unit in the last place of a sine's argument."""
 with_v_prediction = pytest.mark.parametrize("family", FIXTURES, indirect=True)
 first_families = pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=pytest.mark.slow if name == "z_image" else ()) for name in FAMILIES],
+    [pytest.param(name, marks=pytest.mark.slow if name in ("qwen_image", "z_image") else ()) for name in FAMILIES],
     indirect=True,
 )
 """For what is the same code for all: some are enough for ``make test``."""
@@ -99,14 +101,13 @@ def test_both_halves_are_those_of_the_pipeline_in_every_step(family: Family, pol
         halves = policy.predict_halves(latents[:2], times[step].expand(2), conditioning)
         unconditional, conditional = expected.chunk(2)
         asked, wanted = ours[-1][1].float(), timestep.float()[:1].expand(4) if timestep.dim() else timestep.float()
-        # FLUX's pipelines multiply the time by 1000 and divide again: a unit in the last place of a sine's argument.
-        assert torch.allclose(asked, wanted.expand(4), rtol=1e-6 if family.name in ("flux", "klein") else 0, atol=0)
+        assert torch.allclose(asked, wanted.expand(4), rtol=1e-6 if family.name in TOKENS else 0, atol=0)
         assert torch.allclose(ours[-1][2], states, atol=1e-6)
-        atol = 1e-4 if family.name in ("flux", "klein") else 1e-5
+        atol = 1e-4 if family.name in TOKENS else 1e-5
         assert torch.allclose(halves.conditional, conditional, atol=atol)
         assert torch.allclose(halves.unconditional, unconditional, atol=atol)
         assert (conditional - unconditional).abs().max() > 1e-2
-        guided = unconditional + 3.0 * (conditional - unconditional)
+        guided = family.guided(unconditional, conditional, 3.0)
         output = policy.predict(latents[:2], times[step].expand(2), conditioning)
         assert output.dtype == torch.float32
         assert torch.allclose(output, guided, atol=5 * atol)
@@ -201,7 +202,7 @@ def test_a_bfloat16_model_keeps_its_dtype_and_guides_in_float32(family: Family) 
     assert halves.conditional.dtype == halves.unconditional.dtype == torch.bfloat16
     assert output.dtype == torch.float32
     u, c = halves.unconditional.float(), halves.conditional.float()
-    assert torch.allclose(output, u + 3.0 * (c - u), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(output, family.guided(u, c, 3.0), rtol=1e-5, atol=1e-5)
     exact = family.policy().predict(*inputs)
     gap = (output - exact).norm() / exact.norm()
     assert 1e-5 < gap < 0.1
@@ -296,11 +297,11 @@ def test_a_prompt_that_is_too_long_warns_once_and_says_what_is_cut(
     family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     long = "red background on background green background"  # 6 words, 40 letters, and what marks begin and end
-    settings = [f"model.embedding_cache={tmp_path}", *(["model.max_sequence_length=6"] if family.kind.cuts else [])]
+    settings = [f"model.embedding_cache={tmp_path}", *(["model.max_sequence_length=5"] if family.kind.cuts else [])]
     with pytest.warns(UserWarning) as caught:
         policy = load_policy(family.config(*settings), CPU, ["a red circle", long, long])
     said = [str(warning.message) for warning in caught if "longer than" in str(warning.message)]
-    known = {"CLIP": 40, "T5": 6, "Qwen3": 6 - 2}  # two are the chat template's
+    known = {"CLIP": 40, "T5": 5, "Qwen3": 5 - 2, "Qwen2.5-VL": 5}  # two are the chat template's
     limits = [known[reader.partition(" ")[0]] for reader in family.kind.readers]
     assert [message.partition(";")[0] for message in said] == [
         f"1 of 3 prompts are longer than the {limit} tokens that {reader}"  # the third is the negative prompt

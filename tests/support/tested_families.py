@@ -54,6 +54,7 @@ KINDS = {
         PACKED,
         readers=("Qwen3 reads within its chat template (model.max_sequence_length)",),
     ),
+    "qwen_image": Kind("QwenImagePipeline", SD3_RUN, PACKED, readers=("Qwen2.5-VL reads (model.max_sequence_length)",)),
     "sd": Kind("StableDiffusionPipeline", SD_RUN, LATENTS, "unet", False),
     "sd_v": Kind("StableDiffusionPipeline", SD_RUN, LATENTS, "unet", False),
     "sd3": Kind(
@@ -129,7 +130,8 @@ class Family:
         settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"} | options
         if self.kind.cuts:
             settings["max_sequence_length"] = KEPT
-        settings["true_cfg_scale" if self.name == "flux" else "guidance_scale"] = scale - (self.name == "z_image")
+        name = "true_cfg_scale" if self.name in ("flux", "qwen_image") else "guidance_scale"
+        settings[name] = scale - (self.name == "z_image")
         if self.name == "klein":
             # Its call takes the embeddings of another negative prompt than the empty one, and unpacked latents.
             latents = latents.transpose(1, 2).reshape(len(latents), CHANNELS, HEIGHT // 4, WIDTH // 4)
@@ -154,12 +156,24 @@ class Family:
                 for call in calls
                 for half in [len(call.states) // 2]
             ]
-        if self.name in ("flux", "klein"):  # the conditional half first, and the other in a call of its own
+        if len(calls) == 8:  # the conditional half first, and the other in a call of its own
             return [
-                Call(one.latents, one.time, *(torch.cat((two[place], one[place])) for place in (2, 3)))
+                Call(
+                    one.latents,
+                    one.time,
+                    pad_sequence([*two.states, *one.states], True),
+                    torch.cat((two.output, one.output)),
+                )
                 for one, two in zip(calls[::2], calls[1::2], strict=True)
             ]
         return calls
+
+    def guided(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """diffusers' classifier-free guidance."""
+        both = unconditional + scale * (conditional - unconditional)
+        if self.name == "qwen_image":
+            both = both * (conditional.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True))
+        return both
 
     @torch.no_grad()
     def encoded(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
@@ -170,6 +184,10 @@ class Family:
             rows, _ = pipeline.encode_prompt([*prompts], do_classifier_free_guidance=False, max_sequence_length=KEPT)
             masks = [row.new_ones(len(row)) for row in rows]
             return {"prompt_embeds": pad_sequence(rows, True), "prompt_mask": pad_sequence(masks, True)}
+        if self.name == "qwen_image":
+            states, mask = pipeline.encode_prompt(prompts, max_sequence_length=KEPT)
+            mask = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+            return {"prompt_embeds": states, "prompt_mask": mask}
         if self.name == "flux":
             states, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=KEPT)
         elif self.name == "sd3":
@@ -189,13 +207,18 @@ class Family:
             pixels = pipeline._unpack_latents_with_ids(latents, ids)
             mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
             pixels = pipeline._unpatchify_latents(pixels * torch.sqrt(variance + vae.config.batch_norm_eps) + mean)
+        elif self.name == "qwen_image":
+            mean, std = (
+                torch.tensor(value).view(1, -1, 1, 1, 1) for value in (vae.config.latents_mean, vae.config.latents_std)
+            )
+            pixels = pipeline._unpack_latents(latents, HEIGHT, WIDTH, pipeline.vae_scale_factor) * std + mean
+            images: Tensor = vae.decode(pixels, return_dict=False)[0][:, :, 0]
+            return pipeline.image_processor.postprocess(images, output_type="pt")
         else:
             if self.name == "flux":
                 latents = pipeline._unpack_latents(latents, HEIGHT, WIDTH, pipeline.vae_scale_factor)
             pixels = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        images: Tensor = pipeline.image_processor.postprocess(
-            vae.decode(pixels, return_dict=False)[0], output_type="pt"
-        )
+        images = pipeline.image_processor.postprocess(vae.decode(pixels, return_dict=False)[0], output_type="pt")
         return images
 
 

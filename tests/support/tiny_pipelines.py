@@ -13,7 +13,8 @@ from tiny_pipeline import CHANNELS, WORDS, clip_tokenizer, t5_tokenizer, tiny_cl
 NEGATIVE = "a blue square"
 GUIDED = ("model.cfg_scale=3.0", f"model.negative_prompt={NEGATIVE}")
 SD_RUN = (*GUIDED, "sampler.name=ddim", "sampler.noise=1.0", "credit.rule=uniform")
-SD3_RUN = (*GUIDED, "sampler.name=flow", "sampler.noise=0.7", "sampler.grid=scheduler", "credit.rule=native")
+FLOW_RUN = ("sampler.name=flow", "sampler.noise=0.7", "sampler.grid=scheduler", "credit.rule=native")
+SD3_RUN = (*GUIDED, *FLOW_RUN)
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -56,6 +57,15 @@ TRANSFORMER = {
     "qk_norm": "rms_norm",
 }
 
+QWEN_IMAGE = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS // 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+}
 Z_IMAGE = {
     "in_channels": CHANNELS // 4,
     "dim": 32,
@@ -135,6 +145,54 @@ def build_z_image(folder: Path, *, template: bool = True, **transformer: Any) ->
         tokenizer=qwen_tokenizer(template),
         transformer=network,
     ).save_pretrained(folder)
+
+
+def build_qwen_image(folder: Path, **transformer: Any) -> None:
+    """Write a QwenImagePipeline."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(5)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=8, shift_terminal=0.02
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS // 4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.4, 0.3, 0.9],
+        latents_std=[1.5, 0.7, 2.1, 1.1],
+    )
+    network = scaled(QwenImageTransformer2DModel(**(QWEN_IMAGE | transformer)), "proj_out", 2.0)
+    tokenizer = qwen_tokenizer(False)
+    pipeline: Any = QwenImagePipeline(scheduler, vae, None, tokenizer, network)
+    # What the pipeline puts before a prompt are as many tokens as it leaves out, none of which is in a prompt.
+    before = pipeline.prompt_template_encode.partition("{}")[0].removeprefix("<|im_start|>")
+    last = pipeline.prompt_template_encode_start_idx - 2
+    tokenizer.add_tokens([before[4 * i : 4 * i + 4] for i in range(last)] + [before[4 * last :]], special_tokens=True)
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=sight))
+    pipeline.register_modules(text_encoder=encoder)
+    pipeline.save_pretrained(folder)
 
 
 def build_klein(folder: Path, *, distilled: bool = False, template: bool = True, **transformer: Any) -> None:
@@ -249,6 +307,14 @@ def z_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Z-Image; do not write into it."""
     folder = tmp_path_factory.mktemp("z_image") / "pipeline"
     build_z_image(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen-Image; do not write into it."""
+    folder = tmp_path_factory.mktemp("qwen_image") / "pipeline"
+    build_qwen_image(folder)
     return folder
 
 
