@@ -22,12 +22,11 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent))
 
 import kernel_baseline as baseline
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from kernel_cases import CLIP_RANGE, NOISE, SIZES, Case, make_case, noise_tensor
 from pcpo_kernels import Endpoints, NoiseKey, policy_loss
+
+from pcpo_fast.reporting.plots import save_figure
+from pcpo_fast.reporting.style import OTHERS, SOFT, new_figure, point_label, styled
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,27 +86,34 @@ def study(name: str, elements: int, difference: float) -> dict[str, Any]:
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """Error against the size of the log-ratio, and against the size of the image."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
-    styles = dict(zip(METHODS, ("#cc0000", "#e69138", "#6aa84f", "#0b5394", "#674ea7"), strict=True))
+    figure = new_figure(4.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    styled(left, "By the size of the log-ratio", "mean |log-ratio| (FLUX 1024 x 1024)", "largest error of a row")
+    elements = [r["elements"] for r in records]
+    size = f"image ({min(elements)} to {max(elements)} elements, outputs 1 % apart)"
+    styled(right, "By the size of the image", size, "")
+    # Theirs dashed, ours solid.
+    colours = (SOFT, *OTHERS)
+    looks = {m: {"color": colour, "linestyle": "-"} for m, colour in zip(METHODS, colours, strict=True)}
+    looks["stored_bf16"]["linestyle"] = looks["eager_fp32"]["linestyle"] = "--"
     by_ratio = [r for r in records if r["size"] == "flux_1024"]
     by_size = [r for r in records if r["difference"] == 0.01]
     for method, label in METHODS.items():
-        marker = {"color": styles[method], "marker": "o", "markersize": 3}
-        left.plot([r["log_ratio"] for r in by_ratio], [r[method]["largest"] for r in by_ratio], label=label, **marker)
-        right.plot([r["elements"] for r in by_size], [r[method]["largest"] for r in by_size], **marker)
+        look: dict[str, Any] = looks[method] | {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
+        left.plot([r["log_ratio"] for r in by_ratio], [r[method]["largest"] for r in by_ratio], label=label, **look)
+        right.plot([r["elements"] for r in by_size], [r[method]["largest"] for r in by_size], **look)
     for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
         for clip_range in (1e-4, 1e-5):
-            axes.axhline(clip_range, color="black", linewidth=0.8, linestyle=":")
-            text = f"clip range {clip_range:.0e}"
-            axes.annotate(text, (0.01, clip_range), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
-        axes.set(xscale="log", yscale="log")
-    left.set(xlabel="mean |log-ratio| (FLUX 1024 x 1024)", ylabel="largest error of a row")
+            axes.axhline(clip_range, color=SOFT, linewidth=0.9, linestyle=":")
+            where: dict[str, Any] = {"xycoords": ("axes fraction", "data")}
+            point_label(axes, f"clip range {clip_range:.0e}", (0.01, clip_range), (0, 2), **where)
     right.set_xticks([r["elements"] for r in by_size], [r["size"] for r in by_size])
     right.minorticks_off()
-    right.set(xlabel="image (16384 to 262144 elements, outputs 1 % apart)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    save_figure(figure, path, dpi=130)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,7 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT, help="folder instead of the repository")
     parser.add_argument("--quick", action="store_true", help="small images alone")
+    parser.add_argument("--redraw", action="store_true", help="only the figure, from the numbers that are there")
     chosen = parser.parse_args(arguments)
+    results = chosen.out / "benchmarks" / "results" / "kernels" / "precision.json"
+    figure = chosen.out / "docs" / "figures" / "kernel_precision.png"
+    if chosen.redraw:
+        plot(json.loads(results.read_text()), figure)
+        print(figure)
+        return 0
     if chosen.quick:
         cases = [("flux_1024", 1024, d) for d in (0.003, 0.01)]
     else:
@@ -123,11 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
         cases += [(name, SIZES[name], 0.01) for name in ("sd15_512", "flux_512", "flux_720")]
     records = [study(*case) for case in cases]
     records.sort(key=lambda r: (r["elements"], r["difference"]))
-    results = chosen.out / "benchmarks" / "results" / "kernels" / "precision.json"
     results.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(record) for record in records)
     results.write_text(f"[\n{lines}\n]\n")
-    figure = chosen.out / "docs" / "figures" / "kernel_precision.png"
     plot(records, figure)
     print(results, figure, sep="\n")
     return 0

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from pcpo_fast.reporting.plots import save_figure
+from pcpo_fast.reporting.style import OTHERS, SOFT, new_figure, styled
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-COLOURS = {"endpoints": "#0b5394", "key": "#b45f06", "detached": "#38761d"}
+COLOURS = dict(zip(("endpoints", "key", "detached"), OTHERS, strict=False))
 
 
 def best(record: dict[str, Any]) -> float:
@@ -33,6 +31,7 @@ def speed_up(content: dict[str, Any], axes: Any) -> None:
     """Forward and backward of the loss at FLUX 1024 x 1024 (or the only size there is), against batch."""
     sizes = {r["size"] for r in content["records"] if r["name"] == "eager" and r["op"] == "policy_loss"}
     size = "flux_1024" if "flux_1024" in sizes else min(sizes)
+    styled(axes, f"Policy loss, {size}", "batch", "times faster")
     common = {"op": "policy_loss", "way": "forward+backward", "size": size}
     for name, style in (("eager", "-"), ("compiled", "--")):
         theirs = {r["rows"]: r["milliseconds"] for r in select(content, name=name, **common)}
@@ -43,13 +42,14 @@ def speed_up(content: dict[str, Any], axes: Any) -> None:
             axes.plot(
                 rows, [theirs[r] / ours[r] for r in rows], style, color=colour, marker="o", markersize=3, label=label
             )
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="times faster", title=f"Policy loss, {size}")
-    axes.legend(fontsize=7)
+    axes.axhline(1, color=SOFT, linewidth=0.8)
+    axes.set(xscale="log", yscale="log")
+    axes.legend(fontsize=7, frameon=False)
 
 
 def roofline(content: dict[str, Any], axes: Any) -> None:
     """Bytes that cannot be avoided, per time, over the copy bandwidth of the same run."""
+    styled(axes, "Roofline", "elements", "share of copy bandwidth")
     for op, marker in (("policy_loss", "o"), ("sample_step", "s"), ("guidance", "^")):
         records = [r for r in select(content, op=op, name="ours") if r["way"] != "forward" or op != "policy_loss"]
         for form in dict.fromkeys(r["form"] for r in records):
@@ -58,8 +58,8 @@ def roofline(content: dict[str, Any], axes: Any) -> None:
             points = sorted(zip(count, (r["traffic_bytes"] / best(r) for r in mine), strict=True))
             shares = [speed * 1e3 / content["copy_bytes_per_second"] for _, speed in points]
             axes.plot([n for n, _ in points], shares, marker=marker, markersize=3, linewidth=1, label=f"{op}, {form}")
-    axes.set(xscale="log", xlabel="elements", ylabel="share of copy bandwidth", title="Roofline", ylim=(0, None))
-    axes.legend(fontsize=7)
+    axes.set(xscale="log", ylim=(0, None))
+    axes.legend(fontsize=7, frameon=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,13 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for kernel_speed.png")
     chosen = parser.parse_args(arguments)
     content = json.loads(chosen.results.read_text())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(4.2, 11)
+    left, right = figure.subplots(1, 2)
     speed_up(content, left)
     roofline(content, right)
-    figure.suptitle(f"{content['device']}, torch {content['torch']}, triton {content['triton']}", fontsize=9)
+    figure.suptitle(
+        f"{content['device']}, torch {content['torch']}, triton {content['triton']}", fontsize=9, color=SOFT
+    )
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / "kernel_speed.png"
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     print(path)
     return 0
 

@@ -186,22 +186,22 @@ def with_efficiency(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(result: dict[str, Any], file: Path) -> None:
     """Images per second over ranks, with the line that perfect scaling would follow."""
-    import matplotlib
+    from pcpo_fast.reporting.plots import save_figure
+    from pcpo_fast.reporting.style import OTHERS, legend, new_figure, styled
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for kind in ("weak", "strong"):
+    figure = new_figure(3.6, 6.4)
+    title = f"Scaling on {result['machine']['device']}"
+    axes = styled(figure.add_subplot(), title, "ranks", "images per second (sampled and trained)", with_legend=True)
+    for kind, colour in zip(("weak", "strong"), OTHERS, strict=False):
         points = [point for point in result["points"] if point["kind"] == kind]
         ranks, rates = ([point[key] for point in points] for key in ("ranks", "images_per_second"))
-        (line,) = axes.plot(ranks, rates, "o-", label=kind)
-        axes.plot(ranks, [rates[0] / ranks[0] * r for r in ranks], ":", color=line.get_color(), label=f"{kind}, ideal")
-    axes.set(xlabel="ranks", ylabel="images per second (sampled and trained)", title=result["machine"]["device"])
+        axes.plot(ranks, rates, color=colour, linewidth=1.8, marker="o", markersize=5, label=kind)
+        ideal = [rates[0] / ranks[0] * rank for rank in ranks]
+        axes.plot(ranks, ideal, color=colour, linewidth=1.2, linestyle=":", label=f"{kind}, ideal")
     axes.set_xticks(sorted({point["ranks"] for point in result["points"]}))
     axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(file, dpi=150)
+    legend(axes)
+    save_figure(figure, file)
 
 
 def main() -> None:
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--json", type=Path, default=PROJECT / "benchmarks" / "results" / "scaling.json")
     parser.add_argument("--figure", type=Path, default=PROJECT / "docs" / "figures" / "scaling.png")
+    parser.add_argument("--redraw", action="store_true", help="only the figure, from the numbers that are there")
     parser.add_argument("--worker", type=Path, metavar="FILE", help="measure one point in these processes, into FILE")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -221,6 +222,9 @@ def main() -> None:
         work(arguments)
         return
     sys.path[:0] = [str(PROJECT), str(PROJECT / "kernels")]
+    if arguments.redraw:
+        plot(json.loads(arguments.json.read_text()), arguments.figure)
+        return
     from pcpo_fast.config.loading import load_config
 
     settings = [*([] if arguments.config else TINY), *arguments.settings]

@@ -9,6 +9,7 @@ from pcpo_fast.comparison.record import notes, variant_differences
 from pcpo_fast.reporting.statistics import RESAMPLES, Estimate
 from pcpo_fast.reporting.tables import Grid, bullets, estimate_text
 
+ABOUT_DECISIONS = "The primary measure was named beforehand; only its p-values are corrected for several variants."
 _NONE = "–"
 _MAIN = {
     "reward_final": "reward, end",
@@ -113,8 +114,7 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
         parts += ["**Not in these numbers:**", bullets(missing)]
     if result.decisions:
         decided = decision_table(result)
-        said = "The primary measure was named beforehand; only its p-values are corrected for several variants."
-        parts += [f"## {decided.title}", said, decided.markdown()]
+        parts += [f"## {decided.title}", ABOUT_DECISIONS, decided.markdown()]
     differing = setting_table(result)
     if differing is not None:
         rows = tuple(tuple(cell if cell == "not set" else f"`{cell}`" for cell in row) for row in differing.rows)

@@ -19,6 +19,7 @@
     } else if (settings.whole && settings.scale === "linear") {
       mine.ticker = new Bokeh.BasicTicker({ min_interval: 1 });
     }
+    if (settings.scale === "linear") { mine.formatter.power_limit_high = 7; }
     if (settings.percent) { mine.formatter = new Bokeh.NumeralTickFormatter({ format: "0.[0]%" }); }
   }
 
