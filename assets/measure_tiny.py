@@ -15,7 +15,7 @@ from torch import Tensor
 from pcpo_fast.rewards.caption_match import caption_match, measure_scenes
 from pcpo_fast.rewards.scenes import IMAGE_SIZE, all_scenes, heldout_captions, render, train_captions
 
-# (which captions, steps, guidance, T5 tokens) per class; the first is drawn as the grid.
+# (which captions, steps, guidance, max_sequence_length) per class; the first is drawn as the grid.
 RUNS: dict[str, list[tuple[str, int, float, int | None]]] = {
     "FluxPipeline": [
         ("held-out", 16, 3.5, 16),
@@ -53,15 +53,21 @@ RUNS: dict[str, list[tuple[str, int, float, int | None]]] = {
         ("held-out", 28, 4.5, 16),
         ("training", 10, 4.5, 16),
     ],
+    "Flux2KleinPipeline": [
+        ("held-out", 16, 2.0, 16),
+        ("held-out", 6, 1.0, 9),
+        ("held-out", 10, 4.0, 16),
+        ("training", 6, 1.0, 9),
+    ],
 }
 
 
 def sample(
     pipeline: DiffusionPipeline, captions: list[str], seed: int, steps: int, guidance: float, length: int | None
 ) -> Tensor:
-    """Images [B, 3, 32, 32] in 0..1; `length` is the number of T5 tokens, None where there is no T5."""
+    """Images [B, 3, 32, 32] in 0..1; `length` is `max_sequence_length`, None where the pipeline has none."""
     return pipeline(
-        captions,
+        prompt=captions,
         height=IMAGE_SIZE,
         width=IMAGE_SIZE,
         num_inference_steps=steps,

@@ -1,4 +1,4 @@
-"""Shared code of make_tiny_flux.py, make_tiny_sd.py and make_tiny_sd3.py: scenes, latents, text encoders, training.
+"""Shared code of the make_tiny_*.py scripts: scenes, latents, text encoders, training.
 
 Not a script.
 """
@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline
 from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTokenizer, Qwen2TokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
 
 from pcpo_fast.rewards.scenes import parse_caption, render, train_captions
 
@@ -32,7 +33,7 @@ def say(stage: str, text: str) -> None:
 
 
 def arguments(description: str, name: str) -> argparse.Namespace:
-    """The command line of the three scripts."""
+    """The command line of the scripts."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("assets", name), help="folder of the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/make-tiny"), help="folder of the stages' results")
@@ -104,6 +105,29 @@ def train(
     return mean
 
 
+def train_averaged(
+    stage: str,
+    modules: nn.ModuleDict,
+    loss_of_step: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    average: float,
+    folder: Path,
+    seed: int,
+) -> None:
+    """Trains modules and leaves their averaged weights in them; does nothing but load them where that was done."""
+    file = folder / f"{stage}.weights.pt"
+    if file.exists():
+        say(stage, "already made")
+        modules.load_state_dict(torch.load(file, weights_only=True))
+        return
+    settings = {"weight_decay": 0.01, "warm_up": 100, "average": average}
+    mean = train(stage, modules, loss_of_step, steps=steps, rate=rate, folder=folder, seed=seed, **settings)
+    save(mean, file)
+    modules.load_state_dict(mean)
+
+
 def train_denoiser(
     stage: str,
     modules: nn.ModuleDict,
@@ -114,16 +138,8 @@ def train_denoiser(
     folder: Path,
     seed: int,
 ) -> None:
-    """Trains denoiser and text encoders together and leaves their averaged weights in the modules."""
-    file = folder / f"{stage}.weights.pt"
-    if file.exists():
-        say(stage, "already made")
-        modules.load_state_dict(torch.load(file, weights_only=True))
-        return
-    settings = {"weight_decay": 0.01, "warm_up": 100, "average": 0.998}
-    mean = train(stage, modules, loss_of_step, steps=steps, rate=rate, folder=folder, seed=seed, **settings)
-    save(mean, file)
-    modules.load_state_dict(mean)
+    """Trains the denoiser, and text encoders with it, and leaves their averaged weights in the modules."""
+    train_averaged(stage, modules, loss_of_step, steps=steps, rate=rate, average=0.998, folder=folder, seed=seed)
 
 
 def save(content: object, file: Path) -> None:
@@ -155,7 +171,9 @@ def scene_batch(count: int, generator: torch.Generator) -> Tensor:
     return render([SCENES[i] for i in chosen], generator)
 
 
-def make_latents(vae: AutoencoderKL, work: Path, seed: int, images: int = IMAGES) -> tuple[Tensor, Tensor]:
+def make_latents(
+    vae: AutoencoderKL | AutoencoderKLFlux2, work: Path, seed: int, images: int = IMAGES
+) -> tuple[Tensor, Tensor]:
     """Latents [N, 8, 8, 8] of training scenes as the VAE encodes them, and the index [N] of each one's caption.
 
     Neither shifted nor scaled. Kept under the VAE's fingerprint, so the scripts share one file and never an old one.
@@ -216,7 +234,27 @@ def build_t5_tokenizer(longest: int) -> T5TokenizerFast:
     return t5
 
 
-def check_words(tokenizer: CLIPTokenizer | T5TokenizerFast, words: list[str]) -> None:
+def build_qwen_tokenizer(longest: int, template: str) -> Qwen2TokenizerFast:
+    """Every word of the captions is one token, at the beginning and after a space; other words are spelled."""
+    words = caption_words()
+    alphabet, space = sorted(ByteLevel.alphabet()), "\u0120"
+    # Longer words first, as for CLIP.
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    merges = dict.fromkeys((word[:end], word[end]) for word in longest_first for end in range(1, len(word)))
+    merges |= dict.fromkeys((space, word) for word in longest_first)
+    pieces = dict.fromkeys(["<|endoftext|>", *alphabet, *map("".join, merges)])
+    qwen = Qwen2TokenizerFast(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=list(merges),
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=longest,
+    )
+    qwen.chat_template = template
+    check_words(qwen, [*words, *(f" {word}" for word in words)])
+    return qwen
+
+
+def check_words(tokenizer: CLIPTokenizer | T5TokenizerFast | Qwen2TokenizerFast, words: list[str]) -> None:
     for word in words:
         if len(tokenizer.tokenize(word)) != 1:
             raise RuntimeError(f"the tokenizer splits the word {word!r}")
@@ -261,20 +299,20 @@ def token_ids(tokenizer: CLIPTokenizer | T5TokenizerFast, length: int) -> Tensor
     return tokenizer(TEXTS, padding="max_length", max_length=length, return_tensors="pt").input_ids
 
 
-def draw_length(longest: int, batch: int, generator: torch.Generator) -> tuple[int, int]:
-    """(T5 tokens, batch size) of one step.
+def draw_length(longest: int, batch: int, generator: torch.Generator, caption: int = 8) -> tuple[int, int]:
+    """(text tokens, batch size) of one step.
 
-    The FLUX and SD3 pipelines pad the T5 text to `max_sequence_length` and the transformer attends to the padding, so
-    the model must see all the lengths that a user may ask for; a caption itself has 8 tokens. Long texts come in
-    smaller batches.
+    The FLUX and SD3 pipelines pad the text to `max_sequence_length` and the transformer attends to the padding, so
+    the model must see all the lengths that a user may ask for; a caption itself has `caption` tokens. Long texts come
+    in smaller batches.
     """
     kind, where = torch.rand(2, generator=generator).tolist()
     if kind < 0.60:
-        length = 8
+        length = caption
     elif kind < 0.82:
-        length = 9 + int(where * 8)
+        length = caption + 1 + int(where * 8)
     elif kind < 0.94:
-        length = int(17 * (longest / 17) ** where)
+        length = int((caption + 9) * (longest / (caption + 9)) ** where)
     else:
         length = longest
     return length, min(batch, max(16, batch * 64 // (length + 16)))
