@@ -23,7 +23,7 @@ def loss_arguments(case):
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("rich", [False, True], ids=["", "kl-cfg"])
+@pytest.mark.parametrize("rich", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "kl-cfg"])
 def test_opcheck_policy_loss(device, noise, rich) -> None:
     import pcpo_kernels.ops.policy_loss.triton  # noqa: F401
 

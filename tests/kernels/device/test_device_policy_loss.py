@@ -278,7 +278,9 @@ def test_gradient_by_finite_differences(device) -> None:
             )
 
 
-@pytest.mark.parametrize(("plan", "elements"), [(Plan(128, 3), 1000), (Plan(256, 2), 512)])
+@pytest.mark.parametrize(
+    ("plan", "elements"), [pytest.param(Plan(128, 3), 1000, marks=pytest.mark.slow), (Plan(256, 2), 512)]
+)
 @pytest.mark.parametrize("noise", ["key", "endpoints"])
 def test_other_ways_to_cut_rows(device, monkeypatch, plan, elements, noise) -> None:
     """Several blocks per program, as very long rows are cut."""
