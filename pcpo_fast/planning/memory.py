@@ -6,6 +6,7 @@ from math import prod
 from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.states import WEIGHT_BYTES, Zero, optimizer_bytes, states_of
+from pcpo_fast.rewards.registry import model_bytes
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ def rollout_buffers(config: Config, costs: ModelCosts, ranks: int) -> dict[str, 
     }
 
 
+def _reward_bytes(config: Config) -> dict[str, float | None]:
+    return {reward.column: model_bytes(reward.name, reward.options) for reward in config.rewards}
+
+
+def uncounted_rewards(config: Config) -> list[str]:
+    """Rewards whose models are not in :func:`plan_memory`, because their size is not known."""
+    return [name for name, size in _reward_bytes(config).items() if size is None]
+
+
 def plan_memory(
     config: Config,
     costs: ModelCosts,
@@ -62,8 +72,9 @@ def plan_memory(
     """The memory of a run on each of ``ranks`` GPUs. Arguments that are None are taken from the configuration.
 
     The text encoders run first and are freed. Then the network and the VAE are loaded: the network as a whole, or with
-    ZeRO-3 one weight at a time from host memory. The other phases repeat every epoch. Reward models are not counted.
-    A layer in four bits is dequantised whenever it is used, one at a time.
+    ZeRO-3 one weight at a time from host memory. The other phases repeat every epoch. Of reward models the weights are
+    counted, where their size is known (:func:`uncounted_rewards`). A layer in four bits is dequantised whenever it is
+    used, one at a time.
 
     ``checkpointed`` is the share of the blocks that are recomputed in the backward.
     """
@@ -79,6 +90,7 @@ def plan_memory(
         weight_bytes=width,
         optimizer=optimizer_bytes(config),
     )
+    rewards = {n: b for n, b in _reward_bytes(config).items() if b is not None}
     buffers = rollout_buffers(config, costs, ranks)
     kept = sum(buffers.values())
     rollout_batch = min(rollout_batch, config.images_per_epoch // ranks)
@@ -106,6 +118,7 @@ def plan_memory(
         "activations": activations,
         "rollout forward": forward,
         "vae decode": decode,
+        "reward models": sum(rewards.values()),
         **buffers,
         "communication": states.communication,
         "gathered weights": states.gathered,
@@ -113,7 +126,9 @@ def plan_memory(
     }
     if model.packed_layers:
         parts["dequantised layer"] = dequantised
+    # Rewards move to the GPU when they are first called, and stay.
     standing = weights + reference + parts["vae"] + states.master + states.moments + states.average
+    standing += parts["reward models"]
     rolling = standing + (states.gradients if states.flat_gradient else 0)
     if config.rollout.offload_optimizer:
         rolling -= states.master + states.moments + states.average

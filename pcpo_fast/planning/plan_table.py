@@ -82,7 +82,9 @@ def _memory(plan: dict[str, Any]) -> Table:
     table.add_section()
     fits = ("[green]yes[/]", "[red]no[/]")
     table.add_row("fits", *(fits[not column["fits"]] for column in columns.values()))
-    table.caption = "not all parts are alive in every phase; reward models are not counted"
+    table.caption = "not all parts are alive in every phase"
+    if plan["uncounted_rewards"]:
+        table.caption += f"; not counted: the models of {', '.join(plan['uncounted_rewards'])}"
     return table
 
 

@@ -12,7 +12,7 @@ from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.planning.advice import Choice, choose, least_memory, usable
 from pcpo_fast.planning.cards import MFU
 from pcpo_fast.planning.costs import ModelCosts
-from pcpo_fast.planning.memory import MemoryPlan, plan_memory
+from pcpo_fast.planning.memory import MemoryPlan, plan_memory, uncounted_rewards
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.sizes import fitted
 from pcpo_fast.planning.states import Zero, usual_stages
@@ -112,6 +112,7 @@ def make_plan(
             name: _memory_record(plan_memory(config, costs, zero, gpus), memory_gb)
             for name, zero in usual_stages(config).items()
         },
+        "uncounted_rewards": uncounted_rewards(config),
         "configured": {
             "zero": Zero.of(config).name,
             "deepspeed": config.deepspeed,

@@ -38,6 +38,7 @@ class Aesthetic(LearnedReward):
     """
 
     name: ClassVar[str] = "aesthetic"
+    size: ClassVar[tuple[int, int]] = (303_966_208, 927_969)
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class CaptionBertScore(LearnedReward):
     """
 
     name: ClassVar[str] = "caption_bertscore"
+    size: ClassVar[tuple[int, int]] = (7_063_427_072, 640_257_024)
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class ClipScore(LearnedReward):
     """
 
     name: ClassVar[str] = "clip_score"
+    size: ClassVar[tuple[int, int]] = (151_277_313, 0)
 
     def __init__(
         self,

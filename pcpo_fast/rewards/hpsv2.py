@@ -34,6 +34,7 @@ class HPSv2(LearnedReward):
     """
 
     name: ClassVar[str] = "hpsv2"
+    size: ClassVar[tuple[int, int]] = (986_109_441, 0)
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class ImageReward(LearnedReward):
     """
 
     name: ClassVar[str] = "image_reward"
+    size: ClassVar[tuple[int, int]] = (303_301_632 + 141_977_088, 927_969)
 
     def __init__(
         self,

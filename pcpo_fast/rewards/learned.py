@@ -29,6 +29,8 @@ class LearnedReward(ABC):
     """
 
     name: ClassVar[str]
+    size: ClassVar[tuple[int, int]]
+    """Parameters of the default model: those of ``dtype``, and those that stay in float32."""
 
     def __init__(self, *, device: str | None, dtype: str, batch_size: int) -> None:
         self.dtype = DTYPES[checked_option(self.name, "dtype", dtype, Dtype, f"one of {', '.join(DTYPES)}")]

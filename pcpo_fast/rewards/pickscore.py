@@ -25,6 +25,7 @@ class PickScore(LearnedReward):
     """
 
     name: ClassVar[str] = "pickscore"
+    size: ClassVar[tuple[int, int]] = (986_109_441, 0)
 
     def __init__(
         self,

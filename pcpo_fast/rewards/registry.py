@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.rewards.learned import LearnedReward
 from pcpo_fast.rewards.option_secrets import resolved, shown
 from pcpo_fast.rewards.sources import note_options
 from pcpo_fast.rewards.user import first_line, import_target
@@ -52,6 +53,27 @@ learned_rewards: tuple[str, ...] = tuple(_LEARNED)
 
 remote_rewards: tuple[str, ...] = tuple(_REMOTE)
 """Built-in rewards that call a server on the network."""
+
+
+def model_bytes(name: str, options: Mapping[str, Any]) -> float | None:
+    """Bytes of a reward's model on a GPU by the published size of its default model; None if it is not known.
+
+    Rewards without a model of their own, behind an address, on a CPU or on another GPU need none.
+    """
+    if name not in _LEARNED:
+        return 0.0 if name in _BUILT_IN else None
+    kind = import_target(_LEARNED[name])
+    assert isinstance(kind, type)
+    if not issubclass(kind, LearnedReward):
+        return 0.0
+    defaults = {key: value.default for key, value in inspect.signature(kind).parameters.items()}
+    given = defaults | dict(options)
+    if given["device"] not in (None, "cuda"):
+        return 0.0
+    if given["model"] != defaults["model"]:
+        return None
+    counted, single = kind.size
+    return counted * (4 if given["dtype"] == "float32" else 2) + 4.0 * single
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
