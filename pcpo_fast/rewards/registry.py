@@ -33,6 +33,7 @@ _LEARNED = {
     "caption_bertscore": "pcpo_fast.rewards.caption_bertscore:CaptionBertScore",
     "ocr_accuracy": "pcpo_fast.rewards.ocr_accuracy:OcrAccuracy",
 }
+_ONE_SIZE = ("hpsv2", "image_reward")  # whatever file is given
 # These call another machine, and need its address.
 _REMOTE = {
     "remote": "pcpo_fast.rewards.remote:Remote",
@@ -70,7 +71,7 @@ def model_bytes(name: str, options: Mapping[str, Any]) -> float | None:
     given = defaults | dict(options)
     if given["device"] not in (None, "cuda"):
         return 0.0
-    if given["model"] != defaults["model"]:
+    if given["model"] != defaults["model"] and name not in _ONE_SIZE:
         return None
     counted, single = kind.size
     return counted * (4 if given["dtype"] == "float32" else 2) + 4.0 * single

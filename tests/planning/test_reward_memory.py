@@ -89,5 +89,6 @@ def test_what_needs_none_and_what_is_not_known() -> None:
     for name in ("caption_match", "jpeg_compressibility", "remote", "vision_judge", "ocr_accuracy"):
         assert model_bytes(name, {}) == 0
     assert model_bytes("pickscore", {"device": "cpu"}) == model_bytes("pickscore", {"device": "cuda:1"}) == 0
+    assert model_bytes("hpsv2", {"model": "here.pt"}) == model_bytes("hpsv2", {})
     rewards = "rewards=[{name: pickscore, options: {model: mine}}, {name: 'my_module:mine'}, {name: hpsv2}]"
     assert uncounted_rewards(load_config(None, [rewards])) == ["pickscore", "my_module:mine"]
