@@ -121,7 +121,8 @@ def test_metadata(distributions: tuple[Path, Path]) -> None:
     assert fields["Name"] == "pcpo-fast"
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == ">=3.11"
-    extras = {"8bit", "cuda", "nf4", "flash-attn", "xformers", "rewards", "eval", "server", "wandb", "docs", "dev"}
+    extras = {"8bit", "cuda", "nf4", "flash-attn", "xformers", "rewards", "eval", "server", "docs", "dev"}
+    extras |= {"wandb", "trackio"}
     assert set(fields.get_all("Provides-Extra", [])) == extras
     assert "pcpo-fast = pcpo_fast.cli:program" in scripts
     assert len(str(fields.get_payload())) > 1000, "the README is missing"
