@@ -9,6 +9,7 @@ import pytest
 LONGEST = (
     "kernels/test_interpreter.py",  # 70
     "runs/test_resuming.py",  # 55
+    "test_browser.py",
     "comparison/test_compare_command.py",
     "planning/test_planning.py",  # 50
     "training/test_two_ranks.py",  # 49
@@ -23,6 +24,8 @@ LONGEST = (
     "training/test_waiting.py",
     "engine/test_ds_configs.py",  # 35
     "runs/test_checkpoint.py",
+    "policies/test_four_bit.py",
+    "kernels/test_host_path.py",
     "profiling/test_profiling.py",  # 24
     "interface/test_interface.py",
     "runs/test_killing.py",

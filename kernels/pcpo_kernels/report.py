@@ -124,17 +124,11 @@ def bulk_accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
 def pairs(targets: Iterable[str], thin: bool) -> list[tuple[Any, str]]:
     """All (variant, target) pairs to compile.
 
-    With ``thin`` every variant is compiled for sm_90, and only bf16's for gfx942: the others differ from them in the
-    width of the outputs alone.
+    With ``thin`` every variant is compiled for sm_90 alone.
     """
     from pcpo_kernels.variant import all_variants
 
-    return [
-        (variant, target)
-        for variant in all_variants()
-        for target in targets
-        if not thin or target == "sm_90" or (target == "gfx942" and variant.name.startswith("bf16"))
-    ]
+    return [(variant, target) for variant in all_variants() for target in targets if not thin or target == "sm_90"]
 
 
 def _compile_all(targets: Iterable[str], thin: bool, share: int, shares: int) -> list[Compiled]:

@@ -140,6 +140,7 @@ def test_the_file_and_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "has no time of strong" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_rungs")
 def test_a_path_that_computes_something_else_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = step_checking.Check._outputs

@@ -163,7 +163,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "nonsense layers": (settings_of("transformer", num_layers="many"), ("transformer/config.json makes no Flux",)),
     "cut": (cut("text_encoder_2"), (f"{ENCODER} is truncated or not a safetensors file", "download it again")),
-    "cut network": (cut("transformer"), (f"{NETWORK} is cut off",)),
+    "cut network": (cut("transformer"), (f"{NETWORK} is truncated",)),
     "empty": (written(NETWORK, b""), (f"{NETWORK} is empty",)),
     "pointer": (written(ENCODER, POINTER), (f"{ENCODER} is a git-lfs pointer", "git lfs pull")),
     "pointer in the place of JSON": (written("vae/config.json", POINTER), ("vae/config.json is a git-lfs pointer",)),
@@ -273,7 +273,7 @@ def test_a_refusal_reaches_the_ranks_that_did_not_look(own_pipeline: Path, monke
 def test_a_file_that_changes_is_looked_at_again(own_pipeline: Path) -> None:
     check(own_pipeline)
     cut("vae")(own_pipeline)
-    assert "vae/diffusion_pytorch_model.safetensors is cut off" in refusal(own_pipeline)
+    assert "vae/diffusion_pytorch_model.safetensors is truncated" in refusal(own_pipeline)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])

@@ -226,6 +226,7 @@ def test_nothing_is_trained_after_a_failure(config: Config, monkeypatch: pytest.
     assert results["dry run"].status == "skipped"
 
 
+@pytest.mark.slow
 def test_the_command(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything, with a real dry run in a process of its own."""
     output = call(

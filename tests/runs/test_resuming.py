@@ -331,6 +331,7 @@ def finished(process: "subprocess.Popen[str]") -> Output:
     return Output(process.returncode, out, err)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_and_ends_as_if_it_had_not_been(waiting: Path, launcher: str, capsys: Capture) -> None:
     run = waiting / "run"
     answer = stop_in_epoch(waiting, launcher, 2, signal.SIGINT)
@@ -385,6 +386,7 @@ def test_an_interrupt_before_the_first_checkpoint_says_so(
     assert answer.err == "interrupted before the first checkpoint: the same command starts the run again\n"
 
 
+@pytest.mark.slow
 def test_train_py_works_from_another_folder(tmp_path: Path) -> None:
     settings = (
         f"output_dir={tmp_path / 'run'}", "train.epochs=1", "sampler.steps=2", "rollout.prompts_per_epoch=2",

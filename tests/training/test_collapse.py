@@ -103,7 +103,7 @@ def test_a_run_that_collapses_ends_and_says_why(
 ) -> None:
     """Made-up diversity, and a real run around it: it ends after 2 of 5 epochs with a checkpoint and results."""
     measured = iter([0.3, 0.2, 0.1, 0.1, 0.1, 0.1])
-    monkeypatch.setattr(pcpo_fast.training.heldout, "diversity", lambda *_: next(measured))
+    monkeypatch.setattr(pcpo_fast.training.heldout, "mean_pixel_diversity", lambda *_: next(measured))
     config = write_config(
         tmp_path,
         pipeline_folder,

@@ -77,7 +77,7 @@ def test_the_gradient_of_the_unconditional_half_counts(bench_of: Callable[..., B
         pytest.param("sd_native", "rollout", "bfloat16", marks=pytest.mark.slow),
         ("sd3_full_kl", "rollout", "bfloat16"),
         pytest.param("klein_full_kl", "rollout", "bfloat16", marks=pytest.mark.slow),
-        ("z_image_full_kl", "rollout", "bfloat16"),
+        pytest.param("z_image_full_kl", "rollout", "bfloat16", marks=pytest.mark.slow),
         ("qwen_image_lora", "recompute", "float32"),
         ("klein_native_lora", "recompute", "float32"),
         ("sd3_native_kl", "recompute", "float32"),

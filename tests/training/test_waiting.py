@@ -101,7 +101,11 @@ class Accelerator:
 
 @pytest.mark.parametrize("device", [META, pytest.param(GPU, marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.slow if name in ("flux_guided", "sd3") else ()) for name in CASES]
+    "case",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("flux_guided", "sd3", "qwen_image_lora") else ())
+        for name in CASES
+    ],
 )
 def test_a_rollout_and_an_update_run_ahead_of_the_device(
     case: str, device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

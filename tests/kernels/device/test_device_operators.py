@@ -50,7 +50,7 @@ def test_opcheck_the_others(device) -> None:
     torch.library.opcheck(ops.guidance.default, (x.requires_grad_(), f.requires_grad_(), a, torch.float32))
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", ["key", *(pytest.param(n, marks=pytest.mark.slow) for n in NOISES if n != "key")])
 def test_compiles_in_one_graph(device, noise) -> None:
     case = make_case(3, (6, 5), noise=noise, with_reference=True, with_guidance=True).cast(torch.float32).to(device)
     _, expected = run(case)

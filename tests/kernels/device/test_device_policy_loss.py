@@ -129,7 +129,13 @@ def test_random_shapes(device, rows, shape, noise, objective, reduction, flags, 
     check_against_judge(case.cast(torch.float32), device)
 
 
-@pytest.mark.parametrize(("rule", "objective"), list(zip(RULES, itertools.cycle(("hinge", "clip")), strict=False)))
+@pytest.mark.parametrize(
+    ("rule", "objective"),
+    [
+        pytest.param(rule, objective, marks=() if rule in ("native", "proportionate", "uniform") else pytest.mark.slow)
+        for rule, objective in zip(RULES, itertools.cycle(("hinge", "clip")), strict=False)
+    ],
+)
 def test_credit_rules(device, rule, objective) -> None:
     """Every published rule on the Dance SDE, a row for each step; the last one is not trained, its columns are 0."""
     transitions = dance_sde(shifted_times(6, 3.0), 0.3)
