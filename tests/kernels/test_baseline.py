@@ -60,6 +60,7 @@ def test_guidance_of_the_public_trainers_is_ours(case) -> None:
     )
 
 
+@pytest.mark.slow
 def test_benchmark_scripts_run(tmp_path) -> None:
     """Tiny sizes, then the plot of what came out."""
 

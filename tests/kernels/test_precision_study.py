@@ -26,6 +26,7 @@ def test_committed_numbers() -> None:
         assert all(record[method]["rms"] < 2e-3 * record["eager_fp32"]["rms"] for method in OURS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 def test_study_runs(tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PCPO_KERNELS"}

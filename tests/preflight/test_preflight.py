@@ -147,6 +147,7 @@ def test_disk_space_covers_the_checkpoints_that_a_run_writes(config: Config) -> 
     assert needed_bytes(config, count, count) == (config.checkpoint.keep + 1) * count * 20 + 4 * count
 
 
+@pytest.mark.slow
 def test_too_little_memory_fails_with_what_to_set(config: Config, plan: dict[str, Any]) -> None:
     status, says = checks.check_memory(make_plan(config, 1, 1.5002))
     assert status == "failed" and "does not fit into" in says

@@ -71,15 +71,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> P
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path, pipeline_folder: Path) -> "subprocess.CompletedProcess[str]":
-    """The launch of ``two_ranks.py``, which has come to its end."""
+def launched(folder: Path, pipeline_folder: Path, request: pytest.FixtureRequest) -> "subprocess.CompletedProcess[str]":
+    """The launch of ``two_ranks.py``, which has come to its end, with the modes that are tested in this session."""
+    modes = [mode for mode in MODES if any(item.name.endswith(f"[{mode}]") for item in request.session.items)]
     script = ROOT / "tests" / "training" / "two_ranks.py"
-    return launch_ranks(2, script, folder, pipeline_folder, folder=folder, timeout=400)
+    return launch_ranks(2, script, folder, pipeline_folder, *modes, folder=folder, timeout=400)
 
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning")  # of what DeepSpeed calls
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_two_ranks_in_zero_3_are_one_rank_in_zero_1(
     launched: "subprocess.CompletedProcess[str]",
     folder: Path,

@@ -103,7 +103,9 @@ class Accelerator:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("flux_guided", "sd3", "qwen_image_lora") else ())
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("flux_guided", "klein_lora", "sd3", "qwen_image_lora") else ()
+        )
         for name in CASES
     ],
 )

@@ -1,7 +1,7 @@
 """What each process of the launch in test_two_ranks.py does: several things, since starting takes most of the time.
 
-``python two_ranks.py FOLDER PIPELINE``: records for the equality of ranks, a run of one epoch, and the same run
-resumed, whose second rank loses its reward model in the third epoch; exits with what ``train`` does.
+``python two_ranks.py FOLDER PIPELINE MODE...``: records for the equality of ranks in each mode, a run of one epoch, and
+the same run resumed, whose second rank loses its reward model in the third epoch; exits with what ``train`` does.
 """
 
 import sys
@@ -14,7 +14,8 @@ GROUP = 4
 
 
 def main() -> int:
-    folder, pipeline = map(Path, sys.argv[-2:])  # the launcher puts --local_rank first
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    (folder, pipeline), modes = map(Path, arguments[:2]), arguments[2:]
     sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "benchmarks"), str(folder)]
     import numpy as np
     import rank_equality
@@ -27,7 +28,7 @@ def main() -> int:
     torch.set_num_threads(1)
     start_distributed()
     pcpo_fast.training.trainer.stop_distributed = lambda: None  # one process group for all
-    for mode in MODES:
+    for mode in modes:
         found = rank_equality.record(f"zero3-{mode}-float32", folder, pipeline, *SMALL)
         if found:
             np.savez(folder / f"{mode}.npz", **found)  # type: ignore[arg-type]
