@@ -1,9 +1,10 @@
 """TensorBoard, Weights & Biases and Trackio: they mirror metrics.jsonl, and their failures never stop training."""
 
+import importlib
 import io
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,15 +133,7 @@ class WandbLogger:
 
     def __init__(self, output_dir: Path, options: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         check_wandb_options(options)
-        try:
-            import wandb
-        except ImportError as error:
-            missing = (error.name or "wandb").partition(".")[0]
-            raise UserError(
-                f"Weights & Biases logging is on but the package {missing} is not installed: "
-                f"run `pip install {missing}`, or set logging.wandb=null"
-            ) from error
-        self._wandb: Any = wandb
+        self._wandb = wandb = _imported("wandb", "Weights & Biases")
         arguments = {
             "project": "pcpo-fast",
             "id": _run_id(output_dir, "wandb"),
@@ -197,15 +190,7 @@ class TrackioLogger:
 
     def __init__(self, output_dir: Path, options: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         check_trackio_options(options)
-        try:
-            import trackio
-        except ImportError as error:
-            missing = (error.name or "trackio").partition(".")[0]
-            raise UserError(
-                f"Trackio logging is on but the package {missing} is not installed: "
-                f"run `pip install {missing}`, or set logging.trackio=null"
-            ) from error
-        self._trackio: Any = trackio
+        self._trackio = trackio = _imported("trackio", "Trackio")
         arguments = {
             "project": "pcpo-fast",
             "name": f"{output_dir.resolve().name}-{_run_id(output_dir, 'trackio')[:4]}",
@@ -232,19 +217,37 @@ class TrackioLogger:
 
 def check_trackio_options(options: Mapping[str, Any]) -> None:
     """Raise `UserError` for an option that `TrackioLogger` does not accept."""
-    for name in options:
-        if name not in TRACKIO_OPTIONS:
-            raise UserError(f"trackio: unknown option {name!r} (allowed: {', '.join(TRACKIO_OPTIONS)})")
+    _check_names("trackio", options, TRACKIO_OPTIONS)
 
 
 def check_wandb_options(options: Mapping[str, Any]) -> None:
     """Raise `UserError` for an option that `WandbLogger` does not accept, such as an API key."""
-    for name in options:
-        if name not in WANDB_OPTIONS:
-            raise UserError(f"wandb: unknown option {name!r} (allowed: {', '.join(WANDB_OPTIONS)})")
+    _check_names("wandb", options, WANDB_OPTIONS)
     mode = options.get("mode")
     if mode is not None and mode not in WANDB_MODES:
         raise UserError(f"wandb: mode is {mode!r} (allowed: {', '.join(WANDB_MODES)})")
+
+
+def missing_package(error: ImportError, package: str) -> str:
+    """The package that an import of ``package`` lacked: itself, or one that it needs."""
+    return (error.name or package).partition(".")[0]
+
+
+def _imported(package: str, title: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        missing = missing_package(error, package)
+        raise UserError(
+            f"{title} logging is on but the package {missing} is not installed: "
+            f"run `pip install {missing}`, or set logging.{package}=null"
+        ) from error
+
+
+def _check_names(tracker: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    for name in options:
+        if name not in allowed:
+            raise UserError(f"{tracker}: unknown option {name!r} (allowed: {', '.join(allowed)})")
 
 
 def _run_id(output_dir: Path, tracker: str) -> str:

@@ -17,7 +17,7 @@ from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, part_files
 from pcpo_fast.policies.families import model_files
 from pcpo_fast.policies.four_bit import check_base_weights
 from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
-from pcpo_fast.reporting.loggers import check_trackio_options, check_wandb_options
+from pcpo_fast.reporting.loggers import check_trackio_options, check_wandb_options, missing_package
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import check_sizes
 from pcpo_fast.runs.input_record import Input
@@ -134,7 +134,7 @@ def _check_logging(settings: LoggingConfig) -> None:
         try:
             importlib.import_module(key)
         except ImportError as error:  # of the package, or of one that it needs
-            missing = (error.name or key).partition(".")[0]
+            missing = missing_package(error, key)
             off = "false" if key == "tensorboard" else "null"
             raise UserError(
                 f"logging.{key}: {missing} is not installed: run `pip install {missing}`, or set logging.{key}={off}"
