@@ -77,16 +77,16 @@ def _axis(axis: Any) -> dict[str, Any]:
     """Label, limits, scale, grid and ticks of an axis."""
     from matplotlib.ticker import PercentFormatter
 
-    label = axis.get_label().get_text()
+    label, shown = axis.get_label().get_text(), axis.get_tick_params()
     return {
         "label": label,
         "scale": axis.get_scale(),
         "range": [float(limit) for limit in (axis.axes.get_xlim() if axis.axis_name == "x" else axis.axes.get_ylim())],
-        "grid": bool(axis.get_gridlines() and axis.get_gridlines()[0].get_visible()),
+        "grid": shown["gridOn"],  # asking the grid lines themselves would make every tick
         "ticks": _tick_names(axis),
         "percent": isinstance(axis.get_major_formatter(), PercentFormatter),
         "whole": label.startswith(("epoch", "step", "update")),
-        "names": axis.get_tick_params().get("labelleft", True),
+        "names": shown.get("labelleft", True),
     }
 
 

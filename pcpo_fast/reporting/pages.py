@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -22,16 +23,22 @@ def render_page(template: Path, **values: object) -> str:
     (by hash): the browser makes no request, and a script injected through a value would not run. Values are escaped
     unless they are ``markupsafe.Markup``.
     """
+    functions = {"color_variables": color_variables, "chart_library": chart_library}
+    return _environment(template.parent).get_template(template.name).render(values, **functions)
+
+
+@cache
+def _environment(folder: Path) -> jinja2.Environment:
+    """Compiles each template once."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, _TEMPLATES]),
+        loader=jinja2.FileSystemLoader([folder, _TEMPLATES]),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    functions = {"color_variables": color_variables, "chart_library": chart_library}
-    return environment.get_template(template.name).render(values, **functions)
+    return environment
 
 
 def data_url(data: bytes, kind: str) -> str:

@@ -261,6 +261,16 @@ def test_a_chart_has_the_numbers_of_its_figure(records: list[dict[str, Any]]) ->
     assert times[2]["shown"] == pytest.approx(series(records, "time/update").values)  # not the height of the stack
 
 
+def test_a_chart_makes_no_ticks_of_matplotlib_s() -> None:
+    """They take more time than all else of a figure. The grid is known without them."""
+    figure = style.new_figure()
+    axes = style.styled(figure.add_subplot(), "", "", "")
+    axes.plot([0, 9], [0, 9])
+    (panel,) = shown(figure)
+    assert (panel["x"]["grid"], panel["y"]["grid"]) == (False, True)
+    assert max(len(axes.xaxis.majorTicks), len(axes.yaxis.majorTicks)) == 1
+
+
 def test_a_chart_names_what_matplotlib_names() -> None:
     table = [[1.0, None], [None, 1.0]]
     (panel,) = shown(plots.gain_correlation_figure([2, 5], table))
