@@ -357,6 +357,13 @@ class AdvantageConfig(Section):
         le=1,
         description="gain: discount at which a step is also credited with the gains of later steps, per step",
     )
+    gain_lambda_rise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="gain: added to gain_lambda, up to 1, whenever the rewards of predictions have risen over three "
+        "evaluations but the held-out reward has not; 0: only a warning",
+    )
     calibrated: bool | Literal["branches"] = Field(
         True,
         description="weight a prediction's reward by the regression of final rewards on it in earlier epochs (true), "
@@ -676,6 +683,11 @@ class Config(Section):
                 f"(rollout.images_per_prompt), got {compared}"
             )
         if stepwise and advantage.calibrated == "branches":
+            if advantage.gain_lambda_rise:
+                yield (
+                    "advantage.gain_lambda_rise leads to gain_lambda=1, where advantage.calibrated: branches has no "
+                    "gains to weight; allowed: true, false"
+                )
             if advantage.steps == "baseline" or advantage.gain_lambda == 1:
                 yield (
                     "advantage.calibrated: branches only weights gains, and steps=baseline or gain_lambda=1 uses "

@@ -130,6 +130,12 @@ RULES = (
     ),
     Rule(("advantage.gain_lambda",), "advantage.steps=gain", lambda c: c.advantage.steps == "gain"),
     Rule(
+        ("advantage.gain_lambda_rise",),
+        "advantage.steps=gain, held-out prompts and evaluation.every above 0",
+        lambda c: c.advantage.steps == "gain" and c.prompts.heldout is not None and c.evaluation.every > 0,
+        switch="advantage.steps",
+    ),
+    Rule(
         ("advantage.audit_images",),
         "advantage.audit_every above 0",
         lambda c: c.advantage.audit_every > 0,

@@ -146,6 +146,7 @@ class StepAdvantages:
         predictions: regression of final rewards on those of predictions, both in units.
         branches: regression, in audits, of the change of the final reward on the change of the next prediction's.
         seen: steps whose prediction was scored in some epoch with rewards that were not all equal.
+        risen: what has been added to ``gain_lambda`` (``advantage.gain_lambda_rise``).
         gains: float64 [2, N, N], sums over images and epochs, earlier ones counting less: products of the gains of two
             steps, and images that have both.
     """
@@ -155,12 +156,13 @@ class StepAdvantages:
         self.spreads: list[float] = []
         self.predictions, self.branches = Regression(steps), Regression(steps)
         self.seen: set[int] = set()
+        self.risen = 0.0
         self.gains = torch.zeros(2, steps, steps, dtype=torch.float64)
 
     @property
     def gain_lambda(self) -> float:
-        """1 for the baseline."""
-        return 1.0 if self.settings.steps == "baseline" else self.settings.gain_lambda
+        """The discount in use, at most 1; 1 for the baseline."""
+        return 1.0 if self.settings.steps == "baseline" else min(1.0, self.settings.gain_lambda + self.risen)
 
     def learn_spreads(self, spreads: Sequence[float]) -> None:
         """Update the running spreads with an epoch's mean standard deviations, after their use; zeros are ignored."""
@@ -249,7 +251,7 @@ class StepAdvantages:
         rows = ~equal
         final, predicted, credit = final[rows], predicted[rows], credit[rows]
         gains = torch.cat([predicted, final[:, None]], dim=1).diff(dim=1)
-        metrics: dict[str, float] = {}
+        metrics = {"stepwise/gain_lambda": self.gain_lambda} if self.settings.gain_lambda_rise else {}
         for position, step in enumerate(scored):
             values = {
                 "correlation": _correlation(final, predicted[:, position]),
@@ -269,6 +271,7 @@ class StepAdvantages:
             "predictions": self.predictions.state_dict(),
             "branches": self.branches.state_dict(),
             "seen": sorted(self.seen),
+            "risen": self.risen,
             "gains": self.gains.tolist(),
         }
 
@@ -276,7 +279,7 @@ class StepAdvantages:
         """Restore a saved state; one with another number of steps is ignored."""
         if len(state["predictions"]["products"]) != self.steps:
             return
-        self.spreads, self.seen = list(state["spreads"]), set(state["seen"])
+        self.spreads, self.seen, self.risen = list(state["spreads"]), set(state["seen"]), state.get("risen", 0.0)
         self.predictions.load_state_dict(state["predictions"])
         self.branches.load_state_dict(state["branches"])
         if "gains" in state:

@@ -5,8 +5,11 @@ that improve while the held-out reward does not.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import Tensor
+
+from pcpo_fast.method.step_advantages import StepAdvantages
 
 
 def base_distance(first: Tensor, now: Tensor) -> float:
@@ -89,12 +92,18 @@ class SpreadMonitor:
 
 
 class PredictionMonitor:
-    """Warns once if the rewards of predictions rise over three evaluations but the held-out reward does not.
+    """Warns if the rewards of predictions rise over three evaluations but the held-out reward does not.
 
-    Per-step credit may then improve early predictions without improving the final images.
+    Per-step credit may then improve early predictions without improving the final images. With
+    ``advantage.gain_lambda_rise`` the discount of later gains then rises, and the next warning takes two more
+    evaluations; otherwise there is one warning.
+
+    Args:
+        stepwise: holds the discount.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stepwise: StepAdvantages) -> None:
+        self.stepwise = stepwise
         self._pairs: list[tuple[float, float]] = []
         self._said = False
 
@@ -110,9 +119,25 @@ class PredictionMonitor:
         self._pairs = [*self._pairs[-2:], (predicted, heldout)]
         (first, before), (second, _), (third, now) = ([(math.inf, math.inf)] * 3 + self._pairs)[-3:]
         if first < second < third and now <= before < math.inf:
-            self._said = True
+            discount, rise = self.stepwise.gain_lambda, self.stepwise.settings.gain_lambda_rise
+            if discount == 1:
+                advice = "lower optimizer.lr, or stop"
+            elif rise:
+                self.stepwise.risen += rise
+                advice = f"gain_lambda rises from {discount:.3g} to {self.stepwise.gain_lambda:.3g}"
+            else:
+                advice = "raise advantage.gain_lambda, use advantage.steps=baseline, or stop"
+            self._pairs, self._said = self._pairs[-1:], discount == 1 or not rise
             yield (
                 f"the reward of the steps' predictions has risen from {first:.3g} to {third:.3g} over three "
                 f"evaluations, but the held-out reward has not ({before:.3g}, now {now:.3g}): per-step credit may be "
-                "improving early predictions only; raise advantage.gain_lambda, use advantage.steps=baseline, or stop"
+                f"improving early predictions only; {advice}"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen so far."""
+        return {"pairs": list(self._pairs), "said": self._said}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._pairs, self._said = [(first, second) for first, second in state["pairs"]], state["said"]

@@ -203,7 +203,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.warned_of_mismatch = False
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
-        self.spread, self.predictions = SpreadMonitor(), PredictionMonitor()
+        self.spread, self.predictions = SpreadMonitor(), PredictionMonitor(self.stepwise)
         self.utilization = utilization_of(config, self.device, self.progress.message, lambda: self.costs)
         self.predicted_reward: float | None = None  # of the latest epoch's predictions
         self.heldout_reward: float | None = None  # of the current weights
@@ -218,6 +218,8 @@ class Trainer:
                 self.running.load_state_dict(state["running_advantages"])
                 if "step_advantages" in state:
                     self.stepwise.load_state_dict(state["step_advantages"])
+                if "predictions" in state:
+                    self.predictions.load_state_dict(state["predictions"])
             else:
                 self.progress.message(
                     "The checkpoint was trained with other rewards: what it remembers of them (running advantages, "
@@ -325,6 +327,7 @@ class Trainer:
         return {
             "running_advantages": copy.deepcopy(self.running.state_dict()),
             "step_advantages": self.stepwise.state_dict(),
+            "predictions": self.predictions.state_dict(),
             "rewarded": self.rewarded,
             "skipped_in_a_row": self.skipped_in_a_row,
             "diversity_before": self.collapse.before,
@@ -463,7 +466,7 @@ class Trainer:
             self.progress.message(f"warning: {text}")
         is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
         self.collapse.look(metrics.get("heldout/diversity"), epoch, is_first=is_first)
-        self.loop_state["diversity_before"] = self.collapse.before
+        self.loop_state = self._loop_state()
         if rank() == 0:
             if is_first:
                 self.heldout.keep_as_first()

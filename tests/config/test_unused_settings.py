@@ -46,6 +46,11 @@ IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
         "advantage.steps baseline or gain, or advantage.scale others or earlier",
     ),
     ("advantage.gain_lambda=0.5", ("advantage.steps=gain",), "advantage.steps=gain"),
+    (
+        "advantage.gain_lambda_rise=0.25",
+        ("advantage.steps=gain",),
+        "advantage.steps=gain, held-out prompts and evaluation.every above 0",
+    ),
     ("train.max_log_ratio=0.1", ("train.inner_epochs=2",), "train.inner_epochs above 1"),
 ]
 
@@ -68,6 +73,10 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
         (
             ("advantage.steps=baseline", "advantage.gain_lambda=0.5"),
             "advantage.gain_lambda .* advantage.steps=gain",
+        ),
+        (
+            ("advantage.steps=gain", "evaluation.every=0", "advantage.gain_lambda_rise=0.5"),
+            "advantage.gain_lambda_rise .* evaluation.every above 0",
         ),
         (
             ("advantage.steps=gain", "advantage.audit_images=2"),

@@ -9,7 +9,9 @@ from cli_runs import call, records, write_config
 
 import pcpo_fast.training.heldout
 from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.schema import AdvantageConfig
 from pcpo_fast.errors import UserError
+from pcpo_fast.method.step_advantages import Segments, StepAdvantages
 from pcpo_fast.reporting.plots import diversity_figure
 from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor, base_distance
 
@@ -37,8 +39,32 @@ def test_a_reward_without_spread_is_announced_once_after_some_epochs_in_a_row() 
 def test_predictions_that_improve_alone_are_announced_once(
     pairs: list[tuple[float | None, float]], said: list[int]
 ) -> None:
-    monitor = PredictionMonitor()
+    monitor = PredictionMonitor(StepAdvantages(AdvantageConfig(steps="gain"), 4))
     assert [index for index, pair in enumerate(pairs) if list(monitor.look(*pair))] == said
+
+
+def test_the_discount_of_later_gains_rises_to_1_where_predictions_improve_alone_and_goes_on_after_a_stop() -> None:
+    settings = AdvantageConfig(steps="gain", calibrated=False, gain_lambda=0.25, gain_lambda_rise=0.5)
+    stepwise = StepAdvantages(settings, 3)
+    monitor, said, discounts = PredictionMonitor(stepwise), [], []
+    for evaluation in range(9):
+        saved = json.loads(json.dumps((stepwise.state_dict(), monitor.state_dict())))
+        stepwise = StepAdvantages(settings, 3)
+        monitor = PredictionMonitor(stepwise)
+        stepwise.load_state_dict(saved[0])
+        monitor.load_state_dict(saved[1])
+        said += monitor.look(0.5 + 0.01 * evaluation, 0.6)
+        discounts.append(stepwise.gain_lambda)
+    assert discounts == [0.25] * 2 + [0.75] * 2 + [1.0] * 5
+    assert [text.rpartition("; ")[2] for text in said] == [
+        "gain_lambda rises from 0.25 to 0.75",
+        "gain_lambda rises from 0.75 to 1",
+        "lower optimizer.lr, or stop",
+    ]
+    final, predicted, equal = torch.randn(6).double(), torch.randn(6, 3).double(), torch.zeros(6, dtype=torch.bool)
+    credit, metrics = stepwise.compute(final, predicted, Segments.of((True,) * 3, 1), equal)
+    torch.testing.assert_close(credit, final[:, None] - predicted)
+    assert metrics["stepwise/gain_lambda"] == 1
 
 
 def test_distance_is_the_mean_over_images_of_the_rms_over_pixels() -> None:
