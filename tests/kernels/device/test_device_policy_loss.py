@@ -47,7 +47,7 @@ def test_every_form(device, objective, noise, with_reference, with_guidance, det
         assert torch.equal(result.log_ratio, torch.zeros_like(result.log_ratio))
 
 
-@pytest.mark.parametrize("rich", [False, True], ids=["", "kl-cfg"])
+@pytest.mark.parametrize("rich", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "kl-cfg"])
 @pytest.mark.parametrize("noise", NOISES)
 def test_divergence_mask(device, noise, rich) -> None:
     """Rows far and near, moving away and back; of those beyond the threshold only the ones that move away are masked.

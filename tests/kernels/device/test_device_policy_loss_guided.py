@@ -39,7 +39,7 @@ def test_halves_of_one_dtype_and_the_rest_in_fp32(device, halves, form, objectiv
 @pytest.mark.parametrize(
     ("objective", "reduction"), [("hinge", "mean"), pytest.param("clip", "sum", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow) if f == "key" else f for f in FORMS])
 def test_ratio_is_exactly_1_where_the_halves_are_unchanged(device, form, objective, reduction) -> None:
     """Old outputs combined row by row, with the scale as a number, as a rollout in other batches does it."""
     for halves in HALVES:
@@ -95,7 +95,7 @@ def test_halves_out_of_one_batched_forward(device) -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("halves", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("halves", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_mixed_steps_idle_and_clipped_rows(device, halves) -> None:
     """A row without credit has the gradient of its KL alone, one without credit and KL none, beside rows that train."""
     case = guided_case("key", halves, with_reference=True, objective="clip", clip_range=1e-3)

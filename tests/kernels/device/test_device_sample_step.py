@@ -1,5 +1,7 @@
 """sample_step in Triton against the reference and torch.distributions."""
 
+import itertools
+
 import pytest
 import torch
 from cases import make_case
@@ -12,9 +14,16 @@ from torch.distributions import Normal
 LOW = [torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("noise", ["tensor", "key"])
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+QUICK = {("tensor", LOW[0], "sum"), ("tensor", torch.float32, "mean"), ("key", LOW[1], "mean")}
+
+
+@pytest.mark.parametrize(
+    ("noise", "dtype", "reduction"),
+    [
+        pytest.param(*form, marks=() if form in QUICK else pytest.mark.slow)
+        for form in itertools.product(("tensor", "key"), (*LOW, torch.float32), ("mean", "sum"))
+    ],
+)
 def test_sample_step(device, noise, dtype, reduction) -> None:
     case = make_case(4, (41, 7)).cast(torch.float32).cast(dtype, "output")
     x, _, a, b, std = case.ends
