@@ -24,7 +24,15 @@ import pytest
 import torch
 from longest_first import longest_first
 from tiny_pipeline import own_pipeline, pipeline_folder, process_group  # noqa: F401 - fixtures
-from tiny_pipelines import klein_folder, qwen_image_folder, sd3_folder, sd_folder, sd_v_folder, z_image_folder  # noqa: F401 - fixtures
+from tiny_pipelines import (  # noqa: F401 - fixtures
+    flux2_dev_folder,
+    klein_folder,
+    qwen_image_folder,
+    sd3_folder,
+    sd_folder,
+    sd_v_folder,
+    z_image_folder,
+)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

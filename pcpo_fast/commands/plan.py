@@ -13,7 +13,7 @@ EXAMPLES = """examples:
   pcpo-fast plan --config 1x24gb_flux_lora --gpu 4090 --json
   pcpo-fast plan --config run.yaml --gpus 4 --gpu-memory 48 --peak-tflops 362 model.height=1024 model.width=1024
 
-GB are 1e9 bytes. FLUX.1-dev, FLUX.2-klein, Z-Image, Qwen-Image, SD3.5-medium and Stable Diffusion 1.x need
+GB are 1e9 bytes. FLUX.1-dev, FLUX.2-klein and dev, Z-Image, Qwen-Image, SD3.5-medium and Stable Diffusion 1.x need
 neither a download nor a license.
 
 Exit code 0: the recommended settings fit; 3: nothing fits; 2: an error."""

@@ -1,10 +1,10 @@
 """Architectures of the published models that the shipped configurations train, so that planning needs no download.
 
 ``published.json`` holds the values of the ``config.json`` files that the models' authors publish on the hub, with the
-keys of diffusers and transformers. Three of these models are gated; their configurations are also given by the
+keys of diffusers and transformers. Four of these models are gated; their configurations are also given by the
 libraries' defaults and conversion scripts. The resulting parameter counts agree with model cards and papers:
-FLUX.1-dev 11,901,408,320; FLUX.2-klein 3.88 and 9.08 billion; Z-Image 6.15 billion; Qwen-Image 20.4 billion;
-SD3.5-medium 2.24 billion; Stable Diffusion 1.x 859,520,964.
+FLUX.1-dev 11,901,408,320; FLUX.2-klein 3.88 and 9.08 billion; FLUX.2-dev 32.2 billion; Z-Image 6.15 billion;
+Qwen-Image 20.4 billion; SD3.5-medium 2.24 billion; Stable Diffusion 1.x 859,520,964.
 """
 
 import json
@@ -18,6 +18,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.2-klein-base-9B": _ARCHITECTURES["flux2_klein_9b"],
     "black-forest-labs/FLUX.2-klein-4B": _ARCHITECTURES["flux2_klein_4b"],
     "black-forest-labs/FLUX.2-klein-9B": _ARCHITECTURES["flux2_klein_9b"],
+    "black-forest-labs/FLUX.2-dev": _ARCHITECTURES["flux2_dev"],
     "stabilityai/stable-diffusion-3.5-medium": _ARCHITECTURES["sd35_medium"],
     "Tongyi-MAI/Z-Image": _ARCHITECTURES["z_image"],
     "Qwen/Qwen-Image": _ARCHITECTURES["qwen_image"],

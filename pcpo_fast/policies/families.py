@@ -27,6 +27,7 @@ from pcpo_fast.policies.speed import compile_blocks
 FAMILIES = {
     "FluxPipeline": "pcpo_fast.policies.flux:FluxPolicy",
     "Flux2KleinPipeline": "pcpo_fast.policies.flux2_klein:Flux2KleinPolicy",
+    "Flux2Pipeline": "pcpo_fast.policies.flux2_dev:Flux2DevPolicy",
     "QwenImagePipeline": "pcpo_fast.policies.qwen_image:QwenImagePolicy",
     "StableDiffusion3Pipeline": "pcpo_fast.policies.stable_diffusion_3:StableDiffusion3Policy",
     "StableDiffusionPipeline": "pcpo_fast.policies.stable_diffusion:StableDiffusionPolicy",

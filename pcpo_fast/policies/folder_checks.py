@@ -4,6 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerFast
+
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import FlowSchedule
@@ -75,7 +77,8 @@ def used_parts(folder: Path, family: "type[PipelinePolicy]", key: str = "model.p
             if name in family.optional_parts and not any(map(named.get, family.optional_parts)):
                 continue
             raise UserError(f"{key}: {index} names no {name}, which a {pipeline.__name__} needs")
-        if name != "scheduler" and found.removesuffix("Fast") != wanted.__name__.removesuffix("Fast"):
+        any_class = name == "scheduler" or wanted is PreTrainedTokenizerFast
+        if not any_class and found.removesuffix("Fast") != wanted.__name__.removesuffix("Fast"):
             raise UserError(f"{key}: {index} says that {name} is a {found}; it must be a {wanted.__name__}")
         parts[name] = found if name == "scheduler" else wanted
     return parts

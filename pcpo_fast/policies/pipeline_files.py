@@ -12,7 +12,6 @@ from pcpo_fast.files.content import INDEX
 from pcpo_fast.policies.weight_files import read_json
 
 NOT_TRAINED = {
-    "Flux2Pipeline": "FLUX.2-dev",
     "Flux2KleinKVPipeline": "FLUX.2-klein-9b-kv",
     "Flux2KleinInpaintPipeline": "FLUX.2-klein for inpainting",
     "Flux3ModularPipeline": "FLUX.3",

@@ -447,6 +447,11 @@ class PipelinePolicy(Policy):
             raise UserError(f"model.path: {folder} cannot be loaded as a {name}: {reason}") from None
 
     @classmethod
+    def write_pipeline(cls, pipeline: Any, folder: Path, target: Path) -> None:
+        """Write a pipeline that was loaded from ``folder`` into another folder."""
+        pipeline.save_pretrained(target)
+
+    @classmethod
     def _load_part(cls, folder: Path, name: str, kind: Any, settings: ModelConfig) -> Any:
         part = folder / name
         if name.startswith("tokenizer"):

@@ -85,4 +85,4 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path, dtype: tor
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = reason_of(error)
             raise UserError(f"{weights} cannot be read as weights of {settings.path}: {reason}") from None
-        pipeline.to(dtype or own).save_pretrained(target)
+        family.write_pipeline(pipeline.to(dtype or own), folder, target)

@@ -7,13 +7,25 @@ from typing import Any
 
 from pcpo_fast.errors import UserError
 
+EMPTY = ({"role": "user", "content": ""},)
+"""A conversation of one empty prompt."""
 
-def template_tokens(tokenizer: Any, folder: Path | None, **options: Any) -> int:
-    """How many tokens the chat template around a prompt has.
+
+def template_tokens(
+    tokenizer: Any,
+    folder: Path | None,
+    messages: Sequence[Any] = EMPTY,
+    *,
+    add_generation_prompt: bool = True,
+    **options: Any,
+) -> int:
+    """How many tokens the chat template around a prompt has, less those that the tokenizer adds to any text.
 
     Args:
         tokenizer: of transformers.
         folder: of the pipeline, for the message.
+        messages: the conversation, with an empty prompt.
+        add_generation_prompt: whether the template begins an answer.
         options: of the template.
 
     Raises:
@@ -24,9 +36,10 @@ def template_tokens(tokenizer: Any, folder: Path | None, **options: Any) -> int:
             f"model.path: the tokenizer of {folder} has no chat template (chat_template.jinja), in which the text "
             "encoder reads prompts"
         )
-    empty = [{"role": "user", "content": ""}]
-    text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, **options)
-    return len(tokenizer(text)["input_ids"])
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+    )
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) - len(tokenizer("")["input_ids"])
 
 
 def warn_of_long_prompts(prompts: Sequence[str], tokenizer: Any, limit: int, reader: str) -> int:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from tiny_pipeline import CHANNELS, HEIGHT, TOKENS, WIDTH, tiny_config
-from tiny_pipelines import NEGATIVE, SD3_RUN, SD_RUN
+from tiny_pipelines import EMBEDDED_RUN, NEGATIVE, SD3_RUN, SD_RUN
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from pcpo_fast.policies.families import load_policy
 
@@ -17,8 +18,16 @@ CPU = torch.device("cpu")
 LORA = ("model.finetune=lora", "model.lora.rank=4", "model.lora.alpha=8")
 LATENTS = (4, HEIGHT // 2, WIDTH // 2)
 PACKED = (TOKENS, CHANNELS)
+FLUX2 = ("klein", "flux2_dev")
 KEPT = 12
 """Tokens per prompt, of the families in which a setting says how many are read."""
+
+
+class TextProcessor(ProcessorMixin):
+    """A processor of transformers as it treats text; those that also take images need torchvision."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, chat_template=tokenizer.chat_template)
 
 
 class Kind(NamedTuple):
@@ -26,9 +35,10 @@ class Kind(NamedTuple):
 
     Attributes:
         pipeline: diffusers' class.
-        run: settings that sample and train it with guidance 3 and a negative prompt.
+        run: settings that sample and train it with guidance 3 and, where there is one, a negative prompt.
         latents: shape of one image's.
         part: that is trained.
+        guided: whether there is classifier-free guidance; elsewhere the scale is embedded.
         cuts: whether ``model.max_sequence_length`` says how many tokens are read.
         readers: of prompts, as warnings call them.
     """
@@ -39,6 +49,7 @@ class Kind(NamedTuple):
     part: str = "transformer"
     cuts: bool = True
     readers: tuple[str, ...] = ("CLIP reads",)
+    guided: bool = True
 
 
 KINDS = {
@@ -53,6 +64,13 @@ KINDS = {
         SD3_RUN,
         PACKED,
         readers=("Qwen3 reads within its chat template (model.max_sequence_length)",),
+    ),
+    "flux2_dev": Kind(
+        "Flux2Pipeline",
+        EMBEDDED_RUN,
+        PACKED,
+        readers=("Mistral reads within its chat template (model.max_sequence_length)",),
+        guided=False,
     ),
     "qwen_image": Kind("QwenImagePipeline", SD3_RUN, PACKED, readers=("Qwen2.5-VL reads (model.max_sequence_length)",)),
     "sd": Kind("StableDiffusionPipeline", SD_RUN, LATENTS, "unet", False),
@@ -108,6 +126,11 @@ class Family:
     def run(self) -> tuple[str, ...]:
         return self.kind.run
 
+    @property
+    def unguided(self) -> str:
+        """The setting that makes the guidance 1."""
+        return "model.cfg_scale=1.0" if self.kind.guided else "model.guidance=1.0"
+
     def config(self, *overrides: str) -> Any:
         return tiny_config(self.folder, *self.run, *overrides)
 
@@ -119,7 +142,10 @@ class Family:
 
     def pipeline(self, folder: Path | None = None) -> Any:
         """diffusers' pipeline of a folder, with the scheduler whose grid the policy runs."""
-        pipeline = getattr(diffusers, self.kind.pipeline).from_pretrained(folder or self.folder)
+        folder, given = folder or self.folder, {"tokenizer": None} if self.name == "flux2_dev" else {}
+        pipeline = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **given)
+        if given:
+            pipeline.tokenizer = TextProcessor(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
         if not self.is_flow:
             pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
@@ -132,13 +158,14 @@ class Family:
             settings["max_sequence_length"] = KEPT
         name = "true_cfg_scale" if self.name in ("flux", "qwen_image") else "guidance_scale"
         settings[name] = scale - (self.name == "z_image")
-        if self.name == "klein":
-            # Its call takes the embeddings of another negative prompt than the empty one, and unpacked latents.
+        if self.name in FLUX2:  # unpacked latents
             latents = latents.transpose(1, 2).reshape(len(latents), CHANNELS, HEIGHT // 4, WIDTH // 4)
+        if self.name == "klein":
+            # Its call takes the embeddings of another negative prompt than the empty one.
             negative = settings.pop("negative_prompt", [NEGATIVE] * len(prompts))
             if scale != 1:
                 settings["negative_prompt_embeds"] = self.encoded(pipeline, negative)["prompt_embeds"]
-        elif scale != 1:
+        elif scale != 1 and self.kind.guided:
             settings.setdefault("negative_prompt", [NEGATIVE] * len(prompts))
         with torch.no_grad():
             return pipeline(prompt=prompts, height=HEIGHT, width=WIDTH, latents=latents, **settings).images
@@ -178,7 +205,7 @@ class Family:
     @torch.no_grad()
     def encoded(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         """What diffusers' pipeline makes of prompts, by the names of a policy's conditioning."""
-        if self.name == "klein":
+        if self.name in FLUX2:
             return {"prompt_embeds": pipeline.encode_prompt(prompts, max_sequence_length=KEPT)[0]}
         if self.name == "z_image":
             rows, _ = pipeline.encode_prompt([*prompts], do_classifier_free_guidance=False, max_sequence_length=KEPT)
@@ -202,7 +229,7 @@ class Family:
     def decoded(self, pipeline: Any, latents: Tensor) -> Tensor:
         """diffusers' images of clean latents, in the words of the end of each pipeline's call."""
         vae = pipeline.vae
-        if self.name == "klein":
+        if self.name in FLUX2:
             ids = pipeline._prepare_latent_ids(torch.empty(len(latents), 1, HEIGHT // 4, WIDTH // 4))
             pixels = pipeline._unpack_latents_with_ids(latents, ids)
             mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))

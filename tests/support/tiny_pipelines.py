@@ -3,6 +3,7 @@
 Images are those of :mod:`tiny_pipeline`, 16 x 24, and so are the words.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ GUIDED = ("model.cfg_scale=3.0", f"model.negative_prompt={NEGATIVE}")
 SD_RUN = (*GUIDED, "sampler.name=ddim", "sampler.noise=1.0", "credit.rule=uniform")
 FLOW_RUN = ("sampler.name=flow", "sampler.noise=0.7", "sampler.grid=scheduler", "credit.rule=native")
 SD3_RUN = (*GUIDED, *FLOW_RUN)
+EMBEDDED_RUN = ("model.guidance=3.0", *FLOW_RUN)
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -197,14 +199,70 @@ def build_qwen_image(folder: Path, **transformer: Any) -> None:
 
 def build_klein(folder: Path, *, distilled: bool = False, template: bool = True, **transformer: Any) -> None:
     """Write a Flux2KleinPipeline; ``template``: its tokenizer has a chat template."""
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
+    from diffusers import Flux2KleinPipeline
 
     torch.manual_seed(3)
+    pipeline: Any = Flux2KleinPipeline(
+        text_encoder=tiny_qwen(),
+        tokenizer=qwen_tokenizer(template),
+        is_distilled=distilled,
+        **flux2_parts(**transformer),
+    )
+    pipeline.save_pretrained(folder)
+
+
+def build_flux2_dev(folder: Path, *, template: bool = True, layers: int = 31, **transformer: Any) -> None:
+    """Write a Flux2Pipeline; ``template``: its tokenizer has a chat template, ``layers``: of its text encoder.
+
+    The tokenizer's folder has what a PixtralProcessor is loaded from.
+    """
+    from diffusers import Flux2Pipeline
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    torch.manual_seed(6)
+    tokenizer = mistral_tokenizer(template)
+    text: dict[str, Any] = {
+        "model_type": "mistral",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+    }
+    sight = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config=text, vision_config=sight, image_token_index=tokenizer.convert_tokens_to_ids("[IMG]")
+        )
+    )
+    parts = flux2_parts(**({"guidance_embeds": True} | transformer))
+    with torch.no_grad():  # random weights tell 3 from 3.008, which it becomes in bf16, and a trained network does not
+        parts["transformer"].time_guidance_embed.guidance_embedder.linear_2.weight.mul_(0.4)
+    pipeline: Any = Flux2Pipeline(text_encoder=encoder, tokenizer=None, **parts)
+    pipeline.save_pretrained(folder)
+    for part in (tokenizer, PixtralImageProcessorPil()):
+        part.save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "processor_config.json").write_text('{"processor_class": "PixtralProcessor"}')
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"tokenizer": ["transformers", "PixtralProcessor"]}, indent=2)
+    )
+
+
+def flux2_parts(**transformer: Any) -> dict[str, Any]:
+    """What FLUX.2's pipelines have in common; keyword arguments change the transformer's configuration."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -216,32 +274,21 @@ def build_klein(folder: Path, *, distilled: bool = False, template: bool = True,
     )
     vae.bn.running_mean.uniform_(-1, 1)
     vae.bn.running_var.uniform_(0.5, 2)
-    pipeline: Any = Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=tiny_qwen(),
-        tokenizer=qwen_tokenizer(template),
-        transformer=scaled(Flux2Transformer2DModel(**(KLEIN | transformer)), "proj_out", 1.5),
-        is_distilled=distilled,
-    )
+    network = scaled(Flux2Transformer2DModel(**(KLEIN | transformer)), "proj_out", 1.5)
     with torch.no_grad():  # the text matters
         for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
-            getattr(pipeline.transformer, name).linear.weight.mul_(8)
-    pipeline.save_pretrained(folder)
+            getattr(network, name).linear.weight.mul_(8)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"scheduler": scheduler, "vae": vae, "transformer": network}
 
 
 def qwen_tokenizer(template: bool = True) -> Any:
     """A token for each word, with and without a space before it; ``template``: with a chat template."""
     from transformers import Qwen2TokenizerFast
 
-    space, words = "\u0120", sorted(WORDS, key=len, reverse=True)
-    # A longer word's letters are merged before a shorter one's, which would split it.
-    merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
-    merges += [(space, word) for word in words]
-    letters = [*sorted(set("".join(WORDS))), space]
-    pieces = dict.fromkeys(["<|endoftext|>", *letters, *map("".join, merges)])
+    vocabulary, merges = byte_pairs("<|endoftext|>")
     tokenizer = Qwen2TokenizerFast(
-        vocab={piece: number for number, piece in enumerate(pieces)},
+        vocab=vocabulary,
         merges=merges,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         model_max_length=131072,  # more than Qwen3's max_position_embeddings, as published
@@ -249,6 +296,46 @@ def qwen_tokenizer(template: bool = True) -> Any:
     if template:
         tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
     return tokenizer
+
+
+def mistral_tokenizer(template: bool = True) -> Any:
+    """As Qwen's, with what Mistral's does besides: a token before each text, and padding before that.
+
+    The system message of FLUX.2-dev is one token.
+    """
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary, merges = byte_pairs("<unk>", "<s>", "<pad>", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", SYSTEM_MESSAGE],
+        padding_side="left",
+        model_max_length=10**30,  # as published
+    )
+    if template:
+        tokenizer.chat_template = (
+            "{{ bos_token }}{% for message in messages %}{{ message.content[0].text }}{% endfor %}[/INST]"
+        )
+    return tokenizer
+
+
+def byte_pairs(*special: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges of a tokenizer of :data:`WORDS`."""
+    space, words = "\u0120", sorted(WORDS, key=len, reverse=True)
+    # A longer word's letters are merged before a shorter one's, which would split it.
+    merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
+    merges += [(space, word) for word in words]
+    letters = [*sorted(set("".join(WORDS))), space]
+    pieces = dict.fromkeys([*special, *letters, *map("".join, merges)])
+    return {piece: number for number, piece in enumerate(pieces)}, merges
 
 
 def tiny_qwen(width: int = 16, layers: int = 28) -> Any:
@@ -323,4 +410,12 @@ def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FLUX.2-klein; do not write into it."""
     folder = tmp_path_factory.mktemp("klein") / "pipeline"
     build_klein(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux2_dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.2-dev; do not write into it."""
+    folder = tmp_path_factory.mktemp("flux2_dev") / "pipeline"
+    build_flux2_dev(folder)
     return folder

@@ -27,9 +27,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SETTINGS["z_image"] = SETTINGS["klein"]
 SETTINGS["qwen_image"] = {key: value for key, value in SETTINGS["klein"].items() if key not in GUIDED}  # not trained so
+SETTINGS["flux2_dev"] = SETTINGS["qwen_image"] | {"model__guidance": 3.0}
 
 
-SLOW = (pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "klein", "qwen_image", "z_image"))
+SLOW = (pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "klein", "flux2_dev", "qwen_image", "z_image"))
 
 
 @pytest.fixture(scope="module", params=("sd", *SLOW))

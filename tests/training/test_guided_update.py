@@ -7,7 +7,7 @@ import pytest
 import torch
 from published_loss import Published, distance
 from tiny_pipeline import tiny_config
-from tiny_pipelines import FLOW_RUN, SD3_RUN, SD_RUN
+from tiny_pipelines import EMBEDDED_RUN, FLOW_RUN, SD3_RUN, SD_RUN
 from tiny_runs import LORA, Bench
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "klein_native_lora": ("klein_folder", (*SD3_RUN, *NATIVE, *LORA, "optimizer.lr=0.02")),
     "klein_full_kl": ("klein_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
+    "flux2_dev_lora": ("flux2_dev_folder", (*EMBEDDED_RUN, *NATIVE, *LORA, "optimizer.lr=0.02")),
     "qwen_image_lora": ("qwen_image_folder", (*FLOW_RUN, *NATIVE, *LORA, "optimizer.lr=0.02")),
     "z_image_full_kl": ("z_image_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
     "sd3_full_kl": ("sd3_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
@@ -78,6 +79,7 @@ def test_the_gradient_of_the_unconditional_half_counts(bench_of: Callable[..., B
         pytest.param("sd3_full_kl", "rollout", "bfloat16", marks=pytest.mark.slow),
         pytest.param("klein_full_kl", "rollout", "bfloat16", marks=pytest.mark.slow),
         pytest.param("z_image_full_kl", "rollout", "bfloat16", marks=pytest.mark.slow),
+        ("flux2_dev_lora", "recompute", "float32"),
         ("qwen_image_lora", "recompute", "float32"),
         ("klein_native_lora", "recompute", "float32"),
         ("sd3_native_kl", "recompute", "float32"),
@@ -104,7 +106,9 @@ def test_the_log_ratio_is_exactly_0_where_the_output_is_unchanged(
     record = bench.run()[0]
     # bf16 has no 501: the time reaches the network before anything is rounded.
     time = float(bench.transitions.times[1])
-    time = 1 - time if name.startswith("z_image") else time if name.startswith(("klein", "qwen")) else 1000 * time
+    time = (
+        1 - time if name.startswith("z_image") else time if name.startswith(("klein", "flux2", "qwen")) else 1000 * time
+    )
     assert asked and all(torch.allclose(one, torch.full_like(one, time), rtol=1e-6) for one in asked)
     assert record["policy/log_ratio_abs"] == 0
     assert record["rollout/mismatch_output"] == record["rollout/mismatch_log_ratio"] == 0

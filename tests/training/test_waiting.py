@@ -10,7 +10,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed, and the pol
 pytest.importorskip("deepspeed", reason="deepspeed is not installed, and the update is its engine's")
 
 from tiny_pipeline import PROMPTS, tiny_config
-from tiny_pipelines import FLOW_RUN, SD3_RUN, SD_RUN
+from tiny_pipelines import EMBEDDED_RUN, FLOW_RUN, SD3_RUN, SD_RUN
 from tiny_runs import CPU, LORA, Bench
 from torch import Tensor
 from waits import Waits
@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("model.cfg_scale=2.0", "train.old_output=recompute", "rollout.share_first_steps=true"),
     ),
     "klein_lora": ("klein_folder", (*SD3_RUN, *LORA)),
+    "flux2_dev_lora": ("flux2_dev_folder", (*EMBEDDED_RUN, *LORA)),
     "qwen_image_lora": ("qwen_image_folder", (*FLOW_RUN, *LORA)),
     "z_image_lora": ("z_image_folder", (*SD3_RUN, *LORA)),
     "sd3": ("sd3_folder", SD3_RUN),
@@ -104,7 +105,10 @@ class Accelerator:
     "case",
     [
         pytest.param(
-            name, marks=pytest.mark.slow if name in ("flux_guided", "klein_lora", "sd3", "qwen_image_lora") else ()
+            name,
+            marks=pytest.mark.slow
+            if name in ("flux_guided", "klein_lora", "flux2_dev_lora", "sd3", "qwen_image_lora")
+            else (),
         )
         for name in CASES
     ],
