@@ -319,6 +319,9 @@ class CreditConfig(Section):
     kl: Literal["exact", "published"] = Field(
         "exact", description="exact KL of the Gaussians, or Flow-GRPO's, which has an extra factor of the step length"
     )
+    kl_reference: Literal["base", "start"] = Field(
+        "base", description="what the KL is to: the base model, or the base model with the LoRA of model.lora.init"
+    )
     normalize_scale: bool = Field(
         False,
         description="divide the rule's outer scale by its mean over the steps "

@@ -85,11 +85,12 @@ RULES = (
         switch="credit.objective",
     ),
     Rule(
-        ("credit.kl",),
+        ("credit.kl", "credit.kl_reference"),
         "credit.kl_coefficient above 0",
         lambda c: c.credit.kl_coefficient > 0,
         switch="credit.kl_coefficient",
     ),
+    Rule(("credit.kl_reference",), "model.lora.init", lambda c: c.model.lora.init is not None),
     Rule(
         ("credit.normalize_scale",),
         f"credit.rule {listed(rules_taking('normalize_scale'))}",

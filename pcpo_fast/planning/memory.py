@@ -100,6 +100,8 @@ def plan_memory(
     reference = 0.0
     if config.keeps_start:
         reference = model.network_parameters * width
+    elif config.credit.kl_reference == "start":
+        reference = model.trained_parameters * width
     saved = sum(count * width - packed for count, packed in model.packed_layers)
     dequantised = float(max((count * width for count, _ in model.packed_layers), default=0))
     weights = states.weights - saved

@@ -18,7 +18,7 @@ from pcpo_fast.policies.attention import check_attention
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.folder_checks import check_folder, single_file
 from pcpo_fast.policies.four_bit import check_base_weights
-from pcpo_fast.policies.lora import add_lora, fill_lora
+from pcpo_fast.policies.lora import add_lora, fill_lora, keep_start
 from pcpo_fast.policies.lora_files import describe_run, read_lora
 from pcpo_fast.policies.pipeline_files import pipeline_folder
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
@@ -113,7 +113,9 @@ def load_policy(
 
 
 def keep_reference(policy: Policy, config: Config, device: torch.device) -> None:
-    """Keep a frozen copy of the initial network for the KL, unless adapters can simply be disabled."""
+    """Keep a frozen copy of the initial network, or of its adapters, for the KL, unless these can just be disabled."""
+    if config.credit.kl_reference == "start":
+        keep_start(policy.module)
     if config.keeps_start:
         policy.reference_module = copy.deepcopy(policy.module).requires_grad_(False).to(device)
         if config.model.compile:

@@ -1,5 +1,6 @@
 """LoRA adapters through peft, with checks for errors that peft ignores."""
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from pcpo_fast.config.schema import LoraConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.lora_files import LowRank
+
+START = "start"
+"""peft's name of the adapters of :func:`keep_start`."""
 
 
 def add_lora(
@@ -134,6 +138,22 @@ def only_adapter(module: nn.Module, adapter: str | None) -> Iterator[None]:
     finally:
         for layer, (disabled, active) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def keep_start(module: nn.Module) -> None:
+    """Keep frozen copies of the adapters as they are now, as adapters named :data:`START`.
+
+    They take no part in a forward but within :func:`only_adapter`.
+
+    Raises:
+        ValueError: the module has no adapters.
+    """
+    for layer in _adapted_layers(module):
+        for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+            parts[START] = copy.deepcopy(parts["default"]).requires_grad_(False)
+        layer.scaling[START] = layer.scaling["default"]
+    adapted: Any = module
+    adapted.peft_config[START] = adapted.peft_config["default"]
 
 
 @contextmanager

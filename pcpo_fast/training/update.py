@@ -1,6 +1,7 @@
 """The update: optimizer steps on a rollout and its advantages, in micro-batches of (image, step) pairs."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,6 +14,7 @@ from pcpo_fast.distributed.collectives import world_size
 from pcpo_fast.engine.engine import Engine
 from pcpo_fast.method.step_tables import CreditRows, StepTable
 from pcpo_fast.policies import Conditioning, Policy, PolicyOutput
+from pcpo_fast.policies.lora import START, only_adapter
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.rollout.rollout import Rollout
 from pcpo_fast.training.pairs import pairs_to_run
@@ -127,7 +129,7 @@ class Update:
         """Forward and backward of a micro-batch; ``unchanged``: the weights are still those of the rollout."""
         beta, reference = self.config.credit.kl_coefficient, None
         if beta > 0:
-            with torch.no_grad(), self.policy.as_reference(), profiler_ranges.named("forward"):
+            with torch.no_grad(), self._as_reference(), profiler_ranges.named("forward"):
                 reference = self._predict(batch)
         with profiler_ranges.named("forward"):
             halves = self._predict_halves(batch)
@@ -139,6 +141,11 @@ class Update:
         with profiler_ranges.named("backward"):
             self.engine.backward(result.loss, batch.last)
         self.engine.step()
+
+    def _as_reference(self) -> AbstractContextManager[None]:
+        if self.config.credit.kl_reference == "start":
+            return only_adapter(self.policy.module, START)
+        return self.policy.as_reference()
 
     def _old_side(self, batch: MicroBatch, unchanged: bool) -> tuple[Tensor | None, NoiseKey | Endpoints]:
         """The old output (None: the new one, detached), and the noise that gives ``x'`` with it."""

@@ -23,6 +23,7 @@ def refusal(path: Path | None, *overrides: str) -> str:
     return str(caught.value)
 
 
+START = ("model.finetune=lora", "model.lora.init=/nowhere/style.safetensors")
 # One member of each rule: the setting alone, what makes it count, and the words for that.
 IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
     ("model.lora.init=/nowhere/style.safetensors", ("model.finetune=lora",), "model.finetune=lora"),
@@ -36,6 +37,7 @@ IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
     ("window.schedule=random", ("window.size=2",), "window.size above 0"),
     ("credit.divergence_threshold=1e-4", ("credit.objective=divergence_mask",), "credit.objective=divergence_mask"),
     ("credit.kl=published", ("credit.kl_coefficient=0.1",), "credit.kl_coefficient above 0"),
+    ("credit.kl_reference=start", (*START, "credit.kl_coefficient=0.1"), "credit.kl_coefficient above 0"),
     ("credit.normalize_scale=true", ("credit.rule=fair_clip",), "credit.rule grpo_guard or fair_clip"),
     ("advantage.buffer_size=20", ("advantage.normalization=running",), "advantage.normalization=running"),
     ("advantage.scored_steps=2", ("advantage.steps=baseline",), "advantage.steps baseline or gain"),
@@ -87,6 +89,10 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
             r"window\.wrap .* window\.schedule=progressive",
         ),
         (("window.size=2", "window.schedule=fixed", "window.interval=3"), "window.interval .* progressive or random"),
+        (
+            ("credit.kl_coefficient=0.1", "credit.kl_reference=start"),
+            r"credit\.kl_reference .* with model\.lora\.init:",
+        ),
         (("window.size=2", "window.decay_after=3"), "window.decay_after .* window.decay above 0"),
         (("credit.steps=[0, 1]", "credit.train_last_step=true"), "train_last_step .* credit.steps=null"),
         (("credit.rule=native", "credit.normalize_over=trained"), "credit.normalize_over .* pcpo_ratio"),

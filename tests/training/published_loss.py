@@ -27,7 +27,7 @@ class Published:
         self.alphas = torch.cumprod(1 - betas, dim=0).double().tolist()
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        double = {name: value.double() for name, value in weights.items()}
+        double = {name: value.double() for name, value in weights.items() if ".start." not in name}
         missing, unexpected = self.policy.module.load_state_dict(double, strict=False)
         assert not unexpected and set(missing) <= {name for name, _ in self.policy.module.named_buffers()}
 
@@ -171,9 +171,10 @@ class Published:
         return metrics, gradients
 
     def _reference(self, pairs: list[tuple[int, int]]) -> Tensor:
-        """The frozen start: the weights before the first step, adapters at zero."""
+        """The frozen reference: the weights before the first step, with adapters at zero unless they are part of it."""
+        zeroed = "lora_B" if self.bench.config.credit.kl_reference == "base" else "none"
         start = self.bench.weights[0]
-        self.load({name: torch.zeros_like(value) if "lora_B" in name else value for name, value in start.items()})
+        self.load({name: torch.zeros_like(value) if zeroed in name else value for name, value in start.items()})
         with torch.no_grad():
             return self.outputs(pairs)
 
