@@ -1,4 +1,4 @@
-"""``pcpo-fast plan``: memory and time of a run before it starts."""
+"""``pcpo-fast plan``: memory, disk space and time of a run before it starts."""
 
 import argparse
 
@@ -10,7 +10,8 @@ EXIT_NOTHING_FITS = 3
 
 EXAMPLES = """examples:
   pcpo-fast plan --config flux_dev_pcpo --gpus 8 --gpu H100
-  pcpo-fast plan --config 1x24gb_flux_lora --gpu 4090 --json
+  pcpo-fast plan --config 1x24gb_flux_lora --gpu 4090 --host-memory 64 --disk 500
+  pcpo-fast plan --config flux_dev_pcpo --gpus 16 --nodes 2 --json
   pcpo-fast plan --config run.yaml --gpus 4 --gpu-memory 48 --peak-tflops 362 model.height=1024 model.width=1024
 
 GB are 1e9 bytes. FLUX.1-dev, FLUX.2-klein and dev, Z-Image, Qwen-Image, SD3.5-medium and Stable Diffusion 1.x need
@@ -23,8 +24,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declare the command."""
     parser = commands.add_parser(
         "plan",
-        help="memory and time of a run before it starts",
-        description="Estimate what a run needs on its GPUs, how long it takes, and which settings fit.",
+        help="memory, disk space and time of a run before it starts",
+        description="Estimate what a run needs on GPUs, host and disk, how long it takes, and which settings fit.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
@@ -32,9 +33,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
     parser.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"
+    )
+    parser.add_argument(
         "--gpu", default="H100", metavar="NAME", help=f"which: {', '.join(CARDS)} (default H100, of 80 GB)"
     )
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one (default: that of --gpu)")
+    parser.add_argument(
+        "--host-memory", type=float, metavar="GB", help="host memory of each machine (default: not compared)"
+    )
+    parser.add_argument(
+        "--disk", type=float, metavar="GB", help="free disk space where the run writes (default: not compared)"
+    )
     parser.add_argument(
         "--peak-tflops", type=float, metavar="RATE", help="dense bf16 TFLOP/s of one (default: those of --gpu)"
     )
@@ -67,7 +77,17 @@ def run(arguments: argparse.Namespace) -> int:
     card = find_card(arguments.gpu)
     memory = card.memory_gb if arguments.gpu_memory is None else arguments.gpu_memory
     rate = card.peak_tflops if arguments.peak_tflops is None else arguments.peak_tflops
-    plan = make_plan(config, arguments.gpus, memory, rate, arguments.model_config, arguments.mfu)
+    plan = make_plan(
+        config,
+        arguments.gpus,
+        memory,
+        rate,
+        arguments.model_config,
+        arguments.mfu,
+        nodes=arguments.nodes,
+        host_gb=arguments.host_memory,
+        disk_gb=arguments.disk,
+    )
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:

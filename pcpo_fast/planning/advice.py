@@ -2,15 +2,33 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.host import plan_host
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
 from pcpo_fast.planning.states import Zero, usual_stages
 
+GB = 1e9
+"""Decimal, as GPU memory is advertised; CUDA's tools report GiB of 1.074e9 bytes."""
+
 RESERVE, RESERVE_SHARE = 1.5e9, 0.04
 """Bytes, and share of a GPU's memory, kept free for the CUDA context, NCCL buffers and fragmentation (assumed)."""
+
+
+class Machines(NamedTuple):
+    """The machines that a run's GPUs are in.
+
+    Attributes:
+        nodes: how many.
+        host: bytes of host memory of one; None: any amount.
+    """
+
+    nodes: int = 1
+    host: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,11 +52,13 @@ class Choice:
 
 
 def usable(memory: float) -> float:
-    """Bytes of a GPU's ``memory`` that a plan may use: all but the reserve."""
+    """Bytes of a GPU's, or a machine's, ``memory`` that a plan may use: all but the reserve."""
     return memory - max(RESERVE, RESERVE_SHARE * memory)
 
 
-def choose(config: Config, costs: ModelCosts, ranks: int, memory: float, pairs: int) -> Choice | None:
+def choose(
+    config: Config, costs: ModelCosts, ranks: int, memory: float, pairs: int, machines: Machines | None = None
+) -> Choice | None:
     """The first choice that fits, or None.
 
     Args:
@@ -47,8 +67,28 @@ def choose(config: Config, costs: ModelCosts, ranks: int, memory: float, pairs: 
         ranks: number of GPUs.
         memory: bytes of one GPU.
         pairs: (image, step) pairs per rank and update; the micro-batch size must divide it.
+        machines: what the GPUs are in; None: whose host memory does not matter.
     """
-    return next((c for c in _choices(config, costs, ranks, pairs) if c.memory.peak <= usable(memory)), None)
+    nodes, host = Machines() if machines is None else machines
+
+    @cache
+    def host_suffices(zero: Zero) -> bool:
+        return host is None or plan_host(config, costs, zero, ranks, nodes).peak <= usable(host)
+
+    choices = _choices(config, costs, ranks, pairs)
+    return next((c for c in choices if c.memory.peak <= usable(memory) and host_suffices(c.zero)), None)
+
+
+def least_host_memory(
+    config: Config, costs: ModelCosts, ranks: int, memory: float, pairs: int, nodes: int
+) -> tuple[Choice, MemoryPlan] | None:
+    """Of the choices that fit GPUs with ``memory`` the one that needs the least host memory, and how much; or None."""
+    best: dict[Zero, Choice] = {}
+    for choice in _choices(config, costs, ranks, pairs):
+        if choice.memory.peak <= usable(memory):
+            best.setdefault(choice.zero, choice)
+    plans = [(choice, plan_host(config, costs, zero, ranks, nodes)) for zero, choice in best.items()]
+    return min(plans, key=lambda pair: pair[1].peak, default=None)
 
 
 def least_memory(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Choice:

@@ -11,7 +11,7 @@ from pcpo_fast.rewards.registry import model_bytes
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one GPU.
+    """Bytes on one GPU, or in one machine's host memory.
 
     Attributes:
         parts: bytes by part; not all parts are alive at the same time.

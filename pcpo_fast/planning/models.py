@@ -14,17 +14,20 @@ from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.families import FAMILIES, family_of
-from pcpo_fast.policies.folder_checks import used_parts
+from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.four_bit import frozen_layers, packed_bytes
 from pcpo_fast.policies.lora import add_lora
 from pcpo_fast.policies.part_checks import about, check_config
-from pcpo_fast.policies.pipeline_files import check_hub_id, pipeline_class_of
+from pcpo_fast.policies.pipeline_files import check_hub_id, folder_here, pipeline_class_of
 from pcpo_fast.policies.pipeline_policy import DTYPES, PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import needed
-from pcpo_fast.policies.weight_files import read_json
+from pcpo_fast.policies.weight_files import find_weights, read_headers, read_json
 
 META = torch.device("meta")
+
+STORED = {"float32": "F32", "bfloat16": "BF16"}
+"""Names of dtypes in the headers of safetensors files."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,29 @@ class ModelOnMeta:
     def trained_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(p.numel() for p in self.policy.module.parameters() if p.requires_grad)
+
+    @cached_property
+    def mapped_parts(self) -> set[str]:
+        """Parts whose files are on this machine and store ``model.dtype``.
+
+        Loading maps such files into memory: the ranks of a machine share these pages, and the system can drop them at
+        any time. Other weights are converted, so every rank has a copy.
+        """
+        settings, family, found = self.settings, type(self.policy), set[str]()
+        folder = folder_here(settings.path, settings.revision)
+        if folder is None:
+            return found
+        file, _ = single_file(settings, family.trained_part)
+        try:
+            for part, kind in used_parts(folder, family).items():
+                if part in ("vae", *self.encoders) or (part == family.trained_part and file is None):
+                    library = kind.__module__.partition(".")[0]
+                    weights = find_weights(folder / part, library, settings.variant)
+                    kinds = {tensor.dtype for tensor in read_headers(weights.files).values()}
+                    found |= {part} if kinds == {STORED[settings.dtype]} else set()
+        except UserError:  # loading says what is wrong with the folder
+            return set()
+        return found
 
     @cached_property
     def vae_parameters(self) -> int:

@@ -13,6 +13,11 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     console.print(_parameters(plan))
     console.print(_work(plan))
     console.print(_memory(plan))
+    console.print(_host(plan))
+    console.print(_disk(plan["disk_gb"]))
+    if "encoded prompts" not in plan["disk_gb"]["parts"]:
+        each = _number(1e3 * plan["disk_gb"]["each_prompt"])
+        _say(console, f"Encoded prompts come on top, {each} MB each: prompts.train or prompts.heldout is not here")
     run = plan["run"]
     _say(
         console,
@@ -22,7 +27,8 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     own, gpus = plan["configured"], f"{plan['gpus']} x {plan['gpu_memory_gb']:g} GB"
     peak = f"{own['peak']:.1f} GB at its peak ({own['worst_phase']})"
     verdict = "fits" if own["fits"] else "does not fit"
-    _say(console, f"This configuration ({own['zero']}) needs {peak}; it {verdict} {gpus}")
+    host = f"{own['host']['peak']:.1f} GB of host memory in each machine ({own['host']['worst_phase']})"
+    _say(console, f"This configuration ({own['zero']}) needs {peak}; it {verdict} {gpus}. It needs {host}")
     advice = plan["recommendation"]
     _say(console, ("Recommended: " if advice["fits"] else "Does not fit: ") + advice["reason"])
     if advice["fits"]:
@@ -67,25 +73,64 @@ def _work(plan: dict[str, Any]) -> Table:
 
 
 def _memory(plan: dict[str, Any]) -> Table:
-    stages, own = plan["memory_gb"], plan["configured"]
-    table = Table(box=SIMPLE_HEAD, title="Memory per GPU in GB, with the configuration's batch sizes and checkpointing")
-    table.add_column("part", no_wrap=True)
-    columns = {**stages, "this config": own}
-    for name in columns:
-        table.add_column(re.sub("[_ ]", "\n", name), justify="right", no_wrap=True)
-    for part in own["parts"]:
-        if part != "text encoders" and any(column["parts"][part] for column in columns.values()):
-            table.add_row(part, *(_number(column["parts"][part]) for column in columns.values()))
-    table.add_section()
-    for phase in own["phases"]:
-        table.add_row(f"peak: {phase}", *(_number(column["phases"][phase]) for column in columns.values()))
-    table.add_section()
-    fits = ("[green]yes[/]", "[red]no[/]")
-    table.add_row("fits", *(fits[not column["fits"]] for column in columns.values()))
+    title = "Memory per GPU in GB, with the configuration's batch sizes and checkpointing"
+    table = _stages(title, plan["memory_gb"] | {"this config": plan["configured"]})
     table.caption = "not all parts are alive in every phase"
     if plan["uncounted_rewards"]:
         table.caption += f"; not counted: the models of {', '.join(plan['uncounted_rewards'])}"
     return table
+
+
+def _host(plan: dict[str, Any]) -> Table:
+    count, size = plan["gpus"] // plan["nodes"], plan["host_memory_gb"]
+    held = f"{count} rank{'s' if count > 1 else ''}" + ("" if size is None else f" and {size:g} GB")
+    columns = plan["host_gb"] | {"this config": plan["configured"]["host"]}
+    table = _stages(f"Host memory of a machine with {held}, in GB", columns)
+    if not plan["model"]["mapped"]:
+        table.caption = f"with a copy of the weights in every rank: files that store {plan['model']['dtype']} need none"
+    return table
+
+
+def _stages(title: str, columns: dict[str, Any]) -> Table:
+    """Parts and peaks of one kind of memory, in a column for each ZeRO stage and one for the configuration."""
+    table = Table(box=SIMPLE_HEAD, title=title)
+    table.add_column("part", no_wrap=True)
+    for name in columns:
+        table.add_column(re.sub("[_ ]", "\n", name), justify="right", no_wrap=True)
+    own = columns["this config"]
+    for part in own["parts"]:
+        if any(column["parts"][part] for column in columns.values()):
+            table.add_row(part, *(_gb(column["parts"][part]) for column in columns.values()))
+    table.add_section()
+    for phase in own["phases"]:
+        table.add_row(f"peak: {phase}", *(_gb(column["phases"][phase]) for column in columns.values()))
+    if own["fits"] is not None:
+        table.add_section()
+        table.add_row("fits", *(_verdict(column["fits"]) for column in columns.values()))
+    return table
+
+
+def _disk(disk: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, title="Disk space in GB")
+    table.add_column("part", no_wrap=True)
+    table.add_column("GB", justify="right")
+    for part, size in disk["parts"].items():
+        table.add_row(part, _gb(size))
+    table.add_section()
+    table.add_row("all", _gb(disk["total"]))
+    if disk["fits"] is not None:
+        table.add_row(f"fits {disk['free']:g} GB", _verdict(disk["fits"]))
+    return table
+
+
+def _verdict(fits: bool) -> str:
+    return "[green]yes[/]" if fits else "[red]no[/]"
+
+
+def _gb(value: float) -> str:
+    if 0 < value < 0.01:
+        return "<0.01"
+    return f"{value:.2f}" if 0 < value < 10 else _number(value)
 
 
 def _number(value: float) -> str:

@@ -9,18 +9,18 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.samplers import check_sampler
 from pcpo_fast.method.step_tables import RunTables
-from pcpo_fast.planning.advice import Choice, choose, least_memory, usable
+from pcpo_fast.planning.advice import GB, Machines, usable
 from pcpo_fast.planning.cards import MFU
 from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.disk import evaluation_count, plan_disk, prompt_bytes
+from pcpo_fast.planning.host import plan_host
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory, uncounted_rewards
 from pcpo_fast.planning.models import find_architecture
+from pcpo_fast.planning.recommendation import recommend
 from pcpo_fast.planning.sizes import fitted
 from pcpo_fast.planning.states import Zero, usual_stages
 from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
 from pcpo_fast.rollout.epoch_plan import pairs_per_update
-
-GB = 1e9
-"""Decimal, as GPU memory is advertised; CUDA's tools report GiB of 1.074e9 bytes."""
 
 
 def make_plan(
@@ -30,6 +30,10 @@ def make_plan(
     peak_tflops: float = 989.0,
     model_config: str | None = None,
     mfu: float = MFU,
+    *,
+    nodes: int = 1,
+    host_gb: float | None = None,
+    disk_gb: float | None = None,
 ) -> dict[str, Any]:
     """The plan as a JSON-compatible dictionary.
 
@@ -40,11 +44,14 @@ def make_plan(
         peak_tflops: rate of one GPU for the ideal times, in 1e12 operations per second.
         model_config: pipeline folder to read the architecture from, instead of ``model.path``.
         mfu: model operations over time and peak rate that the whole run is assumed to reach.
+        nodes: machines that the GPUs are divided over.
+        host_gb: host memory of each machine, in 1e9 bytes; None: needs are said, but not compared.
+        disk_gb: free space where the run writes, in 1e9 bytes; None likewise.
 
     Raises:
         UserError: a number is out of range, the model is unknown, or images and batches do not divide over the GPUs.
     """
-    _check(gpus, memory_gb, peak_tflops)
+    _check(gpus, memory_gb, peak_tflops, nodes, host_gb, disk_gb)
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: must be above 0 and at most 1, got {mfu:g}")
     architecture = find_architecture(config.model, model_config)
@@ -58,7 +65,17 @@ def make_plan(
     config = fitted(config, pairs, gpus, memory_gb * GB, costs)
     rate = gpus * peak_tflops * 1e12
     model = costs.model
-    own = plan_memory(config, costs, Zero.of(config), gpus)
+    zero, machines = Zero.of(config), Machines(nodes, None if host_gb is None else host_gb * GB)
+    own = plan_memory(config, costs, zero, gpus)
+    disk = plan_disk(config, costs, zero)
+    written = sum(disk.values()) / GB
+    advice = recommend(config, costs, gpus, memory_gb, pairs, machines)
+    if disk_gb is not None and written > disk_gb:
+        advice |= {
+            "fits": False,
+            "reason": f"the run writes {written:.1f} GB to disk, but {disk_gb:.1f} are free",
+            "ways_out": ["lower checkpoint.keep", "set model.embedding_cache or output_dir to larger disks"],
+        }
     plain, again = costs.training(1, False), costs.training(1, True)
     phases = work_of_epoch(
         config, costs, trainable, checkpointed=config.model.recomputed_share, predictions=predictions
@@ -74,6 +91,7 @@ def make_plan(
             "dtype": config.model.dtype,
             "finetune": config.model.finetune,
             "base_weights": config.model.base_weights,
+            "mapped": sorted(model.mapped_parts),
         },
         "gpus": gpus,
         "gpu_memory_gb": memory_gb,
@@ -109,108 +127,56 @@ def make_plan(
         },
         "saved_activations_gb": {"plain": plain.saved / GB, "checkpointed": again.saved / GB},
         "memory_gb": {
-            name: _memory_record(plan_memory(config, costs, zero, gpus), memory_gb)
+            name: _record(plan_memory(config, costs, zero, gpus), memory_gb)
             for name, zero in usual_stages(config).items()
+        },
+        "nodes": nodes,
+        "host_memory_gb": host_gb,
+        "host_gb": {
+            name: _record(plan_host(config, costs, stage, gpus, nodes), host_gb)
+            for name, stage in usual_stages(config).items()
+        },
+        "disk_gb": {
+            "parts": {name: size / GB for name, size in disk.items()},
+            "each_prompt": prompt_bytes(config, costs) / GB,
+            "total": written,
+            "free": disk_gb,
+            "fits": None if disk_gb is None else written <= disk_gb,
         },
         "uncounted_rewards": uncounted_rewards(config),
         "configured": {
-            "zero": Zero.of(config).name,
+            "zero": zero.name,
             "deepspeed": config.deepspeed,
             "micro_batch_size": config.train.pairs_at_once,
             "rollout_batch_size": config.rollout.images_at_once,
+            "host": _record(plan_host(config, costs, zero, gpus, nodes), host_gb),
         }
-        | _memory_record(own, memory_gb),
-        "recommendation": _recommend(config, costs, gpus, memory_gb, pairs),
+        | _record(own, memory_gb),
+        "recommendation": advice,
     }
 
 
-def evaluation_count(config: Config) -> int:
-    """Evaluations of a whole run: before training, every so many epochs, and after the last."""
-    if config.prompts.heldout is None:
-        return 0
-    epochs, every = config.train.epochs, config.evaluation.every
-    return 1 + (-(-epochs // every) if every else min(epochs, 1))
-
-
-def _check(gpus: int, memory_gb: float, peak_tflops: float) -> None:
-    if gpus < 1:
-        raise UserError(f"--gpus: must be at least 1, got {gpus}")
-    for option, value in (("--gpu-memory", memory_gb), ("--peak-tflops", peak_tflops)):
-        if not (math.isfinite(value) and value > 0):
+def _check(
+    gpus: int, memory_gb: float, peak_tflops: float, nodes: int, host_gb: float | None, disk_gb: float | None
+) -> None:
+    for name, count in (("--gpus", gpus), ("--nodes", nodes)):
+        if count < 1:
+            raise UserError(f"{name}: must be at least 1, got {count}")
+    if gpus % nodes:
+        raise UserError(f"--gpus: {gpus} GPUs do not divide evenly over {nodes} machines (--nodes)")
+    amounts = {"--gpu-memory": memory_gb, "--peak-tflops": peak_tflops, "--host-memory": host_gb, "--disk": disk_gb}
+    for option, value in amounts.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{option}: must be a number above 0, got {value:g}")
-        if not 1e-3 <= value <= 1e6:
+        if value is not None and not 1e-3 <= value <= 1e6:
             raise UserError(f"{option}: must be between 0.001 and 1000000, got {value:g}")
 
 
-def _memory_record(memory: MemoryPlan, memory_gb: float) -> dict[str, Any]:
+def _record(memory: MemoryPlan, available_gb: float | None) -> dict[str, Any]:
     return {
         "parts": {name: size / GB for name, size in memory.parts.items()},
         "phases": {name: size / GB for name, size in memory.phases.items()},
         "peak": memory.peak / GB,
         "worst_phase": memory.worst,
-        "fits": memory.peak <= usable(memory_gb * GB),
-    }
-
-
-def _recommend(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, pairs: int) -> dict[str, Any]:
-    choice = choose(config, costs, gpus, memory_gb * GB, pairs)
-    if choice is not None:
-        reason = (
-            f"{choice.zero.name} {'with' if choice.checkpointed else 'without'} gradient checkpointing, micro-batches "
-            f"of {choice.micro_batch}: peak {choice.memory.peak / GB:.1f} of {memory_gb:g} GB, in the phase "
-            f"{choice.memory.worst!r}"
-        )
-        held = choice.zero.offload_parameters and _changed(config, costs, gpus, memory_gb, pairs, base_weights="nf4")
-        ways = [f"without host memory: model.base_weights=nf4 fits with {held}"] if held else []
-        return {"fits": True, **_choice_record(choice), "reason": reason} | ({"ways_out": ways} if ways else {})
-    least = least_memory(config, costs, gpus, pairs)
-    ways = []
-    if config.model.finetune == "full":
-        small = _changed(config, costs, gpus, memory_gb, pairs, finetune="lora")
-        ways += [f"train LoRA adapters: model.finetune=lora fits with {small}"] if small else []
-    else:
-        four_bits, elsewhere = {"base_weights": "nf4"}, {"encode_on": "cpu"}
-        for change in (four_bits, elsewhere, four_bits | elsewhere):
-            if small := _changed(config, costs, gpus, memory_gb, pairs, **change):
-                named = " ".join(f"model.{key}={value}" for key, value in change.items())
-                ways.append(f"hold less of the model on the GPU: {named} fits with {small}")
-                break
-    for more in (2, 4, 8, 16, 32, 64):  # whether the images divide evenly over them is not checked
-        if more > gpus and choose(config, costs, more, memory_gb * GB, 1) is not None:
-            ways.append(f"use {more} such GPUs")
-            break
-    needed = least.memory.peak / GB
-    usual = (16.0, 24.0, 32.0, 40.0, 48.0, 80.0, 96.0, 141.0, 180.0, 192.0, 288.0)
-    large = next((size for size in usual if usable(size * GB) >= needed * GB), math.ceil(needed * 1.05))
-    ways.append(f"use GPUs with {large:.0f} GB")
-    if least.memory.worst in ("rollout", "update"):
-        ways.append("use smaller images (model.height, model.width)")
-    reason = (
-        f"no settings fit {gpus} x {memory_gb:g} GB: the smallest plan ({' '.join(least.settings())}) needs "
-        f"{needed:.1f} GB in the phase {least.memory.worst!r}, but only "
-        f"{usable(memory_gb * GB) / GB:.1f} GB are usable"
-    )
-    return {"fits": False, **_choice_record(least), "reason": reason, "ways_out": ways}
-
-
-def _changed(config: Config, costs: ModelCosts, gpus: int, memory_gb: float, pairs: int, **model: str) -> str | None:
-    """The settings with which the run fits if its model is changed so; None if it does not, or is so already."""
-    settings = config.model.model_copy(update=model)
-    if settings == config.model:
-        return None
-    changed = config.model_copy(update={"model": settings})
-    choice = choose(changed, ModelCosts(costs.architecture, settings), gpus, memory_gb * GB, pairs)
-    return None if choice is None else " ".join(choice.settings())
-
-
-def _choice_record(choice: Choice) -> dict[str, Any]:
-    return {
-        "zero_stage": choice.zero.stage,
-        "offload_optimizer": choice.zero.offload_optimizer,
-        "offload_parameters": choice.zero.offload_parameters,
-        "gradient_checkpointing": choice.checkpointed,
-        "micro_batch_size": choice.micro_batch,
-        "rollout_batch_size": choice.rollout_batch,
-        "peak_gb": choice.memory.peak / GB,
-        "settings": choice.settings(),
+        "fits": None if available_gb is None else memory.peak <= usable(available_gb * GB),
     }

@@ -54,6 +54,7 @@ class Zero:
     Attributes:
         stage: ZeRO stage 1, 2 or 3.
         offload_optimizer, offload_parameters: what is kept in host memory.
+        pinned_optimizer, pinned_parameters: whether that memory is page-locked.
         reduce_bucket: elements per reduction bucket.
         buffers: reduction buffers alive at a time; 2 if communication overlaps.
         live_parameters: ZeRO-3: maximum number of gathered parameters.
@@ -63,6 +64,8 @@ class Zero:
     stage: int
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    pinned_optimizer: bool = False
+    pinned_parameters: bool = False
     reduce_bucket: int = 200_000_000
     buffers: int = 1
     live_parameters: int = 1_000_000_000
@@ -82,6 +85,8 @@ class Zero:
             stage,
             _offloads(zero, "offload_optimizer"),
             stage == 3 and _offloads(zero, "offload_param"),
+            _pins(zero, "offload_optimizer"),
+            stage == 3 and _pins(zero, "offload_param"),
             int(float(zero.get("reduce_bucket_size", 5e8))),
             2 if (stage == 3 if overlap is None else overlap) else 1,
             int(float(zero.get("stage3_max_live_parameters", 1e9))),
@@ -99,22 +104,34 @@ def _offloads(zero: Mapping[str, Any], key: str) -> bool:
     return isinstance(section, Mapping) and section.get("device", "cpu") != "none"
 
 
+def _pins(zero: Mapping[str, Any], key: str) -> bool:
+    return _offloads(zero, key) and bool(zero[key].get("pin_memory"))
+
+
 SHIPPED = {
     zero.name: zero
     for zero in (
         Zero(1),
         Zero(2, buffers=2),
-        Zero(2, offload_optimizer=True, buffers=2),
+        Zero(2, offload_optimizer=True, pinned_optimizer=True, buffers=2),
         Zero(3, buffers=2, prefetch=200_000_000),
-        Zero(3, offload_optimizer=True, offload_parameters=True, buffers=2, prefetch=200_000_000),
+        Zero(3, True, True, pinned_optimizer=True, pinned_parameters=True, buffers=2, prefetch=200_000_000),
     )
 }
 """The shipped DeepSpeed configurations (ds_configs), from fastest to slowest."""
 
 
 def usual_stages(config: Config) -> dict[str, Zero]:
-    """Those of :data:`SHIPPED` that a run may have: weights in four bits cannot be partitioned."""
-    return {name: zero for name, zero in SHIPPED.items() if config.model.base_weights == "full" or zero.stage < 3}
+    """Those of :data:`SHIPPED` that a run may have.
+
+    Weights in four bits cannot be partitioned, and DeepSpeed does not offload bf16 weights without a master copy.
+    """
+    stochastic = config.optimizer.weights == "stochastic_rounding"
+    return {
+        name: zero
+        for name, zero in SHIPPED.items()
+        if (config.model.base_weights == "full" or zero.stage < 3) and not (stochastic and zero.offload_optimizer)
+    }
 
 
 class States(NamedTuple):
@@ -160,6 +177,8 @@ def states_of(
     # For bf16 weights in stage 1 DeepSpeed uses its BF16 optimizer, with one flat fp32 gradient of all weights.
     flat = zero.stage == 1 and weight_bytes == 2 and not zero.offload_optimizer
     on_gpu = 0 if zero.offload_optimizer else 1
+    # In stage 2 the float32 sum of bf16 gradients stays on the GPU until the step, even with an offloaded optimizer.
+    summed = 1 if zero.stage == 2 and weight_bytes == 2 else on_gpu
     gathered = 0.0
     if zero.stage == 3 and (ranks > 1 or zero.offload_parameters):
         gathered = min(total, zero.live_parameters + zero.prefetch) * weight_bytes
@@ -174,7 +193,7 @@ def states_of(
     step = share * optimizer.step if optimizer.step >= 4 else min(share * 24, CHUNK_BYTES) + share * optimizer.step
     return States(
         weights=weights,
-        gradients=trained * optimizer.gradient if zero.stage == 1 else share * optimizer.gradient * on_gpu,
+        gradients=trained * optimizer.gradient if zero.stage == 1 else share * optimizer.gradient * summed,
         flat_gradient=flat,
         master=share * optimizer.master * on_gpu,
         moments=share * optimizer.moments * on_gpu,

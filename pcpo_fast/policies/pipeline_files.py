@@ -45,6 +45,20 @@ def pipeline_folder(
     return folder, pipeline_class_of(folder, known)
 
 
+def folder_here(path: str, revision: str | None) -> Path | None:
+    """The folder of a pipeline that is on this machine: ``path`` itself, or a snapshot in the hub's cache."""
+    folder = find(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        index = try_to_load_from_cache(path, INDEX, revision=revision)
+    except ValueError:  # not a hub id
+        return None
+    return Path(index).parent if isinstance(index, str) else None
+
+
 def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.path") -> str:
     """The class that ``model_index.json`` names, which must be one of the known ones.
 

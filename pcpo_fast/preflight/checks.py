@@ -12,11 +12,14 @@ import torch
 from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.planning.run_plan import GB
-from pcpo_fast.planning.states import WEIGHT_BYTES, optimizer_bytes
+from pcpo_fast.planning.advice import GB
+from pcpo_fast.planning.disk import encoded_prompts
+from pcpo_fast.planning.states import WEIGHT_BYTES
+from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.families import FAMILIES, family_of, find_family
 from pcpo_fast.policies.folder_checks import check_folder
-from pcpo_fast.policies.pipeline_files import pipeline_class_of
+from pcpo_fast.policies.pipeline_files import folder_here, pipeline_class_of
+from pcpo_fast.preflight.available import available_memory
 from pcpo_fast.training.run_inputs import RunInputs
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -85,7 +88,7 @@ def check_model(config: Config) -> tuple[Status, str]:
         check_folder(folder, family, config.model)
         family.check_training(config.model)
         return "ok", f"{path}: a {family.pipeline_class.__name__} with all its weights"
-    if _is_cached(config.model):
+    if _is_here(config.model):
         return "ok", f"{path} is in the hub's cache on this machine"
     from huggingface_hub import auth_check
 
@@ -105,36 +108,59 @@ def check_inputs(config: Config) -> tuple[Status, str]:
     return "ok", f"{len(inputs.prompts)} prompts to train on, {len(inputs.heldout)} held out; rewards load"
 
 
-def needed_bytes(config: Config, trained: int, network: int) -> float:
-    """Bytes that a run writes: the kept checkpoints, one more while it is being written, and the exported weights."""
-    optimizer, width = optimizer_bytes(config), WEIGHT_BYTES[config.model.dtype]
-    checkpoint = trained * (width + optimizer.master + optimizer.moments + width)
-    kept = config.checkpoint.keep + getattr(config.checkpoint, "keep_best", 0) + 1
-    return kept * checkpoint + (trained if config.model.finetune == "lora" else network) * width
-
-
 def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:
-    """Check the free space of the output directory and, if the model must be downloaded, of the hub's cache."""
-    counts = plan["parameters"]
-    needs = {_existing(Path(config.output_dir)): needed_bytes(config, counts["trained"], counts["network"])}
-    if not find(config.model.path).is_dir() and not _is_cached(config.model):
+    """Check the free space for checkpoints and export, for encoded prompts, and for the model's download, if any."""
+    counts, parts = plan["parameters"], dict(plan["disk_gb"]["parts"])
+    needs: dict[Path, dict[str, float]] = {}
+
+    def need(folder: Path, what: str, size_gb: float) -> None:
+        needs.setdefault(_existing(folder), {})[what] = size_gb
+
+    if "encoded prompts" in parts:
+        need(config.embedding_folder, "encoded prompts", parts.pop("encoded prompts") * _share_to_encode(config))
+    for what, size in parts.items():
+        need(Path(config.output_dir), what, size)
+    if not find(config.model.path).is_dir() and not _is_here(config.model):
         everything = counts["network"] + counts["vae"] + sum(counts["text_encoders"].values())
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        cache = _existing(Path(HF_HUB_CACHE))
-        needs[cache] = needs.get(cache, 0) + everything * WEIGHT_BYTES["bfloat16"]
+        need(Path(HF_HUB_CACHE), "the model", everything * WEIGHT_BYTES["bfloat16"] / GB)
     sentences = []
-    for folder, needed in needs.items():
-        free = shutil.disk_usage(folder).free
+    for folder, sizes in needs.items():
+        free, needed = shutil.disk_usage(folder).free / GB, sum(sizes.values())
         if not os.access(folder, os.W_OK):
             return "failed", f"{folder} is not writable"
         if free < needed:
+            listed = ", ".join(f"{what} {size:.2g}" for what, size in sizes.items())
             return "failed", (
-                f"{folder} has {free / GB:.1f} GB free, but the run needs {needed / GB:.1f} (lower checkpoint.keep, or "
-                "choose another output_dir)"
+                f"{folder} has {free:.1f} GB free, but the run needs {needed:.1f} ({listed}): lower checkpoint.keep, "
+                "or choose another output_dir or model.embedding_cache"
             )
-        sentences.append(f"{folder}: {free / GB:.1f} GB free, {needed / GB:.2g} needed")
+        sentences.append(f"{folder}: {free:.1f} GB free, {needed:.2g} needed")
     return "ok", "; ".join(sentences)
+
+
+def _share_to_encode(config: Config) -> float:
+    """Share of the run's prompts that no folder of ``model.embedding_cache`` has yet."""
+    prompts, root = encoded_prompts(config) or {""}, config.embedding_folder
+    caches = [EmbeddingCache(root, one.name) for one in root.glob("*") if one.is_dir()]
+    missing = (sum(not cache.path(prompt).is_file() for prompt in prompts) for cache in caches)
+    return min(missing, default=len(prompts)) / len(prompts)
+
+
+def check_host(plan: dict[str, Any]) -> tuple[Status, str]:
+    """Check that the ranks of this machine fit its host memory; without a GPU all that they hold is there."""
+    own, here = plan["configured"], plan["gpus"] // plan["nodes"]
+    needed, phase = own["host"]["peak"], own["host"]["worst_phase"]
+    if not torch.cuda.is_available():
+        needed, phase = here * own["peak"], own["worst_phase"]
+    free = available_memory() / GB
+    if needed <= free:
+        return "ok", f"peak {needed:.1f} of {free:.1f} GB that are available ({phase})"
+    return "failed", (
+        f"{'one rank needs' if here == 1 else f'{here} ranks need'} {needed:.1f} GB ({phase}, {own['zero']}), but "
+        f"{free:.1f} GB are available: `pcpo-fast plan --host-memory {free:.0f}` shows what would fit"
+    )
 
 
 def check_memory(plan: dict[str, Any]) -> tuple[Status, str]:
@@ -149,18 +175,13 @@ def check_memory(plan: dict[str, Any]) -> tuple[Status, str]:
     )
 
 
-def _is_cached(settings: ModelConfig) -> bool:
-    """Whether the hub's cache holds the pipeline with the weights of the trained network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        index = try_to_load_from_cache(settings.path, "model_index.json", revision=settings.revision)
-    except ValueError:  # not a hub id
+def _is_here(settings: ModelConfig) -> bool:
+    """Whether this machine has the pipeline with the weights of the trained network."""
+    folder = folder_here(settings.path, settings.revision)
+    if folder is None:
         return False
-    if not isinstance(index, str):
-        return False
-    family = family_of(pipeline_class_of(Path(index).parent, FAMILIES))
-    return any((Path(index).parent / family.trained_part).glob("*.safetensors"))
+    family = family_of(pipeline_class_of(folder, FAMILIES))
+    return any((folder / family.trained_part).glob("*.safetensors"))
 
 
 def _existing(folder: Path) -> Path:

@@ -11,8 +11,9 @@ import torch
 
 from pcpo_fast.config.loading import dump_config, load_config
 from pcpo_fast.config.schema import AUTO, Config
+from pcpo_fast.planning.advice import GB
 from pcpo_fast.planning.recomputing import device_memory
-from pcpo_fast.planning.run_plan import GB, make_plan
+from pcpo_fast.planning.run_plan import make_plan
 from pcpo_fast.planning.sizes import is_auto, with_sizes
 from pcpo_fast.preflight.checks import Status
 

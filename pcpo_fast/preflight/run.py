@@ -8,13 +8,15 @@ import torch
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
+from pcpo_fast.planning.advice import GB
 from pcpo_fast.planning.recomputing import device_memory
-from pcpo_fast.planning.run_plan import GB, make_plan
+from pcpo_fast.planning.run_plan import make_plan
 from pcpo_fast.preflight.checks import (
     Check,
     attempt,
     check_disk,
     check_gpus,
+    check_host,
     check_inputs,
     check_memory,
     check_model,
@@ -41,7 +43,7 @@ def run_checks(
     @cache
     def planned() -> dict[str, Any]:
         here = device_memory(torch.device("cuda", 0), 1) / GB if torch.cuda.is_available() else 80.0
-        return make_plan(config, gpus, memory_gb or here)
+        return make_plan(config, gpus, memory_gb or here, nodes=gpus // ranks_here)
 
     for name, check in (
         ("versions", check_versions),
@@ -49,6 +51,7 @@ def run_checks(
         ("prompts and rewards", lambda: check_inputs(config)),
         ("model", lambda: check_model(config)),
         ("memory plan", lambda: check_memory(planned())),
+        ("host memory", lambda: check_host(planned())),
         ("disk", lambda: check_disk(config, planned())),
     ):
         result = attempt(name, check)

@@ -31,3 +31,8 @@ def epoch_prompts(count: int, per_epoch: int, epoch: int, seed: int) -> list[int
         order = np.random.default_rng([seed, shuffle]).permutation(count)
         chosen += order[start : start + per_epoch - len(chosen)].tolist()
     return chosen
+
+
+def trained_prompts(count: int, per_epoch: int, epochs: int, seed: int) -> list[int]:
+    """The prompts of some epoch of a run, ascending, with the arguments of :func:`epoch_prompts`."""
+    return sorted({index for epoch in range(epochs) for index in epoch_prompts(count, per_epoch, epoch, seed)})

@@ -20,6 +20,12 @@ TILES = "tiles"
 """Text of a PNG sheet: JSON with ``tiles``, of each the boxes of its images (one, or before and after), its caption
 and scores; ``scale``, how often a pixel of theirs is repeated; and ``headings``."""
 
+SHOWN = 16
+"""Number of images in the grids that show the progress of training."""
+
+LONGEST = 320
+"""Pixels along the longer side of an image in a grid, at most."""
+
 _PAPER = (255, 255, 255)
 _INK = (32, 36, 44)
 _SOFT = (96, 103, 115)
@@ -301,7 +307,7 @@ def resized(image: Image.Image, columns: int, scale: float | None) -> Image.Imag
     """Resize an image to a cell of the sheet; see `image_grid` for `scale`."""
     longest = max(image.size)
     if scale is None:
-        most = max(32, min(320, _MAX_SHEET_WIDTH // max(columns, 1)))
+        most = max(32, min(LONGEST, _MAX_SHEET_WIDTH // max(columns, 1)))
         scale = math.ceil(144 / longest) if longest < 144 else min(1.0, most / longest)
     if not scale > 0:
         raise ValueError(f"scale is {scale} (must be positive)")

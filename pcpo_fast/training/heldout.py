@@ -15,15 +15,12 @@ from pcpo_fast.files.image_files import read_image
 from pcpo_fast.method.step_tables import RunTables, StepTable
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import Prompt
-from pcpo_fast.reporting.grids import image_grid, to_image
+from pcpo_fast.reporting.grids import SHOWN, image_grid, to_image
 from pcpo_fast.rewards import RewardSet, Scores
 from pcpo_fast.rollout.generation import generate, path_kl
 from pcpo_fast.training.collapse import base_distance
 from pcpo_fast.training.diversity import mean_pixel_diversity
 from pcpo_fast.training.run_inputs import RunInputs
-
-SHOWN = 16
-"""Number of images in the grids that show the progress of training."""
 
 
 def _present(scores: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, part_files
 from pcpo_fast.policies.families import model_files
 from pcpo_fast.policies.four_bit import check_base_weights
-from pcpo_fast.prompts import Prompt, epoch_prompts, load_prompts
+from pcpo_fast.prompts import Prompt, load_prompts, trained_prompts
 from pcpo_fast.reporting.loggers import check_trackio_options, check_wandb_options, missing_package
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import check_sizes
@@ -61,9 +61,7 @@ class RunInputs:
         check_base_weights(config.model)
         _check_logging(config.logging)
         check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
-        per_epoch, seed = config.rollout.prompts_per_epoch, config.seed
-        epochs = (epoch_prompts(len(prompts), per_epoch, epoch, seed) for epoch in range(config.train.epochs))
-        trained = sorted({index for epoch in epochs for index in epoch})
+        trained = trained_prompts(len(prompts), config.rollout.prompts_per_epoch, config.train.epochs, config.seed)
         rewards = RewardSet(config.rewards, config.scoring)
         if config.advantage.steps != "final":
             rewards.check_predictions()

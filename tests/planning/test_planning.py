@@ -20,11 +20,12 @@ from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.planning.advice import choose, usable
 from pcpo_fast.planning.costs import ModelCosts
+from pcpo_fast.planning.disk import evaluation_count
 from pcpo_fast.planning.memory import plan_memory, rollout_buffers
 from pcpo_fast.planning.models import find_architecture
 from pcpo_fast.planning.plan_table import show_plan
 from pcpo_fast.planning.recomputing import least_recomputing
-from pcpo_fast.planning.run_plan import evaluation_count, make_plan
+from pcpo_fast.planning.run_plan import make_plan
 from pcpo_fast.planning.states import SHIPPED, OptimizerBytes, Zero, optimizer_bytes, states_of
 from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
 from pcpo_fast.policies.families import load_policy
@@ -294,7 +295,10 @@ def test_offloading_leaves_the_gpu() -> None:
     kept = states_of(Zero(2), 2, optimizer=OptimizerBytes(4, 4, 8, 4), **numbers)
     away = states_of(Zero(2, offload_optimizer=True), 2, optimizer=OptimizerBytes(4, 4, 8, 4), **numbers)
     assert (kept.gradients, kept.master, kept.moments) == (200, 200, 400)
-    assert (away.gradients, away.master, away.moments) == (0, 0, 0)
+    assert (away.gradients, away.master, away.moments) == (200, 0, 0)  # DeepSpeed sums bf16 gradients on the GPU
+    for zero, width in ((Zero(2, offload_optimizer=True), 4), (Zero(3, offload_optimizer=True), 2)):
+        whole = states_of(zero, 2, optimizer=OptimizerBytes(4, 4, 8, 4), **numbers | {"weight_bytes": width})
+        assert whole.gradients == 0
 
 
 def test_rollout_buffers_are_those_of_a_rollout() -> None:
@@ -352,23 +356,29 @@ def test_evaluations_of_a_run(settings: tuple[str, ...], expected: int) -> None:
     assert evaluation_count(shipped("configs/tiny_flux.yaml", *settings)) == expected
 
 
-def test_a_plan_is_whole_in_80_columns(tiny_plan: dict[str, Any]) -> None:
-    """With numbers of the widest form, nothing is cut or folded."""
+@pytest.mark.parametrize(("value", "shown"), [(1234.5, "1,234"), (12.34, "12.3"), (0.00123, "<0.01")])
+def test_a_plan_is_whole_in_80_columns(tiny_plan: dict[str, Any], value: float, shown: str) -> None:
+    """With numbers of the widest forms, nothing is cut or folded."""
 
-    def wide(value: Any) -> Any:
-        return {key: wide(one) for key, one in value.items()} if isinstance(value, dict) else 1234.5
+    def filled(stage: dict[str, Any]) -> dict[str, Any]:
+        return stage | {key: dict.fromkeys(stage[key], value) for key in ("parts", "phases")}
 
-    memory = {name: stage | {key: wide(stage[key]) for key in ("parts", "phases")} for name, stage in
-              {**tiny_plan["memory_gb"], "own": tiny_plan["configured"]}.items()}  # fmt: skip
-    own = memory.pop("own")
+    own = filled(tiny_plan["configured"]) | {"host": filled(tiny_plan["configured"]["host"]) | {"fits": False}}
+    plan = tiny_plan | {"configured": own}
+    plan |= {kind: {name: filled(stage) | {"fits": True} for name, stage in plan[kind].items()}
+             for kind in ("memory_gb", "host_gb")}  # fmt: skip
+    disk = plan["disk_gb"]
+    plan["disk_gb"] = disk | {"parts": dict.fromkeys(disk["parts"], value), "free": 0.001, "fits": False}
     console = Console(width=80, file=io.StringIO())
-    show_plan(tiny_plan | {"memory_gb": memory, "configured": own}, console)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    show_plan(plan, console)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert not any("…" in line for line in lines)
-    for name in (*own["parts"], *(f"peak: {phase}" for phase in own["phases"])):
-        if name != "text encoders":
-            row = next(line for line in lines if line.strip().startswith(name))
-            assert row.split()[-6:] == 6 * ["1,234"] and len(row) <= 80
+    for stage in (own, own["host"]):
+        for name in (*stage["parts"], *(f"peak: {phase}" for phase in stage["phases"])):
+            assert name + 6 * shown in [line.replace("  ", "").replace(f" {shown}", shown) for line in lines], name
+    for name in disk["parts"]:
+        assert any(line.split("  ")[0] == name and line.endswith(f" {shown}") for line in lines), name
+    assert any(line.startswith("fits 0.001 GB") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -460,6 +470,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
     [
         (("--gpus", "0"), "--gpus: must be at least 1, got 0"),
         (("--gpu-memory", "-1"), "--gpu-memory: must be a number above 0, got -1"),
+        (("--host-memory", "0"), "--host-memory: must be a number above 0, got 0"),
+        (("--gpus", "2", "--nodes", "3"), "--gpus: 2 GPUs do not divide evenly over 3 machines (--nodes)"),
         (("--peak-tflops", "nan"), "--peak-tflops: must be a number above 0, got nan"),
         (("--mfu", "1.5"), "--mfu: must be above 0 and at most 1, got 1.5"),
         (

@@ -17,10 +17,13 @@ from pcpo_fast.cli import parse
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
+from pcpo_fast.planning.disk import encoded_prompts
 from pcpo_fast.planning.run_plan import make_plan
+from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.preflight import checks
 from pcpo_fast.preflight import dry_run as dry_runs
-from pcpo_fast.preflight.checks import Check, attempt, needed_bytes
+from pcpo_fast.preflight.available import available_memory
+from pcpo_fast.preflight.checks import Check, attempt
 from pcpo_fast.preflight.dry_run import dry_run, shrunk
 from pcpo_fast.preflight.run import run_checks
 
@@ -141,10 +144,46 @@ def test_a_folder_that_cannot_be_written_fails(
     assert status == "failed" and says.endswith("is not writable")
 
 
-def test_disk_space_covers_the_checkpoints_that_a_run_writes(config: Config) -> None:
-    """fp32: weights in the exported form, master copy, two moments and the module's own, 20 bytes each; kept + 1."""
-    count = 1000
-    assert needed_bytes(config, count, count) == (config.checkpoint.keep + 1) * count * 20 + 4 * count
+def test_encoded_prompts_need_their_own_disk_unless_they_are_there(
+    config: Config, plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    (cache / "model").mkdir(parents=True)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"embedding_cache": str(cache)})})
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == cache else 1e12))
+    status, says = checks.check_disk(config, plan)
+    assert status == "failed" and says.startswith(f"{cache} has 0.0 GB free") and "(encoded prompts " in says
+    for prompt in encoded_prompts(config) or ():
+        EmbeddingCache(cache, "model").path(prompt).touch()
+    assert checks.check_disk(config, plan)[0] == "ok"
+
+
+def test_host_memory_is_what_is_left_of_the_machine_and_of_its_groups(tmp_path: Path) -> None:
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert available_memory(tmp_path) == 8000 * 1024
+    write("proc/self/cgroup", "0::/job/step\n")
+    assert available_memory(tmp_path) == 8000 * 1024
+    for group, limit, used, files in (("job", "6000000", "3000000", 1000000), ("job/step", "max", "2000000", 0)):
+        for name, text in (("max", limit), ("current", used), ("stat", f"anon 5\nfile {files}")):
+            write(f"sys/fs/cgroup/{group}/memory.{name}", text)
+    assert available_memory(tmp_path) == 4_000_000
+    assert available_memory() > 1e8  # here
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_too_little_host_memory_fails(on_gpu: bool, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: on_gpu)
+    own = plan["configured"]
+    needed = own["host"]["peak"] if on_gpu else own["peak"]  # without a GPU, what the plan has on one is on the host
+    for free, expected in ((1.01 * needed, "ok"), (0.99 * needed, "failed")):
+        monkeypatch.setattr(checks, "available_memory", lambda free=free: free * 1e9)
+        status, says = checks.check_host(plan)
+        assert status == expected and "\n" not in says
+    assert says.startswith(f"one rank needs {needed:.1f} GB (") and "--host-memory" in says
 
 
 @pytest.mark.slow
