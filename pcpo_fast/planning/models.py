@@ -18,7 +18,7 @@ from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.four_bit import frozen_layers, packed_bytes
 from pcpo_fast.policies.lora import add_lora
 from pcpo_fast.policies.part_checks import about, check_config
-from pcpo_fast.policies.pipeline_files import check_hub_id, folder_here, pipeline_class_of
+from pcpo_fast.policies.pipeline_files import check_hub_id, clip_tokens, folder_here, pipeline_class_of
 from pcpo_fast.policies.pipeline_policy import DTYPES, PipelinePolicy
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import needed
@@ -220,11 +220,7 @@ def _read_folder(folder: Path, key: str) -> Architecture:
             parts[name] = (str(kind), read_json(folder / name / "scheduler_config.json", key))
         else:
             parts[name] = (kind.__name__, check_config(folder / name, kind, key))
-    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
-    tokens = read_json(tokenizer, key).get("model_max_length", 77) if tokenizer.is_file() else 77
-    if not isinstance(tokens, int):
-        raise UserError(f"{key}: {tokenizer}: model_max_length must be an integer, got {tokens!r}")
-    return Architecture(pipeline, parts, tokens, str(folder))
+    return Architecture(pipeline, parts, clip_tokens(folder, key), str(folder))
 
 
 def _download_configs(settings: ModelConfig) -> Path:

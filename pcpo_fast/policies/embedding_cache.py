@@ -54,24 +54,34 @@ class EmbeddingCache:
         names = next(iter(distinct.values())).keys()
         return {name: pad_sequence([distinct[prompt][name] for prompt in prompts], True) for name in names}
 
-    def fill(self, prompts: Sequence[str], encode: Callable[[list[str]], Encoded], batch_size: int = 16) -> int:
+    def fill(
+        self,
+        prompts: Sequence[str],
+        encode: Callable[[list[str]], Encoded],
+        size: Callable[[Sequence[str]], float] | None = None,
+        batch_size: int = 16,
+    ) -> int:
         """Encode missing prompts, distributed over the ranks of this machine, and wait for all of them.
 
         Args:
             prompts: prompts that must be in the cache afterwards.
             encode: encodes prompts; called only if some are missing.
+            size: bytes that prompts will take, or fewer; called only if some are missing. None: not known.
             batch_size: prompts per call of ``encode``.
 
         Returns:
             Number of missing prompts.
 
         Raises:
-            UserError: a file cannot be written, or the disk has no space for what is left after the first batch.
+            UserError: the disk has no space for the prompts, by ``size`` or, after the first batch, by what it took;
+                or a file cannot be written.
         """
         missing = self.missing(prompts)
         barrier()  # before any rank writes, because all must split the same list
         mine = missing[local_rank() :: local_world_size()]
         with shared_errors():
+            if missing and size is not None:
+                self._check_space(size(missing) / len(missing), len(missing), len(missing))
             for start in range(0, len(mine), batch_size):
                 chunk = mine[start : start + batch_size]
                 rows = encode(chunk)
@@ -90,7 +100,8 @@ class EmbeddingCache:
 
     def _check_space(self, each: float, left: int, missing: int) -> None:
         """Refuse, before hours of encoding, what the disk has no space for."""
-        free = shutil.disk_usage(self.folder).free
+        place = next(folder for folder in self.folder.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(place).free
         if left * each > free:
             raise UserError(
                 f"model.embedding_cache: {missing} prompts take {missing * each / 1e9:.3g} GB "

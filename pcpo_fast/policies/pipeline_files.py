@@ -103,6 +103,19 @@ def check_hub_id(path: str) -> None:
         raise UserError(f"model.path: {path} is neither a folder nor a hub id of the form owner/name")
 
 
+def clip_tokens(folder: Path, key: str = "model.path") -> int:
+    """Number of tokens that the tokenizer of a pipeline's CLIP reads; 77 if its folder does not say.
+
+    Raises:
+        UserError: the tokenizer's configuration is malformed; ``key`` names the setting.
+    """
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+    tokens = read_json(tokenizer, key).get("model_max_length", 77) if tokenizer.is_file() else 77
+    if not isinstance(tokens, int):
+        raise UserError(f"{key}: {tokenizer}: model_max_length must be an integer, got {tokens!r}")
+    return tokens
+
+
 def part_classes(folder: Path, key: str = "model.path") -> dict[str, str | None]:
     """The class that ``model_index.json`` names for each part; None for a part that the pipeline does without."""
     parts = {}

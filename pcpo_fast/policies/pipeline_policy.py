@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self, cast
@@ -30,7 +31,7 @@ from pcpo_fast.policies.four_bit import quantize_blocks
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.part_checks import check_finite
-from pcpo_fast.policies.pipeline_files import part_classes
+from pcpo_fast.policies.pipeline_files import clip_tokens, part_classes
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, needed
 from pcpo_fast.policies.truncation import warn_of_long_prompts
@@ -360,12 +361,24 @@ class PipelinePolicy(Policy):
 
         if cache.missing(prompts) and rank() == 0:
             self._warn_of_long_prompts(prompts)
-        cache.fill(prompts, encode_now)
+        cache.fill(prompts, encode_now, self._encoded_bytes)
         if encoders:
             encoders.clear()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _encoded_bytes(self, prompts: Sequence[str]) -> float:
+        """Bytes that prompts take in the cache; where padding is left out, at least those of their own tokens."""
+        assert self.folder is not None  # as for the cache
+        shapes = self.conditioning_shapes(clip_tokens(self.folder))
+        each = float(sum(map(prod, shapes.values())) * self.dtype.itemsize)
+        if not self.masks_prompts:
+            return each * len(prompts)
+        tokenizers = self._load_parts(*(name for name in self.encoder_parts if name.startswith("tokenizer")))
+        tokenizer, limit, _ = self.readers(tokenizers)[0]
+        lengths = map(len, tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"])
+        return each / self.settings.max_sequence_length * sum(min(length, limit) for length in lengths)
 
     def _with_negative(self, prompts: Sequence[str]) -> Sequence[str]:
         """The prompts, plus the negative prompt if classifier-free guidance needs it."""

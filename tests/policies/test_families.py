@@ -120,6 +120,14 @@ def test_both_halves_are_those_of_the_pipeline_in_every_step(family: Family, pol
     own_hook.remove()
 
 
+def test_what_prompts_take_on_disk_is_known_before_they_are_encoded(policy: Any) -> None:
+    policy.prepare_prompts(PROMPTS)
+    stored = sum(value.nbytes for prompt in PROMPTS for value in policy.cache.load([prompt]).values())
+    known = policy._encoded_bytes(PROMPTS)
+    assert known <= stored if policy.masks_prompts else known == stored
+    assert known > 0.3 * stored
+
+
 @with_v_prediction
 def test_a_deterministic_rollout_gives_the_pipelines_images(family: Family, policy: Any, pipeline: Any) -> None:
     latents = family.latents(3)

@@ -21,6 +21,7 @@ from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.method.transitions import euler_ode
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.attention import choose_attention
+from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.families import load_policy, load_trained_weights
 from pcpo_fast.policies.flux import FluxPolicy
 from pcpo_fast.policies.lora import add_lora, only_adapter
@@ -144,21 +145,41 @@ def test_a_damaged_cache_file_is_encoded_again(pipeline_folder: Path, tmp_path: 
     assert sorted(tmp_path.rglob("*.*")) == files  # nothing half-written stays
 
 
-def test_a_cache_that_does_not_fit_the_disk_is_said_after_the_first_prompts(
+def test_a_cache_that_does_not_fit_the_disk_is_said_before_prompts_are_encoded(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(tiny_config(pipeline_folder, f"model.embedding_cache={tmp_path}"), CPU)
     usage = shutil.disk_usage(tmp_path)
     each = 4 * (12 * 32 + 32)  # bytes: T5's states and CLIP's pooled state
     prompts = ["red " * (1 + n % 5) + "circle " * (n // 5) for n in range(20)]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * each - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20 * each - 1))
+    policy.warned_of_long_prompts = True  # which loads tokenizers
+    monkeypatch.setattr(type(policy), "load_pipeline", lambda *_: pytest.fail("the encoders were loaded"))
     with pytest.raises(
         UserError, match=r"^model\.embedding_cache: 20 prompts take .* GB \(0\.00166 MB each\) in .* free:"
     ):
         policy.prepare_prompts(prompts)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_what_a_prompt_takes_is_known_after_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where padding is left out, a prompt may take more than its own tokens."""
+    cache, usage, prompts = EmbeddingCache(tmp_path, "model"), shutil.disk_usage(tmp_path), [str(n) for n in range(20)]
+
+    def fill() -> None:
+        cache.fill(prompts, lambda chunk: {"states": torch.zeros(len(chunk), 10)}, lambda missing: 39.0 * len(missing))
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=779))
+    with pytest.raises(UserError, match=r"20 prompts take 7\.8e-07 GB"):
+        fill()
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    frees = [780, 4 * 40 - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=frees.pop(0)))
+    with pytest.raises(UserError, match="20 prompts take 8e-07 GB"):
+        fill()
     assert len(list(tmp_path.rglob("*.safetensors"))) == 16
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * each))
-    policy.prepare_prompts(prompts)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=780))
+    fill()
     assert len(list(tmp_path.rglob("*.safetensors"))) == 20
 
 
