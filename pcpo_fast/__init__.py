@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"pcpo_fast.interface.{_FUNCTIONS[name]}")
-    found = import_module("pcpo_fast.interface.messages").for_python(getattr(module, name))
+    found = import_module("pcpo_fast.interface.for_python").for_python(getattr(module, name))
     globals()[name] = found
     return found
 

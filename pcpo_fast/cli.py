@@ -31,7 +31,7 @@ from pcpo_fast.commands import (
     votes,
 )
 from pcpo_fast.distributed.launching import adopt_launch
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 COMMANDS = (
     train,
@@ -52,8 +52,6 @@ COMMANDS = (
 )
 NEEDED = ("deepspeed", "diffusers", "numpy", "peft", "pydantic", "rich", "safetensors", "torch", "transformers", "yaml")
 """Packages that the commands import; if one is missing, this is not the Python that the project was installed into."""
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):

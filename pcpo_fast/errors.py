@@ -1,4 +1,7 @@
-"""The exception that users see as one sentence instead of a traceback."""
+"""The exception that users see as one sentence instead of a traceback, and the exit codes that go with it."""
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcpo_fast.config.presets import DEFAULT_CONFIG
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,6 +17,16 @@ if TYPE_CHECKING:
 def add_settings(parser: argparse.ArgumentParser, what: str = "settings that win over the file") -> None:
     """Add positional ``key.subkey=value`` arguments, stored as ``settings``."""
     parser.add_argument("settings", nargs="*", metavar="key.subkey=value", help=what)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config``, which has the demo's configuration as its default."""
+    parser.add_argument(
+        "--config",
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})",
+    )
 
 
 def add_run_or_config(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +75,11 @@ def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show_results(console: "Console", tables: "Iterable[Grid]", lines: Iterable[str]) -> None:
     """Print tables, then lines of text."""
+    from pcpo_fast.reporting.progress import say
+
     if not console.is_terminal:
         console.width = 240  # a table in a file or pipe is not cut into narrow columns
     for table in tables:
         console.print(table.rich())
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pcpo_fast.commands import add_settings, show_results, values_of
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,9 +126,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-EXIT_INTERRUPTED = 130
-
-
 def _groups(texts: Sequence[str]) -> dict[str, list[str]]:
     """``NAME=RUN,RUN`` of every ``--runs``."""
     groups: dict[str, list[str]] = {}
@@ -143,8 +140,8 @@ def _groups(texts: Sequence[str]) -> dict[str, list[str]]:
 def _say(compared: "Compared", console: "Console", *, as_json: bool) -> None:
     import json
 
+    from pcpo_fast.comparison.comparison_tables import decision_table, main_table, missing_lines
     from pcpo_fast.comparison.record import comparison_record, notes
-    from pcpo_fast.comparison.tables import decision_table, main_table, missing_lines
 
     result = compared.result
     if as_json:

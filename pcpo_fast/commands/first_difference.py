@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from pcpo_fast.commands import add_run_or_config, run_or_config, show_results
 
 if TYPE_CHECKING:
-    from pcpo_fast.profiling.operations import Comparison
+    from pcpo_fast.profiling.operations import ForwardComparison
 
 EXAMPLES = """examples:
   pcpo-fast first-difference runs/flux                                  rollout against update, same weights
@@ -42,8 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, and print what was found."""
     import json
 
-    import torch
-
+    from pcpo_fast.distributed.collectives import lone_device
     from pcpo_fast.errors import UserError
     from pcpo_fast.training.forward_differences import compare_forwards
 
@@ -52,8 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--other: must be a setting of the model, model.KEY=VALUE, got {text}")
     config, weights, epoch = run_or_config("first-difference", arguments)
     other = run_or_config("first-difference", arguments, arguments.other)[0] if arguments.other else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = compare_forwards(config, weights, arguments.step, device, other)
+    found = compare_forwards(config, weights, arguments.step, lone_device(), other)
     if arguments.json:
         print(json.dumps({"epoch": epoch} | _record(found), indent=1, allow_nan=False))
     else:
@@ -61,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _record(found: "Comparison") -> dict[str, Any]:
+def _record(found: "ForwardComparison") -> dict[str, Any]:
     first = None
     if found.first is not None:
         one, other = found.first
@@ -74,7 +72,7 @@ def _record(found: "Comparison") -> dict[str, Any]:
     }
 
 
-def _print(found: "Comparison") -> None:
+def _print(found: "ForwardComparison") -> None:
     from rich.console import Console
 
     from pcpo_fast.reporting.tables import Grid

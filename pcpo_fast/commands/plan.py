@@ -2,8 +2,7 @@
 
 import argparse
 
-from pcpo_fast.commands import add_settings
-from pcpo_fast.config.presets import DEFAULT_CONFIG
+from pcpo_fast.commands import add_config, add_settings
 from pcpo_fast.planning.cards import CARDS, MFU, find_card
 
 EXIT_NOTHING_FITS = 3
@@ -28,9 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Estimate what a run needs on GPUs, host and disk, how long it takes, and which settings fit.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})"
-    )
+    add_config(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"
@@ -73,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.planning.plan_table import show_plan
     from pcpo_fast.planning.run_plan import make_plan
 
-    config = load_config(arguments.config or DEFAULT_CONFIG, arguments.settings)
+    config = load_config(arguments.config, arguments.settings)
     card = find_card(arguments.gpu)
     memory = card.memory_gb if arguments.gpu_memory is None else arguments.gpu_memory
     rate = card.peak_tflops if arguments.peak_tflops is None else arguments.peak_tflops

@@ -2,8 +2,7 @@
 
 import argparse
 
-from pcpo_fast.commands import add_settings
-from pcpo_fast.config.presets import DEFAULT_CONFIG
+from pcpo_fast.commands import add_config, add_settings
 
 EXAMPLES = """examples:
   pcpo-fast preflight                                       the demo, on a CPU
@@ -21,9 +20,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Check versions, GPUs, prompts, rewards, model access, memory and disk, and train two steps.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})"
-    )
+    add_config(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default 1)")
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"
@@ -48,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.preflight.run import check_arguments, run_checks
 
     ranks_here = check_arguments(arguments.gpus, arguments.nodes, arguments.timeout)
-    config = load_config(arguments.config or DEFAULT_CONFIG, arguments.settings)
+    config = load_config(arguments.config, arguments.settings)
     results = []
     for check in run_checks(
         config, arguments.gpus, ranks_here, arguments.gpu_memory, not arguments.no_dry_run, arguments.timeout

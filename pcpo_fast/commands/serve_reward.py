@@ -54,8 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             name = option.replace("_", "-")
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, option)}")
 
-    import torch
-
+    from pcpo_fast.distributed.collectives import lone_device
     from pcpo_fast.rewards import load_reward
     from pcpo_fast.rewards.options import checked_device
     from pcpo_fast.rewards.serving.app import Limits, RewardServer
@@ -63,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.rewards.serving.server import listen, serve, token_for
 
     token = token_for(arguments.host, arguments.token_env)
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = checked_device("--device", automatic if arguments.device == "auto" else arguments.device)
+    device = checked_device("--device", str(lone_device()) if arguments.device == "auto" else arguments.device)
     bound = listen(arguments.host, arguments.port)
     reward = load_reward(arguments.reward, _options(arguments.settings))
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

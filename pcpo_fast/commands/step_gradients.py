@@ -41,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     import sys
 
-    import torch
-
+    from pcpo_fast.distributed.collectives import lone_device
     from pcpo_fast.errors import UserError
     from pcpo_fast.training.step_gradients import measure_gradients
 
@@ -51,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
             option = name.replace("_", "-")
             raise UserError(f"--{option}: must be at least {least}, got {getattr(arguments, name)}")
     config, weights, epoch = run_or_config("step-gradients", arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rollouts, warm_up = arguments.rollouts, arguments.warm_up
     found = measure_gradients(
-        config, weights, epoch, arguments.rollouts, arguments.warm_up, device, lambda text: print(text, file=sys.stderr)
+        config, weights, epoch, rollouts, warm_up, lone_device(), lambda text: print(text, file=sys.stderr)
     )
     if arguments.json:
         print(json.dumps(_record(found, epoch), indent=1, allow_nan=False))

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcpo_fast.commands import add_settings, values_of
-from pcpo_fast.config.presets import DEFAULT_CONFIG
+from pcpo_fast.commands import add_config, add_settings, values_of
+from pcpo_fast.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from pcpo_fast.config.schema import Config
@@ -31,9 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Train a policy; without arguments, the demo.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help=f"YAML file, or a name of `pcpo-fast configs` (default: {DEFAULT_CONFIG})"
-    )
+    add_config(parser)
     parser.add_argument(
         "--resume",
         default="auto",
@@ -81,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from pcpo_fast.distributed.collectives import launcher_rank
+    from pcpo_fast.distributed.launching import launcher_rank
     from pcpo_fast.distributed.preemption import Stopped
     from pcpo_fast.interface.configuration import load_config
     from pcpo_fast.interface.training import train
@@ -96,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if launcher_rank() == 0:
             print(_how_to_continue("interrupted", Path(config.output_dir)), file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     except Stopped as stopped:
         if launcher_rank() == 0:
             word = "interrupted" if stopped.number == signal.SIGINT else str(stopped)
@@ -109,12 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _dry_run(config: "Config", *, as_json: bool) -> int:
     import json
-    import os
 
+    from pcpo_fast.distributed.launching import launcher_world_size
     from pcpo_fast.errors import UserError
     from pcpo_fast.preflight.dry_run import dry_run_here
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if launcher_world_size() > 1:
         raise UserError("--dry-run: is one process; pcpo-fast preflight --gpus N tries several")
     status, says = dry_run_here(config)
     if status != "ok":

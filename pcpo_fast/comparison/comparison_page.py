@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pcpo_fast.comparison.analysis import Comparison
-from pcpo_fast.comparison.tables import (
+from pcpo_fast.comparison.comparison_tables import (
     ABOUT_DECISIONS,
     decision_table,
     difference_table,
@@ -38,7 +38,7 @@ def comparison_page(result: Comparison, folder: Path, figures: "Mapping[str, Fig
     Args:
         result: the comparison.
         folder: where it is written, which names it.
-        figures: by name, as `pcpo_fast.comparison.figures.comparison_figures` makes them.
+        figures: by name, as `pcpo_fast.comparison.comparison_figures.comparison_figures` makes them.
     """
     configs = [run.config for variant in result.variants for run in variant.runs if run.config is not None]
     models = sorted({config.model.path for config in configs})

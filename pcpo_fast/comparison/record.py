@@ -1,6 +1,5 @@
 """comparison.json: every number of a comparison, and where it came from."""
 
-import importlib.metadata
 import platform
 from dataclasses import asdict
 from statistics import median_high
@@ -13,9 +12,9 @@ from pcpo_fast.comparison.measures import timed
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import LEVEL, RESAMPLES, attainable
 from pcpo_fast.runs.input_record import read_differently
+from pcpo_fast.runs.provenance import library_versions
 
 FORMAT = 1
-_LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "deepspeed", "peft", "triton")
 
 
 def comparison_record(result: Comparison) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
     reading = result.reading
     return {
         "format": FORMAT,
-        "versions": _versions(),
+        "versions": {"pcpo_fast": pcpo_fast.__version__, "python": platform.python_version()} | library_versions(),
         "settings": {
             "baseline": result.baseline,
             "metric": reading.metric,
@@ -136,13 +135,3 @@ def _run(variant: VariantResult, index: int, result: Comparison) -> dict[str, An
 
 def _curve(curve: Series) -> dict[str, list[float]]:
     return {"epochs": list(curve.epochs), "values": [float(f"{value:.7g}") for value in curve.values]}
-
-
-def _versions() -> dict[str, str]:
-    found = {"pcpo_fast": pcpo_fast.__version__, "python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pcpo_fast.reporting.progress import duration
+from pcpo_fast.reporting.progress import duration, say
 
 if TYPE_CHECKING:
     from pcpo_fast.comparison.variants import PlannedRun
@@ -108,7 +108,7 @@ class ComparisonProgress:
 
     def message(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def began(self, job: Running) -> None:
         """A run has been started."""

@@ -22,7 +22,6 @@ from pcpo_fast.errors import UserError
 POLL = 0.2
 """Seconds between checks of the processes."""
 
-_USER_ERROR = 2
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
 
 
@@ -159,7 +158,8 @@ def environment_of(how: HowToRun, slot: int, outside: Mapping[str, str]) -> dict
     if how.threads is not None:
         environment["OMP_NUM_THREADS"] = str(how.threads)
     elif "OMP_NUM_THREADS" not in outside and how.launcher is None:
-        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // how.jobs))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // how.jobs))
     if how.launcher is None and how.jobs > 1:
         gpus = _gpus(outside)
         if len(gpus) > 1:
@@ -181,10 +181,6 @@ def _epochs_left(run: PlannedRun) -> int:
     progress = RunProgress(run.folder)
     progress.update()
     return max(0, run.config.train.epochs - progress.epochs)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus(outside: Mapping[str, str]) -> list[str]:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from pcpo_fast.comparison.analysis import Comparison
+from pcpo_fast.comparison.comparison_tables import comparison_markdown
 from pcpo_fast.comparison.record import comparison_record
-from pcpo_fast.comparison.tables import comparison_markdown
 from pcpo_fast.files.atomic import write_atomically
 
 JSON_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURES = "comparison.json", "comparison.md", "comparison.html", "figures"
@@ -13,8 +13,8 @@ JSON_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURES = "comparison.json", "comparison.md
 
 def write_comparison(result: Comparison, folder: Path | str) -> list[Path]:
     """Write everything, each file in one step; returns the paths: comparison.json, .md and .html, and the figures."""
+    from pcpo_fast.comparison.comparison_figures import comparison_figures
     from pcpo_fast.comparison.comparison_page import comparison_page
-    from pcpo_fast.comparison.figures import comparison_figures
     from pcpo_fast.reporting.plots import save_figure
 
     folder = Path(folder)

@@ -57,6 +57,11 @@ def own_gpu() -> int:
     return local_rank()
 
 
+def lone_device() -> torch.device:
+    """The device of a command that runs in one process: the current GPU, or the CPU if there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def ranks_per_machine(environment: Mapping[str, str] = os.environ) -> int | None:
     """Ranks per machine as set by the launcher (torchrun, DeepSpeed); None if it sets nothing."""
     text = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ""))
@@ -150,8 +155,3 @@ def naming_lost_ranks() -> Iterator[None]:
         if is_distributed() and LOST_RANK.search(str(error)):
             raise lost_rank(error) from error
         raise
-
-
-def launcher_rank() -> int:
-    """This process's rank as set by the launcher; valid even before the process group exists."""
-    return int(os.environ.get("RANK", "0"))

@@ -25,6 +25,16 @@ OTHER_SIZES = ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 HOW = "start the run with torchrun, deepspeed or srun (examples/launching)"
 
 
+def launcher_rank() -> int:
+    """This process's rank as set by the launcher; valid even before the process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launcher_world_size() -> int:
+    """Number of processes as set by the launcher; valid even before the process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> int:
     """Complete the launcher's variables and return the number of processes of the run.
 

@@ -97,7 +97,8 @@ class StopRequest:
             Stopped: some rank received a signal, and :attr:`whole` is set or the grace period is nearly over.
             UserError: another rank has died.
         """
-        number, over = self._number, self._is_nearly_over()
+        number = self._number
+        over = number != 0 and time.monotonic() > self._since + self.grace - self.reserve
         if self._group is not None:
             flags = torch.tensor([number, int(over)])
             try:
@@ -118,9 +119,6 @@ class StopRequest:
             yield
         finally:
             self._interruptible = False
-
-    def _is_nearly_over(self) -> bool:
-        return self._number != 0 and time.monotonic() > self._since + self.grace - self.reserve
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._number:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pcpo_fast.config.schema import AUTO, Config, DistributedConfig
 from pcpo_fast.config.shipped import find
-from pcpo_fast.distributed.collectives import launcher_rank, own_gpu, rank, world_size
-from pcpo_fast.distributed.launching import adopt_launch
+from pcpo_fast.distributed.collectives import own_gpu, rank, world_size
+from pcpo_fast.distributed.launching import adopt_launch, launcher_rank
 from pcpo_fast.distributed.rendezvous import connect, meet
 from pcpo_fast.distributed.watchdog import Watchdog, note, set_watchdog
 from pcpo_fast.engine.deepspeed_file import check_machine, read_deepspeed_file

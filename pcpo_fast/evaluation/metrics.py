@@ -34,7 +34,7 @@ class MetricColumn:
 
     Attributes:
         key: its key in the JSON.
-        label: its heading in tables.
+        label: its name in tables.
         better: whether higher or lower values are better.
         kind: distance, diversity or score.
         estimates: the value by candidate.
@@ -47,6 +47,11 @@ class MetricColumn:
     kind: Literal["distance", "diversity", "score"]
     estimates: dict[str, Estimate]
     by_prompt: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def heading(self) -> str:
+        """The label with an arrow towards better values."""
+        return f"{self.label} {'↑' if self.better == 'higher' else '↓'}"
 
     @classmethod
     def diversity(cls, key: str, label: str, by_prompt: dict[str, list[float]]) -> "MetricColumn":

@@ -26,6 +26,11 @@ class RewardColumn:
     scores: Mapping[str, Sequence[float]]
     count: int
 
+    @property
+    def heading(self) -> str:
+        """The name with an arrow towards better values."""
+        return f"{self.name} ↑"
+
     def estimate(self, candidate: str) -> Estimate:
         """Mean over images, with an interval over prompts."""
         return mean(self._by_prompt(candidate))

@@ -7,8 +7,6 @@ from pcpo_fast.evaluation.metrics import MetricColumn
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.reporting.tables import Grid, bullets, estimate_text, number_text
 
-_ARROWS = {"higher": "↑", "lower": "↓"}
-
 
 def evaluation_tables(result: Evaluation) -> list[Grid]:
     """The table of all numbers and, with several candidates, differences of rewards and diversities, and distances at
@@ -17,8 +15,8 @@ def evaluation_tables(result: Evaluation) -> list[Grid]:
     The first table has a row for each candidate and a column for each reward and metric. Differences are paired by
     prompt.
     """
-    header = ["checkpoint", *(f"{column.name} ↑" for column in result.rewards)]
-    header += [f"{column.label} {_ARROWS[column.better]}" for column in result.columns]
+    header = ["checkpoint", *(reward.heading for reward in result.rewards)]
+    header += [column.heading for column in result.columns]
     rows: list[tuple[str, ...]] = []
     for name in result.names:
         estimates = [column.estimate(name) for column in result.rewards]

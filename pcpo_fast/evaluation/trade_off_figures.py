@@ -56,9 +56,8 @@ def _colours(result: Evaluation) -> dict[str, str]:
 
 def overview_figure(result: Evaluation) -> "Figure | None":
     """A panel for each reward and metric: the value of every candidate, and its 95 % interval; None without any."""
-    panels = [(f"{column.name} ↑", {name: column.estimate(name) for name in result.names}) for column in result.rewards]
-    arrows = {"higher": "↑", "lower": "↓"}
-    panels += [(f"{column.label} {arrows[column.better]}", column.estimates) for column in result.columns]
+    panels = [(column.heading, {name: column.estimate(name) for name in result.names}) for column in result.rewards]
+    panels += [(column.heading, column.estimates) for column in result.columns]
     if not panels:
         return None
     colours, figure = _colours(result), new_figure(1.4 + 0.32 * len(result.names), 3.4 * len(panels))

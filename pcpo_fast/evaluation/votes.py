@@ -112,7 +112,8 @@ def _counted(first: str, second: str, ballots: Sequence[_Ballot]) -> WinRate:
         points.setdefault(ballot.prompt, []).append(ballot.won)
         sides.setdefault(ballot.voter, Counter())[ballot.choice] += 1
     counts, total = Counter(ballot.won for ballot in ballots), len(ballots)
-    left = sum(side["left"] for side in sides.values())
+    decisions = {voter: (side["left"], side["right"]) for voter, side in sides.items()}
+    left = sum(votes for votes, _ in decisions.values())
     decided = total - counts[0.5]
     rate = sum(ballot.won for ballot in ballots) / total
     by_prompt = ratio_of_means(
@@ -131,12 +132,10 @@ def _counted(first: str, second: str, ballots: Sequence[_Ballot]) -> WinRate:
         None if low is None or high is None else (low, high),
         left / decided if decided else None,
         {voter: side.total() for voter, side in sides.items()},
-        tuple(voter for voter, side in sides.items() if _one_sided(side)),
+        tuple(
+            voter for voter, (left, right) in decisions.items() if not (left and right) and left + right >= _ONE_SIDED
+        ),
     )
-
-
-def _one_sided(sides: Counter[str]) -> bool:
-    return min(sides["left"], sides["right"]) == 0 and sides["left"] + sides["right"] >= _ONE_SIDED
 
 
 def wilson_interval(rate: float, count: int, level: float = LEVEL) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.distributed.collectives import launcher_rank
+from pcpo_fast.distributed.launching import launcher_rank
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.files.atomic import write_atomically
 

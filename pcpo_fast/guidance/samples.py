@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from pcpo_fast.config.schema import Config, RewardConfig
+from pcpo_fast.distributed.collectives import lone_device
 from pcpo_fast.errors import UserError
 from pcpo_fast.guidance.guided_runs import guided_policies
 from pcpo_fast.guidance.scale_sweep import ScaleResult, sweep_numbers, sweep_picture, sweep_scales, write_reward_plot
@@ -146,7 +146,7 @@ def make_samples(
     """
     rewards = RewardSet(request.rewards)
     rewards.check_prompts(request.prompts, request.place)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = lone_device()
     texts = [prompt.text for prompt in request.prompts]
     policies: Sequence[Policy]
     if runs:

@@ -31,9 +31,10 @@ from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tuning import Search, look, tuned, tuning_notes, write_search
 from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant, check_name, planned_runs, settings_from
 from pcpo_fast.config.presets import DEFAULT_CONFIG
-from pcpo_fast.errors import UserError
+from pcpo_fast.errors import EXIT_USER_ERROR, UserError
 from pcpo_fast.interface.configuration import File, Settings, check_choice, check_least, settings_texts
 from pcpo_fast.reporting.metrics_file import find_metrics
+from pcpo_fast.reporting.progress import say
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class RunsFailed(UserError):
     def __init__(self, failures: Sequence[Failure], runs: int, compared: Compared | None, reason: str = "") -> None:
         named = ", ".join(f"{failure.run.name} (log: {failure.run.log})" for failure in failures)
         super().__init__(f"{len(failures)} of {runs} runs failed: {named}")
-        self.exit_code = 2 if all(failure.code == 2 for failure in failures) else 1
+        self.exit_code = EXIT_USER_ERROR if all(failure.code == EXIT_USER_ERROR for failure in failures) else 1
         self.compared, self.reason = compared, reason
 
 
@@ -181,8 +182,7 @@ def compare(
     finally:
         if records is not None:
             new = write_small_records(plan.output, Path(records))
-            text = f"records: {len(new)} finished runs added to {os.fspath(records)}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(console, f"records: {len(new)} finished runs added to {os.fspath(records)}")
 
 
 def _run_and_report(
@@ -288,12 +288,12 @@ def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | 
         write_plan_file(plan, settings)
     while search.waiting and not failures and how is not None and time.monotonic() < how.until:
         count = len(search.waiting)
-        console.print(f"tuning: {count} runs until the next choice", highlight=False)
+        say(console, f"tuning: {count} runs until the next choice")
         failures = scheduling.run_all(_sized(search.waiting, how), 0, plan.output, how, console)
         search = look(plan, settings)
     paths = write_search(plan, settings, search)
     state = f"not finished, {len(search.waiting)} runs left until the next choice" if search.waiting else "finished"
-    console.print(f"tuning: {state} ({paths[1]}, {paths[0].name})", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"tuning: {state} ({paths[1]}, {paths[0].name})")
     if search.waiting:
         raise RunsFailed(failures, count, None) if failures else NotFinished()
     return search

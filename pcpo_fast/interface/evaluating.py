@@ -115,8 +115,8 @@ def evaluate(
         if reference != "base" and not Path(reference).is_dir():
             raise UserError(f"--reference: {reference} is neither base nor a folder of images")
 
-    import torch
-
+    from pcpo_fast.distributed.collectives import lone_device
+    from pcpo_fast.distributed.launching import launcher_world_size
     from pcpo_fast.evaluation.candidate_images import Request
     from pcpo_fast.evaluation.candidates import shared_config_file
     from pcpo_fast.evaluation.evaluator import PAGE_FILE, EvaluationSettings, with_reference
@@ -147,12 +147,12 @@ def evaluate(
     scored = reward_configs(rewards, shared.rewards) or list(shared.rewards)
     measured = replace(measured, rewards=scored, timeout=shared.scoring.timeout)
     request = Request(load_prompts(source, shared.prompts.column)[:limit], count, seed, stochastic, batch_size, remake)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launcher_world_size() > 1:
         from pcpo_fast.engine.engine import start_distributed
 
         device = start_distributed(shared.distributed)
     else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = lone_device()
     result = measure(candidates, request, measured, device)
     if result is None:
         return None

@@ -86,18 +86,19 @@ def train(
 
     run = load_config(config, settings, rewards=rewards)
 
+    from pcpo_fast.distributed.launching import launcher_rank, launcher_world_size
     from pcpo_fast.rollout.epoch_plan import check_sizes
 
-    check_sizes(run, int(os.environ.get("WORLD_SIZE", "1")))  # before the libraries are loaded, which takes long
+    check_sizes(run, launcher_world_size())  # before the libraries are loaded, which takes long
 
-    from pcpo_fast.distributed.collectives import launcher_rank
     from pcpo_fast.profiling.recording import ProfileRequest
+    from pcpo_fast.reporting.progress import say
     from pcpo_fast.training.trainer import train as train_run
 
     console = Console() if console is None else console
     if launcher_rank() == 0:
         text = f"{run.algorithm} on {run.model.path}, run directory {run.output_dir}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
     wanted = profile or profile_epoch is not None or profile_updates is not None
     request = ProfileRequest(profile_epoch, profile_updates) if wanted else None
     return TrainedRun(Path(run.output_dir), train_run(run, os.fspath(resume), console, request, verify))

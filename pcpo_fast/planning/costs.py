@@ -10,7 +10,6 @@ from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.planning.models import META, Architecture, ModelOnMeta, build_on_meta
 from pcpo_fast.planning.tracing import Cost, checkpointing, trace_forward, trace_training
 from pcpo_fast.policies.depth import Depth
-from pcpo_fast.policies.pipeline_policy import DECODED_PIXELS
 
 FEW = 2
 """Blocks of each kind in the shallowest traced network: the first and the last block may differ from the others."""
@@ -88,7 +87,7 @@ class ModelCosts:
         """Peak bytes of :attr:`decoding`: while one chunk is decoded, or while all images are concatenated."""
         policy = self.model.policy
         image = 4 * 3 * policy.rows * policy.columns * (policy.cell * policy.vae_scale) ** 2
-        at_once = min(batch, self.decoded_at_once)
+        at_once = min(batch, policy.decoded_at_once)
         return max(
             _affine(lambda count: self.decoding(count).peak, at_once) + (batch - at_once) * image, 3 * batch * image
         )
@@ -98,12 +97,6 @@ class ModelCosts:
         policy = self.model.policy
         latents = torch.empty(batch, *policy.latent_shape, device=META)
         return trace_forward(policy.vae, lambda: policy.decode(latents), fused_norms=self.on_gpu)
-
-    @property
-    def decoded_at_once(self) -> int:
-        """Number of images that the VAE decodes at a time."""
-        policy = self.model.policy
-        return max(1, DECODED_PIXELS // (policy.rows * policy.columns * (policy.cell * policy.vae_scale) ** 2))
 
     def _build(self, counts: tuple[int, ...]) -> ModelOnMeta:
         if counts == self.depth.counts:

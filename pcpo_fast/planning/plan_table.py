@@ -7,6 +7,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pcpo_fast.reporting.progress import say
+
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what :func:`pcpo_fast.planning.run_plan.make_plan` returns."""
@@ -17,9 +19,9 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     console.print(_disk(plan["disk_gb"]))
     if "encoded prompts" not in plan["disk_gb"]["parts"]:
         each = _number(1e3 * plan["disk_gb"]["each_prompt"])
-        _say(console, f"Encoded prompts come on top, {each} MB each: prompts.train or prompts.heldout is not here")
+        say(console, f"Encoded prompts come on top, {each} MB each: prompts.train or prompts.heldout is not here")
     run = plan["run"]
-    _say(
+    say(
         console,
         f"The whole run, {run['epochs']} epochs and {run['evaluations']} evaluations: {_number(run['tflops'])} TFLOP, "
         f"{_seconds(3600 * run['hours'])} at an assumed MFU of {run['mfu']:g} (--mfu), without rewards and loading",
@@ -28,17 +30,13 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     peak = f"{own['peak']:.1f} GB at its peak ({own['worst_phase']})"
     verdict = "fits" if own["fits"] else "does not fit"
     host = f"{own['host']['peak']:.1f} GB of host memory in each machine ({own['host']['worst_phase']})"
-    _say(console, f"This configuration ({own['zero']}) needs {peak}; it {verdict} {gpus}. It needs {host}")
+    say(console, f"This configuration ({own['zero']}) needs {peak}; it {verdict} {gpus}. It needs {host}")
     advice = plan["recommendation"]
-    _say(console, ("Recommended: " if advice["fits"] else "Does not fit: ") + advice["reason"])
+    say(console, ("Recommended: " if advice["fits"] else "Does not fit: ") + advice["reason"])
     if advice["fits"]:
-        _say(console, "  " + " ".join(advice["settings"]))
+        say(console, "  " + " ".join(advice["settings"]))
     for way in advice.get("ways_out", ()):
-        _say(console, f"  - {way}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"  - {way}")
 
 
 def _parameters(plan: dict[str, Any]) -> Table:

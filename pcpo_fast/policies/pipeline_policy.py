@@ -68,6 +68,7 @@ class PipelinePolicy(Policy):
         dispatches_attention: whether the network's attention layers use diffusers' attention dispatcher.
         linear_guidance: whether guidance is linear in its halves, as in the loss; any other serves sampling only.
         masks_prompts: whether attention leaves out the padding of prompts, which not every backend can.
+        caption_width: of a family that masks prompts: the key of the network's configuration for their width.
         kohya_keeps_names: whether kohya's sd-scripts use diffusers' layer names instead of those of the original
             release; ComfyUI reads these.
     """
@@ -85,6 +86,7 @@ class PipelinePolicy(Policy):
     dispatches_attention: ClassVar[bool] = True
     linear_guidance: ClassVar[bool] = True
     masks_prompts: ClassVar[bool] = False
+    caption_width: ClassVar[str]
     kohya_keeps_names: ClassVar[bool] = False
 
     def __init__(
@@ -286,7 +288,7 @@ class PipelinePolicy(Policy):
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Encoded:
         """Encode prompts with a pipeline that has the text encoders loaded.
 
-        A family that masks padding returns rows without it, each with a mask of ones.
+        A family that masks padding returns rows without it (:func:`with_masks`).
         """
 
     @abstractmethod
@@ -300,10 +302,15 @@ class PipelinePolicy(Policy):
     def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's row in the result of :meth:`encode_with`, for planning without text encoders.
 
+        Here those of a family that masks prompts: the longest prompt that is not cut, and its mask.
+
         Args:
             clip_tokens: number of tokens that CLIP's tokenizer reads.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how its conditioning is shaped")
+        if not self.masks_prompts:
+            raise NotImplementedError(f"{type(self).__name__} does not say how its conditioning is shaped")
+        tokens = self.settings.max_sequence_length
+        return {"prompt_embeds": (tokens, self.network.config[self.caption_width]), "prompt_mask": (tokens,)}
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Convert the sampler's latents to the VAE's input, [B, C, h, w]: unscaled, and unpacked if packed."""
@@ -409,10 +416,13 @@ class PipelinePolicy(Policy):
         """Decode latents to images."""
         self.work.decodes += len(latents)
         pixels = self.to_pixels(latents).to(next(self.vae.parameters()).dtype)
-        # A few images at a time: otherwise the decoder's activations would limit the batch.
-        at_once = max(1, DECODED_PIXELS // (self.rows * self.columns * (self.cell * self.vae_scale) ** 2))
-        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in pixels.split(at_once)]
+        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in pixels.split(self.decoded_at_once)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def decoded_at_once(self) -> int:
+        """Images that the VAE decodes at a time: few, or its activations would limit the batch."""
+        return max(1, DECODED_PIXELS // (self.rows * self.columns * (self.cell * self.vae_scale) ** 2))
 
     def save_weights(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write ``pytorch_lora_weights.safetensors``, in names that diffusers and ComfyUI read, or the network."""
@@ -499,6 +509,11 @@ def warn_of_distillation(model: str | Path) -> None:
             "unlearn what the distillation gave it; the base model is the one made for training",
             stacklevel=2,
         )
+
+
+def with_masks(rows: Sequence[Tensor]) -> Encoded:
+    """Prompts [tokens, width] of different lengths, each with a mask of ones, to which padding will add zeros."""
+    return {"prompt_embeds": list(rows), "prompt_mask": [row.new_ones(len(row)) for row in rows]}
 
 
 def _equally_long(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

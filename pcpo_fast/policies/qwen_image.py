@@ -18,7 +18,7 @@ from pcpo_fast.policies.embedding_cache import Encoded
 from pcpo_fast.policies.flow_grids import shifted_schedule
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION
 from pcpo_fast.policies.part_checks import check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked, with_masks
 from pcpo_fast.policies.speed import run_block
 
 _OTHER_MODELS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -46,6 +46,7 @@ class QwenImagePolicy(PipelinePolicy):
         ("in_channels", 4, "vae", "z_dim"),
     )
     masks_prompts: ClassVar[bool] = True
+    caption_width: ClassVar[str] = "joint_attention_dim"
     linear_guidance: ClassVar[bool] = False
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
@@ -104,13 +105,7 @@ class QwenImagePolicy(PipelinePolicy):
             prompts, device=device, max_sequence_length=self.settings.max_sequence_length
         )
         lengths = [states.shape[1]] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
-        rows = [row[:length] for row, length in zip(states, lengths, strict=True)]
-        return {"prompt_embeds": rows, "prompt_mask": [row.new_ones(len(row)) for row in rows]}
-
-    def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
-        """Qwen2.5-VL's states and their mask, of the longest prompt that is not cut."""
-        tokens = self.settings.max_sequence_length
-        return {"prompt_embeds": (tokens, self.network.config["joint_attention_dim"]), "prompt_mask": (tokens,)}
+        return with_masks([row[:length] for row, length in zip(states, lengths, strict=True)])
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Qwen2.5-VL; what the template puts before a prompt does not count."""

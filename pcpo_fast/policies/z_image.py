@@ -21,7 +21,7 @@ from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.embedding_cache import Encoded
 from pcpo_fast.policies.flow_grids import shifted_schedule
 from pcpo_fast.policies.lora_names import release_weights
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, warn_of_distillation
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, warn_of_distillation, with_masks
 from pcpo_fast.policies.speed import run_block
 from pcpo_fast.policies.truncation import template_tokens
 
@@ -64,6 +64,7 @@ class ZImagePolicy(PipelinePolicy):
         ("in_channels", 1, "vae", "latent_channels"),
     )
     masks_prompts: ClassVar[bool] = True
+    caption_width: ClassVar[str] = "cap_feat_dim"
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
         """As :class:`PipelinePolicy`; the network gets a forward of whole batches.
@@ -134,12 +135,7 @@ class ZImagePolicy(PipelinePolicy):
             do_classifier_free_guidance=False,
             max_sequence_length=self.settings.max_sequence_length,
         )
-        return {"prompt_embeds": states, "prompt_mask": [row.new_ones(len(row)) for row in states]}
-
-    def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
-        """Qwen3's states and their mask, of the longest prompt that is not cut."""
-        tokens = self.settings.max_sequence_length
-        return {"prompt_embeds": (tokens, self.network.config["cap_feat_dim"]), "prompt_mask": (tokens,)}
+        return with_masks(states)
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Qwen3, which reads the chat template around a prompt as well."""

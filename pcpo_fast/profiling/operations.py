@@ -43,7 +43,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ForwardComparison:
     """Two forwards of the same row, operation by operation.
 
     Attributes:
@@ -129,14 +129,14 @@ class _Recorder(TorchDispatchMode):
             yield Operation(module, name, size, int(digest), tuple(samples.tolist()))
 
 
-def compare(one: Sequence[Operation], other: Sequence[Operation]) -> Comparison:
+def compare(one: Sequence[Operation], other: Sequence[Operation]) -> ForwardComparison:
     """Compare two forwards, each operation with the one of the same place in the other."""
     theirs = dict(_placed(other))
     mine = list(_placed(one))
     pairs = [(value, theirs[place]) for place, value in mine if place in theirs and theirs[place].size == value.size]
     different = next((k for k, (a, b) in enumerate(pairs) if a.digest != b.digest), None)
     distances = {a.module: a.distance(b) for a, b in pairs if "::" not in a.name}
-    return Comparison(
+    return ForwardComparison(
         compared=len(pairs),
         unmatched=len(mine) + len(theirs) - 2 * len(pairs),
         first=None if different is None else pairs[different],

@@ -57,7 +57,8 @@ def write_model_card(folder: Path, run: RunFiles, config: Config, epoch: int, ki
         parts.append(f"![Held-out prompts after {epoch} epochs]({SAMPLES})")
     parts += ["## What the training changed", _results(run, config, epoch)]
     parts += ["## Use", "No trigger word is needed.", _usage(folder, config, kind, base, name or str(folder.name))]
-    parts += ["## Origin", _origin(run, config), _license(base if on_hub else None)]
+    what = f"[{base}](https://huggingface.co/{base})" if on_hub else "the base model"
+    parts += ["## Origin", _origin(run, config), f"The license of {what} holds for these weights as well."]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -151,8 +152,3 @@ def _origin(run: RunFiles, config: Config) -> str:
 
 
 _SHOWN = {"started": "started", "commit": "commit", "gpu": "GPU"}
-
-
-def _license(base: str | None) -> str:
-    what = "the base model" if base is None else f"[{base}](https://huggingface.co/{base})"
-    return f"The license of {what} holds for these weights as well."

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.files.atomic import write_atomically
-from pcpo_fast.reporting.series import Record, Series, reward_names, series, skipped_updates, step_series, update_values
+from pcpo_fast.reporting.metrics_file import Record
+from pcpo_fast.reporting.series import Series, reward_names, series, skipped_updates, step_series, update_values
 from pcpo_fast.reporting.style import (
     BASE,
     GRID,

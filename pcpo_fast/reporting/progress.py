@@ -96,7 +96,7 @@ class TrainingProgress:
         now = self._clock()
         if self.done >= self.epochs or now - self._last_line >= self._plain_interval:
             self._last_line = now
-            _print(self._console, self._plain_line())
+            say(self._console, self._plain_line())
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Report metrics of a held-out evaluation; they are displayed until the next one."""
@@ -107,7 +107,7 @@ class TrainingProgress:
         if text.startswith("warning: "):
             self.warnings.append(text.removeprefix("warning: "))
         if self.enabled:
-            _print(self._console, text)
+            say(self._console, text)
 
     def _remember(self, metrics: Mapping[str, float]) -> None:
         for name, _, _ in _SHOWN:
@@ -231,10 +231,11 @@ class StepProgress:
         if now - self._last >= self._interval and self.done < self.total:
             self._last = now
             left = (now - self._begin) / self.done * (self.total - self.done)
-            _print(self._console, f"{self.what}: {self.done} of {self.total} steps, {duration(left)} left")
+            say(self._console, f"{self.what}: {self.done} of {self.total} steps, {duration(left)} left")
 
 
-def _print(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
+    """Print a line of plain text, unchanged and unwrapped."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

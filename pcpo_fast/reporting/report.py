@@ -12,7 +12,7 @@ from pcpo_fast.reporting import plots
 from pcpo_fast.reporting.charts import charts
 from pcpo_fast.reporting.pages import render_page
 from pcpo_fast.reporting.progress import duration
-from pcpo_fast.reporting.run_files import RunFiles, Sheet, embedded_sheet, is_number, number_at, read_run_files
+from pcpo_fast.reporting.run_files import RunFiles, embedded_sheet, is_number, number_at, read_run_files
 from pcpo_fast.reporting.series import series
 from pcpo_fast.reporting.summary import summarize_run
 from pcpo_fast.runs.provenance import read_provenance
@@ -35,6 +35,8 @@ def write_report(run_dir: Path | str, *, warnings: Sequence[str] = (), running: 
     numbers = summarize_run(run.records) | {key: value for key, value in run.summary.items() if is_number(value)}
     epochs = [record for record in run.records if record.get("kind") == "epoch"]
     more = f" and {len(run.captions) - 4} more" if len(run.captions) > 4 else ""
+    strips = sorted((run.folder / "images").glob("predictions_*.png"))
+    mismatches = series(run.records, "rollout/mismatch_output").values  # between rollout and update
     page = render_page(
         _TEMPLATE,
         warnings=warnings,
@@ -52,9 +54,9 @@ def write_report(run_dir: Path | str, *, warnings: Sequence[str] = (), running: 
         captions_in_short=f": {'; '.join(run.captions[:4])}{more}" if run.captions else "",
         before_after=embedded_sheet(run, run.folder / "images" / "before_after.png"),
         samples=_samples(run),
-        strips=_latest_strips(run),
+        strips=embedded_sheet(run, strips[-1]) if strips else None,
         figures=_figures(run),
-        exact=_exact(run.records),
+        exact=bool(mismatches) and not any(mismatches),
         provenance=read_provenance(run.folder)[-1:],
     )
     write_atomically(run.folder / "report.html", page)
@@ -67,18 +69,6 @@ def _subtitle(run: RunFiles, done: int) -> str:
     state = "finished" if run.finished else "not finished"
     credit = f", {run.credit.rule} credit on the {run.credit.sampler} sampler" if run.credit else ""
     return f"PCPO training run, {state}: {done}{of} epochs{credit}"
-
-
-def _exact(records: list[dict[str, Any]]) -> bool:
-    """Whether rollout and update agreed exactly in every epoch that recorded how far they differ."""
-    outputs = series(records, "rollout/mismatch_output").values
-    return bool(outputs) and not any(outputs)
-
-
-def _latest_strips(run: RunFiles) -> Sheet | None:
-    """The latest ``images/predictions_<epoch>.png``."""
-    found = sorted((run.folder / "images").glob("predictions_*.png"))
-    return embedded_sheet(run, found[-1]) if found else None
 
 
 def _samples(run: RunFiles) -> list[dict[str, Any]]:

@@ -17,13 +17,9 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.grids import TILES, image_bytes
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
 from pcpo_fast.reporting.pages import data_url, embedded
+from pcpo_fast.runs.hidden_secrets import without_secrets
 
 _GRID_NAME = re.compile(r"epoch_(\d+)\.png")
-_SECRET = re.compile(
-    r"^(?P<key>\s*(?:-\s+)?[\"']?[\w.-]*(?:api_?key|password|passwd|secret|(?<![a-z])token)[\"']?\s*:[ \t]*)"
-    r"(?!null\b|~)\S.*$",
-    re.IGNORECASE | re.MULTILINE,
-)
 _EMBED_LIMIT = 400_000  # larger PNG files (in bytes) are embedded as JPEG
 _EMBED_WIDTH = 1600
 
@@ -107,7 +103,7 @@ def read_run_files(folder: Path) -> RunFiles:
         run.notes.append("There is no metrics.jsonl: nothing has been recorded yet.")
     if config.exists():
         raw = config.read_text(encoding="utf-8", errors="replace")
-        run.config_text = _SECRET.sub(r"\g<key>(not shown)", raw)
+        run.config_text = without_secrets(raw)
         try:
             loaded = yaml.safe_load(raw)
             run.config = loaded if isinstance(loaded, dict) else {}

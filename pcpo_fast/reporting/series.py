@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-Record = dict[str, Any]
+from pcpo_fast.reporting.metrics_file import Record
 
 _STATISTICS = ("mean", "std", "group_std")  # statistics of the total in reward/ and heldout/reward/, not reward names
 

@@ -5,7 +5,6 @@ contains" and the prompt, and the reward is the BERTScore recall at layer 40 of 
 0.4 to 0.8, at most 1.
 """
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +54,8 @@ class CaptionBertScore(LearnedReward):
         dtype: str = "bfloat16",
         batch_size: int = 8,
     ) -> None:
+        from transformers import LlavaForConditionalGeneration
+
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
         for option, value in (("instruction", instruction), ("reference", reference)):
             checked_option(self.name, option, value, str, "a string")
@@ -68,7 +69,9 @@ class CaptionBertScore(LearnedReward):
         self._encoder = self.keep(load_encoder(self.name, folder, layer), torch.float32)
         self._words = load_tokenizer(self.name, None, folder, scorer)
         folder = model_folder(self.name, "model", model)
-        self._llava = self.keep(_load_llava(self.name, folder))
+        where = f"reward {self.name}: {folder}"
+        check_model_type(folder, where, "llava")
+        self._llava = self.keep(load_pretrained(LlavaForConditionalGeneration, folder, where))
         config = self._llava.config
         self._prepare = read_preprocessing(folder, config.vision_config.image_size, f"reward {self.name}: {model}")
         self._tokenizer = load_tokenizer(self.name, None, folder, model)
@@ -94,14 +97,6 @@ class CaptionBertScore(LearnedReward):
         )
         texts: list[str] = self._tokenizer.batch_decode(said[:, asked.shape[1] :], skip_special_tokens=True)
         return texts
-
-
-def _load_llava(reward: str, folder: Path) -> Any:
-    where = f"reward {reward}: {folder}"
-    check_model_type(folder, where, "llava")
-    from transformers import LlavaForConditionalGeneration
-
-    return load_pretrained(LlavaForConditionalGeneration, folder, where)
 
 
 def _question(tokenizer: Any, config: Any, instruction: str) -> Tensor:

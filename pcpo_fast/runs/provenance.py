@@ -4,12 +4,12 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.schema import Config
 from pcpo_fast.distributed.collectives import world_size
 from pcpo_fast.files.atomic import write_atomically
+from pcpo_fast.runs.hidden_secrets import HIDDEN, command_without_secrets, names_secret
 
 PROVENANCE_FILE = "provenance.json"
 LIBRARIES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "numpy")
 _CHECKOUT = Path(pcpo_fast.__file__).resolve().parents[1]
-_SECRET_KEY = re.compile(r"(api_?key|password|passwd|secret|(?<![a-z])token)$", re.IGNORECASE)
-_SECRET = re.compile(r"((?:api_?key|password|passwd|secret|token)[\w.-]*[\"']?\s*[:=]\s*)[^\s,}]+", re.IGNORECASE)
 
 
 def write_provenance(folder: Path, config: Config, epoch: int) -> None:
@@ -52,7 +51,7 @@ def read_provenance(folder: Path) -> list[dict[str, Any]]:
 def about_run(folder: Path, config: Config) -> dict[str, Any]:
     """What a tracker shows of a run: its settings by dotted key, secrets left out, and its latest start."""
     settings = {
-        key: "(not shown)" if _SECRET_KEY.search(key) else value
+        key: HIDDEN if names_secret(key) else value
         for key, value in flattened(config.model_dump(mode="json", exclude={"output_dir"}), lists=True)
     }
     return settings | {
@@ -76,20 +75,22 @@ def _provenance(config: Config, epoch: int) -> dict[str, Any]:
         "commit": commit,
         "commit_dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "libraries": {name: version for name in LIBRARIES if (version := _version(name)) is not None},
+        "libraries": library_versions(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ranks": world_size(),
-        "command": _SECRET.sub(r"\1(not shown)", shlex.join(sys.argv)),
+        "command": command_without_secrets(shlex.join(sys.argv)),
         "configuration_sha256": hashlib.sha256(settings.encode()).hexdigest(),
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def library_versions() -> dict[str, str]:
+    """Versions of the :data:`LIBRARIES` that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _git(*arguments: str) -> str | None:

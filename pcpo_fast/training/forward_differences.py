@@ -12,7 +12,7 @@ from pcpo_fast.method.noise_keys import Purpose, random_key
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.policies import Conditioning, Policy, select_rows
 from pcpo_fast.policies.families import load_policy, load_trained_weights
-from pcpo_fast.profiling.operations import Comparison, Operation, compare, recorded
+from pcpo_fast.profiling.operations import ForwardComparison, Operation, compare, recorded
 from pcpo_fast.prompts import load_prompts
 from pcpo_fast.rollout.rollout import initial_latents, sampler_steps
 
@@ -34,7 +34,7 @@ class Inputs:
 
 def compare_forwards(
     config: Config, weights: Path | None, step: int | None, device: torch.device, other: Config | None = None
-) -> Comparison:
+) -> ForwardComparison:
     """Compare the forwards of one image at one step, operation by operation.
 
     Without `other`, the forward of the rollout (a batch at one step, without gradients) with that of the update (a

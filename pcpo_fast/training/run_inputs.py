@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from pcpo_fast.config.schema import Config, LoggingConfig
 from pcpo_fast.distributed.collectives import once_per_machine, own_gpu
+from pcpo_fast.distributed.launching import launcher_world_size
 from pcpo_fast.engine.eight_bit_adamw import check_eight_bit
 from pcpo_fast.engine.engine import deepspeed_config
 from pcpo_fast.errors import UserError
@@ -60,7 +60,7 @@ class RunInputs:
             check_eight_bit()
         check_base_weights(config.model)
         _check_logging(config.logging)
-        check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_sizes(config, launcher_world_size())
         trained = trained_prompts(len(prompts), config.rollout.prompts_per_epoch, config.train.epochs, config.seed)
         rewards = RewardSet(config.rewards, config.scoring)
         if config.advantage.steps != "final":

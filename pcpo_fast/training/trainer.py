@@ -19,7 +19,6 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.distributed.agreement import check_agreement, check_alike
 from pcpo_fast.distributed.collectives import (
     gather_objects,
-    launcher_rank,
     local_world_size,
     naming_lost_ranks,
     rank,
@@ -27,6 +26,7 @@ from pcpo_fast.distributed.collectives import (
     sum_over_ranks,
     world_size,
 )
+from pcpo_fast.distributed.launching import launcher_rank
 from pcpo_fast.distributed.preemption import Polled, Stopped, StopRequest
 from pcpo_fast.engine.engine import MARGIN, Engine, check_deepspeed, start_distributed, stop_distributed
 from pcpo_fast.errors import UserError
@@ -46,7 +46,7 @@ from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
 from pcpo_fast.reporting.grids import image_grid
 from pcpo_fast.reporting.live_report import LiveReport
-from pcpo_fast.reporting.progress import TrainingProgress
+from pcpo_fast.reporting.progress import TrainingProgress, say
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout.branches import audited_images, audited_step, branch
 from pcpo_fast.rollout.epoch_plan import accumulation_steps, pairs_per_update, plan_epoch
@@ -148,10 +148,10 @@ def _announce(start: RunStart, config: Config, console: Console, accepted: Seque
     folder = config.output_dir
     if accepted:
         text = f"warning: continuing with inputs whose content has changed: {'; '.join(accepted)}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
     for path, problem in start.damaged:
         text = f"warning: checkpoint {path} is damaged ({problem}) and is skipped; the one before it is used"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
     if start.finished:
         text = (
             f"The run in {folder} is finished ({start.epoch} epochs): there is nothing left to train. "
@@ -163,7 +163,7 @@ def _announce(start: RunStart, config: Config, console: Console, accepted: Seque
         text = f"{folder} holds a run without a checkpoint: it starts again from the beginning"
     else:
         return
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    say(console, text)
 
 
 class Trainer:

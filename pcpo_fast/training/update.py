@@ -122,9 +122,6 @@ class Update:
     def _predict(self, batch: MicroBatch) -> Tensor:
         return self.policy.predict(batch.latents, batch.times, batch.conditioning)
 
-    def _predict_halves(self, batch: MicroBatch) -> PolicyOutput:
-        return self.policy.predict_halves(batch.latents, batch.times, batch.conditioning)
-
     def _train_on(self, batch: MicroBatch, statistics: StepStatistics, unchanged: bool) -> None:
         """Forward and backward of a micro-batch; ``unchanged``: the weights are still those of the rollout."""
         beta, reference = self.config.credit.kl_coefficient, None
@@ -132,7 +129,7 @@ class Update:
             with torch.no_grad(), self._as_reference(), profiler_ranges.named("forward"):
                 reference = self._predict(batch)
         with profiler_ranges.named("forward"):
-            halves = self._predict_halves(batch)
+            halves = self.policy.predict_halves(batch.latents, batch.times, batch.conditioning)
         with profiler_ranges.named("loss"):
             result = self._loss(batch, halves, *self._old_side(batch, unchanged), reference)
         statistics.add(batch.counted, result if result.kl is None else result._replace(kl=result.kl / beta))

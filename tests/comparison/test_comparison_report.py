@@ -12,12 +12,12 @@ from comparison_runs import noisy_rise, write_run
 from PIL import Image
 
 from pcpo_fast.comparison import Comparison, ComparisonSettings, compare_runs, write_comparison
-from pcpo_fast.comparison.figures import comparison_figures
+from pcpo_fast.comparison.comparison_figures import comparison_figures
+from pcpo_fast.comparison.comparison_tables import difference_table, main_table, seed_table
 from pcpo_fast.comparison.measures import Costs
 from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.record import comparison_record, notes
 from pcpo_fast.comparison.small_records import write_small_records
-from pcpo_fast.comparison.tables import difference_table, main_table, seed_table
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting import style
 from pcpo_fast.reporting.records import RunRecorder

@@ -23,7 +23,7 @@ from pcpo_fast.config.loading import load_config as load_file
 from pcpo_fast.distributed.preemption import EXIT_PREEMPTED, Stopped
 from pcpo_fast.engine.engine import Engine
 from pcpo_fast.errors import UserError
-from pcpo_fast.interface.messages import for_python, in_python
+from pcpo_fast.interface.for_python import for_python, in_python
 from pcpo_fast.interface.training import TrainedRun
 
 ROOT = Path(__file__).resolve().parents[2]

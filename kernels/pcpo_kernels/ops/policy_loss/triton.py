@@ -358,7 +358,7 @@ class Columns(NamedTuple):
     kl: Tensor | None
 
 
-class Settings(NamedTuple):
+class LossSettings(NamedTuple):
     """What holds for every row, as the forward kernel takes it."""
 
     clip_range: float
@@ -368,7 +368,7 @@ class Settings(NamedTuple):
 
 IMAGES = Operands._fields.index("seed")
 OPERANDS, COLUMNS = len(Operands._fields), len(Columns._fields)
-NO_GRADIENTS = (None,) * (OPERANDS + COLUMNS + len(Settings._fields))
+NO_GRADIENTS = (None,) * (OPERANDS + COLUMNS + len(LossSettings._fields))
 UNCONDITIONAL = Operands._fields.index("unconditional")
 
 
@@ -445,7 +445,7 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Ten
 _loss_backward = Operator("policy_loss_backward", _backward, _backward_fake, takes=(Operands,))
 _loss = Operator(
     "policy_loss", _forward, _forward_fake, _setup_context, _autograd_backward,
-    takes=(Operands, Columns, Settings), shown=False,
+    takes=(Operands, Columns, LossSettings), shown=False,
 )  # fmt: skip
 _OBJECTIVES = get_args(Objective)
 

@@ -98,10 +98,6 @@ def sample_step_kernel(
             tl.store(log_prob + row, tl.where(row_std > 0.0, density, 0.0))
 
 
-def _row_values(values: Tensor) -> Tensor:
-    return values.to(torch.float32) if values.dtype == torch.float64 else values
-
-
 def _step(
     latents: Tensor,
     output: Tensor,
@@ -121,7 +117,7 @@ def _step(
     plan = plan_for(int(elements))
     chunks = plan.chunks(elements)
     big = as_read(latents), as_read(output), as_read(noise)
-    columns = [_row_values(column) for column in (a, b, std)]
+    columns = [column.float() if column.dtype == torch.float64 else column for column in (a, b, std)]
     noisy = noise is not None or seed is not None
     launch(
         sample_step_kernel, latents, (rows * chunks, 1, 1), plan.warps,

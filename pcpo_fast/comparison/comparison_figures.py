@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcpo_fast.comparison.analysis import Comparison
+from pcpo_fast.comparison.comparison_tables import epochs_text
 from pcpo_fast.comparison.curves import until
 from pcpo_fast.comparison.measures import (
     EPOCHS_TO_TARGET,
@@ -18,7 +19,6 @@ from pcpo_fast.comparison.measures import (
     timed,
 )
 from pcpo_fast.comparison.reading import RunCurves
-from pcpo_fast.comparison.tables import epochs_text
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import mean_curve
 from pcpo_fast.reporting.style import (
