@@ -3,7 +3,7 @@
 #
 #   bash examples/1x24gb_sd15_lora/run.sh prompts.train=PROMPTS.txt prompts.heldout=OTHERS.txt
 #
-# Checks everything first (pcpo-fast preflight), trains only if nothing failed, and goes on where an interrupted run
+# Checks everything first (pcpo-fast preflight), trains only if nothing failed, and continues where an interrupted run
 # stopped. Further settings are passed on as they are. Paths start from where you stand, the run directory too.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pcpo_fast.reporting.tables import Grid
 
 
-def add_settings(parser: argparse.ArgumentParser, what: str = "settings that win over the file") -> None:
+def add_settings(parser: argparse.ArgumentParser, what: str = "settings that take precedence over the file") -> None:
     """Add positional ``key.subkey=value`` arguments, stored as ``settings``."""
     parser.add_argument("settings", nargs="*", metavar="key.subkey=value", help=what)
 
@@ -32,7 +32,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_run_or_config(parser: argparse.ArgumentParser) -> None:
     """Add what names frozen weights: a run, or the base model of a configuration, and settings."""
     # One list for both, since argparse would take the first setting for the run where there is none.
-    add_settings(parser, "run directory or checkpoint (none: the base model of --config), and settings that win")
+    add_settings(parser, "run directory or checkpoint (none: the base model of --config), and settings")
     parser.add_argument("--config", metavar="FILE", help="YAML configuration of the base model, instead of a run")
     parser.add_argument("--epoch", type=int, help="checkpoint after this many epochs (default: the newest)")
 
@@ -45,7 +45,7 @@ def run_or_config(
     Args:
         command: its name, for messages.
         arguments: of :func:`add_run_or_config`.
-        further: settings that win over all others.
+        further: settings that take precedence over all others.
 
     Raises:
         UserError: there is not exactly one run or configuration, or it cannot be read.
@@ -64,7 +64,7 @@ def run_or_config(
         config = load_config(checkpoint.absolute().parent.parent / "config.yaml", settings)
         return config, checkpoint / WEIGHTS, int(read_state(checkpoint)["epoch"])
     if arguments.epoch is not None:
-        raise UserError("--epoch: chooses a checkpoint of a run, and --config names none")
+        raise UserError("--epoch: selects a checkpoint of a run, so it cannot be combined with --config")
     return load_config(arguments.config, settings), None, 0
 
 

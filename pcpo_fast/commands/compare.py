@@ -55,16 +55,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     running = parser.add_argument_group("how it is run")
     running.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
-    running.add_argument("--threads", type=int, metavar="N", help="CPU threads of each (default: divided among them)")
     running.add_argument(
-        "--launcher", metavar="COMMAND", help="starts a run on several GPUs; {slot} and {port} differ between jobs"
+        "--threads", type=int, metavar="N", help="CPU threads of each run (default: all cores, divided among the jobs)"
+    )
+    running.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help="starts a run on several GPUs; {slot} and {port} become a number and a port of its own",
     )
     running.add_argument(
         "--minutes", type=float, metavar="M", help="start no run after M minutes; call again to continue"
     )
     running.add_argument("--report-only", action="store_true", help="train nothing; report on the finished runs")
     running.add_argument(
-        "--records", metavar="FOLDER", help="copy what a comparison needs of the finished runs, to continue elsewhere"
+        "--records",
+        metavar="FOLDER",
+        help="copy what the comparison needs from finished runs to FOLDER, to continue it elsewhere",
     )
     report = parser.add_argument_group("what is reported")
     report.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default: the first)")

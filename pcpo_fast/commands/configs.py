@@ -3,7 +3,7 @@
 import argparse
 
 EXAMPLES = """examples:
-  pcpo-fast configs                                what there is
+  pcpo-fast configs                                list all
   pcpo-fast configs show flux_dev_pcpo_lora        print one: write it to a file (> mine.yaml) and edit it
   pcpo-fast train --config mine.yaml               train with it
   pcpo-fast train --config flux_dev_pcpo_lora prompts.train=P.txt prompts.heldout=H.txt"""
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.errors import UserError
 
     if (arguments.action == "show") != (arguments.name is not None):
-        raise UserError("configs: the forms are `pcpo-fast configs` and `pcpo-fast configs show NAME`")
+        raise UserError("configs: use `pcpo-fast configs` or `pcpo-fast configs show NAME`")
     if arguments.name is not None:
         print(find_configuration(arguments.name).read_text(encoding="utf-8"), end="")
         return 0

@@ -35,12 +35,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--format",
         metavar="{diffusers,comfyui,kohya}",
-        help="names of a LoRA's layers (default: those that diffusers and ComfyUI both read)",
+        help="naming scheme of the LoRA layers (default: those that diffusers and ComfyUI both read)",
     )
     parser.add_argument(
         "--dtype",
         metavar="{bfloat16,float16,float32}",
-        help="of the weights (default: bfloat16 for LoRA with --output, else the run's own)",
+        help="dtype of the weights (default: bfloat16 for LoRA with --output, else the run's own)",
     )
     parser.add_argument(
         "--push-to-hub",

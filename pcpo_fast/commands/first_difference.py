@@ -13,7 +13,8 @@ EXAMPLES = """examples:
   pcpo-fast first-difference --config flux_dev_pcpo_lora --other model.block_kernels=true
   pcpo-fast first-difference runs/demo --other model.dtype=bfloat16 --step 2 --json
 
-`rollout/mismatch_log_ratio` says how far apart the forwards are, and this where they part (docs/performance.md)."""
+`rollout/mismatch_log_ratio` measures how far apart the forwards are; this command finds where they diverge
+(docs/performance.md)."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -79,18 +80,22 @@ def _print(found: "ForwardComparison") -> None:
 
     lines, tables = [], []
     if found.first is None:
-        lines.append(f"no difference: all {found.compared} operations that both forwards have gave the same bits")
+        lines.append(f"no difference: all {found.compared} operations common to both forwards gave identical bits")
     else:
         one, other = found.first
         size = one.distance(other)
-        amount = f"{size:.1e} of its size" if size else "less than the elements that are looked at show"
+        amount = f"{size:.1e} of its size" if size else "less than the sampled elements show"
         lines.append(f"first difference: {one.name} in {one.module or 'the network itself'}, by {amount}")
         if found.before is not None:
-            lines.append(f"last equal before it: {found.before.name} in {found.before.module or 'the network itself'}")
+            lines.append(
+                f"last equal operation before it: {found.before.name} in {found.before.module or 'the network itself'}"
+            )
         blocks = [(name, value) for name, value in found.distances.items() if name.count(".") <= 1]
         rows = tuple((name or "output", f"{value:.1e}" if value else "0") for name, value in blocks)
-        tables.append(Grid("Relative difference of what each block gives", ("block", "difference"), rows))
+        tables.append(Grid("Relative difference of the output of each block", ("block", "difference"), rows))
         lines.append(f"{found.compared} operations compared")
     if found.unmatched:
-        lines.append(f"{found.unmatched} operations are in one forward only, or of another size, and were left out")
+        lines.append(
+            f"{found.unmatched} operations are in only one of the forwards, or differ in size, and were left out"
+        )
     show_results(Console(), tables, lines)

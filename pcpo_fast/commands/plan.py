@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declare the command."""
     parser = commands.add_parser(
         "plan",
-        help="memory, disk space and time of a run before it starts",
+        help="estimate memory, disk space and time of a run before it starts",
         description="Estimate what a run needs on GPUs, host and disk, how long it takes, and which settings fit.",
         epilog=EXAMPLES,
     )
@@ -33,9 +33,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"
     )
     parser.add_argument(
-        "--gpu", default="H100", metavar="NAME", help=f"which: {', '.join(CARDS)} (default H100, of 80 GB)"
+        "--gpu", default="H100", metavar="NAME", help=f"GPU model: {', '.join(CARDS)} (default H100, of 80 GB)"
     )
-    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one (default: that of --gpu)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory per GPU (default: that of --gpu)")
     parser.add_argument(
         "--host-memory", type=float, metavar="GB", help="host memory of each machine (default: not compared)"
     )
@@ -43,7 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--disk", type=float, metavar="GB", help="free disk space where the run writes (default: not compared)"
     )
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="RATE", help="dense bf16 TFLOP/s of one (default: those of --gpu)"
+        "--peak-tflops", type=float, metavar="RATE", help="dense bf16 TFLOP/s per GPU (default: those of --gpu)"
     )
     parser.add_argument(
         "--mfu",

@@ -25,9 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"
     )
-    parser.add_argument(
-        "--gpu-memory", type=float, metavar="GB", help="memory of one GPU (default: what the GPU reports)"
-    )
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory per GPU (default: what the GPU reports)")
     parser.add_argument("--no-dry-run", action="store_true", help="do not train two steps")
     parser.add_argument(
         "--timeout", type=float, default=1800, metavar="SECONDS", help="time limit for the two steps (default 1800)"

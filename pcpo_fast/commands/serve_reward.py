@@ -28,10 +28,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="environment variable with the token that clients need; required unless --host is a loopback address",
     )
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="device of the images")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in one call of the reward (default: 32)")
-    parser.add_argument("--most-images", type=int, default=64, help="images in one request (default: 64)")
-    parser.add_argument("--most-mib", type=int, default=256, help="MiB of one request (default: 256)")
-    parser.add_argument("--waiting-mib", type=int, default=1024, help="MiB of all requests at once (default: 1024)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per call of the reward (default: 32)")
+    parser.add_argument("--most-images", type=int, default=64, help="maximum images per request (default: 64)")
+    parser.add_argument("--most-mib", type=int, default=256, help="maximum MiB per request (default: 256)")
+    parser.add_argument(
+        "--waiting-mib", type=int, default=1024, help="maximum MiB of all waiting requests (default: 1024)"
+    )
     parser.add_argument("--json", action="store_true", help="print the address and what is served as JSON")
     parser.add_argument("settings", nargs="*", metavar="option=value", help="options of the reward")
     parser.set_defaults(run=run)

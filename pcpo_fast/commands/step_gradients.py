@@ -27,10 +27,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_run_or_config(parser)
     parser.add_argument(
-        "--rollouts", type=int, default=8, metavar="K", help="rollouts to take gradients of (default 8)"
+        "--rollouts", type=int, default=8, metavar="K", help="rollouts whose gradients are measured (default 8)"
     )
     parser.add_argument(
-        "--warm-up", type=int, default=2, metavar="K", help="rollouts before them, for the slopes (default 2)"
+        "--warm-up", type=int, default=2, metavar="K", help="rollouts before these, to estimate the slopes (default 2)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

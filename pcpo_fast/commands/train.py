@@ -113,7 +113,7 @@ def _dry_run(config: "Config", *, as_json: bool) -> int:
     from pcpo_fast.preflight.dry_run import dry_run_here
 
     if launcher_world_size() > 1:
-        raise UserError("--dry-run: is one process; pcpo-fast preflight --gpus N tries several")
+        raise UserError("--dry-run: runs in a single process; pcpo-fast preflight --gpus N tries several")
     status, says = dry_run_here(config)
     if status != "ok":
         raise UserError(says.removeprefix("error: "))

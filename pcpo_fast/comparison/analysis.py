@@ -44,7 +44,7 @@ class ComparisonSettings:
         target: reward for the time to target; None: :data:`WAY_TO_THE_END` of the baseline's increase.
         metric: which reward: "training" (trailing mean over the rollouts) or "heldout" (between evaluations).
         baseline: the variant that the others are compared with; None: the first.
-        at_epoch: also compare the rewards after so many epochs.
+        at_epoch: also compare the rewards after this many epochs.
         smoothing: epochs of the trailing mean.
         include_unfinished: also use unfinished runs, and only as many epochs of every run as the shortest has.
         primary: the measure that decides, chosen before any run; None: there is none.

@@ -8,7 +8,7 @@ from statistics import fmean
 from pcpo_fast.reporting.statistics import LEVEL, Estimate
 
 VERY_FEW = 3
-"""Below so many seeds there is no verdict."""
+"""With fewer seeds than this there is no verdict."""
 
 
 @dataclass(frozen=True)

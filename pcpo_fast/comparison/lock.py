@@ -28,7 +28,7 @@ def only_one(folder: Path) -> Iterator[int | None]:
             who = f" ({attempt.holder})" if attempt.holder else ""
             raise UserError(
                 f"{folder}: another comparison, or runs that it left behind, are still running here{who}; wait for "
-                "them, or end them"
+                "them to finish, or stop them"
             )
         if attempt.refused:
             yield None
@@ -40,6 +40,6 @@ def only_one(folder: Path) -> Iterator[int | None]:
 
 
 def note_processes(descriptor: int, children: list[int]) -> None:
-    """Write into the lock who holds it, for the message of whoever comes next."""
+    """Write into the lock who holds it, for the error message of the next command."""
     runs = f", runs {', '.join(map(str, children))}" if children else ""
     write_holder(descriptor, f"process {os.getpid()}{runs}")

@@ -19,7 +19,7 @@ Primary = Literal["heldout_area", "heldout_final", "reward_over_epochs", "reward
 """Measures that may decide: those that need no target."""
 
 BACKWARD = 2
-"""A backward pass counts as so many forward passes."""
+"""Number of forward passes that a backward pass counts as."""
 
 SPIKE = 3.0
 """A gradient norm above this many times the run's median is a spike."""
@@ -76,7 +76,7 @@ class Measure:
     Attributes:
         key: its name in comparison.json.
         label: its name in a table.
-        better: which direction is better; None where it is no merit by itself.
+        better: which direction is better; None if neither is.
         form: how a value is written.
         meaning: one sentence.
         of: computes it; None where the run does not say.

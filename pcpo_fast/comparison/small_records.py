@@ -16,7 +16,7 @@ _COPIED = ("config.yaml", "inputs.json")
 
 def write_small_records(folder: Path, target: Path) -> list[Path]:
     """Write ``comparison.yaml`` and every finished run's ``config.yaml``, ``inputs.json``, ``summary.json`` and
-    ``metrics.jsonl.gz`` under `target`, as they lie under `folder`; returns the runs that were new.
+    ``metrics.jsonl.gz`` under `target`, in the same folders as under `folder`; returns the new records.
 
     The metrics keep what a comparison reads, to the last digit. The summary is written last, so that a record is whole
     or does not count.

@@ -25,7 +25,7 @@ TUNING = "tuning"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = (EMBEDDINGS, TUNING, "figures")
-_OWNED = {"seed": "--seeds says which", "output_dir": "--output says where"}
+_OWNED = {"seed": "use --seeds", "output_dir": "use --output"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def parse_variant(text: str) -> Variant:
     name, colon, rest = text.partition(":")
     where = f"--variant {text!r}"
     if not colon or "=" in name:
-        raise UserError(f"{where}: is written 'NAME: key=value key=value', for example 'native: credit.rule=native'")
+        raise UserError(
+            f"{where}: must have the form 'NAME: key=value key=value', for example 'native: credit.rule=native'"
+        )
     try:
         words = shlex.split(rest)
     except ValueError as error:
@@ -125,7 +127,9 @@ def parse_variant(text: str) -> Variant:
     config = words.pop(0) if words and "=" not in words[0] else None
     stray = [word for word in words if "=" not in word]
     if stray:
-        raise UserError(f"{where}: {stray[0]} is no setting; one is written key.subkey=value, without spaces")
+        raise UserError(
+            f"{where}: {stray[0]} is not a setting; a setting has the form key.subkey=value, without spaces"
+        )
     return Variant(name.strip(), config, tuple(words))
 
 
@@ -141,7 +145,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         raise UserError(f"--seeds: must be a number of seeds (5), or a list of them (3,7,11), got {text!r}")
     seeds = tuple(map(int, listed)) if len(parts) > 1 else tuple(range(int(text)))
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds: the same seed twice is the same run twice, got {text}")
+        raise UserError(f"--seeds: each seed may be given only once, got {text}")
     return seeds
 
 
@@ -168,8 +172,8 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise UserError(
-            f"variant {name!r}: a name is also a folder's name: it must be made of letters, digits, '.', '_' and '-', "
-            f"and not be {', '.join(_RESERVED[:-1])} or {_RESERVED[-1]}"
+            f"variant {name!r}: a name is also the name of a folder: it must consist of letters, digits, '.', '_' "
+            f"and '-', and must not be {', '.join(_RESERVED[:-1])} or {_RESERVED[-1]}"
         )
 
 
@@ -187,7 +191,7 @@ def planned_runs(plan: ComparisonPlan, *, twins: bool = False) -> list[PlannedRu
     for name in names:
         check_name(name)
         if names.count(name) > 1:
-            raise UserError(f"variant {name}: two variants have this name")
+            raise UserError(f"variant {name}: duplicate name")
     runs = [
         planned_run(plan, variant, seed, plan.output / variant.name) for seed in plan.seeds for variant in plan.variants
     ]
@@ -206,7 +210,7 @@ def planned_run(plan: ComparisonPlan, variant: Variant, seed: int, above: Path) 
     for text in settings:
         key = text.partition("=")[0]
         if key in _OWNED:
-            raise UserError(f"variant {variant.name}: {key} is not set here ({text}): {_OWNED[key]}")
+            raise UserError(f"variant {variant.name}: {key} cannot be set here ({text}): {_OWNED[key]}")
     folder = above / f"seed_{seed}"
     overrides = (*settings, f"seed={seed}", f"output_dir={json.dumps(str(folder))}")
     file = variant.config or plan.config

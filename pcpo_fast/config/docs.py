@@ -55,7 +55,7 @@ off on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coe
 | setting | only takes effect with |
 |---|---|
 | `model.guidance` | a model with an embedded guidance scale (FLUX.1-dev) |
-| `model.max_sequence_length` | a model that reads prompts with T5, Qwen3 or Qwen2.5-VL |
+| `model.max_sequence_length` | a model that reads prompts with a text encoder other than CLIP |
 """
 
 _ROLES_HEAD = """

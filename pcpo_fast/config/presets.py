@@ -19,7 +19,7 @@ def _varied(base: Preset, **sections: Mapping[str, Any]) -> Preset:
     return {name: {**base.get(name, {}), **sections.get(name, {})} for name in names}
 
 
-# Flow models (FLUX, SD3)
+# Flow models
 
 # Lee and Ye, PCPO (ICLR 2026, arXiv:2509.25774), on DanceGRPO's sampler: log-hinge and proportionate credit.
 _PCPO: Preset = {

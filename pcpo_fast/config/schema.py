@@ -112,7 +112,7 @@ class ModelConfig(Section):
     transformer: Annotated[str | None, BASE_FILES] = Field(
         None,
         min_length=1,
-        description="single .safetensors file of the transformer (FLUX, SD3) that replaces the one in `path`",
+        description="single .safetensors file of the transformer that replaces the one in `path`",
     )
     unet: Annotated[str | None, BASE_FILES] = Field(
         None,
@@ -145,7 +145,7 @@ class ModelConfig(Section):
         512,
         ge=1,
         le=512,
-        description="tokens per prompt that T5, Qwen3 or Qwen2.5-VL reads; longer prompts are cut",
+        description="tokens per prompt that a text encoder other than CLIP reads; longer prompts are cut",
     )
     gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
         False, description="recompute activations in the backward to save memory"
@@ -574,7 +574,7 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events")
     live_report: bool = Field(
         True,
-        description="also write report.html while the run goes on: at most once a minute, for at most 1 % of the time",
+        description="also write report.html during the run: at most once a minute, for at most 1 % of the time",
     )
     wandb: dict[str, JsonValue] | None = Field(
         None,
@@ -677,7 +677,7 @@ class Config(Section):
             key = f"steps: {advantage.steps}" if stepwise else f"scale: {advantage.scale}"
             yield (
                 f"advantage.{key} compares images of one epoch, which advantage.normalization=running does not; "
-                "allowed with it: group, flow_grpo, global"
+                "allowed with it: every other normalization"
             )
         compared = per_prompt if advantage.normalization == "group" else self.images_per_epoch
         if advantage.scale == "others" and compared < 3:

@@ -103,7 +103,7 @@ RULES = (
     ),
     Rule(
         ("advantage.unbiased",),
-        "advantage.normalization group, flow_grpo or global",
+        "an advantage.normalization other than running",
         lambda c: c.advantage.normalization != "running",
     ),
     Rule(

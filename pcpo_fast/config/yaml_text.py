@@ -104,7 +104,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[TextPath, str]]:
     if values is None:
         return {}, places
     if not isinstance(values, dict):
-        raise UserError(f"{path} line 1: a configuration is a mapping of keys, got a {type(values).__name__}")
+        raise UserError(f"{path} line 1: a configuration must be a mapping of keys, got a {type(values).__name__}")
     return values, places
 
 

@@ -90,7 +90,9 @@ def _check(environment: Mapping[str, str]) -> None:
             f"in the run and on its machine; {HOW}"
         )
     if not 0 < values.get("MASTER_PORT", 1) < 65536:
-        raise UserError(f"the environment variable MASTER_PORT must be 1 to 65535, got {values['MASTER_PORT']}")
+        raise UserError(
+            f"the environment variable MASTER_PORT must be between 1 and 65535, got {values['MASTER_PORT']}"
+        )
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def check_sampler(settings: SamplerConfig, kind: type[Schedule]) -> None:
     Raises:
         UserError: it is not; the message lists the samplers that are.
     """
-    models = {"flow": "flow models (FLUX, SD3)", "diffusion": "diffusion models (Stable Diffusion 1.x)"}
+    models = {"flow": "flow models", "diffusion": "diffusion models (Stable Diffusion 1.x)"}
     needed = SAMPLERS[settings.name].kind
     found: Kind = "diffusion" if issubclass(kind, DiffusionSchedule) else "flow"
     if needed != found:

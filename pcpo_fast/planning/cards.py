@@ -34,7 +34,7 @@ def find_card(name: str) -> Card:
     """A card by its name, in any case.
 
     Raises:
-        UserError: none is called so.
+        UserError: there is none of this name.
     """
     if name.upper() not in CARDS:
         from pcpo_fast.config.messages import did_you_mean  # loads what --help can do without

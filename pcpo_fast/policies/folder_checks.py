@@ -108,8 +108,8 @@ def _check_fit(folder: Path, parts: Collection[str], family: "type[PipelinePolic
         width, its_width = ours.get(key), theirs.get("text_config", theirs).get(its_key)
         if isinstance(width, int) and isinstance(its_width, int) and width != times * its_width:
             raise UserError(
-                f"model.path: {file} says {key} {width}, and {other}/config.json {its_key} "
-                f"{its_width}, which makes {times * its_width}: the two are of different models"
+                f"model.path: {file} says {key} {width}, but by {other}/config.json ({its_key} {its_width}) it would "
+                f"be {times * its_width}: the two belong to different models"
             )
     family.check_network(file, ours)
 
@@ -121,7 +121,7 @@ def _check_variant(folder: Path, parts: list[str], settings: ModelConfig) -> Non
     if settings.variant not in there:
         raise UserError(
             f"model.variant: {folder} has no weights of the variant {settings.variant}; "
-            f"there are {', '.join(sorted(there)) or 'none but the plain ones'}"
+            f"available: {', '.join(sorted(there)) or 'only the plain ones'}"
         )
 
 

@@ -245,7 +245,7 @@ def _adapter_settings(file: Path, key: str, metadata: Mapping[str, str], peft: b
         source = beside if peft_wrote else f"the header of {file}"
         raise UserError(f"{key}: {source} cannot be read as an adapter's settings: {reason_of(error)}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{key}: {beside} is not an adapter's settings but a {type(settings).__name__}")
+        raise UserError(f"{key}: {beside} must hold an adapter's settings, got a {type(settings).__name__}")
     kind = settings.get("peft_type") or "LORA"
     changed = str(settings.get("init_lora_weights")).lower()
     if kind != "LORA" or settings.get("use_dora"):

@@ -205,8 +205,8 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
     if not (part / whole).is_file() and not all((part / name).is_file() for name in pieces):
         lacking = [name for name in pieces if not (part / name).is_file()]
         raise UserError(
-            f"model.path: {part} has no vocabulary: neither {whole} nor {', '.join(lacking)} is there, so every prompt "
-            "would mean the same"
+            f"model.path: {part} has no vocabulary: neither {whole} nor {', '.join(lacking)} is there, so all "
+            "prompts would be encoded alike"
         )
     files = [part / name for name in ([whole] if (part / whole).is_file() else pieces)]
     for file in (*files, part / "tokenizer_config.json"):
@@ -221,12 +221,12 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
         ids = tokenizer("a red circle", padding="max_length", max_length=16, truncation=True)["input_ids"]
     special = set(tokenizer.all_special_tokens)
     if len(vocabulary - special) < 2:
-        raise UserError(f"model.path: {where} has no vocabulary, so every prompt would mean the same")
+        raise UserError(f"model.path: {where} has no vocabulary, so all prompts would be encoded alike")
     unmade = _without_merge(model, vocabulary - special)
     if len(unmade) > len(vocabulary) // 100:
         raise UserError(
-            f"model.path: {files[-1]} lacks merges: no merge makes {unmade[0]!r}{and_more(unmade)}, so words would be "
-            "split into letters"
+            f"model.path: {files[-1]} lacks merges: no merge produces {unmade[0]!r}{and_more(unmade)}, so words would "
+            "be split into letters"
         )
     config = read_json(encoder / "config.json")
     config = config.get("text_config", config)
@@ -236,8 +236,8 @@ def check_tokenizer(part: Path, kind: Any, encoder: Path) -> None:
     largest = max(*ids, *tokenizer.get_vocab().values())
     if isinstance(room, int) and largest >= room:
         raise UserError(
-            f"model.path: {where} has tokens up to number {largest}, and {encoder.name}/config.json has embeddings for "
-            f"{room} (vocab_size): the two are of different models"
+            f"model.path: {where} has tokens up to number {largest}, but {encoder.name}/config.json has embeddings for "
+            f"{room} (vocab_size): the two belong to different models"
         )
     length = tokenizer.model_max_length
     if isinstance(positions, int) and not (isinstance(length, int | float) and length <= positions):
@@ -271,7 +271,7 @@ def check_finite(module: nn.Module, part: Path, prefix: str = "") -> None:
     """Refuse weights that are infinite or NaN; takes one pass over the weights if all are finite.
 
     Args:
-        module: its adapters, and weights that are not stored as floating-point numbers, are passed over.
+        module: its adapters, and weights that are not stored as floating-point numbers, are skipped.
         part: folder of the weights, for the message.
         prefix: what the names of the module's weights begin with in the whole part.
 
@@ -335,16 +335,16 @@ def _refuse(difference: Difference, stored: Mapping[str, Stored], where: Path, k
             f"has {unexpected[0]}{and_more(unexpected)} instead"
         )
     if missing:
-        raise UserError(f"{key}: {where} lacks {missing[0]}{and_more(missing)}, which config.json asks for")
+        raise UserError(f"{key}: {where} lacks {missing[0]}{and_more(missing)}, which config.json requires")
     if unexpected:
         file = stored[unexpected[0]].file if unexpected[0] in stored else where
-        raise UserError(f"{key}: {file} has {unexpected[0]}{and_more(unexpected)}, which config.json does not ask for")
+        raise UserError(f"{key}: {file} has {unexpected[0]}{and_more(unexpected)}, which config.json does not have")
     if mismatched:
         name, found, wanted = mismatched[0]
         file = stored[name].file if name in stored else where
         raise UserError(
-            f"{key}: {file}: {name}{and_more([each[0] for each in mismatched])} has the shape {found}, and "
-            f"config.json makes it {wanted}"
+            f"{key}: {file}: {name}{and_more([each[0] for each in mismatched])} has the shape {found}, but "
+            f"by config.json it must be {wanted}"
         )
 
 

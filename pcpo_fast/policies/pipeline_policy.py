@@ -190,7 +190,9 @@ class PipelinePolicy(Policy):
         """
         unused = {}
         if not cls.cuts_prompts:
-            unused["max_sequence_length"] = "T5, Qwen3 or Qwen2.5-VL; CLIP reads as many tokens as it was made for"
+            unused["max_sequence_length"] = (
+                "a text encoder other than CLIP, which always reads the number of tokens that it was made for"
+            )
         if not _config_of(folder, cls.trained_part).get("guidance_embeds"):
             unused["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
         for name, what in unused.items():
@@ -206,9 +208,9 @@ class PipelinePolicy(Policy):
         """
         if settings.cfg_scale != 1 and not cls.linear_guidance:
             raise UserError(
-                f"model.cfg_scale: a {cls.pipeline_class.__name__} is trained with 1. Its guidance rescales the result "
-                "to the norm of the conditional half, and the loss needs one that is linear in both halves; sampling "
-                "takes other scales"
+                f"model.cfg_scale: must be 1 to train a {cls.pipeline_class.__name__}, whose guidance rescales the "
+                "result to the norm of the conditional half, while the loss needs guidance that is linear in both "
+                "halves; other scales are for sampling only"
             )
 
     @classmethod
@@ -505,8 +507,8 @@ def warn_of_distillation(model: str | Path) -> None:
     """Say once what training does to a model that was distilled to few steps."""
     if rank() == 0:
         warnings.warn(
-            f"model.path: {model} is distilled to few steps without noise. Training samples with noise, and can "
-            "unlearn what the distillation gave it; the base model is the one made for training",
+            f"model.path: {model} is distilled to few steps without noise. Training samples with noise and can "
+            "undo the distillation; train its base model instead if there is one",
             stacklevel=2,
         )
 

@@ -63,7 +63,9 @@ class QwenImagePolicy(PipelinePolicy):
         check_rotary_axes(file, config, (16, 56, 56))
         for name in _OTHER_MODELS:
             if config.get(name):
-                raise UserError(f"model.path: {file} says {name} {config[name]}, so it is not of a Qwen-Image")
+                raise UserError(
+                    f"model.path: {file} says {name} {config[name]}, so it is not a text-to-image Qwen-Image"
+                )
 
     @classmethod
     def check_settings(cls, folder: Path, settings: ModelConfig) -> None:

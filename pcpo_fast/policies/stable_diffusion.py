@@ -108,7 +108,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         prediction = scheduler.config["prediction_type"]
         if prediction not in ("epsilon", "v_prediction"):
             raise UserError(
-                f"model.path: the scheduler says prediction_type {prediction}; allowed are epsilon and v_prediction"
+                f"model.path: the scheduler has prediction_type {prediction}; allowed are epsilon and v_prediction"
             )
         count = scheduler.config["num_train_timesteps"]
         if steps >= count:
@@ -118,13 +118,13 @@ class StableDiffusionPolicy(PipelinePolicy):
         alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu()
         if prediction == "epsilon" and float(alphas[timesteps[0]]) == 0:
             rescaled = scheduler.config["rescale_betas_zero_snr"]
-            cause = "says rescale_betas_zero_snr, which leaves" if rescaled else "has betas that leave"
+            cause = "sets rescale_betas_zero_snr, which leaves" if rescaled else "has betas that leave"
             remedy = (
                 "rescale_betas_zero_snr to false" if rescaled else "beta_start and beta_end to what it was trained on"
             )
             raise UserError(
                 f"model.path: scheduler/scheduler_config.json {cause} nothing of the image at timestep "
-                f"{int(timesteps[0])}, and says prediction_type epsilon, which says nothing of it there: set "
-                f"prediction_type to v_prediction if the model was trained so, else {remedy}"
+                f"{int(timesteps[0])}, where prediction_type epsilon carries no information about it: set "
+                f"prediction_type to v_prediction if the model was trained with it, otherwise {remedy}"
             )
         return DiffusionSchedule(alphas, timesteps, cast(PredictionType, prediction))

@@ -98,7 +98,7 @@ class ZImagePolicy(PipelinePolicy):
 
     @classmethod
     def check_settings(cls, folder: Path, settings: ModelConfig) -> None:
-        """A word about training Z-Image-Turbo is due; nothing but its name tells it from Z-Image."""
+        """Warns about training Z-Image-Turbo, which only its name distinguishes from Z-Image."""
         super().check_settings(folder, settings)
         if "z-image-turbo" in settings.path.lower():
             warn_of_distillation(settings.path)

@@ -1,4 +1,4 @@
-"""report.html while a run goes on: written now and then, at next to no cost, and never a reason to stop."""
+"""report.html during a run: written now and then at almost no cost; a failure to write it does not stop the run."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ SHARE = 0.01
 
 
 class LiveReport:
-    """Rewrites the report of a run that goes on; the page refreshes itself.
+    """Rewrites the report of a run in progress; the page refreshes itself.
 
     Args:
         folder: the run directory.
@@ -38,7 +38,7 @@ class LiveReport:
     def look(self) -> None:
         """Write the report if it is due: a minute after the last, or later if it takes more than `SHARE` of the time.
 
-        A report that cannot be written is said once, and not tried again.
+        If it cannot be written, the user is told once, and it is not tried again.
         """
         begin = self._clock()
         if not self.enabled or begin < self._next:
@@ -47,6 +47,6 @@ class LiveReport:
             write_report(self.folder, warnings=self.warnings, running=True)
         except Exception as error:  # the run matters more than its picture
             self.enabled = False
-            self.message(f"warning: report.html is not written while the run goes on: {reason_of(error)}")
+            self.message(f"warning: report.html will not be updated during the run: {reason_of(error)}")
         end = self._clock()
         self._next = end + max(LEAST_SECONDS, (end - begin) / SHARE)

@@ -92,7 +92,7 @@ def _rewards(config: Config) -> str:
 
 
 def _results(run: RunFiles, config: Config, epoch: int) -> str:
-    """A table of the held-out metrics before and after; what was not measured is said."""
+    """A table of the held-out metrics before and after, or a sentence if they were not measured."""
     evaluations = {record["epoch"]: record for record in run.records if record.get("kind") == "evaluation"}
     before, after = evaluations.get(0), evaluations.get(epoch)
     if before is None or after is None:
@@ -107,7 +107,7 @@ def _results(run: RunFiles, config: Config, epoch: int) -> str:
         if isinstance(before.get(key), float) and isinstance(after.get(key), float)
     ]
     said = "Means over images of held-out prompts, which were not trained on, with the same seeds before and after."
-    caveat = "The training maximised the first line: that it rises shows no more than that. Look at the images."
+    caveat = "Training maximized the first line, so its rise proves nothing more than that. Look at the images."
     return "\n".join(["| | before | after |", "|---|---|---|", *rows]) + f"\n\n{said} {caveat}"
 
 

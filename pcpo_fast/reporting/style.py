@@ -46,7 +46,7 @@ HEIGHT = 3.0
 
 
 def credit_color(config: "Config | None") -> str | None:
-    """The colour of a run's credit; None where no colour stands for it."""
+    """The colour of a run's credit; None if it has none."""
     if config is None:
         return None
     if config.advantage.steps != "final":

@@ -107,6 +107,6 @@ def _matching(config: dict[str, Any], recipes: Path, run: Path) -> tuple[Path, B
             return path, band
     closest, band = min(bands.items(), key=lambda item: len(item[1].unmet_settings(config)) / len(item[1].settings))
     raise UserError(
-        f"{run}: no shipped band is for its configuration; it differs from the closest, {closest}, in: "
+        f"{run}: no shipped band matches its configuration, which differs from the closest, {closest}, in: "
         f"{'; '.join(band.unmet_settings(config)[:3])}"
     )

@@ -61,9 +61,11 @@ class CaptionBertScore(LearnedReward):
             checked_option(self.name, option, value, str, "a string")
         checked_option(self.name, "max_new_tokens", max_new_tokens, PositiveInt, "an integer of at least 1")
         if instruction.count(_IMAGE) != 1:
-            raise UserError(f"reward {self.name}: option instruction must have {_IMAGE} once, got {instruction!r}")
+            raise UserError(
+                f"reward {self.name}: option instruction must contain {_IMAGE} exactly once, got {instruction!r}"
+            )
         if "{prompt}" not in reference:
-            raise UserError(f"reward {self.name}: option reference must have {{prompt}} in it, got {reference!r}")
+            raise UserError(f"reward {self.name}: option reference must contain {{prompt}}, got {reference!r}")
         self.reference, self.max_new_tokens = reference, max_new_tokens
         folder = model_folder(self.name, "scorer", scorer)
         self._encoder = self.keep(load_encoder(self.name, folder, layer), torch.float32)

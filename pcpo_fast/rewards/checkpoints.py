@@ -79,7 +79,7 @@ def module_of(
     if missing:
         raise UserError(f"{what}: it lacks {missing[0]}{and_more(missing)}")
     if unknown:
-        raise UserError(f"{what}: it has the unknown {unknown[0]}{and_more(unknown)}")
+        raise UserError(f"{what}: it has an unexpected {unknown[0]}{and_more(unknown)}")
     state = {name: change(name, weights[source]) for name, source in sources.items()}
     for name, tensor in state.items():
         if tensor.shape != empty[name].shape:

@@ -119,8 +119,8 @@ class ClipFeatures:
         known = model.config.text_config.vocab_size
         if len(tokenizer) > known:
             raise UserError(
-                f"reward {reward}: the tokenizer has {len(tokenizer)} words, but the model knows {known}; name the "
-                "model's own with the option tokenizer"
+                f"reward {reward}: the tokenizer has {len(tokenizer)} tokens, but the model {known}; give the "
+                "model's own tokenizer with the option tokenizer"
             )
 
     def images(self, images: Tensor) -> Tensor:

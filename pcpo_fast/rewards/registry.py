@@ -117,14 +117,14 @@ def _make(name: str, target: type, options: Mapping[str, Any]) -> Reward:
         try:
             signature.bind(**options)
         except TypeError as error:
-            raise UserError(f"reward {name} cannot be made with the options {shown(options)}: {error}") from None
+            raise UserError(f"reward {name} cannot be created with the options {shown(options)}: {error}") from None
     values = resolved(name, options)
     try:
         made = target(**values)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"reward {name} cannot be made: {first_line(error)}") from error
+        raise UserError(f"reward {name} cannot be created: {first_line(error)}") from error
     if not callable(made):
         raise UserError(f"reward {name} is a class whose instances are not callable; it needs a __call__ method")
     return made

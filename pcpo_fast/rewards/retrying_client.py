@@ -98,7 +98,7 @@ class RetryingClient:
         seconds = time.monotonic() - begin
         raise RewardFailure(
             f"reward {self.name}: {self.url} {problem}, in {self.retries + 1} attempts over {seconds:.0f} s; start the "
-            "server (again) and the run with it, or raise the reward's option retries",
+            "server again and resume the run, or raise the reward's option retries",
             retry=False,
         )
 

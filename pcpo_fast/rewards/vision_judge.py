@@ -147,7 +147,7 @@ def _filled(template: str, prompt: str, metadata: dict[str, Any]) -> str:
             return prompt
         if name not in metadata:
             raise RewardFailure(
-                f"reward vision_judge: the metadata of the prompt {_cut(prompt)} have no {name}, which the judge's "
+                f"reward vision_judge: the metadata of the prompt {_cut(prompt)} has no {name}, which the judge's "
                 "prompt asks for"
             )
         found = metadata[name]

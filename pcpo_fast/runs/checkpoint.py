@@ -140,7 +140,10 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     state, now = read_state(path), _engine_record(engine)
     written = {name: state["engine"].get(name) for name in now}
     if written["weights"] != now["weights"]:
-        raise UserError(f"checkpoint {path} is for other trained weights (model.path, model.finetune, model.lora)")
+        raise UserError(
+            f"checkpoint {path} holds other trained weights than this configuration (model.path, model.finetune, "
+            "model.lora)"
+        )
     try:
         if written == now:
             loaded = engine.load(path)

@@ -33,7 +33,7 @@ def write_provenance(folder: Path, config: Config, epoch: int) -> None:
     Args:
         folder: the run directory.
         config: the run, its sizes resolved.
-        epoch: epochs trained before this start; a run that begins anew forgets earlier starts.
+        epoch: epochs trained before this start; 0 discards the record of earlier starts.
     """
     starts = read_provenance(folder) if epoch else []
     write_atomically(folder / PROVENANCE_FILE, json.dumps([*starts, _provenance(config, epoch)], indent=1) + "\n")

@@ -222,8 +222,8 @@ class Trainer:
                     self.predictions.load_state_dict(state["predictions"])
             else:
                 self.progress.message(
-                    "The checkpoint was trained with other rewards: what it remembers of them (running advantages, "
-                    "spreads and slopes of per-step credit) is left behind"
+                    "The checkpoint was trained with other rewards: its statistics of them (running advantages, "
+                    "spreads and slopes of per-step credit) are discarded"
                 )
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.collapse.before = state.get("diversity_before")

@@ -322,7 +322,7 @@ class Late:
         ),
         ("changes", "reward bad_rewards:changes modifies the images in place"),
         ("arguments", "cannot be called with (images, prompts, metadata)"),
-        ("Broken", "reward bad_rewards:Broken cannot be made: OSError: no weights here"),
+        ("Broken", "reward bad_rewards:Broken cannot be created: OSError: no weights here"),
         ("Late", "reward bad_rewards:Late returned inf for the prompt"),
     ],
 )

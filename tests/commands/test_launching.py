@@ -196,7 +196,7 @@ def test_the_environment_says_which_process_this_is(environment: dict[str, str],
         (SINGLE | {"LOCAL_RANK": "1"}, "contradict each other"),
         (TORCHRUN | {"LOCAL_RANK": "2"}, "contradict each other"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, "contradict each other"),
-        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT must be 1 to 65535, got 70000"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT must be between 1 and 65535, got 70000"),
         (SRUN | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but the job sets 5: unset WORLD_SIZE"),
         (ONE_TASK | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but the job sets 1"),
         *(

@@ -96,7 +96,7 @@ def test_gradients_of_credit_are_measured_on_the_weights_of_a_run(full: Run, cap
     for arguments, said in (
         ((full.folder, "--rollouts", "2"), "--rollouts: must be at least 3, got 2"),
         ((), "step-gradients needs either one run directory (or checkpoint) or --config FILE"),
-        (("--config", full.config, "--epoch", "1"), "--epoch: chooses a checkpoint of a run"),
+        (("--config", full.config, "--epoch", "1"), "--epoch: selects a checkpoint of a run"),
     ):
         answer = call(capsys, "step-gradients", *arguments)
         assert answer.code == 2 and answer.err.startswith(f"error: {said}")

@@ -213,7 +213,7 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         (("--variant", "a:", "--variant", "b: credit.rule=native train.micro_batch_size=7"),
          "variant b: train.micro_batch_size: 7 does not divide the 120 (image, step) pairs that each rank trains in an "
          "update; allowed: auto, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 30, 40, 60, 120"),
-        (("--variant", "a:", "seed=1"), "variant a: seed is not set here (seed=1): --seeds says which"),
+        (("--variant", "a:", "seed=1"), "variant a: seed cannot be set here (seed=1): use --seeds"),
         ((), "there is nothing to compare: give variants with --variant 'NAME: key=value' or a --file; {} has "
         "no comparison to continue"),
         (("--variant", "a:", "--report-only", "--seeds", "1"),
@@ -221,8 +221,8 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         (("--runs", "a=nowhere"), "nowhere is not a run directory"),
         (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory matches no*where"),
         (("--runs", "a"), "--runs 'a': must have the form NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
-        (("--runs", "$a$=b"), "variant '$a$': a name is also a folder's name: it must be made of letters, digits, '.', "
-         "'_' and '-', and not be embeddings, tuning or figures"),
+        (("--runs", "$a$=b"), "variant '$a$': a name is also the name of a folder: it must consist of letters, digits, "
+         "'.', '_' and '-', and must not be embeddings, tuning or figures"),
         (("--runs", "a=b", "--seeds", "3"), "--runs compares existing runs, so it cannot be combined with --seeds"),
         (("--runs", "a=b", "x.y=1"), "--runs compares existing runs, so it cannot be combined with key=value"),
     ],

@@ -91,9 +91,9 @@ def test_variants_on_the_command_line(text: str, expected: Variant) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("credit.rule=native", "is written 'NAME: key=value key=value'"),
-        ("a credit.rule=b:c", "is written 'NAME"),
-        ("a: credit.rule=native clip", "clip is no setting"),
+        ("credit.rule=native", "must have the form 'NAME: key=value key=value'"),
+        ("a credit.rule=b:c", "must have the form 'NAME"),
+        ("a: credit.rule=native clip", "clip is not a setting"),
         ("a: x='1", "No closing quotation; close the quotes"),
     ],
 )
@@ -109,7 +109,7 @@ def test_seeds() -> None:
     for text in ("0", "-1", "two", "1,x", "1.5", "", ","):
         with pytest.raises(UserError, match="--seeds: must be"):
             parse_seeds(text)
-    with pytest.raises(UserError, match="same seed twice"):
+    with pytest.raises(UserError, match="only once"):
         parse_seeds("1,1")
 
 
@@ -143,10 +143,10 @@ def test_runs_of_a_plan_go_seed_by_seed_and_share_the_embeddings(tmp_path: Path)
     [
         ((NATIVE, Variant("b", None, ("credit.rul=1",))), r"variant b: setting \(credit.rul=1\): unknown key"),
         ((NATIVE, Variant("b", "nowhere.yaml")), "variant b: config file nowhere.yaml does not exist"),
-        ((NATIVE, Variant("native")), "variant native: two variants have this name"),
-        ((NATIVE, Variant("a/b")), "variant 'a/b': a name is also a folder's name"),
+        ((NATIVE, Variant("native")), "variant native: duplicate name"),
+        ((NATIVE, Variant("a/b")), "variant 'a/b': a name is also the name of a folder"),
         ((NATIVE, Variant("figures")), "and not be embeddings, tuning or figures"),
-        ((NATIVE, Variant("b", None, ("seed=3",))), "variant b: seed is not set here .seed=3.: --seeds says which"),
+        ((NATIVE, Variant("b", None, ("seed=3",))), "variant b: seed cannot be set here .seed=3.: use --seeds"),
         ((NATIVE, Variant("b", None, ("credit.rule=native",))), "variants native and b train the same thing$"),
         ((PCPO, Variant("b", None, ("checkpoint.every=3",))), "same thing .they differ in checkpoint.every alone"),
         ((PCPO, Variant("b", None, ("model.attention=flash",))), "same thing .they differ in model.attention alone"),

@@ -77,6 +77,9 @@ def test_configs_lists_and_shows(elsewhere: Path, capsys: pytest.CaptureFixture[
     assert main(["configs", "show", "1x24gb_flux_lora"]) == 0
     (elsewhere / "mine.yaml").write_text(capsys.readouterr().out)
     assert load_config("mine.yaml") == load_config("1x24gb_flux_lora")
-    for wrong, said in ((["show"], "the forms are"), (["show", "tiny_flx"], "did you mean tiny_flux?")):
+    for wrong, said in (
+        (["show"], "configs: use `pcpo-fast configs` or"),
+        (["show", "tiny_flx"], "did you mean tiny_flux?"),
+    ):
         assert main(["configs", *wrong]) == 2
         assert said in capsys.readouterr().err

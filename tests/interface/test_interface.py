@@ -226,7 +226,10 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
             lambda run: pcpo_fast.compare({"a": {}}, metric="x", output="x"),
             "metric: must be one of training, heldout, got 'x'",
         ),
-        (lambda run: pcpo_fast.compare({"a": {"seed": 3}}, config=TINY, output="x"), "variant a: seed is not set here"),
+        (
+            lambda run: pcpo_fast.compare({"a": {"seed": 3}}, config=TINY, output="x"),
+            "variant a: seed cannot be set here",
+        ),
         (lambda run: pcpo_fast.train(run.folder / "config.yaml", resume="gone"), "resume: gone is not a folder"),
     ],
 )

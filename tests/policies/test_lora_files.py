@@ -548,7 +548,7 @@ def test_convolutions_and_other_models_are_refused(tmp_path: Path) -> None:
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "base weights modified by pissa_niter_4"),
         ({"lora_alpha": "many"}, "lora_alpha or alpha_pattern in the settings of"),
         ({"alpha_pattern": [1]}, "lora_alpha or alpha_pattern in the settings of"),
-        ([], "is not an adapter's settings but a list"),
+        ([], "must hold an adapter's settings, got a list"),
         ("{", "adapter_config.json cannot be read"),
     ],
 )

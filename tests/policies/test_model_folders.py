@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "unexpected": (edited(lambda state: state | {"extra": torch.zeros(1)}), (f"{ENCODER} has extra, which",)),
     "shape": (
         edited(lambda state: state | {Q: torch.zeros(3, 32)}),
-        (f"{ENCODER}: {Q} has the shape [3, 32], and config.json makes it [32, 32]",),
+        (f"{ENCODER}: {Q} has the shape [3, 32], but by config.json it must be [32, 32]",),
     ),
     "missing in the network": (
         edited(lambda state: {name: value for name, value in state.items() if name != TO_Q}, "transformer"),
@@ -159,7 +159,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "more layers": (settings_of("transformer", num_layers=2), (f"{NETWORK} lacks transformer_blocks.1.",)),
     "fewer layers": (
         settings_of("transformer", num_single_layers=0),
-        (f"{NETWORK} has single_transformer_blocks.0.", "which config.json does not ask for"),
+        (f"{NETWORK} has single_transformer_blocks.0.", "which config.json does not have"),
     ),
     "nonsense layers": (settings_of("transformer", num_layers="many"), ("transformer/config.json makes no Flux",)),
     "cut": (cut("text_encoder_2"), (f"{ENCODER} is truncated or not a safetensors file", "download it again")),
@@ -221,7 +221,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "no vocab.json": (tokenizer_without("vocab.json"), ("tokenizer has no vocabulary", "nor vocab.json is there")),
     "no merges.txt": (tokenizer_without("merges.txt"), ("tokenizer has no vocabulary", "nor merges.txt is there")),
-    "no merges": (no_merges, ("tokenizer/merges.txt lacks merges: no merge makes 'red</w>'",)),
+    "no merges": (no_merges, ("tokenizer/merges.txt lacks merges: no merge produces 'red</w>'",)),
     "broken vocabulary": (written("tokenizer/tokenizer.json", b"{"), ("tokenizer/tokenizer.json is not valid JSON",)),
     "empty vocabulary": (written("tokenizer/tokenizer.json", b"{}"), ("tokenizer/tokenizer.json",)),
     "larger vocabulary": (

@@ -35,9 +35,9 @@ def test_guidance_is_for_sampling_only(family: Family, tmp_path: Path, capsys: p
     config = write_config(tmp_path, family.folder, model__cfg_scale=3.0, sampler__grid="scheduler")
     for command in ("train", "plan"):
         answer = call(capsys, command, "--config", config)
-        assert answer.code == 2 and "model.cfg_scale: a QwenImagePipeline is trained with 1" in answer.err
+        assert answer.code == 2 and "model.cfg_scale: must be 1 to train a QwenImagePipeline" in answer.err
         assert "Traceback" not in answer.err and not list(tmp_path.rglob("*.safetensors"))
-    with pytest.raises(UserError, match=r"^model\.cfg_scale: a QwenImagePipeline is trained with 1\. Its guidance "):
+    with pytest.raises(UserError, match=r"^model\.cfg_scale: must be 1 to train a QwenImagePipeline, whose guidance "):
         check_model(family.config())
     with pytest.raises(UserError, match=r"^model\.cfg_scale: 0\.5 is below 1, where Qwen-Image has no guidance"):
         family.policy("model.cfg_scale=0.5")
@@ -80,7 +80,7 @@ def test_kohyas_names_are_read_by_diffusers_and_back(family: Family, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"zero_cond_t": True}, r"says zero_cond_t True, so it is not of a Qwen-Image"),
+        ({"zero_cond_t": True}, r"says zero_cond_t True, so it is not a text-to-image Qwen-Image"),
         ({"joint_attention_dim": 24}, r"says joint_attention_dim 24, and text_encoder/config\.json hidden_size 16"),
         ({"in_channels": 32}, r"says in_channels 32, and vae/config\.json z_dim 4"),
         ({"axes_dims_rope": (4, 4, 6)}, r"says axes_dims_rope \[4, 4, 6\], which must add up to attention_head_dim 16"),

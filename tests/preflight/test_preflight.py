@@ -254,7 +254,9 @@ def test_train_tries_itself(config: Config, tmp_path: Path, capsys: Any, monkeyp
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     parsed = parse([str(argument) for argument in arguments])
-    with pytest.raises(UserError, match=r"^--dry-run: is one process; pcpo-fast preflight --gpus N tries several"):
+    with pytest.raises(
+        UserError, match=r"^--dry-run: runs in a single process; pcpo-fast preflight --gpus N tries several"
+    ):
         parsed.run(parsed)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcpo_fast.profiling.operations import Comparison, compare, recorded
+from pcpo_fast.profiling.operations import ForwardComparison, compare, recorded
 
 
 class Scale(nn.Module):
@@ -43,7 +43,7 @@ class Network(nn.Module):
         return x
 
 
-def forwards(network: Network, first: Tensor, second: Tensor, halves: int = 1) -> Comparison:
+def forwards(network: Network, first: Tensor, second: Tensor, halves: int = 1) -> ForwardComparison:
     with recorded(network, len(first) // halves, halves) as one, torch.no_grad():
         network(first)
     with recorded(network, len(second) // halves, halves) as other:

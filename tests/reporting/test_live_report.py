@@ -61,7 +61,7 @@ def test_a_report_that_cannot_be_written_is_said_once(now: list[float], live: An
     for _ in range(200):
         now[0] += 1
         report.look()
-    assert said == ["warning: report.html is not written while the run goes on: No space left on device"]
+    assert said == ["warning: report.html will not be updated during the run: No space left on device"]
 
 
 def test_the_page_of_a_running_run_warns_and_reloads_itself_until_the_run_is_over(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def wrong_width(state: dict[str, Tensor]) -> None:
     ("spoil", "message"),
     [
         (without, r"is not an OpenCLIP ViT-H-14: it lacks visual.transformer.resblocks.1.ln_1.weight$"),
-        (two_more, r"is not an OpenCLIP ViT-H-14: it has the unknown head.bias \(and 1 more\)$"),
+        (two_more, r"is not an OpenCLIP ViT-H-14: it has an unexpected head.bias \(and 1 more\)$"),
         (wrong_shape, r"visual.proj has the shape \[160, 25\], which does not fit the others$"),
         (wrong_width, r"its visual width 96 is not a multiple of 80$"),
     ],
@@ -317,7 +317,7 @@ OPTIONS = [
     ({"device": "cuda:99"}, "there is no device 'cuda:99' here; available: cpu"),
     ({"scale": "much"}, "option scale must be a finite number, got 'much'$"),
     ({"prefix": 3}, "option prefix must be a string, got 3$"),
-    ({"size": 3}, r"reward clip_score cannot be made with the options .*'size'"),
+    ({"size": 3}, r"reward clip_score cannot be created with the options .*'size'"),
     ({"model": "./nowhere"}, r"option model: ./nowhere is neither a folder nor a hub id of the form owner/name$"),
     ({"model": 7}, "option model must be a folder or a hub id of the form owner/name, got 7$"),
     ({"tokenizer": "./nowhere"}, "option tokenizer: ./nowhere is neither a folder"),

@@ -91,7 +91,7 @@ def wide(state: dict[str, Tensor]) -> None:
     ("spoil", "message"),
     [
         (no_cross, r"is not ImageReward's checkpoint: it lacks blip.text_encoder.*crossattention.* \(and 29 more\)$"),
-        (more, r"it has the unknown blip.visual_encoder.fc.weight$"),
+        (more, r"it has an unexpected blip.visual_encoder.fc.weight$"),
         (wide, r"mlp.layers.0.weight has the shape \[1024, 128\], which does not fit the others$"),
         (lambda state: state.pop("mlp.layers.7.bias"), r"it lacks mlp.layers.7.bias$"),
     ],

@@ -75,7 +75,7 @@ def test_a_variable_that_is_not_set(judge: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_messages_about_options_hide_what_may_be_a_secret() -> None:
-    with pytest.raises(UserError, match=r"cannot be made with the options .*'key': '\*\*\*'") as caught:
+    with pytest.raises(UserError, match=r"cannot be created with the options .*'key': '\*\*\*'") as caught:
         load_reward("vision_judge", {"url": "http://host/v1", "model": "m", "key": SECRET})
     assert SECRET not in str(caught.value)
     with pytest.raises(UserError, match=r"does not take the options {'token': '\*\*\*', 'quality': 5}"):

@@ -200,12 +200,12 @@ GOOD = "def fine(images, prompts, metadata):\n    return [0.0] * len(prompts)\n"
         (
             "class Fine:\n    def __init__(self, path): ...\n",
             "{}:Fine",
-            r"cannot be made with the options \{{\}}: missing",
+            r"cannot be created with the options \{{\}}: missing",
         ),
         (
             "class Fine:\n    def __init__(self):\n        open('no_file')\n",
             "{}:Fine",
-            "cannot be made: FileNotFoundError",
+            "cannot be created: FileNotFoundError",
         ),
         ("class Fine:\n    def __call__(self, images): ...\n", "{}:Fine", "cannot be called with"),
     ],

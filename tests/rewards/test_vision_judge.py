@@ -121,7 +121,7 @@ def test_the_prompt_takes_metadata_and_the_regex_its_last_match() -> None:
         expected = ["2 of a red {circle}?", "[1] of a blue square?", "many of a star?"]
         assert judge(IMAGES, PROMPTS, METADATA).tolist() == [len(text) for text in expected]
     assert [asked_text(body) for body in made.asked] == expected and made.keys == [None] * 3
-    with pytest.raises(RewardFailure, match=r"metadata of the prompt 'a star' have no count, which the judge's"):
+    with pytest.raises(RewardFailure, match=r"metadata of the prompt 'a star' has no count, which the judge's"):
         judge(IMAGES[:1], ["a star"], [{}])
 
 

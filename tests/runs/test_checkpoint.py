@@ -299,7 +299,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_weights_is_refused(
     pipeline_folder: Path, lora_checkpoint: Path, overrides: tuple[str, ...]
 ) -> None:
-    with pytest.raises(UserError, match="is for other trained weights"):
+    with pytest.raises(UserError, match="holds other trained weights than this configuration"):
         load_checkpoint(lora_checkpoint, bench_of(pipeline_folder, *overrides).engine)
 
 

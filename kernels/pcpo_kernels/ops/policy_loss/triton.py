@@ -156,7 +156,7 @@ def policy_loss_forward_kernel(
     ITERATIONS: tl.constexpr,
     FINISH: tl.constexpr,
 ):
-    """Pieces of the inner products; then, by whoever comes last, the rows' mathematics and the loss.
+    """Pieces of the inner products; then, in the program that finishes last, the rows' mathematics and the loss.
 
     ``scratch`` holds three sums for each of ``rows * chunks`` pieces, then one loss per row; ``statistics`` is
     [7, rows]: log-ratio, Taylor error, KL term, the weights of noise, difference and gap in the gradient, and the

@@ -51,7 +51,7 @@ def sample_step_kernel(
     ITERATIONS: tl.constexpr,
     FINISH: tl.constexpr,
 ):
-    """Write a piece of a row; whoever of the row comes last adds the squares of its noise in a fixed order.
+    """Write a piece of a row; the row's last program adds the squares of its noise in a fixed order.
 
     Without ``noise`` and ``seed`` the step is taken without noise. Row vectors may have stride 0 (one step for all).
     ``mean`` is 0 or 1.
