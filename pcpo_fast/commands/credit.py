@@ -1,9 +1,9 @@
 """``pcpo-fast credit``: the credit of each step of a sampler."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from pcpo_fast.config.sampler_registry import SAMPLERS, Kind, listed, samplers_of, samplers_taking
+from pcpo_fast.config.sampler_registry import SAMPLERS, Kind, Variance, listed, samplers_of, samplers_taking
 
 if TYPE_CHECKING:
     from pcpo_fast.method.transitions import Transitions
@@ -29,11 +29,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="dance")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps (default 16)")
     shifted, varied = listed(samplers_taking("shift"), "and"), listed(samplers_taking("variance"))
-    variances = ("native", "reshaped", "exact")
     parser.add_argument("--noise", type=float, help=f"noise level of {_usual_noise('flow')}")
     parser.add_argument("--shift", type=float, help=f"time shift of {shifted} (default 3)")
     parser.add_argument("--eta", type=float, help=f"noise level of {_usual_noise('diffusion')}")
-    parser.add_argument("--variance", choices=variances, help=f"{varied}'s variance (default native)")
+    parser.add_argument("--variance", choices=get_args(Variance), help=f"{varied}'s variance (default native)")
     parser.add_argument("--weight", type=float, help="credit that a reshaped or exact variance gives every step")
     parser.add_argument("--rule", default="proportionate", help="credit rule to show as well, for example grpo_guard")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the table")

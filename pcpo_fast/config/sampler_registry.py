@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["flow", "diffusion"]
+Variance = Literal["native", "reshaped", "exact"]
 
 GRID_SETTINGS: dict[Kind, tuple[str, ...]] = {"flow": ("shift", "grid"), "diffusion": ()}
 """Settings that make the times of a kind of model; a diffusion model's scheduler leaves no choice."""

@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 
 from pcpo_fast.config.credit_rules import CREDIT_RULES, rules_taking
 from pcpo_fast.config.roles import BASE_FILES, BASE_MODEL, CHANGEABLE, EXECUTION, RESULT, Role
-from pcpo_fast.config.sampler_registry import SAMPLERS, listed, samplers_of, samplers_taking
+from pcpo_fast.config.sampler_registry import SAMPLERS, Variance, listed, samplers_of, samplers_taking
 
 LARGEST = 2**31 - 1
 """Beyond any count that means something, and small enough that no product of two overflows 64 bits."""
@@ -221,7 +221,7 @@ class SamplerConfig(Section):
         "shifted",
         description="shifted: t = s u / (1 + (s - 1) u) on a linear u; scheduler: the pipeline's own" + _unused("grid"),
     )
-    variance: Literal["native", "reshaped", "exact"] = Field(
+    variance: Variance = Field(
         "native",
         description=f"{listed(samplers_taking('variance'))}: the noise of eta, or PCPO's that give every step the "
         "same credit",

@@ -17,14 +17,11 @@ from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.files.content import RECORD_FOLDER, Contents, different, digest, is_weights, weights_digest
 from pcpo_fast.guidance.guided_runs import SHARED, guided_policies
-from pcpo_fast.method.samplers import build_transitions, deterministic_transitions
-from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.families import find_family, load_policy, model_files
-from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_bytes, to_image
 from pcpo_fast.reporting.progress import StepProgress
-from pcpo_fast.rollout.generation import sample_rows
+from pcpo_fast.rollout.generation import ImageRequest, sample_rows
 
 RECIPE_FILE = "recipe.json"
 BASE_KEYS = ("path", "revision", "variant", "transformer", "unet")
@@ -32,23 +29,13 @@ BASE_KEYS = ("path", "revision", "variant", "transformer", "unet")
 
 
 @dataclass(frozen=True)
-class Request:
-    """The images to sample.
+class EvaluationRequest(ImageRequest):
+    """The images to evaluate.
 
     Attributes:
-        prompts: the P prompts.
-        count: images per prompt.
-        seed: fixes all noise.
-        stochastic: sample with the rollout's noise; otherwise without noise.
-        batch_size: images per batch on each rank.
         remake: delete existing images that were made with other settings, instead of raising an error.
     """
 
-    prompts: Sequence[Prompt]
-    count: int
-    seed: int
-    stochastic: bool
-    batch_size: int
     remake: bool = False
 
     @property
@@ -56,15 +43,10 @@ class Request:
         """(prompt index, image index) of all images, prompt-major."""
         return [(prompt, image) for prompt in range(len(self.prompts)) for image in range(self.count)]
 
-    @property
-    def texts(self) -> list[str]:
-        """The prompt text of every image, prompt-major."""
-        return [prompt.text for prompt in self.prompts for _ in range(self.count)]
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured on the images of a :class:`Request`, and where the results go.
+    """What is measured on the images of a :class:`EvaluationRequest`, and where the results go.
 
     Attributes:
         output: folder for everything that is written.
@@ -90,7 +72,7 @@ class EvaluationSettings:
 
 
 def make_images(
-    candidates: Sequence[Candidate], request: Request, folder: Path, device: torch.device
+    candidates: Sequence[Candidate], request: EvaluationRequest, folder: Path, device: torch.device
 ) -> list[ImageSet]:
     """Sample the missing images and return every candidate's images. All ranks must call it; they share the work.
 
@@ -109,7 +91,7 @@ def make_images(
             for one in group:
                 option = f"--checkpoint {one.path!r}"
                 sets[one.name] = folder_of_images(
-                    Path(one.path).expanduser(), one.name, option, len(request.names), request.texts
+                    Path(one.path).expanduser(), one.name, option, len(request.names), request.captions
                 )
             continue
         with shared_errors():
@@ -132,7 +114,7 @@ def make_images(
     return [sets[one.name] for one in candidates]
 
 
-def recipe(one: Candidate, request: Request) -> dict[str, Any]:
+def recipe(one: Candidate, request: EvaluationRequest) -> dict[str, Any]:
     """All settings that determine a candidate's images."""
     assert one.config is not None
     model = one.config.model
@@ -207,7 +189,7 @@ def _file(folder: Path, name: tuple[int, int]) -> Path:
 def _make(
     group: Sequence[Candidate],
     missing: Sequence[list[tuple[int, int]]],
-    request: Request,
+    request: EvaluationRequest,
     folder: Path,
     device: torch.device,
 ) -> None:
@@ -221,8 +203,7 @@ def _make(
         else:
             model = config.model.model_copy(update={"finetune": "full"})
             policies = [load_policy(config.model_copy(update={"model": model}), device, texts)] * len(group)
-        build = build_transitions if request.stochastic else deterministic_transitions
-        table = StepTable.of(build(config.sampler, policies[0].schedule(config.sampler.steps)), device)
+        table = request.table(config.sampler, policies[0])
     mine = [names[rank() :: world_size()] for names in missing]
     size = request.batch_size
     batches = sum(-(-len(names) // size) for names in mine)

@@ -11,7 +11,7 @@ from pcpo_fast.config.schema import ScoringConfig
 from pcpo_fast.distributed.collectives import barrier, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine.engine import stop_distributed
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.evaluation.candidate_images import EvaluationSettings, Request, make_images
+from pcpo_fast.evaluation.candidate_images import EvaluationRequest, EvaluationSettings, make_images
 from pcpo_fast.evaluation.candidates import BASE, Candidate, read_candidates, shared_config_file
 from pcpo_fast.evaluation.evaluation_page import evaluation_page
 from pcpo_fast.evaluation.image_sets import ImageSet, folder_of_images
@@ -52,7 +52,7 @@ def with_reference(
 
 
 def evaluate(
-    candidates: Sequence[Candidate], request: Request, settings: EvaluationSettings, device: torch.device
+    candidates: Sequence[Candidate], request: EvaluationRequest, settings: EvaluationSettings, device: torch.device
 ) -> Evaluation | None:
     """Sample the images, measure them and write all files; all ranks must call it.
 
@@ -73,7 +73,7 @@ def evaluate(
 
 
 def _evaluate(
-    candidates: Sequence[Candidate], request: Request, settings: EvaluationSettings, device: torch.device
+    candidates: Sequence[Candidate], request: EvaluationRequest, settings: EvaluationSettings, device: torch.device
 ) -> Evaluation | None:
     first = rank() == 0
     reference = None
@@ -138,12 +138,15 @@ def write_evaluation(result: Evaluation, folder: Path, shown: int) -> None:
 
 
 def _rewards(
-    rewards: RewardSet, settings: EvaluationSettings, sets: Sequence[ImageSet], request: Request, device: torch.device
+    rewards: RewardSet,
+    settings: EvaluationSettings,
+    sets: Sequence[ImageSet],
+    request: EvaluationRequest,
+    device: torch.device,
 ) -> list[RewardColumn]:
     found = {name: {one.name: list[float]() for one in sets} for name in rewards.names}
-    repeated = [prompt for prompt in request.prompts for _ in range(request.count)]
     for one in sets:
-        rows = iter(repeated)
+        rows = iter(request.repeated)
         for batch in one.batches(settings.batch_size):
             alike = len({image.shape for image in batch}) == 1
             for images in [batch] if alike else [[image] for image in batch]:
@@ -155,7 +158,9 @@ def _rewards(
     return [RewardColumn(name, scores, request.count) for name, scores in found.items()]
 
 
-def _notes(measured: Sequence[str], request: Request, reference: ImageSet | None, base: ImageSet | None) -> list[str]:
+def _notes(
+    measured: Sequence[str], request: EvaluationRequest, reference: ImageSet | None, base: ImageSet | None
+) -> list[str]:
     notes = list(dict.fromkeys(measured))
     if reference is not None and reference is base:
         notes.append(

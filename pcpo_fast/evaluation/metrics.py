@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.evaluation.candidate_images import EvaluationSettings, Request
+from pcpo_fast.evaluation.candidate_images import EvaluationRequest, EvaluationSettings
 from pcpo_fast.evaluation.feature_cache import features_of
 from pcpo_fast.evaluation.features import ClipImages, DinoV2, Extractor, Inception
 from pcpo_fast.evaluation.frechet import Gaussian, distance, sample_notes
@@ -102,7 +102,7 @@ class Measuring:
     """
 
     settings: EvaluationSettings
-    request: Request
+    request: EvaluationRequest
     reference: ImageSet | None
     device: torch.device
     notes: list[str] = field(default_factory=list)

@@ -15,37 +15,24 @@ from pcpo_fast.distributed.collectives import lone_device
 from pcpo_fast.errors import UserError
 from pcpo_fast.guidance.guided_runs import guided_policies
 from pcpo_fast.guidance.scale_sweep import ScaleResult, sweep_numbers, sweep_picture, sweep_scales, write_reward_plot
-from pcpo_fast.method.samplers import build_transitions, deterministic_transitions
-from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.families import load_policy
 from pcpo_fast.policies.fine_tunes import FineTune
-from pcpo_fast.prompts import Prompt
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.reporting.progress import StepProgress
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.rollout.generation import generate
+from pcpo_fast.rollout.generation import ImageRequest, generate
 
 
 @dataclass(frozen=True)
-class SampleRequest:
-    """Which images to sample, independent of the model.
+class SampleRequest(ImageRequest):
+    """Images to sample and score.
 
     Attributes:
-        prompts: the P prompts.
-        count: images per prompt.
-        seed: seed of the noise.
-        stochastic: sample with the rollout's noise; otherwise without noise.
-        batch_size: images per batch.
         rewards: rewards that score the images.
         place: where the prompts come from, for error messages.
     """
 
-    prompts: Sequence[Prompt]
-    count: int
-    seed: int
-    stochastic: bool
-    batch_size: int
     rewards: Sequence[RewardConfig]
     place: str
 
@@ -71,7 +58,7 @@ class Samples:
     @property
     def captions(self) -> list[str]:
         """The prompt of each image of a column, P * count entries, prompt-major."""
-        return [prompt.text for prompt in self.request.prompts for _ in range(self.request.count)]
+        return self.request.captions
 
     @property
     def images(self) -> list[Image]:
@@ -153,11 +140,9 @@ def make_samples(
         policies = guided_policies(runs, settings, device, texts)
     else:
         policies = [load_policy(config, device, texts)]
-    build = build_transitions if request.stochastic else deterministic_transitions
-    table = StepTable.of(build(config.sampler, policies[0].schedule(config.sampler.steps)), device)
-    repeated = [prompt for prompt in request.prompts for _ in range(request.count)]
-    captions, metadata = [prompt.text for prompt in repeated], [prompt.metadata for prompt in repeated]
-    batches = -(-len(repeated) // request.batch_size)
+    table, captions = request.table(config.sampler, policies[0]), request.captions
+    metadata = [prompt.metadata for prompt in request.repeated]
+    batches = -(-len(captions) // request.batch_size)
     columns = []
     with StepProgress(len(policies) * batches * table.steps, "sampling") as progress:
         for place, policy in enumerate(policies):

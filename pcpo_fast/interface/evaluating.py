@@ -117,7 +117,7 @@ def evaluate(
 
     from pcpo_fast.distributed.collectives import lone_device
     from pcpo_fast.distributed.launching import launcher_world_size
-    from pcpo_fast.evaluation.candidate_images import Request
+    from pcpo_fast.evaluation.candidate_images import EvaluationRequest
     from pcpo_fast.evaluation.candidates import shared_config_file
     from pcpo_fast.evaluation.evaluator import PAGE_FILE, EvaluationSettings, with_reference
     from pcpo_fast.evaluation.evaluator import evaluate as measure
@@ -146,7 +146,8 @@ def evaluate(
         raise UserError("--prompts: missing; give a prompt file, since the configuration has no prompts.heldout")
     scored = reward_configs(rewards, shared.rewards) or list(shared.rewards)
     measured = replace(measured, rewards=scored, timeout=shared.scoring.timeout)
-    request = Request(load_prompts(source, shared.prompts.column)[:limit], count, seed, stochastic, batch_size, remake)
+    asked = load_prompts(source, shared.prompts.column)[:limit]
+    request = EvaluationRequest(asked, count, seed, stochastic, batch_size, remake)
     if launcher_world_size() > 1:
         from pcpo_fast.engine.engine import start_distributed
 

@@ -16,8 +16,9 @@ from typing import Any, Literal, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
+from pcpo_fast.config.sampler_registry import Variance
+
 FinalStep = Literal["clean", "noisy"]
-Variance = Literal["native", "reshaped", "exact"]
 PredictionType = Literal["epsilon", "v_prediction"]
 
 PUBLISHED_WEIGHT = 4.5  # credit of the reshaped DDIM variance in PCPO's public code, at 50 steps

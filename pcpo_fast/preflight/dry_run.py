@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pcpo_fast.config.loading import dump_config, load_config
 from pcpo_fast.config.schema import AUTO, Config
 from pcpo_fast.planning.advice import GB
-from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.planning.run_plan import make_plan
-from pcpo_fast.planning.sizes import is_auto, with_sizes
+from pcpo_fast.planning.sizes import gpu_memory, is_auto, with_sizes
 from pcpo_fast.preflight.checks import Status
 
 OUTCOME_LINES = 3
@@ -57,8 +54,9 @@ def with_planned_sizes(config: Config, plan: Mapping[str, Any]) -> Config:
 
 def dry_run_here(config: Config, timeout: float = 1800) -> tuple[Status, str]:
     """:func:`dry_run` in one process, on this machine's GPU if it has one."""
-    if is_auto(config) and torch.cuda.is_available():
-        config = with_planned_sizes(config, make_plan(config, 1, device_memory(torch.device("cuda"), 1) / GB))
+    memory = gpu_memory()
+    if is_auto(config) and memory is not None:
+        config = with_planned_sizes(config, make_plan(config, 1, memory / GB))
     return dry_run(config, 1, timeout)
 
 

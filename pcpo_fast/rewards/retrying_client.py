@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from pydantic import NonNegativeInt, PositiveFloat
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
 
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.rewards.failures import RewardFailure
@@ -21,6 +22,14 @@ from pcpo_fast.rewards.options import checked_option
 # Status codes worth a retry; those from 520 come from proxies in front of hosted services.
 _BUSY = (408, 425, 429, 500, 502, 503, 504, *range(520, 530))
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds
+
+
+class _UnavailableError(Exception):
+    """The server is unreachable or busy, and wants to be left alone for `wanted` seconds."""
+
+    def __init__(self, problem: str, wanted: float = 0.0) -> None:
+        super().__init__(problem)
+        self.wanted = wanted
 
 
 class RetryingClient:
@@ -82,30 +91,26 @@ class RetryingClient:
                 help), or rejects this request (the message quotes it).
             UserError: the token is refused, or the address does not exist.
         """
-        begin, problem = time.monotonic(), ""
-        for attempt in range(self.retries + 1):
-            answer, problem, wanted = self._attempt(method, path, content, headers)
-            if answer is not None:
-                return self._read(answer)
-            if attempt == self.retries:
-                break
-            if attempt == 1:
-                warnings.warn(
-                    f"reward {self.name}: {self.url} {problem}; trying again for about {self._patience():.0f} s",
-                    stacklevel=2,
-                )
-            time.sleep(max(wanted, self._pause(attempt)))
-        seconds = time.monotonic() - begin
-        raise RewardFailure(
-            f"reward {self.name}: {self.url} {problem}, in {self.retries + 1} attempts over {seconds:.0f} s; start the "
-            "server again and resume the run, or raise the reward's option retries",
-            retry=False,
+        begin = time.monotonic()
+        attempts = Retrying(
+            retry=retry_if_exception_type(_UnavailableError),
+            stop=stop_after_attempt(self.retries + 1),
+            wait=self._pause,
+            before_sleep=self._warn,
+            reraise=True,
         )
+        try:
+            return self._read(attempts(self._attempt, method, path, content, headers))
+        except _UnavailableError as problem:
+            seconds = time.monotonic() - begin
+            raise RewardFailure(
+                f"reward {self.name}: {self.url} {problem}, in {self.retries + 1} attempts over {seconds:.0f} s; start "
+                "the server again and resume the run, or raise the reward's option retries",
+                retry=False,
+            ) from None
 
-    def _attempt(
-        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] | None
-    ) -> tuple[Any, str, float]:
-        """An answer, or None with the problem and the pause that the server requests."""
+    def _attempt(self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] | None) -> Any:
+        """The server's answer, or an :class:`_UnavailableError`."""
         import httpx2
 
         async def ask() -> Any:
@@ -116,14 +121,28 @@ class RetryingClient:
         try:
             answer = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
         except (TimeoutError, httpx2.TimeoutException):
-            return None, f"does not answer within {self._timeout:g} s", 0.0
+            raise _UnavailableError(f"does not answer within {self._timeout:g} s") from None
         except httpx2.DecodingError as error:
-            return None, f"sends an answer that cannot be decoded ({reason_of(error)})", 0.0
+            raise _UnavailableError(f"sends an answer that cannot be decoded ({reason_of(error)})") from None
         except (httpx2.TransportError, OSError) as error:
-            return None, f"cannot be reached ({reason_of(error)})", 0.0
+            raise _UnavailableError(f"cannot be reached ({reason_of(error)})") from None
         if answer.status_code in _BUSY:
-            return None, f"answers {answer.status_code} ({self._words(answer)})", _seconds(answer)
-        return answer, "", 0.0
+            raise _UnavailableError(f"answers {answer.status_code} ({self._words(answer)})", _seconds(answer))
+        return answer
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt."""
+        problem = state.outcome and state.outcome.exception()
+        wanted = problem.wanted if isinstance(problem, _UnavailableError) else 0.0
+        return max(wanted, _growing(state.attempt_number - 1) * self._random.uniform(0.75, 1.0))
+
+    def _warn(self, state: RetryCallState) -> None:
+        if state.attempt_number == 2 and state.outcome is not None:
+            patience = sum(map(_growing, range(self.retries)))
+            warnings.warn(
+                f"reward {self.name}: {self.url} {state.outcome.exception()}; trying again for about {patience:.0f} s",
+                stacklevel=2,
+            )
 
     def _read(self, answer: Any) -> Any:
         status = answer.status_code
@@ -158,11 +177,10 @@ class RetryingClient:
         text = " ".join(text.split()) or answer.reason_phrase
         return text if len(text) <= 300 else text[:297] + "..."
 
-    def _pause(self, attempt: int) -> float:
-        return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**attempt) * self._random.uniform(0.75, 1.0)
 
-    def _patience(self) -> float:
-        return sum(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**attempt) for attempt in range(self.retries))
+def _growing(attempt: int) -> float:
+    """Seconds to pause after an attempt, counted from 0."""
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**attempt)
 
 
 def _seconds(answer: Any) -> float:

@@ -1,16 +1,54 @@
 """Sampling without training: held-out evaluation, and generation for the user."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pcpo_fast.config.schema import SamplerConfig
 from pcpo_fast.distributed.collectives import gather_rows, rank, world_size
 from pcpo_fast.method.noise_keys import Purpose, random_key
+from pcpo_fast.method.samplers import build_transitions, deterministic_transitions
 from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.policies import Conditioning, Policy, select_rows
 from pcpo_fast.profiling import profiler_ranges
+from pcpo_fast.prompts import Prompt
 from pcpo_fast.rollout.rollout import initial_latents, sampler_steps
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Images to sample, with any model.
+
+    Attributes:
+        prompts: the P prompts.
+        count: images per prompt.
+        seed: fixes all noise.
+        stochastic: sample with the rollout's noise; otherwise without noise.
+        batch_size: images per batch on each rank.
+    """
+
+    prompts: Sequence[Prompt]
+    count: int
+    seed: int
+    stochastic: bool
+    batch_size: int
+
+    @property
+    def repeated(self) -> list[Prompt]:
+        """The prompt of every image, prompt-major."""
+        return [prompt for prompt in self.prompts for _ in range(self.count)]
+
+    @property
+    def captions(self) -> list[str]:
+        """The text of the prompt of every image."""
+        return [prompt.text for prompt in self.repeated]
+
+    def table(self, sampler: SamplerConfig, policy: Policy) -> StepTable:
+        """The sampler's steps on the policy's time grid."""
+        build = build_transitions if self.stochastic else deterministic_transitions
+        return StepTable.of(build(sampler, policy.schedule(sampler.steps)), policy.device)
 
 
 def generate(

@@ -13,6 +13,7 @@ THERE = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
 KNOWN_TO_DIFFER = {
     "bokeh": "imported by pages with charts alone",
     "httpx2": "imported by the client of a reward server alone",
+    "tenacity": "imported by the client of a reward server alone",
     "transformers": "required for the learned rewards; the benchmark builds FLUX without a text encoder",
 }
 """Of the project's own requirements."""
