@@ -13,8 +13,8 @@ EXAMPLES = """examples:
   pcpo-fast plan --config flux_dev_pcpo --gpus 16 --nodes 2 --json
   pcpo-fast plan --config run.yaml --gpus 4 --gpu-memory 48 --peak-tflops 362 model.height=1024 model.width=1024
 
-GB are 1e9 bytes. FLUX.1-dev, FLUX.2-klein and dev, Z-Image, Qwen-Image, SD3.5-medium and Stable Diffusion 1.x need
-neither a download nor a license.
+GB are 1e9 bytes. The published models of the shipped configurations need neither a download nor a license
+(docs/planning.md lists them).
 
 Exit code 0: the recommended settings fit; 3: nothing fits; 2: an error."""
 

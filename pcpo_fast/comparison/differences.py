@@ -4,21 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from pcpo_fast.config.dotted_keys import flattened
-from pcpo_fast.config.roles import role_of
+from pcpo_fast.config.roles import role_of, roles
 from pcpo_fast.config.schema import Config
 
+_BASE_MODEL = tuple(key for key, role in roles(Config) if role is not None and role.base_model)
 _CONSEQUENCES = (
     (("rewards",), "their rewards are not on the same scale"),
-    (("model.path", "model.revision", "model.height", "model.width", "model.guidance", "model.cfg_scale"),
-     "they do not start from the same images"),
-    (("prompts.train",), "they do not train on the same prompts"),
-    (("prompts.heldout", "evaluation.prompts", "evaluation.seed", "evaluation.images_per_prompt"),
+    (_BASE_MODEL, "they do not start from the same images"),
+    (("prompts.train", "prompts.column"), "they do not train on the same prompts"),
+    (("prompts.heldout", "prompts.column", "evaluation.prompts", "evaluation.seed", "evaluation.images_per_prompt"),
      "their held-out rewards are not measured on the same images"),
     (("evaluation.deterministic", "sampler.steps", "sampler.shift", "sampler.grid"),
      "their held-out images are not sampled in the same way"),
     (("rollout.prompts_per_epoch", "rollout.images_per_prompt", "train.updates_per_epoch", "train.inner_epochs",
-      "sampler.steps", "window", "credit.steps", "credit.fraction", "credit.train_last_step", "advantage.steps",
-      "advantage.scored_steps", "advantage.audit_every"),
+      "train.max_log_ratio", "train.old_output", "model.cfg_scale", "sampler.steps", "window", "credit.steps",
+      "credit.fraction", "credit.train_last_step", "credit.kl_coefficient", "advantage.steps",
+      "advantage.scored_steps", "advantage.audit_every", "advantage.audit_images"),
      "an epoch is not the same amount of work"),
 )  # fmt: skip
 

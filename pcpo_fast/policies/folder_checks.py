@@ -126,7 +126,7 @@ def _check_variant(folder: Path, parts: list[str], settings: ModelConfig) -> Non
 
 
 def _files(folder: Path, settings: ModelConfig) -> list[tuple[object, ...]]:
-    others = [Path(one).expanduser() for one in (settings.transformer, settings.unet) if one is not None]
+    others = [Path(one).expanduser() for name in SINGLE_FILES if (one := getattr(settings, name)) is not None]
     files = [*sorted(folder.glob("*")), *sorted(folder.glob("*/*")), *others]
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]

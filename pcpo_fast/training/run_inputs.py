@@ -15,15 +15,13 @@ from pcpo_fast.engine.engine import deepspeed_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, part_files
 from pcpo_fast.policies.families import model_files
+from pcpo_fast.policies.folder_checks import SINGLE_FILES
 from pcpo_fast.policies.four_bit import check_base_weights
 from pcpo_fast.prompts import Prompt, load_prompts, trained_prompts
 from pcpo_fast.reporting.loggers import check_trackio_options, check_wandb_options, missing_package
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import check_sizes
 from pcpo_fast.runs.input_record import Input
-
-SINGLE_FILES = ("transformer", "unet")
-"""Keys of ``model`` that may give a weights file to use instead of the pipeline's own."""
 
 
 @dataclass(frozen=True)

@@ -333,7 +333,11 @@ def test_a_baseline_that_does_not_learn_gives_no_target(tmp_path: Path) -> None:
 
 
 def test_differences_between_variants_and_what_they_do_to_the_comparison(tmp_path: Path) -> None:
-    other = {"rollout__images_per_prompt": 12, "rewards": [{"name": "jpeg_compressibility"}]}
+    other = {
+        "rollout__images_per_prompt": 12,
+        "rewards": [{"name": "jpeg_compressibility"}],
+        "model__dtype": "bfloat16",
+    }
     runs = {
         "a": [write_run(tmp_path / "a", line(0.01), epochs=9, credit__rule="native")],
         "b": [write_run(tmp_path / "b", line(0.02), epochs=9, **other)],
@@ -346,6 +350,7 @@ def test_differences_between_variants_and_what_they_do_to_the_comparison(tmp_pat
     said = " ".join(notes(result))
     assert "differ in rewards.0.name: their rewards are not on the same scale" in said
     assert "rollout.images_per_prompt: an epoch is not the same amount of work" in said
+    assert "model.dtype: they do not start from the same images" in said
     assert "A variant with one seed has no interval" in said
 
 
