@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     @property
     def warps(self) -> int:
-        """So many that a thread has at least 8 elements where the row is long enough: 16 bytes of bf16."""
+        """Few enough that each thread has at least 8 elements (16 bytes of bf16), if the row is long enough."""
         return min(4, max(1, self.BLOCK // 256))
 
     def chunks(self, elements: int) -> int:
@@ -68,7 +68,7 @@ def tokens_per_program(tokens: int) -> int:
 
 @functools.cache
 def block_for(elements: int, *, sums: int = 0) -> tuple[int, int]:
-    """Block and warps for rows of so many elements: 16 of them per thread of a large row, 8 where three sums are kept.
+    """Block and warps for rows of this many elements: 16 per thread of a large row, 8 if three sums are kept.
 
     So a thread needs at most 128 registers, and still loads 16 bytes of bf16 at once.
     """

@@ -20,7 +20,7 @@ def root() -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """The user's path; where there is nothing, the file or folder of that name that comes with pcpo_fast, if any.
+    """The given path if it exists; otherwise the file or folder of that name that comes with pcpo_fast, if any.
 
     So ``assets/tiny-flux`` is the same model in any working directory. Configurations keep the path as it was
     written: a run does not depend on where pcpo_fast is installed.
@@ -59,6 +59,6 @@ def configurations() -> dict[str, Path]:
 
 
 def summary(path: Path) -> str:
-    """What a configuration says of itself in its first line."""
+    """A configuration's description: its first line."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()

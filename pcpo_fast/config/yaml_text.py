@@ -46,7 +46,7 @@ for _class in (_Loader, _Dumper):
 
 
 class _FastLoader(getattr(yaml, "CSafeLoader", _Loader)):  # type: ignore[misc]  # absent where PyYAML has no libyaml
-    """The same by libyaml, ten times as fast. Its messages are others: for those :class:`_Loader` reads again."""
+    """The same through libyaml, ten times as fast; if it fails, :class:`_Loader` parses again for its error message."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path | str, data: bytes | str) -> None:
-    """Replace the file `path` by `data` so that no reader ever sees a part of it, even if the process is killed.
+    """Replace the file `path` by `data` so that no reader ever sees a partial file, even if the process is killed.
 
     The data are written to a hidden temporary file in the same folder (created if missing) and flushed to disk; the
     file is then renamed to `path` and the folder flushed, so that the write survives a power failure. Text is written

@@ -43,7 +43,7 @@ class Utilization:
 def utilization_of(
     config: Config, device: torch.device, told: Callable[[str], None], costs: Callable[[], ModelCosts]
 ) -> Utilization | None:
-    """Rates of a run on a GPU; None on a CPU, and for a model whose architecture is unknown, which `told` is told.
+    """Rates of a run on a GPU; None on a CPU, and for a model whose architecture is unknown, which `told` reports.
 
     Args:
         config: the run.

@@ -83,7 +83,7 @@ def add_lora(
 def differing_from(
     settings: LoraConfig, targets: Sequence[str], module: nn.Module, start: Mapping[str, LowRank]
 ) -> str:
-    """What ``model.lora`` says otherwise than the weights that a run starts from, and what is done; "" if nothing.
+    """How ``model.lora`` differs from the weights that a run starts from, and what is done about it; "" if it does not.
 
     Args:
         settings: the configuration's ``model.lora``.

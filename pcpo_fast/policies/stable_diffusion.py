@@ -46,7 +46,7 @@ class StableDiffusionPolicy(PipelinePolicy):
 
     @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """CompVis' names, by which blocks and what takes the place between them are counted in one row."""
+        """CompVis' names, which number blocks and the layers between them consecutively."""
         counted = (re.match(r"down_blocks\.\d+\.\w+\.(\d+)\.", layer) for layer in layers)
         depth = 1 + max((int(match[1]) for match in counted if match), default=1)
         found: dict[str, tuple[str, ...]] = {}

@@ -1,4 +1,4 @@
-"""What each operation of a forward makes of one row, and the first operation at which two forwards part."""
+"""What each operation of a forward makes of one row, and the first operation at which two forwards diverge."""
 
 import math
 from collections import Counter

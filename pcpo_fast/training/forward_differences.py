@@ -1,4 +1,4 @@
-"""Where the forwards of rollout and update part, or those of an update with other settings."""
+"""Where the forwards of rollout and update diverge, or those of an update with other settings."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -30,7 +30,7 @@ KINDS = ("final", "baseline", "gain")
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """How the mean gradients of :data:`KINDS` lie to each other, by rollouts of the same frozen weights.
+    """How the mean gradients of :data:`KINDS` compare, over rollouts of the same frozen weights.
 
     Attributes:
         rollouts: K of them.
@@ -175,7 +175,7 @@ class _Recorded(StepAdvantages):
         return other
 
     def advantages(self, learnt: StepAdvantages) -> dict[str, Tensor]:
-        """Of the latest epoch, [B, N] each, by what others have said before."""
+        """The latest epoch's advantages by kind of credit, [B, N] each, with the statistics in `learnt`."""
         final, _, _, equal = self.made_of
         clip = self.settings.clip
         found = {"final": final.masked_fill(equal, 0.0).clamp(-clip, clip)[:, None].expand(-1, self.steps)}
@@ -188,7 +188,7 @@ class _Recorded(StepAdvantages):
 
 
 class _Accumulating:
-    """Takes the place of the engine in an update whose weights must stay: gradients add up, and nothing steps."""
+    """Stands in for the engine in an update that must not change the weights: gradients accumulate, without a step."""
 
     last_step = StepOutcome(True, 0.0, 0.0)
 
