@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     import importlib.util
     import json
 
+    from pcpo_fast.config.arguments import check_least
     from pcpo_fast.errors import UserError
 
     for library in ("starlette", "uvicorn"):
@@ -52,9 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"serve-reward needs {library}, which is not installed: run `pip install starlette uvicorn`"
             )
     for option in ("batch_size", "most_images", "most_mib", "waiting_mib"):
-        if getattr(arguments, option) < 1:
-            name = option.replace("_", "-")
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, option)}")
+        check_least(1, **{option: getattr(arguments, option)})
 
     from pcpo_fast.distributed.collectives import lone_device
     from pcpo_fast.rewards import load_reward

@@ -41,14 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     import sys
 
+    from pcpo_fast.config.arguments import check_least
     from pcpo_fast.distributed.collectives import lone_device
-    from pcpo_fast.errors import UserError
     from pcpo_fast.training.step_gradients import measure_gradients
 
-    for name, least in (("rollouts", 3), ("warm_up", 1)):
-        if getattr(arguments, name) < least:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option}: must be at least {least}, got {getattr(arguments, name)}")
+    check_least(3, rollouts=arguments.rollouts)
+    check_least(1, warm_up=arguments.warm_up)
     config, weights, epoch = run_or_config("step-gradients", arguments)
     rollouts, warm_up = arguments.rollouts, arguments.warm_up
     found = measure_gradients(

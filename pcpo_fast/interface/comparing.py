@@ -30,9 +30,10 @@ from pcpo_fast.comparison.scheduling import Failure, HowToRun, check_folders
 from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tuning import Search, look, tuned, tuning_notes, write_search
 from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant, check_name, planned_runs, settings_from
+from pcpo_fast.config.arguments import check_choice, check_least
 from pcpo_fast.config.presets import DEFAULT_CONFIG
 from pcpo_fast.errors import EXIT_USER_ERROR, UserError
-from pcpo_fast.interface.configuration import File, Settings, check_choice, check_least, settings_texts
+from pcpo_fast.interface.configuration import File, Settings, settings_texts
 from pcpo_fast.reporting.metrics_file import find_metrics
 from pcpo_fast.reporting.progress import say
 

@@ -53,38 +53,6 @@ def load_config(
     return load_file(config if config is None or isinstance(config, Config) else os.fspath(config), texts, where)
 
 
-def check_least(least: int, **numbers: int | None) -> None:
-    """Check that arguments are at least ``least``; None means not given.
-
-    Raises:
-        UserError: one is smaller.
-    """
-    for name, number in numbers.items():
-        if number is not None and number < least:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, got {number}")
-
-
-def check_choice(allowed: Sequence[str], **words: str | None) -> None:
-    """Check that arguments are among ``allowed``; None means not given.
-
-    Raises:
-        UserError: one is not.
-    """
-    for name, word in words.items():
-        if word is not None and word not in allowed:
-            raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {word!r}")
-
-
-def check_seed(seed: int) -> None:
-    """Check that a seed is in the range of the random generators.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed: must be between 0 and 2^63 - 1, got {seed}")
-
-
 def settings_texts(settings: Settings) -> list[str]:
     """Settings in the form ``key=value`` of the command line.
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcpo_fast.config.arguments import check_least, check_seed
 from pcpo_fast.errors import UserError
 from pcpo_fast.interface.configuration import (
     File,
     Reward,
     Settings,
-    check_least,
-    check_seed,
     load_config,
     reward_configs,
     settings_texts,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pcpo_fast.config.arguments import check_choice
 from pcpo_fast.errors import UserError
-from pcpo_fast.interface.configuration import check_choice
 
 
 @dataclass(frozen=True)

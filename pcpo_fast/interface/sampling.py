@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcpo_fast.config.arguments import check_least, check_seed
 from pcpo_fast.errors import UserError
 from pcpo_fast.interface.configuration import (
     File,
     Reward,
     Settings,
     Source,
-    check_least,
-    check_seed,
     load_config,
     reward_configs,
     settings_texts,

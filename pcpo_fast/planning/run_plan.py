@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from pcpo_fast.config.arguments import check_least
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.samplers import check_sampler
@@ -159,9 +160,7 @@ def make_plan(
 def _check(
     gpus: int, memory_gb: float, peak_tflops: float, nodes: int, host_gb: float | None, disk_gb: float | None
 ) -> None:
-    for name, count in (("--gpus", gpus), ("--nodes", nodes)):
-        if count < 1:
-            raise UserError(f"{name}: must be at least 1, got {count}")
+    check_least(1, gpus=gpus, nodes=nodes)
     if gpus % nodes:
         raise UserError(f"--gpus: {gpus} GPUs do not divide evenly over {nodes} machines (--nodes)")
     amounts = {"--gpu-memory": memory_gb, "--peak-tflops": peak_tflops, "--host-memory": host_gb, "--disk": disk_gb}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pcpo_fast.config.arguments import check_least
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.advice import GB
@@ -72,9 +73,7 @@ def check_arguments(gpus: int, nodes: int, timeout: float) -> int:
     Raises:
         UserError: a number is out of range, or the GPUs do not divide evenly over the machines.
     """
-    for option, value in (("--gpus", gpus), ("--nodes", nodes)):
-        if value < 1:
-            raise UserError(f"{option}: must be at least 1, got {value}")
+    check_least(1, gpus=gpus, nodes=nodes)
     if gpus % nodes:
         raise UserError(f"--gpus: {gpus} GPUs do not divide evenly over {nodes} machines (--nodes)")
     if not timeout > 0:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, record_function
 
+from pcpo_fast.config.arguments import check_least
 from pcpo_fast.config.schema import Config
 from pcpo_fast.distributed.collectives import rank, shared_errors
 from pcpo_fast.errors import UserError, reason_of
@@ -79,8 +80,7 @@ class Recorder:
             raise UserError(
                 f"--profile-epoch: the run does not train epoch {wanted}; allowed: {start + 1} to {last} (train.epochs)"
             )
-        if request.updates is not None and request.updates < 1:
-            raise UserError(f"--profile-updates: must be at least 1, got {request.updates}")
+        check_least(1, profile_updates=request.updates)
         self.limits = LIMITS | ({} if request.updates is None else {"update": request.updates})
         self.epoch, self._epochs = wanted, start
         self.folder = Path(config.output_dir) / "profile"

@@ -402,7 +402,7 @@ def test_something_else_at_the_address(strict: str) -> None:
         (["--host", "no.such.host.invalid"], "no.such.host.invalid can be reached from other machines"),
         (["--port", "70000"], "cannot listen on --host 127.0.0.1 --port 70000"),
         (["--port", "0", "--device", "tpu"], "--device: there is no device 'tpu' here; available: cpu"),
-        (["--port", "0", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--port", "0", "--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
         (["--port", "0", "quality=5"], "does not take the options {'quality': 5}"),
         (["--port", "0", "5=quality"], "a reward's option must have the form name=value"),
     ],
