@@ -8,7 +8,7 @@ docs/evaluating.md explains every number; ``pcpo-fast evaluate`` computes them.
 from pcpo_fast.evaluation.frechet import Gaussian, frechet_distance
 from pcpo_fast.evaluation.inception_score import inception_score
 from pcpo_fast.evaluation.kernel_distance import kernel_distance
-from pcpo_fast.training.diversity import feature_diversity, pixel_diversity
+from pcpo_fast.method.diversity import feature_diversity, pixel_diversity
 
 __all__ = [
     "Gaussian",

@@ -19,8 +19,8 @@ from pcpo_fast.evaluation.inception_score import inception_score
 from pcpo_fast.evaluation.intervals import over_prompts
 from pcpo_fast.evaluation.kernel_distance import kernel_distance
 from pcpo_fast.evaluation.lpips import Lpips
+from pcpo_fast.method.diversity import feature_diversity, pairs, pixel_diversity
 from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference
-from pcpo_fast.training.diversity import feature_diversity, pairs, pixel_diversity
 
 T = TypeVar("T")
 METRICS = ("fd-dinov2", "cmmd", "fid", "is", "lpips")

@@ -11,11 +11,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.method.diversity import mean_pixel_diversity
 from pcpo_fast.reporting.grids import image_table
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.reporting.scale_figure import ScalePoint, scale_figure
 from pcpo_fast.reporting.statistics import mean
-from pcpo_fast.training.diversity import mean_pixel_diversity
 
 SHOWN_ROWS = 24
 """Rows of the grid; with more images than rows, the first image of each prompt is shown first."""

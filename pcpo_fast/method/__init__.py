@@ -1,1 +1,1 @@
-"""The mathematics, without models: samplers and credit rules as tables, schedules, windows, advantages, noise keys."""
+"""The mathematics, without models: samplers and credit rules as tables, windows, advantages, noise keys, diversity."""

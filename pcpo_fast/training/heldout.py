@@ -12,6 +12,7 @@ from torch import Tensor
 from pcpo_fast.config.schema import Config, EvaluationConfig
 from pcpo_fast.distributed.collectives import gather_rows, rank, shared_errors, world_size
 from pcpo_fast.files.image_files import read_image
+from pcpo_fast.method.diversity import mean_pixel_diversity
 from pcpo_fast.method.step_tables import RunTables, StepTable
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import Prompt
@@ -19,7 +20,6 @@ from pcpo_fast.reporting.grids import SHOWN, image_grid, to_image
 from pcpo_fast.rewards import RewardSet, Scores
 from pcpo_fast.rollout.generation import generate, path_kl
 from pcpo_fast.training.collapse import base_distance
-from pcpo_fast.training.diversity import mean_pixel_diversity
 from pcpo_fast.training.run_inputs import RunInputs
 
 

@@ -19,7 +19,7 @@ from pcpo_fast.evaluation import (
 )
 from pcpo_fast.evaluation.frechet import distance, sample_notes
 from pcpo_fast.evaluation.inception_score import SPLIT_FROM, SPLITS
-from pcpo_fast.training.diversity import pairs
+from pcpo_fast.method.diversity import pairs
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import pcpo_fast.training.heldout
 from pcpo_fast.config.schema import EvaluationConfig, RewardConfig
+from pcpo_fast.method.diversity import mean_pixel_diversity
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.training.diversity import mean_pixel_diversity
 from pcpo_fast.training.heldout import SHOWN, HeldOut
 
 PROMPTS = [Prompt(f"prompt {n}", {"n": n}) for n in range(5)]
