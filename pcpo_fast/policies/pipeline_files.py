@@ -69,7 +69,7 @@ def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.pa
     if modular.is_file() and not index.is_file():
         index = modular
     if not index.is_file():
-        raise UserError(f"{key}: {folder} holds no model_index.json, so it is not the folder of a diffusers pipeline")
+        raise UserError(f"{key}: {folder} is not a diffusers pipeline: it holds no model_index.json")
     found = read_json(index, key).get("_class_name")
     if isinstance(found, list):  # [module, class] of code that is in the folder
         raise UserError(
@@ -97,7 +97,7 @@ def check_hub_id(path: str) -> None:
     if single or Path(path).expanduser().is_file():
         raise UserError(
             f"model.path: {path} is a single file, but text encoders, VAE and scheduler come from a pipeline folder: "
-            "give that as model.path and the file as model.transformer (FLUX, SD3) or model.unet (SD 1.x)"
+            "give that as model.path and the file as model.transformer, or model.unet for Stable Diffusion 1.x"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise UserError(f"model.path: {path} is neither a folder nor a hub id of the form owner/name")

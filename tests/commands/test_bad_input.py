@@ -188,7 +188,7 @@ def spoil_index(folder: Path, **changes: Any) -> None:
     ("spoil", "words"),
     [
         (lambda folder: shutil.rmtree(folder), "is neither a folder nor a hub id of the form owner/name"),
-        (lambda folder: (folder / "model_index.json").unlink(), "so it is not the folder of a diffusers pipeline"),
+        (lambda folder: (folder / "model_index.json").unlink(), "is not a diffusers pipeline: it holds no"),
         (lambda folder: (folder / "model_index.json").write_text("{"), "is not valid JSON"),
         (
             lambda folder: spoil_index(folder, _class_name="PixArtAlphaPipeline"),
