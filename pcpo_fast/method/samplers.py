@@ -61,13 +61,12 @@ def check_sampler(settings: SamplerConfig, kind: type[Schedule]) -> None:
     Raises:
         UserError: it is not; the message lists the samplers that are.
     """
-    models = {"flow": "flow models", "diffusion": "diffusion models (Stable Diffusion 1.x)"}
     needed = SAMPLERS[settings.name].kind
     found: Kind = "diffusion" if issubclass(kind, DiffusionSchedule) else "flow"
     if needed != found:
         allowed = samplers_of(found)
         raise UserError(
-            f"sampler.name: {settings.name} is for {models[needed]}, but this model is a {found} model; "
+            f"sampler.name: {settings.name} is for {needed} models, but this model is a {found} model; "
             f"allowed: {', '.join(allowed)}"
         )
 

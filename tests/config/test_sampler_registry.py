@@ -52,7 +52,9 @@ def test_a_registered_sampler_is_one_everywhere(registered: None, capsys: Captur
     table = build_transitions(config.sampler)
     assert table.std.tolist() == [0.5] * 4 and table.a.tolist() == [1.0] * 4
     check_sampler(config.sampler, FlowSchedule)
-    with pytest.raises(UserError, match=r"still is for flow models .* allowed: ddim, louder$"):
+    with pytest.raises(
+        UserError, match=r"still is for flow models, but this model is a diffusion model; allowed: ddim, louder$"
+    ):
         check_sampler(config.sampler, DiffusionSchedule)
 
     assert main(["credit", "--sampler", "still", "--steps", "5", "--json"]) == 0

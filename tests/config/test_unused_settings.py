@@ -96,7 +96,10 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
         (("window.size=2", "window.decay_after=3"), "window.decay_after .* window.decay above 0"),
         (("credit.steps=[0, 1]", "credit.train_last_step=true"), "train_last_step .* credit.steps=null"),
         (("credit.rule=native", "credit.normalize_over=trained"), "credit.normalize_over .* pcpo_ratio"),
-        (("advantage.normalization=running", "advantage.unbiased=true"), "advantage.unbiased .* or global"),
+        (
+            ("advantage.normalization=running", "advantage.unbiased=true"),
+            "advantage.unbiased only takes effect with an advantage.normalization other than running",
+        ),
         (("prompts.heldout=null", "evaluation.every=3"), "evaluation.every .* held-out prompts"),
         (("credit.objective=divergence_mask", "credit.clip_range=0.1"), "clip_range .* credit.objective hinge or clip"),
         (("evaluation.every=0", "checkpoint.keep_best=2"), "keep_best .* evaluation.every and checkpoint.every"),

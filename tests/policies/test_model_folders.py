@@ -562,7 +562,7 @@ def test_parts_of_different_models(sd_folder: Path, tmp_path: Path) -> None:
     config.hidden_size = wide
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     message = refusal(folder, *SD_RUN)
-    assert f"text_encoder/config.json hidden_size {wide}" in message and "cross_attention_dim" in message
+    assert f"text_encoder/config.json (hidden_size {wide})" in message and "cross_attention_dim" in message
 
 
 def test_a_rotary_embedding_of_another_width_than_the_heads(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -81,8 +81,11 @@ def test_kohyas_names_are_read_by_diffusers_and_back(family: Family, tmp_path: P
     ("changes", "says"),
     [
         ({"zero_cond_t": True}, r"says zero_cond_t True, so it is not a text-to-image Qwen-Image"),
-        ({"joint_attention_dim": 24}, r"says joint_attention_dim 24, and text_encoder/config\.json hidden_size 16"),
-        ({"in_channels": 32}, r"says in_channels 32, and vae/config\.json z_dim 4"),
+        (
+            {"joint_attention_dim": 24},
+            r"says joint_attention_dim 24, but by text_encoder/config\.json \(hidden_size 16\) it would be 16",
+        ),
+        ({"in_channels": 32}, r"says in_channels 32, but by vae/config\.json \(z_dim 4\) it would be 16"),
         ({"axes_dims_rope": (4, 4, 6)}, r"says axes_dims_rope \[4, 4, 6\], which must add up to attention_head_dim 16"),
     ],
 )

@@ -152,8 +152,11 @@ def test_a_tokenizer_without_a_chat_template_is_one_sentence(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"cap_feat_dim": 24}, r"says cap_feat_dim 24, and text_encoder/config\.json hidden_size 16"),
-        ({"in_channels": 8}, r"says in_channels 8, and vae/config\.json latent_channels 4"),
+        (
+            {"cap_feat_dim": 24},
+            r"says cap_feat_dim 24, but by text_encoder/config\.json \(hidden_size 16\) it would be 16",
+        ),
+        ({"in_channels": 8}, r"says in_channels 8, but by vae/config\.json \(latent_channels 4\) it would be 4"),
         ({"all_patch_size": (1,)}, r"says all_patch_size \[1\], which must contain 2"),
     ],
 )

@@ -142,7 +142,7 @@ def test_captions_and_scores_are_those_of_the_published_processor(folder: Path) 
     ("options", "message"),
     [
         ({"layer": 4}, "^reward caption_bertscore: option layer must be an integer of 1 to 3, got 4$"),
-        ({"instruction": "what is this?"}, "option instruction must have <image> once, got 'what is this"),
+        ({"instruction": "what is this?"}, "option instruction must contain <image> exactly once, got 'what is this"),
         ({"reference": "an image"}, "option reference must contain {prompt}, got 'an image'$"),
         ({"max_new_tokens": 0}, "option max_new_tokens must be an integer of at least 1, got 0$"),
         ({"model": "bert"}, "is a model of type bert; allowed: llava$"),
