@@ -146,7 +146,7 @@ def test_a_text_encoder_without_the_layers_that_are_read_is_refused(family: Fami
 )
 def test_parts_of_different_kleins_are_refused(folder: Path, key: str, width: int, part: str) -> None:
     Flux2Transformer2DModel(**(KLEIN | {key: width})).save_pretrained(folder / "transformer")
-    with pytest.raises(UserError, match=rf"transformer/config\.json says {key} {width}, and {part}/config\.json"):
+    with pytest.raises(UserError, match=rf"transformer/config\.json says {key} {width}, but by {part}/config\.json"):
         check_base_model(Family("klein", folder).config())
 
 

@@ -343,7 +343,7 @@ def test_a_variant_is_the_one_that_was_asked_for(own_pipeline: Path) -> None:
         policy = load_policy(tiny_config(own_pipeline, f"model.variant={variant}"), CPU)
         assert torch.equal(policy.module.state_dict()[TO_Q], state[TO_Q] + added)
     assert refusal(own_pipeline, "model.variant=fp16") == (
-        f"model.variant: {own_pipeline} has no weights of the variant fp16; there are ema"
+        f"model.variant: {own_pipeline} has no weights of the variant fp16; available: ema"
     )
     (part / "diffusion_pytorch_model.safetensors").rename(part / "diffusion_pytorch_model.fp16.safetensors")
     assert "the variants ema, fp16: choose one with model.variant" in refusal(own_pipeline)
