@@ -145,7 +145,7 @@ def test_runs_of_a_plan_go_seed_by_seed_and_share_the_embeddings(tmp_path: Path)
         ((NATIVE, Variant("b", "nowhere.yaml")), "variant b: config file nowhere.yaml does not exist"),
         ((NATIVE, Variant("native")), "variant native: duplicate name"),
         ((NATIVE, Variant("a/b")), "variant 'a/b': a name is also the name of a folder"),
-        ((NATIVE, Variant("figures")), "and not be embeddings, tuning or figures"),
+        ((NATIVE, Variant("figures")), "and must not be embeddings, tuning or figures"),
         ((NATIVE, Variant("b", None, ("seed=3",))), "variant b: seed cannot be set here .seed=3.: use --seeds"),
         ((NATIVE, Variant("b", None, ("credit.rule=native",))), "variants native and b train the same thing$"),
         ((PCPO, Variant("b", None, ("checkpoint.every=3",))), "same thing .they differ in checkpoint.every alone"),
@@ -236,14 +236,11 @@ def one_run(tmp_path: Path) -> PlannedRun:
 
 
 def test_the_command_of_a_run_is_the_trainers_and_gives_its_configuration(tmp_path: Path) -> None:
-    run = one_run(tmp_path)
+    (tmp_path / "base.yaml").write_text("sampler: {steps: 5}")
+    run = planned_runs(ComparisonPlan(tmp_path, str(tmp_path / "base.yaml"), (), (NATIVE,), (2,)))[0]
     command = command_of(run, None, 0)
     assert command[:4] == [sys.executable, "-m", "pcpo_fast", "train"]
     arguments = parse(command[3:])
-    assert load_config(arguments.config, arguments.settings) == run.config
-    (tmp_path / "base.yaml").write_text("sampler: {steps: 5}")
-    run = planned_runs(ComparisonPlan(tmp_path, str(tmp_path / "base.yaml"), (), (NATIVE,), (2,)))[0]
-    arguments = parse(command_of(run, None, 0)[3:])
     assert load_config(arguments.config, arguments.settings) == run.config
     assert run.config.sampler.steps == 5
 
@@ -257,7 +254,7 @@ def test_a_launcher_is_given_the_script_and_its_own_numbers(tmp_path: Path) -> N
 
 
 def test_threads_and_gpus_are_divided_among_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "_cores", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(scheduling, "_gpus", lambda outside: ["0", "2", "5"])
 
     def of(how: HowToRun, slot: int = 0, **outside: str) -> tuple[str | None, str | None]:
