@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from pcpo_fast.reporting.progress import duration, say
+from pcpo_fast.reporting.progress import bar_table, duration, say
 
 if TYPE_CHECKING:
     from pcpo_fast.comparison.variants import PlannedRun
@@ -160,10 +159,7 @@ class ComparisonProgress:
         return text
 
     def _render(self) -> RenderableType:
-        table = Table.grid(padding=(0, 1), expand=True)
-        table.add_column(no_wrap=True)
-        table.add_column(ratio=1)
-        table.add_column(no_wrap=True, justify="right")
+        table = bar_table()
         table.add_row(
             Text("all runs", style="bold"),
             ProgressBar(total=self.total, completed=self.done + self.failed, complete_style="cyan"),

@@ -212,9 +212,7 @@ def gain_correlation_figure(steps: Sequence[int], correlations: Sequence[Sequenc
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=12, integer=True))
         axis.set_major_formatter(named)
-    bar = figure.colorbar(picture, ax=axes, pad=0.015, aspect=30)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
+    _color_bar(figure, picture, axes)
     return figure
 
 
@@ -245,6 +243,10 @@ def _step_map(figure: "Figure", axes: "Axes", steps: dict[int, Series], title: s
     axes.grid(False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    return _color_bar(figure, picture, axes)
+
+
+def _color_bar(figure: "Figure", picture: Any, axes: "Axes") -> "Axes":
     bar = figure.colorbar(picture, ax=axes, pad=0.015, aspect=30)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)

@@ -136,11 +136,7 @@ class TrainingProgress:
         return Group(self._bar_line(), self._number_line(), self._phase_line())
 
     def _bar_line(self) -> RenderableType:
-        line = Table.grid(padding=(0, 1), expand=True)
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True, justify="right")
-        left = self.seconds_left()
+        line, left = bar_table(), self.seconds_left()
         over = self.done >= self.epochs
         time_text = "" if left is None or over else f"{duration(left)} left"
         bar = ProgressBar(total=max(1, self.epochs), completed=self.done, complete_style="cyan")
@@ -237,6 +233,15 @@ class StepProgress:
 def say(console: Console, text: str) -> None:
     """Print a line of plain text, unchanged and unwrapped."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def bar_table() -> Table:
+    """An empty table for rows of a label, a progress bar and text."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    table.add_column(no_wrap=True, justify="right")
+    return table
 
 
 def sparkline(values: deque[float] | list[float]) -> str:
