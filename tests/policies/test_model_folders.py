@@ -546,7 +546,7 @@ def test_zero_terminal_snr_is_the_schedulers_own_step_for_v(sd_v_folder: Path, t
     with pytest.raises(UserError, match=r"rescale_betas_zero_snr, .*prediction_type epsilon.* set prediction_type"):
         load_policy(config, CPU).schedule(4)
     settings_of("scheduler", "scheduler_config.json", rescale_betas_zero_snr=False, beta_end=5.0)(folder)
-    with pytest.raises(UserError, match=r"has betas that leave nothing .* else beta_start and beta_end to what"):
+    with pytest.raises(UserError, match=r"has betas that leave nothing .* otherwise beta_start and beta_end to what"):
         load_policy(config, CPU).schedule(4)
     settings_of("scheduler", "scheduler_config.json", timestep_spacing="wide")(folder)
     with pytest.raises(UserError, match=r"scheduler/scheduler_config\.json: ValueError: wide is not supported"):
