@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import save_file
-from tested_families import LORA, Family, randomize_adapters, trained_state
+from tested_families import FIXTURES, LORA, Family, randomize_adapters, trained_state
 from tiny_pipeline import PROMPTS
 from tiny_pipelines import KLEIN, build_klein, tiny_qwen
 
@@ -161,7 +161,11 @@ def test_models_that_are_not_trained_are_refused_by_name(tmp_path: Path, pipelin
     assert NOT_TRAINED[pipeline] in str(caught.value)
 
 
-def test_the_network_as_one_file_with_the_names_of_its_authors(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["klein", "flux2_dev"])
+def test_the_network_as_one_file_with_the_names_of_its_authors(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    family = Family(name, request.getfixturevalue(FIXTURES[name]))
     policy = family.policy()
     state = policy.network.state_dict()
     layers = [name for name, module in policy.network.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -171,18 +175,18 @@ def test_the_network_as_one_file_with_the_names_of_its_authors(family: Family, t
     }
     modulation = file["final_layer.adaLN_modulation.1.weight"]
     file["final_layer.adaLN_modulation.1.weight"] = torch.cat(modulation.chunk(2)[::-1])
-    for name in state.keys() - {f"{layer}.weight" for layer in layers}:  # the norms of queries and keys
-        stem, number, _, norm, _ = name.split(".")
+    for weight in state.keys() - {f"{layer}.weight" for layer in layers}:  # the norms of queries and keys
+        stem, number, _, norm, _ = weight.split(".")
         stream = "" if stem.startswith("single") else "txt_attn." if "added" in norm else "img_attn."
         of = {"q": "query", "k": "key"}[norm[-1]]
         blocks = "single_blocks" if stem.startswith("single") else "double_blocks"
-        file[f"{blocks}.{number}.{stream}norm.{of}_norm.scale"] = state[name]
+        file[f"{blocks}.{number}.{stream}norm.{of}_norm.scale"] = state[weight]
     save_file(file, tmp_path / "klein.safetensors")
     shutil.copytree(family.folder, tmp_path / "pipeline")
-    other = Family("klein", tmp_path / "pipeline").policy(f"model.transformer={tmp_path / 'klein.safetensors'}")
-    assert all(torch.equal(other.network.state_dict()[name], value) for name, value in state.items())
+    other = Family(name, tmp_path / "pipeline").policy(f"model.transformer={tmp_path / 'klein.safetensors'}")
+    assert all(torch.equal(other.network.state_dict()[weight], value) for weight, value in state.items())
     (tmp_path / "klein.safetensors").unlink()
     del file["single_stream_modulation.lin.weight"]
     save_file(file, tmp_path / "klein.safetensors")
     with pytest.raises(UserError, match=r"^model\.transformer: .*klein\.safetensors "):
-        Family("klein", tmp_path / "pipeline").policy(f"model.transformer={tmp_path / 'klein.safetensors'}")
+        Family(name, tmp_path / "pipeline").policy(f"model.transformer={tmp_path / 'klein.safetensors'}")
