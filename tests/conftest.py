@@ -26,6 +26,7 @@ from longest_first import longest_first
 from tiny_pipeline import own_pipeline, pipeline_folder, process_group  # noqa: F401 - fixtures
 from tiny_pipelines import (  # noqa: F401 - fixtures
     flux2_dev_folder,
+    flux3_folder,
     klein_folder,
     qwen_image_folder,
     sd3_folder,

@@ -11,6 +11,7 @@ from pcpo_fast.config.presets import DEFAULT_CONFIG
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.image_sets import MANIFEST_FILE
+from pcpo_fast.files.content import index_of
 from pcpo_fast.files.image_files import is_image
 from pcpo_fast.guidance.guided_runs import base_difference, read_fine_tune
 from pcpo_fast.guidance.scale_sweep import sweep_scales
@@ -124,7 +125,7 @@ def _run_of(path: Path) -> Path | None:
         return path
     checkpoint = (path / STATE_FILE).is_file()
     run = path.absolute().parent.parent if checkpoint else path.absolute().parent
-    if not path.is_dir() or not (run / CONFIG_FILE).is_file() or (path / "model_index.json").is_file():
+    if not path.is_dir() or not (run / CONFIG_FILE).is_file() or index_of(path).is_file():
         return None
     return run if _finetune_kind(path / WEIGHTS if checkpoint else path) is not None else None
 
@@ -146,7 +147,7 @@ def _candidate(name: str | None, what: str, shared: Config, overrides: Sequence[
         weights = None if run == path else path / WEIGHTS if (path / STATE_FILE).is_file() else path
         tune = read_fine_tune(run, overrides, weights=weights, option=f"--checkpoint {text!r}")
         return Candidate(label, label, "run", what, 1.0, _same_base(tune.config, shared, text), tune.weights)
-    if (path / "model_index.json").is_file() or (not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", what)):
+    if index_of(path).is_file() or (not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", what)):
         model = shared.model.model_copy(update={"path": what, "revision": None} | WHOLE)
         return Candidate(label, label, "pipeline", what, 1.0, shared.model_copy(update={"model": model}), None)
     kind = _finetune_kind(path)

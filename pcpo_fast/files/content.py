@@ -22,6 +22,8 @@ from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.files.atomic import write_atomically
 
 INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"
+"""Names of the file that says what a pipeline's folder holds: of a pipeline, and of a modular one."""
 RECORD_FOLDER = "content"
 """Name of the folder of remembered hashes, next to the encoded prompts."""
 ANNOUNCED = 10**9
@@ -118,6 +120,12 @@ class Contents:
         except OSError as error:
             if before is not None:  # a missing record is harmless, a wrong one is not
                 raise UserError(f"{self.record / key} is out of date and cannot be written: {error.strerror}") from None
+
+
+def index_of(folder: Path) -> Path:
+    """The file that says which parts a pipeline has: :data:`MODULAR_INDEX` where there is no :data:`INDEX`."""
+    index, modular = folder / INDEX, folder / MODULAR_INDEX
+    return modular if modular.is_file() and not index.is_file() else index
 
 
 def part_files(folder: Path, variant: str | None = None) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from torch import nn
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError, reason_of
+from pcpo_fast.files.content import INDEX, MODULAR_INDEX
 from pcpo_fast.planning.published import PUBLISHED
 from pcpo_fast.policies.families import FAMILIES, family_of
 from pcpo_fast.policies.folder_checks import single_file, used_parts
@@ -178,11 +179,13 @@ def build_on_meta(
         needed(network, frozen_layers(network, policy.compiled_blocks(network)), "model.base_weights", "full")
     if settings.finetune == "lora":
         with META:
-            add_lora(network, settings.lora, settings.lora.targets or family.lora_targets)
+            targets = settings.lora.targets or family.lora_targets
+            add_lora(network, settings.lora, targets, idle=family.idle_layers)
         with quiet_libraries():  # diffusers warns about layers kept in float32 although there are none
             network.to(DTYPES[settings.dtype])  # peft gives adapters the weights' dtype, but not on the meta device
     else:
-        network.requires_grad_(True)
+        for weight_name, weight in network.named_parameters():
+            weight.requires_grad_(not family.is_idle(weight_name))
     network.train()
     encoders = {} if overrides else _encoder_parameters(architecture, family)
     return ModelOnMeta(policy, architecture, settings, encoders)
@@ -220,6 +223,8 @@ def _read_folder(folder: Path, key: str) -> Architecture:
             parts[name] = (str(kind), read_json(folder / name / "scheduler_config.json", key))
         else:
             parts[name] = (kind.__name__, check_config(folder / name, kind, key))
+    if "scheduler" not in parts and (default := family.default_scheduler()) is not None:
+        parts["scheduler"] = default
     return Architecture(pipeline, parts, clip_tokens(folder, key), str(folder))
 
 
@@ -228,7 +233,7 @@ def _download_configs(settings: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     check_hub_id(settings.path)
-    patterns = ["model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json"]
+    patterns = [INDEX, MODULAR_INDEX, "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json"]
     try:
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds, which all mean the same here

@@ -70,12 +70,14 @@ class Policy(ABC):
         repeated_blocks: classes of the network's repeated blocks; None: those that diffusers declares.
         also_recomputed: classes of further blocks whose activations diffusers can recompute in the backward.
         accelerated: classes of the blocks that this package's kernels support.
+        idle_layers: what is in the names of layers that an image of a prompt alone never runs; they are not trained.
     """
 
     family: ClassVar[str]
     repeated_blocks: ClassVar[tuple[str, ...] | None] = None
     also_recomputed: ClassVar[tuple[str, ...]] = ()
     accelerated: ClassVar[tuple[str, ...]] = ()
+    idle_layers: ClassVar[tuple[str, ...]] = ()
     cfg_scale: float = 1.0
 
     def __init__(self, module: nn.Module) -> None:
@@ -87,22 +89,32 @@ class Policy(ABC):
     @classmethod
     def compiled_blocks(cls, network: nn.Module) -> list[nn.Module]:
         """The blocks of a network of this family that ``model.compile`` compiles, each by itself."""
-        return _modules(network, cls._repeated(network))
+        return cls._modules(network, cls._repeated(network))
 
     @classmethod
     def recomputed_blocks(cls, network: nn.Module) -> list[nn.Module]:
         """The blocks of a network of this family that ``model.gradient_checkpointing`` can recompute."""
-        return _modules(network, (*cls._repeated(network), *cls.also_recomputed))
+        return cls._modules(network, (*cls._repeated(network), *cls.also_recomputed))
 
     @classmethod
     def accelerated_blocks(cls, network: nn.Module) -> list[nn.Module]:
         """The blocks of a network of this family that ``model.block_kernels`` can accelerate."""
-        return _modules(network, cls.accelerated)
+        return cls._modules(network, cls.accelerated)
 
     @classmethod
     def _repeated(cls, network: nn.Module) -> tuple[str, ...]:
         named: Any = getattr(network, "_repeated_blocks", ())  # of diffusers' ModelMixin
         return tuple(named) if cls.repeated_blocks is None else cls.repeated_blocks
+
+    @classmethod
+    def _modules(cls, network: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
+        named = network.named_modules()
+        return [module for name, module in named if type(module).__name__ in classes and not cls.is_idle(name)]
+
+    @classmethod
+    def is_idle(cls, name: str) -> bool:
+        """Whether a layer or weight of this name is one of :attr:`idle_layers`."""
+        return any(part in name for part in cls.idle_layers)
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +199,3 @@ class Policy(ABC):
             ValueError: there is neither a copy nor an adapter, so the reference would be the policy itself.
         """
         return only_adapter(self.module, None) if self.reference_module is None else self.running(self.reference_module)
-
-
-def _modules(network: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
-    return [module for module in network.modules() if type(module).__name__ in classes]

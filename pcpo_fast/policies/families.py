@@ -11,7 +11,7 @@ from torch import nn
 from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.distributed.collectives import local_rank, shared_errors
 from pcpo_fast.errors import UserError
-from pcpo_fast.files.content import INDEX, pipeline_files
+from pcpo_fast.files.content import index_of, pipeline_files
 from pcpo_fast.method.noise_keys import Purpose, random_key
 from pcpo_fast.method.samplers import check_sampler
 from pcpo_fast.policies.attention import check_attention
@@ -28,6 +28,7 @@ FAMILIES = {
     "FluxPipeline": "pcpo_fast.policies.flux:FluxPolicy",
     "Flux2KleinPipeline": "pcpo_fast.policies.flux2_klein:Flux2KleinPolicy",
     "Flux2Pipeline": "pcpo_fast.policies.flux2_dev:Flux2DevPolicy",
+    "Flux3ModularPipeline": "pcpo_fast.policies.flux3:Flux3Policy",
     "QwenImagePipeline": "pcpo_fast.policies.qwen_image:QwenImagePolicy",
     "StableDiffusion3Pipeline": "pcpo_fast.policies.stable_diffusion_3:StableDiffusion3Policy",
     "StableDiffusionPipeline": "pcpo_fast.policies.stable_diffusion:StableDiffusionPolicy",
@@ -68,7 +69,8 @@ def model_files(settings: ModelConfig) -> dict[str, Path]:
     parts = (family.trained_part, "vae", "scheduler", *family.encoder_parts)
     file, key = single_file(settings, family.trained_part)
     single = {} if file is None else {key: file}
-    return {INDEX: folder / INDEX} | pipeline_files(folder, parts, settings.variant) | single
+    index = index_of(folder)
+    return {index.name: index} | pipeline_files(folder, parts, settings.variant) | single
 
 
 def check_base_model(config: Config) -> tuple[Path, type[PipelinePolicy]]:
@@ -145,7 +147,7 @@ def load_trained_weights(module: nn.Module, config: Config, folder: Path, adapte
         if adapter in getattr(module, "peft_config", ()):
             fill_lora(module, start, adapter)
         else:
-            add_lora(module, lora, lora.targets or family.lora_targets, adapter, start)
+            add_lora(module, lora, lora.targets or family.lora_targets, adapter, start, family.idle_layers)
         return
     files = sorted((folder / part).glob("*.safetensors"))
     if not files:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
+from pcpo_fast.files.content import index_of
 from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.part_checks import (
     check_latent_scale,
@@ -46,7 +47,7 @@ def check_folder(folder: Path, family: "type[PipelinePolicy]", settings: ModelCo
         part = folder / name
         if not part.is_dir():
             raise UserError(
-                f"model.path: {folder} is incomplete: model_index.json names {name}, but there is no {name}/"
+                f"model.path: {folder} is incomplete: {index_of(folder).name} names {name}, but there is no {name}/"
             )
         if name == "scheduler":
             check_scheduler(part, kind, flow=issubclass(family.schedule_kind, FlowSchedule))
@@ -66,19 +67,21 @@ def used_parts(folder: Path, family: "type[PipelinePolicy]", key: str = "model.p
     """The class of each part that a family uses; for the scheduler, of which there are many, its name.
 
     Raises:
-        UserError: ``model_index.json`` names another class, or none where one is needed; ``key`` names the
-            setting.
+        UserError: the index names another class, or none where one is needed; ``key`` names the setting.
     """
     named, pipeline, kinds = part_classes(folder, key), family.pipeline_class, family.part_kinds()
-    index, parts = folder / "model_index.json", {}
+    index, parts = index_of(folder), {}
     for name in (family.trained_part, "vae", *family.encoder_parts, "scheduler"):
         found, wanted = named.get(name), kinds[name]
         if found is None:
             if name in family.optional_parts and not any(map(named.get, family.optional_parts)):
                 continue
+            if name == "scheduler" and family.default_scheduler() is not None:
+                continue
             raise UserError(f"{key}: {index} names no {name}, which a {pipeline.__name__} needs")
         any_class = name == "scheduler" or wanted is PreTrainedTokenizerFast
-        if not any_class and found.removesuffix("Fast") != wanted.__name__.removesuffix("Fast"):
+        allowed = [one.removesuffix("Fast") for one in (wanted.__name__, *family.also_named.get(name, ()))]
+        if not any_class and found.removesuffix("Fast") not in allowed:
             raise UserError(f"{key}: {index} says that {name} is a {found}; it must be a {wanted.__name__}")
         parts[name] = found if name == "scheduler" else wanted
     return parts

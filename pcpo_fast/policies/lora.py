@@ -26,6 +26,7 @@ def add_lora(
     targets: Sequence[str],
     adapter: str = "default",
     start: Mapping[str, LowRank] | None = None,
+    idle: Sequence[str] = (),
 ) -> None:
     """Freeze ``module`` and add trainable adapters to every linear layer whose name ends in a target.
 
@@ -37,12 +38,14 @@ def add_lora(
         start: updates that the adapters begin with, of :func:`~pcpo_fast.policies.lora_files.read_lora`. A layer of
             theirs gets an adapter whether or not it is a target, of the larger of the two ranks and with the
             settings' alpha / rank; a layer that they lack begins without effect.
+        idle: what is in the names of layers that get no adapter though they are targets.
 
     Raises:
         UserError: a target matches no module.
     """
     # A layer that already has an adapter is wrapped, and no longer a Linear itself.
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | BaseTunerLayer)]
+    layers = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | BaseTunerLayer)]
+    names = [name for name in layers if not any(part in name for part in idle)]
     start = start or {}
     chosen = dict.fromkeys(start)
     for target in targets:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-_BLOCK = re.compile(r"(\w+)\.(\d+)\.")
+_BLOCK = re.compile(r"([\w.]+?)\.(\d+)\.")
 
 _PREFIXES = re.compile(
     r"((base_model\.model|model|module|diffusion_model|transformer|unet)\.|lora_(unet|transformer)_|lycoris_)*"

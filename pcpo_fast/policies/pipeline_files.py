@@ -1,21 +1,21 @@
 """Resolves ``model.path`` to a folder on this machine, downloading it from the hub if necessary."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pcpo_fast.config.shipped import find
 from pcpo_fast.distributed.collectives import local_rank, shared_errors
 from pcpo_fast.errors import UserError
-from pcpo_fast.files.content import INDEX
+from pcpo_fast.files.content import INDEX, MODULAR_INDEX, index_of
 from pcpo_fast.policies.weight_files import read_json
 
 NOT_TRAINED = {
     "Flux2KleinKVPipeline": "FLUX.2-klein-9b-kv",
     "Flux2KleinInpaintPipeline": "FLUX.2-klein for inpainting",
-    "Flux3ModularPipeline": "FLUX.3",
-    "Flux3DistilledModularPipeline": "distilled FLUX.3",
+    "Flux3DistilledModularPipeline": "distilled FLUX.3, whose network predicts jumps between times and no velocity",
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
 }
 """Names of the models of unsupported pipelines, for error messages."""
@@ -29,7 +29,7 @@ def pipeline_folder(
     Args:
         path: folder or hub id ("owner/name").
         revision: hub revision; ignored for a folder.
-        known: pipeline classes, one of which ``model_index.json`` must name, for example "FluxPipeline".
+        known: pipeline classes, one of which the index must name, for example "FluxPipeline".
         variant: of the files that are downloaded, such as "fp16".
 
     Raises:
@@ -60,24 +60,22 @@ def folder_here(path: str, revision: str | None) -> Path | None:
 
 
 def pipeline_class_of(folder: Path, known: Collection[str], key: str = "model.path") -> str:
-    """The class that ``model_index.json`` names, which must be one of the known ones.
+    """The class that ``model_index.json`` or ``modular_model_index.json`` names, which must be one of the known ones.
 
     Raises:
         UserError: it names another, or there is no such file; ``key`` names the setting.
     """
-    index, modular = folder / "model_index.json", folder / "modular_model_index.json"
-    if modular.is_file() and not index.is_file():
-        index = modular
+    index = index_of(folder)
     if not index.is_file():
         raise UserError(f"{key}: {folder} is not a diffusers pipeline: it holds no model_index.json")
     found = read_json(index, key).get("_class_name")
     if isinstance(found, list):  # [module, class] of code that is in the folder
         raise UserError(
-            f"{key}: {folder} is a pipeline with custom code ({'.'.join(map(str, found))} in model_index.json), "
+            f"{key}: {folder} is a pipeline with custom code ({'.'.join(map(str, found))} in {index.name}), "
             f"which is not run; allowed are {', '.join(known)}"
         )
-    refused = NOT_TRAINED.get(str(found), "a modular pipeline" if index == modular else None)
-    if refused is not None:
+    refused = NOT_TRAINED.get(str(found), "a modular pipeline" if index.name == MODULAR_INDEX else None)
+    if refused is not None and found not in known:
         raise UserError(
             f"{key}: {folder} is {refused} ({found} in {index.name}), which cannot be trained yet; allowed are "
             f"{', '.join(known)}"
@@ -117,14 +115,33 @@ def clip_tokens(folder: Path, key: str = "model.path") -> int:
 
 
 def part_classes(folder: Path, key: str = "model.path") -> dict[str, str | None]:
-    """The class that ``model_index.json`` names for each part; None for a part that the pipeline does without."""
-    parts = {}
-    for name, kind in read_json(folder / "model_index.json", key).items():
+    """The class that the index names for each part; None for a part that the pipeline does without.
+
+    Raises:
+        UserError: a modular index says that a part lies elsewhere than ``save_pretrained`` of diffusers'
+            ``ModularPipeline`` puts it; ``key`` names the setting.
+    """
+    index, parts = index_of(folder), {}
+    for name, kind in read_json(index, key).items():
         if isinstance(kind, list) and len(kind) == 2:
             parts[name] = str(kind[1]) if all(kind) else None
+        elif isinstance(kind, list) and len(kind) == 3 and isinstance(kind[2], dict):
+            parts[name] = _modular_class(index, name, kind[2], key)
         elif kind is None:
             parts[name] = None
     return parts
+
+
+def _modular_class(index: Path, name: str, spec: Mapping[str, Any], key: str) -> str | None:
+    """The class of a part of a modular pipeline, whose files must be in the pipeline's folder under the part's name."""
+    hint, place, origin = (spec.get(field) for field in ("type_hint", "subfolder", "pretrained_model_name_or_path"))
+    if (index.parent / name).is_dir() and place != name:
+        raise UserError(
+            f"{key}: {index} says that {name} is in the subfolder {place!r} of {origin}, "
+            f"but a part is read from {name}/ of the same folder: load all parts with diffusers' load_components and "
+            "write the folder with save_pretrained"
+        )
+    return str(hint[1]) if isinstance(hint, list) and len(hint) == 2 and all(hint) else None
 
 
 @cache  # what is hashed, what is loaded and what loads later is one snapshot, though a branch may move on
@@ -132,15 +149,23 @@ def _download(path: str, revision: str | None, variant: str | None, known: tuple
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     from pcpo_fast.files.hub_errors import hub_problem
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn at length of what is said below in a sentence
     try:
-        index = Path(hf_hub_download(path, INDEX, revision=revision))
+        try:
+            index = Path(hf_hub_download(path, INDEX, revision=revision))
+        except RemoteEntryNotFoundError:
+            index = Path(hf_hub_download(path, MODULAR_INDEX, revision=revision))
         pipeline_class_of(index.parent, known)  # before a hundred gigabytes of a model that cannot be trained
+        if index.name == MODULAR_INDEX:
+            raise UserError(
+                f"model.path: {path} is a modular pipeline, which is read from a folder: download it with `hf download "
+                f"{path} --local-dir FOLDER` and give FOLDER"
+            )
         return Path(DiffusionPipeline.download(path, revision=revision, variant=variant))
     except UserError:
         raise

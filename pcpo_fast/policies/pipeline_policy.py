@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pcpo_fast.config.schema import ModelConfig, RolloutConfig
 from pcpo_fast.distributed.collectives import once_per_machine, rank
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, digest, pipeline_files
+from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, index_of, pipeline_files
 from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
@@ -58,6 +58,7 @@ class PipelinePolicy(Policy):
         trained_part: the part of the pipeline that is trained: "transformer" or "unet".
         encoder_parts: text encoders and tokenizers, which are loaded only to encode prompts.
         optional_parts: encoder parts that a pipeline may lack.
+        also_named: other classes by which an index may call a part.
         unused_parts: parts that a policy never needs, such as a safety checker; the folder may lack them.
         cell: side of the latent patch that becomes one token; the image size must be a multiple of its pixels.
         schedule_kind: the type that :meth:`schedule` returns, known without loading anything.
@@ -77,6 +78,7 @@ class PipelinePolicy(Policy):
     trained_part: ClassVar[str]
     encoder_parts: ClassVar[tuple[str, ...]]
     optional_parts: ClassVar[tuple[str, ...]] = ()
+    also_named: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     unused_parts: ClassVar[tuple[str, ...]] = ()
     cell: ClassVar[int]
     schedule_kind: ClassVar[type[Schedule]]
@@ -161,7 +163,8 @@ class PipelinePolicy(Policy):
             cell_grid(vae, settings.height, settings.width, cls.cell)
         cls.check_settings(folder, settings)
         pipeline = cls.load_pipeline(folder, settings, (cls.trained_part, "vae"))
-        files = {INDEX: folder / INDEX} | pipeline_files(folder, cls.encoder_parts, settings.variant)
+        index = index_of(folder)
+        files = {index.name: index} | pipeline_files(folder, cls.encoder_parts, settings.variant)
         others = (settings.max_sequence_length, settings.dtype, cls.pipeline_class.__name__, settings.variant)
         known = repr(others if settings.variant else others[:3])  # as caches were named before variants existed
         fingerprint = once_per_machine(lambda: digest([Contents(cache_folder / RECORD_FOLDER).of_files(files), known]))
@@ -225,13 +228,13 @@ class PipelinePolicy(Policy):
         if settings.finetune == "lora":
             lora, targets = settings.lora, settings.lora.targets or cls.lora_targets
             start = None if lora.init is None else read_lora(network, lora.init, "model.lora.init", cls)
-            add_lora(network, lora, targets, start=start)
+            add_lora(network, lora, targets, start=start, idle=cls.idle_layers)
             differences = differing_from(lora, targets, network, start) if start else ""
             if differences and rank() == 0:
                 warnings.warn(f"model.lora.init: {lora.init}: {differences}", stacklevel=2)
         else:
-            for parameter in network.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter.is_floating_point() and not cls.is_idle(name))
         if settings.block_kernels:
             needed(network, cls.accelerated_blocks(network), "model.block_kernels")
             if settings.compile:  # the compiler sees into the kernels only if that keeps their results bit for bit
@@ -249,6 +252,11 @@ class PipelinePolicy(Policy):
     def part_kinds(cls) -> dict[str, Any]:
         """The class of each part, as the pipeline's constructor declares it."""
         return {name: kind[0] for name, kind in cls.pipeline_class._get_signature_types().items()}
+
+    @classmethod
+    def default_scheduler(cls) -> tuple[str, dict[str, Any]] | None:
+        """Class and configuration of the scheduler where the folder has none; None: it must have one."""
+        return None
 
     @classmethod
     def network_class(cls) -> str:
@@ -456,20 +464,30 @@ class PipelinePolicy(Policy):
         Raises:
             UserError: diffusers cannot load it.
         """
-        # diffusers requires an explicit None for every part that is not loaded.
-        given: dict[str, Any] = dict.fromkeys(part_classes(folder))
         try:
             with quiet_libraries():
-                for name, kind in used_parts(folder, cls).items():
-                    if name == "scheduler":
-                        del given[name]
-                    elif parts is None or name in parts:
-                        given[name] = cls._load_part(folder, name, kind, settings)
-                return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **given)
+                loaded = {
+                    name: cls._load_part(folder, name, kind, settings)
+                    for name, kind in used_parts(folder, cls).items()
+                    if name != "scheduler" and (parts is None or name in parts)
+                }
+                return cls._assemble(folder, loaded)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UnpicklingError) as error:
             reason = reason_of(error)
             name = cls.pipeline_class.__name__
             raise UserError(f"model.path: {folder} cannot be loaded as a {name}: {reason}") from None
+
+    @classmethod
+    def _assemble(cls, folder: Path, parts: Mapping[str, Any]) -> Any:
+        """A folder's pipeline of its scheduler and parts that are loaded."""
+        # diffusers requires an explicit None for every part that is not loaded.
+        others = {name: None for name in part_classes(folder) if name not in ("scheduler", *parts)}
+        return cls.pipeline_class.from_pretrained(folder, local_files_only=True, **others, **parts)
+
+    @classmethod
+    def replace_part(cls, pipeline: Any, name: str, part: Any) -> None:
+        """Put another network into a pipeline."""
+        pipeline.register_modules(**{name: part})
 
     @classmethod
     def write_pipeline(cls, pipeline: Any, folder: Path, target: Path) -> None:

@@ -81,7 +81,7 @@ def save_pipeline(settings: ModelConfig, weights: Path, target: Path, dtype: tor
             else:
                 kind = type(getattr(pipeline, part))
                 network = kind.from_pretrained(weights, subfolder=part, dtype=own, use_safetensors=True)
-                pipeline.register_modules(**{part: network})
+                family.replace_part(pipeline, part, network)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = reason_of(error)
             raise UserError(f"{weights} cannot be read as weights of {settings.path}: {reason}") from None

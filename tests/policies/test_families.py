@@ -36,13 +36,13 @@ from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.saving import save_pipeline
 
 FAMILIES = tuple(name for name in FIXTURES if name != "sd_v")
-TOKENS = ("flux", "klein", "flux2_dev", "qwen_image")
+TOKENS = ("flux", "flux3", "klein", "flux2_dev", "qwen_image")
 """Those whose pipelines multiply the time by 1000 and divide again: a unit in the last place of a sine's argument."""
 with_v_prediction = pytest.mark.parametrize("family", FIXTURES, indirect=True)
 first_families = pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("flux2_dev", "qwen_image", "z_image") else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("flux2_dev", "flux3", "qwen_image", "z_image") else ())
         for name in FAMILIES
     ],
     indirect=True,
@@ -322,7 +322,7 @@ def test_a_prompt_that_is_too_long_warns_once_and_says_what_is_cut(
     with pytest.warns(UserWarning) as caught:
         policy = load_policy(family.config(*settings), CPU, ["a circle", long, long])
     said = [str(warning.message) for warning in caught if "longer than" in str(warning.message)]
-    known = {"CLIP": 40, "T5": 5, "Qwen3": 5 - 2, "Qwen2.5-VL": 5, "Mistral": 5 - 2}  # two are the chat template's
+    known = {"CLIP": 40, "T5": 5, "Qwen2.5-VL": 5} | dict.fromkeys(("Qwen3", "Qwen3-VL", "Mistral"), 5 - 2)
     limits = [known[reader.partition(" ")[0]] for reader in family.kind.readers]
     prompts = 2 + family.kind.guided  # the third is the negative prompt
     assert [message.partition(";")[0] for message in said] == [
@@ -381,7 +381,7 @@ def test_saved_weights_make_the_same_policy_and_the_same_pipeline(
     else:
         network = type(getattr(pipelines["weights"], family.part))
         trained = network.from_pretrained(tmp_path / "weights", subfolder=family.part)
-        pipelines["weights"].register_modules(**{family.part: trained})
+        type(tuned).replace_part(pipelines["weights"], family.part, trained)
     for name, pipeline in pipelines.items():
         theirs = family.images(pipeline, latents, list(PROMPTS[:2]), 3.0)
         assert torch.allclose(images, theirs, atol=5e-4), (name, (images - theirs).abs().max())

@@ -10,7 +10,7 @@ from tiny_pipeline import CHANNELS, HEIGHT, TOKENS, WIDTH, tiny_config
 from tiny_pipelines import EMBEDDED_RUN, NEGATIVE, SD3_RUN, SD_RUN
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2TokenizerFast
 
 from pcpo_fast.policies.families import load_policy
 
@@ -58,6 +58,12 @@ KINDS = {
         SD3_RUN,
         PACKED,
         readers=("T5 reads (model.max_sequence_length)", "CLIP reads for its one summary vector"),
+    ),
+    "flux3": Kind(
+        "Flux3ModularPipeline",
+        SD3_RUN,
+        PACKED,
+        readers=("Qwen3-VL reads within its chat template (model.max_sequence_length)",),
     ),
     "klein": Kind(
         "Flux2KleinPipeline",
@@ -142,6 +148,8 @@ class Family:
 
     def pipeline(self, folder: Path | None = None) -> Any:
         """diffusers' pipeline of a folder, with the scheduler whose grid the policy runs."""
+        if self.name == "flux3":
+            return flux3_pipeline(folder or self.folder)
         folder, given = folder or self.folder, {"tokenizer": None} if self.name == "flux2_dev" else {}
         pipeline = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **given)
         if given:
@@ -155,7 +163,18 @@ class Family:
         """What diffusers makes of latents in four steps without noise."""
         settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"} | options
         if self.kind.cuts:
-            settings["max_sequence_length"] = KEPT
+            settings.setdefault("max_sequence_length", KEPT)
+        if self.name == "flux3":  # takes one prompt at a time
+            latents = latents.transpose(1, 2).reshape(len(latents), 1, CHANNELS, HEIGHT // 4, WIDTH // 4)
+            negatives = settings.pop("negative_prompt", [NEGATIVE] * len(prompts))
+            pipeline.guider = diffusers.ClassifierFreeGuidance(guidance_scale=scale)
+            settings |= {"height": HEIGHT, "width": WIDTH, "output": "images"}
+            return torch.cat(
+                [
+                    pipeline(prompt=one, negative_prompt=negative if scale != 1 else None, latents=row, **settings)
+                    for one, negative, row in zip(prompts, negatives, latents, strict=True)
+                ]
+            )
         name = "true_cfg_scale" if self.name in ("flux", "qwen_image") else "guidance_scale"
         settings[name] = scale - (self.name == "z_image")
         if self.name in FLUX2:  # unpacked latents
@@ -183,6 +202,15 @@ class Family:
                 for call in calls
                 for half in [len(call.states) // 2]
             ]
+        if self.name == "flux3":  # a call for each half of each prompt, the conditional half first
+            steps = len(calls) // 4
+            return [
+                Call(*(torch.cat([getattr(call, field) for call in four]) for field in Call._fields))
+                for step in range(steps)
+                for first in [2 * step]
+                for second in [2 * (steps + step)]
+                for four in [[calls[number] for number in (first + 1, second + 1, first, second)]]
+            ]
         if len(calls) == 8:  # the conditional half first, and the other in a call of its own
             return [
                 Call(
@@ -205,6 +233,11 @@ class Family:
     @torch.no_grad()
     def encoded(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         """What diffusers' pipeline makes of prompts, by the names of a policy's conditioning."""
+        if self.name == "flux3":
+            encode = diffusers.modular_pipelines.flux3.encoders.Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds
+            parts = pipeline.text_encoder, pipeline.tokenizer
+            states = torch.cat([encode(*parts, prompt, max_sequence_length=KEPT) for prompt in prompts])
+            return {"prompt_embeds": states, "prompt_mask": states.new_ones(states.shape[:2])}
         if self.name in FLUX2:
             return {"prompt_embeds": pipeline.encode_prompt(prompts, max_sequence_length=KEPT)[0]}
         if self.name == "z_image":
@@ -229,6 +262,8 @@ class Family:
     def decoded(self, pipeline: Any, latents: Tensor) -> Tensor:
         """diffusers' images of clean latents, in the words of the end of each pipeline's call."""
         vae = pipeline.vae
+        if self.name == "flux3":
+            return flux3_decoded(pipeline, latents)
         if self.name in FLUX2:
             ids = pipeline._prepare_latent_ids(torch.empty(len(latents), 1, HEIGHT // 4, WIDTH // 4))
             pixels = pipeline._unpack_latents_with_ids(latents, ids)
@@ -247,6 +282,27 @@ class Family:
             pixels = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         images = pipeline.image_processor.postprocess(vae.decode(pixels, return_dict=False)[0], output_type="pt")
         return images
+
+
+def flux3_pipeline(folder: Path) -> Any:
+    """diffusers' modular pipeline of a folder; prompts are read as they are."""
+    blocks: Any = diffusers.Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline: Any = diffusers.Flux3ModularPipeline(blocks, str(folder), local_files_only=True)
+    pipeline.load_components(["transformer", "vae", "text_encoder"], local_files_only=True)
+    pipeline.tokenizer = TextProcessor(Qwen2TokenizerFast.from_pretrained(folder / "tokenizer"))
+    for block in pipeline.blocks.sub_blocks["denoise"].sub_blocks.values():
+        block.sub_blocks["denoise"].set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def flux3_decoded(pipeline: Any, latents: Tensor) -> Tensor:
+    """What the block of diffusers' modular pipeline decodes."""
+    state = diffusers.modular_pipelines.PipelineState()
+    state.set("latents", latents.transpose(1, 2).reshape(len(latents), CHANNELS, HEIGHT // 4, WIDTH // 4))
+    state.set("output_type", "pt")
+    images: Tensor = pipeline.blocks.sub_blocks["decode"](pipeline, state)[1].get("images")
+    return images
 
 
 def random_latents(rows: int, seed: int = 0, shape: tuple[int, ...] = LATENTS) -> Tensor:

@@ -79,6 +79,16 @@ Z_IMAGE = {
     "axes_dims": (4, 6, 6),
     "axes_lens": (600, 32, 32),
 }
+FLUX3 = {
+    "in_channels": CHANNELS,
+    "cond_in_channels": CHANNELS,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8 * 8,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
 KLEIN = {
     "in_channels": CHANNELS,
     "num_layers": 1,
@@ -261,7 +271,38 @@ def build_flux2_dev(folder: Path, *, template: bool = True, layers: int = 31, **
 
 def flux2_parts(**transformer: Any) -> dict[str, Any]:
     """What FLUX.2's pipelines have in common; keyword arguments change the transformer's configuration."""
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    vae = tiny_flux2_vae()
+    network = scaled(Flux2Transformer2DModel(**(KLEIN | transformer)), "proj_out", 1.5)
+    with torch.no_grad():  # the text matters
+        for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+            getattr(network, name).linear.weight.mul_(8)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"scheduler": scheduler, "vae": vae, "transformer": network}
+
+
+def build_flux3(folder: Path, **transformer: Any) -> None:
+    """Write a Flux3ModularPipeline as its ``save_pretrained`` does: without a scheduler. Of the processor the tokenizer
+    alone is there, since images cannot be processed without torchvision.
+    """
+    from diffusers import Flux3ModularPipeline, Flux3Transformer2DModel
+
+    torch.manual_seed(6)
+    network = scaled(Flux3Transformer2DModel(**(FLUX3 | transformer)), "proj_out", 3.0)
+    with torch.no_grad():  # text and time matter
+        for modulation in (*network.early_stream_modulations.values(), *network.single_stream_modulations.values()):
+            modulation.linear.weight.mul_(8)
+    pipeline: Any = Flux3ModularPipeline()
+    parts = {"transformer": network, "vae": tiny_flux2_vae(), "text_encoder": tiny_qwen3_vl()}
+    for name, part in (parts | {"tokenizer": qwen_tokenizer()}).items():
+        setattr(pipeline, name, part)
+    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
+
+
+def tiny_flux2_vae() -> Any:
+    """The VAE of FLUX.2 and FLUX.3, halving the image once."""
+    from diffusers import AutoencoderKLFlux2
 
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -274,12 +315,27 @@ def flux2_parts(**transformer: Any) -> dict[str, Any]:
     )
     vae.bn.running_mean.uniform_(-1, 1)
     vae.bn.running_var.uniform_(0.5, 2)
-    network = scaled(Flux2Transformer2DModel(**(KLEIN | transformer)), "proj_out", 1.5)
-    with torch.no_grad():  # the text matters
-        for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
-            getattr(network, name).linear.weight.mul_(8)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    return {"scheduler": scheduler, "vae": vae, "transformer": network}
+    return vae
+
+
+def tiny_qwen3_vl(layers: int = 33) -> Any:
+    """Qwen3-VL, with one layer more than the last whose states are read."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text: dict[str, Any] = {
+        "vocab_size": len(qwen_tokenizer()),
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+    sight = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
+    sight |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 4}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=sight))
 
 
 def qwen_tokenizer(template: bool = True) -> Any:
@@ -402,6 +458,14 @@ def qwen_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen-Image; do not write into it."""
     folder = tmp_path_factory.mktemp("qwen_image") / "pipeline"
     build_qwen_image(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.3; do not write into it."""
+    folder = tmp_path_factory.mktemp("flux3") / "pipeline"
+    build_flux3(folder)
     return folder
 
 

@@ -25,12 +25,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"algorithm": "flow_grpo", "sampler__name": "flow", "credit__kl_coefficient": 0.04, "credit__kl": "published"}
     | {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2},
 }
-SETTINGS["z_image"] = SETTINGS["klein"]
+SETTINGS["flux3"] = SETTINGS["z_image"] = SETTINGS["klein"]
 SETTINGS["qwen_image"] = {key: value for key, value in SETTINGS["klein"].items() if key not in GUIDED}  # not trained so
 SETTINGS["flux2_dev"] = SETTINGS["qwen_image"] | {"model__guidance": 3.0}
 
 
-SLOW = (pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "klein", "flux2_dev", "qwen_image", "z_image"))
+SLOW = [
+    pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "flux3", "klein", "flux2_dev", "qwen_image", "z_image")
+]
 
 
 @pytest.fixture(scope="module", params=("sd", *SLOW))
@@ -119,7 +121,7 @@ def test_an_exported_pipeline_is_the_policy(
         theirs.load_lora_weights(tmp_path / "out0")
     else:
         network = type(theirs.transformer).from_pretrained(tmp_path / "out0", subfolder="transformer")
-        theirs.register_modules(transformer=network)
+        type(finished.policy).replace_part(theirs, "transformer", network)
     images = [
         Family(name, pipeline).images(one, latents, list(PROMPTS[:2]), 3.0)
         for one in (theirs, Family(name, pipeline).pipeline(tmp_path / "out1"))

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "pipeline_folder",
         ("model.cfg_scale=2.0", "train.old_output=recompute", "rollout.share_first_steps=true"),
     ),
+    "flux3_lora": ("flux3_folder", (*SD3_RUN, *LORA)),
     "klein_lora": ("klein_folder", (*SD3_RUN, *LORA)),
     "flux2_dev_lora": ("flux2_dev_folder", (*EMBEDDED_RUN, *LORA)),
     "qwen_image_lora": ("qwen_image_folder", (*FLOW_RUN, *LORA)),
@@ -107,7 +108,7 @@ class Accelerator:
         pytest.param(
             name,
             marks=pytest.mark.slow
-            if name in ("flux_guided", "klein_lora", "flux2_dev_lora", "sd3", "qwen_image_lora")
+            if name in ("flux_guided", "flux3_lora", "klein_lora", "flux2_dev_lora", "sd3", "qwen_image_lora")
             else (),
         )
         for name in CASES
