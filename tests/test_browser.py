@@ -1,6 +1,7 @@
 """Every kind of page in a real browser: no errors, no requests, the keyboard, phone and desktop, light and dark."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from pcpo_fast.evaluation.preference import write_preference
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.evaluation.votes import win_rates
 from pcpo_fast.prompts import Prompt
+from pcpo_fast.reporting.metrics_file import read_metrics
 from pcpo_fast.reporting.report import write_report
 
 if TYPE_CHECKING:
@@ -137,6 +139,26 @@ def test_a_chart_changes_with_the_reader_s_setting_and_says_its_values(opened: A
     page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
     page.mouse.move(box["x"] + 0.51 * box["width"], box["y"] + 0.5 * box["height"])
     page.get_by_text("epochs trained 3", exact=False).first.wait_for(timeout=5000)
+    tooltip = page.locator(".bk-Tooltip").first.evaluate("tip => getComputedStyle(tip).backgroundColor")
+    assert tooltip == page.locator("section").first.evaluate("card => getComputedStyle(card).backgroundColor")
+
+
+def test_a_cell_of_a_map_says_its_value(opened: Any, pages: dict[str, Path]) -> None:
+    page = opened("report")
+    chart = page.locator('.charts[aria-label="Clip fraction per step and epoch"] .chart').first
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.move(box["x"] + 0.41 * box["width"], box["y"] + 0.5 * box["height"])
+    tip = page.get_by_text(re.compile(r"epoch \d+, step")).first
+    tip.wait_for(timeout=5000)
+    found = re.search(r"epoch (\d+), step (\d+)\s+([\d.]+)", tip.inner_text())
+    assert found is not None
+    epoch, step, value = found.groups()
+    records = read_metrics(pages["report"].with_name("metrics.jsonl"))
+    key = f"policy/clip_fraction_step_{step}"
+    values = [one[key] for one in records if one["kind"] == "update" and one["epoch"] == int(epoch)]
+    assert float(value) == pytest.approx(sum(values) / len(values), rel=1e-3)
 
 
 def test_samples_over_time_by_the_keyboard(opened: Any) -> None:

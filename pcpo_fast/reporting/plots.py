@@ -291,7 +291,9 @@ def credit_figure(
         offset = (place - (len(columns) - 1) / 2) * width
         for shown, alpha, named in ((sorted(trained), 1, label), (sorted(set(steps) - trained), 0.35, None)):
             heights = [values[step] for step in shown]
-            axes.bar([step + offset for step in shown], heights, width * 0.92, color=colour, alpha=alpha, label=named)
+            if shown:
+                places = [step + offset for step in shown]
+                axes.bar(places, heights, width * 0.92, color=colour, alpha=alpha, label=named)
     axes.set_xlim(-0.7, count - 0.3)
     every = max(1, math.ceil(count / 20))
     axes.set_xticks(steps[::every], [f"{step}\n{times[step]:.2f}" for step in steps[::every]])

@@ -137,6 +137,12 @@ def test_credit_figure_has_a_bar_for_every_credit_and_the_credit_below_its_lines
         assert -np.trapezoid(line[1], line[0]) == pytest.approx(total)
 
 
+def test_a_chart_of_credit_where_every_step_is_trained_has_no_pale_bars() -> None:
+    table = credit(4)
+    figure = plots.credit_figure(table["times"], table["native"], table["proportionate"], table["zeta"], "all")
+    assert [mark["label"][:6] for mark in shown(figure)[0]["marks"]] == ["native", "propor"]
+
+
 def test_credit_figure_shows_a_third_rule_only_where_it_differs() -> None:
     data = credit()
     arguments = (data["times"], data["native"], data["proportionate"], data["zeta"], "")

@@ -35,6 +35,7 @@
     });
     plot.toolbar.logo = null;
     plot.toolbar.autohide = mouse;
+    plot.toolbar.stylesheets = [":host { --button-color: " + line + "; }"];
     plot.xgrids.concat(plot.ygrids).forEach(function (grid) { grid.grid_line_color = line; });
     plot.xgrids[0].visible = data.x.grid;
     plot.ygrids[0].visible = data.y.grid;
@@ -53,7 +54,7 @@
         }),
       };
     }
-    var sides = ["right", "above", "below", "left"];
+    var sides = box.clientWidth < 500 ? ["above", "below"] : ["right", "above", "below", "left"];
     function hover(renderer, mode, text, formatters) {
       sides.push(sides.shift());  // curves that are near each other say their values apart
       plot.add_tools(new Bokeh.HoverTool({
@@ -110,21 +111,28 @@
         var mapper = new Bokeh.LinearColorMapper({
           palette: mark.palette, low: mark.limits[0], high: mark.limits[1], nan_color: "rgba(128, 128, 128, 0.2)",
         });
-        var cells = mark.rows.flat().map(function (value) { return value === null ? NaN : value; });
-        var table = Bokeh.require("core/util/ndarray").ndarray(cells, {
-          dtype: "float64", shape: [mark.rows.length, mark.rows[0].length],
+        // A quad for each cell: of an image, BokehJS's public interface cannot make the data.
+        var width = (mark.x[1] - mark.x[0]) / mark.rows[0].length, height = (mark.y[1] - mark.y[0]) / mark.rows.length;
+        var cells = { left: [], right: [], bottom: [], top: [], value: [] };
+        mark.rows.forEach(function (row, i) {
+          row.forEach(function (value, j) {
+            cells.left.push(mark.x[0] + j * width);
+            cells.right.push(mark.x[0] + (j + 1) * width);
+            cells.bottom.push(mark.y[0] + i * height);
+            cells.top.push(mark.y[0] + (i + 1) * height);
+            cells.value.push(value === null ? NaN : value);
+          });
         });
-        var source = new Bokeh.ColumnDataSource({ data: { image: [table] } });
-        var renderer = plot.image({
-          image: { field: "image" }, x: mark.x[0], y: mark.y[0], dw: mark.x[1] - mark.x[0], dh: mark.y[1] - mark.y[0],
-          source: source, color_mapper: mapper,
+        var color = { field: "value", transform: mapper };
+        var renderer = plot.quad({ field: "left" }, { field: "right" }, { field: "bottom" }, { field: "top" }, {
+          source: new Bokeh.ColumnDataSource({ data: cells }), fill_color: color, line_color: color,
         });
         var bar = { color_mapper: mapper, width: 10, padding: 4, background_fill_color: null, bar_line_color: null,
           major_label_text_color: soft, major_tick_line_color: null };
         if (mark.percent) { bar.formatter = new Bokeh.NumeralTickFormatter({ format: "0.[0]%" }); }
         plot.add_layout(new Bokeh.ColorBar(bar), "right");
-        hover(renderer, "mouse", data.x.label + " $x{0}, " + data.y.label.split(" (")[0] + " $y{0}<br><b>@image" + digits + "</b>",
-          { "@image": "printf" });
+        hover(renderer, "mouse", data.x.label + " $x{0}, " + data.y.label.split(" (")[0] + " $y{0}<br><b>@value" + digits + "</b>",
+          { "@value": "printf" });
       },
       text: function (mark) {
         plot.add_layout(new Bokeh.Label({
