@@ -157,15 +157,18 @@ class ModelConfig(Section):
         description="share of the blocks that gradient_checkpointing recomputes; null: as few as the memory plan "
         "allows on this GPU",
     )
-    compile: Annotated[bool, EXECUTION] = Field(
-        False, description="compile the repeated blocks (torch.compile), once for each batch size; not with ZeRO-3"
+    compile: Annotated[bool | Literal["auto"], EXECUTION] = Field(
+        False,
+        description="compile the repeated blocks (torch.compile), once for each batch size; not with ZeRO-3. auto: on "
+        "a GPU where that works",
     )
     block_kernels: Annotated[bool, EXECUTION] = Field(
         False, description="use this package's fused norms, gates and rotary embeddings in the blocks (FLUX, SD3)"
     )
     attention: Annotated[str, EXECUTION] = Field(
         "native",
-        description="attention backend by diffusers' name (docs/attention.md): native, flash, xformers, ...",
+        description="attention backend by diffusers' name (docs/attention.md): native, flash, xformers, ...; auto: on "
+        "a GPU the faster of PyTorch's own and cuDNN's, by measurement",
     )
     embedding_cache: Annotated[HomePath | None, Role(on_resume="free", in_comparison="own", per_host=True)] = Field(
         None, description="folder of encoded prompts; null: embeddings/ next to the run directories"
@@ -268,6 +271,14 @@ class RolloutConfig(Section):
     role = RESULT
     prompts_per_epoch: Positive = Field(4, description="prompts sampled in an epoch")
     images_per_prompt: Positive = Field(24, description="group size: images of each prompt")
+    candidates: Positive | None = Field(
+        None,
+        description="images of each prompt that a cheaper policy samples first; the best and worst images_per_prompt "
+        "of them are sampled again exactly, and trained (docs/candidates.md); null: none",
+    )
+    candidate_weights: Literal["fp8", "full"] = Field(
+        "fp8", description="in what that policy's blocks compute: 8-bit floating point, or as the policy itself"
+    )
     same_initial_noise: bool = Field(True, description="all images of a group start from the same noise")
     batch_size: Annotated[int | Literal["auto"], SizeOrAuto(), EXECUTION] = Field(
         AUTO,
@@ -698,6 +709,29 @@ class Config(Section):
                 )
             if advantage.audit_every == 0:
                 yield "advantage.calibrated: branches needs audits; set advantage.audit_every above 0"
+        # Candidates are compared within an epoch, and chosen by a reward that a step's noise has decided.
+        if self.rollout.candidates is not None:
+            if self.rollout.candidates <= per_prompt:
+                yield (
+                    f"rollout.candidates: {self.rollout.candidates} leave nothing to choose for "
+                    f"rollout.images_per_prompt={per_prompt}; allowed: more than that, or null"
+                )
+            if advantage.normalization == "running":
+                yield (
+                    "rollout.candidates are compared within an epoch, which advantage.normalization=running does not "
+                    "do; allowed with them: group, flow_grpo, global"
+                )
+            if stepwise and (advantage.steps == "baseline" or advantage.gain_lambda == 1 or advantage.gain_lambda_rise):
+                yield (
+                    "rollout.candidates are chosen by their final reward, so a baseline (advantage.steps=baseline, "
+                    "gain_lambda=1 or gain_lambda_rise) is not unbiased with them; allowed with them: advantage.steps "
+                    "final, or gain with a gain_lambda below 1"
+                )
+            if self.model.base_weights == "nf4" and self.rollout.candidate_weights == "fp8":
+                yield (
+                    "rollout.candidate_weights: fp8 has no layers to change with model.base_weights=nf4; "
+                    "allowed with it: full"
+                )
         # Stochastic rounding is a property of bf16 weights.
         if self.optimizer.weights == "stochastic_rounding" and self.model.dtype != "bfloat16":
             yield "optimizer.weights: stochastic_rounding needs model.dtype=bfloat16"

@@ -71,6 +71,12 @@ RULES = (
         lambda c: c.window.schedule in ("progressive", "random"),
     ),
     Rule(("window.decay_after",), "window.decay above 0", lambda c: c.window.decay > 0, switch="window.decay"),
+    Rule(
+        ("rollout.candidate_weights",),
+        "rollout.candidates",
+        lambda c: c.rollout.candidates is not None,
+        switch="rollout.candidates",
+    ),
     Rule(("credit.train_last_step",), "credit.steps=null", lambda c: c.credit.steps is None),
     Rule(
         ("credit.clip_range",),

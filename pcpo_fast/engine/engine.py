@@ -324,8 +324,13 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     if zero["stage"] == 3:
         # Full weights exist only during their layer's call, which does not work with compiled blocks or merging.
         for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
-            if asked:
+            if asked is True:
                 raise UserError(f"{key}: needs the full weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
+        if config.rollout.candidates is not None and config.rollout.candidate_weights == "fp8":
+            raise UserError(
+                "rollout.candidate_weights: fp8 needs the full weights on every GPU, but "
+                f"{config.deepspeed} has ZeRO stage 3; use stage 1 or 2, or rollout.candidate_weights=full"
+            )
         if config.model.base_weights == "nf4":
             raise UserError(
                 f"model.base_weights: nf4 cannot be partitioned, but {config.deepspeed} has ZeRO stage 3; use stage 1 "

@@ -104,6 +104,8 @@ def plan_memory(
         reference = model.trained_parameters * width
     saved = sum(count * width - packed for count, packed in model.packed_layers)
     dequantised = float(max((count * width for count, _ in model.packed_layers), default=0))
+    cheaper = config.rollout.candidates is not None and config.rollout.candidate_weights == "fp8"
+    eight_bit = float(model.eight_bit_bytes) if cheaper else 0.0
     weights = states.weights - saved
     loaded = float(model.network_parameters * width) - saved
     if zero.stage == 3:
@@ -128,6 +130,9 @@ def plan_memory(
     }
     if model.packed_layers:
         parts["dequantised layer"] = dequantised
+    if cheaper:
+        parts["8-bit weights"] = eight_bit
+    sampling = max(forward + states.gathered + dequantised, decode)
     # Rewards move to the GPU when they are first called, and stay.
     standing = weights + reference + parts["vae"] + states.master + states.moments + states.average
     standing += parts["reward models"]
@@ -137,8 +142,9 @@ def plan_memory(
     phases = {
         "encode prompts": parts["text encoders"],
         "load": loaded + reference + parts["vae"],
-        # At the end the batches' trajectories are concatenated, and exist twice.
-        "rollout": rolling + max(kept + max(forward + states.gathered + dequantised, decode), 2 * kept),
+        # Candidates come first, without trajectories. At the end the batches' trajectories are concatenated, and exist
+        # twice.
+        "rollout": rolling + max(eight_bit + sampling, kept + sampling, 2 * kept),
         "update": standing
         + states.gradients
         + kept

@@ -18,6 +18,7 @@ from pcpo_fast.policies.families import FAMILIES, family_of
 from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.four_bit import frozen_layers, packed_bytes
 from pcpo_fast.policies.lora import add_lora
+from pcpo_fast.policies.low_precision import low_precision_layers
 from pcpo_fast.policies.part_checks import about, check_config
 from pcpo_fast.policies.pipeline_files import check_hub_id, clip_tokens, folder_here, pipeline_class_of
 from pcpo_fast.policies.pipeline_policy import DTYPES, PipelinePolicy
@@ -88,6 +89,14 @@ class ModelOnMeta:
         names = frozen_layers(network, self.policy.compiled_blocks(network))
         layers: list[Any] = [network.get_submodule(name) for name in names]
         return [(layer.weight.numel(), packed_bytes(layer)) for layer in layers]
+
+    @cached_property
+    def eight_bit_bytes(self) -> int:
+        """Bytes of the layers that candidates are sampled with in 8 bits (``rollout.candidate_weights``)."""
+        network = self.policy.module
+        names = low_precision_layers(network, self.policy.compiled_blocks(network))
+        layers: list[Any] = [network.get_submodule(name) for name in names]
+        return sum(layer.weight.numel() + 4 * layer.out_features for layer in layers)
 
     @cached_property
     def trained_parameters(self) -> int:
@@ -171,7 +180,7 @@ def build_on_meta(
     policy = family(network, vae, scheduler, settings)
     if settings.gradient_checkpointing:
         needed(network, policy.recomputed_blocks(network), "model.gradient_checkpointing")
-    if settings.compile:
+    if settings.compile is True:
         needed(network, policy.compiled_blocks(network), "model.compile")
     if settings.block_kernels:
         needed(network, policy.accelerated_blocks(network), "model.block_kernels")

@@ -50,7 +50,8 @@ def work_of_epoch(
         predictions: of :func:`predictions_of_image`.
 
     Returns:
-        Keys "rollout", "decode", "predictions" (only with per-step credit), "update" and "evaluation".
+        Keys "candidates" (only with them; their decodes, too), "rollout", "decode", "predictions" (only with per-step
+        credit), "update" and "evaluation".
     """
     images, steps = config.images_per_epoch, config.sampler.steps
     forward, decode = costs.forward(1).flops, costs.decoding(1).flops
@@ -66,6 +67,9 @@ def work_of_epoch(
     if config.train.old_output == "recompute":
         update += pairs * forward
     phases = {"rollout": Work(images * steps * forward), "decode": Work(images * decode)}
+    if config.rollout.candidates is not None:
+        count = config.rollout.prompts_per_epoch * config.rollout.candidates
+        phases = {"candidates": Work(count * (steps * forward + decode))} | phases
     settings = config.advantage
     if settings.steps != "final":
         flops = images * predictions * decode

@@ -184,6 +184,11 @@ class Policy(ABC):
         yield
 
     @contextmanager
+    def cheaper(self, settings: RolloutConfig) -> Iterator[None]:
+        """Context of the sampling of candidates, within :meth:`sampling`: a family may make its network cheaper."""
+        yield
+
+    @contextmanager
     def running(self, network: nn.Module) -> Iterator[None]:
         """Within the block, :meth:`predict` runs another network of the same class."""
         own, self.forward_module = self.forward_module, network

@@ -15,6 +15,7 @@ from pcpo_fast.files.content import index_of, pipeline_files
 from pcpo_fast.method.noise_keys import Purpose, random_key
 from pcpo_fast.method.samplers import check_sampler
 from pcpo_fast.policies.attention import check_attention
+from pcpo_fast.policies.automatic import settle
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.folder_checks import check_folder, single_file
 from pcpo_fast.policies.four_bit import check_base_weights
@@ -107,6 +108,7 @@ def load_policy(
             ``load``.
     """
     folder, family = check_base_model(config)
+    config, _ = settle(config, folder, family, device, partitioned=network_device is not None)
     check_attention(config, folder, family, device)
     torch.manual_seed(random_key(Purpose.MODEL, config.seed))  # LoRA's initial weights, the same on every rank
     policy = family.load(folder, config.model, config.embedding_folder, device, prompts, network_device)

@@ -30,6 +30,7 @@ from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.four_bit import quantize_blocks
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
+from pcpo_fast.policies.low_precision import low_precision
 from pcpo_fast.policies.part_checks import check_finite
 from pcpo_fast.policies.pipeline_files import clip_tokens, part_classes
 from pcpo_fast.policies.quiet import quiet_libraries
@@ -419,6 +420,15 @@ class PipelinePolicy(Policy):
         """Within the block, use the rollout's attention backend and, if configured, merged adapters."""
         merged = merged_adapters(self.network) if settings.merge_lora else nullcontext()
         with attention_backend(self.network, settings.attention), merged:
+            yield
+
+    @contextmanager
+    def cheaper(self, settings: RolloutConfig) -> Iterator[None]:
+        """Within the block, the blocks' linear layers compute in 8 bits, unless candidates are sampled as they are."""
+        if settings.candidate_weights == "full":
+            yield
+            return
+        with low_precision(self.network, self.compiled_blocks(self.network)):
             yield
 
     @torch.no_grad()

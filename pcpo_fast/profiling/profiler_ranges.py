@@ -7,6 +7,7 @@ from typing import Literal, Protocol, TypeVar, get_args
 Name = Literal[
     "epoch",
     "rollout",
+    "candidates",
     "batch",
     "sampler step",
     "decode",

@@ -21,6 +21,7 @@ from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.overlapping import BatchScoring
 from pcpo_fast.rewards.scoring import PREDICTED_AT
 from pcpo_fast.rollout.branches import Branches
+from pcpo_fast.rollout.candidates import Candidates
 from pcpo_fast.rollout.epoch_plan import EpochPlan, chosen_steps
 from pcpo_fast.rollout.rollout import PredictedImages
 
@@ -59,6 +60,7 @@ class RolloutScoring:
         device: where tensors are gathered.
 
     Attributes:
+        candidates: those of which the rollout's images were chosen, set before :meth:`finish`; None without.
         predicted: the predictions that the rollout must decode; None if every step has the image's advantage.
     """
 
@@ -82,6 +84,7 @@ class RolloutScoring:
         self.jobs = BatchScoring(rewards, self.overlap)
         self.batches: list[tuple[int | None, list[int]]] = []  # of each job: which prediction, and of which images
         self.branches: tuple[Branches, Scores] | None = None
+        self.candidates: Candidates | None = None
         self.predicted: PredictedImages | None = None
         self.prediction_seconds = 0.0
         self.strips: dict[int, dict[int, Tensor]] | None = None  # of the first images, by prediction and position
@@ -158,6 +161,7 @@ class RolloutScoring:
         trained = torch.stack([components[spec.column] for spec in specs], dim=1)
         kept = self._kept_groups(trained, predictions)
         warning = self._warning(scores, kept)
+        chosen = {} if self.candidates is None else self.candidates.metrics(total)
         counts = {"dropped_groups": (~kept).sum(), "failed_images": (~trained.isfinite()).any(dim=1).sum()}
         rows = kept.repeat_interleave(self.per_group).nonzero().flatten()
         if warning:
@@ -166,7 +170,8 @@ class RolloutScoring:
         computed, steps = self._advantages(total, trained, predictions, specs, rows)
         advantages = torch.zeros(len(everyone), *computed.shape[1:], dtype=torch.float64)
         advantages[rows] = computed
-        metrics = self._metrics(total, components) | composition_metrics(trained, specs, self.per_group) | steps
+        metrics = self._metrics(total, components) | composition_metrics(trained, specs, self.per_group)
+        metrics |= steps | chosen
         if self.config.scoring.on_failure == "drop_group":
             metrics |= {f"scoring/{name}": float(count) for name, count in counts.items()}
         if self.overlap:
@@ -191,6 +196,8 @@ class RolloutScoring:
                 columns = (scores.total, *(scores.components[spec.column] for spec in specs))
                 predictions[rows, position] = torch.stack([column.double().cpu() for column in columns], dim=1)
                 failures += scores.failures
+        if self.candidates is not None:
+            failures += self.candidates.failures
         joined = Scores.joined(final)
         return replace(joined, failures=(*joined.failures, *failures)), predictions
 
@@ -204,8 +211,10 @@ class RolloutScoring:
         return [prompt.text for prompt in prompts], [{**prompt.metadata, **mark} for prompt in prompts]
 
     def _kept_groups(self, trained: Tensor, predictions: Tensor) -> Tensor:
-        """bool [P]: whether all images of the group have all scores that enter the advantage."""
+        """bool [P]: whether all images of the group, and its candidates, have all scores that enter the advantage."""
         kept = trained.isfinite().all(dim=1).reshape(-1, self.per_group).all(dim=1)
+        if self.candidates is not None:
+            kept &= self.candidates.scores.isfinite().flatten(1).all(dim=1)
         if self.predicted is not None:
             known = predictions.isfinite().all(dim=2).reshape(-1, self.per_group, predictions.shape[1]).all(dim=1)
             kept &= (known | ~self.predicted.needed).all(dim=1)
@@ -227,25 +236,31 @@ class RolloutScoring:
         """Advantages of the kept images [B], or of their steps [B, N], and metrics of the steps."""
         settings, normalize = self.config.advantage, self.config.scoring.normalize
         groups = torch.arange(len(self.group_prompts)).repeat_interleave(self.per_group)[rows]
+        own = torch.arange(len(rows))  # the images' places among those that they are compared with
+        if self.candidates is not None:
+            kept = groups.unique()
+            scores, own = self.candidates.with_exact(torch.cat([total[:, None], trained], dim=1), kept)
+            total, trained = scores[:, 0], scores[:, 1:]
+            groups = kept.repeat_interleave(self.candidates.scores.shape[1])
         if settings.normalization == "running":
             texts = [self.group_prompts[group].text for group in groups.tolist()]
             return self.running.compute(total, texts, settings.clip), {}
         if settings.steps == "final" and settings.scale == "own":
-            return compose_advantages(total, trained, specs, groups, settings, normalize), {}
+            return compose_advantages(total, trained, specs, groups, settings, normalize)[own], {}
         units = RewardUnits(total, trained, specs, groups, settings, normalize, self.stepwise.spreads)
         metrics = self._audited(units, specs)
         self.stepwise.learn_spreads(units.spreads)
         if self.predicted is None:
-            return units.final.clamp(-settings.clip, settings.clip), {}
+            return units.final[own].clamp(-settings.clip, settings.clip), {}
         predicted = torch.full(predictions.shape[:2], torch.nan, dtype=torch.float64)
         for position, step in enumerate(self.predicted.steps):
             known = predictions[:, position, 0].isfinite().nonzero().flatten()
             if len(known):
                 scores = predictions[known, position]
-                predicted[known, position] = units.of(scores[:, 0], scores[:, 1:], known)
+                predicted[known, position] = units.of(scores[:, 0], scores[:, 1:], own[known])
                 metrics[f"stepwise/predicted_reward_step_{step}"] = float(scores[:, 0].mean())
         order = self._permutation(len(rows)) if settings.control == "permuted" else None
-        advantages, steps = self.stepwise.compute(units.final, predicted, self.segments, units.equal, order)
+        advantages, steps = self.stepwise.compute(units.final[own], predicted, self.segments, units.equal[own], order)
         unknown = advantages.isnan()
         assert not bool((unknown & self.trained[rows]).any()), "a trained step's advantage needs an unscored prediction"
         return advantages.masked_fill(unknown, 0.0), metrics | steps

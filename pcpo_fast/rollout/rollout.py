@@ -81,6 +81,27 @@ def clean_latents(latents: Tensor, output: Tensor, table: StepTable, step: int) 
     return scale * latents + slope * output.float()
 
 
+def noise_keys(
+    settings: RolloutConfig, seed: int, epoch: int, groups: Tensor, members: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Keys of the initial latents and of the step noise of an epoch's images, int64 [n] each.
+
+    Args:
+        settings: the configuration's section ``rollout``.
+        seed: the run's seed.
+        epoch: counted from 0.
+        groups, members: int64 [n], which image of which group.
+        device: of the result.
+    """
+    names = list(zip(groups.tolist(), members.tolist(), strict=True))
+    starts = [(group, 0 if settings.same_initial_noise else member) for group, member in names]
+    initial, steps = (
+        torch.tensor([random_key(purpose, seed, epoch, *pair) for pair in pairs], device=device)
+        for purpose, pairs in ((Purpose.INITIAL_NOISE, starts), (Purpose.STEP_NOISE, names))
+    )
+    return initial, steps
+
+
 def initial_latents(policy: Policy, keys: Tensor) -> Tensor:
     """Standard normal latents [B, *latent_shape], float32, one int64 key per image."""
     count = torch.Size(policy.latent_shape).numel()
@@ -148,6 +169,7 @@ def collect_rollout(
     seed: int,
     finished: Callable[[list[int], Tensor], None] | None = None,
     predicted: PredictedImages | None = None,
+    chosen: Tensor | None = None,
 ) -> Rollout:
     """Sample this rank's images of an epoch.
 
@@ -160,16 +182,13 @@ def collect_rollout(
         seed: the run's seed; with epoch, group and image it fixes every noise.
         finished: gets the position and the images of each batch as soon as they are decoded.
         predicted: the predictions to decode; None for none.
+        chosen: int64 [P, images_per_prompt], the candidates that a group's images are; None without candidates.
     """
     device, size = policy.device, settings.images_at_once
     numbers = plan.images.flatten()
     groups, members = numbers // settings.images_per_prompt, numbers % settings.images_per_prompt
-    names = list(zip(groups.tolist(), members.tolist(), strict=True))
-    starts = [(group, 0 if settings.same_initial_noise else member) for group, member in names]
-    initial_keys, seeds = (
-        torch.tensor([random_key(purpose, seed, plan.epoch, *pair) for pair in pairs], device=device)
-        for purpose, pairs in ((Purpose.INITIAL_NOISE, starts), (Purpose.STEP_NOISE, names))
-    )
+    named = members if chosen is None else chosen[groups, members]
+    initial_keys, seeds = noise_keys(settings, seed, plan.epoch, groups, named, device)
     conditioning = {name: value.to(device) for name, value in encode(plan.prompts.tolist()).items()}
     # Copy everything to the device before the first batch: a later copy would wait for queued work.
     sharing = [first_rows(part, device) if settings.share_first_steps else None for part in groups.split(size)]
@@ -185,17 +204,17 @@ def collect_rollout(
         with profiler_ranges.named("decode"):
             images.append(policy.decode(part.latents[:, -1]))
         if finished is not None:
-            finished(list(range(*rows.indices(len(names)))), images[-1])
+            finished(list(range(*rows.indices(len(numbers)))), images[-1])
         if predicted is not None:
-            for position, (chosen, index) in enumerate(wanted[number]):
+            for position, (places, index) in enumerate(wanted[number]):
                 step = predicted.steps[position]
-                if chosen:
+                if places:
                     latents, outputs = part.latents[:, step], part.outputs[:, step]
                     if index is not None:
                         latents, outputs = latents[index], outputs[index]
                     with profiler_ranges.named("decode"):
                         clean = policy.decode(clean_latents(latents, outputs, table, step))
-                    predicted.finished(position, [number * size + row for row in chosen], clean)
+                    predicted.finished(position, [number * size + row for row in places], clean)
     trajectories = Trajectories(torch.cat([p.latents for p in parts]), torch.cat([p.outputs for p in parts]))
     return Rollout(plan, conditioning, groups, seeds, trajectories, torch.cat(images))
 

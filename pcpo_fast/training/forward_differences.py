@@ -56,12 +56,12 @@ def compare_forwards(
     if other is None:
         with torch.no_grad(), policy.sampling(config.rollout):
             alike = inputs.steps[:1].expand(rollout_rows)
-            one = _forward(policy, config, inputs, times[alike], rollout_rows)
-        return compare(one, _forward(policy, config, inputs, times[inputs.steps], update_rows))
-    one = _forward(policy, config, inputs, times[inputs.steps], update_rows)
+            one = _forward(policy, inputs, times[alike], rollout_rows)
+        return compare(one, _forward(policy, inputs, times[inputs.steps], update_rows))
+    one = _forward(policy, inputs, times[inputs.steps], update_rows)
     del policy
     changed, _, _ = _prepared(other, weights, step, device)
-    return compare(one, _forward(changed, other, inputs, times[inputs.steps], update_rows))
+    return compare(one, _forward(changed, inputs, times[inputs.steps], update_rows))
 
 
 def _rows(config: Config) -> tuple[int, int]:
@@ -102,9 +102,10 @@ def _prepared(
     return policy, tables, Inputs(latents, steps, conditioning)
 
 
-def _forward(policy: Policy, config: Config, inputs: Inputs, times: Tensor, rows: int) -> list[Operation]:
+def _forward(policy: Policy, inputs: Inputs, times: Tensor, rows: int) -> list[Operation]:
     chosen = torch.arange(rows, device=inputs.latents.device)
     halves = 1 if policy.cfg_scale == 1 else 2
-    with recorded(policy.module, rows, halves, operations=not config.model.compile) as operations:
+    compiled = any(module._compiled_call_impl is not None for module in policy.module.modules())
+    with recorded(policy.module, rows, halves, operations=not compiled) as operations:
         policy.predict_halves(inputs.latents[chosen], times[chosen], select_rows(inputs.conditioning, chosen))
     return operations

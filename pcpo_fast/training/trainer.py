@@ -40,7 +40,9 @@ from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.sizes import fitted, is_auto, kept_sizes, with_sizes
 from pcpo_fast.planning.states import Zero
 from pcpo_fast.planning.utilization import utilization_of
+from pcpo_fast.policies.automatic import as_begun, settle
 from pcpo_fast.policies.families import check_base_model, keep_reference, load_policy
+from pcpo_fast.policies.low_precision import check_fp8
 from pcpo_fast.policies.speed import checkpoint_blocks
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.profiling.recording import ProfileRequest, recorded
@@ -49,7 +51,8 @@ from pcpo_fast.reporting.live_report import LiveReport
 from pcpo_fast.reporting.progress import TrainingProgress, say
 from pcpo_fast.reporting.records import RunRecorder
 from pcpo_fast.rollout.branches import audited_images, audited_step, branch
-from pcpo_fast.rollout.epoch_plan import accumulation_steps, pairs_per_update, plan_epoch
+from pcpo_fast.rollout.candidates import sample_candidates
+from pcpo_fast.rollout.epoch_plan import EpochPlan, accumulation_steps, pairs_per_update, plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
 from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -182,9 +185,12 @@ class Trainer:
         self.rewards, self.prompts = inputs.rewards, inputs.prompts
         self.folder = Path(config.output_dir)
         self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
+        if config.rollout.candidates is not None and config.rollout.candidate_weights == "fp8":
+            check_fp8(device)
+        in_parts = Zero.of(config).stage == 3
+        config = self.config = self._settled(config, in_parts)
         self.progress.message(f"Loading {config.model.path}")
         self.progress.message(f"Encoding {len(inputs.texts)} prompts")
-        in_parts = Zero.of(config).stage == 3
         self.policy = load_policy(config, device, inputs.texts, torch.device("cpu") if in_parts else None)
         self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
         config = self.config = self._sized(config)
@@ -237,6 +243,15 @@ class Trainer:
             UserError: the architecture of ``model.path`` is unknown.
         """
         return ModelCosts(find_architecture(self.config.model), self.config.model)
+
+    def _settled(self, config: Config, in_parts: bool) -> Config:
+        """The run with automatic attention and compilation settled: as it began where it is resumed."""
+        if not self.start.fresh:
+            config = gather_objects(as_begun(config, self.folder))[0]
+        config, chosen = settle(config, *check_base_model(config), self.device, partitioned=in_parts)
+        if chosen:
+            self.progress.message(f"Chosen: {chosen}")
+        return config
 
     def _sized(self, config: Config) -> Config:
         """The run with its automatic sizes resolved, on all ranks alike: as it began where it is resumed."""
@@ -348,8 +363,18 @@ class Trainer:
             scoring.keep_strips()
         with self.engine.offloaded(settings.offload_optimizer):
             with self.policy.sampling(settings), profiler_ranges.named("rollout"):
+                chosen = self._candidates(scoring, plan, tables)
+                candidates_done = time.perf_counter()
                 rollout = collect_rollout(
-                    self.policy, self._encode, plan, settings, tables.sampler, seed, scoring.add, scoring.predicted
+                    self.policy,
+                    self._encode,
+                    plan,
+                    settings,
+                    tables.sampler,
+                    seed,
+                    scoring.add,
+                    scoring.predicted,
+                    chosen,
                 )
                 self._audit(scoring, rollout, tables, epoch)
             clock.append(self._now())
@@ -362,6 +387,8 @@ class Trainer:
             sheet = image_grid(rows.flatten(0, 1), rows.shape[1], captions * len(rows))
             self.recorder.image(f"predictions_{epoch:04d}", sheet, epoch)
         metrics = scored.metrics
+        if chosen is not None:
+            metrics["time/candidates"] = candidates_done - clock[0]
         levels = [value for name, value in metrics.items() if name.startswith("stepwise/predicted_reward")]
         self.predicted_reward = fmean(levels) if levels else None
         if scored.warning:
@@ -391,6 +418,23 @@ class Trainer:
         """This rank's work so far, float64 [4] in the order of :data:`WORK`."""
         work = self.policy.work
         return torch.tensor([work.forwards, work.trained, work.decodes, self.rewards.calls], dtype=torch.float64)
+
+    def _candidates(self, scoring: RolloutScoring, plan: EpochPlan, tables: EpochTables) -> Tensor | None:
+        """With ``rollout.candidates``, sample them and return which are trained, int64 [P, images_per_prompt]."""
+        if self.config.rollout.candidates is None:
+            return None
+        with self.policy.cheaper(self.config.rollout), profiler_ranges.named("candidates"):
+            scoring.candidates = sample_candidates(
+                self.policy,
+                self._encode,
+                self.config,
+                tables.sampler,
+                plan.prompts,
+                self.prompts,
+                plan.epoch,
+                self.rewards,
+            )
+        return scoring.candidates.chosen
 
     def _audit(self, scoring: RolloutScoring, rollout: Rollout, tables: EpochTables, epoch: int) -> None:
         """Every ``advantage.audit_every`` epochs, measure a step's effect with branches of a few images."""

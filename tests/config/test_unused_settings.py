@@ -93,6 +93,7 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
             ("credit.kl_coefficient=0.1", "credit.kl_reference=start"),
             r"credit\.kl_reference .* with model\.lora\.init:",
         ),
+        (("rollout.candidate_weights=full",), "candidate_weights .* rollout.candidates"),
         (("window.size=2", "window.decay_after=3"), "window.decay_after .* window.decay above 0"),
         (("credit.steps=[0, 1]", "credit.train_last_step=true"), "train_last_step .* credit.steps=null"),
         (("credit.rule=native", "credit.normalize_over=trained"), "credit.normalize_over .* pcpo_ratio"),
@@ -130,6 +131,7 @@ def test_every_rule_has_a_test() -> None:
         "checkpoint.keep_best",
         "model.revision",
         "prompts.column",
+        "rollout.candidate_weights",
     ]
     assert [rule for rule in RULES if not any(rule.concerns(key) for key in tried)] == []
     known = dict(flattened(Config().model_dump(mode="json")))

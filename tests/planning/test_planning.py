@@ -102,6 +102,23 @@ def test_an_epoch_of_flux() -> None:
     assert work["rollout"].seconds(790e12) + work["update"].seconds(790e12) == pytest.approx(24.4, abs=0.1)
 
 
+def test_candidates_are_work_and_their_layers_another_byte_a_weight() -> None:
+    config, costs = shipped(FLUX, "rollout.prompts_per_epoch=2", "rollout.candidates=48"), flux(720)
+    work = work_of_epoch(config, costs, 15, checkpointed=False)
+    assert work["candidates"].flops == 2 * 48 * (16 * costs.forward(1).flops + costs.decoding(1).flops)
+    network = costs.model.policy.module
+    blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
+    weights = [p for block in blocks for name, p in block.named_parameters() if p.ndim == 2 and "lora_" not in name]
+    assert costs.model.eight_bit_bytes == sum(p.numel() + 4 * len(p) for p in weights) > 11e9
+    sizes = {"zero": Zero(1), "ranks": 8, "micro_batch": 1, "rollout_batch": 1, "checkpointed": 1.0}
+    whole = plan_memory(config, costs, **sizes)
+    without = plan_memory(shipped(FLUX, "rollout.prompts_per_epoch=2"), costs, **sizes)
+    exact = plan_memory(shipped(FLUX, "rollout.candidates=48", "rollout.candidate_weights=full"), costs, **sizes)
+    more = whole.phases["rollout"] - without.phases["rollout"]
+    assert 0 < costs.model.eight_bit_bytes - more <= sum(rollout_buffers(config, costs, 8).values())
+    assert "8-bit weights" in whole.parts and "8-bit weights" not in exact.parts
+
+
 def test_predictions_and_audits_are_work() -> None:
     """Every image decoded once more for each scored step, and two branches per audited image from a step halfway."""
     costs, config = flux(720), shipped(FLUX)

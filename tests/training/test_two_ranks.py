@@ -27,7 +27,7 @@ calls = 0
 
 def redness(images, prompts, metadata):
     global calls
-    # A rank's share of a rollout; evaluations have other sizes, and predictions are marked.
+    # A rank's share of a rollout; candidates and evaluations have other sizes, and predictions are marked.
     calls += len(prompts) == 4 and "predicted_at" not in metadata[0]
     if os.environ["RANK"] == "1" and calls == 3:
         raise RuntimeError("the second rank has lost its reward model")
@@ -51,6 +51,8 @@ def config_of(pipeline: Path, folder: Path, run: str) -> Path:
         "advantage.gain_lambda=0.5",
         "advantage.audit_every=1",
         "advantage.audit_images=4",
+        "rollout.candidates=6",
+        "rollout.candidate_weights=full",
         "train.micro_batch_size=3",
     )
     file = folder / f"{run}.yaml"

@@ -24,6 +24,9 @@ SETTINGS: dict[str, Any] = {
     "advantage__steps": "gain",
     "advantage__gain_lambda": 0.5,
     "advantage__audit_every": 1,
+    "rollout__candidates": 6,
+    "model__attention": "auto",
+    "model__compile": "auto",
 }
 
 
