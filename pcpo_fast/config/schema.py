@@ -326,7 +326,7 @@ class CreditConfig(Section):
     )
     train_last_step: bool = Field(False, description="also train the last step where its noisy sample is decoded")
     fraction: float = Field(1.0, gt=0, le=1, description="share of these steps trained per image, drawn at random")
-    kl_coefficient: NotNegativeFloat = Field(0.0, description="beta of the KL to the frozen start; 0: no reference")
+    kl_coefficient: NotNegativeFloat = Field(0.0, description="beta of the KL to a frozen reference; 0: none")
     kl: Literal["exact", "published"] = Field(
         "exact", description="exact KL of the Gaussians, or Flow-GRPO's, which has an extra factor of the step length"
     )

@@ -10,6 +10,7 @@ from tiny_runs import CPU, LORA, Bench, randomize_adapters, trained_parameters
 
 from pcpo_fast.policies.families import keep_reference, load_policy
 from pcpo_fast.policies.lora import START, merged_adapters, only_adapter
+from pcpo_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("process_group")
 SETTINGS = (*LORA, "credit.kl_coefficient=0.1", "credit.kl_reference=start", "optimizer.lr=0.02")
@@ -24,8 +25,11 @@ def lora(pipeline_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "lora"
 
 
-def test_an_update_with_the_kl_to_the_start_is_the_published_one(pipeline_folder: Path, lora: Path) -> None:
-    bench = Bench.build(tiny_config(pipeline_folder, *SETTINGS, f"model.lora.init={lora}"))
+def test_an_update_with_the_kl_to_the_start_is_the_published_one(
+    pipeline_folder: Path, lora: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(pipeline_folder, *SETTINGS, f"model.lora.init={lora}")
+    bench = Bench.build(config)
     records, published = bench.run(), Published(bench)
     for update, record in enumerate(records):
         expected, gradients = published.metrics(update, bench.weights[update], ("itself", "stored")[update])
@@ -36,6 +40,13 @@ def test_an_update_with_the_kl_to_the_start_is_the_published_one(pipeline_folder
     assert records[0]["policy/kl"] == 0 < records[1]["policy/kl"]
     frozen = {name: p for name, p in bench.policy.module.named_parameters() if f".{START}." in name}
     assert frozen and all(torch.equal(p, bench.weights[0][name]) for name, p in frozen.items())
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", bench.engine, bench.policy, 1, {}, 1)
+    resumed = Bench.build(config, record=False)
+    load_checkpoint(checkpoint, resumed.engine)
+    for (name, ours), theirs in zip(
+        resumed.policy.module.named_parameters(), bench.policy.module.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
 
 
 def test_the_start_is_frozen_and_takes_part_in_nothing_else(pipeline_folder: Path, lora: Path, tmp_path: Path) -> None:
