@@ -1,12 +1,12 @@
 """Architectures of the published models that the shipped configurations train, so that planning needs no download.
 
 ``published.json`` holds the values of the ``config.json`` files that the models' authors publish on the hub, with the
-keys of diffusers and transformers. Four of these models are gated; their configurations are also given by the
-libraries' defaults and conversion scripts. FLUX.3's network, VAE and scheduler are diffusers' defaults, and its text
-encoder is Qwen3-VL-4B, whose width is an eighth of what the network reads. The resulting parameter counts agree with
-model cards and papers: FLUX.1-dev 11,901,408,320; FLUX.2-klein 3.88 and 9.08 billion; FLUX.2-dev 32.2 billion; FLUX.3
-5.54 billion; Z-Image 6.15 billion; Qwen-Image 20.4 billion; SD3.5-medium 2.24 billion; Stable Diffusion 1.x
-859,520,964.
+keys of diffusers and transformers, and the hub ids of the models. Four of these models are gated; their configurations
+are also given by the libraries' defaults and conversion scripts. FLUX.3's network, VAE and scheduler are diffusers'
+defaults, and its text encoder is Qwen3-VL-4B, whose width is an eighth of what the network reads. The resulting
+parameter counts agree with model cards and papers: FLUX.1-dev 11,901,408,320; FLUX.2-klein 3.88 and 9.08 billion;
+FLUX.2-dev 32.2 billion; FLUX.3 5.54 billion; Z-Image 6.15 billion; Qwen-Image 20.4 billion; SD3.5-medium 2.24 billion;
+Stable Diffusion 1.x 859,520,964.
 """
 
 import json
@@ -14,19 +14,5 @@ from pathlib import Path
 from typing import Any
 
 _ARCHITECTURES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "black-forest-labs/FLUX.1-dev": _ARCHITECTURES["flux_dev"],
-    "black-forest-labs/FLUX.2-klein-base-4B": _ARCHITECTURES["flux2_klein_4b"],
-    "black-forest-labs/FLUX.2-klein-base-9B": _ARCHITECTURES["flux2_klein_9b"],
-    "black-forest-labs/FLUX.2-klein-4B": _ARCHITECTURES["flux2_klein_4b"],
-    "black-forest-labs/FLUX.2-klein-9B": _ARCHITECTURES["flux2_klein_9b"],
-    "black-forest-labs/FLUX.2-dev": _ARCHITECTURES["flux2_dev"],
-    "black-forest-labs/flux-3-image-klein-base": _ARCHITECTURES["flux3_klein"],
-    "stabilityai/stable-diffusion-3.5-medium": _ARCHITECTURES["sd35_medium"],
-    "Tongyi-MAI/Z-Image": _ARCHITECTURES["z_image"],
-    "Qwen/Qwen-Image": _ARCHITECTURES["qwen_image"],
-    "Qwen/Qwen-Image-2512": _ARCHITECTURES["qwen_image"],
-    "CompVis/stable-diffusion-v1-4": _ARCHITECTURES["sd1"],
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": _ARCHITECTURES["sd1"],
-}
+PUBLISHED: dict[str, dict[str, Any]] = {model: known for known in _ARCHITECTURES.values() for model in known["models"]}
 """By hub id: pipeline class, sequence length of CLIP's tokenizer, and each part's class and configuration."""

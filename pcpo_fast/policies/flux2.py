@@ -74,6 +74,7 @@ class Flux2Policy(PipelinePolicy):
         "attn.to_qkv_mlp_proj",  # of the single blocks, as the next
         "attn.to_out",
     )
+    caption_width: ClassVar[str | None] = "joint_attention_dim"
     fits: ClassVar[tuple[Fit, ...]] = (
         ("joint_attention_dim", 3, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "latent_channels"),
@@ -121,10 +122,6 @@ class Flux2Policy(PipelinePolicy):
             prompts, device=device, max_sequence_length=self.settings.max_sequence_length
         )
         return {"prompt_embeds": states}
-
-    def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
-        """The text encoder's states; padding has states as well."""
-        return {"prompt_embeds": (self.settings.max_sequence_length, self.network.config["joint_attention_dim"])}
 
     def guidance(self, latents: Tensor) -> Tensor | None:
         """Embedded guidance scale of each row, for a network that has one."""

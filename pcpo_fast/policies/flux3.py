@@ -89,7 +89,7 @@ class Flux3Policy(ModularPolicy):
         ("in_channels", 4, "vae", "latent_channels"),
     )
     masks_prompts: ClassVar[bool] = True
-    caption_width: ClassVar[str] = "joint_attention_dim"
+    caption_width: ClassVar[str | None] = "joint_attention_dim"
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
         """As :class:`PipelinePolicy`; the network gets a forward for prompts whose windows differ."""

@@ -70,7 +70,8 @@ class PipelinePolicy(Policy):
         dispatches_attention: whether the network's attention layers use diffusers' attention dispatcher.
         linear_guidance: whether guidance is linear in its halves, as in the loss; any other serves sampling only.
         masks_prompts: whether attention leaves out the padding of prompts, which not every backend can.
-        caption_width: of a family that masks prompts: the key of the network's configuration for their width.
+        caption_width: the key of the network's configuration for the width of encoded prompts; None for a family with
+            several text encoders.
         kohya_keeps_names: whether kohya's sd-scripts use diffusers' layer names instead of those of the original
             release; ComfyUI reads these.
     """
@@ -89,7 +90,7 @@ class PipelinePolicy(Policy):
     dispatches_attention: ClassVar[bool] = True
     linear_guidance: ClassVar[bool] = True
     masks_prompts: ClassVar[bool] = False
-    caption_width: ClassVar[str]
+    caption_width: ClassVar[str | None] = None
     kohya_keeps_names: ClassVar[bool] = False
 
     def __init__(
@@ -313,15 +314,16 @@ class PipelinePolicy(Policy):
     def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's row in the result of :meth:`encode_with`, for planning without text encoders.
 
-        Here those of a family that masks prompts: the longest prompt that is not cut, and its mask.
+        Here those of a family with one text encoder: the longest prompt that is not cut, and its mask, if it has one.
 
         Args:
             clip_tokens: number of tokens that CLIP's tokenizer reads.
         """
-        if not self.masks_prompts:
+        if self.caption_width is None:
             raise NotImplementedError(f"{type(self).__name__} does not say how its conditioning is shaped")
         tokens = self.settings.max_sequence_length
-        return {"prompt_embeds": (tokens, self.network.config[self.caption_width]), "prompt_mask": (tokens,)}
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, self.network.config[self.caption_width])}
+        return shapes | ({"prompt_mask": (tokens,)} if self.masks_prompts else {})
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Convert the sampler's latents to the VAE's input, [B, C, h, w]: unscaled, and unpacked if packed."""

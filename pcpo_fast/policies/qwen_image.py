@@ -46,7 +46,7 @@ class QwenImagePolicy(PipelinePolicy):
         ("in_channels", 4, "vae", "z_dim"),
     )
     masks_prompts: ClassVar[bool] = True
-    caption_width: ClassVar[str] = "joint_attention_dim"
+    caption_width: ClassVar[str | None] = "joint_attention_dim"
     linear_guidance: ClassVar[bool] = False
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:

@@ -64,7 +64,7 @@ class ZImagePolicy(PipelinePolicy):
         ("in_channels", 1, "vae", "latent_channels"),
     )
     masks_prompts: ClassVar[bool] = True
-    caption_width: ClassVar[str] = "cap_feat_dim"
+    caption_width: ClassVar[str | None] = "cap_feat_dim"
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
         """As :class:`PipelinePolicy`; the network gets a forward of whole batches.
