@@ -139,6 +139,7 @@ def trainers_advantages(config: Config) -> Any:
             running=running,
             per_group=config.rollout.images_per_prompt,
             group_prompts=[Prompt(text) for text in prompts],
+            candidates=None,
         )
         rows = torch.arange(len(rewards))
         none = torch.empty(len(rows), 0, 2)
