@@ -304,6 +304,11 @@ class RolloutConfig(Section):
         """``batch_size`` of a run whose sizes are resolved."""
         return _resolved(self.batch_size)
 
+    @property
+    def candidates_in_fp8(self) -> bool:
+        """Whether there are candidates, sampled with the blocks' layers in 8 bits."""
+        return self.candidates is not None and self.candidate_weights == "fp8"
+
 
 class CreditConfig(Section):
     """What each step counts for in the loss (docs/method.md)."""
@@ -727,7 +732,7 @@ class Config(Section):
                     "gain_lambda=1 or gain_lambda_rise) is not unbiased with them; allowed with them: advantage.steps "
                     "final, or gain with a gain_lambda below 1"
                 )
-            if self.model.base_weights == "nf4" and self.rollout.candidate_weights == "fp8":
+            if self.model.base_weights == "nf4" and self.rollout.candidates_in_fp8:
                 yield (
                     "rollout.candidate_weights: fp8 has no layers to change with model.base_weights=nf4; "
                     "allowed with it: full"

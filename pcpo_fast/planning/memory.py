@@ -104,7 +104,7 @@ def plan_memory(
         reference = model.trained_parameters * width
     saved = sum(count * width - packed for count, packed in model.packed_layers)
     dequantised = float(max((count * width for count, _ in model.packed_layers), default=0))
-    cheaper = config.rollout.candidates is not None and config.rollout.candidate_weights == "fp8"
+    cheaper = config.rollout.candidates_in_fp8
     eight_bit = float(model.eight_bit_bytes) if cheaper else 0.0
     weights = states.weights - saved
     loaded = float(model.network_parameters * width) - saved

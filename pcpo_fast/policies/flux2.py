@@ -16,7 +16,7 @@ from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth, double_and_single_blocks
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
 from pcpo_fast.policies.part_checks import about, check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked, without_batch_norm
 from pcpo_fast.policies.weight_files import read_json
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
@@ -145,9 +145,7 @@ class Flux2Policy(PipelinePolicy):
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """The latents without the VAE's batch norm, unpacked."""
-        norm = self.vae.bn
-        std = (norm.running_var.to(latents) + self.vae.config["batch_norm_eps"]).sqrt()
-        return unpacked(latents * std + norm.running_mean.to(latents), self.rows, self.columns)
+        return unpacked(without_batch_norm(self.vae, latents), self.rows, self.columns)
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size, shifted by the pipeline's fit to both."""

@@ -24,7 +24,7 @@ from pcpo_fast.policies.embedding_cache import Encoded
 from pcpo_fast.policies.lora_names import BlockNames, release_weights
 from pcpo_fast.policies.modular import ModularPolicy
 from pcpo_fast.policies.part_checks import about, check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, unpacked, with_masks
+from pcpo_fast.policies.pipeline_policy import Fit, unpacked, with_masks, without_batch_norm
 from pcpo_fast.policies.speed import run_block
 from pcpo_fast.policies.truncation import template_tokens
 from pcpo_fast.policies.weight_files import read_json
@@ -203,9 +203,7 @@ class Flux3Policy(ModularPolicy):
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """The latents without the VAE's batch norm, unpacked."""
-        norm = self.vae.bn
-        std = (norm.running_var.to(latents) + self.vae.config["batch_norm_eps"]).sqrt()
-        return unpacked(latents * std + norm.running_mean.to(latents), self.rows, self.columns)
+        return unpacked(without_batch_norm(self.vae, latents), self.rows, self.columns)
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler, whose shift is the same for all sizes."""

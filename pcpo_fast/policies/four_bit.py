@@ -17,7 +17,7 @@ from torch import nn
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.part_checks import check_finite
-from pcpo_fast.policies.speed import needed
+from pcpo_fast.policies.speed import linear_layers, needed
 
 BLOCKS = (64, 32)
 """How many consecutive weights may share a scale."""
@@ -50,12 +50,7 @@ def packed_bytes(layer: nn.Linear) -> float:
 
 def frozen_layers(network: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
     """Names of the linear layers within some blocks of a network that can be stored in four bits, without adapters."""
-    inside = {id(layer) for block in blocks for layer in block.modules()}
-    return [
-        name
-        for name, layer in network.named_modules()
-        if id(layer) in inside and type(layer) is nn.Linear and "lora_" not in name and block_of(layer)
-    ]
+    return [name for name, layer in linear_layers(network, blocks).items() if block_of(layer)]
 
 
 def quantize_blocks(network: Any, blocks: Sequence[nn.Module], device: torch.device, part: Path) -> int:

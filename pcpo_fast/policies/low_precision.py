@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from pcpo_fast.errors import UserError
-from pcpo_fast.policies.speed import needed
+from pcpo_fast.policies.speed import linear_layers, needed
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -37,14 +37,10 @@ def check_fp8(device: torch.device) -> None:
 
 def low_precision_layers(network: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
     """Names of the linear layers within some blocks of a network that can compute in 8 bits, without adapters."""
-    inside = {id(layer) for block in blocks for layer in block.modules()}
     return [
         name
-        for name, layer in network.named_modules()
-        if id(layer) in inside
-        and type(layer) is nn.Linear
-        and "lora_" not in name
-        and layer.in_features % MULTIPLE == 0 == layer.out_features % MULTIPLE
+        for name, layer in linear_layers(network, blocks).items()
+        if layer.in_features % MULTIPLE == 0 == layer.out_features % MULTIPLE
     ]
 
 

@@ -565,6 +565,12 @@ def unpacked(latents: Tensor, rows: int, columns: int) -> Tensor:
     return pixels.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * rows, 2 * columns)
 
 
+def without_batch_norm(vae: Any, latents: Tensor) -> Tensor:
+    """Packed latents [B, tokens, 4 C] as they were before the batch norm that FLUX.2's VAE applies to them."""
+    std = (vae.bn.running_var.to(latents) + vae.config["batch_norm_eps"]).sqrt()
+    return latents * std + vae.bn.running_mean.to(latents)
+
+
 def vae_factor(vae_config: Mapping[str, Any]) -> int:
     """Pixels per latent along each side: the VAE halves the image between its blocks."""
     blocks = vae_config.get(HALVINGS[0])

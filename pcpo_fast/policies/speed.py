@@ -24,6 +24,16 @@ def needed(network: nn.Module, blocks: Sequence[object], setting: str, off: str 
         raise UserError(f"{setting}: {type(network).__name__} has no block that this applies to: set {setting}={off}")
 
 
+def linear_layers(network: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Linear]:
+    """The linear layers within some blocks of a network, by name, without those of adapters."""
+    inside = {id(layer) for block in blocks for layer in block.modules()}
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if id(layer) in inside and type(layer) is nn.Linear and "lora_" not in name
+    }
+
+
 def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module], **options: Any) -> int:
     """Compile each repeated block by itself, which takes a fraction of the time of compiling the network.
 

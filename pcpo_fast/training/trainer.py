@@ -40,7 +40,7 @@ from pcpo_fast.planning.recomputing import device_memory, least_recomputing
 from pcpo_fast.planning.sizes import fitted, is_auto, kept_sizes, with_sizes
 from pcpo_fast.planning.states import Zero
 from pcpo_fast.planning.utilization import utilization_of
-from pcpo_fast.policies.automatic import as_begun, settle
+from pcpo_fast.policies.automatic import as_begun, is_automatic, settle
 from pcpo_fast.policies.families import check_base_model, keep_reference, load_policy
 from pcpo_fast.policies.low_precision import check_fp8
 from pcpo_fast.policies.speed import checkpoint_blocks
@@ -185,7 +185,7 @@ class Trainer:
         self.rewards, self.prompts = inputs.rewards, inputs.prompts
         self.folder = Path(config.output_dir)
         self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
-        if config.rollout.candidates is not None and config.rollout.candidate_weights == "fp8":
+        if config.rollout.candidates_in_fp8:
             check_fp8(device)
         in_parts = Zero.of(config).stage == 3
         config = self.config = self._settled(config, in_parts)
@@ -248,8 +248,8 @@ class Trainer:
         """The run with automatic attention and compilation settled: as it began where it is resumed."""
         if not self.start.fresh:
             config = gather_objects(as_begun(config, self.folder))[0]
-        config, chosen = settle(config, *check_base_model(config), self.device, partitioned=in_parts)
-        if chosen:
+        if is_automatic(config):
+            config, chosen = settle(config, *check_base_model(config), self.device, partitioned=in_parts)
             self.progress.message(f"Chosen: {chosen}")
         return config
 
