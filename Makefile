@@ -19,7 +19,7 @@ DOCS := $(VENV)/.installed-docs
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      train the tiny FLUX pipeline (3 minutes on 2 cores) and write runs/demo/report.html"
+	@echo "make demo      train the tiny FLUX pipeline (2 minutes on 2 cores) and write runs/demo/report.html"
 	@echo "make test      run the tests, but for the slow ones (make test-all)"
 	@echo "make lint      check formatting, lint and types (make format mends the first)"
 	@echo "make docs      build the documentation's site into build/site and check its links"

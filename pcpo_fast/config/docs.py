@@ -54,7 +54,7 @@ off on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coe
 
 | setting | only takes effect with |
 |---|---|
-| `model.guidance` | a model with an embedded guidance scale (FLUX.1-dev) |
+| `model.guidance` | a model with an embedded guidance scale (FLUX.1-dev, FLUX.2-dev) |
 | `model.max_sequence_length` | a model that reads prompts with a text encoder other than CLIP |
 """
 

@@ -133,7 +133,7 @@ class ModelConfig(Section):
     height: ImageSide = Field(32, description="image height in pixels")
     width: ImageSide = Field(32, description="image width in pixels")
     guidance: NotNegativeFloat = Field(
-        3.5, description="embedded guidance scale (FLUX.1-dev); unused by every other model"
+        3.5, description="embedded guidance scale (FLUX.1-dev, FLUX.2-dev); unused by every other model"
     )
     cfg_scale: NotNegativeFloat = Field(
         1.0,

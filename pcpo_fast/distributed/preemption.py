@@ -129,19 +129,20 @@ class StopRequest:
 
     def _watch(self) -> None:
         """Read signal numbers as they arrive, independently of the main thread, and enforce the grace period."""
-        reader, first, end = self._reader, 0.0, None
+        reader, first, end, code = self._reader, 0.0, None, 0
         echo = ECHO if "MASTER_ADDR" in os.environ else 0.0
         with reader:
             while True:
                 ready, _, _ = select.select([reader], [], [], None if end is None else max(0.0, end - time.monotonic()))
                 if not ready:
-                    _leave(f"the grace of {self.grace:g} s (checkpoint.grace) is over", EXIT_PREEMPTED)
+                    _leave(f"the grace of {self.grace:g} s (checkpoint.grace) is over", code)
                 data = reader.recv(64)
                 if not data:
                     return
                 for number in (number for number in data if number in SIGNALS):
                     if end is None:
                         first, end = time.monotonic(), time.monotonic() + self.grace
+                        code = Stopped(number).exit_code
                         self.announce(
                             f"{signal.Signals(number).name}: the run stops gracefully, within {self.grace:g} s "
                             "(checkpoint.grace); a second signal stops it immediately"
@@ -152,7 +153,8 @@ class StopRequest:
 
 def _leave(why: str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.write(2, f"stopped immediately: {why}; the run can be resumed from its newest checkpoint\n".encode())
+        how = "the same command resumes the run from its newest checkpoint, or starts it again if there is none"
+        os.write(2, f"stopped immediately: {why}; {how}\n".encode())
     os._exit(code)
 
 

@@ -72,10 +72,15 @@ def make_plan(
     written = sum(disk.values()) / GB
     advice = recommend(config, costs, gpus, memory_gb, pairs, machines)
     if disk_gb is not None and written > disk_gb:
+        space = f"the run writes {written:.3g} GB to disk, but {disk_gb:g} are free"
         advice |= {
             "fits": False,
-            "reason": f"the run writes {written:.1f} GB to disk, but {disk_gb:.1f} are free",
-            "ways_out": ["lower checkpoint.keep", "set model.embedding_cache or output_dir to larger disks"],
+            "reason": space if advice["fits"] else f"{advice['reason']}; and {space}",
+            "ways_out": [
+                *([] if advice["fits"] else advice["ways_out"]),
+                "lower checkpoint.keep",
+                "set model.embedding_cache or output_dir to larger disks",
+            ],
         }
     plain, again = costs.training(1, False), costs.training(1, True)
     phases = work_of_epoch(

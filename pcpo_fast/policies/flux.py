@@ -8,6 +8,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth, double_and_single_blocks
@@ -85,6 +86,14 @@ class FluxPolicy(PipelinePolicy):
     def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
         """The axes of the rotary embeddings make up a head."""
         check_rotary_axes(file, config, (16, 56, 56))
+
+    @classmethod
+    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
+        """The scale of the embedded guidance, and classifier-free guidance under another name."""
+        options = super().call_options(settings) | {"guidance_scale": settings.guidance}
+        if settings.cfg_scale != 1:  # off without a negative prompt
+            options |= {"true_cfg_scale": settings.cfg_scale, "negative_prompt": settings.negative_prompt}
+        return options
 
     @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -50,6 +50,11 @@ class Flux2DevPolicy(Flux2Policy):
             )
 
     @classmethod
+    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
+        """The scale of the embedded guidance."""
+        return super().call_options(settings) | {"guidance_scale": settings.guidance}
+
+    @classmethod
     def load_pipeline(cls, folder: Path, settings: ModelConfig, parts: Collection[str] | None = None) -> Any:
         """As for other families, with the text's half of the processor."""
         parts = cls.part_kinds().keys() if parts is None else parts

@@ -34,6 +34,11 @@ class Flux2KleinPolicy(Flux2Policy):
             )
         warn_of_distillation(folder)
 
+    @classmethod
+    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
+        """The pipeline's negative prompt is empty; it takes the embeddings of another one, and no text."""
+        return super().call_options(settings.model_copy(update={"negative_prompt": ""}))
+
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Qwen3, which reads the chat template around a prompt as well."""
         limit = self.settings.max_sequence_length

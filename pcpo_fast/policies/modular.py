@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 
+from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.policies.pipeline_files import part_classes
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 
@@ -22,6 +23,11 @@ class ModularPolicy(PipelinePolicy):
     def _blocks(cls) -> Any:
         """The blocks that the pipeline's class names, whatever the index says."""
         return getattr(diffusers, cls.pipeline_class.default_blocks_name)()
+
+    @classmethod
+    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
+        """Guidance is one of the pipeline's parts."""
+        return {}
 
     @classmethod
     def part_kinds(cls) -> dict[str, Any]:

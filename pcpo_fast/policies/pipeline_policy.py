@@ -199,7 +199,9 @@ class PipelinePolicy(Policy):
                 "a text encoder other than CLIP, which always reads the number of tokens that it was made for"
             )
         if not _config_of(folder, cls.trained_part).get("guidance_embeds"):
-            unused["guidance"] = "an embedded guidance scale (FLUX.1-dev); that of other models is model.cfg_scale"
+            unused["guidance"] = (
+                "an embedded guidance scale (FLUX.1-dev, FLUX.2-dev); that of other models is model.cfg_scale"
+            )
         for name, what in unused.items():
             if name in settings.model_fields_set and getattr(settings, name) != ModelConfig.model_fields[name].default:
                 raise UserError(f"model.{name}: only takes effect with {what}: remove it")
@@ -217,6 +219,18 @@ class PipelinePolicy(Policy):
                 "result to the norm of the conditional half, while the loss needs guidance that is linear in both "
                 "halves; other scales are for sampling only"
             )
+
+    @classmethod
+    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
+        """Arguments of diffusers' pipeline for images of the run's size with its guidance; empty if it takes none."""
+        options: dict[str, Any] = {
+            "height": settings.height,
+            "width": settings.width,
+            "guidance_scale": settings.cfg_scale,
+        }
+        if settings.cfg_scale != 1 and settings.negative_prompt:
+            options["negative_prompt"] = settings.negative_prompt
+        return options
 
     @classmethod
     def prepare_network(cls, network: Any, settings: ModelConfig, device: torch.device) -> None:

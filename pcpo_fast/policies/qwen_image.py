@@ -77,6 +77,12 @@ class QwenImagePolicy(PipelinePolicy):
             )
 
     @classmethod
+    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
+        """Classifier-free guidance under another name, off without a negative prompt."""
+        options = {"height": settings.height, "width": settings.width, "true_cfg_scale": settings.cfg_scale}
+        return options if settings.cfg_scale == 1 else options | {"negative_prompt": settings.negative_prompt}
+
+    @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """The original release has diffusers' names."""
         return {layer: (layer,) for layer in layers}

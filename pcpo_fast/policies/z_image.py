@@ -104,6 +104,11 @@ class ZImagePolicy(PipelinePolicy):
             warn_of_distillation(settings.path)
 
     @classmethod
+    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
+        """The pipeline adds its ``guidance_scale`` times the difference of both halves to the conditional one."""
+        return super().call_options(settings) | {"guidance_scale": settings.cfg_scale - 1}
+
+    @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """The names of Z-Image's authors, which ComfyUI's files have."""
         return release_weights(_BLOCKS, _REST, layers)

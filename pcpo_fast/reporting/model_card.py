@@ -1,7 +1,9 @@
 """The model card of exported weights: a README.md with the front matter that the Hugging Face hub reads."""
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from pcpo_fast.runs.provenance import read_provenance
 
 SAMPLES = "samples.png"
 LICENSES = {
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
     "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "black-forest-labs/FLUX.2-dev": "flux-dev-non-commercial-license",
     "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
     "black-forest-labs/FLUX.2-klein-9B": "flux-non-commercial-license",
     "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
@@ -34,7 +38,15 @@ _OWN_NAMES = ("apache-2.0", "creativeml-openrail-m")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def write_model_card(folder: Path, run: RunFiles, config: Config, epoch: int, kind: str, name: str | None) -> None:
+def write_model_card(
+    folder: Path,
+    run: RunFiles,
+    config: Config,
+    epoch: int,
+    kind: str,
+    name: str | None,
+    call: Mapping[str, Any] | None,
+) -> None:
     """Write ``README.md`` and, if the run has one, the sample grid of that epoch beside exported weights.
 
     Args:
@@ -44,6 +56,8 @@ def write_model_card(folder: Path, run: RunFiles, config: Config, epoch: int, ki
         epoch: epochs trained.
         kind: "pipeline", "LoRA", "transformer" or "unet".
         name: the hub repository that the weights go to; None: they are loaded from the folder.
+        call: arguments of diffusers' pipeline for images as the run sampled them; empty if it takes none; None if the
+            base model, which says how its pipeline is called, is not here.
     """
     grid = dict(run.grids()).get(epoch)
     if grid is not None:
@@ -60,7 +74,11 @@ def write_model_card(folder: Path, run: RunFiles, config: Config, epoch: int, ki
     if grid is not None:
         parts.append(f"![Held-out prompts after {epoch} epochs]({SAMPLES})")
     parts += ["## What the training changed", _results(run, config, epoch)]
-    parts += ["## Use", "No trigger word is needed.", _usage(folder, config, kind, base, name or str(folder.name))]
+    parts += [
+        "## Use",
+        "No trigger word is needed.",
+        _usage(folder, config, kind, base, name or str(folder.name), call),
+    ]
     what = f"[{base}](https://huggingface.co/{base})" if on_hub else "the base model"
     parts += ["## Origin", _origin(run, config), f"The license of {what} holds for these weights as well."]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -115,11 +133,11 @@ def _results(run: RunFiles, config: Config, epoch: int) -> str:
     return "\n".join(["| | before | after |", "|---|---|---|", *rows]) + f"\n\n{said} {caveat}"
 
 
-def _usage(folder: Path, config: Config, kind: str, base: str, source: str) -> str:
+def _usage(folder: Path, config: Config, kind: str, base: str, source: str, call: Mapping[str, Any] | None) -> str:
     model = config.model
-    options = f"height={model.height}, width={model.width}, num_inference_steps={config.sampler.steps}"
-    if model.cfg_scale != 1:
-        options += f", guidance_scale={model.cfg_scale}"
+    given = {"height": model.height, "width": model.width} if call is None else dict(call)
+    given["num_inference_steps"] = config.sampler.steps
+    options = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
     if kind == "LoRA":
         lines += [f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")']
@@ -133,7 +151,13 @@ def _usage(folder: Path, config: Config, kind: str, base: str, source: str) -> s
             f'pipe = DiffusionPipeline.from_pretrained("{base}", {kind}=network, dtype=torch.bfloat16).to("cuda")'
         ]
     code = "\n".join([*lines, f'image = pipe("a prompt", {options}).images[0]'])
-    text = f"```python\n{code}\n```\n\nThese are the size and the number of steps of the training."
+    guidance = "" if call is None else ", the guidance"
+    text = f"```python\n{code}\n```\n\nThese are the size{guidance} and the number of steps of the training."
+    if call == {}:
+        text = (
+            f"{base} is a modular pipeline of diffusers (`ModularPipeline`). Size, guidance and steps of the training: "
+            f"height {model.height}, width {model.width}, scale {model.cfg_scale:g}, {config.sampler.steps} steps."
+        )
     if kind == "LoRA":
         file = next((path.name for path in sorted(folder.glob("*.safetensors"))), "the .safetensors file")
         text += (

@@ -64,7 +64,7 @@ def test_configurations_are_found_by_name(elsewhere: Path) -> None:
 def test_every_shipped_configuration_says_what_it_is_and_loads_from_anywhere() -> None:
     for name, path in configurations().items():
         assert load_config(name) == load_config(path)
-        assert path.read_text(encoding="utf-8").startswith("# ") and shipped.summary(path), name
+        assert path.read_text(encoding="utf-8").startswith("# ") and shipped.summary(path).endswith("."), name
 
 
 def test_configs_lists_and_shows(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,8 +96,12 @@ with StopRequest(float(sys.argv[1]), datetime.timedelta(seconds=60), lambda text
 """
 
 
-@pytest.mark.parametrize(("grace", "signals", "code"), [("1", 1, 75), ("60", 2, 143)], ids=["grace", "second"])
-def test_a_process_that_is_stuck_ends(grace: str, signals: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("grace", "number", "signals", "code"),
+    [("1", signal.SIGINT, 1, 130), ("60", signal.SIGTERM, 2, 143)],
+    ids=["grace", "second"],
+)
+def test_a_process_that_is_stuck_ends(grace: str, number: int, signals: int, code: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "LOCAL_RANK")}
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, grace], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
@@ -106,7 +110,7 @@ def test_a_process_that_is_stuck_ends(grace: str, signals: int, code: int) -> No
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     started = time.monotonic()
     for _ in range(signals):
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert signals == 1 or _ or "a second signal stops it immediately" in process.stdout.readline()
     _, err = process.communicate(timeout=60)
     assert process.returncode == code

@@ -3,6 +3,7 @@
 import base64
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ import yaml
 from cli_runs import Run, call
 
 from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.shipped import configurations
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.hub_upload import upload
-from pcpo_fast.reporting.model_card import write_model_card
+from pcpo_fast.reporting.model_card import LICENSES, write_model_card
 from pcpo_fast.reporting.run_files import RunFiles
 
 pytest_plugins = ["cli_fixtures"]
@@ -103,6 +105,7 @@ def test_an_export_is_uploaded_with_its_card(lora: Run, hub: type[Hub], tmp_path
         "tags": ["text-to-image", "lora", "reinforcement-learning", "pcpo"],
     }  # no base model of this name is on the hub
     assert 'pipe.load_lora_weights("me/it")' in card and "models/loras" in card
+    assert re.search(r'pipe\("a prompt", height=\d+, width=\d+, guidance_scale=3\.5, num_inference_steps=\d', card)
     assert str(tmp_path) not in card and "`tiny_pipeline:redness`" in card
     records = map(json.loads, (lora.folder / "metrics.jsonl").read_text().splitlines())
     before, after = (r["heldout/reward/mean"] for r in records if r["kind"] == "evaluation" and r["epoch"] in (0, 2))
@@ -129,13 +132,26 @@ def test_a_card_names_the_base_model_and_its_license(
     config = load_config(None, [f"model.path={base}"])
     folder = tmp_path / "folder"
     folder.mkdir()
-    write_model_card(folder, RunFiles(tmp_path), config, 3, kind, None)
+    write_model_card(folder, RunFiles(tmp_path), config, 3, kind, None, None)
     card = (folder / "README.md").read_text()
+    assert 'pipe("a prompt", height=32, width=32, num_inference_steps=' in card
     found = front_matter(card)
     assert found["base_model"] == base
     assert found["base_model_relation"] == ("adapter" if kind == "LoRA" else "finetune")
     assert {key: value for key, value in found.items() if key in ("license", "license_name")} == license
     assert words in card and "Held-out images were not scored" in card
+
+
+def test_a_card_of_a_modular_pipeline_shows_no_call_that_it_does_not_take(tmp_path: Path) -> None:
+    config = load_config(None, ["sampler.steps=6", "model.cfg_scale=4"])
+    write_model_card(tmp_path, RunFiles(tmp_path), config, 3, "LoRA", None, {})
+    card = (tmp_path / "README.md").read_text()
+    assert "`ModularPipeline`" in card and "height 32, width 32, scale 4, 6 steps" in card and "```" not in card
+
+
+def test_the_licenses_of_the_models_of_shipped_configurations_are_known() -> None:
+    paths = {load_config(name).model.path for name in configurations()}
+    assert {path for path in paths if not path.startswith("assets/")} <= LICENSES.keys()
 
 
 def test_what_the_hub_refuses_is_a_sentence_and_the_files_stay(

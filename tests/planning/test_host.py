@@ -1,5 +1,6 @@
 """Host memory and disk space of a plan, as sums by hand; tests/engine/test_host_memory.py has DeepSpeed's part."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,10 @@ def test_bf16_weights_without_a_master_copy_are_not_offloaded() -> None:
 def test_machines_with_too_little_memory_or_disk(capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(tiny(), 1, 8, host_gb=4, disk_gb=0.001)
     advice = plan["recommendation"]
-    assert not advice["fits"] and advice["reason"].startswith("the run writes 0.1 GB to disk, but 0.0 are free")
+    space = r"the run writes 0\.136 GB to disk, but 0\.001 are free"
+    assert not advice["fits"] and re.fullmatch(rf"no settings .* 2\.5 GB are usable; and {space}", advice["reason"])
+    assert [way.partition(" ")[0] for way in advice["ways_out"]] == ["use", "lower", "set"]
+    assert re.fullmatch(space, make_plan(tiny(), 1, 8, disk_gb=0.001)["recommendation"]["reason"])
     assert plan["disk_gb"]["fits"] is False and plan["host_gb"]["zero1"]["fits"] is False
     show = call(capsys, "plan", f"model.path={ROOT / 'assets/tiny-flux'}", "--gpu-memory", "8", "--host-memory", "4")
     assert show.code == 3 and "no settings that fit 1 x 8 GB fit the host: the smallest (" in show.out

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2TokenizerFast
 
-from pcpo_fast.policies.families import load_policy
+from pcpo_fast.policies.families import family_of, load_policy
 
 CPU = torch.device("cpu")
 LORA = ("model.finetune=lora", "model.lora.rank=4", "model.lora.alpha=8")
@@ -175,8 +175,9 @@ class Family:
                     for one, negative, row in zip(prompts, negatives, latents, strict=True)
                 ]
             )
-        name = "true_cfg_scale" if self.name in ("flux", "qwen_image") else "guidance_scale"
-        settings[name] = scale - (self.name == "z_image")
+        key = "cfg_scale" if self.kind.guided else "guidance"
+        model = self.config(f"model.{key}={scale}").model
+        settings = family_of(self.kind.pipeline).call_options(model) | settings  # as a model card calls it
         if self.name in FLUX2:  # unpacked latents
             latents = latents.transpose(1, 2).reshape(len(latents), CHANNELS, HEIGHT // 4, WIDTH // 4)
         if self.name == "klein":
@@ -184,10 +185,10 @@ class Family:
             negative = settings.pop("negative_prompt", [NEGATIVE] * len(prompts))
             if scale != 1:
                 settings["negative_prompt_embeds"] = self.encoded(pipeline, negative)["prompt_embeds"]
-        elif scale != 1 and self.kind.guided:
-            settings.setdefault("negative_prompt", [NEGATIVE] * len(prompts))
+        elif isinstance(settings.get("negative_prompt"), str):
+            settings["negative_prompt"] = [settings["negative_prompt"]] * len(prompts)
         with torch.no_grad():
-            return pipeline(prompt=prompts, height=HEIGHT, width=WIDTH, latents=latents, **settings).images
+            return pipeline(prompt=prompts, latents=latents, **settings).images
 
     def halves(self, calls: list["Call"]) -> list["Call"]:
         """What diffusers' pipeline asks of its network in each step: the unconditional half, then the other."""
