@@ -80,6 +80,7 @@ def ladder(size: Size) -> list[Rung]:
 
 EXTRAS = [
     Rung("half of the blocks recomputed", ("model.gradient_checkpointing=true", "model.checkpointed_share=0.5")),
+    Rung("only what is cheap recomputed", ("model.gradient_checkpointing=selective",), gpu=True),
     Rung("adapters merged in rollouts", ("rollout.merge_lora=true",)),
     Rung("optimizer offloaded in rollouts", ("rollout.offload_optimizer=true",), gpu=True),
 ]

@@ -33,6 +33,7 @@ HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, in which ``~`` is the home folder: shells expand it neither within ``key=value`` nor in a file."""
 
 AUTO: Literal["auto"] = "auto"
+Checkpointing = bool | Literal["selective"]
 """A size that is resolved before the run starts (:mod:`pcpo_fast.planning.sizes`)."""
 
 TOTALS = ("mean", "std", "group_std")
@@ -147,15 +148,17 @@ class ModelConfig(Section):
         le=512,
         description="tokens per prompt that a text encoder other than CLIP reads; longer prompts are cut",
     )
-    gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
-        False, description="recompute activations in the backward to save memory"
+    gradient_checkpointing: Annotated[Checkpointing, EXECUTION] = Field(
+        False,
+        description="recompute activations in the backward to save memory: true: those of whole blocks; selective: all "
+        "but the results of matrix products, convolutions and attention (docs/performance.md); not with ZeRO-3",
     )
     checkpointed_share: Annotated[float | None, EXECUTION] = Field(
         1.0,
         gt=0,
         le=1,
         description="share of the blocks that gradient_checkpointing recomputes; null: as few as the memory plan "
-        "allows on this GPU",
+        "allows on this GPU, and where selective is not enough, whole blocks",
     )
     compile: Annotated[bool | Literal["auto"], EXECUTION] = Field(
         False,

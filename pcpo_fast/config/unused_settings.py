@@ -43,8 +43,8 @@ RULES = (
     Rule(("model.negative_prompt",), "a model.cfg_scale other than 1", lambda c: c.model.cfg_scale != 1),
     Rule(
         ("model.checkpointed_share",),
-        "model.gradient_checkpointing=true",
-        lambda c: c.model.gradient_checkpointing,
+        "model.gradient_checkpointing true or selective",
+        lambda c: c.model.gradient_checkpointing is not False,
         switch="model.gradient_checkpointing",
     ),
     Rule(

@@ -326,6 +326,11 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
             if asked is True:
                 raise UserError(f"{key}: needs the full weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
+        if config.model.gradient_checkpointing == "selective":  # its operations must be the same when they are repeated
+            raise UserError(
+                "model.gradient_checkpointing: selective needs the full weights on every GPU, but "
+                f"{config.deepspeed} has ZeRO stage 3; use stage 1 or 2, or model.gradient_checkpointing=true"
+            )
         if config.rollout.candidates_in_fp8:
             raise UserError(
                 "rollout.candidate_weights: fp8 needs the full weights on every GPU, but "

@@ -6,7 +6,7 @@ from functools import cache
 from itertools import product
 from typing import NamedTuple
 
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import Checkpointing, Config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.host import plan_host
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory
@@ -17,6 +17,9 @@ GB = 1e9
 
 RESERVE, RESERVE_SHARE = 1.5e9, 0.04
 """Bytes, and share of a GPU's memory, kept free for the CUDA context, NCCL buffers and fragmentation (assumed)."""
+
+_KINDS: tuple[Checkpointing, ...] = (False, "selective", True)
+"""In order of what they recompute."""
 
 
 class Machines(NamedTuple):
@@ -36,7 +39,7 @@ class Choice:
     """Candidate settings and their memory plan."""
 
     zero: Zero
-    checkpointed: bool
+    checkpointed: Checkpointing
     micro_batch: int
     rollout_batch: int
     memory: MemoryPlan
@@ -97,27 +100,37 @@ def least_memory(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> C
 
 
 def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Iterator[Choice]:
-    """All choices in order of preference: no offloading, unpartitioned weights, no recomputation, large batches.
+    """All choices in order of preference: no offloading, unpartitioned weights, little recomputation, large batches.
 
     With offloaded parameters large batches are preferred to avoiding recomputation, because gathering the weights from
     host memory for every forward costs more than recomputing a forward, unless the batch is large.
     """
     own = config.train.pairs_at_once
     sizes = [size for size in sorted({1, 2, 3, 4, 6, 8, own}, reverse=True) if pairs % size == 0]
-    for zero, again, size in sorted(product(usual_stages(config).values(), (False, True), sizes), key=_preference):
+    for zero, again, size in sorted(product(usual_stages(config).values(), _KINDS, sizes), key=_preference):
+        if again == "selective" and zero.stage == 3:
+            continue  # the engine refuses it
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
             continue  # the engine replaces stage 1 with stage 2
         own_batch = config.rollout.images_at_once
         for rollout_batch in (own_batch >> halvings for halvings in range(own_batch.bit_length())):
             memory = plan_memory(
-                config, costs, zero, ranks, checkpointed=again, micro_batch=size, rollout_batch=rollout_batch
+                config,
+                costs,
+                zero,
+                ranks,
+                checkpointed=float(bool(again)),
+                recomputing=again,
+                micro_batch=size,
+                rollout_batch=rollout_batch,
             )
             yield Choice(zero, again, size, rollout_batch, memory)
             if memory.worst != "rollout":
                 break  # a smaller rollout batch would not help
 
 
-def _preference(choice: tuple[Zero, bool, int]) -> tuple[float, ...]:
-    zero, again, size = choice
+def _preference(choice: tuple[Zero, Checkpointing, int]) -> tuple[float, ...]:
+    zero, kind, size = choice
+    again = _KINDS.index(kind)
     batches_first = (-size, again) if zero.offload_parameters else (again, zero.stage, -size)
     return (zero.offload_optimizer, zero.stage == 3, *batches_first)

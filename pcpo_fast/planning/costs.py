@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pcpo_fast.config.schema import ModelConfig
+from pcpo_fast.config.schema import Checkpointing, ModelConfig
 from pcpo_fast.planning.models import META, Architecture, ModelOnMeta, build_on_meta
 from pcpo_fast.planning.tracing import Cost, checkpointing, trace_forward, trace_training
 from pcpo_fast.policies.depth import Depth
@@ -43,7 +43,7 @@ class ModelCosts:
 
         return from_shallow(self.depth, measure)
 
-    def _training(self, batch: int, checkpointed: bool, keep_gradients: bool = False) -> Cost:
+    def _training(self, batch: int, checkpointed: Checkpointing, keep_gradients: bool = False) -> Cost:
         """One prediction and its backward; operations repeated by checkpointing are in ``recomputed``."""
 
         def measure(counts: tuple[int, ...]) -> Cost:
@@ -63,19 +63,21 @@ class ModelCosts:
         once = self.training(batch, False)
         return cost._replace(flops=once.flops, recomputed=cost.recomputed + cost.flops - once.flops)
 
-    def training_peak(self, batch: int, checkpointed: bool, keep_gradients: bool = False) -> float:
+    def training_peak(self, batch: int, checkpointed: Checkpointing, keep_gradients: bool = False) -> float:
         """Peak bytes of :attr:`training`."""
         return _affine(lambda count: self.training(count, checkpointed, keep_gradients).peak, batch)
 
-    def partial_peak(self, batch: int, share: float, keep_gradients: bool = False) -> float:
+    def partial_peak(self, batch: int, share: float, keep_gradients: bool = False, kind: Checkpointing = True) -> float:
         """Peak bytes of a training pass that recomputes a share of the blocks, spread evenly over the network.
+
+        ``kind`` says what of them: everything, or selectively.
 
         At the start of the backward all saved activations are alive, plus one block that is being recomputed.
         """
         if share in (0, 1):
-            return self.training_peak(batch, bool(share), keep_gradients)
+            return self.training_peak(batch, kind if share else False, keep_gradients)
         plain = self.training_peak(batch, False, keep_gradients)
-        again = self.training_peak(batch, True, keep_gradients)
+        again = self.training_peak(batch, kind, keep_gradients)
         one_block = (plain - again) / max(sum(self.depth.counts) - 1, 1)
         return share * again + (1 - share) * (plain + one_block)
 

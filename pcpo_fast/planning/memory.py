@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import Checkpointing, Config
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.states import WEIGHT_BYTES, Zero, optimizer_bytes, states_of
 from pcpo_fast.rewards.registry import model_bytes
@@ -66,6 +66,7 @@ def plan_memory(
     ranks: int,
     *,
     checkpointed: float | None = None,
+    recomputing: Checkpointing | None = None,
     micro_batch: int | None = None,
     rollout_batch: int | None = None,
 ) -> MemoryPlan:
@@ -76,7 +77,8 @@ def plan_memory(
     counted, where their size is known (:func:`uncounted_rewards`). A layer in four bits is dequantised whenever it is
     used, one at a time.
 
-    ``checkpointed`` is the share of the blocks that are recomputed in the backward.
+    ``checkpointed`` is the share of the blocks that are recomputed in the backward, and ``recomputing`` says whether as
+    a whole or selectively.
     """
     checkpointed = config.model.recomputed_share if checkpointed is None else checkpointed
     micro_batch = config.train.pairs_at_once if micro_batch is None else micro_batch
@@ -96,7 +98,8 @@ def plan_memory(
     rollout_batch = min(rollout_batch, config.images_per_epoch // ranks)
     forward = costs.forward_peak(rollout_batch)
     decode = costs.decoding_peak(rollout_batch)
-    activations = costs.partial_peak(micro_batch, checkpointed, states.flat_gradient)
+    recomputing = config.model.gradient_checkpointing if recomputing is None else recomputing
+    activations = costs.partial_peak(micro_batch, checkpointed, states.flat_gradient, recomputing or True)
     reference = 0.0
     if config.keeps_start:
         reference = model.network_parameters * width

@@ -34,10 +34,10 @@ def recommend(
 
     choice = choose(config, costs, gpus, memory_gb * GB, pairs, machines)
     if choice is not None:
+        how = {False: "without", "selective": "with selective", True: "with"}[choice.checkpointed]
         reason = (
-            f"{choice.zero.name} {'with' if choice.checkpointed else 'without'} gradient checkpointing, micro-batches "
-            f"of {choice.micro_batch}: peak {choice.memory.peak / GB:.1f} of {memory_gb:g} GB, in the phase "
-            f"{choice.memory.worst!r}"
+            f"{choice.zero.name} {how} gradient checkpointing, micro-batches of {choice.micro_batch}: peak "
+            f"{choice.memory.peak / GB:.1f} of {memory_gb:g} GB, in the phase {choice.memory.worst!r}"
         )
         held = choice.zero.offload_parameters and changed(base_weights="nf4")
         ways = [f"without host memory: model.base_weights=nf4 fits with {held}"] if held else []

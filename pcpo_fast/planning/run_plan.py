@@ -82,7 +82,7 @@ def make_plan(
                 "set model.embedding_cache or output_dir to larger disks",
             ],
         }
-    plain, again = costs.training(1, False), costs.training(1, True)
+    plain, again = costs.training(1, False), costs.training(1, config.model.gradient_checkpointing or True)
     phases = work_of_epoch(
         config, costs, trainable, checkpointed=config.model.recomputed_share, predictions=predictions
     )

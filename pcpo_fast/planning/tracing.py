@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from pcpo_fast.config.schema import Checkpointing
 from pcpo_fast.policies.base import Policy
 from pcpo_fast.policies.speed import checkpoint_blocks
 
@@ -265,12 +266,12 @@ def _storages(module: nn.Module) -> set[int]:
 
 
 @contextmanager
-def checkpointing(policy: Policy, enabled: bool) -> Iterator[None]:
+def checkpointing(policy: Policy, kind: Checkpointing) -> Iterator[None]:
     """Turn the network's gradient checkpointing on or off within the block; no effect if it has no blocks."""
     network: Any = policy.module
     blocks = policy.recomputed_blocks(network)
     before = bool(getattr(network, "is_gradient_checkpointing", False))
-    checkpoint_blocks(network, blocks, float(enabled and bool(blocks)))
+    checkpoint_blocks(network, blocks, float(bool(kind and blocks)), selective=kind == "selective")
     try:
         yield
     finally:

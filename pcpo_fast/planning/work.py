@@ -58,7 +58,8 @@ def work_of_epoch(
     training = costs.training(1, False)
     recomputed = training.recomputed
     if checkpointed:
-        recomputed += checkpointed * (costs.training(1, True).recomputed - recomputed)
+        again = costs.training(1, config.model.gradient_checkpointing or True)
+        recomputed += checkpointed * (again.recomputed - recomputed)
     pairs = images * steps_per_image(config, trainable)
     passes = pairs * config.train.inner_epochs
     update = passes * training.flops

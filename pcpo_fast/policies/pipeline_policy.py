@@ -259,7 +259,8 @@ class PipelinePolicy(Policy):
                 pcpo_kernels.accelerate(network)
             except ValueError as error:
                 raise UserError(f"model.block_kernels: {error}") from None
-        checkpoint_blocks(network, cls.recomputed_blocks(network), settings.recomputed_share)
+        blocks, selective = cls.recomputed_blocks(network), settings.gradient_checkpointing == "selective"
+        checkpoint_blocks(network, blocks, settings.recomputed_share, selective=selective)
         if settings.compile:
             compile_blocks(network, cls.compiled_blocks(network))
         network.train()

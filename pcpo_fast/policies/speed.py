@@ -1,17 +1,21 @@
 """Runs the blocks of a diffusers network faster or in less memory, without changing its weights and their names."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.policies.selective import selective_contexts
 
 MOST_VERSIONS = 64
 """Limit of compilations per block; each kind of batch in a run needs one."""
+COMPILE_OPTIONS: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+"""Rollouts, updates and evaluations have batches of different sizes; code for any size is slower."""
 
 
 def needed(network: nn.Module, blocks: Sequence[object], setting: str, off: str = "false") -> None:
@@ -37,8 +41,7 @@ def linear_layers(network: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, 
 def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module], **options: Any) -> int:
     """Compile each repeated block by itself, which takes a fraction of the time of compiling the network.
 
-    Rollouts, updates and evaluations have batches of different sizes. Each size is compiled for itself, since code for
-    any size is slower.
+    Each batch size is compiled for itself.
 
     Args:
         network: a diffusers model; adapters are added before.
@@ -55,7 +58,7 @@ def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module], **options: A
     # Sizes of batches, with and without gradients, with and without adapters: PyTorch gives up after eight.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
     for block in blocks:
-        block.compile(**({"fullgraph": True, "dynamic": False} | options))
+        block.compile(**(COMPILE_OPTIONS | options))
     return len(blocks)
 
 
@@ -72,13 +75,14 @@ def run_block(network: Any, block: nn.Module, *inputs: Any) -> Any:
     return block(*inputs)
 
 
-def checkpoint_blocks(network: Any, blocks: Sequence[nn.Module], share: float) -> int:
+def checkpoint_blocks(network: Any, blocks: Sequence[nn.Module], share: float, *, selective: bool = False) -> int:
     """Recompute the activations of a share of the blocks in the backward, and keep those of the others.
 
     Args:
-        network: a diffusers model.
+        network: a diffusers model; adapters are added before.
         blocks: those of it that can be recomputed (:meth:`pcpo_fast.policies.base.Policy.recomputed_blocks`).
         share: 0 (none) to 1 (all of them).
+        selective: recompute only what is cheap (:mod:`pcpo_fast.policies.selective`); False: whole blocks.
 
     Returns:
         How many blocks are recomputed.
@@ -92,9 +96,21 @@ def checkpoint_blocks(network: Any, blocks: Sequence[nn.Module], share: float) -
     if not chosen:
         network.disable_gradient_checkpointing()
         return 0
+    contexts = selective_contexts(network) if selective else noop_context_fn
 
-    def run(block: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)
+    def recomputed(call: Callable[..., Any], *inputs: Any) -> Any:
+        return checkpoint(call, *inputs, use_reentrant=False, context_fn=contexts)
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(lambda block, *inputs: recomputed(block._call_impl, *inputs), **COMPILE_OPTIONS)
+
+    def run(block: Any, *inputs: Any) -> Any:
+        if block not in chosen:
+            return block(*inputs)
+        if selective and block._compiled_call_impl is not None:  # the compiler must see what is kept
+            return compiled()(block, *inputs)
+        return recomputed(block, *inputs)
 
     try:
         network.enable_gradient_checkpointing(run)

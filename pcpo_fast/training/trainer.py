@@ -276,7 +276,8 @@ class Trainer:
         memory = device_memory(self.device, local_world_size())
         chosen = least_recomputing(self.config, world_size(), memory, self.costs)
         network = self.policy.module
-        checkpoint_blocks(network, self.policy.recomputed_blocks(network), chosen.share)
+        blocks, selective = self.policy.recomputed_blocks(network), chosen.kind == "selective"
+        checkpoint_blocks(network, blocks, chosen.share, selective=selective)
         self.progress.message(f"model.checkpointed_share: {chosen}")
 
     def run(self) -> dict[str, Any]:

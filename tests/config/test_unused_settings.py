@@ -24,13 +24,14 @@ def refusal(path: Path | None, *overrides: str) -> str:
 
 
 START = ("model.finetune=lora", "model.lora.init=/nowhere/style.safetensors")
+RECOMPUTED = "model.gradient_checkpointing true or selective"
 # One member of each rule: the setting alone, what makes it count, and the words for that.
 IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
     ("model.lora.init=/nowhere/style.safetensors", ("model.finetune=lora",), "model.finetune=lora"),
     ("model.lora.rank=8", ("model.finetune=lora",), "model.finetune=lora"),
     ("model.negative_prompt=bad hands #ugly", ("model.cfg_scale=2",), "a model.cfg_scale other than 1"),
-    ("model.checkpointed_share=0.5", ("model.gradient_checkpointing=true",), "model.gradient_checkpointing=true"),
-    ("model.checkpointed_share=null", ("model.gradient_checkpointing=true",), "model.gradient_checkpointing=true"),
+    ("model.checkpointed_share=0.5", ("model.gradient_checkpointing=true",), RECOMPUTED),
+    ("model.checkpointed_share=null", ("model.gradient_checkpointing=selective",), RECOMPUTED),
     ("sampler.grid=scheduler", ("sampler.name=flow",), "sampler.name dance, flow or cps"),
     ("sampler.shift=2", ("sampler.name=cps",), "sampler.name dance, flow or cps"),
     ("window.start=1", ("window.size=2",), "window.size above 0"),

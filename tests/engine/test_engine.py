@@ -185,7 +185,7 @@ def test_bf16_full_fine_tuning_follows_float32_at_a_small_learning_rate(tmp_path
     [
         ("model.dtype=bfloat16",),
         ("model.dtype=bfloat16", "optimizer.weights=stochastic_rounding"),
-        ("model.dtype=bfloat16", *LORA, "model.gradient_checkpointing=true", "credit.kl_coefficient=0.1"),
+        ("model.dtype=bfloat16", *LORA, "model.gradient_checkpointing=selective", "credit.kl_coefficient=0.1"),
         (*LORA, "credit.kl_coefficient=0.1", "optimizer.weight_decay=0"),
     ],
     ids=["master", "stochastic", "lora-bf16", "lora-fp32"],

@@ -11,14 +11,14 @@ import pytest
 import torch
 from allocations import allocations, trained_once
 from cli_runs import call
-from planned_peaks import FINETUNES, MODELS, peaks, render
+from planned_peaks import FINETUNES, KINDS, MODELS, peaks, render, render_gain
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.method.step_tables import RunTables
-from pcpo_fast.planning.advice import choose, usable
+from pcpo_fast.planning.advice import RESERVE, choose, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.disk import evaluation_count
 from pcpo_fast.planning.memory import plan_memory, rollout_buffers
@@ -213,15 +213,36 @@ def test_flux_blocks_agree_with_fake_tensors() -> None:
 )
 def test_measured_peaks_of_a_backward(model: str, finetune: str, tmp_path: Path) -> None:
     """What PyTorch's allocator hands out on a CPU during a forward and backward of six images."""
-    for row in peaks(model, finetune, tmp_path):
+    rows = peaks(model, finetune, tmp_path)
+    for row in rows:
         assert row["planned"] == pytest.approx(row["measured"], rel=TEN_PERCENT), row
+    none, selective, whole = rows
+    assert whole["measured"] < selective["measured"] < 0.97 * none["measured"]
+    assert none["operations"] <= selective["operations"] < 1.05 * none["operations"] < whole["operations"]
 
 
 def test_the_committed_peaks_are_within_ten_percent_and_in_the_documentation() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "planned_peaks.json").read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == 2 * len(MODELS) * len(FINETUNES)
+    record = json.loads((ROOT / "benchmarks" / "results" / "planned_peaks.json").read_text(encoding="utf-8"))
+    rows = record["rows"]
+    assert len(rows) == len(KINDS) * len(MODELS) * len(FINETUNES)
     assert all(row["planned"] == pytest.approx(row["measured"], rel=TEN_PERCENT) for row in rows)
     assert render(rows) in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert render_gain(rows, record["planned"]) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_a_run_recomputes_selectively_before_it_recomputes_whole_blocks() -> None:
+    own = (f"model.path={ROOT / 'assets' / 'tiny-flux'}", "model.gradient_checkpointing=selective")
+    config = shipped("configs/tiny_flux.yaml", *own, "train.micro_batch_size=120", "rollout.batch_size=4")
+    costs, zero = costs_of(config), Zero.of(config)
+    peaks = [
+        plan_memory(config, costs, zero, 1, checkpointed=float(bool(kind)), recomputing=kind).peak for kind in KINDS
+    ]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+    assert plan_memory(config, costs, zero, 1).peak == peaks[1], "the configuration's own"
+    expected: list[tuple[Any, Any]] = [("selective", 0.0), ("selective", 1.0), (True, 1.0), (True, 1.0)]
+    for enough, (kind, share) in zip([*peaks, peaks[-1] - 1], expected, strict=True):
+        least = least_recomputing(config, 1, enough + RESERVE, costs)
+        assert (least.kind, least.share, least.fits) == (kind, share, enough in peaks)
 
 
 @pytest.mark.slow
@@ -437,9 +458,10 @@ def test_zero_3_loads_one_weight_at_a_time() -> None:
 def test_weights_from_host_memory_are_used_for_large_batches() -> None:
     """Moving all of them for a batch costs more than computing a forward again."""
     config = shipped(FLUX, "model.finetune=lora", "model.lora.rank=1", "model.lora.alpha=1")
-    small, large = (choose(config, flux(720, "lora"), 1, memory, pairs=24) for memory in (24e9, 60e9))
-    assert small is not None and large is not None
+    small, middle, large = (choose(config, flux(720, "lora"), 1, memory, pairs=24) for memory in (24e9, 50e9, 60e9))
+    assert small is not None and middle is not None and large is not None
     assert (small.zero, small.checkpointed, small.micro_batch) == (SHIPPED["zero3_offload"], True, 8)
+    assert (middle.zero, middle.checkpointed) == (SHIPPED["zero1"], "selective")
     assert (large.zero, large.checkpointed) == (SHIPPED["zero1"], False)
 
 

@@ -16,6 +16,7 @@ from tested_families import FIXTURES, Family
 from tiny_pipeline import PROMPTS, tiny_config
 from tiny_runs import CPU, LORA, Bench, randomize_adapters
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pcpo_fast.engine.engine import deepspeed_config
 from pcpo_fast.engine.offload import Offload
@@ -26,7 +27,7 @@ from pcpo_fast.planning.recomputing import device_memory
 from pcpo_fast.policies import Policy
 from pcpo_fast.policies.families import FAMILIES, family_of, find_family, keep_reference, load_policy
 from pcpo_fast.policies.lora import merged_adapters
-from pcpo_fast.policies.speed import checkpoint_blocks, checkpointed_numbers, compile_blocks
+from pcpo_fast.policies.speed import COMPILE_OPTIONS, checkpoint_blocks, checkpointed_numbers, compile_blocks
 from pcpo_fast.rollout.rollout import first_rows
 from pcpo_fast.training.trainer import train
 
@@ -55,6 +56,13 @@ def gradients_of(policy: Policy, inputs: Any) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None}
     assert len(found) > 10
     return found
+
+
+def products_of(policy: Policy, inputs: Any) -> int:
+    """Floating-point operations of a forward and backward, without those of attention, which has none on a CPU."""
+    with FlopCounterMode(display=False) as counter:
+        gradients_of(policy, inputs)
+    return counter.get_total_flops()
 
 
 def close(one: Tensor, other: Tensor, bound: float = ROUNDING) -> bool:
@@ -90,34 +98,99 @@ def test_a_share_of_the_blocks_is_recomputed_and_gradients_stay(pipeline_folder:
     for block in blocks:
         block.register_forward_pre_hook(count)
     expected = gradients_of(policy, inputs)
-    for share, again in ((0.5, [1, 2]), (1.0, [2, 2]), (0.0, [1, 1])):
-        assert checkpoint_blocks(policy.module, policy.recomputed_blocks(policy.module), share) == again.count(2)
+    for share, again, selective in (
+        (0.5, [1, 2], False),
+        (1.0, [2, 2], False),
+        (0.5, [1, 2], True),
+        (1.0, [2, 2], True),
+        (0.0, [1, 1], False),
+    ):
+        chosen = policy.recomputed_blocks(policy.module)
+        assert checkpoint_blocks(policy.module, chosen, share, selective=selective) == again.count(2)
         calls.clear()
         found = gradients_of(policy, inputs)
         assert [calls[block] for block in blocks] == again, share
-        assert all(close(found[name], expected[name]) for name in expected)
+        assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_selective_recomputation_repeats_no_product_but_those_of_adapters(pipeline_folder: Path) -> None:
+    policy = load_policy(tiny_config(pipeline_folder, *LORA), CPU)
+    randomize_adapters(policy)
+    inputs = inputs_of(policy)
+    once = products_of(policy, inputs)
+    added = list[int]()  # of each adapter, which adds rank products to an output of its layer
+    for name, layer in policy.module.named_modules():
+        if name.endswith("lora_B.default"):
+            layer.register_forward_hook(
+                lambda layer, given, output: added.append(2 * layer.in_features * output.numel())  # type: ignore[misc]
+            )
+    gradients_of(policy, inputs)
+    adapters = sum(added)
+    counted = {}
+    for selective in (True, False):
+        checkpoint_blocks(policy.module, policy.recomputed_blocks(policy.module), 1.0, selective=selective)
+        counted[selective] = products_of(policy, inputs) - once
+    assert 0 < counted[True] <= adapters < counted[False] / 4
+
+
+@pytest.mark.slow
+def test_compiled_blocks_keep_what_selective_recomputation_keeps(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from outside, by the tensors that autograd holds after the forward."""
+    monkeypatch.setitem(COMPILE_OPTIONS, "backend", "aot_eager")
+    policy = load_policy(tiny_config(pipeline_folder, *LORA), CPU)
+    randomize_adapters(policy)
+    inputs = inputs_of(policy)
+    weights = {p.untyped_storage().data_ptr() for p in policy.module.parameters()}
+    expected = gradients_of(policy, inputs)
+
+    def held() -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = policy.predict(*inputs)
+        del output
+        return sum(kept.values())
+
+    plain = held()
+    compile_blocks(policy.module, policy.compiled_blocks(policy.module))
+    blocks = policy.recomputed_blocks(policy.module)
+    assert checkpoint_blocks(policy.module, blocks, 1.0, selective=True) == len(blocks)
+    assert held() < 0.7 * plain
+    found = gradients_of(policy, inputs)
+    assert all(close(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.usefixtures("process_group")
 def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The model is counted once, for this and for the rates of a GPU's run."""
-    settings = ("model.gradient_checkpointing=true", "model.checkpointed_share=null", "train.epochs=0")
+    settings = ("model.gradient_checkpointing=selective", "model.checkpointed_share=null", "train.epochs=0")
     counted = list[Any]()
     of_trainer = "pcpo_fast.training.trainer"
     monkeypatch.setattr(f"{of_trainer}.ModelCosts", lambda *given: counted.append(given) or ModelCosts(*given))
     monkeypatch.setattr(f"{of_trainer}.utilization_of", lambda config, device, told, costs: costs() and None)
-    for memory, words in ((100e9, "0% of the blocks are recomputed"), (1e9, "100% .* `pcpo-fast plan` shows what")):
+    for memory, words in (
+        (100e9, "0% of the blocks are selectively recomputed"),
+        (1e9, "100% .* `pcpo-fast plan` shows what"),
+    ):
         monkeypatch.setattr("pcpo_fast.training.trainer.device_memory", lambda *_, memory=memory: memory)
-        shown, chosen = io.StringIO(), list[float]()
+        shown, chosen = io.StringIO(), list[tuple[float, bool]]()
         monkeypatch.setattr(
             "pcpo_fast.training.trainer.checkpoint_blocks",
-            lambda network, blocks, share, chosen=chosen: chosen.append(share),
+            lambda network, blocks, share, selective, chosen=chosen: chosen.append((share, selective)),
         )
         train(
             tiny_config(pipeline_folder, *settings, f"output_dir={tmp_path / str(memory)}"), console=Console(file=shown)
         )
         assert re.search(words, " ".join(shown.getvalue().split()))
-        assert chosen == [float(memory < 2e9)]
+        assert chosen == [(1.0, False) if memory < 2e9 else (0.0, True)]
         assert len(counted) == 1
         counted.clear()
     assert device_memory(CPU, 1) == 2 * device_memory(CPU, 2) > 1e8
@@ -190,6 +263,17 @@ def test_every_block_of_the_other_families_is_recomputed(guided: Family) -> None
         block.register_forward_pre_hook(lambda module, _: calls.append(module))
     gradients_of(policy, inputs_of(policy))
     assert len(blocks) == BLOCKS[guided.name] and [calls.count(block) for block in blocks] == [2] * len(blocks)
+    chosen, inputs = policy.recomputed_blocks(policy.module), inputs_of(policy)
+    gradients, products = list[dict[str, Tensor]](), list[int]()
+    for share, selective in ((0.0, False), (1.0, True), (1.0, False)):
+        checkpoint_blocks(policy.module, chosen, share, selective=selective)
+        calls.clear()
+        gradients.append(gradients_of(policy, inputs))
+        assert {calls.count(block) for block in blocks} == {1 + bool(share)}
+        products.append(products_of(policy, inputs))
+    for name, value in gradients[0].items():
+        assert all(other[name].equal(value) for other in gradients), name
+    assert products[0] == products[1] < products[2]
 
 
 def test_the_configuration_compiles_accelerates_and_recomputes(pipeline_folder: Path) -> None:
@@ -247,12 +331,16 @@ def test_a_network_that_diffusers_cannot_recompute_is_refused() -> None:
         checkpoint_blocks(network, [network.block], 0.5)
 
 
-@pytest.mark.parametrize("setting", ["model.compile=true", "rollout.merge_lora=true"])
-def test_partitioned_weights_can_neither_be_compiled_nor_merged(tmp_path: Path, setting: str) -> None:
+@pytest.mark.parametrize(
+    "setting", ["model.compile=true", "rollout.merge_lora=true", "model.gradient_checkpointing=selective"]
+)
+def test_partitioned_weights_can_neither_be_compiled_nor_merged_nor_kept_apart(tmp_path: Path, setting: str) -> None:
     file = tmp_path / "zero3.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     config = tiny_config(tmp_path, *LORA, setting, f"deepspeed={file}")
-    with pytest.raises(UserError, match=rf"^{setting.partition('=')[0]}: needs the full weights .* ZeRO stage 3$"):
+    with pytest.raises(
+        UserError, match=rf"^{setting.partition('=')[0]}: (selective )?needs the full weights .* ZeRO stage 3"
+    ):
         deepspeed_config(config, 1)
 
 
