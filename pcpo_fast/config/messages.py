@@ -43,7 +43,7 @@ def explain(error: ValidationError, places: Mapping[TextPath, str], fallback: st
         places: where each value was set.
         fallback: the place of everything else.
     """
-    problems = error.errors()
+    problems = _joined(error.errors())
     first = problems[0]
     inner = [tuple(problem["loc"]) for problem in problems]
     # pydantic also reports a list with an invalid value as too short, which is not a second problem.
@@ -58,6 +58,18 @@ def explain(error: ValidationError, places: Mapping[TextPath, str], fallback: st
     else:
         message = _message(first, ".".join(key))
     return f"{place_of(key, places, fallback)}: {message}{more}"
+
+
+def _joined(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """One problem where pydantic has two for a value that is neither a truth value nor one of some words."""
+    joined: list[ErrorDetails] = []
+    for problem in problems:
+        if joined and joined[-1]["loc"] == (*problem["loc"][:-1], "bool") and problem["type"] == "literal_error":
+            allowed = {"expected": f"true, false, {problem['ctx']['expected']}"}
+            joined[-1] = problem | {"loc": problem["loc"][:-1], "ctx": allowed}  # type: ignore[assignment]
+        else:
+            joined.append(problem)
+    return joined
 
 
 def place_of(key: TextPath, places: Mapping[TextPath, str], fallback: str) -> str:

@@ -259,6 +259,11 @@ def test_every_value_is_written_out() -> None:
         ),
         ("model: {dtype: fp16}\n", "model.dtype: must be one of float32, bfloat16, got 'fp16'"),
         (
+            "model: {gradient_checkpointing: selectiv}\n",
+            "run.yaml line 1: model.gradient_checkpointing: must be one of true, false, selective, got 'selectiv', did "
+            "you mean selective?",
+        ),
+        (
             "algorithm: dance_grpo\n",
             f"run.yaml line 1: algorithm: must be one of {', '.join(PRESETS)}, got 'dance_grpo', "
             "did you mean dancegrpo?",
