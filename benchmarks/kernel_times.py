@@ -172,8 +172,10 @@ def _measure(clock: Clock, name: str, call: Call, traffic: int | None, copy: flo
     return record
 
 
-def measurements(clock: Clock, sizes: list[tuple[str, int, int]], large: tuple[int, int], copy: float) -> Iterator[Any]:
-    """Records, most valuable first: (op, size, batch) with ours, eager and compiled."""
+def measurements(
+    clock: Clock, sizes: list[tuple[str, int, int]], large: tuple[int, int], copy: float, all_others: bool = True
+) -> Iterator[Any]:
+    """Records, most valuable first: (op, size, batch) with ours, and unless told otherwise eager and compiled."""
     backend = "inductor" if clock.gpu else "eager"  # on a CPU the script is tried, not measured
     compiled_loss = torch.compile(baseline.policy_loss, dynamic=False, backend=backend)
     compiled_step = torch.compile(baseline.sample_step, dynamic=False, backend=backend)
@@ -195,7 +197,9 @@ def measurements(clock: Clock, sizes: list[tuple[str, int, int]], large: tuple[i
                     clock, "ours", call, forward_bytes or None, copy,
                     op="policy_loss", way="forward", form=form, **facts,
                 )  # fmt: skip
-        for name, function in (("eager", baseline.policy_loss), ("compiled", compiled_loss)) if others else ():
+        for name, function in (
+            (("eager", baseline.policy_loss), ("compiled", compiled_loss)) if others and all_others else ()
+        ):
             torch.compiler.reset()  # past a few shapes dynamo would silently stop compiling
             call = baseline_loss_call(case, function)
             shared = {"op": "policy_loss", "form": "endpoints"} | facts
@@ -214,7 +218,7 @@ def measurements(clock: Clock, sizes: list[tuple[str, int, int]], large: tuple[i
             "eager": lambda: baseline.sample_step(case.latents, case.output, case.time, case.following, NOISE),
             "compiled": lambda: compiled_step(case.latents, case.output, case.time, case.following, NOISE),
         }
-        for name, call in calls.items():
+        for name, call in calls.items() if all_others else [("ours", calls["ours"])]:
             traffic = rows * elements * step_traffic(width) if name == "ours" else None
             yield measure(clock, name, call, traffic, copy, form="key", **facts)
 
@@ -228,7 +232,7 @@ def measurements(clock: Clock, sizes: list[tuple[str, int, int]], large: tuple[i
             "eager": lambda: baseline.guidance(*halves, 4.5),
         }
         incoming = torch.randn_like(case.output)
-        for name, call in calls.items():
+        for name, call in calls.items() if all_others else [("ours", calls["ours"])]:
             traffic = rows * elements * guidance_traffic(width)[1] if name == "ours" else None
             both = lambda call=call: torch.autograd.grad(call(), halves, incoming)  # noqa: E731
             yield measure(clock, name, both, traffic, copy, elements=elements, **facts)
@@ -335,6 +339,7 @@ def run(
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = options(__doc__, "kernels.json", 300, 0.3, "two tiny cases, to try the script on any machine")
+    parser.add_argument("--ours", action="store_true", help="only our kernels, not what they are compared with")
     chosen = parser.parse_args(arguments)
     batches = {"flux_1024": (8, 1, 64, 16, 2, 4, 32), "flux_720": (24, 8, 1, 64), "sd15_512": (16, 8, 64)}
     batches |= {"sd3_512": (24, 8), "flux_512": (8, 64)}
@@ -345,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run(
         chosen,
         "kernels.json",
-        lambda clock, copy: measurements(clock, sizes, large, copy),
+        lambda clock, copy: measurements(clock, sizes, large, copy, not chosen.ours),
         lambda record: "{op:12} {way:17} {form:10} {size:10} x{rows:<4}".format(**record),
     )
 
