@@ -18,10 +18,14 @@ from pathlib import Path
 import pcpo_kernels
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import pcpo_fast
 
 ROOT = Path(__file__).resolve().parents[1]
+CONSTRAINTS = ("constraints.txt", "constraints-torch-2.11.txt")
 BUILT = shutil.ignore_patterns(".*_cache", ".git", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist")
 
 
@@ -106,7 +110,7 @@ def test_wheel_holds_both_packages_and_what_a_run_needs(distributions: tuple[Pat
 def test_sdist_holds_what_the_wheel_is_built_from(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= {"pyproject.toml", "setup.py", "README.md", "LICENSE", "constraints.txt", "train.py"}
+    assert names >= {"pyproject.toml", "setup.py", "README.md", "LICENSE", *CONSTRAINTS, "train.py"}
     assert names >= python_files(ROOT / "pcpo_fast") | shipped_files()
     assert not {name for name in names if name.startswith(("tests/", "benchmarks/"))}
     assert distributions[0].stat().st_size < 40_000_000
@@ -229,8 +233,6 @@ def test_kernels_of_another_version_are_one_clear_error(tmp_path: Path, files: d
 
 def with_dependencies(*names: str) -> set[str]:
     """These distributions of the environment under test, and whatever they need of it."""
-    from packaging.requirements import Requirement
-
     found: set[str] = set()
     left = list(names)
     while left:
@@ -353,20 +355,34 @@ def test_libraries_see_the_same_kernels_inside_and_outside_the_project(tmp_path:
 # Dependencies.
 
 
-def test_constraints_are_exact_and_cover_every_dependency() -> None:
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    entries = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", entry) for entry in entries), "exact versions only"
+    return {canonicalize_name(name): version for name, _, version in (entry.partition("==") for entry in entries)}
+
+
+@pytest.mark.parametrize("file", CONSTRAINTS)
+def test_constraints_are_exact_and_hold_every_dependency_within_its_range(file: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins), "exact public versions only"
-    pinned = {re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() for pin in pins}
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    direct = {re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", entry)[0]).lower() for entry in wanted}
-    assert direct - pinned == set()
+    kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = pins(file)
+    for entry in project["dependencies"] + project["optional-dependencies"]["dev"] + kernels["dependencies"]:
+        requirement = Requirement(entry)
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, entry
+
+
+def test_the_two_sets_differ_only_where_pytorch_2_11_and_triton_3_6_ask_for_it() -> None:
+    current, older = map(pins, CONSTRAINTS)
+    different = {name: older[name] for name in current if older[name] != current[name]}
+    assert current.keys() == older.keys()
+    assert different.keys() == {"numpy", "setuptools", "torch", "triton"}
+    assert (different["torch"], different["triton"]) == ("2.11.0", "3.6.0")
+    assert different["numpy"] in SpecifierSet("<2.4")  # see pcpo_kernels.dispatch.interpreter_lacks
+    assert different["setuptools"] in SpecifierSet("<82")
 
 
 def test_the_environment_under_test_is_within_the_declared_ranges() -> None:
-    from packaging.requirements import Requirement
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for entry in project["dependencies"]:
         requirement = Requirement(entry)

@@ -1,4 +1,4 @@
-"""Compile every kernel variant ahead of time, without a GPU, and print the resources that it uses.
+"""Compile every kernel variant ahead of time, without a GPU, and print the resources and instructions that it takes.
 
 python -m pcpo_kernels.report            a table
 python -m pcpo_kernels.report --json     the same for a script
@@ -17,11 +17,18 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from pcpo_kernels.disassembly import Issued, disassemble, issued, machine_code
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+COUNTED = "sm_90"
+"""The target whose instructions are counted."""
 
 
 class Compiled(NamedTuple):
-    """A compiled variant's resources and its assembly (PTX or AMDGCN)."""
+    """A compiled variant's resources, its elements per thread and block, and its assembly (PTX or AMDGCN).
+
+    ``issued`` is counted by :func:`compile_all`, on :data:`COUNTED`.
+    """
 
     kernel: str
     variant: str
@@ -30,7 +37,10 @@ class Compiled(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     uses_f64: bool
+    elements: float
     assembly: str
+    code: bytes = b""
+    issued: Issued | None = None
 
 
 def compile_variant(variant: Any, target: str) -> Compiled:
@@ -50,11 +60,14 @@ def compile_variant(variant: Any, target: str) -> Compiled:
     )
     options = {"num_warps": variant.warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=gpu_target(target), options=options)
-    read = amd_resources if target.startswith("gfx") else nvidia_resources
+    amd = target.startswith("gfx")
+    read = amd_resources if amd else nvidia_resources
     registers, spill_bytes, uses_f64, assembly = read(compiled.asm)
     return Compiled(
-        variant.kernel, variant.name, target, registers, spill_bytes, compiled.metadata.shared, uses_f64, assembly
-    )
+        variant.kernel, variant.name, target, registers, spill_bytes, compiled.metadata.shared, uses_f64,
+        variant.block / ((64 if amd else 32) * variant.warps), assembly,
+        machine_code(compiled.asm["cubin"]) if target == COUNTED else b"",
+    )  # fmt: skip
 
 
 def gpu_target(name: str) -> Any:
@@ -132,7 +145,10 @@ def pairs(targets: Iterable[str], thin: bool) -> list[tuple[Any, str]]:
 
 
 def _compile_all(targets: Iterable[str], thin: bool, share: int, shares: int) -> list[Compiled]:
-    return [compile_variant(*pair) for pair in pairs(targets, thin)[share::shares]]
+    results = [compile_variant(*pair) for pair in pairs(targets, thin)[share::shares]]
+    codes = [result.code for result in results if result.code]
+    counts = map(issued, disassemble(codes, COUNTED) if codes else ())
+    return [result._replace(code=b"", issued=next(counts) if result.code else None) for result in results]
 
 
 @functools.cache
@@ -155,15 +171,24 @@ def rows(results: Iterable[Compiled]) -> list[dict[str, Any]]:
     """The records of the JSON report."""
     import triton
 
-    names = ("kernel", "variant", "target", "registers", "spill_bytes", "shared_bytes", "uses_f64")
-    return [{name: getattr(result, name) for name in names} | {"triton": triton.__version__} for result in results]
+    names = ("kernel", "variant", "target", "registers", "spill_bytes", "shared_bytes", "uses_f64", "elements")
+    return [
+        {name: getattr(result, name) for name in names}
+        | (result.issued or Issued(*[None] * len(Issued._fields)))._asdict()  # type: ignore[arg-type]
+        | {"triton": triton.__version__}
+        for result in results
+    ]
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One line per variant with registers per target; spills and float64 use are marked."""
+    """One line per variant: registers per target, spills and float64 use marked; instructions per element on sm_90."""
     targets = [target for target in TARGETS if any(record["target"] == target for record in records)]
-    lines = [f"registers per thread, triton {records[0]['triton']}; ! spills, D uses float64"]
-    lines.append(f"{'kernel':24}{'variant':34}" + "".join(f"{target:>10}" for target in targets) + f"{'shared':>10}")
+    lines = [
+        f"registers per thread, triton {records[0]['triton']}; ! spills, D uses float64; "
+        "instructions per element, and barriers, on sm_90"
+    ]
+    heads = [*targets, "shared", "issued", "barriers"]
+    lines.append(f"{'kernel':24}{'variant':34}" + "".join(f"{head:>10}" for head in heads))
     grouped: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for record in records:
         grouped.setdefault((record["kernel"], record["variant"]), {})[record["target"]] = record
@@ -174,7 +199,11 @@ def table(records: list[dict[str, Any]]) -> str:
             mark = "!" * (record["spill_bytes"] > 0) + "D" * record["uses_f64"]
             cells.append(f"{str(record['registers']) + mark:>10}")
         shared = max(record["shared_bytes"] for record in by_target.values())
-        lines.append(f"{kernel:24}{variant:34}" + "".join(cells) + f"{shared:>10}")
+        cells.append(f"{shared:>10}")
+        if "sm_90" in by_target:
+            record = by_target["sm_90"]
+            cells.append(f"{record['instructions'] / record['elements']:>10.1f}{record['barriers']:>10}")
+        lines.append(f"{kernel:24}{variant:34}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -187,7 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status is 1 if a variant spills registers or uses float64."""
     parser = argparse.ArgumentParser(
         prog="python -m pcpo_kernels.report",
-        description="Compile every kernel variant ahead of time, without a GPU: registers, spills, shared memory.",
+        description="Compile every kernel variant ahead of time, without a GPU: registers, spills, shared memory, "
+        "instructions.",
         epilog="example: python -m pcpo_kernels.report --json --target sm_90",
     )
     parser.add_argument("--json", action="store_true", help="a JSON list, one object per variant and target")

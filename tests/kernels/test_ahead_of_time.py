@@ -22,6 +22,7 @@ if interpreting():
 
 import triton
 from pcpo_kernels import report
+from pcpo_kernels.disassembly import Issued, issued
 from pcpo_kernels.ops.policy_loss import triton as loss_op
 from pcpo_kernels.ops.policy_loss.inputs import LossInputs
 from pcpo_kernels.ops.policy_loss.variants import policy_loss_variants
@@ -53,11 +54,12 @@ def test_names_are_unique() -> None:
 
 
 def test_committed_table_is_complete() -> None:
-    """Also where it is not compiled here: a record for every variant and target, without spills or float64."""
+    """Also where it is not compiled here: a record for every variant and target, no spills or float64, and counts."""
     committed = json.loads(DOCUMENTED.read_text())
     keys = [tuple(list(record.values())[:3]) for record in committed]
     assert keys == sorted((*name, target) for name in VARIANTS for target in TARGETS)
     assert not any(record["spill_bytes"] or record["uses_f64"] for record in committed)
+    assert all((record["instructions"] is None) == (record["target"] != report.COUNTED) for record in committed)
 
 
 class Sm90:
@@ -125,6 +127,49 @@ def test_no_spills(compiled) -> None:
     assert [result[:5] for result in compiled if result.spill_bytes and result[:5] not in known] == []
 
 
+MOST_ISSUED = {"policy_loss_forward": 75, "policy_loss_backward": 72}
+"""Instructions per element on sm_90 of the loss with noise from a key."""
+
+
+def test_instructions_per_element(compiled) -> None:
+    found = {}
+    for result in compiled:
+        if result.kernel in MOST_ISSUED and (result.variant, result.target) == ("bf16-key", "sm_90"):
+            found[result.kernel] = result.issued.instructions / result.elements
+    assert found.keys() == MOST_ISSUED.keys()
+    assert {kernel: count for kernel, count in found.items() if count > MOST_ISSUED[kernel]} == {}
+
+
+LISTING = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR8][R2.64] ;
+        /*0020*/                   BSSY B0, 0x70 ;
+        /*0030*/               @P1 BRA 0x60 ;
+        /*0040*/                   CALL.REL.NOINC 0xf0 ;
+        /*0050*/                   BRA 0x70 ;
+        /*0060*/                   IMAD.WIDE.U32 R6, R4, 0x4, R2 ;
+        /*0070*/                   BSYNC B0 ;
+        /*0080*/               @P4 BRA P5, 0x30 ;
+        /*0090*/                   STG.E.128 desc[UR8][R6.64], R4 ;
+        /*00a0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00b0*/               @P0 EXIT ;
+        /*00c0*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*00d0*/                   EXIT ;
+        /*00e0*/                   BRA 0xe0 ;
+        /*00f0*/                   MUFU.RSQ R3, R2 ;
+        /*0100*/                   RET.REL.NODEC R6 0x0 ;
+"""
+
+
+def test_instructions_are_counted_along_the_shortest_path() -> None:
+    """By hand: around the call, once through the loop, and out at the first EXIT; LDC ... BRA, IMAD ... EXIT."""
+    code = [(int(line[10:14], 16), line.split("*/")[1].strip(" ;")) for line in LISTING.strip("\n").splitlines()]
+    assert issued(code) == Issued(instructions=10, half_rate=1, barriers=1, branches=2, calls=1)
+    # An access in the arm with the call leads through it.
+    code[5] = code[5][0], "LDG.E.128 R8, desc[UR8][R2.64]"
+    assert issued(code) == Issued(instructions=12, half_rate=1, barriers=1, branches=2, calls=1)
+
+
 def test_no_float64(compiled) -> None:
     assert [result[:3] for result in compiled if result.uses_f64] == []
 
@@ -181,7 +226,8 @@ def test_table_is_printed() -> None:
     assert len(report.table(records).splitlines()) == 2 + len(VARIANTS)
     record = records[0]
     assert list(record) == [
-        "kernel", "variant", "target", "registers", "spill_bytes", "shared_bytes", "uses_f64", "triton",
+        "kernel", "variant", "target", "registers", "spill_bytes", "shared_bytes", "uses_f64", "elements",
+        "instructions", "half_rate", "barriers", "branches", "calls", "triton",
     ]  # fmt: skip
     assert json.loads(report.as_json([record])) == [record]
 
@@ -217,6 +263,20 @@ def test_documented_registers() -> None:
             variant,
         )
     assert f"all {len(VARIANTS)} variants" in " ".join(text.split())
+
+
+def test_documented_instructions() -> None:
+    """The table of counts in docs/kernels.md is taken from the committed one."""
+    text = (TABLE.parents[3] / "docs" / "kernels.md").read_text()
+    written = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert [kernel for kernel, *_ in written] == ["policy_loss_forward", "policy_loss_backward", "sample_step"]
+    rows = json.loads(DOCUMENTED.read_text())
+    of = {row["kernel"]: row for row in rows if (row["variant"], row["target"]) == ("bf16-key", report.COUNTED)}
+    for kernel, issued_there, slow, barriers, calls in written:
+        row = of[kernel]
+        assert f"{row['instructions'] / row['elements']:.1f}" == issued_there
+        assert f"{row['half_rate'] / row['elements']:.1f}" == slow
+        assert (row["barriers"], row["calls"]) == (int(barriers), int(calls))
 
 
 TRAFFIC = {
