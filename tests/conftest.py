@@ -28,6 +28,7 @@ from tiny_pipelines import (  # noqa: F401 - fixtures
     flux2_dev_folder,
     flux3_folder,
     klein_folder,
+    krea2_folder,
     qwen_image_folder,
     sd3_folder,
     sd_folder,

@@ -58,12 +58,17 @@ def choose_attention(module: Any, backend: str, device: torch.device | None = No
         _serves(type(module).__name__, backend)
     weight = next(module.parameters())
     device = weight.device if device is None else device
-    for head_dim in sorted({layer.inner_dim // layer.heads for layer in layers}) if not weight.is_meta else ():
+    for head_dim in sorted(set(map(_head_dim, layers))) if not weight.is_meta else ():
         check_backend(backend, device, head_dim, needs_backward=True, dtype=weight.dtype, masked=masked)
     try:
         set_backend(module, backend)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         raise UserError(f"model.attention: {backend} cannot be used here: {reason_of(error)}") from None
+
+
+def _head_dim(layer: Any) -> int:
+    """Elements of a head of an attention layer, which only diffusers' older classes do not say."""
+    return int(layer.head_dim if hasattr(layer, "head_dim") else layer.inner_dim // layer.heads)
 
 
 def check_attention(config: Config, folder: Path, family: "type[PipelinePolicy]", device: torch.device) -> None:

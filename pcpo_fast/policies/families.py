@@ -30,6 +30,7 @@ FAMILIES = {
     "Flux2KleinPipeline": "pcpo_fast.policies.flux2_klein:Flux2KleinPolicy",
     "Flux2Pipeline": "pcpo_fast.policies.flux2_dev:Flux2DevPolicy",
     "Flux3ModularPipeline": "pcpo_fast.policies.flux3:Flux3Policy",
+    "Krea2Pipeline": "pcpo_fast.policies.krea2:Krea2Policy",
     "QwenImagePipeline": "pcpo_fast.policies.qwen_image:QwenImagePolicy",
     "StableDiffusion3Pipeline": "pcpo_fast.policies.stable_diffusion_3:StableDiffusion3Policy",
     "StableDiffusionPipeline": "pcpo_fast.policies.stable_diffusion:StableDiffusionPolicy",

@@ -12,7 +12,7 @@ from pcpo_fast.policies.part_checks import about
 
 
 def shifted_schedule(
-    config: Mapping[str, Any], cells: int, steps: int, sigmas: Sequence[float] | None = None
+    config: Mapping[str, Any], cells: int, steps: int, sigmas: Sequence[float] | None = None, mu: float | None = None
 ) -> FlowSchedule:
     """The grid of a pipeline's scheduler for an image size (static or resolution-dependent shift).
 
@@ -21,18 +21,20 @@ def shifted_schedule(
         cells: tokens of the image.
         steps: of the sampler.
         sigmas: times before the shift, as the pipeline rounds them; None: evenly spaced from 1 to 1 / steps.
+        mu: the shift, as its logarithm; None: by the number of cells.
 
     Raises:
         UserError: the configuration makes no grid.
     """
     with about("scheduler/scheduler_config.json"):
-        mu = calculate_shift(
-            cells,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        if mu is None:
+            mu = calculate_shift(
+                cells,
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.15),
+            )
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas, mu=mu)
     return FlowSchedule(scheduler.sigmas.double())

@@ -6,12 +6,9 @@ from typing import Any, ClassVar
 from diffusers import Flux2KleinPipeline
 
 from pcpo_fast.config.schema import ModelConfig
-from pcpo_fast.errors import UserError
-from pcpo_fast.files.content import INDEX
 from pcpo_fast.policies.flux2 import Flux2Policy
-from pcpo_fast.policies.pipeline_policy import warn_of_distillation
+from pcpo_fast.policies.pipeline_policy import check_distillation
 from pcpo_fast.policies.truncation import template_tokens
-from pcpo_fast.policies.weight_files import read_json
 
 
 class Flux2KleinPolicy(Flux2Policy):
@@ -25,14 +22,7 @@ class Flux2KleinPolicy(Flux2Policy):
     def check_settings(cls, folder: Path, settings: ModelConfig) -> None:
         """A distilled klein has no classifier-free guidance, and a word about training it is due."""
         super().check_settings(folder, settings)
-        if not read_json(folder / INDEX).get("is_distilled"):
-            return
-        if settings.cfg_scale != 1:
-            raise UserError(
-                f"model.cfg_scale: {folder} is distilled (is_distilled in {INDEX}) and was made for images without "
-                "classifier-free guidance: set it to 1, or take the base model"
-            )
-        warn_of_distillation(folder)
+        check_distillation(folder, settings)
 
     @classmethod
     def call_options(cls, settings: ModelConfig) -> dict[str, Any]:

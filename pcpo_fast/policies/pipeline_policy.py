@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pcpo_fast.config.schema import ModelConfig, RolloutConfig
 from pcpo_fast.distributed.collectives import once_per_machine, rank
 from pcpo_fast.errors import UserError, reason_of
-from pcpo_fast.files.content import RECORD_FOLDER, Contents, digest, index_of, pipeline_files
+from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, digest, index_of, pipeline_files
 from pcpo_fast.method.schedules import Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
@@ -36,7 +36,7 @@ from pcpo_fast.policies.pipeline_files import clip_tokens, part_classes
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, needed
 from pcpo_fast.policies.truncation import warn_of_long_prompts
-from pcpo_fast.policies.weight_files import find_weights
+from pcpo_fast.policies.weight_files import find_weights, read_json
 
 Fit = tuple[str, int, str, str]
 """(key, factor, part, key there): a width of the network is a multiple of a width of another part."""
@@ -556,6 +556,27 @@ def warn_of_distillation(model: str | Path) -> None:
             "undo the distillation; train its base model instead if there is one",
             stacklevel=2,
         )
+
+
+def is_distilled(folder: Path) -> bool:
+    """Whether the pipeline's index says that its network is distilled, as those of FLUX.2-klein and Krea 2 do."""
+    return bool(read_json(folder / INDEX).get("is_distilled"))
+
+
+def check_distillation(folder: Path, settings: ModelConfig) -> None:
+    """Warn about training a distilled network, which has no classifier-free guidance.
+
+    Raises:
+        UserError: guidance is asked of it.
+    """
+    if not is_distilled(folder):
+        return
+    if settings.cfg_scale != 1:
+        raise UserError(
+            f"model.cfg_scale: {folder} is distilled (is_distilled in {INDEX}) and was made for images without "
+            "classifier-free guidance: set it to 1, or take the base model"
+        )
+    warn_of_distillation(folder)
 
 
 def with_masks(rows: Sequence[Tensor]) -> Encoded:

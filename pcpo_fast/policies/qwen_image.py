@@ -18,14 +18,15 @@ from pcpo_fast.policies.embedding_cache import Encoded
 from pcpo_fast.policies.flow_grids import shifted_schedule
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION
 from pcpo_fast.policies.part_checks import check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked, with_masks
+from pcpo_fast.policies.pipeline_policy import Fit, with_masks
+from pcpo_fast.policies.qwen_vae import QwenVaePolicy
 from pcpo_fast.policies.speed import run_block
 
 _OTHER_MODELS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Settings of networks that edit images, make layers or take a guidance scale."""
 
 
-class QwenImagePolicy(PipelinePolicy):
+class QwenImagePolicy(QwenVaePolicy):
     """Qwen-Image and Qwen-Image-2512: any :class:`diffusers.QwenImagePipeline`.
 
     Latents are packed: [B, tokens, channels] with one token per 2 x 2 latent pixels, as the transformer takes them.
@@ -50,12 +51,10 @@ class QwenImagePolicy(PipelinePolicy):
     linear_guidance: ClassVar[bool] = False
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
-        """As :class:`PipelinePolicy`; the network gets a forward that never waits for the device."""
+        """As :class:`QwenVaePolicy`; the network gets a forward that never waits for the device."""
         super().__init__(network, *others, **places)
         network.pos_embed([self._grid], max_txt_seq_len=1, device=network.proj_out.weight.device)  # makes its tables
         network.forward = MethodType(forward_batch, network)
-        config = self.vae.config
-        self._latent_scale = torch.tensor((config["latents_mean"], config["latents_std"]), dtype=torch.float32)
 
     @classmethod
     def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
@@ -138,17 +137,6 @@ class QwenImagePolicy(PipelinePolicy):
             return combined
         norm = halves.conditional.to(combined.dtype).norm(dim=-1, keepdim=True)
         return combined * (norm / combined.norm(dim=-1, keepdim=True))
-
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The packed latents unpacked, with the VAE's mean and deviation of each channel, as a video of one frame."""
-        if self._latent_scale.device != latents.device:
-            self._latent_scale = self._latent_scale.to(latents.device)
-        mean, std = self._latent_scale.to(latents.dtype).view(2, 1, -1, 1, 1)
-        return (unpacked(latents, self.rows, self.columns) * std + mean).unsqueeze(2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to images: the video's only frame."""
-        return super().decode(latents).squeeze(2)
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size."""

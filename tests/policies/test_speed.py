@@ -36,7 +36,7 @@ ROUNDING = 100 * EPS
 """Of a network of a few layers in float32, relative to its largest output."""
 
 
-BLOCKS = {"flux3": 4, "klein": 3, "qwen_image": 2, "sd": 4, "sd3": 2, "z_image": 4}
+BLOCKS = {"flux3": 4, "klein": 3, "krea2": 2, "qwen_image": 2, "sd": 4, "sd3": 2, "z_image": 4}
 """Of the guided miniatures: those that repeat."""
 
 

@@ -78,6 +78,9 @@ KINDS = {
         readers=("Mistral reads within its chat template (model.max_sequence_length)",),
         guided=False,
     ),
+    "krea2": Kind(
+        "Krea2Pipeline", SD3_RUN, PACKED, readers=("Qwen3-VL reads within its template (model.max_sequence_length)",)
+    ),
     "qwen_image": Kind("QwenImagePipeline", SD3_RUN, PACKED, readers=("Qwen2.5-VL reads (model.max_sequence_length)",)),
     "sd": Kind("StableDiffusionPipeline", SD_RUN, LATENTS, "unet", False),
     "sd_v": Kind("StableDiffusionPipeline", SD_RUN, LATENTS, "unet", False),
@@ -245,6 +248,12 @@ class Family:
             rows, _ = pipeline.encode_prompt([*prompts], do_classifier_free_guidance=False, max_sequence_length=KEPT)
             masks = [row.new_ones(len(row)) for row in rows]
             return {"prompt_embeds": pad_sequence(rows, True), "prompt_mask": pad_sequence(masks, True)}
+        if self.name == "krea2":
+            rows = [
+                row[kept] for row, kept in zip(*pipeline.encode_prompt(prompts, max_sequence_length=KEPT), strict=True)
+            ]
+            masks = [row.new_ones(len(row)) for row in rows]
+            return {"prompt_embeds": pad_sequence(rows, True), "prompt_mask": pad_sequence(masks, True)}
         if self.name == "qwen_image":
             states, mask = pipeline.encode_prompt(prompts, max_sequence_length=KEPT)
             mask = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
@@ -270,11 +279,12 @@ class Family:
             pixels = pipeline._unpack_latents_with_ids(latents, ids)
             mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
             pixels = pipeline._unpatchify_latents(pixels * torch.sqrt(variance + vae.config.batch_norm_eps) + mean)
-        elif self.name == "qwen_image":
+        elif self.name in ("krea2", "qwen_image"):
             mean, std = (
                 torch.tensor(value).view(1, -1, 1, 1, 1) for value in (vae.config.latents_mean, vae.config.latents_std)
             )
-            pixels = pipeline._unpack_latents(latents, HEIGHT, WIDTH, pipeline.vae_scale_factor) * std + mean
+            factor = () if self.name == "krea2" else (pipeline.vae_scale_factor,)
+            pixels = pipeline._unpack_latents(latents, HEIGHT, WIDTH, *factor) * std + mean
             images: Tensor = vae.decode(pixels, return_dict=False)[0][:, :, 0]
             return pipeline.image_processor.postprocess(images, output_type="pt")
         else:

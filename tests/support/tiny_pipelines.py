@@ -79,6 +79,23 @@ Z_IMAGE = {
     "axes_dims": (4, 6, 6),
     "axes_lens": (600, 32, 32),
 }
+KREA2 = {
+    "in_channels": CHANNELS,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "timestep_embed_dim": 16,
+    "text_hidden_dim": 8,
+    "num_text_layers": 3,
+    "text_num_attention_heads": 2,
+    "text_num_key_value_heads": 2,
+    "text_intermediate_size": 16,
+    "num_layerwise_text_blocks": 1,
+    "num_refiner_text_blocks": 1,
+    "axes_dims_rope": (4, 6, 6),
+}
 FLUX3 = {
     "in_channels": CHANNELS,
     "cond_in_channels": CHANNELS,
@@ -161,34 +178,17 @@ def build_z_image(folder: Path, *, template: bool = True, **transformer: Any) ->
 
 def build_qwen_image(folder: Path, **transformer: Any) -> None:
     """Write a QwenImagePipeline."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(5)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=8, shift_terminal=0.02
     )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=CHANNELS // 4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.4, 0.3, 0.9],
-        latents_std=[1.5, 0.7, 2.1, 1.1],
-    )
     network = scaled(QwenImageTransformer2DModel(**(QWEN_IMAGE | transformer)), "proj_out", 2.0)
     tokenizer = qwen_tokenizer(False)
-    pipeline: Any = QwenImagePipeline(scheduler, vae, None, tokenizer, network)
-    # What the pipeline puts before a prompt are as many tokens as it leaves out, none of which is in a prompt.
-    before = pipeline.prompt_template_encode.partition("{}")[0].removeprefix("<|im_start|>")
-    last = pipeline.prompt_template_encode_start_idx - 2
-    tokenizer.add_tokens([before[4 * i : 4 * i + 4] for i in range(last)] + [before[4 * last :]], special_tokens=True)
+    pipeline: Any = QwenImagePipeline(scheduler, tiny_qwen_vae(), None, tokenizer, network)
+    add_template(tokenizer, pipeline.prompt_template_encode.partition("{}")[0], pipeline)
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
@@ -204,6 +204,52 @@ def build_qwen_image(folder: Path, **transformer: Any) -> None:
     sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=sight))
     pipeline.register_modules(text_encoder=encoder)
+    pipeline.save_pretrained(folder)
+
+
+def add_template(tokenizer: Any, before: str, pipeline: Any) -> None:
+    """Add tokens to a tokenizer so that what the pipeline puts before a prompt are as many as it leaves out."""
+    rest, last = before.removeprefix("<|im_start|>"), pipeline.prompt_template_encode_start_idx - 2
+    tokenizer.add_tokens([rest[4 * i : 4 * i + 4] for i in range(last)] + [rest[4 * last :]], special_tokens=True)
+
+
+def tiny_qwen_vae() -> Any:
+    """The VAE of Qwen-Image, halving the image once."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS // 4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.4, 0.3, 0.9],
+        latents_std=[1.5, 0.7, 2.1, 1.1],
+    )
+
+
+def build_krea2(folder: Path, *, distilled: bool = False, layers: int = 4, **transformer: Any) -> None:
+    """Write a Krea2Pipeline; ``layers``: of its text encoder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+    torch.manual_seed(7)
+    network = scaled(Krea2Transformer2DModel(**(KREA2 | transformer)), "final_layer.linear", 2.0)
+    with torch.no_grad():  # text and time matter; tables and scales start at zero
+        network.time_mod_proj.weight.mul_(8)
+        network.txt_in.linear_2.weight.mul_(4)
+        for name, value in network.named_parameters():
+            if name.endswith(("scale_shift_table", "norm1.weight", "norm2.weight", "norm_q.weight", "norm_k.weight")):
+                value.uniform_(-0.5, 0.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=8, max_image_seq_len=200
+    )
+    tokenizer = qwen_tokenizer(False)
+    pipeline: Any = Krea2Pipeline(
+        scheduler, tiny_qwen_vae(), None, tokenizer, network, (1, 2, 4), is_distilled=distilled
+    )
+    add_template(tokenizer, pipeline.prompt_template_encode_prefix, pipeline)
+    tokenizer.add_tokens(["\n", "assistant"], special_tokens=True)  # with the other two, what follows a prompt
+    pipeline.register_modules(text_encoder=tiny_qwen3_vl(layers, len(tokenizer)).model)
     pipeline.save_pretrained(folder)
 
 
@@ -318,12 +364,12 @@ def tiny_flux2_vae() -> Any:
     return vae
 
 
-def tiny_qwen3_vl(layers: int = 33) -> Any:
-    """Qwen3-VL, with one layer more than the last whose states are read."""
+def tiny_qwen3_vl(layers: int = 33, tokens: int | None = None) -> Any:
+    """Qwen3-VL, with one layer more than the last whose states FLUX.3 reads; ``tokens``: None for those of Qwen's."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     text: dict[str, Any] = {
-        "vocab_size": len(qwen_tokenizer()),
+        "vocab_size": tokens or len(qwen_tokenizer()),
         "hidden_size": 8,
         "intermediate_size": 8,
         "num_hidden_layers": layers,
@@ -417,7 +463,7 @@ def tiny_qwen(width: int = 16, layers: int = 28) -> Any:
 def scaled(network: Any, layer: str, factor: float) -> Any:
     """The network with its last layer enlarged, so that what it predicts is of size 1, as a trained one's is."""
     with torch.no_grad():
-        getattr(network, layer).weight.mul_(factor)
+        network.get_submodule(layer).weight.mul_(factor)
     return network
 
 
@@ -458,6 +504,14 @@ def qwen_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen-Image; do not write into it."""
     folder = tmp_path_factory.mktemp("qwen_image") / "pipeline"
     build_qwen_image(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def krea2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Krea 2; do not write into it."""
+    folder = tmp_path_factory.mktemp("krea2") / "pipeline"
+    build_krea2(folder)
     return folder
 
 

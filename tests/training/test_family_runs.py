@@ -25,13 +25,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"algorithm": "flow_grpo", "sampler__name": "flow", "credit__kl_coefficient": 0.04, "credit__kl": "published"}
     | {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2},
 }
-SETTINGS["flux3"] = SETTINGS["z_image"] = SETTINGS["klein"]
+SETTINGS["flux3"] = SETTINGS["krea2"] = SETTINGS["z_image"] = SETTINGS["klein"]
 SETTINGS["qwen_image"] = {key: value for key, value in SETTINGS["klein"].items() if key not in GUIDED}  # not trained so
 SETTINGS["flux2_dev"] = SETTINGS["qwen_image"] | {"model__guidance": 3.0}
 
 
 SLOW = [
-    pytest.param(one, marks=pytest.mark.slow) for one in ("sd3", "flux3", "klein", "flux2_dev", "qwen_image", "z_image")
+    pytest.param(one, marks=pytest.mark.slow)
+    for one in ("sd3", "flux3", "klein", "flux2_dev", "krea2", "qwen_image", "z_image")
 ]
 
 

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "klein_native_lora": ("klein_folder", (*SD3_RUN, *NATIVE, *LORA, "optimizer.lr=0.02")),
     "klein_full_kl": ("klein_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
     "flux2_dev_lora": ("flux2_dev_folder", (*EMBEDDED_RUN, *NATIVE, *LORA, "optimizer.lr=0.02")),
+    "krea2_full": ("krea2_folder", (*SD3_RUN, *NATIVE)),
     "qwen_image_lora": ("qwen_image_folder", (*FLOW_RUN, *NATIVE, *LORA, "optimizer.lr=0.02")),
     "z_image_full_kl": ("z_image_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
     "sd3_full_kl": ("sd3_folder", (*SD3_RUN, *NATIVE, "credit.kl_coefficient=0.04", "credit.kl=published")),
@@ -82,6 +83,7 @@ def test_the_gradient_of_the_unconditional_half_counts(bench_of: Callable[..., B
         pytest.param("z_image_full_kl", "rollout", "bfloat16", marks=pytest.mark.slow),
         ("flux2_dev_lora", "recompute", "float32"),
         ("flux3_full", "rollout", "float32"),
+        ("krea2_full", "rollout", "bfloat16"),
         ("qwen_image_lora", "recompute", "float32"),
         ("klein_native_lora", "recompute", "float32"),
         ("sd3_native_kl", "recompute", "float32"),
@@ -109,7 +111,11 @@ def test_the_log_ratio_is_exactly_0_where_the_output_is_unchanged(
     # bf16 has no 501: the time reaches the network before anything is rounded.
     time = float(bench.transitions.times[1])
     time = (
-        1 - time if name.startswith("z_image") else time if name.startswith(("klein", "flux", "qwen")) else 1000 * time
+        1 - time
+        if name.startswith("z_image")
+        else time
+        if name.startswith(("klein", "flux", "krea", "qwen"))
+        else 1000 * time
     )
     assert asked and all(torch.allclose(one, torch.full_like(one, time), rtol=1e-6) for one in asked)
     assert record["policy/log_ratio_abs"] == 0

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "flux3_lora": ("flux3_folder", (*SD3_RUN, *LORA)),
     "klein_lora": ("klein_folder", (*SD3_RUN, *LORA)),
     "flux2_dev_lora": ("flux2_dev_folder", (*EMBEDDED_RUN, *LORA)),
+    "krea2_lora": ("krea2_folder", (*SD3_RUN, *LORA)),
     "qwen_image_lora": ("qwen_image_folder", (*FLOW_RUN, *LORA)),
     "z_image_lora": ("z_image_folder", (*SD3_RUN, *LORA)),
     "sd3": ("sd3_folder", SD3_RUN),
@@ -108,7 +109,8 @@ class Accelerator:
         pytest.param(
             name,
             marks=pytest.mark.slow
-            if name in ("flux_guided", "flux3_lora", "klein_lora", "flux2_dev_lora", "sd3", "qwen_image_lora")
+            if name
+            in ("flux_guided", "flux3_lora", "klein_lora", "flux2_dev_lora", "krea2_lora", "sd3", "qwen_image_lora")
             else (),
         )
         for name in CASES
