@@ -3,7 +3,7 @@
     python benchmarks/block_ops.py --out benchmarks/results/my_gpu
 
 Ours, eager PyTorch as diffusers writes the same chain, and torch.compile of that; forward, and forward and backward
-with frozen modulation (LoRA) or with all gradients; at the widths and lengths of FLUX and Stable Diffusion 3.5.
+with frozen modulation (LoRA) or with all gradients; at the widths and lengths of FLUX, FLUX.2 and Stable Diffusion 3.5.
 `pcpo_kernels.accelerate` is worthwhile where `ours` is faster than `compiled`.
 """
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from kernel_times import Clock, measure, options, run
-from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, norm_rope
+from pcpo_kernels import gated_residual, gated_residual_norm, modulated_norm, norm_rope, swiglu
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,6 +45,7 @@ SHAPES = [
         ("flux_720", 512, 2025, 24, 128),
         ("flux_1024", 512, 4096, 24, 128),
         ("sd35_1024", 333, 4096, 38, 64),
+        ("klein_9b_1024", 512, 4096, 32, 128),
     )
 ]
 """The case of our own training step comes first."""
@@ -81,6 +82,12 @@ def our_heads(text: Tensor, text_weight: Tensor, image: Tensor, weight: Tensor, 
     return norm_rope(text, text_weight, cos, sin, EPS, second=image, second_weight=weight)
 
 
+def eager_swiglu(x: Tensor) -> Tensor:
+    """FLUX.2's activation."""
+    half = x.shape[-1] // 2
+    return functional.silu(x[..., :half]) * x[..., half:]
+
+
 class Op(NamedTuple):
     """An op: ours, eager, how many leading inputs are tokens, and passes over them (forward, frozen, all gradients).
 
@@ -98,7 +105,10 @@ OPS = {
     "gated_residual": Op(gated_residual, eager_residual, 2, (3, 5, 6)),
     "gated_residual_norm": Op(lambda *inputs: gated_residual_norm(*inputs, EPS), eager_residual_norm, 2, (4, 9, 10)),
     "norm_rope": Op(our_heads, eager_heads, 1, (2, 5, 5)),
+    "swiglu": Op(swiglu, eager_swiglu, 1, (9, 24, 24)),
 }
+WIDER = 3
+"""The channels of FLUX.2's MLP are so many times those of its tokens."""
 
 
 def op_inputs(name: str, shape: Shape, device: torch.device) -> tuple[list[Tensor], list[int], list[int]]:
@@ -113,6 +123,8 @@ def op_inputs(name: str, shape: Shape, device: torch.device) -> tuple[list[Tenso
         text, image = (normal(shape.images, count, shape.heads, shape.size) for count in (shape.text, shape.image))
         weights = normal(2, shape.size).unbind(0)
         return [text, weights[0], image, weights[1], angles.cos(), angles.sin()], [0, 2], [0, 1, 2, 3]
+    if name == "swiglu":
+        return [normal(shape.images, tokens, 2 * WIDER * shape.channels)], [0], [0]
     bulk = [normal(shape.images, tokens, shape.channels) for _ in range(OPS[name].bulk)]
     rows = {"modulated_norm": 2, "gated_residual": 1, "gated_residual_norm": 3}[name]
     modulation = normal(shape.images, rows * shape.channels).chunk(rows, dim=1)

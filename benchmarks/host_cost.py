@@ -35,6 +35,7 @@ from pcpo_kernels import (
     norm_rope,
     policy_loss,
     sample_step,
+    swiglu,
 )
 from stub_driver import stubbed
 
@@ -97,6 +98,7 @@ def calls() -> dict[str, Call]:
     tokens, branch = (low(2, 64, 3072).requires_grad_() for _ in range(2))
     incoming = low(2, 64, 3072)
     shift, scale, gate = low(2, 9216).chunk(3, 1)
+    hidden = low(2, 64, 6144).requires_grad_()
     query, image = (low(2, 64, 24, 128).requires_grad_() for _ in range(2))
     joined, weight, table = low(2, 128, 24, 128), low(128), random(128, 128)
 
@@ -115,6 +117,7 @@ def calls() -> dict[str, Call]:
             gated_residual_norm(tokens, branch, gate, shift, scale), [tokens, branch], [incoming, incoming]
         ),
         "norm_rope, two sequences": lambda: grad(rope(), [query, image], joined),
+        "swiglu": lambda: grad(swiglu(hidden), [hidden], incoming),
     }
 
 

@@ -11,6 +11,7 @@ from pcpo_kernels.ops.noise import philox_normal
 from pcpo_kernels.ops.policy_loss import policy_loss
 from pcpo_kernels.ops.rotary import norm_rope
 from pcpo_kernels.ops.sample_step import sample_step
+from pcpo_kernels.ops.swiglu import swiglu
 from pcpo_kernels.types import Endpoints, NoiseKey, PolicyLoss, SampledStep
 from pcpo_kernels.version import __version__
 
@@ -30,4 +31,5 @@ __all__ = [
     "policy_loss",
     "restore",
     "sample_step",
+    "swiglu",
 ]

@@ -7,50 +7,60 @@ from typing import Any
 from torch import nn
 
 from pcpo_kernels import block_forwards
-from pcpo_kernels.attention_processors import FluxProcessor, JointProcessor, head_norm
+from pcpo_kernels.attention_processors import Flux2SingleProcessor, FluxProcessor, JointProcessor, head_norm
 
 # By class name, and here rather than in a model family: each function reimplements the forward of one class, and this
 # package imports neither diffusers nor pcpo_fast.
 BLOCKS: dict[str, Callable[..., Any]] = {
     "FluxTransformerBlock": block_forwards.flux_double_block,
     "FluxSingleTransformerBlock": block_forwards.flux_single_block,
+    "Flux2TransformerBlock": block_forwards.flux2_double_block,
+    "Flux2SingleTransformerBlock": block_forwards.flux2_single_block,
     "JointTransformerBlock": block_forwards.joint_block,
 }
-NORMS: dict[str, Callable[..., Any]] = {
+LAYERS: dict[str, Callable[..., Any]] = {
     "AdaLayerNormZero": block_forwards.ada_layer_norm_zero,
     "AdaLayerNormZeroSingle": block_forwards.ada_layer_norm_zero_single,
     "SD35AdaLayerNormZeroX": block_forwards.sd35_ada_layer_norm_zero_x,
+    "Flux2SwiGLU": block_forwards.flux2_swiglu,
 }
 PROCESSORS: dict[str, type[FluxProcessor] | type[JointProcessor]] = {
     "FluxAttnProcessor": FluxProcessor,
+    "Flux2AttnProcessor": FluxProcessor,
+    "Flux2ParallelSelfAttnProcessor": Flux2SingleProcessor,
     "JointAttnProcessor2_0": JointProcessor,
 }
 HEAD_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-FORWARDS = (*BLOCKS.values(), *NORMS.values(), head_norm)
+FORWARDS = (*BLOCKS.values(), *LAYERS.values(), head_norm)
 
 
 def accelerate(transformer: nn.Module) -> int:
     """Make the blocks of a diffusers transformer use this package's ops; :func:`restore` undoes it.
 
-    The transformer is changed in place: its blocks, their adaptive norms and the norms of their attention heads get
-    another ``forward``, their attention another processor. Weights, names, hooks and adapters (LoRA) are unchanged, and
-    every layer with weights is still called as a module. Attention with another processor or other norms than the
-    model's own (for example an IP adapter's) is not changed. Calling it again has no effect.
+    The transformer is changed in place: its blocks, their adaptive norms, their SwiGLU and the norms of their attention
+    heads get another ``forward``, their attention another processor. Weights, names, hooks and adapters (LoRA) are
+    unchanged, and every layer with weights is still called as a module. Attention with another processor or other norms
+    than the model's own (for example an IP adapter's) is not changed. Calling it again has no effect.
 
     Args:
-        transformer: a diffusers FLUX or Stable Diffusion 3 transformer, or a module that contains one.
+        transformer: a diffusers FLUX, FLUX.2 or Stable Diffusion 3 transformer, or a module that contains one.
 
     Returns:
         Number of accelerated blocks.
 
     Raises:
-        ValueError: there is no supported block, or another library has replaced a block's ``forward``.
+        ValueError: there is no supported block, the layer norms of one have weights (those of the published models have
+            none), or another library has replaced a block's ``forward``.
     """
-    blocks = list(_blocks(transformer))
+    blocks = [module for module in transformer.modules() if type(module).__name__ in BLOCKS]
     if not blocks:
         raise ValueError(
             f"{type(transformer).__name__} has no block that can be accelerated; supported: {', '.join(BLOCKS)}"
         )
+    for block in blocks:
+        norms = (getattr(child, "norm", child) for name, child in block.named_children() if name.startswith("norm"))
+        if any(type(norm) is not nn.LayerNorm or norm.weight is not None for norm in norms):
+            raise ValueError(f"a {type(block).__name__} can only be accelerated if its layer norms have no weights")
     parts = [part for block in blocks for part in _parts(block)]
     for module, _ in parts:
         own = vars(module).get("forward")
@@ -88,22 +98,12 @@ def restore(transformer: nn.Module) -> int:
     return count
 
 
-def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
-    """Blocks of supported classes whose layer norms have no weights, as in the published models."""
-    for module in transformer.modules():
-        if type(module).__name__ in BLOCKS:
-            norms = [getattr(module, name, None) for name in ("norm2", "norm2_context")]
-            norms += [child.norm for child in module.children() if type(child).__name__ in NORMS]
-            if all(norm is None or (type(norm) is nn.LayerNorm and norm.weight is None) for norm in norms):
-                yield module
-
-
 def _parts(block: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a block whose forward is replaced, each with the replacement."""
     yield block, BLOCKS[type(block).__name__]
-    for child in block.children():
-        if type(child).__name__ in NORMS:
-            yield child, NORMS[type(child).__name__]
+    for module in block.modules():
+        if type(module).__name__ in LAYERS:
+            yield module, LAYERS[type(module).__name__]
     for attention in _attentions(block):
         for norm in _head_norms(attention):
             yield norm, head_norm

@@ -1,4 +1,4 @@
-"""Attention processors for FLUX and Stable Diffusion 3 that fuse norm, rotation and concatenation of heads."""
+"""Attention processors for FLUX, FLUX.2 and Stable Diffusion 3 that fuse norm, rotation and concatenation of heads."""
 
 import sys
 from typing import Any
@@ -40,7 +40,7 @@ def head_norm(
 
 
 class FluxProcessor:
-    """Replaces ``FluxAttnProcessor``; keeps the original and its attention backend."""
+    """Replaces ``FluxAttnProcessor`` and ``Flux2AttnProcessor``; keeps the original and its attention backend."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -61,7 +61,7 @@ class FluxProcessor:
             else (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)),
             attn.head_dim,
         )
-        rope = () if image_rotary_emb is None else tuple(table.to(query.device) for table in image_rotary_emb)
+        rope = _tables(image_rotary_emb, query)
         if encoder_hidden_states is None:
             query, key = attn.norm_q(query, *rope), attn.norm_k(key, *rope)
         else:
@@ -78,21 +78,45 @@ class FluxProcessor:
             query = attn.norm_added_q(text_query, *rope, following=(attn.norm_q, query))
             key = attn.norm_added_k(text_key, *rope, following=(attn.norm_k, key))
             value = torch.cat((text_value, value), dim=1)
-        attend = sys.modules[type(self.original).__module__].dispatch_attention_fn
-        result = attend(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        result = result.flatten(2, 3).to(query.dtype)
+        result = self._attend(query, key, value, attention_mask)
         if encoder_hidden_states is None:
             return result
         text, image = result.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over [B, S, H, D] by the chosen backend, as [B, S, H D]."""
+        attend = sys.modules[type(self.original).__module__].dispatch_attention_fn
+        result: Tensor = attend(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return result.flatten(2, 3).to(query.dtype)
+
+
+class Flux2SingleProcessor(FluxProcessor):
+    """Replaces ``Flux2ParallelSelfAttnProcessor``, whose first and last layers are those of the MLP as well."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        inner = attn.inner_dim
+        mlp = attn.mlp_hidden_dim * attn.mlp_mult_factor
+        # One split, whose gradient is joined in one pass.
+        *parts, hidden = attn.to_qkv_mlp_proj(hidden_states).split([inner, inner, inner, mlp], dim=-1)
+        query, key, value = _heads(tuple(parts), attn.head_dim)
+        rope = _tables(image_rotary_emb, query)
+        result = self._attend(attn.norm_q(query, *rope), attn.norm_k(key, *rope), value, attention_mask)
+        return attn.to_out(torch.cat((result, attn.mlp_act_fn(hidden)), dim=-1))
 
 
 class JointProcessor:
@@ -134,3 +158,8 @@ class JointProcessor:
 def _heads(parts: tuple[Tensor, ...], size: int) -> list[Tensor]:
     """[B, S, H D] to [B, S, H, D], as views."""
     return [part.unflatten(-1, (-1, size)) for part in parts]
+
+
+def _tables(rope: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, ...]:
+    """Cosines and sines where the heads are; empty without a rotation."""
+    return () if rope is None else tuple(table.to(like.device) for table in rope)

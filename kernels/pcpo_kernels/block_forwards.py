@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pcpo_kernels.ops.adaptive_norm import gated_residual, gated_residual_norm, modulated_norm
+from pcpo_kernels.ops.swiglu import swiglu
 
 LARGEST_HALF = 65504.0
 
@@ -94,6 +95,88 @@ def flux_single_block(
     branch = self.proj_out(torch.cat((attention, mlp), dim=2))
     hidden_states = _clip_half(gated_residual(residual, branch, gate))
     return hidden_states[:, :text_tokens], hidden_states[:, text_tokens:]
+
+
+def flux2_swiglu(self: Any, x: Tensor) -> Tensor:
+    """``Flux2SwiGLU``."""
+    return swiglu(x)
+
+
+def flux2_double_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb_mod_img: Tensor,
+    temb_mod_txt: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """``Flux2TransformerBlock``: text and image with separate weights, and a modulation that all blocks share."""
+    if not _per_image(hidden_states, temb_mod_img, temb_mod_txt):
+        return type(self).forward(
+            self,
+            hidden_states,
+            encoder_hidden_states,
+            temb_mod_img,
+            temb_mod_txt,
+            image_rotary_emb,
+            joint_attention_kwargs,
+        )
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = temb_mod_img.chunk(6, dim=1)
+    text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = temb_mod_txt.chunk(6, dim=1)
+    image, text = self.attn(
+        hidden_states=modulated_norm(hidden_states, shift, scale, self.norm1.eps),
+        encoder_hidden_states=modulated_norm(encoder_hidden_states, text_shift, text_scale, self.norm1_context.eps),
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    hidden_states, normed = gated_residual_norm(hidden_states, image, gate, shift_mlp, scale_mlp, self.norm2.eps)
+    hidden_states = gated_residual(hidden_states, self.ff(normed), gate_mlp)
+    encoder_hidden_states, normed = gated_residual_norm(
+        encoder_hidden_states, text, text_gate, text_shift_mlp, text_scale_mlp, self.norm2_context.eps
+    )
+    encoder_hidden_states = gated_residual(encoder_hidden_states, self.ff_context(normed), text_gate_mlp)
+    return _clip_half(encoder_hidden_states), hidden_states
+
+
+def flux2_single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    temb_mod: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    split_hidden_states: bool = False,
+    text_seq_len: int | None = None,
+) -> Any:
+    """``Flux2SingleTransformerBlock``: attention and MLP side by side over text and image as one sequence."""
+    if not _per_image(hidden_states, temb_mod):
+        return type(self).forward(
+            self,
+            hidden_states,
+            encoder_hidden_states,
+            temb_mod,
+            image_rotary_emb,
+            joint_attention_kwargs,
+            split_hidden_states,
+            text_seq_len,
+        )
+    if encoder_hidden_states is not None:
+        text_seq_len = encoder_hidden_states.shape[1]
+        hidden_states = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+    shift, scale, gate = temb_mod.chunk(3, dim=1)
+    branch = self.attn(
+        hidden_states=modulated_norm(hidden_states, shift, scale, self.norm.eps),
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    hidden_states = _clip_half(gated_residual(hidden_states, branch, gate))
+    return (hidden_states[:, :text_seq_len], hidden_states[:, text_seq_len:]) if split_hidden_states else hidden_states
+
+
+def _per_image(tokens: Tensor, *modulations: Tensor) -> bool:
+    """Whether there is a row of modulation per image. With reference images there is one per token."""
+    return all(rows.dim() == 2 and len(rows) == len(tokens) for rows in modulations)
 
 
 def joint_block(

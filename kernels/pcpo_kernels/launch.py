@@ -73,7 +73,7 @@ def block_for(elements: int, *, sums: int = 0) -> tuple[int, int]:
     So a thread needs at most 128 registers, and still loads 16 bytes of bf16 at once.
     """
     block = triton.next_power_of_2(elements)
-    return block, min(16 if sums == 3 else 8, max(1, block // 256))
+    return block, min(16 if sums == 3 or block > 4096 else 8, max(1, block // 256))
 
 
 def launch(kernel: Any, like: Tensor, grid: tuple[int, int, int], warps: int, *arguments: Any) -> None:

@@ -166,7 +166,9 @@ class ModelConfig(Section):
         "a GPU where that works",
     )
     block_kernels: Annotated[bool, EXECUTION] = Field(
-        False, description="use this package's fused norms, gates and rotary embeddings in the blocks (FLUX, SD3)"
+        False,
+        description="use this package's fused norms, gates, rotary embeddings and SwiGLU in the blocks (FLUX.1, "
+        "FLUX.2, SD3)",
     )
     attention: Annotated[str, EXECUTION] = Field(
         "native",

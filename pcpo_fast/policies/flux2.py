@@ -65,6 +65,7 @@ class Flux2Policy(PipelinePolicy):
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
+    accelerated: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
         *JOINT_ATTENTION,
         "ff.linear_in",

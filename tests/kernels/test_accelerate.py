@@ -29,10 +29,29 @@ def flux() -> nn.Module:
     )
 
 
+def flux2() -> nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=True,
+    )
+
+
 def sd3() -> nn.Module:
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(**TRANSFORMER)
+
+
+MODELS = {"flux": (flux, 3), "flux2": (flux2, 3), "sd3": (sd3, 2)}
+"""How each is built, and how many blocks it has."""
 
 
 def randomized(build: Callable[[], nn.Module]) -> nn.Module:
@@ -48,16 +67,17 @@ def randomized(build: Callable[[], nn.Module]) -> nn.Module:
 def call(model: nn.Module, name: str) -> Tensor:
     """The output for fixed inputs, in the dtype of the weights."""
     dtype = next(model.parameters()).dtype
-    if name == "flux":
-        ids = torch.arange(6)[:, None].expand(6, 3).float()
+    if name in ("flux", "flux2"):
+        axes = 3 if name == "flux" else 4
+        pooled = {"pooled_projections": normal(2, 6, seed=3).to(dtype)} if name == "flux" else {}
         return model(
             hidden_states=normal(2, 6, 4, seed=1).to(dtype),
             encoder_hidden_states=normal(2, 3, 12, seed=2).to(dtype),
-            pooled_projections=normal(2, 6, seed=3).to(dtype),
             timestep=torch.tensor([0.3, 0.8]).to(dtype),
             guidance=torch.tensor([3.5, 1.0]).to(dtype),
-            img_ids=ids,
-            txt_ids=torch.zeros(3, 3),
+            img_ids=torch.arange(6)[:, None].expand(6, axes).float(),
+            txt_ids=torch.zeros(3, axes),
+            **pooled,
         ).sample
     return model(
         hidden_states=normal(2, 4, 6, 4, seed=1).to(dtype),
@@ -76,9 +96,9 @@ def results(model: nn.Module, name: str) -> dict[str, Tensor]:
     return found | {"output": output.detach()}
 
 
-@pytest.fixture(scope="module", params=["flux", "sd3"])
+@pytest.fixture(scope="module", params=MODELS)
 def original(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
-    return request.param, randomized(flux if request.param == "flux" else sd3)
+    return request.param, randomized(MODELS[request.param][0])
 
 
 @pytest.fixture
@@ -101,7 +121,7 @@ def test_as_exact_as_the_original(model, dtype) -> None:
     module = module.to(dtype)
     exact = results(copy.deepcopy(module).double(), name)
     own = relative_errors(results(module, name), exact)
-    assert accelerate(module) == (3 if name == "flux" else 2)
+    assert accelerate(module) == MODELS[name][1]
     ours = relative_errors(results(module, name), exact)
     worst = {n: (ours[n], own[n]) for n in ours if ours[n] > 2 * own[n] + 4 * torch.finfo(dtype).eps}
     assert worst == {}
@@ -170,12 +190,43 @@ def test_with_lora(model) -> None:
 
     name, module = model
     module.requires_grad_(False)
-    module.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False))
+    targets = ["to_q", "to_k", "to_out.0", "to_qkv_mlp_proj", "linear_in"]
+    module.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     expected = results(module, name)
     assert expected.keys() - {"output"} == {n for n, _ in module.named_parameters() if "lora_" in n}
     accelerate(module)
     errors = relative_errors(results(module, name), expected)
     assert max(errors.values()) < 1e-4, errors
+
+
+def test_blocks_of_flux2_compile_into_one_graph_each() -> None:
+    model = randomized(flux2)
+    accelerate(model)
+    expected = results(model, "flux2")
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.compile(fullgraph=True, dynamic=False, backend="eager")
+    errors = relative_errors(results(model, "flux2"), expected)
+    torch._dynamo.reset()
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_modulation_of_flux2_that_is_not_one_row_per_image() -> None:
+    """One per token, as with reference images, or one for all images: diffusers' own forward, bit for bit."""
+    model = randomized(flux2)
+    double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
+    image, text = normal(2, 6, 16, seed=1).float(), normal(2, 3, 16, seed=2).float()
+
+    def outputs(*shape: int) -> list[Tensor]:
+        rows = normal(*shape, 96, seed=3).float()
+        both = double(image, text, rows, rows[..., :1, :].expand(*shape[:-1], 3, 96) if len(shape) > 1 else rows)
+        return [*both, single(image, None, rows[..., :48]), *single(image, text, rows[..., :1, :48], None, None, True)]
+
+    shapes = [(2, 6), (1, 1), (1,)]
+    with torch.no_grad():
+        expected = [value for shape in shapes for value in outputs(*shape)]
+        accelerate(model)
+        found = [value for shape in shapes for value in outputs(*shape)]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_weights_gathered_for_a_call(model) -> None:
@@ -216,6 +267,16 @@ def test_half_precision_is_clipped_as_before() -> None:
         )
     largest = torch.cat((text, image), dim=1).abs().max().item()
     assert largest == 65504.0
+
+
+def test_half_precision_of_flux2_is_clipped_as_before() -> None:
+    block = randomized(flux2).to(torch.float16).single_transformer_blocks[0]
+    tokens = 65000 * normal(1, 6, 16).sign().half()
+    rows = torch.cat((torch.zeros(1, 32), torch.full((1, 16), 3000.0)), dim=1).half()  # of the gate alone
+    with torch.no_grad():
+        expected = block(tokens, None, rows).abs().max().item()
+        accelerate(block)
+        assert block(tokens, None, rows).abs().max().item() == expected == 65504.0
 
 
 def test_attention_of_others_is_left_alone(original) -> None:
@@ -260,3 +321,10 @@ def test_what_cannot_be_accelerated() -> None:
         accelerate(model)
     assert "forward" not in vars(model.single_transformer_blocks[0])
     assert "forward" in vars(block)
+    model = flux2()
+    model.single_transformer_blocks[1].norm = nn.LayerNorm(16)
+    with pytest.raises(
+        ValueError, match="a Flux2SingleTransformerBlock can only be accelerated if its layer norms have"
+    ):
+        accelerate(model)
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -28,7 +28,7 @@ from pcpo_kernels.ops.policy_loss.inputs import LossInputs
 from pcpo_kernels.ops.policy_loss.variants import policy_loss_variants
 from pcpo_kernels.ops.sample_step import triton as step_op
 from pcpo_kernels.report import TARGETS, bulk_accesses, compile_all, compile_variant
-from pcpo_kernels.variant import all_variants, build
+from pcpo_kernels.variant import SIZES, all_variants, build
 from triton.runtime import driver
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels" / f"triton-{triton.__version__}.json"
@@ -320,7 +320,7 @@ def test_documented_traffic() -> None:
 def test_documented_block_traffic() -> None:
     """The table of passes in docs/block_kernels.md, against the variants whose compiled code is counted above."""
     text = (TABLE.parents[3] / "docs" / "block_kernels.md").read_text()
-    written = re.findall(r"^\| `(\w+)`(?:, two sequences)? \| (\d) \(\d+\) \| (\d) \| (\d) \|$", text, re.MULTILINE)
+    written = re.findall(r"^\| `(\w+)`(?:, [a-z ]+)? \| (\d) \(\d+\) \| (\d) \| (\d) \|$", text, re.MULTILINE)
     rows = {"gate", "shift", "scale", "partials"}  # of an image or a program, not of its tokens
 
     def passes(kernel: str, name: str) -> int:
@@ -332,7 +332,10 @@ def test_documented_block_traffic() -> None:
         return sum(parameter in names for parameter in given)
 
     kinds = {"modulated_norm": "norm", "gated_residual": "residual", "gated_residual_norm": "residual-norm"}
-    assert [op for op, *_ in written] == [*kinds, "norm_rope"]
+    assert [op for op, *_ in written] == [*kinds, "norm_rope", "swiglu"]
+    halves = [VARIANTS[f"swiglu_{way}", "bf16"] for way in ("forward", "backward")]
+    moved = [(half.loaded_bytes + half.stored_bytes) // (SIZES["bf16"] * half.block) for half in halves]
+    assert list(map(int, written.pop()[1:])) == [moved[0], moved[1], moved[1]]
     for op, *counts in written:
         kernel, name = ("adaptive_norm", f"bf16-{kinds[op]}") if op in kinds else ("norm_rope", "bf16")
         found = [passes(f"{kernel}_forward", name)]

@@ -285,9 +285,11 @@ def test_the_configuration_compiles_accelerates_and_recomputes(pipeline_folder: 
     assert policy.module.is_gradient_checkpointing
 
 
-def test_block_kernels_refuse_a_network_without_such_blocks(guided: Family) -> None:
-    if guided.name == "sd3":
-        guided.policy("model.block_kernels=true")
+def test_block_kernels_reach_every_block_or_refuse_the_network(guided: Family) -> None:
+    if guided.name in ("klein", "sd3"):
+        policy = guided.policy("model.block_kernels=true")
+        reached = [block for block in policy.compiled_blocks(policy.module) if "forward" in vars(block)]
+        assert reached == policy.accelerated_blocks(policy.module) and len(reached) == BLOCKS[guided.name]
     else:
         network = type(guided.policy().module).__name__
         with pytest.raises(UserError, match=rf"^model\.block_kernels: {network} has no block .*=false$"):

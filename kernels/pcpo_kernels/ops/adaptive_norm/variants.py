@@ -1,4 +1,4 @@
-"""The kernels' variants for ahead-of-time compilation, at the widths of FLUX and of Stable Diffusion 3."""
+"""The kernels' variants for ahead-of-time compilation, at the widths of FLUX, FLUX.2-dev and Stable Diffusion 3."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from pcpo_kernels.ops.adaptive_norm.triton import (
 from pcpo_kernels.sums import SUM_COLUMNS, SUM_ROWS, token_sums_kernel
 from pcpo_kernels.variant import Variant, build
 
-FLUX, SD3 = 3072, 1536  # channels
+FLUX, DEV, SD3 = 3072, 6144, 1536  # channels; the 4096 of FLUX.2-klein 9B are compiled to the same code as FLUX's
 BACKWARD_TOKENS = 16  # of a program, at 1024 x 1024
 NORM, RESIDUAL, BOTH = "norm", "residual", "residual-norm"  # kinds of calls
 
@@ -83,13 +83,17 @@ def token_sums(dtype: str) -> Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """The variants launched when FLUX or Stable Diffusion 3 is trained, in bf16 and fp32."""
+    """The variants launched when FLUX, FLUX.2 or Stable Diffusion 3 is trained, in bf16 and fp32."""
     for kind in (NORM, RESIDUAL, BOTH):
         yield adaptive_norm_forward("bf16", kind)
         for frozen in (True, False):
             yield adaptive_norm_backward("bf16", kind, frozen=frozen)
     yield adaptive_norm_forward("bf16", BOTH, SD3)
     yield adaptive_norm_backward("bf16", BOTH, frozen=False, channels=SD3)
+    yield adaptive_norm_forward("bf16", BOTH, DEV)
+    for frozen in (True, False):
+        yield adaptive_norm_backward("bf16", BOTH, frozen=frozen, channels=DEV)
+    yield adaptive_norm_backward("bf16", NORM, frozen=False, channels=DEV)  # whose threads have the most to hold
     yield adaptive_norm_forward("fp32", BOTH)
     yield adaptive_norm_backward("fp32", BOTH, frozen=False)
     for dtype in ("bf16", "fp32"):

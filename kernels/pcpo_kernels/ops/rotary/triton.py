@@ -128,10 +128,10 @@ def norm_rope_backward_kernel(
 
 
 @functools.cache
-def tile_for(heads: int, size: int) -> tuple[tuple[int, int], int]:
-    """The tile of one token and its warps: 16 elements per thread of a large one."""
+def tile_for(heads: int, size: int, *, sums: bool = False) -> tuple[tuple[int, int], int]:
+    """The tile of one token and its warps: 16 elements per thread of a large one, 32 of the largest without sums."""
     tile = triton.next_power_of_2(heads), max(2, triton.next_power_of_2(size))
-    return tile, min(8, max(1, tile[0] * tile[1] // 512))
+    return tile, min(16 if sums else 8, max(1, tile[0] * tile[1] // 512))
 
 
 def _parts(heads: Heads) -> list[tuple[Tensor, Tensor | None, int]]:
@@ -186,7 +186,7 @@ def _backward(
         taken = tokens_per_program(tokens)
         chunks = cdiv(tokens, taken)
         partials = None if total is None else part.new_empty((images * chunks, size), dtype=torch.float32)
-        tile, warps = tile_for(int(heads), int(size))
+        tile, warps = tile_for(int(heads), int(size), sums=total is not None)
         launch(
             norm_rope_backward_kernel, part, (images * chunks, 1, 1), warps,
             read, part, factor, cos, sin, gradient, partials, *read.stride()[:3], *part.stride()[:3],
