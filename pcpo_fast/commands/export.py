@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         record = {"output": str(done.folder), "kind": done.kind, "epoch": done.epoch}
         print(json.dumps(record | ({} if done.address is None else {"address": done.address})))
     else:
-        print(f"{done.kind} after {done.epoch} epochs: {done.folder}")
+        print(f"{done.kind} after {done.epoch} epoch{'s' if done.epoch != 1 else ''}: {done.folder}")
         if done.address is not None:
             print(f"uploaded to {done.address}")
     return 0

@@ -11,6 +11,7 @@ import yaml
 
 import pcpo_fast
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.shipped import find
 from pcpo_fast.reporting.run_files import RunFiles
 from pcpo_fast.runs.provenance import read_provenance
 
@@ -63,16 +64,17 @@ def write_model_card(
     if grid is not None:
         shutil.copyfile(grid, folder / SAMPLES)
     path = config.model.path
-    on_hub = _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+    on_hub = _HUB_ID.fullmatch(path) is not None and not find(path).exists()
     base = path if on_hub else Path(path).name
+    epochs = f"{epoch} epoch{'s' if epoch != 1 else ''}"
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(base if on_hub else None, kind), sort_keys=False)}---",
         f"# {Path(name or folder.name).name}",
         f"{_ARTICLES[kind]} of {base}, trained by reinforcement learning to raise {_rewards(config)} on its images: "
-        f"{epoch} epochs of {config.algorithm or 'policy optimization'} with pcpo_fast.",
+        f"{epochs} of {config.algorithm or 'policy optimization'} with pcpo_fast.",
     ]
     if grid is not None:
-        parts.append(f"![Held-out prompts after {epoch} epochs]({SAMPLES})")
+        parts.append(f"![Held-out prompts after {epochs}]({SAMPLES})")
     parts += ["## What the training changed", _results(run, config, epoch)]
     parts += [
         "## Use",
@@ -150,7 +152,7 @@ def _usage(folder: Path, config: Config, kind: str, base: str, source: str, call
         lines += [
             f'pipe = DiffusionPipeline.from_pretrained("{base}", {kind}=network, dtype=torch.bfloat16).to("cuda")'
         ]
-    code = "\n".join([*lines, f'image = pipe("a prompt", {options}).images[0]'])
+    code = "\n".join([*lines, f'image = pipe(prompt="a prompt", {options}).images[0]'])
     guidance = "" if call is None else ", the guidance"
     text = f"```python\n{code}\n```\n\nThese are the size{guidance} and the number of steps of the training."
     if call == {}:

@@ -20,7 +20,8 @@ TAKES_SETTINGS = ("train", "plan", "preflight", "compare")
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """Each command as the page shows it, in a block or in a sentence, and its arguments, with numbers for letters."""
     text = re.sub(r"\s*\\\n\s*", " ", page.read_text(encoding="utf-8"))
-    blocks = re.findall(rf"^(?:    |\$ )?(?:\w+=\S+ )*({PROGRAM} .+)$", text, re.MULTILINE)
+    lines = rf"^ *(?:\$ )?(?:\w+=\S+ )*({PROGRAM} .+)$(?!\n *error: )"  # not what a page shows to be refused
+    blocks = re.findall(lines, text, re.MULTILINE)
     spans = [" ".join(span.split()) for span in re.findall(rf"`({PROGRAM} [^`]+)`", text)]
     for shown in blocks + [span for span in spans if re.search(r" -|=", span)]:  # others only name a command
         command = re.split(r"\s+#|\s{2,}(?!-|[\w.]+=)|\s[>|&]\s| \.\.\.", shown)[0]

@@ -105,7 +105,9 @@ def test_an_export_is_uploaded_with_its_card(lora: Run, hub: type[Hub], tmp_path
         "tags": ["text-to-image", "lora", "reinforcement-learning", "pcpo"],
     }  # no base model of this name is on the hub
     assert 'pipe.load_lora_weights("me/it")' in card and "models/loras" in card
-    assert re.search(r'pipe\("a prompt", height=\d+, width=\d+, guidance_scale=3\.5, num_inference_steps=\d', card)
+    assert re.search(
+        r'pipe\(prompt="a prompt", height=\d+, width=\d+, guidance_scale=3\.5, num_inference_steps=\d', card
+    )
     assert str(tmp_path) not in card and "`tiny_pipeline:redness`" in card
     records = map(json.loads, (lora.folder / "metrics.jsonl").read_text().splitlines())
     before, after = (r["heldout/reward/mean"] for r in records if r["kind"] == "evaluation" and r["epoch"] in (0, 2))
@@ -134,7 +136,7 @@ def test_a_card_names_the_base_model_and_its_license(
     folder.mkdir()
     write_model_card(folder, RunFiles(tmp_path), config, 3, kind, None, None)
     card = (folder / "README.md").read_text()
-    assert 'pipe("a prompt", height=32, width=32, num_inference_steps=' in card
+    assert 'pipe(prompt="a prompt", height=32, width=32, num_inference_steps=' in card
     found = front_matter(card)
     assert found["base_model"] == base
     assert found["base_model_relation"] == ("adapter" if kind == "LoRA" else "finetune")
@@ -142,11 +144,15 @@ def test_a_card_names_the_base_model_and_its_license(
     assert words in card and "Held-out images were not scored" in card
 
 
-def test_a_card_of_a_modular_pipeline_shows_no_call_that_it_does_not_take(tmp_path: Path) -> None:
+def test_a_card_of_a_modular_pipeline_shows_no_call_that_it_does_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a shipped path looks like a hub id
     config = load_config(None, ["sampler.steps=6", "model.cfg_scale=4"])
     write_model_card(tmp_path, RunFiles(tmp_path), config, 3, "LoRA", None, {})
     card = (tmp_path / "README.md").read_text()
     assert "`ModularPipeline`" in card and "height 32, width 32, scale 4, 6 steps" in card and "```" not in card
+    assert "base_model" not in front_matter(card) and "The license of the base model holds" in card
 
 
 def test_the_licenses_of_the_models_of_shipped_configurations_are_known() -> None:
