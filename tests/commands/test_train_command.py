@@ -17,6 +17,7 @@ from cli_runs import (
     write_config,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_pipeline import PROMPTS
 
 from pcpo_fast.config.loading import load_config
@@ -102,15 +103,30 @@ def test_gradients_of_credit_are_measured_on_the_weights_of_a_run(full: Run, cap
         assert answer.code == 2 and answer.err.startswith(f"error: {said}")
 
 
-def test_where_two_forwards_part_is_found_on_the_weights_of_a_run(full: Run, capsys: Capture) -> None:
+def test_where_two_forwards_part_is_found_on_the_weights_of_a_run(full: Run, tmp_path: Path, capsys: Capture) -> None:
     answer = call(capsys, "first-difference", full.folder, "--other", "model.dtype=bfloat16", "--step", "1", "--json")
     assert answer.code == 0, answer.err
     record = json.loads(answer.out)
     assert record["compared"] > 100 and record["first"]["distance"] > 1e-4 and record["distances"][""] > 1e-4
     answer = call(capsys, "first-difference", full.folder)
     assert answer.code == 0 and re.search(r"no difference: all \d+ operations|first difference: \S+ in \S+", answer.out)
+    file = tmp_path / "forward.safetensors"
+    answer = call(capsys, "first-difference", full.folder, "--save", file)
+    assert answer.code == 0 and re.fullmatch(rf"wrote {file}: \d+ operations\n", answer.out)
+    answer = call(capsys, "first-difference", full.folder, "--against", file)
+    assert answer.code == 0 and re.search(r"no difference: all \d+ operations", answer.out)
+    answer = call(capsys, "first-difference", full.folder, "model.guidance=5", "--against", file, "--json")
+    distances = json.loads(answer.out)["distances"]
+    assert distances["x_embedder"] == 0 < distances["time_text_embed"]
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    save_file({"latents": torch.zeros(1)}, tmp_path / "other.safetensors")
     for arguments, said in (
         (("--other", "train.epochs=3"), "--other: must be a setting of the model, model.KEY=VALUE, got train.epochs=3"),
+        (("--against", tmp_path / "empty.safetensors"), f"--against: {tmp_path}/empty.safetensors cannot be read: "),
+        (("--against", tmp_path / "other.safetensors"), f"--against: {tmp_path}/other.safetensors was not written"),
+        (("--against", file, "model.height=32"), f"--against: {file} is of another model, image size or number of"),
+        (("--against", file, "--step", "1"), "--step: a forward that is compared with --against has the step"),
+        (("--save", tmp_path / "no" / "where"), f"--save: {tmp_path}/no is not a folder"),
         (("--step", "99"), "--step: must be 0 to "),
     ):
         answer = call(capsys, "first-difference", full.folder, *arguments)

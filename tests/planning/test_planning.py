@@ -458,11 +458,11 @@ def test_zero_3_loads_one_weight_at_a_time() -> None:
 def test_weights_from_host_memory_are_used_for_large_batches() -> None:
     """Moving all of them for a batch costs more than computing a forward again."""
     config = shipped(FLUX, "model.finetune=lora", "model.lora.rank=1", "model.lora.alpha=1")
-    small, middle, large = (choose(config, flux(720, "lora"), 1, memory, pairs=24) for memory in (24e9, 50e9, 60e9))
-    assert small is not None and middle is not None and large is not None
+    small, *larger = (choose(config, flux(720, "lora"), 1, 1e9 * size, pairs=24) for size in (24, *range(40, 61)))
+    assert small is not None
     assert (small.zero, small.checkpointed, small.micro_batch) == (SHIPPED["zero3_offload"], True, 8)
-    assert (middle.zero, middle.checkpointed) == (SHIPPED["zero1"], "selective")
-    assert (large.zero, large.checkpointed) == (SHIPPED["zero1"], False)
+    assert {choice.zero for choice in larger if choice is not None} == {SHIPPED["zero1"]}
+    assert list(dict.fromkeys(choice and choice.checkpointed for choice in larger)) == [True, "selective", False]
 
 
 @pytest.mark.slow
