@@ -2,10 +2,10 @@
 
     python assets/make_tiny_flux2.py --output assets/tiny-flux2 --work runs/make-tiny
 
-Three stages: the latents of rendered scenes, the text encoder, which learns to write captions, and the transformer,
-which reads its states and leaves it as it is. Each leaves its result in the work folder and is skipped when that result
-is there; training also saves its state every minute, so an interrupted run goes on where it stopped. The same seed and
-thread count give the same weights on the same machine.
+Four stages: the latents of rendered scenes, the text encoder, which learns to write captions, and the transformer in
+two parts, which reads its states and leaves it as it is. Each leaves its result in the work folder and is skipped when
+that result is there; training also saves its state every minute, so an interrupted run goes on where it stopped. The
+same seed and thread count give the same weights on the same machine.
 """
 
 from dataclasses import dataclass
@@ -49,6 +49,8 @@ class Plan:
     text_batch: int = 32
     text_rate: float = 2e-3
     steps: int = 1300
+    short_steps: int = 600  # of the shapes' steps, those before the texts' lengths vary
+    shape_steps: int = 850
     batch: int = 64
     rate: float = 1.5e-3
     empty: float = 0.1
@@ -152,10 +154,22 @@ def make_text_encoder(plan: Plan, work: Path, seed: int) -> Qwen3ForCausalLM:
     return modules["text_encoder"].eval()
 
 
+def whitening(states: Tensor) -> Tensor:
+    """[96, 96]: what makes all directions of states [..., 96] equally strong."""
+    rows = states.flatten(0, -2)
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    return (vectors * (values.clamp_min(0) + 1e-3).rsqrt()) @ vectors.T
+
+
 def make_transformer(
     plan: Plan, text_encoder: Qwen3ForCausalLM, latents: Tensor, captions: Tensor, work: Path, seed: int
 ) -> Flux2Transformer2DModel:
-    """Trains the transformer by flow matching on the text encoder's states."""
+    """Trains the transformer by flow matching on the text encoder's states, in two parts.
+
+    A color, on which later words depend, changes the states four times as much as a shape, and the transformer does not
+    normalise them: in the first part it learns images and colors. The second begins with states whose directions are
+    equally strong, and learns shapes.
+    """
     tokens = tokenize(build_tokenizer())
     with torch.no_grad():
         parts = torch.arange(len(TEXTS)).split(16)
@@ -166,7 +180,9 @@ def make_transformer(
 
     def loss_of_step(step: int) -> Tensor:
         generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
-        length, count = draw_length(TEXT_LENGTH, plan.batch, generator, CAPTION_LENGTH)
+        length, count = CAPTION_LENGTH, plan.batch
+        if not plan.steps <= step < plan.steps + plan.short_steps:
+            length, count = draw_length(TEXT_LENGTH, plan.batch, generator, CAPTION_LENGTH)
         chosen = torch.randint(len(latents), (count,), generator=generator)
         texts, place = draw_texts(captions[chosen], plan.empty, generator)
         embeds = states[texts, :length][place]
@@ -186,6 +202,14 @@ def make_transformer(
         return (velocity - (noise - clean)).square().mean()
 
     train_denoiser("flux2", modules, loss_of_step, steps=plan.steps, rate=plan.rate, folder=work, seed=seed)
+    modules["transformer"].context_embedder.weight.data.copy_(whitening(states[:, :16]))
+
+    def loss_of_shape_step(step: int) -> Tensor:
+        return loss_of_step(plan.steps + step)
+
+    train_denoiser(
+        "shapes", modules, loss_of_shape_step, steps=plan.shape_steps, rate=plan.rate, folder=work, seed=seed
+    )
     return modules["transformer"]
 
 

@@ -38,7 +38,6 @@ class Tiny:
     good: dict[str, object]
     tokens: dict[str, int]  # of a caption, by tokenizer: its seven words, and what marks their begin and end
     room: float  # what the reward of training captions stays below with six steps
-    shape: float = 0.40  # the least share of right shapes; a guess is right in a quarter
 
 
 PIPELINES = {
@@ -70,10 +69,9 @@ PIPELINES = {
         Flux2KleinPipeline,
         ("transformer", "vae", "text_encoder"),
         ("tokenizer", "scheduler"),
-        {"num_inference_steps": 10, "guidance_scale": 2.0, "max_sequence_length": 16},
+        {"num_inference_steps": 10, "guidance_scale": 4.0, "max_sequence_length": 16},
         {"tokenizer": 7},
         0.80,
-        0.15,
     ),
 }
 
@@ -245,26 +243,21 @@ CASES = [
     pytest.param("tiny-sd3", 1, {"num_inference_steps": 6, "max_sequence_length": 256}, marks=pytest.mark.slow),
     ("tiny-flux2", 2, {"num_inference_steps": 6, "max_sequence_length": 9}),
     pytest.param("tiny-flux2", 2, {}, marks=pytest.mark.slow),
-    pytest.param(
-        "tiny-flux2",
-        1,
-        {"num_inference_steps": 6, "guidance_scale": 1.0, "max_sequence_length": 512},
-        marks=pytest.mark.slow,
-    ),
+    pytest.param("tiny-flux2", 1, {"num_inference_steps": 6, "max_sequence_length": 512}, marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("name", "seeds", "options"), CASES)
 def test_heldout_captions_come_out_right(
-    pipeline: DiffusionPipeline, tiny: Tiny, good: dict[str, object], seeds: int, options: dict[str, object]
+    pipeline: DiffusionPipeline, good: dict[str, object], name: str, seeds: int, options: dict[str, object]
 ) -> None:
     captions = heldout_captions()
     images = torch.cat([sample(pipeline, captions, seed, **good | options) for seed in range(seeds)])
     found = measure_scenes(images, captions * seeds)
     assert share(found.background) >= 0.95
     assert share(found.color) >= 0.90
-    # Measured over 256 images: 0.52 to 0.62, and 0.24 to 0.27 of tiny-flux2, which knows colors only.
-    assert share(found.shape) >= tiny.shape
+    # Measured: 0.50 to 0.64, and 0.31 of tiny-flux2 with long text, of which it has seen little. A guess: a quarter.
+    assert share(found.shape) >= (0.25 if (name, options.get("max_sequence_length")) == ("tiny-flux2", 512) else 0.40)
 
 
 @pytest.mark.parametrize(("name", "longest"), [("tiny-flux", 512), ("tiny-sd3", 256), ("tiny-flux2", 512)])
