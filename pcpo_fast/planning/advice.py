@@ -1,6 +1,6 @@
 """The fastest settings with which a run fits."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -83,14 +83,23 @@ def choose(
 
 
 def least_host_memory(
-    config: Config, costs: ModelCosts, ranks: int, memory: float, pairs: int, nodes: int
+    config: Config,
+    costs: ModelCosts,
+    ranks: int,
+    memory: float,
+    pairs: int,
+    nodes: int,
+    mapped: Collection[str] | None = None,
 ) -> tuple[Choice, MemoryPlan] | None:
-    """Of the choices that fit GPUs with ``memory`` the one that needs the least host memory, and how much; or None."""
+    """Of the choices that fit GPUs with ``memory`` the one that needs the least host memory, and how much; or None.
+
+    ``mapped`` is as for :func:`pcpo_fast.planning.host.plan_host`.
+    """
     best: dict[Zero, Choice] = {}
     for choice in _choices(config, costs, ranks, pairs):
         if choice.memory.peak <= usable(memory):
             best.setdefault(choice.zero, choice)
-    plans = [(choice, plan_host(config, costs, zero, ranks, nodes)) for zero, choice in best.items()]
+    plans = [(choice, plan_host(config, costs, zero, ranks, nodes, mapped)) for zero, choice in best.items()]
     return min(plans, key=lambda pair: pair[1].peak, default=None)
 
 

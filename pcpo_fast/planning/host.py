@@ -1,7 +1,7 @@
 """The expected peak of a machine's host memory in each phase of a run on GPUs, and its parts."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import prod
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,7 +24,14 @@ def pinned(size: float) -> float:
     return float(1 << (math.ceil(size) - 1).bit_length()) if size > 0 else 0.0
 
 
-def plan_host(config: Config, costs: ModelCosts, zero: Zero, ranks: int, nodes: int = 1) -> MemoryPlan:
+def plan_host(
+    config: Config,
+    costs: ModelCosts,
+    zero: Zero,
+    ranks: int,
+    nodes: int = 1,
+    mapped: Collection[str] | None = None,
+) -> MemoryPlan:
     """The host memory of the first of ``nodes`` machines that ``ranks`` GPUs are in.
 
     Every rank loads network, VAE and reward models into host memory, then the text encoders, which go to the GPU or
@@ -41,9 +48,10 @@ def plan_host(config: Config, costs: ModelCosts, zero: Zero, ranks: int, nodes: 
         zero: stage and offloading.
         ranks: number of GPUs.
         nodes: machines that they are divided over.
+        mapped: parts whose weights are mapped; None: those of which that is known.
     """
     model, width, here = costs.model, WEIGHT_BYTES[config.model.dtype], ranks // nodes
-    mapped = model.mapped_parts
+    mapped = model.mapped_parts if mapped is None else mapped
     whole, trained = float(model.network_parameters * width), model.trained_parameters
     network = whole
     if model.policy.trained_part in mapped:

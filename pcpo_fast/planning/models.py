@@ -104,6 +104,11 @@ class ModelOnMeta:
         return sum(p.numel() for p in self.policy.module.parameters() if p.requires_grad)
 
     @cached_property
+    def loaded_parts(self) -> set[str]:
+        """Parts that are loaded: the network, the VAE and the text encoders."""
+        return {self.policy.trained_part, "vae", *self.encoders}
+
+    @cached_property
     def mapped_parts(self) -> set[str]:
         """Parts whose files are on this machine and store ``model.dtype``.
 
@@ -130,6 +135,18 @@ class ModelOnMeta:
     def vae_parameters(self) -> int:
         """Parameters of the VAE."""
         return sum(p.numel() for p in self.policy.vae.parameters())
+
+
+def weights_are_here(settings: ModelConfig) -> bool:
+    """Whether this machine has the pipeline with the weights of the trained network."""
+    folder = folder_here(settings.path, settings.revision)
+    if folder is None:
+        return False
+    try:
+        family = family_of(pipeline_class_of(folder, FAMILIES))
+    except UserError:  # another model is there
+        return False
+    return any((folder / family.trained_part).glob("*.safetensors"))
 
 
 def find_architecture(settings: ModelConfig, folder: str | None = None) -> Architecture:

@@ -30,6 +30,9 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     peak = f"{own['peak']:.1f} GB at its peak ({own['worst_phase']})"
     verdict = "fits" if own["fits"] else "does not fit"
     host = f"{own['host']['peak']:.1f} GB of host memory in each machine ({own['host']['worst_phase']})"
+    if own["host_if_mapped"] is not None:
+        mapped = f"{own['host_if_mapped']['peak']:.1f} if the files of the model, which are not here, store"
+        host += f", {mapped} {plan['model']['dtype']}"
     say(console, f"This configuration ({own['zero']}) needs {peak}; it {verdict} {gpus}. It needs {host}")
     advice = plan["recommendation"]
     say(console, ("Recommended: " if advice["fits"] else "Does not fit: ") + advice["reason"])

@@ -7,6 +7,7 @@ from pcpo_fast.config.schema import Config
 from pcpo_fast.planning.advice import GB, Choice, Machines, choose, least_host_memory, least_memory, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan
+from pcpo_fast.planning.models import weights_are_here
 
 
 def recommend(
@@ -56,6 +57,14 @@ def recommend(
     if machines.host is not None:
         lacking = least_host_memory(config, costs, gpus, memory_gb * GB, pairs, machines.nodes)
         if lacking is not None:
+            if not weights_are_here(config.model):
+                mapped = costs.model.loaded_parts
+                least_host = least_host_memory(config, costs, gpus, memory_gb * GB, pairs, machines.nodes, mapped)
+                if least_host is not None and least_host[1].peak <= usable(machines.host):
+                    ways.append(
+                        f"download the model, and plan again: {least_host[1].peak / GB:.1f} GB are enough if its files "
+                        f"store {config.model.dtype}, with {' '.join(least_host[0].settings())}"
+                    )
             return {"fits": False, **_lacking_host(*lacking, gpus, memory_gb, machines.host, ways)}
     least = least_memory(config, costs, gpus, pairs)
     for more in (2, 4, 8, 16, 32, 64):  # whether the images divide evenly over them is not checked

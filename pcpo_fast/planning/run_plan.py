@@ -16,7 +16,7 @@ from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.disk import evaluation_count, plan_disk, prompt_bytes
 from pcpo_fast.planning.host import plan_host
 from pcpo_fast.planning.memory import MemoryPlan, plan_memory, uncounted_rewards
-from pcpo_fast.planning.models import find_architecture
+from pcpo_fast.planning.models import find_architecture, weights_are_here
 from pcpo_fast.planning.recommendation import recommend
 from pcpo_fast.planning.sizes import fitted
 from pcpo_fast.planning.states import Zero, usual_stages
@@ -156,6 +156,9 @@ def make_plan(
             "micro_batch_size": config.train.pairs_at_once,
             "rollout_batch_size": config.rollout.images_at_once,
             "host": _record(plan_host(config, costs, zero, gpus, nodes), host_gb),
+            "host_if_mapped": None
+            if weights_are_here(config.model)
+            else _record(plan_host(config, costs, zero, gpus, nodes, model.loaded_parts), host_gb),
         }
         | _record(own, memory_gb),
         "recommendation": advice,

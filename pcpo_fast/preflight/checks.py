@@ -9,16 +9,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pcpo_fast.config.schema import Config, ModelConfig
+from pcpo_fast.config.schema import Config
 from pcpo_fast.config.shipped import find
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.advice import GB
 from pcpo_fast.planning.disk import encoded_prompts
+from pcpo_fast.planning.models import weights_are_here
 from pcpo_fast.planning.states import WEIGHT_BYTES
 from pcpo_fast.policies.embedding_cache import EmbeddingCache
-from pcpo_fast.policies.families import FAMILIES, family_of, find_family
+from pcpo_fast.policies.families import find_family
 from pcpo_fast.policies.folder_checks import check_folder
-from pcpo_fast.policies.pipeline_files import folder_here, pipeline_class_of
 from pcpo_fast.preflight.available import available_memory
 from pcpo_fast.training.run_inputs import RunInputs
 
@@ -88,7 +88,7 @@ def check_model(config: Config) -> tuple[Status, str]:
         check_folder(folder, family, config.model)
         family.check_training(config.model)
         return "ok", f"{path}: a {family.pipeline_class.__name__} with all its weights"
-    if _is_here(config.model):
+    if weights_are_here(config.model):
         return "ok", f"{path} is in the hub's cache on this machine"
     from huggingface_hub import auth_check
 
@@ -120,7 +120,7 @@ def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:
         need(config.embedding_folder, "encoded prompts", parts.pop("encoded prompts") * _share_to_encode(config))
     for what, size in parts.items():
         need(Path(config.output_dir), what, size)
-    if not find(config.model.path).is_dir() and not _is_here(config.model):
+    if not find(config.model.path).is_dir() and not weights_are_here(config.model):
         everything = counts["network"] + counts["vae"] + sum(counts["text_encoders"].values())
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -157,6 +157,12 @@ def check_host(plan: dict[str, Any]) -> tuple[Status, str]:
     free = available_memory() / GB
     if needed <= free:
         return "ok", f"peak {needed:.1f} of {free:.1f} GB that are available ({phase})"
+    mapped = own["host_if_mapped"]
+    if mapped is not None and torch.cuda.is_available() and mapped["peak"] <= free:
+        return "warning", (
+            f"{free:.1f} GB are available: enough if the model's files, which are not here, store "
+            f"{plan['model']['dtype']} ({mapped['peak']:.1f} GB, {mapped['worst_phase']}), else {needed:.1f} are needed"
+        )
     return "failed", (
         f"{'one rank needs' if here == 1 else f'{here} ranks need'} {needed:.1f} GB ({phase}, {own['zero']}), but "
         f"{free:.1f} GB are available: `pcpo-fast plan --host-memory {free:.0f}` shows what would fit"
@@ -173,15 +179,6 @@ def check_memory(plan: dict[str, Any]) -> tuple[Status, str]:
         f"the peak of {own['peak']:.1f} GB ({own['worst_phase']}, {own['zero']}) does not fit into "
         f"{plan['gpu_memory_gb']:.0f} GB: {what}"
     )
-
-
-def _is_here(settings: ModelConfig) -> bool:
-    """Whether this machine has the pipeline with the weights of the trained network."""
-    folder = folder_here(settings.path, settings.revision)
-    if folder is None:
-        return False
-    family = family_of(pipeline_class_of(folder, FAMILIES))
-    return any((folder / family.trained_part).glob("*.safetensors"))
 
 
 def _existing(folder: Path) -> Path:

@@ -144,6 +144,27 @@ def test_bf16_weights_without_a_master_copy_are_not_offloaded() -> None:
     assert not any(zero.offload_optimizer for zero in usual_stages(config).values())
 
 
+def test_a_model_that_is_not_here_may_need_less_host_memory(tmp_path: Path) -> None:
+    """What dtype its files store is not known: with ``model.dtype`` they are mapped, and take nothing."""
+    for file in (ROOT / "assets" / "tiny-flux").rglob("*.json"):
+        copy = tmp_path / file.relative_to(ROOT / "assets" / "tiny-flux")
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    small = ("model.finetune=lora", "model.lora.rank=1", "rollout.prompts_per_epoch=1", "evaluation.prompts=1")
+    config = tiny(f"model.path={tmp_path}", "model.dtype=float32", *small)
+    costs = costs_of(config)
+    plans = [plan_host(config, costs, Zero(1), 1, mapped=parts) for parts in (None, costs.model.loaded_parts)]
+    copied, mapped = (plan.phases["encode prompts"] for plan in plans)
+    assert copied - mapped == 4 * (NETWORK + VAE + ENCODERS)
+    assert plans[0].peak == copied > plans[1].peak
+    enough = (copied + plans[1].peak) / 2e9 + 1.5
+    advice = make_plan(config, 1, 8, host_gb=enough)["recommendation"]
+    said = (
+        f"download the model, and plan again: {plans[1].peak / 1e9:.1f} GB are enough if its files store float32, with"
+    )
+    assert not advice["fits"] and advice["ways_out"][0].startswith(said)
+
+
 def test_machines_with_too_little_memory_or_disk(capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(tiny(), 1, 8, host_gb=4, disk_gb=0.001)
     advice = plan["recommendation"]

@@ -184,6 +184,9 @@ def test_too_little_host_memory_fails(on_gpu: bool, plan: dict[str, Any], monkey
         status, says = checks.check_host(plan)
         assert status == expected and "\n" not in says
     assert says.startswith(f"one rank needs {needed:.1f} GB (") and "--host-memory" in says
+    unknown = {"peak": 0.9 * needed, "worst_phase": "load"}  # of a model that is not here, if its files can be mapped
+    status, says = checks.check_host(plan | {"configured": own | {"host_if_mapped": unknown}})
+    assert status == ("warning" if on_gpu else "failed")
 
 
 @pytest.mark.slow
