@@ -121,21 +121,20 @@ def test_reduction_of_a_step_makes_no_variant(compilations) -> None:
 
 
 def test_no_spills(compiled) -> None:
-    """None but the 8 bytes of stack that the table of Triton 3.6.0 has for some; 3.7.1's has none."""
-    committed = json.loads(TABLE.read_text()) if TABLE.is_file() else []
-    known = {tuple(list(row.values())[:5]) for row in committed if row["spill_bytes"]}
-    assert [result[:5] for result in compiled if result.spill_bytes and result[:5] not in known] == []
+    assert [result[:5] for result in compiled if result.spill_bytes] == []
 
 
-MOST_ISSUED = {"policy_loss_forward": 75, "policy_loss_backward": 72}
-"""Instructions per element on sm_90 of the loss with noise from a key."""
+MOST_ISSUED = {"policy_loss_forward": 63.5, "policy_loss_backward": 59.5}
+"""Instructions per element on sm_90 of the loss with noise from a key; no kernel calls a subroutine."""
 
 
 def test_instructions_per_element(compiled) -> None:
     found = {}
     for result in compiled:
-        if result.kernel in MOST_ISSUED and (result.variant, result.target) == ("bf16-key", "sm_90"):
-            found[result.kernel] = result.issued.instructions / result.elements
+        if result.target == report.COUNTED:
+            assert result.issued.calls == 0, result[:3]
+            if result.kernel in MOST_ISSUED and result.variant == "bf16-key":
+                found[result.kernel] = result.issued.instructions / result.elements
     assert found.keys() == MOST_ISSUED.keys()
     assert {kernel: count for kernel, count in found.items() if count > MOST_ISSUED[kernel]} == {}
 
@@ -175,8 +174,13 @@ def test_no_float64(compiled) -> None:
 
 
 def test_occupancy(compiled) -> None:
-    """At least four programs of four warps fit on an NVIDIA multiprocessor (65536 registers)."""
-    assert [result[:4] for result in compiled if not result.target.startswith("gfx") and result.registers > 128] == []
+    """At least four programs of four warps fit on an NVIDIA multiprocessor (65536 registers).
+
+    But for one with Triton 3.6.0.
+    """
+    known = [("policy_loss_backward", "fp32-key-kl", "sm_100", 130)] if triton.__version__ == "3.6.0" else []
+    many = [result[:4] for result in compiled if not result.target.startswith("gfx") and result.registers > 128]
+    assert [result for result in many if result not in known] == []
 
 
 def test_16_byte_accesses(compiled) -> None:

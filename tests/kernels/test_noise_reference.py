@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import PHILOX_VECTORS, signed
@@ -52,6 +53,26 @@ def test_box_muller_by_hand() -> None:
     angle = 2 * math.pi * (0.5 + smallest)
     assert got[2].item() == pytest.approx(radius * math.cos(angle), rel=1e-7)
     assert got[3].item() == pytest.approx(radius * math.sin(angle), rel=1e-7)
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray | np.float32) -> np.ndarray:
+    """``a b + c`` with one rounding to float32: the product is exact in float64."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+@pytest.mark.parametrize("every", [61, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_kernels_square_root_is_correctly_rounded(every: int) -> None:
+    """For every float32 (of [1, 4), the others are these times powers of 4), from any approximation within 4 ulp."""
+    half = np.float32(0.5)
+    for piece in np.array_split(np.arange(0, 1 << 24, every, dtype=np.int32), 1 + (1 << 5) // every):
+        x = (piece + np.float32(1).view(np.int32)).view(np.float32)
+        nearest = (1 / np.sqrt(x.astype(np.float64))).astype(np.float32).view(np.int32)
+        for off in range(-4, 5):
+            inverse = (nearest + np.int32(off)).view(np.float32)
+            inverse = fused(inverse, fused(-half * inverse, x * inverse, half), inverse)
+            root = x * inverse
+            root = fused(fused(-root, root, x), half * inverse, root)
+            assert np.array_equal(root, np.sqrt(x))
 
 
 def test_distribution() -> None:

@@ -11,7 +11,7 @@ from pcpo_kernels.dispatch import interpreting
 from pcpo_kernels.launch import Plan
 from pcpo_kernels.ops.noise import triton as kernels
 from pcpo_kernels.ops.noise.reference import philox_uint32
-from pcpo_kernels.ops.noise.triton import philox_words
+from pcpo_kernels.ops.noise.triton import philox_rounds, philox_words
 
 
 @triton.jit
@@ -23,7 +23,8 @@ def words_kernel(result, seed, counter, c2, c3, BLOCK: tl.constexpr):
     else:
         low, high = (at & 0xFFFFFFFF).to(tl.uint32), ((at >> 32) & 0xFFFFFFFF).to(tl.uint32)
         third, fourth = tl.load(c2 + index).to(tl.uint32), tl.load(c3 + index).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox(tl.load(seed), low, high, third, fourth, 10)
+        k0, k1 = tl.load(seed).to(tl.uint32), (tl.load(seed) >> 32).to(tl.uint32)
+        w0, w1, w2, w3 = philox_rounds(low, high, third, fourth, k0, k1)
     tl.store(result + 4 * index, w0.to(tl.int64))
     tl.store(result + 4 * index + 1, w1.to(tl.int64))
     tl.store(result + 4 * index + 2, w2.to(tl.int64))

@@ -18,37 +18,48 @@ from pcpo_kernels.operators import Operator
 
 
 @triton.jit
-def log_of_uniform(word):
-    """``log(u)`` for ``u = n 2^-25``, ``n = 2 (word >> 8) + 1``; relative error below 1e-7, also for u nearly 1."""
-    n = ((word >> 8) * 2 + 1).to(tl.int32)
-    rounded = n.to(tl.float32)
-    bits = rounded.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23  # the mantissa lands in [sqrt(1/2), sqrt(2))
-    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    unit = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    # n has 25 bits and float32 keeps 24: the lost one comes back, exactly where log(u) is small.
-    f = (mantissa - 1.0) + (n - rounded.to(tl.int32)).to(tl.float32) * unit
-    p = tl.fma(f, 0.07149753719568253, -0.115712009370327)
-    p = tl.fma(f, p, 0.11661510914564133)
-    p = tl.fma(f, p, -0.12411050498485565)
-    p = tl.fma(f, p, 0.14249937236309052)
-    p = tl.fma(f, p, -0.1666848063468933)
-    p = tl.fma(f, p, 0.20000708103179932)
-    p = tl.fma(f, p, -0.24999989569187164)
-    p = tl.fma(f, p, 0.3333333134651184)
-    scale = (exponent - 25).to(tl.float32)
+def radius_of_uniform(word):
+    """``sqrt(-2 log(u))`` for ``u = n 2^-25``, ``n = 2 (word >> 8) + 1``.
+
+    The logarithm's relative error is below 1e-7, also for u nearly 1: n has 25 bits and float32 keeps 24, so
+    ``word & ~255``, which is exact, stands for ``128 n``, and the missing 128 is added last.
+    """
+    even = (word & 0xFFFFFF00).to(tl.float32)
+    from_middle = (even + 128.0).to(tl.int32, bitcast=True) - 0x3F3504F3
+    exponent = from_middle & -0x800000  # times 2^23; the mantissa lands in [sqrt(1/2), sqrt(2))
+    unit = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
+    f = tl.fma(unit, 128.0, tl.fma(even, unit, -1.0))
+    # -2 log(1 + f): the factor is a power of two and lies in the constants.
+    p = tl.fma(f, -0.14299507439136505, 0.231424018740654)
+    p = tl.fma(f, p, -0.23323021829128265)
+    p = tl.fma(f, p, 0.24822100996971130)
+    p = tl.fma(f, p, -0.28499874472618103)
+    p = tl.fma(f, p, 0.3333696126937866)
+    p = tl.fma(f, p, -0.40001416206359863)
+    p = tl.fma(f, p, 0.49999979138374329)
+    p = tl.fma(f, p, -0.66666662693023682)
+    scale = tl.fma(exponent.to(tl.float32), 1.1920928955078125e-07, -32.0)
     square = f * f
-    tail = tl.fma(f * square, p, scale * -2.12194440e-4)  # ln 2 in two parts, the first with few bits
-    return tl.fma(scale, 0.693359375, f + tl.fma(square, -0.5, tail))
+    tail = tl.fma(f * square, p, scale * 4.24388880e-4)  # ln 2 in two parts, the first with few bits
+    x = tl.fma(scale, -1.38671875, tl.fma(f, -2.0, square + tail))
+    # The square root, correctly rounded if the device's approximation is within 4 units in the last place. With one
+    # step less it is not, for a few words.
+    inverse = tl.rsqrt(x)
+    inverse = tl.fma(inverse, tl.fma(-0.5 * inverse, x * inverse, 0.5), inverse)
+    root = x * inverse
+    return tl.fma(tl.fma(-root, root, x), 0.5 * inverse, root)
 
 
 @triton.jit
-def cosine_and_sine(word):
-    """Of ``2 pi u`` for ``u = n 2^-25``, ``n = 2 (word >> 8) + 1``; the reduction to an eighth of a turn is exact."""
-    n = ((word >> 8) * 2 + 1).to(tl.int32)
-    quarter = (n + 4194304) >> 23
-    y = (n - (quarter << 23)).to(tl.float32) * 2.384185791015625e-07  # in [-1, 1], times pi / 4
-    v = y * y
+def normal_pair(radius_word, angle_word):
+    """Two normals from two words, by Box-Muller.
+
+    The angle is ``2 pi u``, for the same u of its word, and is reduced to an eighth of a turn exactly.
+    """
+    radius = radius_of_uniform(radius_word)
+    turned = angle_word + 0x20000000  # the upper two bits count quarters of a turn
+    y = tl.fma(((turned & 0x3FFFFF00) | 0x80).to(tl.int32).to(tl.float32), 1.862645149230957e-09, -1.0)
+    v = y * y  # y in [-1, 1], times pi / 4
     s = tl.fma(v, -3.5954399209003896e-05, 0.0024900068528950214)
     s = tl.fma(v, s, -0.08074543625116348)
     s = tl.fma(v, s, -2.4273129284324568e-08)
@@ -57,20 +68,26 @@ def cosine_and_sine(word):
     c = tl.fma(v, c, 0.01585433818399906)
     c = tl.fma(v, c, -0.3084251284599304)
     cosine = tl.fma(v, c, 1.0)
-    odd = (quarter & 1) != 0
-    first = tl.where(odd, sine, cosine)
-    second = tl.where(odd, cosine, sine)
-    first = tl.where(((quarter + 1) & 2) != 0, -first, first)
-    second = tl.where((quarter & 2) != 0, -second, second)
-    return first, second
+    odd = (turned & 0x40000000) != 0
+    radius = (radius.to(tl.uint32, bitcast=True) ^ (turned & 0x80000000)).to(tl.float32, bitcast=True)
+    return radius * tl.where(odd, -sine, cosine), radius * tl.where(odd, cosine, sine)
 
 
 @triton.jit
-def normal_pair(radius_word, angle_word):
-    """Two normals from two words, by Box-Muller."""
-    radius = tl.sqrt_rn(-2.0 * log_of_uniform(radius_word))
-    cosine, sine = cosine_and_sine(angle_word)
-    return radius * cosine, radius * sine
+def philox_rounds(c0, c1, c2, c3, k0, k1):
+    """Ten rounds over four uint32 words with the two words of a key.
+
+    As ``tl.philox``, but each product is multiplied once for both of its halves.
+    """
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -79,34 +96,54 @@ def philox_words(seed, counter):
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0
-    return tl.philox(seed, low, high, zero, zero, 10)
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return philox_rounds(low, high, zero, zero, k0, k1)
 
 
 @triton.jit
-def stream_normals(seed, first, BLOCK: tl.constexpr):
+def block_normals(seed, block):
+    """The four normals of each Philox block, lane by lane."""
+    w0, w1, w2, w3 = philox_words(seed, block)
+    n0, n1 = normal_pair(w0, w1)
+    n2, n3 = normal_pair(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def stream_normals(seed, first, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     """Elements ``first .. first + BLOCK`` of a stream.
 
-    A thread's four elements are a Philox block where ``first`` is divisible by 4; otherwise they straddle two, and the
-    loop makes both.
+    Four elements are a Philox block where ``first`` is divisible by 4; otherwise they straddle two. A thread makes the
+    blocks of as many elements as it reads at once, 8 with ``PAIRS`` (of 2 bytes) or 4, so that nothing changes threads.
     """
     shift = first & 3
-    block = (first >> 2) + tl.arange(0, BLOCK // 4)
-    z0 = tl.zeros((BLOCK // 4,), tl.float32)
-    z1, z2, z3 = z0, z0, z0
-    for part in range(tl.where(shift == 0, 1, 2).to(tl.int32)):
-        w0, w1, w2, w3 = philox_words(seed, block + part)
-        n0, n1 = normal_pair(w0, w1)
-        n2, n3 = normal_pair(w2, w3)
-        # Rotated by the shift, lane k holds element (shift + k) mod 4 of the block; the first block has the lanes
-        # below 4 - shift, the second the others.
-        odd, far = (shift & 1) != 0, (shift & 2) != 0
-        m0, m1 = tl.where(odd, n1, n0), tl.where(odd, n2, n1)
-        m2, m3 = tl.where(odd, n3, n2), tl.where(odd, n0, n3)
-        z0 = tl.where(part == 0, tl.where(far, m2, m0), z0)
-        z1 = tl.where((shift < 3) == (part == 0), tl.where(far, m3, m1), z1)
-        z2 = tl.where((shift < 2) == (part == 0), tl.where(far, m0, m2), z2)
-        z3 = tl.where((shift < 1) == (part == 0), tl.where(far, m1, m3), z3)
-    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    if PAIRS:
+        block = (first >> 2) + 2 * tl.arange(0, BLOCK // 8)
+        z0, z1, z2, z3 = block_normals(seed, block)
+        z4, z5, z6, z7 = block_normals(seed, block + 1)
+        if shift != 0:
+            n0, n1, n2, _ = block_normals(seed, block + 2)
+            z0, z1, z2, z3 = later_lanes(shift, z0, z1, z2, z3, z4, z5, z6)
+            z4, z5, z6, z7 = later_lanes(shift, z4, z5, z6, z7, n0, n1, n2)
+        even = tl.interleave(tl.interleave(z0, z4), tl.interleave(z2, z6))
+        odd = tl.interleave(tl.interleave(z1, z5), tl.interleave(z3, z7))
+    else:
+        block = (first >> 2) + tl.arange(0, BLOCK // 4)
+        z0, z1, z2, z3 = block_normals(seed, block)
+        if shift != 0:
+            n0, n1, n2, _ = block_normals(seed, block + 1)
+            z0, z1, z2, z3 = later_lanes(shift, z0, z1, z2, z3, n0, n1, n2)
+        even, odd = tl.interleave(z0, z2), tl.interleave(z1, z3)
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def later_lanes(shift, z0, z1, z2, z3, z4, z5, z6):
+    """Four lanes of a block and the next, from lane ``shift`` on, which is 1, 2 or 3."""
+    odd, far = shift != 2, shift != 1
+    z0, z1, z2 = tl.where(far, z2, z0), tl.where(far, z3, z1), tl.where(far, z4, z2)
+    z3, z4 = tl.where(far, z5, z3), tl.where(far, z6, z4)
+    return tl.where(odd, z1, z0), tl.where(odd, z2, z1), tl.where(odd, z3, z2), tl.where(odd, z4, z3)
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["seed", "offset"])
@@ -128,7 +165,7 @@ def philox_normal_kernel(
     for i in range(ITERATIONS):
         begin = start + i * BLOCK
         index = begin + tl.arange(0, BLOCK)
-        tl.store(result + index, stream_normals(key, first + begin, BLOCK), mask=index < elements)
+        tl.store(result + index, stream_normals(key, first + begin, BLOCK, False), mask=index < elements)
 
 
 def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:

@@ -60,6 +60,7 @@ def noise_block(
     index,
     mask,
     BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """The step's noise: recovered from both ends, read, or made from its key, by which pointers there are."""
     if next_latents is not None:
@@ -69,7 +70,7 @@ def noise_block(
     elif noise is not None:
         z = load_block(noise, row, noise_stride, index, mask)
     else:
-        z = stream_normals(key, first + begin, BLOCK)
+        z = stream_normals(key, first + begin, BLOCK, PAIRS)
     return z
 
 
@@ -188,6 +189,7 @@ def policy_loss_forward_kernel(
                 z = noise_block(
                     noise, next_latents, old, row, noise_stride, next_stride,
                     key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK,
+                    output.dtype.element_ty.primitive_bitwidth == 16,
                 )  # fmt: skip
                 with_noise += tl.sum(delta * z)
 
@@ -314,6 +316,7 @@ def policy_loss_backward_kernel(
             z = noise_block(
                 noise, next_latents, behind, row, noise_stride, next_stride,
                 key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK,
+                output.dtype.element_ty.primitive_bitwidth == 16,
             )  # fmt: skip
             total = on_noise * z
             if old_output is not None:

@@ -77,7 +77,7 @@ def sample_step_kernel(
             following += row_std * z
             squares += tl.sum(z * z)
         if seed is not None:
-            z = stream_normals(tl.load(seed + row), tl.load(offset + row) + begin, BLOCK)
+            z = stream_normals(tl.load(seed + row), tl.load(offset + row) + begin, BLOCK, False)
             following += row_std * z
             squares += tl.sum(tl.where(mask, z * z, 0.0))
         tl.store(next_latents + index, following.to(next_latents.dtype.element_ty), mask=mask)
