@@ -357,6 +357,15 @@ def test_a_negative_prompt_that_is_too_long_warns_too(family: Family, tmp_path: 
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        # FLUX.3's pipeline is written in another way.
+        pytest.param(name, marks=pytest.mark.slow if name not in ("flux", "flux3", "klein", "sd", "sd3") else ())
+        for name in FAMILIES
+    ],
+    indirect=True,
+)
 def test_saved_weights_make_the_same_policy_and_the_same_pipeline(
     family: Family, tmp_path: Path, finetune: str
 ) -> None:
