@@ -58,7 +58,7 @@ def export(
     from pcpo_fast.files.hub_upload import check_repository, upload
     from pcpo_fast.policies.families import FAMILIES, family_of
     from pcpo_fast.policies.pipeline_files import folder_here, pipeline_class_of
-    from pcpo_fast.reporting.model_card import write_model_card
+    from pcpo_fast.reporting.model_card import READERS, write_model_card
     from pcpo_fast.reporting.run_files import read_run_files
     from pcpo_fast.runs.exporting import export_run
     from pcpo_fast.runs.run_directory import CONFIG_FILE
@@ -73,11 +73,12 @@ def export(
     written = export_run(os.fspath(run), target, epoch, pipeline, format, dtype)
     folder, kind, trained = Path(written["output"]), written["kind"], written["epoch"]
     config = load_config(written["run"] / CONFIG_FILE)
-    base, call = folder_here(config.model.path, config.model.revision), None
+    base, call, readers = folder_here(config.model.path, config.model.revision), None, READERS
     if base is not None:
         with suppress(UserError):  # another model is there now
-            call = family_of(pipeline_class_of(base, FAMILIES)).call_options(config.model)
-    write_model_card(folder, read_run_files(written["run"]), config, trained, kind, push_to_hub, call)
+            family = family_of(pipeline_class_of(base, FAMILIES))
+            call, readers = family.call_options(config.model), family.lora_readers(format)
+    write_model_card(folder, read_run_files(written["run"]), config, trained, kind, push_to_hub, call, readers)
     address = None
     if push_to_hub is not None:
         address = upload(folder, push_to_hub, f"{kind} after {trained} epochs", private=private)

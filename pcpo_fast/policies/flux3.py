@@ -84,6 +84,7 @@ class Flux3Policy(ModularPolicy):
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = tuple(layer for (layer,) in _BLOCK.values())
     idle_layers: ClassVar[tuple[str, ...]] = (".image_cond.",)
+    kohya_in_diffusers: ClassVar[bool] = False
     fits: ClassVar[tuple[Fit, ...]] = (
         ("joint_attention_dim", 8, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "latent_channels"),

@@ -66,6 +66,7 @@ class Krea2Policy(QwenVaePolicy):
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = tuple(layer for (layer,) in _BLOCK.values())
+    kohya_in_diffusers: ClassVar[bool] = False
     fits: ClassVar[tuple[Fit, ...]] = (
         ("text_hidden_dim", 1, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "z_dim"),

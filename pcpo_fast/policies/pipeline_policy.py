@@ -74,6 +74,7 @@ class PipelinePolicy(Policy):
             several text encoders.
         kohya_keeps_names: whether kohya's sd-scripts use diffusers' layer names instead of those of the original
             release; ComfyUI reads these.
+        kohya_in_diffusers: whether diffusers reads LoRA files with kohya's names.
     """
 
     pipeline_class: ClassVar[Any]
@@ -92,6 +93,7 @@ class PipelinePolicy(Policy):
     masks_prompts: ClassVar[bool] = False
     caption_width: ClassVar[str | None] = None
     kohya_keeps_names: ClassVar[bool] = False
+    kohya_in_diffusers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -231,6 +233,16 @@ class PipelinePolicy(Policy):
         if settings.cfg_scale != 1 and settings.negative_prompt:
             options["negative_prompt"] = settings.negative_prompt
         return options
+
+    @classmethod
+    def lora_readers(cls, names: str | None) -> frozenset[str]:
+        """Which of diffusers and ComfyUI read a LoRA file of this family with the names of ``export --format``."""
+        unread = set()
+        if names == "kohya" and not cls.kohya_in_diffusers:
+            unread.add("diffusers")
+        if names == "diffusers" and cls.kohya_keeps_names:
+            unread.add("ComfyUI")
+        return frozenset(("diffusers", "ComfyUI")) - unread
 
     @classmethod
     def prepare_network(cls, network: Any, settings: ModelConfig, device: torch.device) -> None:

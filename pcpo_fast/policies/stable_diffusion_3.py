@@ -68,7 +68,7 @@ class StableDiffusion3Policy(PipelinePolicy):
     cell: ClassVar[int] = 2
     schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
-
+    kohya_in_diffusers: ClassVar[bool] = False
     fits: ClassVar[tuple[Fit, ...]] = (
         ("joint_attention_dim", 1, "text_encoder_3", "d_model"),
         ("in_channels", 1, "vae", "latent_channels"),

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ LICENSES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
 }
 """The hub's names of the licenses of base models; they hold for what is trained from them, too."""
+READERS = frozenset(("diffusers", "ComfyUI"))
+"""The programs whose use a card describes."""
 _OWN_NAMES = ("apache-2.0", "creativeml-openrail-m")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -47,6 +49,7 @@ def write_model_card(
     kind: str,
     name: str | None,
     call: Mapping[str, Any] | None,
+    readers: Collection[str] = READERS,
 ) -> None:
     """Write ``README.md`` and, if the run has one, the sample grid of that epoch beside exported weights.
 
@@ -59,6 +62,7 @@ def write_model_card(
         name: the hub repository that the weights go to; None: they are loaded from the folder.
         call: arguments of diffusers' pipeline for images as the run sampled them; empty if it takes none; None if the
             base model, which says how its pipeline is called, is not here.
+        readers: those of :data:`READERS` that read a LoRA with the names that it has.
     """
     grid = dict(run.grids()).get(epoch)
     if grid is not None:
@@ -79,7 +83,7 @@ def write_model_card(
     parts += [
         "## Use",
         "No trigger word is needed.",
-        _usage(folder, config, kind, base, name or str(folder.name), call),
+        _usage(folder, config, kind, base, name or str(folder.name), call, readers),
     ]
     what = f"[{base}](https://huggingface.co/{base})" if on_hub else "the base model"
     parts += ["## Origin", _origin(run, config), f"The license of {what} holds for these weights as well."]
@@ -135,7 +139,15 @@ def _results(run: RunFiles, config: Config, epoch: int) -> str:
     return "\n".join(["| | before | after |", "|---|---|---|", *rows]) + f"\n\n{said} {caveat}"
 
 
-def _usage(folder: Path, config: Config, kind: str, base: str, source: str, call: Mapping[str, Any] | None) -> str:
+def _usage(
+    folder: Path,
+    config: Config,
+    kind: str,
+    base: str,
+    source: str,
+    call: Mapping[str, Any] | None,
+    readers: Collection[str],
+) -> str:
     model = config.model
     given = {"height": model.height, "width": model.width} if call is None else dict(call)
     given["num_inference_steps"] = config.sampler.steps
@@ -160,7 +172,15 @@ def _usage(folder: Path, config: Config, kind: str, base: str, source: str, call
             f"{base} is a modular pipeline of diffusers (`ModularPipeline`). Size, guidance and steps of the training: "
             f"height {model.height}, width {model.width}, scale {model.cfg_scale:g}, {config.sampler.steps} steps."
         )
-    if kind == "LoRA":
+    if "diffusers" not in readers:
+        text = (
+            "diffusers does not read the names of layers in this file; an export with `--format diffusers` is for it."
+        )
+    if kind == "LoRA" and "ComfyUI" not in readers:
+        text += (
+            "\n\nComfyUI does not read the names of layers in this file; an export with `--format comfyui` is for it."
+        )
+    elif kind == "LoRA":
         file = next((path.name for path in sorted(folder.glob("*.safetensors"))), "the .safetensors file")
         text += (
             f"\n\nIn ComfyUI: put `{file}` into `models/loras` and load it with *LoraLoaderModelOnly* at strength 1, "

@@ -155,6 +155,22 @@ def test_a_card_of_a_modular_pipeline_shows_no_call_that_it_does_not_take(
     assert "base_model" not in front_matter(card) and "The license of the base model holds" in card
 
 
+@pytest.mark.parametrize(
+    ("readers", "says", "silent"),
+    [
+        (["ComfyUI"], "an export with `--format diffusers` is for it", "load_lora_weights"),
+        (["diffusers"], "an export with `--format comfyui` is for it", "In ComfyUI"),
+    ],
+)
+def test_a_card_shows_no_program_that_does_not_read_the_file(
+    readers: list[str], says: str, silent: str, tmp_path: Path
+) -> None:
+    config = load_config(None, ["model.path=somebody/a-model"])
+    write_model_card(tmp_path, RunFiles(tmp_path), config, 3, "LoRA", None, None, readers)
+    card = (tmp_path / "README.md").read_text()
+    assert says in card and silent not in card
+
+
 def test_the_licenses_of_the_models_of_shipped_configurations_are_known() -> None:
     paths = {load_config(name).model.path for name in configurations()}
     assert {path for path in paths if not path.startswith("assets/")} <= LICENSES.keys()

@@ -32,7 +32,8 @@ from pcpo_fast.policies import pipeline_policy
 from pcpo_fast.policies.attention import choose_attention
 from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.families import load_policy, load_trained_weights
-from pcpo_fast.policies.lora import only_adapter
+from pcpo_fast.policies.lora import only_adapter, trained_updates
+from pcpo_fast.policies.lora_files import LORA_FILE, write_lora
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 from pcpo_fast.policies.saving import save_pipeline
 
@@ -354,6 +355,25 @@ def test_a_negative_prompt_that_is_too_long_warns_too(family: Family, tmp_path: 
 
 
 # --------------------------------------------------------------------------------------- weights in and out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "flux"], indirect=True)  # needs the full size
+def test_diffusers_reads_kohyas_names_where_a_card_says_so(family: Family, pipeline: Any, tmp_path: Path) -> None:
+    tuned = family.policy(*LORA)
+    randomize_adapters(tuned)
+    layers = trained_updates(tuned.module, trained_state(tuned))
+    write_lora(tmp_path / LORA_FILE, layers, type(tuned), "kohya")
+    names = type(tuned).lora_readers("kohya")
+    try:
+        pipeline.load_lora_weights(tmp_path)
+    except Exception:  # with names that it does not know diffusers can fail in any way
+        loaded = False
+    else:
+        loaded = bool(getattr(getattr(pipeline, family.part), "peft_config", None))
+        pipeline.unload_lora_weights()
+    assert ("diffusers" in names) == loaded
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
