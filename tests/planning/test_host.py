@@ -144,35 +144,52 @@ def test_bf16_weights_without_a_master_copy_are_not_offloaded() -> None:
     assert not any(zero.offload_optimizer for zero in usual_stages(config).values())
 
 
-def test_a_model_that_is_not_here_may_need_less_host_memory(tmp_path: Path) -> None:
-    """What dtype its files store is not known: with ``model.dtype`` they are mapped, and take nothing."""
+SPACE = r"the run writes 0\.136 GB to disk, but 0\.001 are free"
+
+
+@pytest.fixture
+def missing(tmp_path: Path) -> Config:
+    """LoRA on a folder without weights."""
     for file in (ROOT / "assets" / "tiny-flux").rglob("*.json"):
         copy = tmp_path / file.relative_to(ROOT / "assets" / "tiny-flux")
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(file.read_bytes())
     small = ("model.finetune=lora", "model.lora.rank=1", "rollout.prompts_per_epoch=1", "evaluation.prompts=1")
-    config = tiny(f"model.path={tmp_path}", "model.dtype=float32", *small)
-    costs = costs_of(config)
-    plans = [plan_host(config, costs, Zero(1), 1, mapped=parts) for parts in (None, costs.model.loaded_parts)]
+    return tiny(f"model.path={tmp_path}", "model.dtype=float32", *small)
+
+
+def test_a_model_that_is_not_here_may_need_less_host_memory(missing: Config) -> None:
+    """What dtype its files store is not known: with ``model.dtype`` they are mapped, and take nothing."""
+    costs = costs_of(missing)
+    plans = [plan_host(missing, costs, Zero(1), 1, mapped=parts) for parts in (None, costs.model.loaded_parts)]
     copied, mapped = (plan.phases["encode prompts"] for plan in plans)
     assert copied - mapped == 4 * (NETWORK + VAE + ENCODERS)
     assert plans[0].peak == copied > plans[1].peak
-    enough = (copied + plans[1].peak) / 2e9 + 1.5
-    advice = make_plan(config, 1, 8, host_gb=enough)["recommendation"]
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_model_that_is_not_here_says_what_may_be_enough(missing: Config) -> None:
+    costs = costs_of(missing)
+    plans = [plan_host(missing, costs, Zero(1), 1, mapped=parts) for parts in (None, costs.model.loaded_parts)]
+    enough = (plans[0].peak + plans[1].peak) / 2e9 + 1.5
+    advice = make_plan(missing, 1, 8, host_gb=enough)["recommendation"]
     said = (
         f"download the model, and plan again: {plans[1].peak / 1e9:.1f} GB are enough if its files store float32, with"
     )
     assert not advice["fits"] and advice["ways_out"][0].startswith(said)
 
 
-def test_machines_with_too_little_memory_or_disk(capsys: pytest.CaptureFixture[str]) -> None:
+def test_machines_with_too_little_memory_or_disk() -> None:
     plan = make_plan(tiny(), 1, 8, host_gb=4, disk_gb=0.001)
     advice = plan["recommendation"]
-    space = r"the run writes 0\.136 GB to disk, but 0\.001 are free"
-    assert not advice["fits"] and re.fullmatch(rf"no settings .* 2\.5 GB are usable; and {space}", advice["reason"])
+    assert not advice["fits"] and re.fullmatch(rf"no settings .* 2\.5 GB are usable; and {SPACE}", advice["reason"])
     assert [way.partition(" ")[0] for way in advice["ways_out"]] == ["use", "lower", "set"]
-    assert re.fullmatch(space, make_plan(tiny(), 1, 8, disk_gb=0.001)["recommendation"]["reason"])
     assert plan["disk_gb"]["fits"] is False and plan["host_gb"]["zero1"]["fits"] is False
+
+
+@pytest.mark.slow
+def test_what_is_printed_of_a_machine_with_too_little_memory_or_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.fullmatch(SPACE, make_plan(tiny(), 1, 8, disk_gb=0.001)["recommendation"]["reason"])
     show = call(capsys, "plan", f"model.path={ROOT / 'assets/tiny-flux'}", "--gpu-memory", "8", "--host-memory", "4")
     assert show.code == 3 and "no settings that fit 1 x 8 GB fit the host: the smallest (" in show.out
     assert "need 3.0 GB of host memory in each machine" in show.out and "use machines with" in show.out

@@ -108,10 +108,7 @@ class Accelerator:
     [
         pytest.param(
             name,
-            marks=pytest.mark.slow
-            if name
-            in ("flux_guided", "flux3_lora", "klein_lora", "flux2_dev_lora", "krea2_lora", "sd3", "qwen_image_lora")
-            else (),
+            marks=pytest.mark.slow if name not in ("flux_lora_kl", "sd") else (),
         )
         for name in CASES
     ],
