@@ -19,6 +19,7 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    ZImagePipeline,
 )
 from torch import Tensor
 
@@ -73,6 +74,14 @@ PIPELINES = {
         {"tokenizer": 7},
         0.80,
     ),
+    "tiny-z-image": Tiny(
+        ZImagePipeline,
+        ("transformer", "vae", "text_encoder"),
+        ("tokenizer", "scheduler"),
+        {"num_inference_steps": 10, "guidance_scale": 3.0, "max_sequence_length": 16},
+        {"tokenizer": 7},
+        0.80,
+    ),
 }
 
 
@@ -121,7 +130,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
 def sample(pipeline: DiffusionPipeline, captions: list[str], seed: int, **options: object) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return pipeline(
-        prompt=captions, height=32, width=32, generator=generator, output_type="pt", **options
+        prompt=list(captions), height=32, width=32, generator=generator, output_type="pt", **options
     ).images.float()
 
 
@@ -157,7 +166,7 @@ def test_weights_are_finite_and_of_one_dtype(pipeline: DiffusionPipeline, tiny: 
     assert all(torch.isfinite(p).all() for p in parameters)
 
 
-@pytest.mark.parametrize("name", ["tiny-flux", "tiny-sd3"])
+@pytest.mark.parametrize("name", ["tiny-flux", "tiny-sd3", "tiny-z-image"])
 def test_flow_models_have_a_static_shift(pipeline: DiffusionPipeline) -> None:
     assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     assert pipeline.scheduler.config.shift == 3.0 and not pipeline.scheduler.config.use_dynamic_shifting
@@ -200,7 +209,7 @@ def test_sd3_is_configured_like_stable_diffusion_3(loaded: dict[str, DiffusionPi
     assert clips[0].hidden_size != clips[1].hidden_size
 
 
-@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3", "tiny-flux2"])
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3", "tiny-flux2", "tiny-z-image"])
 def test_the_vae_is_that_of_tiny_flux(loaded: dict[str, DiffusionPipeline], name: str) -> None:
     own = loaded[name].vae.state_dict()  # FLUX.2's has a batch norm, too
     assert all(torch.equal(own[part], value) for part, value in loaded["tiny-flux"].vae.state_dict().items())
@@ -242,6 +251,7 @@ CASES = [
     pytest.param("tiny-sd3", 2, {"num_inference_steps": 6, "max_sequence_length": 8}, marks=pytest.mark.slow),
     pytest.param("tiny-sd3", 1, {"num_inference_steps": 6, "max_sequence_length": 256}, marks=pytest.mark.slow),
     ("tiny-flux2", 2, {"num_inference_steps": 6, "max_sequence_length": 9}),
+    ("tiny-z-image", 2, {"num_inference_steps": 6}),
     pytest.param("tiny-flux2", 2, {}, marks=pytest.mark.slow),
     pytest.param("tiny-flux2", 1, {"num_inference_steps": 6, "max_sequence_length": 512}, marks=pytest.mark.slow),
 ]
@@ -339,6 +349,8 @@ def build(scripts: dict[str, ModuleType], name: str) -> DiffusionPipeline:
     if name == "tiny-flux2":
         text_encoder = script.build_text_encoder(script.build_tokenizer())
         return script.assemble(script.build_vae(), text_encoder, script.build_transformer())
+    if name == "tiny-z-image":
+        return script.assemble(shared.load_vae(), script.build_text_and_transformer(script.build_tokenizer()))
     clip = shared.build_clip_tokenizer()
     if name == "tiny-sd":
         vae = shared.load_vae()
@@ -396,6 +408,20 @@ def test_flux2_trains_on_the_text_and_latents_of_its_pipeline(
         expected = pipeline._pack_latents(pipeline._encode_vae_image(images, None))
     assert torch.equal(states, wanted) and tokens["attention_mask"].sum(1).tolist() == [9, 9, 2]
     assert latents.shape == (4, 16, 32) and torch.allclose(latents, expected, atol=1e-5)
+
+
+def test_z_image_trains_on_the_text_of_its_pipeline(
+    scripts: dict[str, ModuleType], loaded: dict[str, DiffusionPipeline]
+) -> None:
+    script, shared, pipeline = scripts["tiny-z-image"], scripts["shared"], loaded["tiny-z-image"]
+    some = torch.tensor([0, 77, len(shared.SCENES)])  # the last is the empty caption
+    tokens = {name: value[some] for name, value in script.tokenize(pipeline.tokenizer).items()}
+    with torch.no_grad():
+        states = script.encode(pipeline.text_encoder, tokens)
+        wanted, _ = pipeline.encode_prompt([shared.TEXTS[i] for i in some], do_classifier_free_guidance=False)
+    assert [len(row) for row in wanted] == tokens["attention_mask"].sum(1).tolist() == [9, 9, 2]
+    for row, expected in zip(states, wanted, strict=True):
+        torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=1e-6)
 
 
 def test_flux2s_text_encoder_has_learned_to_write_captions(loaded: dict[str, DiffusionPipeline]) -> None:
