@@ -5,6 +5,8 @@ modules, so that LoRA and hooks (ZeRO-3, offloading) keep working.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,14 +69,19 @@ def flux_double_block(
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    hidden_states, normed = gated_residual_norm(hidden_states, image, gate, shift_mlp, scale_mlp, self.norm2.eps)
-    hidden_states = gated_residual(hidden_states, self.ff(normed), gate_mlp)
+    hidden_states = _with_mlp(hidden_states, image, gate, shift_mlp, scale_mlp, gate_mlp, self.norm2, self.ff)
     for output in adapter:  # of an IP adapter
         hidden_states = hidden_states + output
-    encoder_hidden_states, normed = gated_residual_norm(
-        encoder_hidden_states, text, text_gate, text_shift, text_scale, self.norm2_context.eps
+    encoder_hidden_states = _with_mlp(
+        encoder_hidden_states,
+        text,
+        text_gate,
+        text_shift,
+        text_scale,
+        text_gate_mlp,
+        self.norm2_context,
+        self.ff_context,
     )
-    encoder_hidden_states = gated_residual(encoder_hidden_states, self.ff_context(normed), text_gate_mlp)
     return _clip_half(encoder_hidden_states), hidden_states
 
 
@@ -130,12 +137,17 @@ def flux2_double_block(
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    hidden_states, normed = gated_residual_norm(hidden_states, image, gate, shift_mlp, scale_mlp, self.norm2.eps)
-    hidden_states = gated_residual(hidden_states, self.ff(normed), gate_mlp)
-    encoder_hidden_states, normed = gated_residual_norm(
-        encoder_hidden_states, text, text_gate, text_shift_mlp, text_scale_mlp, self.norm2_context.eps
+    hidden_states = _with_mlp(hidden_states, image, gate, shift_mlp, scale_mlp, gate_mlp, self.norm2, self.ff)
+    encoder_hidden_states = _with_mlp(
+        encoder_hidden_states,
+        text,
+        text_gate,
+        text_shift_mlp,
+        text_scale_mlp,
+        text_gate_mlp,
+        self.norm2_context,
+        self.ff_context,
     )
-    encoder_hidden_states = gated_residual(encoder_hidden_states, self.ff_context(normed), text_gate_mlp)
     return _clip_half(encoder_hidden_states), hidden_states
 
 
@@ -200,15 +212,30 @@ def joint_block(
         normed2, gate2 = dual
         hidden_states = gated_residual(hidden_states, branch, gate)
         branch, gate = self.attn2(hidden_states=normed2, **named), gate2
-    hidden_states, normed = gated_residual_norm(hidden_states, branch, gate, shift_mlp, scale_mlp, self.norm2.eps)
-    hidden_states = gated_residual(hidden_states, _feed_forward(self, self.ff, normed), gate_mlp)
+    mlp = partial(_feed_forward, self, self.ff)
+    hidden_states = _with_mlp(hidden_states, branch, gate, shift_mlp, scale_mlp, gate_mlp, self.norm2, mlp)
     if self.context_pre_only:
         return None, hidden_states
-    encoder_hidden_states, normed = gated_residual_norm(
-        encoder_hidden_states, text, text_gate, text_shift, text_scale, self.norm2_context.eps
+    mlp = partial(_feed_forward, self, self.ff_context)
+    encoder_hidden_states = _with_mlp(
+        encoder_hidden_states, text, text_gate, text_shift, text_scale, text_gate_mlp, self.norm2_context, mlp
     )
-    output = _feed_forward(self, self.ff_context, normed)
-    return gated_residual(encoder_hidden_states, output, text_gate_mlp), hidden_states
+    return encoder_hidden_states, hidden_states
+
+
+def _with_mlp(
+    tokens: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate_mlp: Tensor,
+    norm: Any,
+    mlp: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """A stream's tokens after its gated attention ``branch`` and its gated MLP, the second half of a double block."""
+    tokens, normed = gated_residual_norm(tokens, branch, gate, shift, scale, norm.eps)
+    return gated_residual(tokens, mlp(normed), gate_mlp)
 
 
 def _feed_forward(block: Any, layer: Any, normed: Tensor) -> Tensor:

@@ -33,8 +33,9 @@ HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, in which ``~`` is the home folder: shells expand it neither within ``key=value`` nor in a file."""
 
 AUTO: Literal["auto"] = "auto"
-Checkpointing = bool | Literal["selective"]
 """A size that is resolved before the run starts (:mod:`pcpo_fast.planning.sizes`)."""
+Checkpointing = bool | Literal["selective"]
+"""What of a block is recomputed in the backward: nothing, everything, or what is cheap."""
 
 TOTALS = ("mean", "std", "group_std")
 """Metrics ``reward/...`` of the weighted sum, which no reward can be called."""

@@ -72,6 +72,7 @@ class Krea2Policy(QwenVaePolicy):
         ("in_channels", 4, "vae", "z_dim"),
     )
     masks_prompts: ClassVar[bool] = True
+    guidance_offset: ClassVar[float] = 1.0
 
     @classmethod
     def part_kinds(cls) -> dict[str, Any]:
@@ -105,11 +106,6 @@ class Krea2Policy(QwenVaePolicy):
         """Turbo has no classifier-free guidance, and a word about training it is due."""
         super().check_settings(folder, settings)
         check_distillation(folder, settings)
-
-    @classmethod
-    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
-        """The pipeline adds its ``guidance_scale`` times the difference of both halves to the conditional one."""
-        return super().call_options(settings) | {"guidance_scale": settings.cfg_scale - 1}
 
     @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:

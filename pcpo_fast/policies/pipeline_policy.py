@@ -69,6 +69,8 @@ class PipelinePolicy(Policy):
         fits: widths that must agree between the parts of a pipeline.
         dispatches_attention: whether the network's attention layers use diffusers' attention dispatcher.
         linear_guidance: whether guidance is linear in its halves, as in the loss; any other serves sampling only.
+        guidance_offset: what ``model.cfg_scale`` is above the ``guidance_scale`` of diffusers' pipeline; 1 where that
+            scales the difference of both halves that is added to the conditional one.
         masks_prompts: whether attention leaves out the padding of prompts, which not every backend can.
         caption_width: the key of the network's configuration for the width of encoded prompts; None for a family with
             several text encoders.
@@ -90,6 +92,7 @@ class PipelinePolicy(Policy):
     fits: ClassVar[tuple[Fit, ...]]
     dispatches_attention: ClassVar[bool] = True
     linear_guidance: ClassVar[bool] = True
+    guidance_offset: ClassVar[float] = 0.0
     masks_prompts: ClassVar[bool] = False
     caption_width: ClassVar[str | None] = None
     kohya_keeps_names: ClassVar[bool] = False
@@ -228,7 +231,7 @@ class PipelinePolicy(Policy):
         options: dict[str, Any] = {
             "height": settings.height,
             "width": settings.width,
-            "guidance_scale": settings.cfg_scale,
+            "guidance_scale": settings.cfg_scale - cls.guidance_offset,
         }
         if settings.cfg_scale != 1 and settings.negative_prompt:
             options["negative_prompt"] = settings.negative_prompt

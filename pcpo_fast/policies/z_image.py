@@ -64,6 +64,7 @@ class ZImagePolicy(PipelinePolicy):
         ("in_channels", 1, "vae", "latent_channels"),
     )
     masks_prompts: ClassVar[bool] = True
+    guidance_offset: ClassVar[float] = 1.0
     caption_width: ClassVar[str | None] = "cap_feat_dim"
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
@@ -102,11 +103,6 @@ class ZImagePolicy(PipelinePolicy):
         super().check_settings(folder, settings)
         if "z-image-turbo" in settings.path.lower():
             warn_of_distillation(settings.path)
-
-    @classmethod
-    def call_options(cls, settings: ModelConfig) -> dict[str, Any]:
-        """The pipeline adds its ``guidance_scale`` times the difference of both halves to the conditional one."""
-        return super().call_options(settings) | {"guidance_scale": settings.cfg_scale - 1}
 
     @classmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
