@@ -125,6 +125,7 @@ def test_a_page_fits_and_shows_its_charts_in_the_reader_s_colours(opened: Any, k
         widths = "all => all.map(one => one.getBoundingClientRect().width)"
         assert max(page.eval_on_selector_all(".chart, img", widths)) <= width
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+    assert not any(page.eval_on_selector_all(".table", "all => all.map(one => one.scrollWidth > one.clientWidth)"))
     assert (page.locator(".chart").count() == 0) == (kind == "preference")
 
 

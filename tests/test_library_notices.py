@@ -48,6 +48,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_bitsandbytes_does_not_speak_of_a_kernel_that_nothing_uses(tmp_path: Path) -> None:
     """From the root, where our folder answers to `import kernels`, and elsewhere; with that library and without."""
     pytest.importorskip("bitsandbytes")

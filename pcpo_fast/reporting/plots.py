@@ -72,6 +72,7 @@ def mean_reward_figure(records: Sequence[Record]) -> "Figure | None":
     if heldout:
         label = "held-out prompts and seeds"
         axes.plot(heldout.epochs, heldout.values, color=TUNED, linewidth=2, marker="o", markersize=4, label=label)
+        rises = len(heldout.values) > 1 and heldout.values[1] > heldout.values[0]  # away from a label below it
         for epoch, value in dict.fromkeys([heldout.points()[0], heldout.points()[-1]]):
             look = {
                 "ha": "left" if epoch == heldout.epochs[0] else "right",
@@ -79,7 +80,8 @@ def mean_reward_figure(records: Sequence[Record]) -> "Figure | None":
                 "color": TUNED,
                 "fontweight": "bold",
             }
-            point_label(axes, f"{value:.3f}", (epoch, value), (0, 7), **look)
+            above = 7 if epoch > heldout.epochs[0] or not rises else -14
+            point_label(axes, f"{value:.3f}", (epoch, value), (0, above), **look)
         if heldout.epochs[0] == 0:
             axes.axhline(
                 heldout.values[0], color=BASE, linewidth=1.2, linestyle="--", label="held-out, before training"

@@ -48,12 +48,13 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def number_text(value: float, *, signed: bool = False) -> str:
-    """Format with about four significant digits; an exponent only below 1e-3 or from 1e6."""
+    """Format with about four significant digits; an exponent only below 1e-4 or from 1e6."""
     sign = "+" if signed else ""
     if value == 0:
         return "0"
-    if 1e-3 <= abs(value) < 1e6:
-        digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3 if abs(value) >= 1 else 4
+    if 1e-4 <= abs(value) < 1e6:
+        size = abs(value)
+        digits = 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 1 else 4 if size >= 1e-3 else 6
         return f"{value:{sign}.{digits}f}"
     return f"{value:{sign}.2e}"
 

@@ -182,6 +182,7 @@ def test_a_comparison_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     assert "has 0.0001, this configuration 0.1; choose another output_dir" in answer.err
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_is_named_and_the_rest_reported(
     project: Path, launcher: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

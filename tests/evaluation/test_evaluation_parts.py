@@ -193,8 +193,8 @@ def test_curves_that_cannot_be_matched() -> None:
 
 
 def test_numbers_are_written_to_be_read() -> None:
-    assert [number_text(x) for x in (0, 0.12341, 1.23456, 12.3456, 543.21, 1e7, 1e-5)] == [
-        *("0", "0.1234", "1.235", "12.35", "543.2", "1.00e+07", "1.00e-05")
+    assert [number_text(x) for x in (0, 0.12341, 1.23456, 12.3456, 543.21, 1e7, 1e-5, 0.001234, -0.0001564)] == [
+        *("0", "0.1234", "1.235", "12.35", "543.2", "1.00e+07", "1.00e-05", "0.0012", "-0.000156")
     ]
     assert number_text(0.5, signed=True) == "+0.5000" and number_text(-0.5, signed=True) == "-0.5000"
 

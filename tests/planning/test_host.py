@@ -179,6 +179,7 @@ def test_a_plan_of_a_model_that_is_not_here_says_what_may_be_enough(missing: Con
     assert not advice["fits"] and advice["ways_out"][0].startswith(said)
 
 
+@pytest.mark.slow
 def test_machines_with_too_little_memory_or_disk() -> None:
     plan = make_plan(tiny(), 1, 8, host_gb=4, disk_gb=0.001)
     advice = plan["recommendation"]

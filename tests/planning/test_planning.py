@@ -203,14 +203,9 @@ def test_flux_blocks_agree_with_fake_tensors() -> None:
     assert costs.training(1, False).saved == pytest.approx(expected, rel=TEN_PERCENT)
 
 
-@pytest.mark.parametrize(
-    ("model", "finetune"),
-    [
-        pytest.param(model, finetune, marks=() if i == j == 0 else pytest.mark.slow)
-        for i, model in enumerate(MODELS)
-        for j, finetune in enumerate(FINETUNES)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("finetune", FINETUNES)
 def test_measured_peaks_of_a_backward(model: str, finetune: str, tmp_path: Path) -> None:
     """What PyTorch's allocator hands out on a CPU during a forward and backward of six images."""
     rows = peaks(model, finetune, tmp_path)

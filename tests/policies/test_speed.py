@@ -168,6 +168,7 @@ def test_compiled_blocks_keep_what_selective_recomputation_keeps(
     assert all(close(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_a_run_chooses_how_many_blocks_to_recompute(pipeline_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The model is counted once, for this and for the rates of a GPU's run."""
@@ -301,22 +302,22 @@ def test_the_families_declare_the_blocks_that_the_kernels_know() -> None:
     assert declared == set(sys.modules["pcpo_kernels.accelerate"].BLOCKS)
 
 
-@pytest.mark.parametrize("setting", ["compile", "gradient_checkpointing", "block_kernels"])
 def test_a_family_without_blocks_is_told_that_nothing_would_change(
-    guided: Family, setting: str, monkeypatch: pytest.MonkeyPatch
+    guided: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a new family whose network diffusers says nothing of, and whose blocks no kernel knows."""
-    config = guided.config(f"model.{setting}=true")
-    family = find_family(config.model)[1]
+    family = find_family(guided.config().model)[1]
     monkeypatch.setattr(family, "repeated_blocks", ())
     monkeypatch.setattr(family, "also_recomputed", ())
     monkeypatch.setattr(family, "accelerated", ())
-    network = family.network_class()
-    with pytest.raises(UserError, match=rf"^model\.{setting}: {network} has no block that "):
-        load_policy(config, CPU)
-    architecture = find_architecture(config.model)
-    with pytest.raises(UserError, match=rf"^model\.{setting}: {network} has no block that "):
-        build_on_meta(architecture, config.model)
+    network, architecture = family.network_class(), find_architecture(guided.config().model)
+    for setting in ("compile", "gradient_checkpointing", "block_kernels"):
+        config = guided.config(f"model.{setting}=true")
+        said = rf"^model\.{setting}: {network} has no block that "
+        with pytest.raises(UserError, match=said):
+            load_policy(config, CPU)
+        with pytest.raises(UserError, match=said):
+            build_on_meta(architecture, config.model)
     costs = ModelCosts(architecture, guided.config().model)
     assert costs.training(1, True) == costs.training(1, False), "a plan counts on no recomputation"
 
@@ -454,7 +455,7 @@ def test_nothing_is_parked_that_is_not_on_the_device() -> None:
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
-        (1, ("model.dtype=bfloat16",)),
+        pytest.param(1, ("model.dtype=bfloat16",), marks=pytest.mark.slow),
         (2, ("optimizer.moments=8bit", "train.ema_decay=0.9")),
         pytest.param(3, (), marks=pytest.mark.slow),
     ],

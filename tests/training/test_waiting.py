@@ -105,13 +105,7 @@ class Accelerator:
 @pytest.mark.parametrize("device", [META, pytest.param(GPU, marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.slow if name not in ("flux_lora_kl", "sd") else (),
-        )
-        for name in CASES
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name != "flux_lora_kl" else ()) for name in CASES],
 )
 def test_a_rollout_and_an_update_run_ahead_of_the_device(
     case: str, device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

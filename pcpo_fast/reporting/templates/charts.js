@@ -9,7 +9,8 @@
     mine.axis_label_text_font_style = "normal";
     mine.axis_label_text_font_size = "12px";
     mine.major_label_text_font_size = settings.names ? "11px" : "0px";
-    mine.axis_label_text_color = mine.major_label_text_color = soft;
+    mine.axis_label_text_color = soft;
+    mine.major_label_text_color = settings.names ? soft : null;
     mine.major_tick_line_color = mine.minor_tick_line_color = mine.axis_line_color = null;
     var places = Object.keys(settings.ticks), every = Math.ceil(places.length * 42 / width) || 1;
     places = places.filter(function (place, i) { return i % every === 0; });

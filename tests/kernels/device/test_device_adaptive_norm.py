@@ -111,7 +111,9 @@ def test_same_bits_in_any_batch(device) -> None:
         assert all(torch.equal(one[0], other[image]) for one, other in zip(alone, batch, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "residual" else kind for kind in KINDS]
+)
 def test_opcheck(device, kind) -> None:
     *bulk, modulation = (value.to(device).requires_grad_() for value in inputs(kind, 2, 3, 8))
     rows = iter(modulation.detach().chunk(modulation.shape[1] // 8, dim=1))
