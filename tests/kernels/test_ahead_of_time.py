@@ -244,6 +244,7 @@ def test_unknown_pointers_and_targets_are_refused() -> None:
         compile_variant(variant, "sm_70")
 
 
+@pytest.mark.slow
 def test_command_line_refuses_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pcpo_kernels.report"],

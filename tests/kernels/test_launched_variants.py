@@ -100,7 +100,7 @@ def compiled_pointers(kernel: str, given: dict[str, str]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "sd3_bf16_kl" else n for n in RUNS])
 def test_every_call_of_an_epoch_is_compiled_ahead_of_time(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
