@@ -22,13 +22,26 @@ class Depth:
     blocks: Callable[[Any, tuple[int, ...]], dict[str, list[nn.Module]]] = lambda network, counts: {}
 
 
-def double_and_single_blocks(config: Mapping[str, Any]) -> Depth:
-    """The depth of FLUX's networks: double blocks, then single ones."""
+DOUBLE_AND_SINGLE = {
+    "double": ("num_layers", "transformer_blocks"),
+    "single": ("num_single_layers", "single_transformer_blocks"),
+}
+"""The blocks of FLUX's networks, for :func:`listed_blocks`."""
+
+
+def listed_blocks(config: Mapping[str, Any], lists: Mapping[str, tuple[str, ...]]) -> Depth:
+    """The depth of a network whose blocks lie in lists.
+
+    Args:
+        config: of the network.
+        lists: for each kind of block, the configuration's key for the length of its lists, and their names.
+    """
+    keys = [key for key, *_ in lists.values()]
     return Depth(
-        (config["num_layers"], config["num_single_layers"]),
-        configure=lambda counts: {"num_layers": counts[0], "num_single_layers": counts[1]},
+        tuple(config[key] for key in keys),
+        configure=lambda counts: dict(zip(keys, counts, strict=True)),
         blocks=lambda network, counts: {
-            "double": list(network.transformer_blocks),
-            "single": list(network.single_transformer_blocks),
+            kind: [block for name in names for block in network.get_submodule(name)]
+            for kind, (_, *names) in lists.items()
         },
     )

@@ -1,6 +1,6 @@
 """FLUX as a policy: packed latents, embedded guidance, CLIP and T5 conditioning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,13 +9,13 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from pcpo_fast.config.schema import ModelConfig
-from pcpo_fast.method.schedules import FlowSchedule, Schedule
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.base import Conditioning
-from pcpo_fast.policies.depth import Depth, double_and_single_blocks
+from pcpo_fast.policies.depth import DOUBLE_AND_SINGLE
 from pcpo_fast.policies.flow_grids import shifted_schedule
-from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
+from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames
 from pcpo_fast.policies.part_checks import check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked
+from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
 # convert_flux_transformer_checkpoint_to_diffusers.
@@ -62,12 +62,10 @@ class FluxPolicy(PipelinePolicy):
 
     family: ClassVar[str] = "flux"
     pipeline_class: ClassVar[Any] = FluxPipeline
-    trained_part: ClassVar[str] = "transformer"
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     accelerated: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    cell: ClassVar[int] = 2
-    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
+    packs_latents: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
         *JOINT_ATTENTION,
         "ff.net.0.proj",
@@ -81,6 +79,8 @@ class FluxPolicy(PipelinePolicy):
         ("pooled_projection_dim", 1, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "latent_channels"),
     )
+    block_lists: ClassVar[Mapping[str, tuple[str, ...]]] = DOUBLE_AND_SINGLE
+    release_names: ClassVar[tuple[BlockNames, Mapping[str, str]]] = (_BLOCKS, _REST)
 
     @classmethod
     def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
@@ -94,21 +94,6 @@ class FluxPolicy(PipelinePolicy):
         if settings.cfg_scale != 1:  # off without a negative prompt
             options |= {"true_cfg_scale": settings.cfg_scale, "negative_prompt": settings.negative_prompt}
         return options
-
-    @classmethod
-    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Black Forest Labs' names; the projections of a single block and its MLP's are one weight."""
-        return release_weights(_BLOCKS, _REST, layers)
-
-    @classmethod
-    def depth(cls, config: Mapping[str, Any]) -> Depth:
-        """Double blocks, then single ones."""
-        return double_and_single_blocks(config)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(tokens, channels) of one image."""
-        return self.rows * self.columns, int(self.network.config["in_channels"])
 
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """T5 states and pooled CLIP state of each prompt."""
@@ -155,10 +140,6 @@ class FluxPolicy(PipelinePolicy):
         row = torch.arange(self.rows, device=device).repeat_interleave(self.columns)
         column = torch.arange(self.columns, device=device).repeat(self.rows)
         return torch.stack((torch.zeros_like(row), row, column), dim=1).to(dtype)
-
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The packed latents unpacked and scaled back."""
-        return super().to_pixels(unpacked(latents, self.rows, self.columns))
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size (static or resolution-dependent shift)."""

@@ -1,23 +1,19 @@
-"""What FLUX.2's models share: packed latents behind the VAE's batch norm, states of three layers of a text encoder."""
+"""What FLUX.2's models share: double and single blocks, states of three layers of a text encoder."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
-from pcpo_fast.errors import UserError
-from pcpo_fast.method.schedules import FlowSchedule, Schedule
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.base import Conditioning
-from pcpo_fast.policies.depth import Depth, double_and_single_blocks
-from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
-from pcpo_fast.policies.part_checks import about, check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, unpacked, without_batch_norm
-from pcpo_fast.policies.weight_files import read_json
+from pcpo_fast.policies.depth import DOUBLE_AND_SINGLE
+from pcpo_fast.policies.flow_grids import scheduler_times
+from pcpo_fast.policies.flux2_vae import Flux2VaePolicy
+from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames
+from pcpo_fast.policies.pipeline_policy import Fit
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
 # convert_flux2_transformer_checkpoint_to_diffusers.
@@ -51,20 +47,9 @@ _BLOCKS: BlockNames = {
 }
 
 
-class Flux2Policy(PipelinePolicy):
-    """A model of FLUX.2; subclasses name the pipeline and read prompts as it does.
+class Flux2Policy(Flux2VaePolicy):
+    """A model of FLUX.2; subclasses name the pipeline and read prompts as it does."""
 
-    Latents are packed: [B, tokens, channels] with one token per 2 x 2 latent pixels, as the transformer takes them.
-
-    Attributes:
-        layers: of the text encoder, whose states the network reads side by side.
-    """
-
-    layers: ClassVar[tuple[int, int, int]]
-    trained_part: ClassVar[str] = "transformer"
-    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    cell: ClassVar[int] = 2
-    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     accelerated: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
         *JOINT_ATTENTION,
@@ -75,40 +60,12 @@ class Flux2Policy(PipelinePolicy):
         "attn.to_qkv_mlp_proj",  # of the single blocks, as the next
         "attn.to_out",
     )
-    caption_width: ClassVar[str | None] = "joint_attention_dim"
     fits: ClassVar[tuple[Fit, ...]] = (
         ("joint_attention_dim", 3, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "latent_channels"),
     )
-
-    @classmethod
-    def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
-        """The axes of the rotary embeddings make up a head, and the text encoder has the layers that are read."""
-        check_rotary_axes(file, config, (32, 32, 32, 32))
-        encoder = file.parent.parent / "text_encoder" / "config.json"
-        said = read_json(encoder)
-        layers = said.get("text_config", said).get("num_hidden_layers")
-        if isinstance(layers, int) and layers < cls.layers[-1]:
-            raise UserError(
-                f"model.path: {encoder} says num_hidden_layers {layers}; the states of layers "
-                f"{', '.join(map(str, cls.layers[:-1]))} and {cls.layers[-1]} are read, so it must be at least "
-                f"{cls.layers[-1]}"
-            )
-
-    @classmethod
-    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Black Forest Labs' names."""
-        return release_weights(_BLOCKS, _REST, layers)
-
-    @classmethod
-    def depth(cls, config: Mapping[str, Any]) -> Depth:
-        """Double blocks, then single ones."""
-        return double_and_single_blocks(config)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(tokens, channels) of one image."""
-        return self.rows * self.columns, int(self.network.config["in_channels"])
+    block_lists: ClassVar[Mapping[str, tuple[str, ...]]] = DOUBLE_AND_SINGLE
+    release_names: ClassVar[tuple[BlockNames, Mapping[str, str]]] = (_BLOCKS, _REST)
 
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """States of three of the text encoder's layers, side by side, for each prompt in the chat template.
@@ -130,28 +87,17 @@ class Flux2Policy(PipelinePolicy):
 
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity for a batch whose rows may be at different times."""
-        device, states = latents.device, conditioning["prompt_embeds"]
-        one, text = torch.arange(1, device=device), torch.arange(states.shape[1], device=device)
-        rows, columns = torch.arange(self.rows, device=device), torch.arange(self.columns, device=device)
+        states = conditioning["prompt_embeds"]
         velocity: Tensor = self.forward_module(
             hidden_states=latents,
             encoder_hidden_states=states,
             timestep=times,
-            img_ids=torch.cartesian_prod(one, rows, columns, one),  # time, row, column, place in the text
-            txt_ids=torch.cartesian_prod(one, one, one, text),
             guidance=self.guidance(latents),
             return_dict=False,
+            **self.places(states),
         )[0]
         return velocity
 
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The latents without the VAE's batch norm, unpacked."""
-        return unpacked(without_batch_norm(self.vae, latents), self.rows, self.columns)
-
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size, shifted by the pipeline's fit to both."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        with about("scheduler/scheduler_config.json"):
-            mu = compute_empirical_mu(self.rows * self.columns, steps)
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-        return FlowSchedule(scheduler.sigmas.double())
+        return scheduler_times(self.scheduler.config, steps, compute_empirical_mu(self.rows * self.columns, steps))

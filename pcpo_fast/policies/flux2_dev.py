@@ -16,7 +16,6 @@ from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import INDEX
 from pcpo_fast.policies.flux2 import Flux2Policy
-from pcpo_fast.policies.truncation import template_tokens
 from pcpo_fast.policies.weight_files import read_json
 
 
@@ -32,12 +31,8 @@ class Flux2DevPolicy(Flux2Policy):
 
     family: ClassVar[str] = "flux2_dev"
     pipeline_class: ClassVar[Any] = Flux2Pipeline
-    layers: ClassVar[tuple[int, int, int]] = (10, 20, 30)
-
-    @classmethod
-    def part_kinds(cls) -> dict[str, Any]:
-        """The tokenizer is read as the processor reads it."""
-        return super().part_kinds() | {"tokenizer": PreTrainedTokenizerFast}
+    other_kinds: ClassVar[dict[str, Any]] = {"tokenizer": PreTrainedTokenizerFast}  # as the processor reads it
+    layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
 
     @classmethod
     def check_settings(cls, folder: Path, settings: ModelConfig) -> None:
@@ -79,7 +74,7 @@ class Flux2DevPolicy(Flux2Policy):
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Mistral, which reads the system message and the chat template around a prompt as well."""
-        tokenizer = pipeline.tokenizer.tokenizer
-        limit = self.settings.max_sequence_length
-        limit -= template_tokens(tokenizer, self.folder, format_input([""])[0], add_generation_prompt=False)
-        return [(tokenizer, limit, "Mistral reads within its chat template (model.max_sequence_length)")]
+        conversation = format_input([""])[0]
+        return [
+            self.within_template(pipeline.tokenizer.tokenizer, "Mistral", conversation, add_generation_prompt=False)
+        ]

@@ -8,7 +8,6 @@ from diffusers import Flux2KleinPipeline
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.policies.flux2 import Flux2Policy
 from pcpo_fast.policies.pipeline_policy import check_distillation
-from pcpo_fast.policies.truncation import template_tokens
 
 
 class Flux2KleinPolicy(Flux2Policy):
@@ -16,7 +15,7 @@ class Flux2KleinPolicy(Flux2Policy):
 
     family: ClassVar[str] = "flux2_klein"
     pipeline_class: ClassVar[Any] = Flux2KleinPipeline
-    layers: ClassVar[tuple[int, int, int]] = (9, 18, 27)
+    layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
 
     @classmethod
     def check_settings(cls, folder: Path, settings: ModelConfig) -> None:
@@ -31,6 +30,4 @@ class Flux2KleinPolicy(Flux2Policy):
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Qwen3, which reads the chat template around a prompt as well."""
-        limit = self.settings.max_sequence_length
-        limit -= template_tokens(pipeline.tokenizer, self.folder, enable_thinking=False)
-        return [(pipeline.tokenizer, limit, "Qwen3 reads within its chat template (model.max_sequence_length)")]
+        return [self.within_template(pipeline.tokenizer, "Qwen3", enable_thinking=False)]

@@ -1,13 +1,12 @@
 """FLUX.3 as a policy: text and image apart, then together; states of eight of Qwen3-VL's layers, in windows of 80."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux3ModularPipeline
+from diffusers import Flux3ModularPipeline
 from diffusers.models.transformers.transformer_flux3 import Flux3AttnProcessor
 from diffusers.modular_pipelines.flux3.before_denoise import Flux3PrepareLatentsStep
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
@@ -17,24 +16,19 @@ from transformers import Qwen2TokenizerFast
 
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
-from pcpo_fast.method.schedules import FlowSchedule, Schedule
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.base import Conditioning
-from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.embedding_cache import Encoded
-from pcpo_fast.policies.lora_names import BlockNames, release_weights
+from pcpo_fast.policies.flow_grids import scheduler_times
+from pcpo_fast.policies.flux2_vae import Flux2VaePolicy
+from pcpo_fast.policies.lora_names import BlockNames
 from pcpo_fast.policies.modular import ModularPolicy
-from pcpo_fast.policies.part_checks import about, check_rotary_axes
-from pcpo_fast.policies.pipeline_policy import Fit, unpacked, with_masks, without_batch_norm
+from pcpo_fast.policies.pipeline_policy import Fit, with_masks
 from pcpo_fast.policies.speed import run_block
-from pcpo_fast.policies.truncation import template_tokens
 from pcpo_fast.policies.weight_files import read_json
 
 WINDOW = Flux3TextEncoderStep().pad_multiple
 """A prompt is padded to a multiple of this many tokens; the network sees the padding."""
-LAST_STATES = 32
-"""The last of the text encoder's layers whose states the network reads (4, 8, ... 32)."""
-PLACE_SCALE = Flux3PrepareLatentsStep().image_rope_scale
-"""Distance of neighbouring image tokens in the rotary embeddings."""
 
 # The layers of diffusers' network as the original release names them, as in diffusers'
 # convert_flux3_transformer_checkpoint_to_diffusers.
@@ -67,21 +61,19 @@ _REST = {
 }
 
 
-class Flux3Policy(ModularPolicy):
+class Flux3Policy(ModularPolicy, Flux2VaePolicy):
     """FLUX.3: any :class:`diffusers.Flux3ModularPipeline` whose network is not distilled, without reference images.
 
-    Latents are packed: [B, tokens, channels] with one token per 2 x 2 latent pixels, as the transformer takes them.
     Prompts are encoded as they are; diffusers' pipeline first has another model write them out, unless that step is
     removed.
     """
 
     family: ClassVar[str] = "flux3"
     pipeline_class: ClassVar[Any] = Flux3ModularPipeline
-    trained_part: ClassVar[str] = "transformer"
-    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     also_named: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokenizer": ("AutoProcessor", "Qwen3VLProcessor")}
-    cell: ClassVar[int] = 2
-    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
+    other_kinds: ClassVar[dict[str, Any]] = {"tokenizer": Qwen2TokenizerFast}  # loads without torchvision
+    layers: ClassVar[tuple[int, ...]] = (4, 8, 12, 16, 20, 24, 28, 32)
+    place_scale: ClassVar[float] = Flux3PrepareLatentsStep().image_rope_scale
     lora_targets: ClassVar[tuple[str, ...]] = tuple(layer for (layer,) in _BLOCK.values())
     idle_layers: ClassVar[tuple[str, ...]] = (".image_cond.",)
     kohya_in_diffusers: ClassVar[bool] = False
@@ -89,8 +81,12 @@ class Flux3Policy(ModularPolicy):
         ("joint_attention_dim", 8, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "latent_channels"),
     )
+    block_lists: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "mode": ("num_layers", "txt_mode_blocks", "mode_blocks.image"),
+        "single": ("num_single_layers", "single_transformer_blocks"),
+    }
+    release_names: ClassVar[tuple[BlockNames, Mapping[str, str]]] = (_BLOCKS, _REST)
     masks_prompts: ClassVar[bool] = True
-    caption_width: ClassVar[str | None] = "joint_attention_dim"
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
         """As :class:`PipelinePolicy`; the network gets a forward for prompts whose windows differ."""
@@ -99,25 +95,13 @@ class Flux3Policy(ModularPolicy):
         network.forward = MethodType(forward_batch, network)
 
     @classmethod
-    def part_kinds(cls) -> dict[str, Any]:
-        """Of the processor only the tokenizer is needed, and loads without torchvision."""
-        return super().part_kinds() | {"tokenizer": Qwen2TokenizerFast}
-
-    @classmethod
     def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
-        """The axes of the rotary embeddings make up a head, the encoder has all layers, and nothing is distilled."""
-        check_rotary_axes(file, config, (32, 32, 32, 32))
+        """As for FLUX.2, and the network is not distilled."""
+        super().check_network(file, config)
         if config.get("flow_map"):
             raise UserError(
                 f"model.path: {file} says flow_map true: a distilled FLUX.3 predicts jumps from one time to another, "
                 "not the velocity at a time that the samplers need for adding noise: train the base model"
-            )
-        encoder = file.parent.parent / "text_encoder" / "config.json"
-        layers = read_json(encoder).get("text_config", {}).get("num_hidden_layers")
-        if isinstance(layers, int) and layers < LAST_STATES:
-            raise UserError(
-                f"model.path: {encoder} says num_hidden_layers {layers}; the states of every fourth layer up to "
-                f"{LAST_STATES} are read, so it must be at least {LAST_STATES}"
             )
 
     @classmethod
@@ -125,38 +109,14 @@ class Flux3Policy(ModularPolicy):
         """A guider in the folder must be the plain one, which pipelines have that name none."""
         super().check_settings(folder, settings)
         file = folder / "guider" / "guider_config.json"
-        if settings.cfg_scale == 1 or not file.is_file():
-            return
+        said = read_json(file) if settings.cfg_scale != 1 and file.is_file() else {}
         plain = {"_class_name": "ClassifierFreeGuidance", "guidance_rescale": 0.0, "start": 0.0, "stop": 1.0}
         for name, value in plain.items():
-            found = read_json(file).get(name, value)
-            if found != value:
+            if said.get(name, value) != value:
                 raise UserError(
-                    f"model.cfg_scale: {file} says {name} {found}, and guidance here is that of {name} {value}: set "
-                    "model.cfg_scale to 1, or change the file"
+                    f"model.cfg_scale: {file} says {name} {said[name]}, and guidance here is that of {name} {value}: "
+                    "set model.cfg_scale to 1, or change the file"
                 )
-
-    @classmethod
-    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Black Forest Labs' names."""
-        return release_weights(_BLOCKS, _REST, layers)
-
-    @classmethod
-    def depth(cls, config: Mapping[str, Any]) -> Depth:
-        """Blocks for text or image alone, then blocks for both."""
-        return Depth(
-            (config["num_layers"], config["num_single_layers"]),
-            configure=lambda counts: {"num_layers": counts[0], "num_single_layers": counts[1]},
-            blocks=lambda network, counts: {
-                "mode": [*network.txt_mode_blocks, *network.mode_blocks["image"]],
-                "single": list(network.single_transformer_blocks),
-            },
-        )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(tokens, channels) of one image."""
-        return self.rows * self.columns, int(self.network.config["in_channels"])
 
     @classmethod
     def _load_part(cls, folder: Path, name: str, kind: Any, settings: ModelConfig) -> Any:
@@ -171,8 +131,8 @@ class Flux3Policy(ModularPolicy):
         Raises:
             UserError: the tokenizer has no chat template.
         """
+        self.readers(pipeline)
         tokenizer, limit = pipeline.tokenizer, self.settings.max_sequence_length
-        template_tokens(tokenizer, self.folder)
         processor = SimpleNamespace(tokenizer=tokenizer, apply_chat_template=tokenizer.apply_chat_template)
         # Without its head, whose logits nobody reads.
         encoder = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
@@ -182,53 +142,32 @@ class Flux3Policy(ModularPolicy):
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Qwen3-VL, which reads the chat template around a prompt as well."""
-        limit = self.settings.max_sequence_length - template_tokens(pipeline.tokenizer, self.folder)
-        return [(pipeline.tokenizer, limit, "Qwen3-VL reads within its chat template (model.max_sequence_length)")]
+        return [self.within_template(pipeline.tokenizer, "Qwen3-VL")]
 
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity for a batch whose rows may be at different times and have prompts of different windows."""
         states = conditioning["prompt_embeds"]
-        one, text, rows, columns = (
-            torch.arange(count, dtype=torch.float32, device=latents.device)
-            for count in (1, states.shape[1], self.rows, self.columns)
-        )
         velocity: Tensor = self.forward_module(
             hidden_states=latents,
             timestep=times,
             encoder_hidden_states=states,
             encoder_hidden_states_mask=conditioning["prompt_mask"] > 0,
-            img_ids=torch.cartesian_prod(one, PLACE_SCALE * rows, PLACE_SCALE * columns, one),
-            txt_ids=torch.cartesian_prod(one, one, one, text),  # time, row, column, place in the text
+            **self.places(states),
         )[0]
         return velocity
 
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The latents without the VAE's batch norm, unpacked."""
-        return unpacked(without_batch_norm(self.vae, latents), self.rows, self.columns)
-
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler, whose shift is the same for all sizes."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        with about("scheduler/scheduler_config.json"):
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
-        return FlowSchedule(scheduler.sigmas.double())
+        return scheduler_times(self.scheduler.config, steps)
 
 
 class WindowProcessor(Flux3AttnProcessor):
     """diffusers' attention, with a mask that comes beside the rotary embeddings: its blocks take none."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    ) -> Tensor:
-        """As diffusers'; ``image_rotary_emb`` is (cosines, sines, mask)."""
-        assert image_rotary_emb is not None
-        *places, seen = image_rotary_emb
-        states: Tensor = super().__call__(attn, hidden_states, seen, tuple(places))
-        return states
+    def __call__(self, attn: Any, hidden_states: Tensor, _: None = None, places: Any = None) -> Any:
+        """As diffusers'; ``places`` is (cosines, sines, mask)."""
+        cosines, sines, seen = places
+        return super().__call__(attn, hidden_states, seen, (cosines, sines))
 
 
 def forward_batch(

@@ -1,6 +1,6 @@
 """Krea 2 as a policy: packed latents, states of many layers of Qwen3-VL, which the network itself fuses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,13 +12,12 @@ from transformers import Qwen2TokenizerFast
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import INDEX
-from pcpo_fast.method.schedules import FlowSchedule, Schedule
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.base import Conditioning
-from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.embedding_cache import Encoded
-from pcpo_fast.policies.flow_grids import shifted_schedule
-from pcpo_fast.policies.lora_names import BlockNames, release_weights
-from pcpo_fast.policies.part_checks import check_rotary_axes
+from pcpo_fast.policies.flow_grids import scheduler_times, shifted_schedule
+from pcpo_fast.policies.lora_names import BlockNames
+from pcpo_fast.policies.part_checks import check_encoder_depth, check_rotary_axes
 from pcpo_fast.policies.pipeline_policy import Fit, check_distillation, is_distilled, with_masks
 from pcpo_fast.policies.qwen_vae import QwenVaePolicy
 from pcpo_fast.policies.weight_files import read_json
@@ -54,19 +53,16 @@ TOKENS_AFTER = 5
 
 
 class Krea2Policy(QwenVaePolicy):
-    """Krea 2 Raw and Turbo: any :class:`diffusers.Krea2Pipeline`.
-
-    Latents are packed: [B, tokens, channels] with one token per 2 x 2 latent pixels, as the transformer takes them.
-    """
+    """Krea 2 Raw and Turbo: any :class:`diffusers.Krea2Pipeline`."""
 
     family: ClassVar[str] = "krea2"
     pipeline_class: ClassVar[Any] = Krea2Pipeline
-    trained_part: ClassVar[str] = "transformer"
-    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    cell: ClassVar[int] = 2
-    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = tuple(layer for (layer,) in _BLOCK.values())
     kohya_in_diffusers: ClassVar[bool] = False
+    other_kinds: ClassVar[dict[str, Any]] = {"tokenizer": Qwen2TokenizerFast}  # the pipeline would take any
+    # Those that fuse the caption's states before the others are few, and stay.
+    block_lists: ClassVar[Mapping[str, tuple[str, ...]]] = {"single": ("num_layers", "transformer_blocks")}
+    release_names: ClassVar[tuple[BlockNames, Mapping[str, str]]] = (_BLOCKS, _REST)
     fits: ClassVar[tuple[Fit, ...]] = (
         ("text_hidden_dim", 1, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "z_dim"),
@@ -75,16 +71,10 @@ class Krea2Policy(QwenVaePolicy):
     guidance_offset: ClassVar[float] = 1.0
 
     @classmethod
-    def part_kinds(cls) -> dict[str, Any]:
-        """The pipeline's constructor would take any tokenizer."""
-        return super().part_kinds() | {"tokenizer": Qwen2TokenizerFast}
-
-    @classmethod
     def check_network(cls, file: Path, config: Mapping[str, Any]) -> None:
         """The axes of the rotary embeddings make up a head, and the text encoder has the layers that are read."""
         check_rotary_axes(file, config, (32, 48, 48))
-        folder = file.parent.parent
-        index, encoder = folder / INDEX, folder / "text_encoder" / "config.json"
+        index = file.parent.parent / INDEX
         said = read_json(index)
         layers, count = said.get("text_encoder_select_layers") or PUBLISHED_LAYERS, config.get("num_text_layers", 12)
         if len(layers) != count:
@@ -92,12 +82,7 @@ class Krea2Policy(QwenVaePolicy):
                 f"model.path: {index} says text_encoder_select_layers {list(layers)}, but {file} has num_text_layers "
                 f"{count}: they must be as many"
             )
-        there = read_json(encoder).get("text_config", {}).get("num_hidden_layers")
-        if isinstance(there, int) and there < max(layers):
-            raise UserError(
-                f"model.path: {encoder} says num_hidden_layers {there}; the states of layer {max(layers)} are read "
-                f"(text_encoder_select_layers in {index}), so it must be at least {max(layers)}"
-            )
+        check_encoder_depth(index.parent / "text_encoder", sorted(layers), f" (text_encoder_select_layers in {index})")
         if said.get("patch_size", 2) != 2:
             raise UserError(f"model.path: {index} says patch_size {said['patch_size']}, which must be 2")
 
@@ -106,25 +91,6 @@ class Krea2Policy(QwenVaePolicy):
         """Turbo has no classifier-free guidance, and a word about training it is due."""
         super().check_settings(folder, settings)
         check_distillation(folder, settings)
-
-    @classmethod
-    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Krea's names."""
-        return release_weights(_BLOCKS, _REST, layers)
-
-    @classmethod
-    def depth(cls, config: Mapping[str, Any]) -> Depth:
-        """Blocks over image and caption; those that fuse the caption's states before them are few, and stay."""
-        return Depth(
-            (config["num_layers"],),
-            configure=lambda counts: {"num_layers": counts[0]},
-            blocks=lambda network, counts: {"single": list(network.transformer_blocks)},
-        )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(tokens, channels) of one image."""
-        return self.rows * self.columns, int(self.network.config["in_channels"])
 
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Encoded:
         """States [tokens, layers, width] for each prompt in the pipeline's template, without what precedes it and
@@ -165,5 +131,6 @@ class Krea2Policy(QwenVaePolicy):
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The grid of the pipeline's scheduler for this image size; Turbo's is the same for all sizes."""
-        mu = 1.15 if self.folder is not None and is_distilled(self.folder) else None
-        return shifted_schedule(self.scheduler.config, self.rows * self.columns, steps, mu=mu)
+        if self.folder is not None and is_distilled(self.folder):
+            return scheduler_times(self.scheduler.config, steps, 1.15)
+        return shifted_schedule(self.scheduler.config, self.rows * self.columns, steps)

@@ -32,7 +32,7 @@ class ModularPolicy(PipelinePolicy):
     @classmethod
     def part_kinds(cls) -> dict[str, Any]:
         """The class of each part, as the pipeline's blocks expect it."""
-        return {spec.name: spec.type_hint for spec in cls._blocks().expected_components}
+        return {spec.name: spec.type_hint for spec in cls._blocks().expected_components} | cls.other_kinds
 
     @classmethod
     def default_scheduler(cls) -> tuple[str, dict[str, Any]] | None:

@@ -6,7 +6,7 @@ empty tokenizer where there is no vocabulary. The libraries' own rules for names
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,28 @@ def check_rotary_axes(file: Path, config: Mapping[str, Any], default: tuple[int,
     if not isinstance(axes, list | tuple) or sum(axes) != width:
         raise UserError(
             f"model.path: {file} says axes_dims_rope {axes}, which must add up to attention_head_dim {width}"
+        )
+
+
+def check_encoder_depth(encoder: Path, layers: Sequence[int], named_in: str = "") -> None:
+    """Check that a text encoder has the layers whose states the network reads.
+
+    Args:
+        encoder: its folder.
+        layers: their numbers from 1, in ascending order.
+        named_in: where the numbers come from, for the message.
+
+    Raises:
+        UserError: otherwise; names the file.
+    """
+    file = encoder / "config.json"
+    said = read_json(file)
+    there = said.get("text_config", said).get("num_hidden_layers")
+    if isinstance(there, int) and there < layers[-1]:
+        read = " and ".join(filter(None, (", ".join(map(str, layers[:-1])), str(layers[-1]))))
+        raise UserError(
+            f"model.path: {file} says num_hidden_layers {there}; the states of layers {read} are read{named_in}, so it "
+            f"must be at least {layers[-1]}"
         )
 
 

@@ -21,21 +21,22 @@ from pcpo_fast.config.schema import ModelConfig, RolloutConfig
 from pcpo_fast.distributed.collectives import once_per_machine, rank
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.files.content import INDEX, RECORD_FOLDER, Contents, digest, index_of, pipeline_files
-from pcpo_fast.method.schedules import Schedule
+from pcpo_fast.method.schedules import FlowSchedule, Schedule
 from pcpo_fast.policies.attention import attention_backend, choose_attention
 from pcpo_fast.policies.base import Conditioning, Policy, PolicyOutput
-from pcpo_fast.policies.depth import Depth
+from pcpo_fast.policies.depth import Depth, listed_blocks
 from pcpo_fast.policies.embedding_cache import EmbeddingCache, Encoded
 from pcpo_fast.policies.folder_checks import single_file, used_parts
 from pcpo_fast.policies.four_bit import quantize_blocks
 from pcpo_fast.policies.lora import add_lora, differing_from, merged_adapters, trained_updates
 from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
+from pcpo_fast.policies.lora_names import BlockNames, release_weights
 from pcpo_fast.policies.low_precision import low_precision
 from pcpo_fast.policies.part_checks import check_finite
 from pcpo_fast.policies.pipeline_files import clip_tokens, part_classes
 from pcpo_fast.policies.quiet import quiet_libraries
 from pcpo_fast.policies.speed import checkpoint_blocks, compile_blocks, needed
-from pcpo_fast.policies.truncation import warn_of_long_prompts
+from pcpo_fast.policies.truncation import template_tokens, warn_of_long_prompts
 from pcpo_fast.policies.weight_files import find_weights, read_json
 
 Fit = tuple[str, int, str, str]
@@ -52,21 +53,27 @@ DECODED_PIXELS = 1 << 21
 class PipelinePolicy(Policy):
     """A policy built from the parts of a diffusers pipeline.
 
-    Subclasses name the pipeline and its parts, encode prompts and run the network; everything else is shared.
+    Subclasses name the pipeline, encode prompts and run the network; everything else is shared. The defaults are those
+    of a flow model whose transformer takes the states of one text encoder.
 
     Attributes:
         pipeline_class: the pipeline's class in diffusers.
         trained_part: the part of the pipeline that is trained: "transformer" or "unet".
         encoder_parts: text encoders and tokenizers, which are loaded only to encode prompts.
+        other_kinds: classes of parts that are not those which the pipeline declares.
         optional_parts: encoder parts that a pipeline may lack.
         also_named: other classes by which an index may call a part.
         unused_parts: parts that a policy never needs, such as a safety checker; the folder may lack them.
         cell: side of the latent patch that becomes one token; the image size must be a multiple of its pixels.
+        packs_latents: whether the network takes these patches, [B, tokens, channels], and the latents are they.
         schedule_kind: the type that :meth:`schedule` returns, known without loading anything.
         lora_targets: linear layers that get an adapter if the configuration names none.
         about: metadata about the run for the headers of LoRA files.
         cuts_prompts: whether ``model.max_sequence_length`` sets the number of tokens read from a prompt.
         fits: widths that must agree between the parts of a pipeline.
+        block_lists: the network's blocks (:func:`pcpo_fast.policies.depth.listed_blocks`).
+        release_names: the names of the network's layers in the model's original release, within blocks and of the rest
+            (:func:`pcpo_fast.policies.lora_names.release_weights`).
         dispatches_attention: whether the network's attention layers use diffusers' attention dispatcher.
         linear_guidance: whether guidance is linear in its halves, as in the loss; any other serves sampling only.
         guidance_offset: what ``model.cfg_scale`` is above the ``guidance_scale`` of diffusers' pipeline; 1 where that
@@ -80,16 +87,20 @@ class PipelinePolicy(Policy):
     """
 
     pipeline_class: ClassVar[Any]
-    trained_part: ClassVar[str]
-    encoder_parts: ClassVar[tuple[str, ...]]
+    trained_part: ClassVar[str] = "transformer"
+    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    other_kinds: ClassVar[dict[str, Any]] = {}
     optional_parts: ClassVar[tuple[str, ...]] = ()
     also_named: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     unused_parts: ClassVar[tuple[str, ...]] = ()
-    cell: ClassVar[int]
-    schedule_kind: ClassVar[type[Schedule]]
+    cell: ClassVar[int] = 2
+    packs_latents: ClassVar[bool] = False
+    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]]
     cuts_prompts: ClassVar[bool] = True
     fits: ClassVar[tuple[Fit, ...]]
+    block_lists: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    release_names: ClassVar[tuple[BlockNames, Mapping[str, str]]]
     dispatches_attention: ClassVar[bool] = True
     linear_guidance: ClassVar[bool] = True
     guidance_offset: ClassVar[float] = 0.0
@@ -282,8 +293,8 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def part_kinds(cls) -> dict[str, Any]:
-        """The class of each part, as the pipeline's constructor declares it."""
-        return {name: kind[0] for name, kind in cls.pipeline_class._get_signature_types().items()}
+        """The class of each part: :attr:`other_kinds`, or as the pipeline's constructor declares it."""
+        return {name: kind[0] for name, kind in cls.pipeline_class._get_signature_types().items()} | cls.other_kinds
 
     @classmethod
     def default_scheduler(cls) -> tuple[str, dict[str, Any]] | None:
@@ -310,7 +321,6 @@ class PipelinePolicy(Policy):
         """
 
     @classmethod
-    @abstractmethod
     def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Map weights of the model's original release to the diffusers layers that make up their rows, in order.
 
@@ -320,11 +330,20 @@ class PipelinePolicy(Policy):
         Returns:
             Original weights (names without ``.weight``) that contain at least one of the layers.
         """
+        return release_weights(*cls.release_names, layers)
 
     @classmethod
     def depth(cls, config: Mapping[str, Any]) -> Depth:
         """Depth of the trained network by its configuration; empty for families whose blocks all differ."""
-        return Depth()
+        return listed_blocks(config, cls.block_lists)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one image: (tokens, channels) of packed latents, else (channels, rows, columns) of the VAE's."""
+        channels = int(self.network.config["in_channels"])
+        if self.packs_latents:
+            return self.rows * self.columns, channels
+        return channels, self.cell * self.rows, self.cell * self.columns
 
     @abstractmethod
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Encoded:
@@ -340,6 +359,20 @@ class PipelinePolicy(Policy):
     @abstractmethod
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """(tokenizer, tokens read, name) of each text encoder, to warn about truncated prompts."""
+
+    def within_template(self, tokenizer: Any, name: str, *messages: Any, **options: Any) -> tuple[Any, int, str]:
+        """An entry of :meth:`readers`: a text encoder that reads the chat template around a prompt as well.
+
+        Args:
+            tokenizer: of transformers.
+            name: of the text encoder.
+            messages, options: as for :func:`pcpo_fast.policies.truncation.template_tokens`.
+
+        Raises:
+            UserError: the tokenizer has no chat template.
+        """
+        limit = self.settings.max_sequence_length - template_tokens(tokenizer, self.folder, *messages, **options)
+        return tokenizer, limit, f"{name} reads within its chat template (model.max_sequence_length)"
 
     def conditioning_shapes(self, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's row in the result of :meth:`encode_with`, for planning without text encoders.
@@ -358,6 +391,8 @@ class PipelinePolicy(Policy):
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Convert the sampler's latents to the VAE's input, [B, C, h, w]: unscaled, and unpacked if packed."""
         config = self.vae.config
+        if self.packs_latents:
+            latents = unpacked(latents, self.rows, self.columns)
         scaled: Tensor = latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)
         return scaled
 
@@ -614,12 +649,6 @@ def unpacked(latents: Tensor, rows: int, columns: int) -> Tensor:
     batch, _, channels = latents.shape
     pixels = latents.reshape(batch, rows, columns, channels // 4, 2, 2)
     return pixels.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * rows, 2 * columns)
-
-
-def without_batch_norm(vae: Any, latents: Tensor) -> Tensor:
-    """Packed latents [B, tokens, 4 C] as they were before the batch norm that FLUX.2's VAE applies to them."""
-    std = (vae.bn.running_var.to(latents) + vae.config["batch_norm_eps"]).sqrt()
-    return latents * std + vae.bn.running_mean.to(latents)
 
 
 def vae_factor(vae_config: Mapping[str, Any]) -> int:

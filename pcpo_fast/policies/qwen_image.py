@@ -11,9 +11,8 @@ from torch import Tensor
 
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
-from pcpo_fast.method.schedules import FlowSchedule, Schedule
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.base import Conditioning, PolicyOutput
-from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.embedding_cache import Encoded
 from pcpo_fast.policies.flow_grids import shifted_schedule
 from pcpo_fast.policies.lora_names import JOINT_ATTENTION
@@ -27,21 +26,15 @@ _OTHER_MODELS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use
 
 
 class QwenImagePolicy(QwenVaePolicy):
-    """Qwen-Image and Qwen-Image-2512: any :class:`diffusers.QwenImagePipeline`.
-
-    Latents are packed: [B, tokens, channels] with one token per 2 x 2 latent pixels, as the transformer takes them.
-    """
+    """Qwen-Image and Qwen-Image-2512: any :class:`diffusers.QwenImagePipeline`."""
 
     family: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[Any] = QwenImagePipeline
-    trained_part: ClassVar[str] = "transformer"
-    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    cell: ClassVar[int] = 2
-    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
         *JOINT_ATTENTION,
         *(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")),
     )
+    block_lists: ClassVar[Mapping[str, tuple[str, ...]]] = {"double": ("num_layers", "transformer_blocks")}
     fits: ClassVar[tuple[Fit, ...]] = (
         ("joint_attention_dim", 1, "text_encoder", "hidden_size"),
         ("in_channels", 4, "vae", "z_dim"),
@@ -86,23 +79,9 @@ class QwenImagePolicy(QwenVaePolicy):
         """The original release has diffusers' names."""
         return {layer: (layer,) for layer in layers}
 
-    @classmethod
-    def depth(cls, config: Mapping[str, Any]) -> Depth:
-        """Blocks over image and caption."""
-        return Depth(
-            (config["num_layers"],),
-            configure=lambda counts: {"num_layers": counts[0]},
-            blocks=lambda network, counts: {"double": list(network.transformer_blocks)},
-        )
-
     @property
     def _grid(self) -> tuple[int, int, int]:
         return 1, self.rows, self.columns
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(tokens, channels) of one image."""
-        return self.rows * self.columns, int(self.network.config["in_channels"])
 
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Encoded:
         """Qwen2.5-VL's last states for each prompt in the pipeline's template, without what precedes it and padding."""

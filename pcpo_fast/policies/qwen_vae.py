@@ -1,6 +1,6 @@
 """What the families with Qwen-Image's VAE share: packed latents, which it decodes as a video of one frame."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,7 +9,12 @@ from pcpo_fast.policies.pipeline_policy import PipelinePolicy, unpacked
 
 
 class QwenVaePolicy(PipelinePolicy):
-    """A policy whose VAE is a :class:`diffusers.AutoencoderKLQwenImage`."""
+    """A policy whose VAE is a :class:`diffusers.AutoencoderKLQwenImage`.
+
+    Latents are packed: [B, tokens, channels] with one token per 2 x 2 latent pixels, as the transformer takes them.
+    """
+
+    packs_latents: ClassVar[bool] = True
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
         """As :class:`PipelinePolicy`."""

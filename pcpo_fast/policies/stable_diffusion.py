@@ -26,7 +26,6 @@ class StableDiffusionPolicy(PipelinePolicy):
     family: ClassVar[str] = "stable_diffusion"
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     trained_part: ClassVar[str] = "unet"
-    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     also_recomputed: ClassVar[tuple[str, ...]] = ("ResnetBlock2D",)
     cell: ClassVar[int] = 1
@@ -62,11 +61,6 @@ class StableDiffusionPolicy(PipelinePolicy):
                 place = 1 if match[1] == "attentions" else 2 * int(match[2])
                 found[f"middle_block.{place}.{match[3]}"] = (layer,)
         return found
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(channels, rows, columns) of one image's latents."""
-        return int(self.network.config["in_channels"]), self.rows, self.columns
 
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """CLIP's states of each prompt."""

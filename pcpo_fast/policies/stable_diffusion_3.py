@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 as policies: velocity, classifier-free guidance, two CLIPs and T5."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -8,10 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from pcpo_fast.method.schedules import FlowSchedule, Schedule
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.base import Conditioning
 from pcpo_fast.policies.depth import Depth
-from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames, release_weights
+from pcpo_fast.policies.lora_names import JOINT_ATTENTION, BlockNames
 from pcpo_fast.policies.part_checks import about
 from pcpo_fast.policies.pipeline_files import part_classes
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy
@@ -52,7 +52,6 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     family: ClassVar[str] = "stable_diffusion_3"
     pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
-    trained_part: ClassVar[str] = "transformer"
     encoder_parts: ClassVar[tuple[str, ...]] = (
         "text_encoder",
         "text_encoder_2",
@@ -65,8 +64,6 @@ class StableDiffusion3Policy(PipelinePolicy):
     unused_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     repeated_blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)  # diffusers names none
     accelerated: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
-    cell: ClassVar[int] = 2
-    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     kohya_in_diffusers: ClassVar[bool] = False
     fits: ClassVar[tuple[Fit, ...]] = (
@@ -74,6 +71,7 @@ class StableDiffusion3Policy(PipelinePolicy):
         ("in_channels", 1, "vae", "latent_channels"),
     )
     dispatches_attention: ClassVar[bool] = False
+    release_names: ClassVar[tuple[BlockNames, Mapping[str, str]]] = (_BLOCKS, _REST)
 
     def __init__(self, network: Any, *others: Any, **places: Any) -> None:
         """As :class:`PipelinePolicy`.
@@ -85,11 +83,6 @@ class StableDiffusion3Policy(PipelinePolicy):
         limit = network.config["pos_embed_max_size"]
         if limit is not None:
             self.check_places(limit, limit)
-
-    @classmethod
-    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Stability AI's names."""
-        return release_weights(_BLOCKS, _REST, layers)
 
     @classmethod
     def depth(cls, config: Mapping[str, Any]) -> Depth:
@@ -107,11 +100,6 @@ class StableDiffusion3Policy(PipelinePolicy):
             configure=lambda counts: {"num_layers": sum(counts), "dual_attention_layers": list(range(counts[0]))},
             blocks=blocks,
         )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(channels, rows, columns) of one image's latents."""
-        return int(self.network.config["in_channels"]), self.cell * self.rows, self.cell * self.columns
 
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """States of both CLIPs and of T5 in one sequence, and the CLIPs' pooled states."""

@@ -1,6 +1,6 @@
 """Z-Image as a policy: time runs from noise to image in its network, and an image's places follow its caption's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
@@ -15,15 +15,13 @@ from transformers import Qwen2TokenizerFast, Qwen3Model
 
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
-from pcpo_fast.method.schedules import FlowSchedule, Schedule
+from pcpo_fast.method.schedules import FlowSchedule
 from pcpo_fast.policies.base import Conditioning
-from pcpo_fast.policies.depth import Depth
 from pcpo_fast.policies.embedding_cache import Encoded
 from pcpo_fast.policies.flow_grids import shifted_schedule
-from pcpo_fast.policies.lora_names import release_weights
+from pcpo_fast.policies.lora_names import BlockNames
 from pcpo_fast.policies.pipeline_policy import Fit, PipelinePolicy, warn_of_distillation, with_masks
 from pcpo_fast.policies.speed import run_block
-from pcpo_fast.policies.truncation import template_tokens
 
 # The layers of diffusers' network that are the rows of each weight of the original release, as in diffusers'
 # convert_z_image_transformer_checkpoint_to_diffusers; the others have the same names in both.
@@ -32,7 +30,7 @@ _FUSED = {
     "attention.out": ("attention.to_out.0",),
 }
 _SAME = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")
-_BLOCKS = {
+_BLOCKS: BlockNames = {
     name: (name, _FUSED | {layer: (layer,) for layer in _SAME})
     for name in ("layers", "noise_refiner", "context_refiner")
 }
@@ -51,14 +49,15 @@ class ZImagePolicy(PipelinePolicy):
 
     family: ClassVar[str] = "z_image"
     pipeline_class: ClassVar[Any] = ZImagePipeline
-    trained_part: ClassVar[str] = "transformer"
-    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    cell: ClassVar[int] = 2
-    schedule_kind: ClassVar[type[Schedule]] = FlowSchedule
     lora_targets: ClassVar[tuple[str, ...]] = (
         *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
         *_SAME[:3],
     )
+    # The pipeline would take any.
+    other_kinds: ClassVar[dict[str, Any]] = {"text_encoder": Qwen3Model, "tokenizer": Qwen2TokenizerFast}
+    # The refiners before them are few, and stay.
+    block_lists: ClassVar[Mapping[str, tuple[str, ...]]] = {"layers": ("n_layers", "layers")}
+    release_names: ClassVar[tuple[BlockNames, Mapping[str, str]]] = (_BLOCKS, _REST)
     fits: ClassVar[tuple[Fit, ...]] = (
         ("cap_feat_dim", 1, "text_encoder", "hidden_size"),
         ("in_channels", 1, "vae", "latent_channels"),
@@ -77,11 +76,6 @@ class ZImagePolicy(PipelinePolicy):
         self.check_places(*network.config["axes_lens"][1:])
         network.rope_embedder(network.x_pad_token.new_zeros(1, 3, dtype=torch.long))  # makes its tables
         network.forward = MethodType(forward_batch, network)
-
-    @classmethod
-    def part_kinds(cls) -> dict[str, Any]:
-        """The pipeline's constructor would take any text encoder; the published ones are Qwen3."""
-        return super().part_kinds() | {"text_encoder": Qwen3Model, "tokenizer": Qwen2TokenizerFast}
 
     @classmethod
     def head_dim(cls, config: Mapping[str, Any]) -> int | None:
@@ -104,32 +98,13 @@ class ZImagePolicy(PipelinePolicy):
         if "z-image-turbo" in settings.path.lower():
             warn_of_distillation(settings.path)
 
-    @classmethod
-    def release_weights(cls, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """The names of Z-Image's authors, which ComfyUI's files have."""
-        return release_weights(_BLOCKS, _REST, layers)
-
-    @classmethod
-    def depth(cls, config: Mapping[str, Any]) -> Depth:
-        """Blocks over image and caption; the refiners before them are few, and stay."""
-        return Depth(
-            (config["n_layers"],),
-            configure=lambda counts: {"n_layers": counts[0]},
-            blocks=lambda network, counts: {"layers": list(network.layers)},
-        )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(channels, rows, columns) of one image's latents."""
-        return int(self.network.config["in_channels"]), self.cell * self.rows, self.cell * self.columns
-
     def encode_with(self, pipeline: Any, prompts: list[str], device: torch.device) -> Encoded:
         """States of Qwen3's last layer but one for each prompt in the chat template, without padding.
 
         Raises:
             UserError: the tokenizer has no chat template.
         """
-        template_tokens(pipeline.tokenizer, self.folder, enable_thinking=True)
+        self.readers(pipeline)
         states, _ = pipeline.encode_prompt(
             list(prompts),  # the pipeline writes into the list
             device=device,
@@ -140,9 +115,7 @@ class ZImagePolicy(PipelinePolicy):
 
     def readers(self, pipeline: Any) -> list[tuple[Any, int, str]]:
         """Qwen3, which reads the chat template around a prompt as well."""
-        limit = self.settings.max_sequence_length
-        limit -= template_tokens(pipeline.tokenizer, self.folder, enable_thinking=True)
-        return [(pipeline.tokenizer, limit, "Qwen3 reads within its chat template (model.max_sequence_length)")]
+        return [self.within_template(pipeline.tokenizer, "Qwen3", enable_thinking=True)]
 
     def run_network(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity for a batch whose rows may be at different times: the network's from noise to image, reversed."""
