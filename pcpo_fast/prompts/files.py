@@ -27,7 +27,7 @@ _MARKS = (
 def load_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
     """Read prompts from a text file, JSON, a table, or one of the formats in which benchmarks are published.
 
-    ``hf://datasets/OWNER/NAME/FILE`` is a file of a dataset on the Hugging Face hub, which is downloaded once.
+    ``hf://datasets/OWNER/NAME[/FILE]`` is a file of a dataset on the Hugging Face hub, which is downloaded once.
 
     The format follows from the extension:
 
@@ -70,7 +70,9 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"prompt file {path} does not exist") from None
+        like_hub = len(path.parts) == 2 and not path.suffix and not path.is_absolute() and not path.parent.is_dir()
+        hint = f" (a dataset on the Hugging Face hub is {SCHEME}{path.as_posix()})" if like_hub else ""
+        raise UserError(f"prompt file {path} does not exist{hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"prompt file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")

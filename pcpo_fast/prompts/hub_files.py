@@ -13,11 +13,12 @@ def hub_file(address: str) -> Path:
     """Download a file of a dataset, or find it in the hub's cache.
 
     Args:
-        address: ``hf://datasets/OWNER/NAME[@REVISION]/FILE``, as the hub's own libraries write it.
+        address: ``hf://datasets/OWNER/NAME[@REVISION][/FILE]``, as the hub's own libraries write it; without FILE the
+            only one that may hold prompts.
 
     Raises:
-        UserError: the address names no file, the dataset or file does not exist or may not be read, or there is no
-            network and the file is not in the cache.
+        UserError: the address names no file where there is not exactly one, the dataset or file does not exist or may
+            not be read, or there is no network and the file is not in the cache.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import RevisionNotFoundError
@@ -34,10 +35,13 @@ def hub_file(address: str) -> Path:
         if file is None:
             listed = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
             suitable = [one for one in listed if one.endswith((".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"))]
-            some = ", ".join(suitable[:8]) + (", ..." if len(suitable) > 8 else "")
-            raise UserError(
-                f"prompt file {address}: name one of the dataset's files: {some or 'it has none with prompts'}"
-            )
+            if len(suitable) != 1:
+                some = ", ".join(suitable[:8]) + (", ..." if len(suitable) > 8 else "")
+                raise UserError(
+                    f"prompt file {address}: "
+                    + (f"name one of the dataset's files: {some}" if some else "the dataset has no file of prompts")
+                )
+            [file] = suitable
         return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
     except UserError:
         raise

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from pcpo_fast.config.messages import did_you_mean
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
 
@@ -81,9 +82,12 @@ class Loggers:
 
 
 class TensorBoardLogger:
-    """Event files under `folder`: ``epochs`` (axis: epoch) and ``updates`` (axis: number of the update)."""
+    """Event files under `folder`: ``epochs`` (axis: epoch) and ``updates`` (axis: number of the update).
 
-    def __init__(self, folder: Path) -> None:
+    `about` is shown as a table among the texts, one for each start of the run.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -93,14 +97,17 @@ class TensorBoardLogger:
             ) from error
         self._make = SummaryWriter
         self._folder = folder
+        rows = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in about.items()]
+        self._about = "\n".join(["| setting | value |", "|---|---|", *rows]) if rows else None
         self._writers: dict[str, SummaryWriter] = {}
         self._purge: dict[str, int] = {}
 
     def _writer(self, part: str) -> Any:
         if part not in self._writers:
-            self._writers[part] = self._make(
-                str(self._folder / part), purge_step=self._purge.pop(part, None), flush_secs=10
-            )
+            start = self._purge.pop(part, None)
+            self._writers[part] = self._make(str(self._folder / part), purge_step=start, flush_secs=10)
+            if part == "epochs" and self._about is not None:
+                self._writers[part].add_text("run", self._about, start or 0)
         return self._writers[part]
 
     def log(self, kind: str, metrics: Mapping[str, float], *, epoch: int, step: int) -> None:
@@ -247,7 +254,8 @@ def _imported(package: str, title: str) -> Any:
 def _check_names(tracker: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
     for name in options:
         if name not in allowed:
-            raise UserError(f"{tracker}: unknown option {name!r} (allowed: {', '.join(allowed)})")
+            hint = did_you_mean(name, allowed)
+            raise UserError(f"{tracker}: unknown option {name!r}{hint} (allowed: {', '.join(allowed)})")
 
 
 def _run_id(output_dir: Path, tracker: str) -> str:

@@ -86,7 +86,9 @@ def write_model_card(
         _usage(folder, config, kind, base, name or str(folder.name), call, readers),
     ]
     what = f"[{base}](https://huggingface.co/{base})" if on_hub else "the base model"
-    parts += ["## Origin", _origin(run, config), f"The license of {what} holds for these weights as well."]
+    license = LICENSES.get(base) if on_hub else None
+    named = f", {license}," if license is not None else ""
+    parts += ["## Origin", _origin(run, config), f"The license of {what}{named} holds for these weights as well."]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -191,14 +193,18 @@ def _usage(
 
 def _origin(run: RunFiles, config: Config) -> str:
     starts = read_provenance(run.folder)
-    lines = [f"- pcpo_fast {pcpo_fast.__version__}, seed {config.seed}"]
+    last = starts[-1] if starts else {}
+    lines = [f"- pcpo_fast {last.get('pcpo_fast', pcpo_fast.__version__)}, seed {config.seed}"]
     if config.model.base_weights == "nf4":
         lines.append("- trained beside the base model in 4 bits (NF4)")
+    changed = " with changes that are not in it" if last.get("commit_dirty") else ""
+    shown = {
+        "started": last.get("started"),
+        "commit": last.get("commit") and f"{last['commit']}{changed}",
+        "GPU": last.get("gpu"),
+        "libraries": ", ".join(f"{name} {version}" for name, version in (last.get("libraries") or {}).items()),
+    }
+    lines += [f"- {label}: {value}" for label, value in shown.items() if value]
     if starts:
-        last = starts[-1]
-        lines += [f"- {label}: {last[key]}" for key, label in _SHOWN.items() if last.get(key)]
-    lines.append("- the whole record of what made it: `provenance.json`")
-    return "\n".join(lines if starts else lines[:-1])
-
-
-_SHOWN = {"started": "started", "commit": "commit", "gpu": "GPU"}
+        lines.append("- the whole record of what made it: `provenance.json`")
+    return "\n".join(lines)

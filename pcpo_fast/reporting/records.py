@@ -20,9 +20,9 @@ class RunRecorder:
     """Writes metrics.jsonl and images/ in `output_dir`, and sends the same to TensorBoard and other trackers.
 
     `tensorboard` turns on event files in ``output_dir/tensorboard``; `wandb` and `trackio` are None or the options of a
-    run there (see `pcpo_fast.reporting.loggers`), which shows `about` as its configuration. With `enabled` False (all
-    ranks but 0) all methods do nothing and no file is touched. An existing metrics.jsonl is continued, including its
-    ``time``.
+    run there (see `pcpo_fast.reporting.loggers`). All of them show `about` as the run's configuration. With `enabled`
+    False (all ranks but 0) all methods do nothing and no file is touched. An existing metrics.jsonl is continued,
+    including its ``time``.
 
     Raises `UserError` if `output_dir` is not writable or a requested logger is not installed. A logger that fails later
     is dropped with one warning; training continues.
@@ -50,7 +50,7 @@ class RunRecorder:
         self._count(read_metrics(self._file.path))
         if tensorboard:
             folder = self.output_dir / "tensorboard"
-            self._loggers.add("TensorBoard", lambda: TensorBoardLogger(folder))
+            self._loggers.add("TensorBoard", lambda: TensorBoardLogger(folder, about or {}))
         if wandb is not None:
             wandb_options = dict(wandb)
             self._loggers.add("Weights & Biases", lambda: WandbLogger(self.output_dir, wandb_options, about or {}))

@@ -68,7 +68,7 @@ def _subtitle(run: RunFiles, done: int) -> str:
     of = f" of {planned:.0f}" if planned is not None and planned != done else ""
     state = "finished" if run.finished else "not finished"
     credit = f", {run.credit.rule} credit on the {run.credit.sampler} sampler" if run.credit else ""
-    return f"PCPO training run, {state}: {done}{of} epochs{credit}"
+    return f"Training run, {state}: {done}{of} epochs{credit}"
 
 
 def _samples(run: RunFiles) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from cli_runs import Run, call
 
@@ -109,6 +110,7 @@ def test_an_export_is_uploaded_with_its_card(lora: Run, hub: type[Hub], tmp_path
         r'pipe\(prompt="a prompt", height=\d+, width=\d+, guidance_scale=3\.5, num_inference_steps=\d', card
     )
     assert str(tmp_path) not in card and "`tiny_pipeline:redness`" in card
+    assert f"- libraries: torch {torch.__version__}" in card
     records = map(json.loads, (lora.folder / "metrics.jsonl").read_text().splitlines())
     before, after = (r["heldout/reward/mean"] for r in records if r["kind"] == "evaluation" and r["epoch"] in (0, 2))
     assert f"| reward that was trained | {before:.4g} | {after:.4g} |" in card
@@ -142,6 +144,16 @@ def test_a_card_names_the_base_model_and_its_license(
     assert found["base_model_relation"] == ("adapter" if kind == "LoRA" else "finetune")
     assert {key: value for key, value in found.items() if key in ("license", "license_name")} == license
     assert words in card and "Held-out images were not scored" in card
+    named = license.get("license_name", license.get("license"))
+    assert named is None or f"The license of [{base}](https://huggingface.co/{base}), {named}, holds" in card
+
+
+def test_a_card_says_that_the_code_had_changes_which_its_commit_lacks(tmp_path: Path) -> None:
+    start = {"pcpo_fast": "0.0.9", "commit": "abc123", "commit_dirty": True, "gpu": None, "libraries": {"torch": "2"}}
+    (tmp_path / "provenance.json").write_text(json.dumps([start]))
+    write_model_card(tmp_path, RunFiles(tmp_path), load_config(None), 3, "LoRA", None, None)
+    card = (tmp_path / "README.md").read_text()
+    assert "- pcpo_fast 0.0.9, seed 0\n- commit: abc123 with changes that are not in it\n- libraries: torch 2\n" in card
 
 
 def test_a_card_of_a_modular_pipeline_shows_no_call_that_it_does_not_take(

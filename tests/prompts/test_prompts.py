@@ -369,6 +369,16 @@ def test_a_file_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["README.md", "a.csv", "b.txt"])
     with pytest.raises(UserError, match=r"hf://datasets/me/prompts: name one of the dataset's files: a\.csv, b\.txt$"):
         load_prompts("hf://datasets/me/prompts")
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["README.md", "data/a.csv"])
+    assert load_prompts("hf://datasets/me/prompts") == [Prompt("a cat")] and asked[-1][:2] == (
+        "me/prompts",
+        "data/a.csv",
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["README.md"])
+    with pytest.raises(UserError, match=r"hf://datasets/me/prompts: the dataset has no file of prompts$"):
+        load_prompts("hf://datasets/me/prompts")
+    with pytest.raises(UserError, match=r"me/prompts does not exist \(a dataset .* is hf://datasets/me/prompts\)$"):
+        load_prompts("me/prompts")
     with pytest.raises(UserError, match="an address is hf://datasets/OWNER/NAME/FILE"):
         load_prompts("hf://datasets/me")
 

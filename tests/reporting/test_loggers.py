@@ -122,9 +122,9 @@ def train(records: RunRecorder, epochs: range, value: float) -> None:
 
 
 def test_tensorboard_shows_what_was_logged_and_forgets_what_is_run_again(tmp_path: Path) -> None:
-    with RunRecorder(tmp_path, tensorboard=True, wandb=None) as records:
+    with RunRecorder(tmp_path, tensorboard=True, wandb=None, about={"seed": 2}) as records:
         train(records, range(4), 1.0)
-    with RunRecorder(tmp_path, tensorboard=True, wandb=None) as records:
+    with RunRecorder(tmp_path, tensorboard=True, wandb=None, about={"seed": 3, "command": "a | b"}) as records:
         records.truncate_after(2, keep_evaluation=True)
         records.log("epoch", {"reward/mean": 2.0}, epoch=2)
         records.log("update", {"policy/loss": 2.0}, epoch=2, update=0)
@@ -134,6 +134,15 @@ def test_tensorboard_shows_what_was_logged_and_forgets_what_is_run_again(tmp_pat
     assert [step for step, _ in epochs["images/epoch"]] == [0, 1]
     updates = events(tmp_path / "tensorboard" / "updates")
     assert updates == {"update/policy/loss": [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard" / "epochs"))
+    accumulator.Reload()
+    texts = {text.step: text.tensor_proto.string_val[0].decode() for text in accumulator.Tensors("run/text_summary")}
+    assert texts == {  # of each start
+        0: "| setting | value |\n|---|---|\n| seed | 2 |",
+        2: "| setting | value |\n|---|---|\n| seed | 3 |\n| command | a &#124; b |",
+    }
 
 
 def test_loggers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

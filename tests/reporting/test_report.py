@@ -250,7 +250,7 @@ def test_a_run_that_is_being_written(small: Path) -> None:
     path = small / "metrics.jsonl"
     whole = path.read_text()
     path.write_text(whole + '{"kind": "update", "epoch": 1, "policy/lo')
-    assert "PCPO training run" in report(small).text
+    assert "Training run, " in report(small).text
     path.write_text(whole + '{"kind": "update", "epoch": 1, "policy/lo\n' + whole)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 3"):
         write_report(small)
