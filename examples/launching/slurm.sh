@@ -24,6 +24,6 @@ FIRST=${HOSTS%%$'\n'*}
 PORT=$((20000 + SLURM_JOB_ID % 20000))     # two jobs on one machine must not meet each other
 
 exec srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" \
-  --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" --master_addr "$0" --master_port "$1" train.py "${@:2}"' \
+  --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" --master_addr "$0" --master_port "$1" -m pcpo_fast train "${@:2}"' \
   "$FIRST" "$PORT" --config "$CONFIG" \
   "deepspeed=$DEEPSPEED" "output_dir=$OUTPUT" "model.embedding_cache=$CACHE" checkpoint.grace=100 "$@"

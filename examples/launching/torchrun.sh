@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Two machines by torchrun, started on each with its number: bash examples/launching/torchrun.sh 0 [key=value ...]
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 
 NUMBER=${1:?"which machine this is: 0 or 1"}
 shift
@@ -15,5 +14,5 @@ OUTPUT=${OUTPUT:-runs/flux_two_machines}   # a disk that all machines see
 CACHE=${CACHE:-/tmp/pcpo_embeddings}       # each machine's own
 
 exec torchrun --nnodes "$MACHINES" --node_rank "$NUMBER" --nproc_per_node "$GPUS" \
-  --master_addr "$FIRST" --master_port "$PORT" train.py --config "$CONFIG" \
+  --master_addr "$FIRST" --master_port "$PORT" -m pcpo_fast train --config "$CONFIG" \
   "deepspeed=$DEEPSPEED" "output_dir=$OUTPUT" "model.embedding_cache=$CACHE" "$@"

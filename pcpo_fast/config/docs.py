@@ -30,7 +30,7 @@ _HEAD = f"""<!-- Made by `{COMMAND}` from pcpo_fast/config/schema.py; change the
 
 A run is described by a YAML file and by settings on the command line:
 
-    python train.py --config configs/tiny_flux.yaml train.epochs=20 optimizer.lr=3e-4
+    pcpo-fast train --config tiny_flux train.epochs=20 optimizer.lr=3e-4
 
 A value comes from the first of these that has one: the command line (`key.subkey=value` in YAML; the last one wins),
 the YAML file, the preset named by `algorithm`, the default below. Lists are given whole

@@ -1,5 +1,5 @@
-"""The example launchers: what they hand to ``train.py``, seen by launchers that only print; and which process of a run
-this is, by the variables that launchers and job schedulers set."""
+"""The example launchers: what they hand to ``pcpo-fast train``, seen by launchers that only print; and which process
+of a run this is, by the variables that launchers and job schedulers set."""
 
 import os
 import shutil
@@ -51,7 +51,9 @@ def test_a_launcher_passes_on_settings_that_train_takes(
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     name, *given = done.stdout.splitlines()
     assert name == launcher
-    options, passed = given[: given.index("train.py")], given[given.index("train.py") + 1 :]
+    start = given.index("pcpo_fast")
+    options, [flag, module, *passed] = given[: start - 1], given[start - 1 :]
+    assert [flag, module, passed[0]] == ["-m" if launcher == "torchrun" else "--module", "pcpo_fast", "train"]
     if launcher == "torchrun":
         assert dict(zip(options[::2], options[1::2], strict=True)) == {
             "--nnodes": "2",
@@ -60,10 +62,10 @@ def test_a_launcher_passes_on_settings_that_train_takes(
             "--master_addr": variables.get("FIRST", "node1"),
             "--master_port": "20007" if script == "slurm.sh" else "29500",
         }
-    monkeypatch.chdir(ROOT)
-    parsed = parse(["train", *passed])
+    monkeypatch.chdir(tmp_path)  # a folder without the project
+    parsed = parse(passed)
     config = load_config(parsed.config, parsed.settings)
-    assert config.optimizer.lr == 2e-6 and Path(str(config.deepspeed)).is_file()
+    assert config.optimizer.lr == 2e-6 and find(str(config.deepspeed)).is_file()
     assert config.output_dir == "runs/flux_two_machines"
 
 
