@@ -32,9 +32,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="machines that they are distributed over (default 1)"
     )
-    parser.add_argument(
-        "--gpu", default="H100", metavar="NAME", help=f"GPU model: {', '.join(CARDS)} (default H100, of 80 GB)"
-    )
+    parser.add_argument("--gpu", metavar="NAME", help=f"GPU model: {', '.join(CARDS)} (default H100, of 80 GB)")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory per GPU (default: that of --gpu)")
     parser.add_argument(
         "--host-memory", type=float, metavar="GB", help="host memory of each machine (default: not compared)"
@@ -71,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pcpo_fast.planning.run_plan import make_plan
 
     config = load_config(arguments.config, arguments.settings)
-    card = find_card(arguments.gpu)
+    card = find_card(arguments.gpu or "H100")
     memory = card.memory_gb if arguments.gpu_memory is None else arguments.gpu_memory
     rate = card.peak_tflops if arguments.peak_tflops is None else arguments.peak_tflops
     plan = make_plan(
@@ -89,4 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(plan, indent=1))
     else:
         show_plan(plan, Console())
+        if arguments.gpu is None and arguments.gpu_memory is not None and arguments.peak_tflops is None:
+            print("The times are those of an H100: --gpu names another card, --peak-tflops gives its rate")
     return 0 if plan["recommendation"]["fits"] else EXIT_NOTHING_FITS

@@ -35,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--waiting-mib", type=int, default=1024, help="maximum MiB of all waiting requests (default: 1024)"
     )
     parser.add_argument("--json", action="store_true", help="print the address and what is served as JSON")
-    parser.add_argument("settings", nargs="*", metavar="option=value", help="options of the reward")
+    parser.add_argument("settings", nargs="*", default=[], metavar="option=value", help="options of the reward")
     parser.set_defaults(run=run)
 
 

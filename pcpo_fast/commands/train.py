@@ -81,11 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pcpo_fast.distributed.launching import launcher_rank
     from pcpo_fast.distributed.preemption import Stopped
+    from pcpo_fast.errors import UserError
     from pcpo_fast.interface.configuration import load_config
     from pcpo_fast.interface.training import train
 
     config = load_config(arguments.config, arguments.settings)
     if arguments.dry_run:
+        idle = {"resume": "auto", "verify": False, "profile": False, "profile_epoch": None, "profile_updates": None}
+        given = [f"--{name.replace('_', '-')}" for name, usual in idle.items() if getattr(arguments, name) != usual]
+        if given:
+            raise UserError(f"{given[0]}: has no effect with --dry-run, which trains in a temporary folder: remove it")
         return _dry_run(config, as_json=arguments.json)
     del arguments.dry_run  # the rest is what train takes
     try:

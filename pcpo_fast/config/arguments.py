@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pcpo_fast.config.messages import did_you_mean
 from pcpo_fast.errors import UserError
 
 
@@ -24,7 +25,8 @@ def check_choice(allowed: Sequence[str], **words: str | None) -> None:
     """
     for name, word in words.items():
         if word is not None and word not in allowed:
-            raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {word!r}")
+            hint = did_you_mean(word, allowed)
+            raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {word!r}{hint}")
 
 
 def check_seed(seed: int) -> None:

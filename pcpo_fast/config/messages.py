@@ -109,6 +109,8 @@ def _message(problem: ErrorDetails, dotted: str) -> str:
         return f"{dotted}: must be one of {', '.join(allowed)}, {got}{hint}"
     if kind in ("int_type", "float_type") and re.fullmatch(r"[-+]?[\d_:.]*\d[\d_:.]*", str(problem["input"])):
         got += "; digits alone, without a leading zero, colons or underscores"
+    if re.fullmatch(r"rewards(\.\d+)?", dotted):
+        got += "; a reward is written {name: NAME}, several [{name: NAME}, {name: NAME}]"
     return f"{dotted}: {requirement(problem)}, {got}"
 
 

@@ -4,6 +4,7 @@ DeepSpeed itself ignores unknown top-level keys, and accepts ``true`` as stage 1
 """
 
 import copy
+import difflib
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from pcpo_fast.config.messages import did_you_mean, requirement
 from pcpo_fast.config.roles import sections_in
+from pcpo_fast.config.shipped import root
 from pcpo_fast.errors import UserError
 
 OWNED_KEYS = {
@@ -226,7 +228,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=remembering)
     except FileNotFoundError:
-        raise UserError(f"deepspeed: {path} does not exist") from None
+        shipped = {one.stem: f"ds_configs/{one.name}" for one in root().glob("ds_configs/*.json")}
+        close = difflib.get_close_matches(Path(path).stem, shipped, n=1)
+        hint = f", did you mean {shipped[close[0]]}?" if close else ""
+        raise UserError(f"deepspeed: {path} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"deepspeed: {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:

@@ -12,6 +12,9 @@ from pcpo_fast.reporting.progress import say
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what :func:`pcpo_fast.planning.run_plan.make_plan` returns."""
+    model = plan["model"]
+    base = "" if model["base_weights"] == "full" else f", frozen weights in {model['base_weights']}"
+    say(console, f"{model['path']} ({model['source']}), {model['finetune']}, {model['dtype']}{base}")
     console.print(_parameters(plan))
     console.print(_work(plan))
     console.print(_memory(plan))
@@ -43,9 +46,8 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
 
 
 def _parameters(plan: dict[str, Any]) -> Table:
-    model, counts = plan["model"], plan["parameters"]
-    base = "" if model["base_weights"] == "full" else f", frozen weights in {model['base_weights']}"
-    table = Table(title=f"{model['path']} ({model['source']}), {model['finetune']}, {model['dtype']}{base}")
+    counts = plan["parameters"]
+    table = Table()
     table.add_column("parameters")
     table.add_column("count", justify="right")
     rows = {key: counts[key] for key in ("network", "trained", "frozen", "vae")} | counts["text_encoders"]

@@ -90,9 +90,11 @@ def config(tmp_path: Path, pipeline_folder: Path) -> Path:
         ("credit.train_last_step=true", "credit.train_last_step: the last step of sampler dance"),
         ("sampler={name: cps, noise: 2}", "sampler: "),
         ("deepspeed=nowhere.json", "deepspeed: nowhere.json does not exist"),
+        ("deepspeed=zero2", "deepspeed: zero2 does not exist, did you mean ds_configs/zero2.json?"),
         ("prompts.train=nowhere.txt", "prompt file nowhere.txt does not exist"),
         ("prompts.heldout=nowhere.txt", "prompt file nowhere.txt does not exist"),
         ("logging.wandb={api_key: x}", "wandb: unknown option 'api_key'"),
+        ("logging.wandb={projct: x}", "wandb: unknown option 'projct', did you mean project? (allowed: project,"),
         ("logging.wandb={mode: fast}", "wandb: mode is 'fast' (allowed: online, offline, disabled)"),
         ("rewards=[{name: beauty}]", "unknown reward 'beauty'"),
         ("rewards=[{name: caption_mach}]", "did you mean caption_match?"),
@@ -127,6 +129,12 @@ def test_config_file_with_line(config: Path, no_model: None, capsys: Capture) ->
     )
     missing = config.with_name("none.yaml")
     assert refused(capsys, "train", "--config", missing) == f"config file {missing} does not exist"
+
+
+def test_a_dry_run_refuses_what_it_would_not_do(config: Path, capsys: Capture) -> None:
+    for option in (["--resume", "never"], ["--profile"], ["--profile-epoch", "0"]):
+        words = f"{option[0]}: has no effect with --dry-run"
+        assert words in refused(capsys, "train", "--config", config, "--dry-run", *option)
 
 
 # Prompts

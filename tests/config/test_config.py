@@ -232,7 +232,10 @@ def test_every_value_is_written_out() -> None:
         ("credit: {steps: 3}\n", "credit.steps: must be a list, got 3"),
         ("credit:\n  steps:\n  - 0\n  - x\n", "run.yaml line 4: credit.steps.1: must be an integer, got 'x'"),
         ("model: 3\n", "model: must be a section (keys with values), got 3"),
-        ("rewards: caption_match\n", "rewards: must be a list, got 'caption_match'"),
+        (
+            "rewards: caption_match\n",
+            "rewards: must be a list, got 'caption_match'; a reward is written {name: NAME}, several [{name: NAME},",
+        ),
         ("rewards: [caption_match]\n", "rewards.0: must be a section (keys with values), got 'caption_match'"),
         ("rewards:\n- name: a\n- weight: 2\n", "run.yaml line 3: rewards.1.name is missing"),
         ("rewards: [{name: a, options: {day: 2024-01-02}}]\n", "rewards.0.options.day: must be made of strings"),

@@ -215,7 +215,10 @@ def test_evaluation_export_and_comparison_take_runs(run: TrainedRun, tmp_path: P
         (lambda run: pcpo_fast.sample("a", runs=run, folder="x"), "folder: also needs output, the image file"),
         (lambda run: pcpo_fast.evaluate([]), "checkpoints: missing; for example checkpoints=base"),
         (lambda run: pcpo_fast.evaluate("base", shown=-1), "shown: must be at least 0, got -1"),
-        (lambda run: pcpo_fast.export(run, format="x"), "format: must be one of diffusers, comfyui, kohya, got 'x'"),
+        (
+            lambda run: pcpo_fast.export(run, format="koya"),
+            "format: must be one of diffusers, comfyui, kohya, got 'koya', did you mean kohya?",
+        ),
         (lambda run: pcpo_fast.export(run, epoch=9), "epoch: "),
         (
             lambda run: pcpo_fast.compare(runs={"a": run}),

@@ -406,6 +406,7 @@ def test_a_plan_is_whole_in_80_columns(tiny_plan: dict[str, Any], value: float, 
     show_plan(plan, console)
     lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert not any("…" in line for line in lines)
+    assert lines[0].startswith(f"{plan['model']['path']} (")
     for stage in (own, own["host"]):
         for name in (*stage["parts"], *(f"peak: {phase}" for phase in stage["phases"])):
             assert name + 6 * shown in [line.replace("  ", "").replace(f" {shown}", shown) for line in lines], name
@@ -497,6 +498,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
     assert json.loads(call(capsys, *arguments, model, "--json").out) == tiny_plan
     shown = call(capsys, *arguments, model).out
     assert "Recommended: zero1 without gradient checkpointing" in shown and "1,062,944" in shown
+    assert "The times are those of an H100: --gpu names another card" in shown
 
 
 @pytest.mark.parametrize(
