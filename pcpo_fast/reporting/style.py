@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pcpo_fast.config.sampler_registry import SAMPLERS
+
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
@@ -51,6 +53,8 @@ def credit_color(config: "Config | None") -> str | None:
         return None
     if config.advantage.steps != "final":
         return STEPWISE
+    if config.credit.rule == "uniform" and SAMPLERS[config.sampler.name].kind == "diffusion":
+        return PROPORTIONATE  # there steps cover equal times
     return {"native": NATIVE, "proportionate": PROPORTIONATE}.get(config.credit.rule)
 
 

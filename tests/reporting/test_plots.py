@@ -313,6 +313,8 @@ def test_a_curve_has_the_colour_of_its_meaning() -> None:
 
     assert colour() == style.PROPORTIONATE and colour("credit.rule=uniform") is None
     assert colour("credit.rule=native") == style.NATIVE
+    ddim = load_config(ROOT / "configs" / "tiny_sd.yaml", ["credit.rule=uniform"])
+    assert style.credit_color(ddim) == style.PROPORTIONATE
     assert colour("advantage.steps=gain") == style.STEPWISE
     looks = style.distinct_looks([style.NATIVE, None, style.NATIVE, *[None] * 6])
     assert looks[:3] == [(style.NATIVE, "-"), (style.OTHERS[0], "-"), (style.OTHERS[1], "-")]
