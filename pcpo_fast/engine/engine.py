@@ -112,6 +112,7 @@ class Engine:
         accumulation: micro-batches per optimizer step.
 
     Attributes:
+        adapts: whether adapters are trained, and not the module's own weights.
         ema: the moving average of the trained weights; None without ``train.ema_decay``.
 
     Raises:
@@ -126,6 +127,7 @@ class Engine:
         settings = config.optimizer
         self.warmup, self.lr = settings.warmup_updates, settings.lr
         self.updates = 0
+        self.adapts = config.model.finetune == "lora"
         self.last_step = StepOutcome(True, 0.0, 0.0)
         parameters = [p for p in module.parameters() if p.requires_grad]
         common: dict[str, Any] = {
@@ -293,14 +295,15 @@ class Engine:
     def full_state(self) -> dict[str, Tensor]:
         """The full trained parameters on the CPU, for export; empty on ranks other than 0. Collective.
 
-        They are those of the moving average, if there is one.
+        They are those of the moving average, if there is one. With ZeRO 3 and without adapters, the parameters that are
+        not trained are among them: no rank has them whole.
         """
         import deepspeed
 
         state: dict[str, Tensor] = {}
         with self.averaged():
             for name, parameter in self.deepspeed.module.named_parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad or (self.zero_stage == 3 and not self.adapts):
                     with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
                         if rank() == 0:
                             state[name] = parameter.detach().to("cpu", copy=True)

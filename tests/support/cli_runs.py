@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from launched_ranks import free_port
 from tiny_pipeline import HEIGHT, PROMPTS, WIDTH
 
 import pcpo_fast.training.trainer
@@ -38,15 +39,15 @@ def wait_for(
         time.sleep(0.01)
 
 
-# A reward whose 2nd, 4th, ... call on eight images (a rollout; an evaluation has two) can be made to wait: the test
-# kills the run there, in the middle of an epoch that has a checkpoint before it.
+# A reward whose 2nd, 4th, ... call on a rank's share of a rollout (an evaluation has at most two images) can be made to
+# wait: the test kills the run there, in the middle of an epoch that has a checkpoint before it.
 WAITING_REWARD = """
 import pathlib, time
 calls = 0
 def redness(images, prompts, metadata):
     global calls
-    calls += len(images) == 8
-    if len(images) == 8 and calls == int(pathlib.Path("wait_at").read_text()):
+    calls += len(images) > 2
+    if len(images) > 2 and calls == int(pathlib.Path("wait_at").read_text()):
         pathlib.Path("waiting").touch()
         time.sleep(120)
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
@@ -120,21 +121,43 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Output:
     return Output(code, *capsys.readouterr())
 
 
-def start(folder: Path, *arguments: str | Path, launcher: str = sys.executable) -> "subprocess.Popen[str]":
-    """Start ``train.py`` in a process of its own, in ``folder``; ``launcher`` is what stands before its name."""
+def start(
+    folder: Path, *arguments: str | Path, launcher: str = sys.executable, **variables: str
+) -> "subprocess.Popen[str]":
+    """Start ``train.py`` in a process of its own, in ``folder``; ``launcher`` is what stands before its name.
+
+    ``variables`` are added to its environment.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return subprocess.Popen(
         [*launcher.split(), str(ROOT / "train.py"), *map(str, arguments)],
         cwd=folder,
-        env=environment,
+        env=environment | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # If a shell started the tests in the background, they ignore SIGINT, and so would child processes.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
+
+
+def start_ranks(
+    count: int, folder: Path, *arguments: str | Path, launcher: str = sys.executable, **variables: str
+) -> list["subprocess.Popen[str]"]:
+    """As :func:`start`, with so many ranks; one is started without a launcher's variables."""
+    if count == 1:
+        return [start(folder, *arguments, launcher=launcher, **variables)]
+    shared = variables | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared for rank in range(count)]
+    return [start(folder, *arguments, launcher=launcher, **own) for own in each]
+
+
+def outputs(processes: list["subprocess.Popen[str]"]) -> list[Output]:
+    """What processes answer when they have ended."""
+    said = [process.communicate(timeout=240) for process in processes]
+    return [Output(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from tiny_pipeline import CHANNELS, HEIGHT, TOKENS, WIDTH, tiny_config
-from tiny_pipelines import EMBEDDED_RUN, NEGATIVE, SD3_RUN, SD_RUN
+from tiny_pipelines import EMBEDDED_RUN, FLOW_RUN, NEGATIVE, SD3_RUN, SD_RUN
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2TokenizerFast
@@ -134,6 +134,12 @@ class Family:
     @property
     def run(self) -> tuple[str, ...]:
         return self.kind.run
+
+    @property
+    def trained(self) -> list[tuple[str, str]]:
+        """Keys and values of what samples and trains it, with guidance where that can be trained."""
+        settings = self.run if family_of(self.kind.pipeline).linear_guidance else FLOW_RUN
+        return [(key, value) for key, _, value in (setting.partition("=") for setting in settings)]
 
     @property
     def unguided(self) -> str:

@@ -1,66 +1,138 @@
-"""Runs of the families from the beginning to the end, through the command line."""
+"""Every family from a folder on disk through ``train.py``: killed, resumed, exported, and loaded by diffusers.
 
+With LoRA, with all weights, and with these in ZeRO-2 on two ranks, in processes of their own; some in ZeRO-3 and with
+frozen weights in four bits as well. A new family gets the first three by its entry in ``tested_families.KINDS``.
+"""
+
+import io
 import json
 import math
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cli_runs import Run, call, finished_run, records, write_config
+import yaml
+from cli_runs import WAITING_REWARD, Output, call, outputs, records, start_ranks, wait_for, write_config
 from safetensors.torch import load_file
-from tested_families import FIXTURES, Family
-from tiny_pipeline import PROMPTS
-from tiny_pipelines import NEGATIVE
+from tested_families import CPU, FIXTURES, Family
+from tiny_pipeline import PROMPTS, redness
 
+from pcpo_fast.cli import main
+from pcpo_fast.config.loading import load_config
+from pcpo_fast.method.samplers import deterministic_transitions
+from pcpo_fast.method.step_tables import StepTable
+from pcpo_fast.policies.families import family_of, load_policy, load_trained_weights
+from pcpo_fast.rollout.generation import generate
+
+pytest_plugins = ["cli_fixtures"]
 Capture = pytest.CaptureFixture[str]
-GUIDED: dict[str, Any] = {"model__cfg_scale": 3.0, "model__negative_prompt": NEGATIVE}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "sd": GUIDED
-    | {"sampler__name": "ddim", "sampler__noise": 1.0, "credit__rule": "uniform"}
-    | {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2},
-    "sd3": GUIDED
-    | {"algorithm": "flow_grpo", "sampler__name": "flow", "credit__kl_coefficient": 0.04, "credit__kl": "published"},
-    "klein": GUIDED
-    | {"algorithm": "flow_grpo", "sampler__name": "flow", "credit__kl_coefficient": 0.04, "credit__kl": "published"}
-    | {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2},
+LORA: dict[str, Any] = {"model__finetune": "lora", "model__lora": {"rank": 2, "alpha": 6.0}, "optimizer__lr": 3e-2}
+FAST = ("sd-lora",)
+"""Cases for ``make test``: in this process, which is quicker, and ended after an epoch instead of killed."""
+
+
+class Form(NamedTuple):
+    """How a family is trained: settings, number of ranks, DeepSpeed's ZeRO, and for which families; none: all."""
+
+    settings: dict[str, Any]
+    ranks: int = 1
+    zero: dict[str, Any] | None = None
+    families: tuple[str, ...] = ()
+
+
+FORMS = {
+    "lora": Form(LORA),
+    "full": Form({}),
+    "zero2": Form({}, 2, {"stage": 2}),
+    "zero3": Form({}, 2, {"stage": 3, "stage3_param_persistence_threshold": 0}, ("flux3", "klein")),
+    "nf4": Form(LORA | {"model__base_weights": "nf4"}, 2, {"stage": 2}, ("klein", "z_image")),
 }
-SETTINGS["flux3"] = SETTINGS["krea2"] = SETTINGS["z_image"] = SETTINGS["klein"]
-SETTINGS["qwen_image"] = {key: value for key, value in SETTINGS["klein"].items() if key not in GUIDED}  # not trained so
-SETTINGS["flux2_dev"] = SETTINGS["qwen_image"] | {"model__guidance": 3.0}
 
 
-SLOW = [
-    pytest.param(one, marks=pytest.mark.slow)
-    for one in ("sd3", "flux3", "klein", "flux2_dev", "krea2", "qwen_image", "z_image")
+class Runs(NamedTuple):
+    """A run that was killed and resumed, and one of the same settings that nobody disturbed.
+
+    Attributes:
+        resumed: in ``run``, and what it printed from the checkpoint on.
+        whole: folder of the other one.
+    """
+
+    family: Family
+    form: str
+    run: Path
+    resumed: Output
+    whole: Path
+
+
+CASES = [
+    pytest.param((name, form), id=f"{name}-{form}", marks=() if f"{name}-{form}" in FAST else pytest.mark.slow)
+    for name in FIXTURES
+    if name != "sd_v"
+    for form, setup in FORMS.items()
+    if name in setup.families or not setup.families
 ]
 
 
-@pytest.fixture(scope="module", params=("sd", *SLOW))
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def in_process(*arguments: str) -> Output:
+    """A command's answer."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([*arguments])
+    return Output(code, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(scope="module")
-def pipeline(name: str, request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(FIXTURES[name])
-    return folder
+@pytest.fixture(scope="module", params=CASES)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Killed in the second epoch of two."""
+    name, form = request.param
+    family = Family(name, request.getfixturevalue(FIXTURES[name]))
+    folder, (chosen, ranks, zero, _) = tmp_path_factory.mktemp(f"{name}-{form}"), FORMS[form]
+    settings = chosen | {key.replace(".", "__"): yaml.safe_load(value) for key, value in family.trained}
+    if zero:
+        (folder / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+        settings |= {"deepspeed": str(folder / "zero.json")}
+    elif family.is_flow:
+        settings |= {"credit__kl_coefficient": 0.04, "credit__kl": "published"}
+    if f"{name}-{form}" in FAST:
+        file = str(write_config(folder, family.folder, **settings))
+        others = ("train.epochs=1",), (), (f"output_dir={folder / 'whole'}",)
+        _, resumed, whole = (in_process("train", "--config", file, *arguments) for arguments in others)
+        return Runs(family, form, folder / "run", resumed, folder / "whole")
+    launcher = request.getfixturevalue("launcher")
+    (folder / "waiting_rewards.py").write_text(WAITING_REWARD)
+    write_config(folder, family.folder, rewards=[{"name": "waiting_rewards:redness"}], **settings)
+
+    def begin(*arguments: str) -> Any:
+        loaded = f"deepspeed matplotlib.figure {family_of(family.kind.pipeline).__module__}"
+        return start_ranks(ranks, folder, "--config", "run.yaml", *arguments, launcher=launcher, WARM_MODULES=loaded)
+
+    (folder / "wait_at").write_text("2")
+    killed = begin()
+    wait_for((folder / "waiting").exists, killed[0])
+    for process in killed:
+        process.kill()
+    outputs(killed)
+    assert not (folder / "run" / "summary.json").exists()
+    (folder / "wait_at").write_text("0")
+    (resumed, *_), (whole, *_) = map(outputs, (begin(), begin(f"output_dir={folder / 'whole'}")))
+    assert (whole.code, whole.err) == (0, "")
+    return Runs(family, form, folder / "run", resumed, folder / "whole")
 
 
-@pytest.fixture(scope="module")
-def finished(name: str, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """LoRA on Stable Diffusion 1.x with PCPO's uniform credit; Flow-GRPO with its KL on all of Stable Diffusion 3, and
-    with LoRA on FLUX.2-klein.
-    """
-    return finished_run(tmp_path_factory.mktemp(name), pipeline, **SETTINGS[name])
+def numbers(run: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What a run measured, but for what clocks did; of a line that is there twice the later one."""
+    return {
+        (line["kind"], line["epoch"], line.get("update")): {
+            key: value for key, value in line.items() if not key.startswith(("time", "throughput"))
+        }
+        for line in records(run)
+    }
 
 
-def numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key != "time" and not key.startswith(("time/", "throughput"))}
-
-
-def test_a_run_trains_and_says_what_it_did(name: str, finished: Run) -> None:
-    lines = records(finished.folder)
+def test_a_run_trains_and_says_what_it_did(runs: Runs) -> None:
+    lines = records(runs.whole)
     assert [line["kind"] for line in lines] == ["evaluation", *(["update"] * 2 + ["epoch", "evaluation"]) * 2]
     updates = [line for line in lines if line["kind"] == "update"]
     for line in lines:
@@ -68,63 +140,61 @@ def test_a_run_trains_and_says_what_it_did(name: str, finished: Run) -> None:
     assert [line["policy/log_ratio_abs"] > 0 for line in updates] == [False, True] * 2
     assert all(line["policy/grad_norm"] > 0 and line["policy/skipped_updates"] == 0 for line in updates)
     assert all(line["rollout/mismatch_output"] < 1e-4 for line in lines if line["kind"] == "epoch")
-    assert ("policy/kl" in updates[1]) == (name != "sd")
+    assert ("policy/kl" in updates[1]) == (runs.family.is_flow and runs.form in ("lora", "full"))
     before, after = (lines[i]["heldout/reward/mean"] for i in (0, -1))
     assert before != after
-    credit = json.loads((finished.folder / "credit.json").read_text())
+    credit = json.loads((runs.whole / "credit.json").read_text())
     assert credit["trained_steps"] == [0, 1, 2]
-    if name == "sd":
+    if runs.family.is_flow:
+        assert (credit["sampler"], credit["rule"]) == ("flow", "native")
+    else:
         assert (credit["sampler"], credit["rule"]) == ("ddim", "uniform")
         assert len(set(credit["used"][:3])) == 1 and credit["used"][3] == 0
         assert credit["times"] == [0.751, 0.501, 0.251, 0.001, 0.0]
-    else:
-        assert (credit["sampler"], credit["rule"]) == ("flow", "native")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    name: str, pipeline: Path, finished: Run, tmp_path: Path, capsys: Capture
-) -> None:
-    config = write_config(tmp_path, pipeline, **SETTINGS[name])
-    for epochs in (1, 2):
-        answer = call(capsys, "train", "--config", config, f"train.epochs={epochs}")
-        assert (answer.code, answer.err) == (0, "")
-    assert "Resuming after epoch 1" in answer.out
-    resumed, whole = ([numbers(line) for line in records(run)] for run in (tmp_path / "run", finished.folder))
-    assert resumed == whole
-    files = sorted(path.relative_to(finished.folder) for path in finished.folder.glob("export/**/*.safetensors"))
+def test_a_killed_run_ends_as_if_it_had_not_been(runs: Runs) -> None:
+    assert (runs.resumed.code, runs.resumed.err) == (0, "")
+    assert "Resuming after epoch 1 from" in runs.resumed.out
+    assert numbers(runs.run) == numbers(runs.whole)
+    files = sorted(path.relative_to(runs.whole) for path in runs.whole.glob("export/**/*.safetensors"))
     assert files
     for file in files:
-        ours, theirs = load_file(tmp_path / "run" / file), load_file(finished.folder / file)
+        ours, theirs = load_file(runs.run / file), load_file(runs.whole / file)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
-def test_an_exported_pipeline_is_the_policy(
-    name: str, pipeline: Path, finished: Run, tmp_path: Path, capsys: Capture
-) -> None:
+@torch.no_grad()
+def test_an_exported_pipeline_is_the_policy(runs: Runs, tmp_path: Path, capsys: Capture) -> None:
+    family, config = runs.family, load_config(runs.run.parent / "run.yaml")
+    policy = load_policy(config, CPU)
+    load_trained_weights(policy.module, config, runs.run / "export")
+    table = StepTable.of(deterministic_transitions(config.sampler, policy.schedule(config.sampler.steps)), CPU)
+    heldout = redness(generate(policy, PROMPTS[2:], 1, table, config.evaluation.seed, 2), [], []).mean()
+    assert float(heldout) == pytest.approx(records(runs.run)[-1]["heldout/reward/mean"], abs=1e-5)
+
     kinds = []
     for out, flags in (("out0", ("--dtype", "float32")), ("out1", ("--pipeline",))):
-        answer = call(capsys, "export", finished.folder, "--output", tmp_path / out, *flags, "--json")
+        answer = call(capsys, "export", runs.run, "--output", tmp_path / out, *flags, "--json")
         assert (answer.code, answer.err) == (0, "")
         kinds.append(json.loads(answer.out)["kind"])
-    assert kinds == ["transformer" if name == "sd3" else "LoRA", "pipeline"]
-    latents = Family(name, pipeline).latents(2)
-    inputs = latents, torch.tensor([0.751, 0.251]), finished.policy.encode(PROMPTS[:2])
-    with torch.no_grad():
-        expected = finished.policy.predict(*inputs)
-        trained_with = ("model.cfg_scale=1.0",) if name == "qwen_image" else ()
-        exported = Family(name, tmp_path / "out1").policy(*trained_with).predict(*inputs)
-        start = Family(name, pipeline).policy(*trained_with).predict(*inputs)
-    assert torch.allclose(exported, expected, atol=1e-4)
-    assert not torch.allclose(start, expected, atol=1e-3)
-    theirs = Family(name, pipeline).pipeline()
-    if kinds[0] == "LoRA":
+    lora = config.model.finetune == "lora"
+    assert kinds == ["LoRA" if lora else family.part, "pipeline"]
+    latents = family.latents(2)
+    inputs = latents, torch.tensor([0.751, 0.251]), policy.encode(PROMPTS[:2])
+    scale = f"model.cfg_scale={config.model.cfg_scale}"
+    start, exported = (Family(family.name, folder).policy(scale) for folder in (family.folder, tmp_path / "out1"))
+    if runs.form != "nf4":  # whose adapters are exported for the original weights
+        assert torch.allclose(exported.predict(*inputs), policy.predict(*inputs), atol=1e-4)
+    assert not torch.allclose(exported.predict(*inputs), start.predict(*inputs), atol=1e-3)
+    theirs = family.pipeline()
+    if lora:
         theirs.load_lora_weights(tmp_path / "out0")
     else:
-        network = type(theirs.transformer).from_pretrained(tmp_path / "out0", subfolder="transformer")
-        type(finished.policy).replace_part(theirs, "transformer", network)
+        network = type(getattr(theirs, family.part)).from_pretrained(tmp_path / "out0", subfolder=family.part)
+        type(policy).replace_part(theirs, family.part, network)
     images = [
-        Family(name, pipeline).images(one, latents, list(PROMPTS[:2]), 3.0)
-        for one in (theirs, Family(name, pipeline).pipeline(tmp_path / "out1"))
+        family.images(one, latents, list(PROMPTS[:2]), 3.0) for one in (theirs, family.pipeline(tmp_path / "out1"))
     ]
     assert torch.allclose(images[0], images[1], atol=5e-4)
