@@ -25,10 +25,12 @@ from tiny_training import (
     draw_length,
     draw_texts,
     finish,
+    flow_step,
     load_vae,
     make_latents,
     say,
     scene_batch,
+    step_generator,
     token_ids,
     train,
     train_denoiser,
@@ -81,7 +83,7 @@ def make_vae(plan: Plan, work: Path, seed: int) -> AutoencoderKL:
     vae = build_vae()
 
     def loss_of_step(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
+        generator = step_generator(seed + 1, step)
         images = scene_batch(plan.vae_batch, generator) * 2 - 1
         posterior = vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
@@ -145,7 +147,7 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
     image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
 
     def loss_of_step(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
+        generator = step_generator(seed + 2, step)
         length, count = draw_length(T5_LENGTH, plan.batch, generator)
         chosen = torch.randint(len(latents), (count,), generator=generator)
         # A few empty captions, so that classifier-free guidance (`true_cfg_scale`) has something to subtract.
@@ -155,11 +157,9 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
         # Two times of three the guidance that FluxPipeline sends by default, else any: the model learns to ignore it.
         any_guidance = 1 + 6 * torch.rand(count, generator=generator)
         guidance = torch.where(torch.rand(count, generator=generator) < 0.67, 3.5, any_guidance)
-        time = torch.sigmoid(1.2 * torch.randn(count, generator=generator) + 0.4)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
+        time, noisy, target = flow_step(latents[chosen], 0.4, generator)
         velocity = modules["transformer"](
-            hidden_states=torch.lerp(clean, noise, time[:, None, None]),
+            hidden_states=noisy,
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
             timestep=time,
@@ -168,7 +168,7 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
             txt_ids=torch.zeros(length, 3),
             return_dict=False,
         )[0]
-        return (velocity - (noise - clean)).square().mean()
+        return (velocity - target).square().mean()
 
     train_denoiser("flux", modules, loss_of_step, steps=plan.steps, rate=plan.rate, folder=work, seed=seed)
     return modules

@@ -23,11 +23,14 @@ from tiny_training import (
     TEXTS,
     arguments,
     build_qwen_tokenizer,
+    chat_tokens,
     draw_length,
     draw_texts,
     finish,
+    flow_step,
     load_vae,
     make_latents,
+    step_generator,
     train_averaged,
     train_denoiser,
 )
@@ -37,8 +40,6 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 TEXT_LENGTH = 512
 CAPTION_LENGTH = 9  # seven words within the chat template
 READ_LAYERS = (9, 18, 27)
-# What is left of Qwen3's when a prompt is all of the conversation.
-CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def pack(vae: AutoencoderKLFlux2, latents: Tensor) -> Tensor:
 
 
 def build_tokenizer() -> Qwen2TokenizerFast:
-    return build_qwen_tokenizer(TEXT_LENGTH, CHAT_TEMPLATE)
+    return build_qwen_tokenizer(TEXT_LENGTH)
 
 
 def build_text_encoder(tokenizer: Qwen2TokenizerFast) -> Qwen3ForCausalLM:
@@ -120,15 +121,6 @@ def build_transformer() -> Flux2Transformer2DModel:
     )
 
 
-def tokenize(tokenizer: Qwen2TokenizerFast) -> dict[str, Tensor]:
-    """Tokens and mask [captions + 1, 512] of TEXTS in the chat template, padded as the pipeline does it."""
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        for text in TEXTS
-    ]
-    return dict(tokenizer(chats, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt"))
-
-
 def encode(text_encoder: Qwen3ForCausalLM, tokens: dict[str, Tensor]) -> Tensor:
     """States [B, tokens, 96] of three layers side by side, as Flux2KleinPipeline makes them."""
     states = text_encoder.model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
@@ -140,10 +132,10 @@ def make_text_encoder(plan: Plan, work: Path, seed: int) -> Qwen3ForCausalLM:
     tokenizer = build_tokenizer()
     torch.manual_seed(seed + 3)
     modules = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer)})
-    ids = tokenize(tokenizer)["input_ids"][: len(SCENES), :CAPTION_LENGTH]
+    ids = chat_tokens(tokenizer, TEXT_LENGTH)["input_ids"][: len(SCENES), :CAPTION_LENGTH]
 
     def loss_of_step(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed + 4) * 1_000_003 + step)
+        generator = step_generator(seed + 4, step)
         some = ids[torch.randint(len(ids), (plan.text_batch,), generator=generator)]
         logits = modules["text_encoder"](some[:, :-1]).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten())
@@ -170,7 +162,7 @@ def make_transformer(
     normalise them: in the first part it learns images and colors. The second begins with states whose directions are
     equally strong, and learns shapes.
     """
-    tokens = tokenize(build_tokenizer())
+    tokens = chat_tokens(build_tokenizer(), TEXT_LENGTH)
     with torch.no_grad():
         parts = torch.arange(len(TEXTS)).split(16)
         states = torch.cat([encode(text_encoder, {name: value[i] for name, value in tokens.items()}) for i in parts])
@@ -179,7 +171,7 @@ def make_transformer(
     image_ids = Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 32, 4, 4))
 
     def loss_of_step(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
+        generator = step_generator(seed + 2, step)
         length, count = CAPTION_LENGTH, plan.batch
         if not plan.steps <= step < plan.steps + plan.short_steps:
             length, count = draw_length(TEXT_LENGTH, plan.batch, generator, CAPTION_LENGTH)
@@ -187,11 +179,9 @@ def make_transformer(
         texts, place = draw_texts(captions[chosen], plan.empty, generator)
         embeds = states[texts, :length][place]
         # The pipeline's shift is 5 to 7 for images this small: most steps are near the noise.
-        time = torch.sigmoid(1.2 * torch.randn(count, generator=generator) + 0.6)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
+        time, noisy, target = flow_step(latents[chosen], 0.6, generator)
         velocity = modules["transformer"](
-            hidden_states=torch.lerp(clean, noise, time[:, None, None]),
+            hidden_states=noisy,
             encoder_hidden_states=embeds,
             timestep=time,
             img_ids=image_ids,
@@ -199,7 +189,7 @@ def make_transformer(
             guidance=None,
             return_dict=False,
         )[0]
-        return (velocity - (noise - clean)).square().mean()
+        return (velocity - target).square().mean()
 
     train_denoiser("flux2", modules, loss_of_step, steps=plan.steps, rate=plan.rate, folder=work, seed=seed)
     modules["transformer"].context_embedder.weight.data.copy_(whitening(states[:, :16]))

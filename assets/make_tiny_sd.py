@@ -21,6 +21,7 @@ from tiny_training import (
     finish,
     load_vae,
     make_latents,
+    step_generator,
     token_ids,
     train_denoiser,
 )
@@ -88,7 +89,7 @@ def make_unet(plan: Plan, latents: Tensor, captions: Tensor, work: Path, seed: i
     scheduler = build_scheduler()
 
     def loss_of_step(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
+        generator = step_generator(seed + 2, step)
         chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
         texts, place = draw_texts(captions[chosen], plan.empty, generator)
         embeds = modules["text_encoder"](ids[texts]).last_hidden_state[place]

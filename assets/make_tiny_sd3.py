@@ -22,8 +22,10 @@ from tiny_training import (
     draw_length,
     draw_texts,
     finish,
+    flow_step,
     load_vae,
     make_latents,
+    step_generator,
     token_ids,
     train_denoiser,
 )
@@ -88,22 +90,20 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
     clip_ids, t5_ids = token_ids(clip, CLIP_LENGTH), token_ids(t5, T5_LENGTH)
 
     def loss_of_step(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
+        generator = step_generator(seed + 2, step)
         length, count = draw_length(T5_LENGTH, plan.batch, generator)
         chosen = torch.randint(len(latents), (count,), generator=generator)
         texts, place = draw_texts(captions[chosen], plan.empty, generator)
         embeds, pooled = encode(modules, clip_ids[texts], t5_ids[texts, :length])
-        time = torch.sigmoid(1.2 * torch.randn(count, generator=generator) + 0.4)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
+        time, noisy, target = flow_step(latents[chosen], 0.4, generator)
         velocity = modules["transformer"](
-            hidden_states=torch.lerp(clean, noise, time[:, None, None, None]),
+            hidden_states=noisy,
             encoder_hidden_states=embeds[place],
             pooled_projections=pooled[place],
             timestep=1000 * time,
             return_dict=False,
         )[0]
-        return (velocity - (noise - clean)).square().mean()
+        return (velocity - target).square().mean()
 
     train_denoiser("sd3", modules, loss_of_step, steps=plan.steps, rate=plan.rate, folder=work, seed=seed)
     return modules

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from tiny_training import (
-    TEXTS,
     arguments,
     build_qwen_tokenizer,
+    chat_tokens,
     draw_texts,
     finish,
+    flow_step,
     load_vae,
     make_latents,
+    step_generator,
     train_denoiser,
 )
 from torch import Tensor, nn
@@ -30,8 +32,6 @@ from pcpo_fast.policies.z_image import forward_batch
 TEXT_LENGTH = 512
 CAPTION_LENGTH = 9  # seven words within the chat template
 WIDTH = 64
-# What is left of Qwen3's when a prompt is all of the conversation.
-CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Plan:
 
 
 def build_tokenizer() -> Qwen2TokenizerFast:
-    return build_qwen_tokenizer(TEXT_LENGTH, CHAT_TEMPLATE)
+    return build_qwen_tokenizer(TEXT_LENGTH)
 
 
 def build_text_and_transformer(tokenizer: Qwen2TokenizerFast) -> nn.ModuleDict:
@@ -78,17 +78,6 @@ def build_text_and_transformer(tokenizer: Qwen2TokenizerFast) -> nn.ModuleDict:
     return nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
 
 
-def tokenize(tokenizer: Qwen2TokenizerFast) -> dict[str, Tensor]:
-    """Tokens and mask [captions + 1, 9] of TEXTS in the chat template."""
-    chats = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        for text in TEXTS
-    ]
-    return dict(tokenizer(chats, padding="max_length", max_length=CAPTION_LENGTH, return_tensors="pt"))
-
-
 def encode(text_encoder: Qwen3Model, tokens: dict[str, Tensor]) -> Tensor:
     """States [B, 9, width] of the last layer but one, which ZImagePipeline cuts to their lengths."""
     return text_encoder(**tokens, output_hidden_states=True, use_cache=False).hidden_states[-2]
@@ -100,27 +89,25 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
     Captions of up to 32 tokens are all the same to the transformer, which fills them up to 32 itself.
     """
     tokenizer = build_tokenizer()
-    tokens = tokenize(tokenizer)
+    tokens = chat_tokens(tokenizer, CAPTION_LENGTH, enable_thinking=True)
     torch.manual_seed(seed + 1)
     modules = build_text_and_transformer(tokenizer)
 
     def loss_of_step(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
+        generator = step_generator(seed + 2, step)
         chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
         texts, place = draw_texts(captions[chosen], plan.empty, generator)
         some = {name: value[texts] for name, value in tokens.items()}
-        time = torch.sigmoid(1.2 * torch.randn(plan.batch, generator=generator) + 0.4)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
+        time, noisy, target = flow_step(latents[chosen], 0.4, generator)
         # Z-Image's time and velocity run from noise to image.
         velocity = forward_batch(
             modules["transformer"],
-            hidden_states=torch.lerp(clean, noise, time[:, None, None, None]),
+            hidden_states=noisy,
             timestep=1 - time,
             encoder_hidden_states=encode(modules["text_encoder"], some)[place],
             encoder_hidden_states_mask=some["attention_mask"][place],
         )[0]
-        return (velocity - (clean - noise)).square().mean()
+        return (velocity + target).square().mean()
 
     train_denoiser("z-image", modules, loss_of_step, steps=plan.steps, rate=plan.rate, folder=work, seed=seed)
     return modules

@@ -22,6 +22,8 @@ from pcpo_fast.rewards.scenes import parse_caption, render, train_captions
 
 CLIP_LENGTH = 16
 IMAGES = 24576
+# What is left of Qwen3's when a prompt is all of the conversation.
+CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 # Only training captions are ever rendered for training.
 SCENES = [scene for scene in map(parse_caption, train_captions()) if scene is not None]
 # All captions, and last the empty one, which classifier-free guidance subtracts.
@@ -155,6 +157,21 @@ def finish(pipeline: DiffusionPipeline, folder: Path) -> None:
     say("assemble", f"{folder}: {size / 1e6:.2f} MB; judge it with assets/measure_tiny.py --pipeline {folder}")
 
 
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """What a step draws from."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def flow_step(clean: Tensor, near_noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Times [B], noised latents, and the velocity to predict, of one step of flow matching on latents [B, ...].
+
+    The logits of the times are normal with the mean `near_noise`.
+    """
+    time = torch.sigmoid(1.2 * torch.randn(len(clean), generator=generator) + near_noise)
+    noise = torch.randn(clean.shape, generator=generator)
+    return time, torch.lerp(clean, noise, time.view(-1, *[1] * (clean.dim() - 1))), noise - clean
+
+
 # Images.
 
 
@@ -234,7 +251,7 @@ def build_t5_tokenizer(longest: int) -> T5TokenizerFast:
     return t5
 
 
-def build_qwen_tokenizer(longest: int, template: str) -> Qwen2TokenizerFast:
+def build_qwen_tokenizer(longest: int) -> Qwen2TokenizerFast:
     """Every word of the captions is one token, at the beginning and after a space; other words are spelled."""
     words = caption_words()
     alphabet, space = sorted(ByteLevel.alphabet()), "\u0120"
@@ -249,7 +266,7 @@ def build_qwen_tokenizer(longest: int, template: str) -> Qwen2TokenizerFast:
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         model_max_length=longest,
     )
-    qwen.chat_template = template
+    qwen.chat_template = CHAT_TEMPLATE
     check_words(qwen, [*words, *(f" {word}" for word in words)])
     return qwen
 
@@ -297,6 +314,13 @@ def build_t5(t5: T5TokenizerFast, width: int) -> T5EncoderModel:
 def token_ids(tokenizer: CLIPTokenizer | T5TokenizerFast, length: int) -> Tensor:
     """Tokens [captions + 1, length] of TEXTS, padded as the pipelines do it."""
     return tokenizer(TEXTS, padding="max_length", max_length=length, return_tensors="pt").input_ids
+
+
+def chat_tokens(tokenizer: Qwen2TokenizerFast, length: int, **options: bool) -> dict[str, Tensor]:
+    """Tokens and mask [captions + 1, length] of TEXTS in the chat template, padded as the pipelines do it."""
+    settings = {"tokenize": False, "add_generation_prompt": True} | options
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}], **settings) for text in TEXTS]
+    return dict(tokenizer(chats, padding="max_length", max_length=length, return_tensors="pt"))
 
 
 def draw_length(longest: int, batch: int, generator: torch.Generator, caption: int = 8) -> tuple[int, int]:

@@ -399,7 +399,7 @@ def test_flux2_trains_on_the_text_and_latents_of_its_pipeline(
 ) -> None:
     script, shared, pipeline = scripts["tiny-flux2"], scripts["shared"], loaded["tiny-flux2"]
     some = torch.tensor([0, 77, len(shared.SCENES)])  # the last is the empty caption
-    tokens = {name: value[some, :11] for name, value in script.tokenize(pipeline.tokenizer).items()}
+    tokens = {name: value[some, :11] for name, value in shared.chat_tokens(pipeline.tokenizer, 512).items()}
     images = render(all_scenes()[:4], torch.Generator().manual_seed(5)) * 2 - 1
     with torch.no_grad():
         states = script.encode(pipeline.text_encoder, tokens)
@@ -415,7 +415,9 @@ def test_z_image_trains_on_the_text_of_its_pipeline(
 ) -> None:
     script, shared, pipeline = scripts["tiny-z-image"], scripts["shared"], loaded["tiny-z-image"]
     some = torch.tensor([0, 77, len(shared.SCENES)])  # the last is the empty caption
-    tokens = {name: value[some] for name, value in script.tokenize(pipeline.tokenizer).items()}
+    tokens = {
+        name: value[some] for name, value in shared.chat_tokens(pipeline.tokenizer, 9, enable_thinking=True).items()
+    }
     with torch.no_grad():
         states = script.encode(pipeline.text_encoder, tokens)
         wanted, _ = pipeline.encode_prompt([shared.TEXTS[i] for i in some], do_classifier_free_guidance=False)
