@@ -1,4 +1,4 @@
-"""What is FLUX.2-klein's own: its grid, the published networks, its chat template, distilled models, refusals."""
+"""What is FLUX.2-klein's own: its grid, its chat template, distilled models, refusals."""
 
 import json
 import shutil
@@ -9,18 +9,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import save_file
-from tested_families import FIXTURES, LORA, Family, randomize_adapters, trained_state
+from tested_families import FIXTURES, Family
 from tiny_pipeline import PROMPTS
 from tiny_pipelines import KLEIN, build_klein, tiny_qwen
 
-from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import ModelConfig
 from pcpo_fast.errors import UserError
-from pcpo_fast.planning.models import build_on_meta, find_architecture
 from pcpo_fast.policies.families import FAMILIES, check_base_model
 from pcpo_fast.policies.flux2_klein import Flux2KleinPolicy
-from pcpo_fast.policies.lora import trained_updates
-from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.pipeline_files import NOT_TRAINED, pipeline_class_of
 
 
@@ -53,52 +49,6 @@ def test_scheduler_times_are_those_the_pipeline_runs(
         )
     assert torch.equal(other.schedule(steps).times, scheduler.sigmas.double())
     assert other.schedule(steps).times[0] == 1 and other.schedule(steps).times[-1] == 0
-
-
-@pytest.mark.parametrize(
-    ("size", "parameters", "encoder", "double", "single"),
-    [("4B", 3_875_544_576, 4_022_468_096, 5, 20), ("9B", 9_078_581_248, 8_190_735_360, 8, 24)],
-)
-def test_published_klein_on_the_meta_device(size: str, parameters: int, encoder: int, double: int, single: int) -> None:
-    path = f"model.path=black-forest-labs/FLUX.2-klein-base-{size}"
-    settings = load_config(None, [path, "model.finetune=lora", "model.cfg_scale=4.0", "model.height=512"]).model
-    model = build_on_meta(find_architecture(settings), settings)
-    assert model.network_parameters == parameters and model.encoders == {"text_encoder": encoder}
-    policy, network = model.policy, model.policy.module
-    adapted = {name.removesuffix(".lora_A") for name, _ in network.named_modules() if name.endswith(".lora_A")}
-    targets = Flux2KleinPolicy.lora_targets
-    assert adapted == {f"transformer_blocks.{i}.{target}" for i in range(double) for target in targets[:12]} | {
-        f"single_transformer_blocks.{i}.{target}" for i in range(single) for target in targets[12:]
-    }
-    assert len(policy.compiled_blocks(network)) == len(policy.recomputed_blocks(network)) == double + single
-    shape = policy.conditioning_shapes(0)["prompt_embeds"]
-    assert policy.latent_shape == (settings.height * settings.width // 256, 128) and shape[0] == 512
-    policy._negative = {"prompt_embeds": torch.empty(1, *shape, device="meta")}
-    conditioning = {"prompt_embeds": torch.empty(2, *shape, device="meta")}
-    with torch.no_grad():
-        latents = torch.empty(2, *policy.latent_shape, device="meta")
-        halves = policy.predict_halves(latents, torch.ones(2, device="meta"), conditioning)
-    assert halves.conditional.shape == latents.shape
-    assert policy.decode(latents[:1]).shape == (1, 3, settings.height, settings.width)
-
-
-def test_kohyas_names_are_read_by_diffusers_and_back(family: Family, tmp_path: Path) -> None:
-    """Those of the original release: the double blocks' projections are one weight, the single blocks' are one here."""
-    tuned = family.policy(*LORA)
-    randomize_adapters(tuned)
-    layers = trained_updates(tuned.module, trained_state(tuned))
-    write_lora(tmp_path / LORA_FILE, layers, Flux2KleinPolicy, "kohya")
-    back = read_lora(tuned.module, tmp_path, "file", Flux2KleinPolicy)
-    assert back.keys() == layers.keys()
-    for name, update in layers.items():
-        assert torch.allclose(back[name].scaled_up @ back[name].down, update.scaled_up @ update.down, atol=1e-5), name
-    latents, pipeline = family.latents(2), family.pipeline()
-    pipeline.load_lora_weights(tmp_path)
-    other = Flux2KleinPolicy(pipeline.transformer, tuned.vae, tuned.scheduler, tuned.settings, cache=tuned.cache)
-    inputs = latents, torch.tensor([0.9, 0.2]), tuned.encode(PROMPTS[:2])
-    with torch.no_grad():
-        assert torch.allclose(other.predict(*inputs), tuned.predict(*inputs), atol=1e-3)
-        assert not torch.allclose(family.policy().predict(*inputs), tuned.predict(*inputs), atol=1e-1)
 
 
 # ----------------------------------------------------------------------------------------------- distilled

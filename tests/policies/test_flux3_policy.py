@@ -1,8 +1,7 @@
-"""What is FLUX.3's own: windows of prompts, idle layers, modular folders, the published network, distilled models."""
+"""What is FLUX.3's own: windows of prompts, idle layers, modular folders, distilled models."""
 
 import json
 import shutil
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -108,29 +107,10 @@ def test_layers_of_reference_images_are_left_alone(family: Family) -> None:
 # ------------------------------------------------------------------------------------ the published network
 
 
-def test_published_flux3_on_the_meta_device() -> None:
-    settings = load_config(None, [f"model.path={PUBLISHED}", "model.finetune=lora", "model.cfg_scale=4.0"]).model
-    model = build_on_meta(find_architecture(settings), settings)
-    assert model.network_parameters == 5_538_458_368
-    assert (
-        sum(p.numel() for name, p in model.policy.network.named_parameters() if ".image_cond." in name) == 670_434_560
-    )
-    assert model.encoders == {"text_encoder": 4_437_815_808}
-    policy, network = model.policy, model.policy.module
-    adapted = {name.removesuffix(".lora_A") for name, _ in network.named_modules() if name.endswith(".lora_A")}
-    blocks = [f"{stem}.{i}" for stem in ("mode_blocks.image", "txt_mode_blocks") for i in range(5)]
-    blocks += [f"single_transformer_blocks.{i}" for i in range(28)]
-    assert adapted == {f"{block}.{target}" for block in blocks for target in Flux3Policy.lora_targets}
-    assert len(policy.compiled_blocks(network)) == len(policy.recomputed_blocks(network)) == len(blocks) == 38
-    shapes = policy.conditioning_shapes(0)
-    assert 10_000 * 2 * prod(shapes["prompt_embeds"]) == pytest.approx(210e9, rel=0.01)
-    conditioning = {name: torch.empty(2, *shape, device="meta") for name, shape in shapes.items()}
-    policy._negative = {name: value[:1] for name, value in conditioning.items()}
-    with torch.no_grad():
-        latents = torch.empty(2, *policy.latent_shape, device="meta")
-        halves = policy.predict_halves(latents, torch.ones(2, device="meta"), conditioning)
-    assert halves.conditional.shape == latents.shape
-    assert policy.decode(latents[:1]).shape == (1, 3, settings.height, settings.width)
+def test_layers_of_reference_images_are_a_tenth_of_the_published_network() -> None:
+    settings = load_config(None, [f"model.path={PUBLISHED}", "model.finetune=lora"]).model
+    network = build_on_meta(find_architecture(settings), settings).policy.network
+    assert sum(p.numel() for name, p in network.named_parameters() if ".image_cond." in name) == 670_434_560
 
 
 def test_the_names_of_the_original_release_are_those_of_diffusers(family: Family) -> None:

@@ -1,4 +1,4 @@
-"""What is Krea 2's own: the template around a prompt, its distilled sister, the published network, names of layers."""
+"""What is Krea 2's own: the template around a prompt, its distilled sister, names of layers."""
 
 import json
 import shutil
@@ -13,9 +13,7 @@ from tested_families import LORA, Family, randomize_adapters, trained_state
 from tiny_pipeline import PROMPTS
 from tiny_pipelines import KREA2, build_krea2
 
-from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.planning.models import build_on_meta, find_architecture
 from pcpo_fast.policies.families import check_base_model
 from pcpo_fast.policies.krea2 import PUBLISHED_LAYERS, TOKENS_AFTER, Krea2Policy
 from pcpo_fast.policies.lora import trained_updates
@@ -60,25 +58,6 @@ def test_turbo_has_its_own_times_no_guidance_and_a_word(family: Family, tmp_path
     pipeline = turbo.pipeline()
     turbo.images(pipeline, turbo.latents(1), list(PROMPTS[:1]), 1.0)
     torch.testing.assert_close(times.float(), pipeline.scheduler.sigmas)
-
-
-def test_the_published_network_on_the_meta_device() -> None:
-    path = "model.path=krea/Krea-2-Raw"
-    settings = load_config(None, [path, "model.finetune=lora", "model.height=512", "model.width=768"]).model
-    model = build_on_meta(find_architecture(settings), settings)
-    assert model.network_parameters == 12_820_073_036 and model.encoders == {"text_encoder": 4_437_815_808}
-    policy, network = model.policy, model.policy.module
-    adapted = {name.removesuffix(".lora_A") for name, _ in network.named_modules() if name.endswith(".lora_A")}
-    blocks = [f"transformer_blocks.{i}" for i in range(28)]
-    blocks += [f"text_fusion.{kind}_blocks.{i}" for kind in ("layerwise", "refiner") for i in range(2)]
-    assert adapted == {f"{block}.{target}" for block in blocks for target in Krea2Policy.lora_targets}
-    assert len(policy.compiled_blocks(network)) == len(policy.recomputed_blocks(network)) == 28
-    shapes = policy.conditioning_shapes(0)
-    conditioning = {name: torch.empty(2, *shape, device="meta") for name, shape in shapes.items()}
-    with torch.no_grad():
-        latents = torch.empty(2, *policy.latent_shape, device="meta")
-        assert policy.predict(latents, torch.ones(2, device="meta"), conditioning).shape == (2, 32 * 48, 64)
-    assert policy.decode(latents[:1]).shape == (1, 3, settings.height, settings.width)
 
 
 def test_the_authors_names_are_read_by_diffusers_and_back(family: Family, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is Qwen-Image's own: guidance that is sampled with but not trained, the published network, names of layers."""
+"""What is Qwen-Image's own: guidance that is sampled with but not trained."""
 
 import shutil
 from pathlib import Path
@@ -7,17 +7,12 @@ import pytest
 import torch
 from cli_runs import call, write_config
 from diffusers import QwenImageTransformer2DModel
-from tested_families import LORA, Family, randomize_adapters, trained_state
+from tested_families import Family
 from tiny_pipeline import PROMPTS
 from tiny_pipelines import QWEN_IMAGE
 
-from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.planning.models import build_on_meta, find_architecture
 from pcpo_fast.policies.families import check_base_model
-from pcpo_fast.policies.lora import trained_updates
-from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
-from pcpo_fast.policies.qwen_image import QwenImagePolicy
 from pcpo_fast.preflight.checks import check_model
 
 
@@ -41,40 +36,6 @@ def test_guidance_is_for_sampling_only(family: Family, tmp_path: Path, capsys: p
         check_model(family.config())
     with pytest.raises(UserError, match=r"^model\.cfg_scale: 0\.5 is below 1, where Qwen-Image has no guidance"):
         family.policy("model.cfg_scale=0.5")
-
-
-@pytest.mark.slow
-def test_the_published_network_on_the_meta_device() -> None:
-    path = "model.path=Qwen/Qwen-Image"
-    settings = load_config(None, [path, "model.finetune=lora", "model.height=512", "model.width=768"]).model
-    model = build_on_meta(find_architecture(settings), settings)
-    assert model.network_parameters == 20_430_401_088 and model.encoders == {"text_encoder": 8_292_166_656}
-    policy, network = model.policy, model.policy.module
-    adapted = {name.removesuffix(".lora_A") for name, _ in network.named_modules() if name.endswith(".lora_A")}
-    assert adapted == {f"transformer_blocks.{i}.{target}" for i in range(60) for target in QwenImagePolicy.lora_targets}
-    assert len(policy.compiled_blocks(network)) == len(policy.recomputed_blocks(network)) == 60
-    conditioning = {
-        name: torch.empty(2, *shape, device="meta") for name, shape in policy.conditioning_shapes(0).items()
-    }
-    with torch.no_grad():
-        latents = torch.empty(2, *policy.latent_shape, device="meta")
-        assert policy.predict(latents, torch.ones(2, device="meta"), conditioning).shape == (2, 32 * 48, 64)
-    assert policy.decode(latents[:1]).shape == (1, 3, settings.height, settings.width)
-
-
-def test_kohyas_names_are_read_by_diffusers_and_back(family: Family, tmp_path: Path) -> None:
-    tuned = family.policy(*LORA)
-    randomize_adapters(tuned)
-    layers = trained_updates(tuned.module, trained_state(tuned))
-    write_lora(tmp_path / LORA_FILE, layers, QwenImagePolicy, "kohya")
-    assert read_lora(tuned.module, tmp_path, "file", QwenImagePolicy).keys() == layers.keys()
-    pipeline = family.pipeline()
-    pipeline.load_lora_weights(tmp_path)
-    other = QwenImagePolicy(pipeline.transformer, tuned.vae, tuned.scheduler, tuned.settings, cache=tuned.cache)
-    inputs = family.latents(2), torch.tensor([0.9, 0.2]), tuned.encode(PROMPTS[:2])
-    with torch.no_grad():
-        assert torch.allclose(other.predict(*inputs), tuned.predict(*inputs), atol=1e-3)
-        assert not torch.allclose(family.policy().predict(*inputs), tuned.predict(*inputs), atol=1e-1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is Z-Image's own: captions of different lengths, the published network, names of layers, Turbo, refusals."""
+"""What is Z-Image's own: captions of different lengths, names of layers, Turbo, refusals."""
 
 import shutil
 from pathlib import Path
@@ -9,18 +9,14 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models import attention_dispatch
 from safetensors.torch import save_file
-from tested_families import CPU, LORA, Family, randomize_adapters, trained_state
+from tested_families import CPU, Family
 from tiny_pipeline import PROMPTS
 from tiny_pipelines import Z_IMAGE, build_z_image
 
-from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.planning.models import build_on_meta, find_architecture
 from pcpo_fast.policies import attention
 from pcpo_fast.policies.attention import check_backend
 from pcpo_fast.policies.families import check_base_model
-from pcpo_fast.policies.lora import trained_updates
-from pcpo_fast.policies.lora_files import LORA_FILE, read_lora, write_lora
 from pcpo_fast.policies.z_image import ZImagePolicy
 
 LONG = ("a red circle", "a blue circle on a red background " * 4, "red " * 29, "red " * 30, "a blue circle " * 21)
@@ -71,47 +67,6 @@ def test_padding_is_not_stored(family: Family, tmp_path: Path) -> None:
     width, word = 16, 4
     assert min(sizes) < 5 * (width + 1) * word + 300 and max(sizes) < 80 * (width + 1) * word + 300
     assert policy.encode(PROMPTS[:1])["prompt_embeds"].shape[1] < 10 < policy.encode(LONG)["prompt_embeds"].shape[1]
-
-
-def test_the_published_network_on_the_meta_device() -> None:
-    path = "model.path=Tongyi-MAI/Z-Image"
-    settings = load_config(None, [path, "model.finetune=lora", "model.cfg_scale=5.0", "model.height=512"]).model
-    model = build_on_meta(find_architecture(settings), settings)
-    assert model.network_parameters == 6_154_908_736 and model.encoders == {"text_encoder": 4_022_468_096}
-    policy, network = model.policy, model.policy.module
-    adapted = {name.removesuffix(".lora_A") for name, _ in network.named_modules() if name.endswith(".lora_A")}
-    blocks = [f"layers.{i}" for i in range(30)]
-    blocks += [f"{refiner}_refiner.{i}" for refiner in ("noise", "context") for i in range(2)]
-    assert adapted == {f"{block}.{target}" for block in blocks for target in ZImagePolicy.lora_targets}
-    assert len(policy.compiled_blocks(network)) == len(policy.recomputed_blocks(network)) == len(blocks)
-    shapes = policy.conditioning_shapes(0)
-    assert policy.latent_shape == (16, settings.height // 8, settings.width // 8)
-    policy._negative = {name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()}
-    conditioning = {name: torch.empty(2, *shape, device="meta") for name, shape in shapes.items()}
-    with torch.no_grad():
-        latents = torch.empty(2, *policy.latent_shape, device="meta")
-        halves = policy.predict_halves(latents, torch.ones(2, device="meta"), conditioning)
-    assert halves.conditional.shape == latents.shape
-    assert policy.decode(latents[:1]).shape == (1, 3, settings.height, settings.width)
-
-
-def test_the_authors_names_are_read_by_diffusers_and_back(family: Family, tmp_path: Path) -> None:
-    """In the original release the projections of an attention are one weight."""
-    tuned = family.policy(*LORA)
-    randomize_adapters(tuned)
-    layers = trained_updates(tuned.module, trained_state(tuned))
-    write_lora(tmp_path / LORA_FILE, layers, ZImagePolicy, "kohya")
-    back = read_lora(tuned.module, tmp_path, "file", ZImagePolicy)
-    assert back.keys() == layers.keys()
-    for name, update in layers.items():
-        assert torch.allclose(back[name].scaled_up @ back[name].down, update.scaled_up @ update.down, atol=1e-5), name
-    pipeline = family.pipeline()
-    pipeline.load_lora_weights(tmp_path)
-    other = ZImagePolicy(pipeline.transformer, tuned.vae, tuned.scheduler, tuned.settings, cache=tuned.cache)
-    inputs = family.latents(2), torch.tensor([0.9, 0.2]), tuned.encode(PROMPTS[:2])
-    with torch.no_grad():
-        assert torch.allclose(other.predict(*inputs), tuned.predict(*inputs), atol=1e-3)
-        assert not torch.allclose(family.policy().predict(*inputs), tuned.predict(*inputs), atol=1e-1)
 
 
 def test_the_network_as_one_file_with_the_names_of_its_authors(family: Family, folder: Path, tmp_path: Path) -> None:
