@@ -5,12 +5,12 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,8 @@ class Engine:
     Attributes:
         adapts: whether adapters are trained, and not the module's own weights.
         ema: the moving average of the trained weights; None without ``train.ema_decay``.
+        alone: whether DeepSpeed only steps, because a single process with float32 weights and no DeepSpeed JSON has
+            nothing to reduce and nothing to cast: gradients add up where autograd puts them.
 
     Raises:
         UserError: the DeepSpeed JSON is missing, malformed, rejected by DeepSpeed, or sets something that the
@@ -145,6 +147,9 @@ class Engine:
         ds_config = deepspeed_config(config, accumulation)
         _check_secondary_partition(ds_config, config.deepspeed)
         zero, trained = ds_config["zero_optimization"], sum(p.numel() for p in parameters)
+        self.alone = config.deepspeed is None and world_size() == 1 and config.model.dtype == "float32"
+        if self.alone:
+            zero["contiguous_gradients"] = False  # DeepSpeed then hooks into no gradient
         bucket = zero.get("reduce_bucket_size", 500_000_000)
         if zero["stage"] < 3 and isinstance(bucket, int | float):
             # DeepSpeed allocates buffers of the maximal bucket size, two gigabytes by default, for any model.
@@ -176,8 +181,8 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The engine as a module: calling it runs the model with DeepSpeed's hooks."""
-        return self.deepspeed  # type: ignore[no-any-return]
+        """The engine as a module: calling it runs the model with DeepSpeed's hooks, if there are any."""
+        return self.deepspeed.module if self.alone else self.deepspeed  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, last: bool | None = None) -> None:
         """Accumulate a micro-batch's gradient, divided by ``accumulation``.
@@ -188,7 +193,13 @@ class Engine:
                 the missing ones count as zero gradients. None: a step after every ``accumulation`` micro-batches.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(loss)
+        if not self.alone:
+            self.deepspeed.backward(loss)
+            return
+        (loss / self.deepspeed.gradient_accumulation_steps()).backward()
+        if self.deepspeed.is_gradient_accumulation_boundary():
+            zero = self.deepspeed.optimizer
+            zero.averaged_gradients[0] = _Gradients(zero.params_in_partition[0], zero.partition_size[0])
 
     def step(self) -> None:
         """End a micro-batch; after the last of an update, step the optimizer and set :attr:`last_step`."""
@@ -308,6 +319,27 @@ class Engine:
                         if rank() == 0:
                             state[name] = parameter.detach().to("cpu", copy=True)
         return state
+
+
+class _Gradients(list[Tensor]):
+    """All gradients as DeepSpeed's step takes them: in pieces, of which it adds up the norms, and flat.
+
+    The pieces are as long as the largest parameter: DeepSpeed copies each in float64, and takes no more than there are
+    parameters.
+
+    Args:
+        parameters: with their gradients; one that has none gets zeros.
+        count: elements with the padding at the end.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = [cast(Tensor, parameter.grad).reshape(-1) for parameter in parameters]
+        self.flat_partition = flat[0].new_zeros(count)
+        torch.cat(flat, out=self.flat_partition[: sum(map(len, flat))])
+        super().__init__(self.flat_partition.split(max(map(len, flat))))
 
 
 def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def check_moments(state_dict: dict[str, Any], eight_bit: bool) -> None:
 class GuardedAdamW(torch.optim.AdamW):
     """:class:`torch.optim.AdamW` that skips the step when a gradient is not finite.
 
+    In host memory the step is PyTorch's fused one, which passes over the weights once and needs no temporaries.
+
     Attributes:
         skipped: whether the latest step was left out.
     """
@@ -59,6 +61,8 @@ class GuardedAdamW(torch.optim.AdamW):
         self.skipped = not gradients_are_finite(p for group in self.param_groups for p in group["params"])
         if self.skipped:
             return None
+        for group in self.param_groups:  # now: DeepSpeed replaces the parameters, and loading a checkpoint the options
+            group["fused"] = all(p.device.type == "cpu" for p in group["params"]) or None
         return super().step(closure)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -37,10 +37,9 @@ def plan_host(
     Every rank loads network, VAE and reward models into host memory, then the text encoders, which go to the GPU or
     stay (``model.encode_on``); then all of it goes to the GPU, with ZeRO-3 one weight at a time. From then on the host
     holds what is offloaded. Weights that are stored in ``model.dtype`` are mapped from their files
-    (:attr:`pcpo_fast.planning.models.ModelOnMeta.mapped_parts`), all others are copies. A step of PyTorch's AdamW on
-    the host has two temporaries as large as the weights. A checkpoint copies a rank's state one tensor at a time, and
-    all trained weights on the first rank; resuming reads a rank's state whole, and before ZeRO-3 the trained weights
-    in each rank.
+    (:attr:`pcpo_fast.planning.models.ModelOnMeta.mapped_parts`), all others are copies. PyTorch's fused AdamW needs no
+    temporaries. A checkpoint copies a rank's state one tensor at a time, and all trained weights on the first rank;
+    resuming reads a rank's state whole, and before ZeRO-3 the trained weights in each rank.
 
     Args:
         config: the run.
@@ -124,8 +123,7 @@ def optimizer_on_host(config: Config, zero: Zero, share: float) -> tuple[float, 
         own += share * each.master + sum(locked(size * each.master) for size in groups) + locked(share * 4)
     else:  # master weights and their gradient, the new weights, and with float32 weights the sum of the gradients
         own += 2 * locked(share * each.master) + locked(share * width) * (2 if width == 4 else 1)
-    stepped = min(share, SUB_GROUP) if zero.stage == 3 else share
-    return own, 8 * stepped if each.step >= 4 else min(24 * share, CHUNK_BYTES)
+    return own, 0.0 if each.step >= 4 else min(24 * share, CHUNK_BYTES)
 
 
 def _checkpoint(config: Config, zero: Zero, trained: int, share: float) -> tuple[float, float]:

@@ -34,9 +34,9 @@ class StepStatistics:
         kl = torch.zeros_like(result.log_ratio) if result.kl is None else result.kl
         ones = torch.ones_like(result.log_ratio)
         ratio = result.log_ratio
-        rows = [ones, result.clipped.to(ones.dtype), ratio.abs(), result.taylor_error, kl, result.divergence]
-        rows += [ratio, ratio.double() ** 2]
-        self.sums[: len(_ROWS)].index_add_(1, steps, torch.stack([row.detach().double() for row in rows]))
+        rows = [ones, result.clipped.to(ones.dtype), ratio.abs(), result.taylor_error, kl, result.divergence, ratio]
+        sums = torch.stack(rows).detach().double()
+        self.sums[: len(_ROWS)].index_add_(1, steps, torch.cat((sums, sums[-1:] ** 2)))
         self.loss += torch.stack((result.loss.detach().double(), torch.ones_like(self.loss[0])))
 
     def add_mismatch(self, steps: Tensor, relative: Tensor, result: PolicyLoss) -> None:

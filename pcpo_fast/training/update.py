@@ -134,7 +134,8 @@ class Update:
             result = self._loss(batch, halves, *self._old_side(batch, unchanged), reference)
         statistics.add(batch.counted, result if result.kl is None else result._replace(kl=result.kl / beta))
         if unchanged:
-            self._measure_mismatch(batch, halves, statistics)
+            compared = self.config.train.old_output == "rollout"
+            self._measure_mismatch(batch, halves, statistics, result if compared else None)
         with profiler_ranges.named("backward"):
             self.engine.backward(result.loss, batch.last)
         self.engine.step()
@@ -201,11 +202,19 @@ class Update:
         return outputs
 
     @torch.no_grad()
-    def _measure_mismatch(self, batch: MicroBatch, halves: PolicyOutput, statistics: StepStatistics) -> None:
-        """Record how much the update's forward differs from the rollout's with the same weights."""
+    def _measure_mismatch(
+        self, batch: MicroBatch, halves: PolicyOutput, statistics: StepStatistics, result: PolicyLoss | None
+    ) -> None:
+        """Record how much the update's forward differs from the rollout's with the same weights.
+
+        Args:
+            batch, halves, statistics: the micro-batch, its outputs, and where to record.
+            result: the loss, if it compared with the rollout's outputs.
+        """
         stored = self.stored[batch.rows, batch.steps]
         output = self.policy.combine(halves)
-        result = self._loss(batch, halves, stored, self._noise_key(batch))
+        if result is None:
+            result = self._loss(batch, halves, stored, self._noise_key(batch))
         change = (output.float() - stored.float()).flatten(1).norm(dim=1)
         relative = change / stored.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         statistics.add_mismatch(batch.counted, relative, result)

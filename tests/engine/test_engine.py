@@ -51,14 +51,21 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("max_grad_norm", [1e9, 0.05])
-def test_accumulation_clipping_and_adamw_are_pytorchs(tmp_path: Path, stage: int, max_grad_norm: float) -> None:
-    file = tmp_path / "ds.json"
+def stage_of(folder: Path, stage: int | None) -> tuple[str, ...]:
+    """A DeepSpeed JSON with this stage; None: no JSON, so that a lone process reduces nothing."""
+    if stage is None:
+        return ()
+    file = folder / f"stage_{stage}.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return (f"deepspeed={file}",)
+
+
+@pytest.mark.parametrize("stage", [None, 1, 2])
+@pytest.mark.parametrize("max_grad_norm", [1e9, 0.05])
+def test_accumulation_clipping_and_adamw_are_pytorchs(tmp_path: Path, stage: int | None, max_grad_norm: float) -> None:
     ours, plain = module_of(), module_of()
     overrides = (f"optimizer.max_grad_norm={max_grad_norm}", "optimizer.lr=1e-2", "optimizer.weight_decay=0.1")
-    engine = Engine(ours, config_of(*overrides, f"deepspeed={file}"), accumulation=4)
+    engine = Engine(ours, config_of(*overrides, *stage_of(tmp_path, stage)), accumulation=4)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
     for update in range(4):
         # Gradients of different sizes, without which AdamW would forgive a wrong clipping.
@@ -74,9 +81,46 @@ def test_accumulation_clipping_and_adamw_are_pytorchs(tmp_path: Path, stage: int
         optimizer.step()
         assert engine.last_step.applied and engine.last_step.grad_norm == pytest.approx(float(norm), rel=1e-4)
         assert float(norm) > 0.05
-    assert engine.updates == 4 and engine.zero_stage == stage
+    assert engine.updates == 4 and engine.zero_stage == (stage or 1) and engine.alone == (stage is None)
     for ours_now, expected in zip(weights_of(ours), weights_of(plain), strict=True):
         assert torch.allclose(ours_now, expected, atol=1e-5)
+
+
+class PartlyUsed(nn.Module):
+    """Weights of odd sizes, one of which gets no gradient, and one whose gradient is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.idle, self.turned = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(7, 4))
+        self.last = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(x @ self.turned.T))  # type: ignore[no-any-return]
+
+
+def test_a_lone_process_has_the_bits_and_checkpoints_of_deepspeeds_reductions(tmp_path: Path) -> None:
+    """With clipping, accumulation, a skipped update, and each continuing from the other's checkpoint."""
+    settings = ("optimizer.lr=1e-2", "optimizer.max_grad_norm=0.3", "train.ema_decay=0.9")
+    pair = []
+    for stage in (None, 1):
+        module = PartlyUsed()
+        pair.append((module, Engine(module, config_of(*settings, *stage_of(tmp_path, stage)), accumulation=2)))
+    data = batches(10)
+    for first in (0, 2, 4, 6, 8):
+        for module, engine in pair:
+            train_step(engine, [data[first] * (math.nan if first == 2 else 1), data[first + 1]])
+            assert all(p.grad is None for p in module.parameters())
+        (ours, alone), (reduced, other) = pair
+        assert alone.last_step.applied == (first != 2)
+        assert str(alone.last_step) == str(other.last_step)  # NaN is not equal to itself
+        assert same(weights_of(ours), weights_of(reduced))
+        if first == 4:
+            for number, (_, engine) in enumerate(pair):
+                engine.save(tmp_path / str(number))
+            for number, (_, engine) in enumerate(reversed(pair)):
+                assert engine.load(tmp_path / str(number))
+    assert alone.ema is not None and other.ema is not None and same(alone.ema.average, other.ema.average)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

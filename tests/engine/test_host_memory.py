@@ -102,10 +102,10 @@ def test_an_offloaded_optimizer_and_a_checkpoint_are_as_large_as_planned(
     assert sum(files) == pytest.approx(count * state_bytes(config, zero), rel=TWO_PERCENT)
 
 
-def test_a_step_on_the_host_has_two_temporaries_of_four_bytes() -> None:
+def test_a_step_on_the_host_has_no_temporaries() -> None:
     weights = nn.Parameter(torch.zeros(1 << 20))
     weights.grad = torch.ones_like(weights)
     optimizer = GuardedAdamW([weights])
     optimizer.step()  # makes the moments
     _, planned = optimizer_on_host(config_of(), Zero(2, offload_optimizer=True), weights.numel())
-    assert allocations(optimizer.step).peak == pytest.approx(planned, rel=0.01)
+    assert planned == 0 and allocations(optimizer.step).peak < 0.001 * weights.nbytes

@@ -63,7 +63,7 @@ def test_host_memory_of_eight_ranks_in_two_machines() -> None:
     standing = ranks * (PROCESS + share * (4 + 4 + 2 + 8 + 4))
     row = plan.parts["embeddings"]
     assert row == ranks * 32 * prompt_bytes(config, costs)  # the held-out prompts, of which there are more
-    assert plan.phases["train"] == pytest.approx(standing + row + ranks * 8 * share)
+    assert plan.phases["train"] == pytest.approx(standing + row)
     assert plan.phases["save"] == pytest.approx(standing + ranks * 4 * share + whole)  # the average, and the weights
     assert plan.phases["resume"] == pytest.approx(standing + ranks * whole)
     divided = plan_host(config, costs, Zero(3), 8, nodes=2)
@@ -96,7 +96,7 @@ def test_weights_in_host_memory_are_page_locked_one_by_one() -> None:
     # A large model's gradients are in groups, and once more in one piece.
     offloaded, step = optimizer_on_host(config, SHIPPED["zero3_offload"], 2.5e9)
     groups = 2 * pinned(4 * SUB_GROUP) + pinned(2e9)
-    assert (offloaded, step) == (2.5e9 * 12 + groups + pinned(1e10), 8 * SUB_GROUP)
+    assert (offloaded, step) == (2.5e9 * 12 + groups + pinned(1e10), 0)
 
 
 def test_rewards_wait_for_their_first_images_in_host_memory() -> None:

@@ -146,11 +146,14 @@ def test_reading_and_copying_are_found() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_the_engine_reads_nothing_before_the_optimizer_step(pipeline_folder: Any, tmp_path: Any, stage: int) -> None:
-    """DeepSpeed's part; on a CPU, where a value that is read is a wait on a GPU."""
+@pytest.mark.parametrize("stage", [None, 1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_the_engine_reads_nothing_before_the_optimizer_step(
+    pipeline_folder: Any, tmp_path: Any, stage: int | None
+) -> None:
+    """DeepSpeed's part; on a CPU, where a value that is read is a wait on a GPU. Stage None: without a JSON."""
     (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
-    settings = (*LORA, f"deepspeed={tmp_path / 'ds.json'}", "train.micro_batch_size=3", "train.updates_per_epoch=1")
+    file = () if stage is None else (f"deepspeed={tmp_path / 'ds.json'}",)
+    settings = (*LORA, *file, "train.micro_batch_size=3", "train.updates_per_epoch=1")
     bench = Bench.build(tiny_config(pipeline_folder, *settings), record=False)
     bench.run()  # DeepSpeed learns the order of the blocks from the first passes
     bench.collect(1)
