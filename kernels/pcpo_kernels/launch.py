@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
@@ -15,6 +16,8 @@ from pcpo_kernels.dispatch import interpreter_lacks, interpreting
 if interpreting() and (_reason := interpreter_lacks()):
     raise ImportError(_reason)
 
+COMPILED = tl.constexpr(not interpreting())
+"""For kernels: whether they are compiled, not interpreted."""
 FINISH = 128
 """How many partial sums of a row are added at once."""
 _MOST_KINDS = 4096
@@ -54,7 +57,9 @@ class Plan(NamedTuple):
 def plan_for(elements: int) -> Plan:
     """Blocks of 2048 (16 elements a thread: two 16-byte loads of bf16), smaller for rows that do not fill one."""
     block = min(2048, max(128, triton.next_power_of_2(elements)))
-    return Plan(block, 1 if elements <= 1 << 20 else 2)
+    blocks = cdiv(elements, block)
+    # A row's programs are along the grid's second axis, which has at most 65535.
+    return Plan(block, 1 if blocks <= 512 else max(2, triton.next_power_of_2(cdiv(blocks, 65535))))
 
 
 def tokens_per_program(tokens: int) -> int:

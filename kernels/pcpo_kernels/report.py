@@ -51,6 +51,7 @@ def compile_variant(variant: Any, target: str) -> Compiled:
     """
     import triton
     from triton.compiler import ASTSource
+    from triton.runtime import driver
 
     source = ASTSource(
         fn=variant.function,
@@ -59,7 +60,12 @@ def compile_variant(variant: Any, target: str) -> Compiled:
         attrs={(position,): [["tt.divisibility", 16]] for position in variant.aligned},
     )
     options = {"num_warps": variant.warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=gpu_target(target), options=options)
+    before = driver._active
+    driver.set_active(_Driver(gpu_target(target)))  # which a kernel asks for its target
+    try:
+        compiled = triton.compile(source, target=gpu_target(target), options=options)
+    finally:
+        driver._active = before
     amd = target.startswith("gfx")
     read = amd_resources if amd else nvidia_resources
     registers, spill_bytes, uses_f64, assembly = read(compiled.asm)
@@ -68,6 +74,15 @@ def compile_variant(variant: Any, target: str) -> Compiled:
         variant.block / ((64 if amd else 32) * variant.warps), assembly,
         machine_code(compiled.asm["cubin"]) if target == COUNTED else b"",
     )  # fmt: skip
+
+
+class _Driver(NamedTuple):
+    """As much of a Triton driver as kernels ask for."""
+
+    target: Any
+
+    def get_current_target(self) -> Any:
+        return self.target
 
 
 def gpu_target(name: str) -> Any:

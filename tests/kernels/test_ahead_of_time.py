@@ -124,8 +124,8 @@ def test_no_spills(compiled) -> None:
     assert [result[:5] for result in compiled if result.spill_bytes] == []
 
 
-MOST_ISSUED = {"policy_loss_forward": 63.5, "policy_loss_backward": 59.5}
-"""Instructions per element on sm_90 of the loss with noise from a key; no kernel calls a subroutine."""
+MOST_ISSUED = {"policy_loss_forward": (53.0, 4), "policy_loss_backward": (50.5, 0)}
+"""Instructions per element on sm_90 of the loss with noise from a key, and barriers; no kernel calls a subroutine."""
 
 
 def test_instructions_per_element(compiled) -> None:
@@ -134,9 +134,10 @@ def test_instructions_per_element(compiled) -> None:
         if result.target == report.COUNTED:
             assert result.issued.calls == 0, result[:3]
             if result.kernel in MOST_ISSUED and result.variant == "bf16-key":
-                found[result.kernel] = result.issued.instructions / result.elements
+                found[result.kernel] = result.issued.instructions / result.elements, result.issued.barriers
     assert found.keys() == MOST_ISSUED.keys()
-    assert {kernel: count for kernel, count in found.items() if count > MOST_ISSUED[kernel]} == {}
+    for kernel, (most, barriers) in MOST_ISSUED.items():
+        assert found[kernel][0] <= most and found[kernel][1] <= barriers, (kernel, found[kernel])
 
 
 LISTING = """
@@ -174,13 +175,8 @@ def test_no_float64(compiled) -> None:
 
 
 def test_occupancy(compiled) -> None:
-    """At least four programs of four warps fit on an NVIDIA multiprocessor (65536 registers).
-
-    But for one with Triton 3.6.0.
-    """
-    known = [("policy_loss_backward", "fp32-key-kl", "sm_100", 130)] if triton.__version__ == "3.6.0" else []
-    many = [result[:4] for result in compiled if not result.target.startswith("gfx") and result.registers > 128]
-    assert [result for result in many if result not in known] == []
+    """At least four programs of four warps fit on an NVIDIA multiprocessor (65536 registers)."""
+    assert [result[:4] for result in compiled if not result.target.startswith("gfx") and result.registers > 128] == []
 
 
 def test_16_byte_accesses(compiled) -> None:

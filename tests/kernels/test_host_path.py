@@ -72,9 +72,9 @@ def test_what_is_remembered_is_what_triton_chooses(launches) -> None:
 
     whole, scale = torch.zeros(64), torch.ones(2)
     low = whole.to(torch.bfloat16)
-    usual = [whole[:32], scale, whole[32:], whole[:32], 16, 16, 1, 128, 1]
+    usual = [whole[:32], scale, whole[32:], whole[:32], 16, 16, 128, 1]
     changes = [{}, {0: whole[1:33]}, {0: low[:32]}, {0: low[4:36]}, {1: scale.half()}, {2: None}]
-    changes += [{4: 17}, {5: 17}, {5: 1}, {6: 2}, {4: 32}, {7: 256}]
+    changes += [{4: 17}, {5: 17}, {5: 1}, {4: 32}, {6: 256}]
     cases = [[change.get(place, value) for place, value in enumerate(usual)] for change in changes]
     chosen = []
     for arguments in cases:

@@ -69,10 +69,21 @@ def test_the_kernels_square_root_is_correctly_rounded(every: int) -> None:
         nearest = (1 / np.sqrt(x.astype(np.float64))).astype(np.float32).view(np.int32)
         for off in range(-4, 5):
             inverse = (nearest + np.int32(off)).view(np.float32)
-            inverse = fused(inverse, fused(-half * inverse, x * inverse, half), inverse)
-            root = x * inverse
-            root = fused(fused(-root, root, x), half * inverse, root)
-            assert np.array_equal(root, np.sqrt(x))
+            root, slope = x * inverse, half * inverse
+            error = fused(-slope, root, half)
+            root, slope = fused(root, error, root), fused(slope, error, slope)
+            assert np.array_equal(fused(fused(-root, root, x), slope, root), np.sqrt(x))
+
+
+def test_the_kernels_exponent_is_that_of_the_nearest_power_of_two() -> None:
+    """``sqrt(2) n``'s, n = 2k + 1, for every k, as a ratio to n in [sqrt(1/2), sqrt(2)); an ulp beyond for one k."""
+    n = np.arange(1, 1 << 25, 2, dtype=np.float64)
+    product = (128 * n * np.float64(np.float32(1.4142135381698608))).astype(np.float32)  # exact before it is rounded
+    exponent = (product.view(np.int32) >> 23) - 127 - 7
+    ratio = np.ldexp(n, -exponent)
+    assert (ratio >= math.sqrt(0.5)).all()
+    assert (ratio < math.sqrt(2)).sum() >= ratio.size - 1
+    assert ratio.max() < math.sqrt(2) * (1 + 2.0**-23)
 
 
 def test_distribution() -> None:

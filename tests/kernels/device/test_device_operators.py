@@ -96,9 +96,10 @@ def test_dispatch(device, monkeypatch) -> None:
 
 
 def test_plan() -> None:
-    for elements in (1, 3, 128, 129, 512, 16384, 129_600, 262_144, 1 << 22):
+    for elements in (1, 3, 128, 129, 512, 16384, 129_600, 262_144, 1 << 22, 1 << 28, (1 << 31) - 1):
         plan = plan_for(elements)
         span = plan.BLOCK * plan.ITERATIONS
+        assert plan.chunks(elements) <= 65535  # as many programs as a grid may have along its second axis
         assert (plan.chunks(elements) - 1) * span < elements <= plan.chunks(elements) * span
 
 

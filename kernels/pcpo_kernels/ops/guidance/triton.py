@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pcpo_kernels.launch import as_read, launch, plan_for, row_strides
 from pcpo_kernels.operators import Operator
+from pcpo_kernels.ptx import widened
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def lerp(start, end, weight):
     return tl.where(weight < 0.5, start + weight * gap, end - (1.0 - weight) * gap)
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["scale"])
+@triton.jit(do_not_specialize_on_alignment=["scale"])
 def guidance_forward_kernel(
     reference,
     output,
@@ -30,13 +31,11 @@ def guidance_forward_kernel(
     reference_stride,
     output_stride,
     elements,
-    chunks,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
     """``reference + scale (output - reference)``, from the nearer end; float32, rounded once."""
-    row = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
+    row, chunk = tl.program_id(0), tl.program_id(1)
     weight = tl.load(scale + row).to(tl.float32)
     reference += row.to(tl.int64) * reference_stride
     output += row.to(tl.int64) * output_stride
@@ -44,12 +43,12 @@ def guidance_forward_kernel(
     for i in range(ITERATIONS):
         index = (chunk * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
         mask = index < elements
-        r = tl.load(reference + index, mask=mask, other=0.0).to(tl.float32)
-        f = tl.load(output + index, mask=mask, other=0.0).to(tl.float32)
+        r = widened(tl.load(reference + index, mask=mask, other=0.0))
+        f = widened(tl.load(output + index, mask=mask, other=0.0))
         tl.store(result + index, lerp(r, f, weight).to(result.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["scale"])
+@triton.jit(do_not_specialize_on_alignment=["scale"])
 def guidance_backward_kernel(
     incoming,
     scale,
@@ -57,19 +56,17 @@ def guidance_backward_kernel(
     output_gradient,
     incoming_stride,
     elements,
-    chunks,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
     """``(1 - scale) g`` and ``scale g``; a gradient that is not needed is None and not written."""
-    row = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
+    row, chunk = tl.program_id(0), tl.program_id(1)
     weight = tl.load(scale + row).to(tl.float32)
     incoming += row.to(tl.int64) * incoming_stride
     for i in range(ITERATIONS):
         index = (chunk * ITERATIONS + i) * BLOCK + tl.arange(0, BLOCK)
         mask = index < elements
-        g = tl.load(incoming + index, mask=mask, other=0.0).to(tl.float32)
+        g = widened(tl.load(incoming + index, mask=mask, other=0.0))
         place = row.to(tl.int64) * elements + index
         if reference_gradient is not None:
             kind = reference_gradient.dtype.element_ty
@@ -86,11 +83,10 @@ def _forward(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtyp
     rows = output.shape[0]
     elements = output.numel() // rows
     plan = plan_for(int(elements))
-    chunks = plan.chunks(elements)
     given = as_read(reference), as_read(output)
     launch(
-        guidance_forward_kernel, output, (rows * chunks, 1, 1), plan.warps,
-        *given, as_read(scale), result, *row_strides(*given), elements, chunks, plan.BLOCK, plan.ITERATIONS,
+        guidance_forward_kernel, output, (rows, plan.chunks(elements), 1), plan.warps,
+        *given, as_read(scale), result, *row_strides(*given), elements, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return result
 
@@ -108,12 +104,11 @@ def _backward(
     rows = incoming.shape[0]
     elements = incoming.numel() // rows
     plan = plan_for(int(elements))
-    chunks = plan.chunks(elements)
     left, read = iter(results), as_read(incoming)
     launch(
-        guidance_backward_kernel, incoming, (rows * chunks, 1, 1), plan.warps,
+        guidance_backward_kernel, incoming, (rows, plan.chunks(elements), 1), plan.warps,
         read, as_read(scale), *(None if dtype is None else next(left) for dtype in (reference_dtype, output_dtype)),
-        *row_strides(read), elements, chunks, plan.BLOCK, plan.ITERATIONS,
+        *row_strides(read), elements, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return results
 

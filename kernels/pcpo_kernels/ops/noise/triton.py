@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcpo_kernels.launch import launch, plan_for
 from pcpo_kernels.operators import Operator
+from pcpo_kernels.ptx import approximate_rsqrt, wide_product
 
 
 @triton.jit
@@ -25,9 +26,9 @@ def radius_of_uniform(word):
     ``word & ~255``, which is exact, stands for ``128 n``, and the missing 128 is added last.
     """
     even = (word & 0xFFFFFF00).to(tl.float32)
-    from_middle = (even + 128.0).to(tl.int32, bitcast=True) - 0x3F3504F3
-    exponent = from_middle & -0x800000  # times 2^23; the mantissa lands in [sqrt(1/2), sqrt(2))
-    unit = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
+    # Sign and exponent of sqrt(2) 128 n; by its power of 2, 128 n lands in [sqrt(1/2), sqrt(2)).
+    exponent = tl.fma(even, 1.4142135381698608, 181.01933288574219).to(tl.int32, bitcast=True) & -0x800000
+    unit = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
     f = tl.fma(unit, 128.0, tl.fma(even, unit, -1.0))
     # -2 log(1 + f): the factor is a power of two and lies in the constants.
     p = tl.fma(f, -0.14299507439136505, 0.231424018740654)
@@ -38,16 +39,17 @@ def radius_of_uniform(word):
     p = tl.fma(f, p, -0.40001416206359863)
     p = tl.fma(f, p, 0.49999979138374329)
     p = tl.fma(f, p, -0.66666662693023682)
-    scale = tl.fma(exponent.to(tl.float32), 1.1920928955078125e-07, -32.0)
+    scale = tl.fma(exponent.to(tl.float32), 1.1920928955078125e-07, -159.0)
     square = f * f
     tail = tl.fma(f * square, p, scale * 4.24388880e-4)  # ln 2 in two parts, the first with few bits
     x = tl.fma(scale, -1.38671875, tl.fma(f, -2.0, square + tail))
     # The square root, correctly rounded if the device's approximation is within 4 units in the last place. With one
     # step less it is not, for a few words.
-    inverse = tl.rsqrt(x)
-    inverse = tl.fma(inverse, tl.fma(-0.5 * inverse, x * inverse, 0.5), inverse)
-    root = x * inverse
-    return tl.fma(tl.fma(-root, root, x), 0.5 * inverse, root)
+    inverse = approximate_rsqrt(x)
+    root, half = x * inverse, 0.5 * inverse
+    error = tl.fma(half * -1.0, root, 0.5)
+    root, half = tl.fma(root, error, root), tl.fma(half, error, half)
+    return tl.fma(tl.fma(root * -1.0, root, x), half, root)
 
 
 @triton.jit
@@ -58,7 +60,8 @@ def normal_pair(radius_word, angle_word):
     """
     radius = radius_of_uniform(radius_word)
     turned = angle_word + 0x20000000  # the upper two bits count quarters of a turn
-    y = tl.fma(((turned & 0x3FFFFF00) | 0x80).to(tl.int32).to(tl.float32), 1.862645149230957e-09, -1.0)
+    # (m + 128) 2^-29 - 1, which is exact
+    y = tl.fma((turned & 0x3FFFFF00).to(tl.int32).to(tl.float32), 1.862645149230957e-09, -0.9999997615814209)
     v = y * y  # y in [-1, 1], times pi / 4
     s = tl.fma(v, -3.5954399209003896e-05, 0.0024900068528950214)
     s = tl.fma(v, s, -0.08074543625116348)
@@ -70,7 +73,8 @@ def normal_pair(radius_word, angle_word):
     cosine = tl.fma(v, c, 1.0)
     odd = (turned & 0x40000000) != 0
     radius = (radius.to(tl.uint32, bitcast=True) ^ (turned & 0x80000000)).to(tl.float32, bitcast=True)
-    return radius * tl.where(odd, -sine, cosine), radius * tl.where(odd, cosine, sine)
+    # A minus sign is a subtraction from 0; a factor of -1 costs nothing.
+    return radius * tl.where(odd, sine * -1.0, cosine), radius * tl.where(odd, cosine, sine)
 
 
 @triton.jit
@@ -80,11 +84,10 @@ def philox_rounds(c0, c1, c2, c3, k0, k1):
     As ``tl.philox``, but each product is multiplied once for both of its halves.
     """
     for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        low0, high0 = wide_product(c0, 0xD2511F53)
+        low1, high1 = wide_product(c2, 0xCD9E8D57)
+        c0, c2 = high1 ^ c1 ^ k0, high0 ^ c3 ^ k1
+        c1, c3 = low1, low0
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
@@ -109,15 +112,21 @@ def block_normals(seed, block):
     return n0, n1, n2, n3
 
 
+@triton.constexpr_function
+def lanes_of(pointer):
+    """How many elements of an image a thread reads at once: 16 bytes, of elements of 2 or 4."""
+    return 128 // pointer.dtype.element_ty.primitive_bitwidth
+
+
 @triton.jit
-def stream_normals(seed, first, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+def stream_normals(seed, first, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """Elements ``first .. first + BLOCK`` of a stream.
 
     Four elements are a Philox block where ``first`` is divisible by 4; otherwise they straddle two. A thread makes the
-    blocks of as many elements as it reads at once, 8 with ``PAIRS`` (of 2 bytes) or 4, so that nothing changes threads.
+    blocks of as many elements as it reads at once, ``LANES``, 8 or 4, so that nothing changes threads.
     """
     shift = first & 3
-    if PAIRS:
+    if LANES == 8:
         block = (first >> 2) + 2 * tl.arange(0, BLOCK // 8)
         z0, z1, z2, z3 = block_normals(seed, block)
         z4, z5, z6, z7 = block_normals(seed, block + 1)
@@ -146,26 +155,25 @@ def later_lanes(shift, z0, z1, z2, z3, z4, z5, z6):
     return tl.where(odd, z1, z0), tl.where(odd, z2, z1), tl.where(odd, z3, z2), tl.where(odd, z4, z3)
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["seed", "offset"])
+@triton.jit(do_not_specialize_on_alignment=["seed", "offset"])
 def philox_normal_kernel(
     result,
     seed,
     offset,
     elements,
-    chunks,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
     """Write normals [rows, elements]."""
-    row = tl.program_id(0) // chunks
-    start = (tl.program_id(0) % chunks) * (BLOCK * ITERATIONS)
+    row = tl.program_id(0)
+    start = tl.program_id(1) * (BLOCK * ITERATIONS)
     key = tl.load(seed + row)
     first = tl.load(offset + row)
     result += row.to(tl.int64) * elements
     for i in range(ITERATIONS):
         begin = start + i * BLOCK
         index = begin + tl.arange(0, BLOCK)
-        tl.store(result + index, stream_normals(key, first + begin, BLOCK, False), mask=index < elements)
+        tl.store(result + index, stream_normals(key, first + begin, BLOCK, 4), mask=index < elements)
 
 
 def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
@@ -173,10 +181,9 @@ def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     if result.numel() == 0:
         return result
     plan = plan_for(int(count))
-    chunks = plan.chunks(count)
     launch(
-        philox_normal_kernel, seed, (seed.shape[0] * chunks, 1, 1), plan.warps,
-        result, seed.contiguous(), offset.contiguous(), count, chunks, plan.BLOCK, plan.ITERATIONS,
+        philox_normal_kernel, seed, (seed.shape[0], plan.chunks(count), 1), plan.warps,
+        result, seed.contiguous(), offset.contiguous(), count, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return result
 

@@ -21,16 +21,17 @@ from torch import Tensor
 from pcpo_kernels.launch import FINISH, arrival_counters, as_read, launch, plan_for, row_strides
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.guidance.triton import lerp
-from pcpo_kernels.ops.noise.triton import stream_normals
+from pcpo_kernels.ops.noise.triton import lanes_of, stream_normals
 from pcpo_kernels.ops.policy_loss.inputs import LossInputs
-from pcpo_kernels.sums import ordered_sum
+from pcpo_kernels.ptx import widened
+from pcpo_kernels.sums import add_products, ordered_sum, sums_of_three, sums_of_two
 from pcpo_kernels.types import Endpoints, NoiseKey, Objective, PolicyLoss
 
 
 @triton.jit
 def load_block(pointer, row, stride, index, mask):
     """One block of a row, as float32."""
-    return tl.load(pointer + row.to(tl.int64) * stride + index, mask=mask, other=0.0).to(tl.float32)
+    return widened(tl.load(pointer + row.to(tl.int64) * stride + index, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def noise_block(
     index,
     mask,
     BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """The step's noise: recovered from both ends, read, or made from its key, by which pointers there are."""
     if next_latents is not None:
@@ -70,7 +71,7 @@ def noise_block(
     elif noise is not None:
         z = load_block(noise, row, noise_stride, index, mask)
     else:
-        z = stream_normals(key, first + begin, BLOCK, PAIRS)
+        z = stream_normals(key, first + begin, BLOCK, LANES)
     return z
 
 
@@ -114,7 +115,7 @@ BACKWARD_ROWS = ["statistics", "grad_loss"]
 
 
 @triton.jit(
-    do_not_specialize=["rows", "chunks", "objective", "mean"],
+    do_not_specialize=["objective", "mean"],
     do_not_specialize_on_alignment=[*SHARED_ROWS, *FORWARD_ROWS],
 )
 def policy_loss_forward_kernel(
@@ -147,9 +148,7 @@ def policy_loss_forward_kernel(
     next_stride,
     reference_stride,
     unconditional_stride,
-    rows,
     elements,
-    chunks,
     clip_range: tl.float32,
     objective,
     mean,
@@ -168,9 +167,13 @@ def policy_loss_forward_kernel(
     ``objective`` (its place among the names) and ``mean`` (0 or 1) matter to a row's mathematics alone, so one compiled
     kernel serves every setting.
     """
-    row = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    with_noise, with_itself, from_reference = 0.0, 0.0, 0.0
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    rows, chunks = tl.num_programs(0), tl.num_programs(1)
+    LANES: tl.constexpr = lanes_of(output)
+    # At most two of each for a thread, which has 128 registers for everything.
+    SUMS: tl.constexpr = min(BLOCK // LANES, 256)
+    with_noise = tl.zeros((SUMS,), tl.float32)
+    with_itself, from_reference = with_noise, with_noise
     if (old_output is not None) or (reference is not None):
         key, first, row_a, row_b, inverse_std, weight = row_constants(seed, offset, a, b, std, guidance_scale, row)
         for i in range(ITERATIONS):
@@ -181,25 +184,29 @@ def policy_loss_forward_kernel(
             # Past the row's end everything read is 0, so that made noise counts for nothing there.
             if reference is not None:
                 gap = f - load_block(reference, row, reference_stride, index, mask)
-                from_reference += tl.sum(gap * gap)
+                from_reference = add_products(from_reference, gap, gap, LANES)
             if old_output is not None:
                 old = load_block(old_output, row, old_stride, index, mask)
                 delta = f - old
-                with_itself += tl.sum(delta * delta)
+                with_itself = add_products(with_itself, delta, delta, LANES)
                 z = noise_block(
                     noise, next_latents, old, row, noise_stride, next_stride,
-                    key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK,
-                    output.dtype.element_ty.primitive_bitwidth == 16,
+                    key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK, LANES,
                 )  # fmt: skip
-                with_noise += tl.sum(delta * z)
+                with_noise = add_products(with_noise, delta, z, LANES)
 
     pieces = rows * chunks
-    here = scratch + tl.program_id(0)
+    here = scratch + row * chunks + chunk
     if old_output is not None:
-        tl.store(here, with_noise)
-        tl.store(here + pieces, with_itself)
-    if reference is not None:
-        tl.store(here + 2 * pieces, from_reference)
+        if reference is not None:
+            noise_sum, own_sum, gap_sum = sums_of_three(with_noise, with_itself, from_reference)
+            tl.store(here + 2 * pieces, gap_sum)
+        else:
+            noise_sum, own_sum = sums_of_two(with_noise, with_itself)
+        tl.store(here, noise_sum)
+        tl.store(here + pieces, own_sum)
+    elif reference is not None:
+        tl.store(here + 2 * pieces, tl.sum(from_reference))
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + 1 + row, 1, sem="acq_rel", scope="gpu")
     if arrived == chunks - 1:
@@ -212,9 +219,9 @@ def policy_loss_forward_kernel(
         row_advantage = tl.load(advantage + row).to(tl.float32)
         log_ratio, distance = row_linear * 0.0, row_linear * 0.0
         if old_output is not None:
-            with_itself = ordered_sum(mine + pieces, chunks, FINISH) * unit
-            log_ratio = row_linear * (ordered_sum(mine, chunks, FINISH) * unit) - row_quadratic * with_itself
-            distance = tl.load(divergence + row).to(tl.float32) * with_itself
+            square = ordered_sum(mine + pieces, chunks, FINISH) * unit
+            log_ratio = row_linear * (ordered_sum(mine, chunks, FINISH) * unit) - row_quadratic * square
+            distance = tl.load(divergence + row).to(tl.float32) * square
         ratio, surplus, taylor_error = ratio_of(log_ratio)
         on_ratio = objective != 0
         is_mask = objective == 2
@@ -256,7 +263,7 @@ def policy_loss_forward_kernel(
             tl.store(loss, ordered_sum(scratch + 3 * pieces, rows, FINISH) / count)
 
 
-@triton.jit(do_not_specialize=["rows", "chunks"], do_not_specialize_on_alignment=[*SHARED_ROWS, *BACKWARD_ROWS])
+@triton.jit(do_not_specialize_on_alignment=[*SHARED_ROWS, *BACKWARD_ROWS])
 def policy_loss_backward_kernel(
     output,
     old_output,
@@ -280,9 +287,7 @@ def policy_loss_backward_kernel(
     next_stride,
     reference_stride,
     unconditional_stride,
-    rows,
     elements,
-    chunks,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
@@ -290,8 +295,7 @@ def policy_loss_backward_kernel(
 
     A row whose weights are all 0 (clipped, or not trained) is written without being read.
     """
-    row = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
+    row, chunk, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     incoming = tl.load(grad_loss).to(tl.float32)
     on_noise = tl.load(statistics + 3 * rows + row) * incoming
     on_delta = tl.load(statistics + 4 * rows + row) * incoming
@@ -315,14 +319,14 @@ def policy_loss_backward_kernel(
                 behind = load_block(old_output, row, old_stride, index, mask)
             z = noise_block(
                 noise, next_latents, behind, row, noise_stride, next_stride,
-                key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK,
-                output.dtype.element_ty.primitive_bitwidth == 16,
+                key, first, row_a, row_b, inverse_std, begin, index, mask, BLOCK, lanes_of(output),
             )  # fmt: skip
             total = on_noise * z
             if old_output is not None:
-                total += on_delta * (f - behind)
+                total = tl.fma(on_delta, f - behind, total)
             if reference is not None:
-                total += on_gap * (f - load_block(reference, row, reference_stride, index, mask))
+                gap = f - load_block(reference, row, reference_stride, index, mask)
+                total = tl.fma(on_gap, gap, total)
         if unconditional is not None:
             kind = unconditional_gradient.dtype.element_ty
             tl.store(unconditional_gradient + index, ((1.0 - weight) * total).to(kind), mask=mask)
@@ -391,9 +395,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     scratch = output.new_empty(3 * rows * chunks + rows, dtype=torch.float32)
     clip_range, objective, mean = arguments[OPERANDS + COLUMNS :]
     launch(
-        policy_loss_forward_kernel, output, (rows * chunks, 1, 1), plan.warps,
+        policy_loss_forward_kernel, output, (rows, chunks, 1), plan.warps,
         *tensors, scratch, arrival_counters(output, rows), loss, clipped, statistics,
-        *row_strides(*tensors[:IMAGES]), rows, elements, chunks, clip_range, objective, int(mean),
+        *row_strides(*tensors[:IMAGES]), elements, clip_range, objective, int(mean),
         plan.BLOCK, plan.ITERATIONS, FINISH,
     )  # fmt: skip
     return results
@@ -413,12 +417,11 @@ def _backward(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Ten
         return results
     elements = gradient.numel() // rows
     plan = plan_for(int(elements))
-    chunks = plan.chunks(elements)
     tensors = [as_read(tensor) for tensor in operands]
     launch(
-        policy_loss_backward_kernel, gradient, (rows * chunks, 1, 1), plan.warps,
+        policy_loss_backward_kernel, gradient, (rows, plan.chunks(elements), 1), plan.warps,
         *tensors, statistics, grad_loss, gradient, half[0] if half else None,
-        *row_strides(*tensors[:IMAGES]), rows, elements, chunks, plan.BLOCK, plan.ITERATIONS,
+        *row_strides(*tensors[:IMAGES]), elements, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return results
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pcpo_kernels.launch import FINISH, arrival_counters, as_read, launch, plan_for, row_strides
 from pcpo_kernels.operators import Operator
-from pcpo_kernels.ops.noise.triton import stream_normals
-from pcpo_kernels.sums import ordered_sum
+from pcpo_kernels.ops.noise.triton import lanes_of, stream_normals
+from pcpo_kernels.ptx import widened
+from pcpo_kernels.sums import add_products, ordered_sum
 from pcpo_kernels.types import NoiseKey, Reduction, SampledStep
 
 HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2 * math.pi))
@@ -21,7 +22,7 @@ ROW_POINTERS = ["seed", "offset", "a", "b", "std", "log_prob", "partial_sums", "
 
 
 @triton.jit(
-    do_not_specialize=["a_stride", "b_stride", "std_stride", "rows", "chunks", "mean"],
+    do_not_specialize=["a_stride", "b_stride", "std_stride", "mean"],
     do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def sample_step_kernel(
@@ -43,9 +44,7 @@ def sample_step_kernel(
     a_stride,
     b_stride,
     std_stride,
-    rows,
     elements,
-    chunks,
     mean,
     BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
@@ -56,36 +55,37 @@ def sample_step_kernel(
     Without ``noise`` and ``seed`` the step is taken without noise. Row vectors may have stride 0 (one step for all).
     ``mean`` is 0 or 1.
     """
-    row = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
+    row, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row_a = tl.load(a + row * a_stride).to(tl.float32)
     row_b = tl.load(b + row * b_stride).to(tl.float32)
     row_std = tl.load(std + row * std_stride).to(tl.float32)
     latents += row.to(tl.int64) * latents_stride
     output += row.to(tl.int64) * output_stride
     next_latents += row.to(tl.int64) * elements
-    squares = 0.0
+    LANES: tl.constexpr = lanes_of(output)
+    squares = tl.zeros((min(BLOCK // LANES, 256),), tl.float32)  # at most two for a thread
     for i in range(ITERATIONS):
         begin = (chunk * ITERATIONS + i) * BLOCK
         index = begin + tl.arange(0, BLOCK)
         mask = index < elements
-        x = tl.load(latents + index, mask=mask, other=0.0).to(tl.float32)
-        f = tl.load(output + index, mask=mask, other=0.0).to(tl.float32)
+        x = widened(tl.load(latents + index, mask=mask, other=0.0))
+        f = widened(tl.load(output + index, mask=mask, other=0.0))
         following = row_a * x + row_b * f
         if noise is not None:
             z = tl.load(noise + row.to(tl.int64) * noise_stride + index, mask=mask, other=0.0).to(tl.float32)
             following += row_std * z
-            squares += tl.sum(z * z)
+            squares = add_products(squares, z, z, LANES)
         if seed is not None:
-            z = stream_normals(tl.load(seed + row), tl.load(offset + row) + begin, BLOCK, False)
+            z = stream_normals(tl.load(seed + row), tl.load(offset + row) + begin, BLOCK, LANES)
             following += row_std * z
-            squares += tl.sum(tl.where(mask, z * z, 0.0))
+            z = tl.where(mask, z, 0.0)
+            squares = add_products(squares, z, z, LANES)
         tl.store(next_latents + index, following.to(next_latents.dtype.element_ty), mask=mask)
 
     if (noise is None) and (seed is None):
         tl.store(log_prob + row, 0.0, mask=chunk == 0)
     else:
-        tl.store(partial_sums + tl.program_id(0), squares)
+        tl.store(partial_sums + row * chunks + chunk, tl.sum(squares))
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
         if arrived == chunks - 1:
@@ -120,11 +120,11 @@ def _step(
     columns = [column.float() if column.dtype == torch.float64 else column for column in (a, b, std)]
     noisy = noise is not None or seed is not None
     launch(
-        sample_step_kernel, latents, (rows * chunks, 1, 1), plan.warps,
+        sample_step_kernel, latents, (rows, chunks, 1), plan.warps,
         *big, as_read(seed), as_read(offset), *columns, next_latents, log_prob,
         latents.new_empty(rows * chunks, dtype=torch.float32) if noisy else None,
         arrival_counters(latents, rows) if noisy else None,
-        *row_strides(*big), *row_strides(*columns), rows, elements, chunks, int(mean),
+        *row_strides(*big), *row_strides(*columns), elements, int(mean),
         plan.BLOCK, plan.ITERATIONS, FINISH,
     )  # fmt: skip
     return results

@@ -11,9 +11,18 @@ from torch import Tensor
 
 from pcpo_kernels.launch import channels_contiguous, launch, plan_for
 from pcpo_kernels.operators import Operator
+from pcpo_kernels.ptx import widened
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
+@triton.jit
+def place_of(tokens, channels, BLOCK: tl.constexpr):
+    """Of a program: its image, its token there and among all, its channels of a half, and which of them there are."""
+    row = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64), channel, channel < channels
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def swiglu_forward_kernel(
     x,
     result,
@@ -21,22 +30,18 @@ def swiglu_forward_kernel(
     x_token_stride,
     tokens,
     channels,
-    chunks,
     BLOCK: tl.constexpr,
 ):
     """``silu(a) b`` of a block of one token's channels, whose halves a and b follow each other in ``x``."""
-    row = tl.program_id(0) // chunks
-    image, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    channel = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = channel < channels
+    image, token, row, channel, mask = place_of(tokens, channels, BLOCK)
     x += image * x_image_stride + token * x_token_stride
-    a = tl.load(x + channel, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + channels + channel, mask=mask, other=0.0).to(tl.float32)
+    a = widened(tl.load(x + channel, mask=mask, other=0.0))
+    b = widened(tl.load(x + channels + channel, mask=mask, other=0.0))
     value = a * tl.sigmoid(a) * b
-    tl.store(result + row.to(tl.int64) * channels + channel, value.to(result.dtype.element_ty), mask=mask)
+    tl.store(result + row * channels + channel, value.to(result.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
+@triton.jit(do_not_specialize=["tokens"])
 def swiglu_backward_kernel(
     incoming,
     x,
@@ -47,20 +52,16 @@ def swiglu_backward_kernel(
     x_token_stride,
     tokens,
     channels,
-    chunks,
     BLOCK: tl.constexpr,
 ):
     """The gradient of both halves."""
-    row = tl.program_id(0) // chunks
-    image, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    channel = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = channel < channels
+    image, token, row, channel, mask = place_of(tokens, channels, BLOCK)
     incoming += image * incoming_image_stride + token * incoming_token_stride
     x += image * x_image_stride + token * x_token_stride
-    gradient += row.to(tl.int64) * channels * 2
-    g = tl.load(incoming + channel, mask=mask, other=0.0).to(tl.float32)
-    a = tl.load(x + channel, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + channels + channel, mask=mask, other=0.0).to(tl.float32)
+    gradient += row * channels * 2
+    g = widened(tl.load(incoming + channel, mask=mask, other=0.0))
+    a = widened(tl.load(x + channel, mask=mask, other=0.0))
+    b = widened(tl.load(x + channels + channel, mask=mask, other=0.0))
     s = tl.sigmoid(a)
     kind = gradient.dtype.element_ty
     tl.store(gradient + channel, (g * b * s * (1.0 + a * (1.0 - s))).to(kind), mask=mask)
@@ -72,10 +73,9 @@ def _forward(x: Tensor) -> Tensor:
     if result.numel() > 0:
         images, tokens, channels = result.shape
         plan, read = plan_for(int(channels)), channels_contiguous(x)
-        chunks = plan.chunks(channels)
         launch(
-            swiglu_forward_kernel, x, (images * tokens * chunks, 1, 1), plan.warps,
-            read, result, *read.stride()[:2], tokens, channels, chunks, plan.BLOCK,
+            swiglu_forward_kernel, x, (images * tokens, plan.chunks(channels), 1), plan.warps,
+            read, result, *read.stride()[:2], tokens, channels, plan.BLOCK,
         )  # fmt: skip
     return result
 
@@ -89,10 +89,9 @@ def _backward(incoming: Tensor, x: Tensor) -> Tensor:
     if gradient.numel() > 0:
         images, tokens, channels = incoming.shape
         plan, given, read = plan_for(int(channels)), channels_contiguous(incoming), channels_contiguous(x)
-        chunks = plan.chunks(channels)
         launch(
-            swiglu_backward_kernel, x, (images * tokens * chunks, 1, 1), plan.warps,
-            given, read, gradient, *given.stride()[:2], *read.stride()[:2], tokens, channels, chunks, plan.BLOCK,
+            swiglu_backward_kernel, x, (images * tokens, plan.chunks(channels), 1), plan.warps,
+            given, read, gradient, *given.stride()[:2], *read.stride()[:2], tokens, channels, plan.BLOCK,
         )  # fmt: skip
     return gradient
 
