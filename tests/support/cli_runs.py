@@ -154,9 +154,9 @@ def start_ranks(
     return [start(folder, *arguments, launcher=launcher, **own) for own in each]
 
 
-def outputs(processes: list["subprocess.Popen[str]"]) -> list[Output]:
+def outputs(processes: list["subprocess.Popen[str]"], timeout: float = 240) -> list[Output]:
     """What processes answer when they have ended."""
-    said = [process.communicate(timeout=240) for process in processes]
+    said = [process.communicate(timeout=timeout) for process in processes]
     return [Output(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from cli_runs import WAITING_REWARD, Output, call, outputs, records, start_ranks, wait_for, write_config
+from cli_runs import WAITING_REWARD, Output, call, outputs, records, start, start_ranks, wait_for, write_config
+from pcpo_kernels.dispatch import triton_installed
 from safetensors.torch import load_file
 from tested_families import CPU, FIXTURES, Family
 from tiny_pipeline import PROMPTS, redness
@@ -24,6 +25,7 @@ from pcpo_fast.config.loading import load_config
 from pcpo_fast.method.samplers import deterministic_transitions
 from pcpo_fast.method.step_tables import StepTable
 from pcpo_fast.policies.families import family_of, load_policy, load_trained_weights
+from pcpo_fast.policies.lora_files import LORA_FILE
 from pcpo_fast.rollout.generation import generate
 
 pytest_plugins = ["cli_fixtures"]
@@ -198,3 +200,30 @@ def test_an_exported_pipeline_is_the_policy(runs: Runs, tmp_path: Path, capsys: 
         family.images(one, latents, list(PROMPTS[:2]), 3.0) for one in (theirs, family.pipeline(tmp_path / "out1"))
     ]
     assert torch.allclose(images[0], images[1], atol=5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
+def test_a_run_on_our_kernels_is_one_on_the_references(klein_folder: Path, tmp_path: Path) -> None:
+    """Blocks, sampler and loss in Triton's interpreter, which is chosen when a process loads the kernels."""
+    family = Family("klein", klein_folder)
+    settings = LORA | {key.replace(".", "__"): yaml.safe_load(value) for key, value in family.trained}
+    # The interpreter takes seconds for a forward.
+    settings |= {"sampler__steps": 2, "rollout__prompts_per_epoch": 1, "rollout__images_per_prompt": 2}
+    settings |= {"train__epochs": 1, "train__updates_per_epoch": 1, "train__micro_batch_size": 2}
+    settings |= {"prompts__heldout": None}
+    write_config(tmp_path, family.folder, **settings)
+    plain = start(tmp_path, "--config", "run.yaml")
+    interpreter = {"TRITON_INTERPRET": "1", "PCPO_KERNELS": "triton", "PYTHONWARNINGS": "ignore"}
+    own = start(
+        tmp_path, "--config", "run.yaml", "model.block_kernels=true", f"output_dir={tmp_path / 'own'}", **interpreter
+    )
+    for answer in outputs([plain, own], timeout=1500):
+        assert answer.code == 0, answer.err
+    expected, found = numbers(tmp_path / "run"), numbers(tmp_path / "own")
+    assert found.keys() == expected.keys()
+    for key, line in expected.items():
+        for metric in line.keys() - {"kind"}:
+            assert found[key][metric] == pytest.approx(line[metric], rel=1e-3, abs=1e-5), (key, metric)
+    ours, theirs = (load_file(tmp_path / run / "export" / LORA_FILE) for run in ("own", "run"))
+    assert all(torch.allclose(ours[weight], value, atol=1e-4) for weight, value in theirs.items())
