@@ -102,7 +102,8 @@ def test_wheel_holds_both_packages_and_what_a_run_needs(distributions: tuple[Pat
     assert templates >= {"pcpo_fast/reporting/templates/page.html", "pcpo_fast/evaluation/templates/evaluation.html"}
     typed = {"pcpo_fast/py.typed", "pcpo_fast/__init__.pyi", "pcpo_kernels/py.typed"}
     shipped = {f"pcpo_fast/shipped/{name}" for name in shipped_files()}
-    assert inside == expected | templates | typed | shipped | {"pcpo_fast/planning/published.json"}
+    tables = {"pcpo_fast/planning/published.json", "pcpo_kernels/tuned.json"}
+    assert inside == expected | templates | typed | shipped | tables
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert distributions[1].stat().st_size < 40_000_000
 
@@ -256,7 +257,10 @@ def test_kernels_work_with_pytorch_and_triton_alone(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     inside = {name for name in names if ".dist-info/" not in name}
-    assert inside == python_files(ROOT / "kernels" / "pcpo_kernels") | {"pcpo_kernels/py.typed"}
+    assert inside == python_files(ROOT / "kernels" / "pcpo_kernels") | {
+        "pcpo_kernels/py.typed",
+        "pcpo_kernels/tuned.json",
+    }
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
     environment = tmp_path / "venv"

@@ -71,16 +71,6 @@ def tokens_per_program(tokens: int) -> int:
     return 4 if tokens <= 1024 else 8 if tokens <= 2048 else 16
 
 
-@functools.cache
-def block_for(elements: int, *, sums: int = 0) -> tuple[int, int]:
-    """Block and warps for rows of this many elements: 16 per thread of a large row, 8 if three sums are kept.
-
-    So a thread needs at most 128 registers, and still loads 16 bytes of bf16 at once.
-    """
-    block = triton.next_power_of_2(elements)
-    return block, min(16 if sums == 3 or block > 4096 else 8, max(1, block // 256))
-
-
 def launch(kernel: Any, like: Tensor, grid: tuple[int, int, int], warps: int, *arguments: Any) -> None:
     """Launch a kernel on the device of ``like``.
 

@@ -131,7 +131,7 @@ def amd_resources(asm: Any) -> tuple[int, int, bool, str]:
 
 
 def bulk_accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
-    """Number of global memory loads and stores per thread, by width in bytes.
+    """Number of global memory loads (to registers or shared memory) and stores per thread, by width in bytes.
 
     Widths up to 8 bytes include scalars of the row vectors.
     """
@@ -144,6 +144,8 @@ def bulk_accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
         pattern = r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b"
         found = re.findall(pattern, compiled.assembly)
         pairs = [("load" if way == "ld" else "store", int(count or 1) * int(bits) // 8) for way, count, bits in found]
+        copies = re.findall(r"\bcp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", compiled.assembly)
+        pairs += [("load", int(size, 16)) for size in copies]
     for way, size in pairs:
         counts[way][size] = counts[way].get(size, 0) + 1
     return counts

@@ -45,9 +45,8 @@ class Variant(NamedTuple):
     @property
     def block(self) -> int:
         """Elements per block."""
-        return int(
-            self.constants.get("BLOCK") or math.prod(self.constants[side] for side in TILE if side in self.constants)
-        )
+        sides = ("PARTS", "BLOCK") if "BLOCK" in self.constants else TILE
+        return math.prod(int(self.constants.get(side, 1)) for side in sides)
 
 
 def build(
@@ -86,7 +85,7 @@ def build(
     missing = set(pointers) - set(signature)
     if missing:
         raise ValueError(f"{function.fn.__name__} has no parameter {', '.join(sorted(missing))}")
-    return Variant(
+    variant = Variant(
         function.fn.__name__.removesuffix("_kernel"),
         name,
         function,
@@ -94,8 +93,11 @@ def build(
         {name: constants[name] for name in signature if name in constants},
         tuple(aligned),
         warps or plan.warps,
-        constants["BLOCK"] * sum(SIZES[kind] for kind in loaded.values()),
-        constants["BLOCK"] * sum(SIZES[kind] for kind in stored.values()),
+        sum(SIZES[kind] for kind in loaded.values()),
+        sum(SIZES[kind] for kind in stored.values()),
+    )
+    return variant._replace(
+        loaded_bytes=variant.block * variant.loaded_bytes, stored_bytes=variant.block * variant.stored_bytes
     )
 
 

@@ -1,7 +1,7 @@
 """Gated residual, layer norm and modulation in one pass over the tokens, and their gradients in another."""
 
 # Kernels are compiled from their source; Triton's types are not Python's.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment, misc"
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import block_for, cdiv, channels_contiguous, launch, row_strides, tokens_per_program
+from pcpo_kernels.launch import cdiv, channels_contiguous, launch, row_strides, tokens_per_program
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.adaptive_norm.inputs import Tokens
-from pcpo_kernels.sums import token_sums
+from pcpo_kernels.ptx import widened
+from pcpo_kernels.sums import sums_of_two, token_sums
+from pcpo_kernels.tuning import norm_plan
 
 FORWARD_TOKENS = 4
+NORM, RESIDUAL, BOTH = "norm", "residual", "residual-norm"  # kinds of calls
+
+
+@triton.jit
+def channels_of(part: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """The channels of a part, and which of them there are: all, as the compiler sees, but in the last one."""
+    channel = part * BLOCK + tl.arange(0, BLOCK)
+    return channel, channel < CHANNELS
+
+
+@triton.jit
+def load_row(pointer, PARTS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """A token's channels as a tuple of float32 parts; 0 past the last."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        channel, inside = channels_of(part, CHANNELS, BLOCK)
+        parts += (widened(tl.load(pointer + channel, mask=inside, other=0.0)),)
+    return parts
+
+
+@triton.jit
+def zero_row(PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """As many zeros as a token has channels."""
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts += (tl.zeros((BLOCK,), tl.float32),)
+    return parts
+
+
+@triton.jit
+def store_row(pointer, parts, PARTS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a token's channels in the pointer's dtype."""
+    for part in tl.static_range(PARTS):
+        channel, inside = channels_of(part, CHANNELS, BLOCK)
+        tl.store(pointer + channel, parts[part].to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -37,43 +74,52 @@ def adaptive_norm_forward_kernel(
     shift_stride,
     scale_stride,
     tokens,
-    channels,
     chunks,
     EPS: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``h = source + gate branch``, rounded; ``(1 + scale) LN(h) + shift``. Parts whose pointer is None are skipped."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
     start = (tl.program_id(0) % chunks) * TOKENS
-    channel = tl.arange(0, BLOCK)
-    mask = channel < channels
     source += image * source_image_stride
     if branch is not None:
         branch += image * branch_image_stride
-        weight = tl.load(gate + image * gate_stride + channel, mask=mask, other=0.0).to(tl.float32)
+        weights = load_row(gate + image * gate_stride, PARTS, CHANNELS, BLOCK)
     if normed is not None:
-        offset = tl.load(shift + image * shift_stride + channel, mask=mask, other=0.0).to(tl.float32)
-        factor = 1.0 + tl.load(scale + image * scale_stride + channel, mask=mask, other=0.0).to(tl.float32)
-    for token in range(start, tl.minimum(start + TOKENS, tokens)):
+        offsets = load_row(shift + image * shift_stride, PARTS, CHANNELS, BLOCK)
+        factors = load_row(scale + image * scale_stride, PARTS, CHANNELS, BLOCK)
+    for token in tl.range(start, tl.minimum(start + TOKENS, tokens), num_stages=STAGES):
         row = image * tokens + token
-        h = tl.load(source + tl.cast(token, tl.int64) * source_token_stride + channel, mask=mask, other=0.0).to(
-            tl.float32
-        )
+        position = tl.cast(token, tl.int64)
+        h = load_row(source + position * source_token_stride, PARTS, CHANNELS, BLOCK)
         if branch is not None:
-            b = tl.load(branch + tl.cast(token, tl.int64) * branch_token_stride + channel, mask=mask, other=0.0)
-            rounded = (h + weight * b.to(tl.float32)).to(hidden.dtype.element_ty)
-            tl.store(hidden + row * channels + channel, rounded, mask=mask)
-            h = rounded.to(tl.float32)
+            b = load_row(branch + position * branch_token_stride, PARTS, CHANNELS, BLOCK)
+            rounded = ()
+            for part in tl.static_range(PARTS):
+                rounded += (widened((h[part] + weights[part] * b[part]).to(hidden.dtype.element_ty)),)
+            store_row(hidden + row * CHANNELS, rounded, PARTS, CHANNELS, BLOCK)
+            h = rounded
         if normed is not None:
-            count = tl.cast(channels, tl.float32)
-            centre = tl.sum(h) / count
-            gap = tl.where(mask, h - centre, 0.0)
-            inverse = tl.rsqrt(tl.sum(gap * gap) / count + EPS)
+            total = h[0]
+            for part in tl.static_range(1, PARTS):
+                total += h[part]
+            centre = tl.sum(total) / CHANNELS
+            squares = tl.zeros((BLOCK,), tl.float32)
+            for part in tl.static_range(PARTS):
+                _, inside = channels_of(part, CHANNELS, BLOCK)
+                gap = tl.where(inside, h[part] - centre, 0.0)
+                squares = tl.fma(gap, gap, squares)
+            inverse = tl.rsqrt(tl.sum(squares) / CHANNELS + EPS)
             tl.store(mean + row, centre)
             tl.store(rstd + row, inverse)
-            value = gap * inverse * factor + offset
-            tl.store(normed + row * channels + channel, value.to(normed.dtype.element_ty), mask=mask)
+            values = ()
+            for part in tl.static_range(PARTS):
+                values += ((h[part] - centre) * inverse * (1.0 + factors[part]) + offsets[part],)
+            store_row(normed + row * CHANNELS, values, PARTS, CHANNELS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "groups"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -100,13 +146,15 @@ def adaptive_norm_backward_kernel(
     gate_stride,
     scale_stride,
     tokens,
-    channels,
     chunks,
     groups,
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
     GATE: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients of the tokens, and sums over this program's tokens for shift, scale and gate.
@@ -116,63 +164,84 @@ def adaptive_norm_backward_kernel(
     image = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     start = chunk * TOKENS
-    channel = tl.arange(0, BLOCK)
-    mask = channel < channels
     if grad_hidden is not None:
         grad_hidden += image * grad_hidden_image_stride
     if grad_normed is not None:
         grad_normed += image * grad_normed_image_stride
         hidden += image * hidden_image_stride
-        factor = 1.0 + tl.load(scale + image * scale_stride + channel, mask=mask, other=0.0).to(tl.float32)
+        factors = load_row(scale + image * scale_stride, PARTS, CHANNELS, BLOCK)
     if GATE >= 0:
         branch += image * branch_image_stride
+        for_gate = zero_row(PARTS, BLOCK)
     if grad_branch is not None:
-        weight = tl.load(gate + image * gate_stride + channel, mask=mask, other=0.0).to(tl.float32)
-    for_shift = tl.zeros((BLOCK,), tl.float32)
-    for_scale = tl.zeros((BLOCK,), tl.float32)
-    for_gate = tl.zeros((BLOCK,), tl.float32)
-    for token in range(start, tl.minimum(start + TOKENS, tokens)):
+        weights = load_row(gate + image * gate_stride, PARTS, CHANNELS, BLOCK)
+    if SHIFT >= 0:
+        for_shift = zero_row(PARTS, BLOCK)
+    if SCALE >= 0:
+        for_scale = zero_row(PARTS, BLOCK)
+    for token in tl.range(start, tl.minimum(start + TOKENS, tokens), num_stages=STAGES):
         row = image * tokens + token
         position = tl.cast(token, tl.int64)
         if grad_normed is not None:
-            g = tl.load(grad_normed + position * grad_normed_token_stride + channel, mask=mask, other=0.0)
-            g = g.to(tl.float32)
-            h = tl.load(hidden + position * hidden_token_stride + channel, mask=mask, other=0.0).to(tl.float32)
-            inverse = tl.load(rstd + row)
-            standard = tl.where(mask, (h - tl.load(mean + row)) * inverse, 0.0)
+            g = load_row(grad_normed + position * grad_normed_token_stride, PARTS, CHANNELS, BLOCK)
+            h = load_row(hidden + position * hidden_token_stride, PARTS, CHANNELS, BLOCK)
+            centre, inverse = tl.load(mean + row), tl.load(rstd + row)
+            standard = ()
+            for part in tl.static_range(PARTS):
+                _, inside = channels_of(part, CHANNELS, BLOCK)
+                standard += (tl.where(inside, (h[part] - centre) * inverse, 0.0),)
             if SHIFT >= 0:
-                for_shift += g
+                grown = ()
+                for part in tl.static_range(PARTS):
+                    grown += (for_shift[part] + g[part],)
+                for_shift = grown
             if SCALE >= 0:
-                for_scale += g * standard
+                grown = ()
+                for part in tl.static_range(PARTS):
+                    grown += (tl.fma(g[part], standard[part], for_scale[part]),)
+                for_scale = grown
             if (grad_source is not None) or (grad_branch is not None) or (GATE >= 0):
-                g = g * factor
-                count = tl.cast(channels, tl.float32)
-                along = tl.sum(g * standard) / count
-                total = (g - tl.sum(g) / count - standard * along) * inverse
-            else:
-                total = g
-            if grad_hidden is not None:
-                direct = tl.load(grad_hidden + position * grad_hidden_token_stride + channel, mask=mask, other=0.0)
-                total += direct.to(tl.float32)
+                scaled = ()
+                for part in tl.static_range(PARTS):
+                    scaled += (tl.fma(g[part], factors[part], g[part]),)
+                plain, along = scaled[0], scaled[0] * standard[0]
+                for part in tl.static_range(1, PARTS):
+                    plain += scaled[part]
+                    along = tl.fma(scaled[part], standard[part], along)
+                plain_sum, along_sum = sums_of_two(plain, along)
+                total = ()
+                for part in tl.static_range(PARTS):
+                    one = scaled[part] - plain_sum / CHANNELS - standard[part] * (along_sum / CHANNELS)
+                    total += (one * inverse,)
+                if grad_hidden is not None:
+                    direct = load_row(grad_hidden + position * grad_hidden_token_stride, PARTS, CHANNELS, BLOCK)
+                    both = ()
+                    for part in tl.static_range(PARTS):
+                        both += (total[part] + direct[part],)
+                    total = both
         else:
-            total = tl.load(grad_hidden + position * grad_hidden_token_stride + channel, mask=mask, other=0.0)
-            total = total.to(tl.float32)
-        place = row * channels + channel
+            total = load_row(grad_hidden + position * grad_hidden_token_stride, PARTS, CHANNELS, BLOCK)
         if grad_source is not None:
-            tl.store(grad_source + place, total.to(grad_source.dtype.element_ty), mask=mask)
+            store_row(grad_source + row * CHANNELS, total, PARTS, CHANNELS, BLOCK)
         if grad_branch is not None:
-            tl.store(grad_branch + place, (weight * total).to(grad_branch.dtype.element_ty), mask=mask)
+            gated = ()
+            for part in tl.static_range(PARTS):
+                gated += (weights[part] * total[part],)
+            store_row(grad_branch + row * CHANNELS, gated, PARTS, CHANNELS, BLOCK)
         if GATE >= 0:
-            b = tl.load(branch + position * branch_token_stride + channel, mask=mask, other=0.0)
-            for_gate += total * b.to(tl.float32)
-    place = (image * chunks + chunk) * channels + channel
-    size = tl.cast(groups, tl.int64) * channels
+            b = load_row(branch + position * branch_token_stride, PARTS, CHANNELS, BLOCK)
+            grown = ()
+            for part in tl.static_range(PARTS):
+                grown += (tl.fma(total[part], b[part], for_gate[part]),)
+            for_gate = grown
+    place = (image * chunks + chunk) * CHANNELS
+    size = tl.cast(groups, tl.int64) * CHANNELS
     if SHIFT >= 0:
-        tl.store(partials + SHIFT * size + place, for_shift, mask=mask)
+        store_row(partials + SHIFT * size + place, for_shift, PARTS, CHANNELS, BLOCK)
     if SCALE >= 0:
-        tl.store(partials + SCALE * size + place, for_scale, mask=mask)
+        store_row(partials + SCALE * size + place, for_scale, PARTS, CHANNELS, BLOCK)
     if GATE >= 0:
-        tl.store(partials + GATE * size + place, for_gate, mask=mask)
+        store_row(partials + GATE * size + place, for_gate, PARTS, CHANNELS, BLOCK)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -192,14 +261,15 @@ def _forward(
     images, tokens, channels = source.shape
     chunks = cdiv(tokens, FORWARD_TOKENS)
     bulk = _ready(source, branch, gate, shift, scale)
-    block, warps = block_for(int(channels))
+    kind = RESIDUAL if shift is None else NORM if branch is None else BOTH
+    plan = norm_plan(f"forward-{kind}", int(channels), source.element_size(), source.device)
     launch(
-        adaptive_norm_forward_kernel, source, (images * chunks, 1, 1), warps,
+        adaptive_norm_forward_kernel, source, (images * chunks, 1, 1), plan.warps,
         *bulk,
         None if branch is None else hidden,
         *((None, None, None) if shift is None else (normed, mean, rstd)),
         *_strides(bulk[0]), *_strides(bulk[1]), *row_strides(*bulk[2:]),
-        tokens, channels, chunks, eps, FORWARD_TOKENS, block,
+        tokens, chunks, eps, FORWARD_TOKENS, plan.STAGES, int(channels), plan.PARTS, plan.BLOCK,
     )  # fmt: skip
     return results
 
@@ -261,14 +331,16 @@ def _backward(*arguments: Any) -> list[Tensor]:
                 slots[i], sums = sums, sums + 1
         partials = incoming.new_empty((sums, images, chunks, channels), dtype=torch.float32)
     bulk = _ready(*given[:6])
-    block, warps = block_for(int(channels), sums=sums)
+    kind = RESIDUAL if given.grad_normed is None else NORM if given.grad_hidden is None else BOTH
+    launched = f"backward-{kind}" if sums else f"backward-{kind}-frozen"
+    plan = norm_plan(launched, int(channels), incoming.element_size(), incoming.device)
     launch(
-        adaptive_norm_backward_kernel, incoming, (images * chunks, 1, 1), warps,
+        adaptive_norm_backward_kernel, incoming, (images * chunks, 1, 1), plan.warps,
         *bulk,
         *((None, None) if given.grad_normed is None else (given.mean, given.rstd)),
         grad_source, grad_branch, partials,
         *_strides(bulk[0]), *_strides(bulk[1]), *_strides(bulk[2]), *_strides(bulk[3]), *row_strides(*bulk[4:]),
-        tokens, channels, chunks, images * chunks, *slots, taken, block,
+        tokens, chunks, images * chunks, *slots, taken, plan.STAGES, int(channels), plan.PARTS, plan.BLOCK,
     )  # fmt: skip
     if partials is not None:
         token_sums(partials, next(left))

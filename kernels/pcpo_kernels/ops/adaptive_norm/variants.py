@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator
 
-from pcpo_kernels.launch import block_for
 from pcpo_kernels.ops.adaptive_norm.triton import (
+    BOTH,
     FORWARD_TOKENS,
+    NORM,
+    RESIDUAL,
     adaptive_norm_backward_kernel,
     adaptive_norm_forward_kernel,
 )
 from pcpo_kernels.sums import SUM_COLUMNS, SUM_ROWS, token_sums_kernel
-from pcpo_kernels.variant import Variant, build
+from pcpo_kernels.tuning import default_plan
+from pcpo_kernels.variant import SIZES, Variant, build
 
-FLUX, DEV, SD3 = 3072, 6144, 1536  # channels; the 4096 of FLUX.2-klein 9B are compiled to the same code as FLUX's
+FLUX, KLEIN, DEV, SD3 = 3072, 4096, 6144, 1536  # channels; FLUX.2-klein's smaller model has FLUX's
 BACKWARD_TOKENS = 16  # of a program, at 1024 x 1024
-NORM, RESIDUAL, BOTH = "norm", "residual", "residual-norm"  # kinds of calls
 
 
 def adaptive_norm_forward(dtype: str, kind: str, channels: int = FLUX) -> Variant:
@@ -29,7 +31,17 @@ def adaptive_norm_forward(dtype: str, kind: str, channels: int = FLUX) -> Varian
         stored["normed"] = dtype
         rows = {"mean": "fp32", "rstd": "fp32"}
     name = f"{dtype}-{kind}" + ("" if channels == FLUX else f"-{channels}")
-    return _build(adaptive_norm_forward_kernel, name, loaded, stored, rows, channels, EPS=1e-6, TOKENS=FORWARD_TOKENS)
+    return _build(
+        f"forward-{kind}",
+        adaptive_norm_forward_kernel,
+        name,
+        loaded,
+        stored,
+        rows,
+        channels,
+        EPS=1e-6,
+        TOKENS=FORWARD_TOKENS,
+    )
 
 
 def adaptive_norm_backward(dtype: str, kind: str, *, frozen: bool, channels: int = FLUX) -> Variant:
@@ -54,14 +66,16 @@ def adaptive_norm_backward(dtype: str, kind: str, *, frozen: bool, channels: int
         if "GATE" in wanted:
             loaded["branch"] = dtype
     name = f"{dtype}-{kind}" + ("-frozen" if frozen else "") + ("" if channels == FLUX else f"-{channels}")
+    launched = f"backward-{kind}" + ("-frozen" if frozen else "")
     variant = _build(
-        adaptive_norm_backward_kernel, name, loaded, stored, rows, channels, TOKENS=BACKWARD_TOKENS, **slots
+        launched, adaptive_norm_backward_kernel, name, loaded, stored, rows, channels, TOKENS=BACKWARD_TOKENS, **slots
     )
     more = 0 if frozen else 4 * (len(wanted) - 1) * variant.block
     return variant._replace(stored_bytes=variant.stored_bytes + more)
 
 
 def _build(
+    launched: str,
     function: object,
     name: str,
     loaded: dict[str, str],
@@ -70,9 +84,9 @@ def _build(
     channels: int,
     **constants: float,
 ) -> Variant:
-    sums = sum(constants.get(slot, -1) >= 0 for slot in ("SHIFT", "SCALE", "GATE"))
-    block, warps = block_for(channels, sums=sums)
-    return build(function, name, loaded, stored, rows, channels, warps=warps, BLOCK=block, **constants)
+    plan = default_plan(launched, channels, SIZES[name[:4]])
+    constants |= {"STAGES": plan.STAGES, "CHANNELS": channels, "PARTS": plan.PARTS, "BLOCK": plan.BLOCK}
+    return build(function, name, loaded, stored, rows, channels, warps=plan.warps, **constants)
 
 
 def token_sums(dtype: str) -> Variant:
@@ -90,6 +104,8 @@ def variants() -> Iterator[Variant]:
             yield adaptive_norm_backward("bf16", kind, frozen=frozen)
     yield adaptive_norm_forward("bf16", BOTH, SD3)
     yield adaptive_norm_backward("bf16", BOTH, frozen=False, channels=SD3)
+    yield adaptive_norm_forward("bf16", BOTH, KLEIN)
+    yield adaptive_norm_backward("bf16", BOTH, frozen=True, channels=KLEIN)
     yield adaptive_norm_forward("bf16", BOTH, DEV)
     for frozen in (True, False):
         yield adaptive_norm_backward("bf16", BOTH, frozen=frozen, channels=DEV)
