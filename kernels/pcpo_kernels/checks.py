@@ -28,7 +28,7 @@ def check_like(output: Tensor, *tensors: Named) -> None:
     """Raise unless every (name, tensor) is a float tensor with the shape and device of ``output``."""
     shape, device = output.shape, output.device
     for name, tensor in tensors:
-        if not _fits(tensor, FLOATS, shape, device):
+        if not fits(tensor, FLOATS, shape, device):
             tensor = check_float(name, tensor)
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have the output's shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -39,7 +39,7 @@ def check_rows(output: Tensor, *tensors: Named) -> None:
     """Raise unless every (name, tensor) holds one float per row of ``output``, on its device."""
     shape, device = output.shape[:1], output.device
     for name, tensor in tensors:
-        if not _fits(tensor, FLOATS, shape, device):
+        if not fits(tensor, FLOATS, shape, device):
             _check_shape_of_rows(name, check_float(name, tensor), output)
 
 
@@ -47,15 +47,15 @@ def check_integer_rows(output: Tensor, *tensors: Named) -> None:
     """Raise unless every (name, tensor) holds one int64 per row of ``output``, on its device."""
     shape, device = output.shape[:1], output.device
     for name, tensor in tensors:
-        if not _fits(tensor, (torch.int64,), shape, device):
+        if not fits(tensor, (torch.int64,), shape, device):
             tensor = check_tensor(name, tensor)
             if tensor.dtype != torch.int64:
                 raise TypeError(f"{name} must be int64, got {tensor.dtype}")
             _check_shape_of_rows(name, tensor, output)
 
 
-def _fits(tensor: object, dtypes: tuple[torch.dtype, ...], shape: torch.Size, device: torch.device) -> bool:
-    # What is right is found so in one go, by a call as short as can be; only what is not is looked at in detail.
+def fits(tensor: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether a value is such a tensor: what is right is found so in one go, and only the rest looked at in detail."""
     return isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.shape == shape and tensor.device == device
 
 

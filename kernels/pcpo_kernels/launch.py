@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +22,17 @@ FINISH = 128
 """How many partial sums of a row are added at once."""
 _MOST_KINDS = 4096
 _counters: dict[int, Tensor] = {}
-_traced = threading.local()
 _compiled: dict[Any, Any] = {}
 # How a compiled kernel is launched is known of these releases. On AMD, Triton specialises on the size of a tensor's
 # storage as well; the interpreter compiles nothing.
 _remembers = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None and not interpreting()
+
+
+class _Traced(threading.local):
+    now = False  # whether this thread's host code runs for a tracer
+
+
+_traced = _Traced()
 
 
 def cdiv(count: int, size: int) -> int:
@@ -71,7 +77,14 @@ def tokens_per_program(tokens: int) -> int:
     return 4 if tokens <= 1024 else 8 if tokens <= 2048 else 16
 
 
-def launch(kernel: Any, like: Tensor, grid: tuple[int, int, int], warps: int, *arguments: Any) -> None:
+def launch(
+    kernel: Any,
+    like: Tensor,
+    grid: tuple[int, int, int],
+    warps: int,
+    pointers: Sequence[Tensor | None],
+    *numbers: Any,
+) -> None:
     """Launch a kernel on the device of ``like``.
 
     Fused multiply-add only where a kernel writes ``tl.fma``: Triton's default is about to change, and it changes bits.
@@ -84,31 +97,32 @@ def launch(kernel: Any, like: Tensor, grid: tuple[int, int, int], warps: int, *a
         like: a tensor on the device.
         grid: programs along each axis.
         warps: warps per program.
-        arguments: all of the kernel's, in its order, with its constants last.
+        pointers: the kernel's tensors, which are its first parameters.
+        numbers: the others, in its order, with its constants last.
     """
-    if is_traced():
-        torch.library.wrap_triton(kernel)[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+    if _traced.now:
+        torch.library.wrap_triton(kernel)[grid](*pointers, *numbers, num_warps=warps, enable_fp_fusion=False)
         return None
     if like.is_meta:  # there is nothing to compute
         return None
     device = like.device.index
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, like, grid, warps, *arguments)
+            return launch(kernel, like, grid, warps, pointers, *numbers)
     if not _remembers or _hooked():
-        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        kernel[grid](*pointers, *numbers, num_warps=warps, enable_fp_fusion=False)
         return None
     # At least as fine as what Triton specialises on.
-    kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else a for a in arguments]
-    key = (kernel.fn, device, warps, *kinds)
+    kinds = [None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers]
+    key = (kernel.fn, device, warps, *kinds, *numbers)
     compiled = _compiled.get(key)
     if compiled is None:
         if len(_compiled) >= _MOST_KINDS:
             _compiled.clear()
-        _compiled[key] = kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        _compiled[key] = kernel[grid](*pointers, *numbers, num_warps=warps, enable_fp_fusion=False)
         return None
     stream = driver.active.get_current_stream(device)
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *numbers)
     return None
 
 
@@ -116,18 +130,13 @@ def traced(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The same host code for a tracer such as torch.compile, which is to see the launches of kernels."""
 
     def run(*arguments: Any) -> Any:
-        before, _traced.now = is_traced(), True
+        before, _traced.now = _traced.now, True
         try:
             return implementation(*arguments)
         finally:
             _traced.now = before
 
     return run
-
-
-def is_traced() -> bool:
-    """Whether this host code runs for a tracer."""
-    return getattr(_traced, "now", False)
 
 
 def _hooked() -> bool:
@@ -144,7 +153,7 @@ def arrival_counters(like: Tensor, rows: int) -> Tensor:
     pool lends to its stream must not be held beyond the call.
     """
     device = like.device
-    if is_traced() or not like.is_cuda or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+    if _traced.now or not like.is_cuda or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return torch.zeros(rows + 1, dtype=torch.int32, device=device)
     counters = _counters.get(device.index)
     if counters is None or counters.numel() < rows + 1:
@@ -171,9 +180,20 @@ def as_read(tensor: Tensor | None) -> Tensor | None:
     return tensor
 
 
+def all_as_read(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each tensor :func:`as_read`; that most of them can be read as they are is found without a call."""
+    double = torch.float64
+    return [t if t is None or (t.is_contiguous() and t.dtype != double) else as_read(t) for t in tensors]
+
+
 def channels_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself where its last axis is contiguous, whatever the other strides; otherwise a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Unwritten memory of the tensor's shape, contiguous; ``new_empty`` takes twice as long to read a shape."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def row_strides(*tensors: Tensor | None) -> list[int]:

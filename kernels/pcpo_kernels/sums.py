@@ -103,4 +103,4 @@ def token_sums(partials: Tensor, result: Tensor) -> None:
     count, channels = partials.shape[-2:]
     if result.numel() > 0:
         grid = (result.numel() // channels, cdiv(channels, SUM_COLUMNS), 1)
-        launch(token_sums_kernel, partials, grid, 4, partials, result, count, channels, SUM_ROWS, SUM_COLUMNS)
+        launch(token_sums_kernel, partials, grid, 4, (partials, result), count, channels, SUM_ROWS, SUM_COLUMNS)

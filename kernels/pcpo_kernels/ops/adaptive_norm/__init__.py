@@ -5,7 +5,7 @@ One op covers adaLN-Zero (Peebles and Xie, arXiv 2212.09748, section 3.2), as FL
 
 from torch import Tensor
 
-from pcpo_kernels.checks import check_device, check_float, check_like, check_tensor
+from pcpo_kernels.checks import FLOATS, check_device, check_float, check_like, check_tensor, fits
 from pcpo_kernels.dispatch import backend_for
 from pcpo_kernels.ops.adaptive_norm.inputs import Tokens
 
@@ -81,12 +81,13 @@ def check_modulation(x: Tensor, **modulation: Tensor) -> None:
     check_float("x", x)
     if not 0 < x.shape[2] <= MOST_CHANNELS:
         raise ValueError(f"there must be 1 to {MOST_CHANNELS} channels, got {x.shape[2]}")
-    expected = x.shape[0], x.shape[2]
+    expected, device = (x.shape[0], x.shape[2]), x.device
     for name, tensor in modulation.items():
-        check_float(name, tensor)
-        if tensor.shape != expected:
-            raise ValueError(f"{name} must hold a row of channels per image, {expected}, got {tuple(tensor.shape)}")
-        check_device(name, tensor, x)
+        if not fits(tensor, FLOATS, expected, device):
+            check_float(name, tensor)
+            if tensor.shape != expected:
+                raise ValueError(f"{name} must hold a row of channels per image, {expected}, got {tuple(tensor.shape)}")
+            check_device(name, tensor, x)
 
 
 def _run(tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import cdiv, channels_contiguous, launch, row_strides, tokens_per_program
+from pcpo_kernels.launch import cdiv, channels_contiguous, empty_like, launch, row_strides, tokens_per_program
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.adaptive_norm.inputs import Tokens
 from pcpo_kernels.ptx import widened
@@ -249,7 +249,7 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else channels_contiguous(tensor) for tensor in tensors]
+    return [t if t is None or t.stride(-1) == 1 else channels_contiguous(t) for t in tensors]
 
 
 def _forward(
@@ -265,9 +265,10 @@ def _forward(
     plan = norm_plan(f"forward-{kind}", int(channels), source.element_size(), source.device)
     launch(
         adaptive_norm_forward_kernel, source, (images * chunks, 1, 1), plan.warps,
-        *bulk,
-        None if branch is None else hidden,
-        *((None, None, None) if shift is None else (normed, mean, rstd)),
+        (
+            *bulk, None if branch is None else hidden,
+            *((None, None, None) if shift is None else (normed, mean, rstd)),
+        ),
         *_strides(bulk[0]), *_strides(bulk[1]), *row_strides(*bulk[2:]),
         tokens, chunks, eps, FORWARD_TOKENS, plan.STAGES, int(channels), plan.PARTS, plan.BLOCK,
     )  # fmt: skip
@@ -277,10 +278,10 @@ def _forward(
 def _forward_fake(
     source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, row = (source.shape, source.shape[:2]) if shift is not None else ((0,), (0,))
+    row = (0,) if shift is None else source.shape[:2]
     return (
-        source.new_empty((0,) if branch is None else source.shape),
-        source.new_empty(shape),
+        source.new_empty(0) if branch is None else empty_like(source),
+        source.new_empty(0) if shift is None else empty_like(source),
         source.new_empty(row, dtype=torch.float32),
         source.new_empty(row, dtype=torch.float32),
     )
@@ -336,9 +337,10 @@ def _backward(*arguments: Any) -> list[Tensor]:
     plan = norm_plan(launched, int(channels), incoming.element_size(), incoming.device)
     launch(
         adaptive_norm_backward_kernel, incoming, (images * chunks, 1, 1), plan.warps,
-        *bulk,
-        *((None, None) if given.grad_normed is None else (given.mean, given.rstd)),
-        grad_source, grad_branch, partials,
+        (
+            *bulk, *((None, None) if given.grad_normed is None else (given.mean, given.rstd)),
+            grad_source, grad_branch, partials,
+        ),
         *_strides(bulk[0]), *_strides(bulk[1]), *_strides(bulk[2]), *_strides(bulk[3]), *row_strides(*bulk[4:]),
         tokens, chunks, images * chunks, *slots, taken, plan.STAGES, int(channels), plan.PARTS, plan.BLOCK,
     )  # fmt: skip
@@ -351,10 +353,9 @@ def _backward_fake(*arguments: Any) -> list[Tensor]:
     """Unwritten gradients of what is wanted: of the source, of the branch, and as one tensor of shift, scale, gate."""
     given = Incoming(*arguments)
     incoming = given.some
-    shape = incoming.shape
-    results = [incoming.new_empty(shape, dtype=d) for d in (given.source_dtype, given.branch_dtype) if d is not None]
+    results = [empty_like(incoming, dtype) for dtype in (given.source_dtype, given.branch_dtype) if dtype is not None]
     if sums := given.for_shift + given.for_scale + given.for_gate:
-        results.append(incoming.new_empty((sums, shape[0], shape[2]), dtype=given.row_dtype))
+        results.append(incoming.new_empty((sums, incoming.shape[0], incoming.shape[2]), dtype=given.row_dtype))
     return results
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import as_read, launch, plan_for, row_strides
+from pcpo_kernels.launch import all_as_read, empty_like, launch, plan_for, row_strides
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ptx import widened
 
@@ -83,16 +83,16 @@ def _forward(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtyp
     rows = output.shape[0]
     elements = output.numel() // rows
     plan = plan_for(int(elements))
-    given = as_read(reference), as_read(output)
+    read = all_as_read((reference, output, scale))
     launch(
         guidance_forward_kernel, output, (rows, plan.chunks(elements), 1), plan.warps,
-        *given, as_read(scale), result, *row_strides(*given), elements, plan.BLOCK, plan.ITERATIONS,
+        (*read, result), *row_strides(*read[:2]), elements, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return result
 
 
 def _forward_fake(reference: Tensor, output: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return output.new_empty(output.shape, dtype=dtype)
+    return empty_like(output, dtype)
 
 
 def _backward(
@@ -104,11 +104,11 @@ def _backward(
     rows = incoming.shape[0]
     elements = incoming.numel() // rows
     plan = plan_for(int(elements))
-    left, read = iter(results), as_read(incoming)
+    left, read = iter(results), all_as_read((incoming, scale))
     launch(
         guidance_backward_kernel, incoming, (rows, plan.chunks(elements), 1), plan.warps,
-        read, as_read(scale), *(None if dtype is None else next(left) for dtype in (reference_dtype, output_dtype)),
-        *row_strides(read), elements, plan.BLOCK, plan.ITERATIONS,
+        (*read, *(None if dtype is None else next(left) for dtype in (reference_dtype, output_dtype))),
+        *row_strides(read[0]), elements, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return results
 
@@ -118,7 +118,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     """Unwritten gradients of the inputs whose dtype is given."""
     dtypes = reference_dtype, output_dtype
-    return [incoming.new_empty(incoming.shape, dtype=dtype) for dtype in dtypes if dtype is not None]
+    return [empty_like(incoming, dtype) for dtype in dtypes if dtype is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -183,7 +183,7 @@ def _normal(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     plan = plan_for(int(count))
     launch(
         philox_normal_kernel, seed, (seed.shape[0], plan.chunks(count), 1), plan.warps,
-        result, seed.contiguous(), offset.contiguous(), count, plan.BLOCK, plan.ITERATIONS,
+        (result, seed.contiguous(), offset.contiguous()), count, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return result
 

@@ -93,13 +93,12 @@ def _check(inputs: LossInputs) -> None:
         raise ValueError("unconditional and guidance_scale go together: give both or neither")
     images = ("old_output", inputs.old_output), ("reference", inputs.reference), ("unconditional", inputs.unconditional)
     check_like(output, *[named for named in images if named[1] is not None])
+    extra = ("kl", inputs.kl), ("divergence", inputs.divergence), ("guidance_scale", inputs.guidance_scale)
     check_rows(
         output,
         ("linear", inputs.linear), ("quadratic", inputs.quadratic), ("scale", inputs.scale),
-        ("advantage", inputs.advantage),
+        ("advantage", inputs.advantage), *[named for named in extra if named[1] is not None],
     )  # fmt: skip
-    extra = ("kl", inputs.kl), ("divergence", inputs.divergence), ("guidance_scale", inputs.guidance_scale)
-    check_rows(output, *[named for named in extra if named[1] is not None])
     if isinstance(noise, Endpoints):
         check_like(output, ("noise.latents", noise.latents), ("noise.next_latents", noise.next_latents))
         check_rows(output, ("noise.a", noise.a), ("noise.b", noise.b), ("noise.std", noise.std))

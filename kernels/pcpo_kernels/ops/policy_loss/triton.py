@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import FINISH, arrival_counters, as_read, launch, plan_for, row_strides
+from pcpo_kernels.launch import FINISH, all_as_read, arrival_counters, empty_like, launch, plan_for, row_strides
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.guidance.triton import lerp
 from pcpo_kernels.ops.noise.triton import lanes_of, stream_normals
@@ -388,7 +388,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return results
     elements = output.numel() // rows
     plan = plan_for(int(elements))
-    tensors = [as_read(tensor) for tensor in arguments[: OPERANDS + COLUMNS]]
+    tensors = all_as_read(arguments[: OPERANDS + COLUMNS])
     _, old_output, _, _, reference, *_ = tensors
     # On-policy without a reference nothing is summed: one program per row does the row's mathematics.
     chunks = 1 if old_output is None and reference is None else plan.chunks(elements)
@@ -396,7 +396,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     clip_range, objective, mean = arguments[OPERANDS + COLUMNS :]
     launch(
         policy_loss_forward_kernel, output, (rows, chunks, 1), plan.warps,
-        *tensors, scratch, arrival_counters(output, rows), loss, clipped, statistics,
+        (*tensors, scratch, arrival_counters(output, rows), loss, clipped, statistics),
         *row_strides(*tensors[:IMAGES]), elements, clip_range, objective, int(mean),
         plan.BLOCK, plan.ITERATIONS, FINISH,
     )  # fmt: skip
@@ -417,10 +417,10 @@ def _backward(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Ten
         return results
     elements = gradient.numel() // rows
     plan = plan_for(int(elements))
-    tensors = [as_read(tensor) for tensor in operands]
+    tensors = all_as_read(operands)
     launch(
         policy_loss_backward_kernel, gradient, (rows, plan.chunks(elements), 1), plan.warps,
-        *tensors, statistics, grad_loss, gradient, half[0] if half else None,
+        (*tensors, statistics, grad_loss, gradient, half[0] if half else None),
         *row_strides(*tensors[:IMAGES]), elements, plan.BLOCK, plan.ITERATIONS,
     )  # fmt: skip
     return results
@@ -429,7 +429,7 @@ def _backward(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Ten
 def _backward_fake(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Tensor]:
     """Unwritten gradients of the output and, where there is one, of the unconditional half."""
     halves = operands[0], operands[UNCONDITIONAL]
-    return [half.new_empty(half.shape) for half in halves if half is not None]
+    return [empty_like(half) for half in halves if half is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pcpo_kernels.checks import check_device, check_float, check_tensor
+from pcpo_kernels.checks import FLOATS, check_device, check_float, check_tensor, fits
 from pcpo_kernels.dispatch import backend_for
 from pcpo_kernels.ops.rotary.inputs import Heads
 
@@ -71,7 +71,7 @@ def norm_rope(
         ("cos", cos, (tokens, size)),
         ("sin", sin, (tokens, size)),
     ):
-        if tensor is not None:
+        if tensor is not None and not fits(tensor, FLOATS, shape, x.device):
             check_float(name, tensor)
             check_device(name, tensor, x)
             if tensor.shape != shape:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import as_read, cdiv, channels_contiguous, launch, tokens_per_program
+from pcpo_kernels.launch import as_read, cdiv, channels_contiguous, empty_like, launch, tokens_per_program
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.rotary.inputs import Heads
 from pcpo_kernels.sums import token_sums
@@ -152,7 +152,7 @@ def _forward(*arguments: Any) -> Tensor:
             tile, warps = tile_for(int(heads), int(size))
             launch(
                 norm_rope_forward_kernel, result, (images * tokens, 1, 1), warps,
-                part, factor, cos, sin, result, *part.stride()[:3],
+                (part, factor, cos, sin, result), *part.stride()[:3],
                 tokens, heads, size, first, result.stride(0),
                 given.eps, *tile,
             )  # fmt: skip
@@ -189,7 +189,7 @@ def _backward(
         tile, warps = tile_for(int(heads), int(size), sums=total is not None)
         launch(
             norm_rope_backward_kernel, part, (images * chunks, 1, 1), warps,
-            read, part, factor, cos, sin, gradient, partials, *read.stride()[:3], *part.stride()[:3],
+            (read, part, factor, cos, sin, gradient, partials), *read.stride()[:3], *part.stride()[:3],
             tokens, heads, size, first, chunks, given.eps, taken, *tile,
         )  # fmt: skip
         if partials is not None and total is not None:
@@ -204,7 +204,7 @@ def _backward_fake(
     given = Heads(*arguments)
     tensors = (given.x, for_x), (given.weight, for_weight), (given.second, for_second)
     wanted = [t for t, want in (*tensors, (given.second_weight, for_second_weight)) if want and t is not None]
-    return [tensor.new_empty(tensor.shape) for tensor in wanted]
+    return [empty_like(tensor) for tensor in wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

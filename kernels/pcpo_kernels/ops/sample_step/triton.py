@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import FINISH, arrival_counters, as_read, launch, plan_for, row_strides
+from pcpo_kernels.launch import FINISH, all_as_read, arrival_counters, empty_like, launch, plan_for, row_strides
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.noise.triton import lanes_of, stream_normals
 from pcpo_kernels.ptx import widened
@@ -116,22 +116,24 @@ def _step(
     elements = latents.numel() // rows
     plan = plan_for(int(elements))
     chunks = plan.chunks(elements)
-    big = as_read(latents), as_read(output), as_read(noise)
+    read = all_as_read((latents, output, noise, seed, offset))
     columns = [column.float() if column.dtype == torch.float64 else column for column in (a, b, std)]
     noisy = noise is not None or seed is not None
     launch(
         sample_step_kernel, latents, (rows, chunks, 1), plan.warps,
-        *big, as_read(seed), as_read(offset), *columns, next_latents, log_prob,
-        latents.new_empty(rows * chunks, dtype=torch.float32) if noisy else None,
-        arrival_counters(latents, rows) if noisy else None,
-        *row_strides(*big), *row_strides(*columns), elements, int(mean),
+        (
+            *read, *columns, next_latents, log_prob,
+            latents.new_empty(rows * chunks, dtype=torch.float32) if noisy else None,
+            arrival_counters(latents, rows) if noisy else None,
+        ),
+        *row_strides(*read[:3]), *row_strides(*columns), elements, int(mean),
         plan.BLOCK, plan.ITERATIONS, FINISH,
     )  # fmt: skip
     return results
 
 
 def _step_fake(latents: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return latents.new_empty(latents.shape), latents.new_empty(latents.shape[:1], dtype=torch.float32)
+    return empty_like(latents), latents.new_empty(latents.shape[:1], dtype=torch.float32)
 
 
 _sample_step = Operator("sample_step", _step, _step_fake)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import channels_contiguous, launch, plan_for
+from pcpo_kernels.launch import channels_contiguous, empty_like, launch, plan_for
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ptx import widened
 
@@ -75,7 +75,7 @@ def _forward(x: Tensor) -> Tensor:
         plan, read = plan_for(int(channels)), channels_contiguous(x)
         launch(
             swiglu_forward_kernel, x, (images * tokens, plan.chunks(channels), 1), plan.warps,
-            read, result, *read.stride()[:2], tokens, channels, plan.BLOCK,
+            (read, result), *read.stride()[:2], tokens, channels, plan.BLOCK,
         )  # fmt: skip
     return result
 
@@ -91,13 +91,13 @@ def _backward(incoming: Tensor, x: Tensor) -> Tensor:
         plan, given, read = plan_for(int(channels)), channels_contiguous(incoming), channels_contiguous(x)
         launch(
             swiglu_backward_kernel, x, (images * tokens, plan.chunks(channels), 1), plan.warps,
-            given, read, gradient, *given.stride()[:2], *read.stride()[:2], tokens, channels, plan.BLOCK,
+            (given, read, gradient), *given.stride()[:2], *read.stride()[:2], tokens, channels, plan.BLOCK,
         )  # fmt: skip
     return gradient
 
 
 def _backward_fake(incoming: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_like(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
