@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from tiny_training import (
     CLIP_LENGTH,
     IMAGES,
@@ -25,6 +25,7 @@ from tiny_training import (
     draw_length,
     draw_texts,
     finish,
+    flow_scheduler,
     flow_step,
     load_vae,
     make_latents,
@@ -176,7 +177,7 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
 
 def assemble(vae: AutoencoderKL, modules: nn.ModuleDict) -> FluxPipeline:
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False),
+        scheduler=flow_scheduler(),
         vae=vae,
         text_encoder=modules["text_encoder"],
         tokenizer=build_clip_tokenizer(),

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
@@ -27,6 +26,7 @@ from tiny_training import (
     draw_length,
     draw_texts,
     finish,
+    flow_scheduler,
     flow_step,
     load_vae,
     make_latents,
@@ -207,7 +207,7 @@ def assemble(
     vae: AutoencoderKLFlux2, text_encoder: Qwen3ForCausalLM, transformer: Flux2Transformer2DModel
 ) -> Flux2KleinPipeline:
     return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True),
+        scheduler=flow_scheduler(dynamic=True),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=build_tokenizer(),

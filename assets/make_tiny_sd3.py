@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiny_training import (
     CLIP_LENGTH,
     arguments,
@@ -22,6 +22,7 @@ from tiny_training import (
     draw_length,
     draw_texts,
     finish,
+    flow_scheduler,
     flow_step,
     load_vae,
     make_latents,
@@ -45,10 +46,6 @@ class Plan:
     batch: int = 96
     rate: float = 1.2e-3
     empty: float = 0.1
-
-
-def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False)
 
 
 def build_text_and_transformer(clip: CLIPTokenizer, t5: T5TokenizerFast) -> nn.ModuleDict:
@@ -112,7 +109,7 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
 def assemble(vae: AutoencoderKL, modules: nn.ModuleDict) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=modules["transformer"],
-        scheduler=build_scheduler(),
+        scheduler=flow_scheduler(),
         vae=vae,
         text_encoder=modules["text_encoder"],
         tokenizer=build_clip_tokenizer(),

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from tiny_training import (
     arguments,
     build_qwen_tokenizer,
     chat_tokens,
     draw_texts,
     finish,
+    flow_scheduler,
     flow_step,
     load_vae,
     make_latents,
@@ -115,7 +116,7 @@ def make_transformer(plan: Plan, latents: Tensor, captions: Tensor, work: Path, 
 
 def assemble(vae: AutoencoderKL, modules: nn.ModuleDict) -> ZImagePipeline:
     return ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False),
+        scheduler=flow_scheduler(),
         vae=vae,
         text_encoder=modules["text_encoder"],
         tokenizer=build_tokenizer(),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -173,6 +173,11 @@ def flow_step(clean: Tensor, near_noise: float, generator: torch.Generator) -> t
 
 
 # Images.
+
+
+def flow_scheduler(*, dynamic: bool = False) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of the flow models: shift 3, or with ``dynamic`` the pipeline's own for each image size."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=dynamic)
 
 
 def load_vae(folder: Path = Path(__file__).parent / "tiny-flux" / "vae") -> AutoencoderKL:

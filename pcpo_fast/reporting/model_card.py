@@ -86,7 +86,7 @@ def write_model_card(
         _usage(folder, config, kind, base, name or str(folder.name), call, readers),
     ]
     what = f"[{base}](https://huggingface.co/{base})" if on_hub else "the base model"
-    license = LICENSES.get(base) if on_hub else None
+    license = LICENSES.get(base)
     named = f", {license}," if license is not None else ""
     parts += ["## Origin", _origin(run, config), f"The license of {what}{named} holds for these weights as well."]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
