@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import triton
@@ -31,7 +31,8 @@ class Operator:
 
     Args:
         name: of the operator.
-        implementation: takes the parameters in order; its annotations make the schema.
+        implementation: takes the parameters in order; its annotations make the schema. Of several results some may be
+            None in eager mode; where the op is registered an empty tensor stands for each, since schemas know no other.
         fake: the same without computing anything.
         setup_context: keeps for the backward what it needs, as ``torch.library.register_autograd`` describes.
         backward: returns one gradient, or None, per parameter; without it the op has no derivative.
@@ -51,12 +52,12 @@ class Operator:
         shown: bool = True,
     ) -> None:
         qualified = f"pcpo_kernels::{name}"
-        prototype = traced(implementation)
+        prototype = traced(_without_none(implementation))
         prototype.__signature__ = _signature(implementation, takes)  # type: ignore[attr-defined]
         schema = torch.library.infer_schema(prototype, mutates_args=())
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, ("cuda", "cpu"), implementation)
-        torch.library.register_fake(qualified, fake)
+        torch.library.impl(qualified, ("cuda", "cpu"), _without_none(implementation))
+        torch.library.register_fake(qualified, _without_none(fake))
         names = [name]
         if shown and not interpreting():
             torch.library.triton_op(f"{qualified}_kernels", prototype, mutates_args=())
@@ -99,7 +100,20 @@ def _signature(implementation: Callable[..., Any], takes: tuple[type, ...]) -> i
     for fields in takes:
         for name, kind in get_type_hints(fields).items():
             listed.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind))
-    return own.replace(parameters=listed)
+    results = own.return_annotation
+    if get_origin(results) is tuple:
+        results = tuple[(Tensor,) * len(get_args(results))]  # type: ignore[misc]
+    return own.replace(parameters=listed, return_annotation=results)
+
+
+def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        results = function(*arguments)
+        if not isinstance(results, tuple):
+            return results
+        return tuple(arguments[0].new_empty(0) if result is None else result for result in results)
+
+    return run
 
 
 def _function(

@@ -244,18 +244,18 @@ def adaptive_norm_backward_kernel(
         store_row(partials + GATE * size + place, for_gate, PARTS, CHANNELS, BLOCK)
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
 def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None or t.stride(-1) == 1 else channels_contiguous(t) for t in tensors]
+    return [t if t is None or t.is_contiguous() or t.stride(-1) == 1 else channels_contiguous(t) for t in tensors]
 
 
 def _forward(
     source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, normed, mean, rstd = results = _forward_fake(source, branch, gate, shift, scale, eps)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    results = _forward_fake(source, branch, gate, shift, scale, eps)
     if source.numel() == 0:
         return results
     images, tokens, channels = source.shape
@@ -265,11 +265,7 @@ def _forward(
     plan = norm_plan(f"forward-{kind}", int(channels), source.element_size(), source.device)
     launch(
         adaptive_norm_forward_kernel, source, (images * chunks, 1, 1), plan.warps,
-        (
-            *bulk, None if branch is None else hidden,
-            *((None, None, None) if shift is None else (normed, mean, rstd)),
-        ),
-        *_strides(bulk[0]), *_strides(bulk[1]), *row_strides(*bulk[2:]),
+        (*bulk, *results), *_strides(bulk[0]), *_strides(bulk[1]), *row_strides(*bulk[2:]),
         tokens, chunks, eps, FORWARD_TOKENS, plan.STAGES, int(channels), plan.PARTS, plan.BLOCK,
     )  # fmt: skip
     return results
@@ -277,14 +273,13 @@ def _forward(
 
 def _forward_fake(
     source: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row = (0,) if shift is None else source.shape[:2]
-    return (
-        source.new_empty(0) if branch is None else empty_like(source),
-        source.new_empty(0) if shift is None else empty_like(source),
-        source.new_empty(row, dtype=torch.float32),
-        source.new_empty(row, dtype=torch.float32),
-    )
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Unwritten sum, its norm, and the mean and the inverse standard deviation of each token; None: not asked for."""
+    hidden = None if branch is None else empty_like(source)
+    if shift is None:
+        return hidden, None, None, None
+    mean = source.new_empty(source.shape[:2], dtype=torch.float32)
+    return hidden, empty_like(source), mean, empty_like(mean)
 
 
 class Incoming(NamedTuple):
@@ -296,8 +291,8 @@ class Incoming(NamedTuple):
     branch: Tensor | None
     gate: Tensor | None
     scale: Tensor | None
-    mean: Tensor
-    rstd: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
     source_dtype: torch.dtype | None
     branch_dtype: torch.dtype | None
     row_dtype: torch.dtype
@@ -315,8 +310,7 @@ class Incoming(NamedTuple):
 
 def _backward(*arguments: Any) -> list[Tensor]:
     given = Incoming(*arguments)
-    results = _backward_fake(*arguments)
-    incoming = given.some
+    incoming, results = given.some, _unwritten(given)
     images, tokens, channels = incoming.shape
     if incoming.numel() == 0:
         return [torch.zeros_like(result) for result in results]
@@ -350,8 +344,11 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
+    return _unwritten(Incoming(*arguments))
+
+
+def _unwritten(given: Incoming) -> list[Tensor]:
     """Unwritten gradients of what is wanted: of the source, of the branch, and as one tensor of shift, scale, gate."""
-    given = Incoming(*arguments)
     incoming = given.some
     results = [empty_like(incoming, dtype) for dtype in (given.source_dtype, given.branch_dtype) if dtype is not None]
     if sums := given.for_shift + given.for_scale + given.for_gate:
@@ -359,11 +356,12 @@ def _backward_fake(*arguments: Any) -> list[Tensor]:
     return results
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     source, branch, gate, shift, scale, _ = inputs
     hidden, _, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
+    if mean is not None:
+        ctx.mark_non_differentiable(mean, rstd)
     ctx.has_branch, ctx.has_norm = branch is not None, shift is not None
     ctx.dtypes = [None if given is None else given.dtype for given in (source, branch, gate, shift, scale)]
     if not ctx.needs_input_grad[2]:  # the gate's, for which alone the branch is kept
@@ -405,14 +403,14 @@ def _autograd_backward(
     if source_dtype is not None:
         passed = next(left)
     grad_branch = next(left) if for_branch else None
-    grad_rows: list[Tensor | None] = [None, None, None]
-    if sums:
-        rows = iter(next(left).unbind(0))
-        to_shift, to_scale, to_gate = (next(rows) if want else None for want in (for_shift, for_scale, for_gate))
-        grad_rows = [
-            None if row is None else row.to(dtype)
-            for row, dtype in zip((to_gate, to_shift, to_scale), of_rows, strict=True)
-        ]
+    if not sums:
+        return passed, grad_branch, None, None, None, None
+    rows = iter(next(left).unbind(0))
+    to_shift, to_scale, to_gate = (next(rows) if want else None for want in (for_shift, for_scale, for_gate))
+    grad_rows = [
+        None if row is None else row.to(dtype)
+        for row, dtype in zip((to_gate, to_shift, to_scale), of_rows, strict=True)
+    ]
     return passed, grad_branch, *grad_rows, None
 
 
