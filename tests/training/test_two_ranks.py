@@ -82,7 +82,8 @@ def launched(folder: Path, pipeline_folder: Path, request: pytest.FixtureRequest
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning")  # of what DeepSpeed calls
-@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
 def test_two_ranks_in_zero_3_are_one_rank_in_zero_1(
     launched: "subprocess.CompletedProcess[str]",
     folder: Path,
