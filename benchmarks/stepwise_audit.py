@@ -24,7 +24,7 @@ from pcpo_fast.reporting.style import OTHERS, legend, new_figure, styled
 
 
 def steps_of(folders: list[Path]) -> dict[int, dict[str, Any]]:
-    """By step: ``slopes``, and how many ``audits`` there were, of each run that audited it; its ``correlation``."""
+    """By step: ``slopes``, and how many ``audits`` there were, of each run that audited it; its ``correlations``."""
     steps: dict[int, dict[str, Any]] = {}
     for folder in folders:
         path = find_metrics(folder)

@@ -28,10 +28,7 @@ def check_like(output: Tensor, *tensors: Named) -> None:
     """Raise unless every (name, tensor) is a float tensor with the shape and device of ``output``."""
     shape, device = output.shape, output.device
     for name, tensor in tensors:
-        # As fits, whose call would take longer than what it does.
-        if not (
-            isinstance(tensor, Tensor) and tensor.dtype in FLOATS and tensor.shape == shape and tensor.device == device
-        ):
+        if not fits(tensor, FLOATS, shape, device):
             tensor = check_float(name, tensor)
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have the output's shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -42,9 +39,7 @@ def check_rows(output: Tensor, *tensors: Named) -> None:
     """Raise unless every (name, tensor) holds one float per row of ``output``, on its device."""
     shape, device = output.shape[:1], output.device
     for name, tensor in tensors:
-        if not (
-            isinstance(tensor, Tensor) and tensor.dtype in FLOATS and tensor.shape == shape and tensor.device == device
-        ):
+        if not fits(tensor, FLOATS, shape, device):
             _check_shape_of_rows(name, check_float(name, tensor), output)
 
 

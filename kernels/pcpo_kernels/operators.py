@@ -52,11 +52,12 @@ class Operator:
         shown: bool = True,
     ) -> None:
         qualified = f"pcpo_kernels::{name}"
-        prototype = traced(_without_none(implementation))
+        complete = _without_none(implementation)
+        prototype = traced(complete)
         prototype.__signature__ = _signature(implementation, takes)  # type: ignore[attr-defined]
         schema = torch.library.infer_schema(prototype, mutates_args=())
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, ("cuda", "cpu"), _without_none(implementation))
+        torch.library.impl(qualified, ("cuda", "cpu"), complete)
         torch.library.register_fake(qualified, _without_none(fake))
         names = [name]
         if shown and not interpreting():

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from pcpo_kernels import Endpoints, NoiseKey, PolicyLoss, policy_loss
 from torch import Tensor
 
 NOISES = ("tensor", "key", "endpoints")
+KEY_FIRST = ["key", *(pytest.param(noise, marks=pytest.mark.slow) for noise in NOISES if noise != "key")]
+"""For tests of which the others than the key's are slow."""
 # Random123's known answers for philox4x32 with 10 rounds: counter (4 words), key (2), result (4).
 PHILOX_VECTORS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

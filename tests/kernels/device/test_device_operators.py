@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import NOISES, make_case
+from cases import KEY_FIRST, NOISES, make_case
 from judging import gradients, require_grad, run
 from pcpo_kernels import NoiseKey, dispatch, guidance, philox_normal, policy_loss, sample_step
 from pcpo_kernels.dispatch import interpreting
@@ -22,7 +22,7 @@ def loss_arguments(case):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("noise", ["key", *(pytest.param(n, marks=pytest.mark.slow) for n in NOISES if n != "key")])
+@pytest.mark.parametrize("noise", KEY_FIRST)
 @pytest.mark.parametrize("rich", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "kl-cfg"])
 def test_opcheck_policy_loss(device, noise, rich) -> None:
     import pcpo_kernels.ops.policy_loss.triton  # noqa: F401
@@ -50,7 +50,7 @@ def test_opcheck_the_others(device) -> None:
     torch.library.opcheck(ops.guidance.default, (x.requires_grad_(), f.requires_grad_(), a, torch.float32))
 
 
-@pytest.mark.parametrize("noise", ["key", *(pytest.param(n, marks=pytest.mark.slow) for n in NOISES if n != "key")])
+@pytest.mark.parametrize("noise", KEY_FIRST)
 def test_compiles_in_one_graph(device, noise) -> None:
     case = make_case(3, (6, 5), noise=noise, with_reference=True, with_guidance=True).cast(torch.float32).to(device)
     _, expected = run(case)

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from cases import NOISES, make_case
+from cases import KEY_FIRST, NOISES, make_case
 from covering import every_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,7 +48,7 @@ def test_every_form(device, objective, noise, with_reference, with_guidance, det
 
 
 @pytest.mark.parametrize("rich", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "kl-cfg"])
-@pytest.mark.parametrize("noise", ["key", *(pytest.param(n, marks=pytest.mark.slow) for n in NOISES if n != "key")])
+@pytest.mark.parametrize("noise", KEY_FIRST)
 def test_divergence_mask(device, noise, rich) -> None:
     """Rows far and near, moving away and back; of those beyond the threshold only the ones that move away are masked.
 

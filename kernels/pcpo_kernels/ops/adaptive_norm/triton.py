@@ -249,7 +249,7 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None or t.is_contiguous() or t.stride(-1) == 1 else channels_contiguous(t) for t in tensors]
+    return [None if tensor is None else channels_contiguous(tensor) for tensor in tensors]
 
 
 def _forward(
