@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.metrics_file import find_metrics, read_metrics
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.reporting.series import step_series
@@ -66,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         steps = steps_of(chosen.runs)
-    except UserError as error:
+        if chosen.json is not None:
+            write_atomically(chosen.json, json.dumps(steps, indent=1) + "\n")
+        if chosen.plot is not None:
+            save_figure(figure_of(steps), chosen.plot)
+    except (UserError, OSError, ValueError) as error:  # a file that cannot be written, a figure that is no PNG
         parser.error(str(error))
     print("step  slope  of each run (audits)")
     for step, found in steps.items():
@@ -74,10 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"{slope:.2f} ({count})" for slope, count in zip(found["slopes"], found["audits"], strict=True)
         )
         print(f"{step:4}  {fmean(found['slopes']):5.2f}  {each}")
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps(steps, indent=1) + "\n")
-    if chosen.plot is not None:
-        save_figure(figure_of(steps), chosen.plot)
     return 0
 
 

@@ -35,3 +35,11 @@ def test_a_run_without_audits_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         stepwise_audit.main([str(folder)])
     assert stopped.value.code == 2
     assert "plain has no audits: it must be a run with advantage.audit_every above 0" in capsys.readouterr().err
+
+
+def test_a_figure_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_of(tmp_path / "one", {"stepwise/branch_slope_step_0": 0.5})
+    for name, said in (("audit.jpg", "must end in .png"), ("one/metrics.jsonl/audit.png", "metrics.jsonl")):
+        with pytest.raises(SystemExit) as stopped:
+            stepwise_audit.main([str(folder), "--plot", str(tmp_path / name)])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
