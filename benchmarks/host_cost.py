@@ -2,7 +2,8 @@
 
     python benchmarks/host_cost.py                       a table
     python benchmarks/host_cost.py --json FILE           the same for a script
-    python benchmarks/host_cost.py --against FILE        fails where a call became more than 15 % dearer
+    python benchmarks/host_cost.py --against FILE...     fails where a call became more than 15 % dearer than in the
+                                                         file from this CPU, or in the first one
 
 CPU microseconds of a whole call: argument checks, allocations, recording the graph, and its launches, which are
 stubbed out (benchmarks/stub_driver.py). Machines differ, and a busy one is slow: every call is timed in turn with
@@ -188,7 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit status is 1 where a call became dearer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--against", type=Path, help="compare the ratios with those of this file")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", help="compare the ratios with those of the file from this CPU, or of the first"
+    )
     parser.add_argument("--times", type=int, default=200, help="calls timed at once (%(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="how often (%(default)s)")
     chosen = parser.parse_args(arguments)
@@ -207,7 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:28}{record['microseconds']:8.1f}   {record['ratio']:.2f} of the reference")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(content, indent=1) + "\n")
-    worse = [] if chosen.against is None else dearer(content, json.loads(chosen.against.read_text()))
+    baselines = [json.loads(file.read_text()) for file in chosen.against or ()]
+    baselines.sort(key=lambda baseline: baseline["cpu"] != content["cpu"])
+    worse = dearer(content, baselines[0]) if baselines else []
     for line in worse:
         print(f"error: {line}", file=sys.stderr)
     return int(bool(worse))

@@ -136,8 +136,12 @@ def test_the_gate(tmp_path, capsys) -> None:
     written = json.loads(file.read_text())
     assert written["calls"].keys() == host_cost.calls().keys()
     assert all(record["microseconds"] > 0 for record in written["calls"].values())
-    for record in written["calls"].values():
-        record["ratio"] /= 1000
-    file.write_text(json.dumps(written))
-    assert host_cost.main(["--times", "1", "--repeats", "1", "--against", str(file)]) == 1
+    cheap, dear = ({name: {"ratio": ratio} for name in written["calls"]} for ratio in (0.001, 1000))
+    other = tmp_path / "other.json"
+    against = ["--times", "1", "--repeats", "1", "--against", str(other), str(file)]
+    file.write_text(json.dumps({**written, "calls": dear}))
+    other.write_text(json.dumps({"cpu": "another", "calls": cheap}))
+    assert host_cost.main(against) == 0
+    file.write_text(json.dumps({**written, "cpu": "a third", "calls": dear}))
+    assert host_cost.main(against) == 1
     assert "sample_step, key: " in capsys.readouterr().err
