@@ -30,6 +30,8 @@ STEP_NEEDS = ("deepspeed", "diffusers", "peft", "pydantic", "transformers")
 LOG_BYTES = 1 << 20
 """Log size limit of one part, so that all parts together stay below 16 MB."""
 LAST_LINES = 40
+POLL_SECONDS = 0.5
+"""How often a silent part is asked whether it has ended."""
 NO_TESTS = 5
 """pytest's exit code if every test file was skipped."""
 
@@ -132,22 +134,30 @@ def run_part(part: Part, seconds: float, environment: dict[str, str], log: Any) 
 
 
 def _drain(process: subprocess.Popen[bytes], until: float, log: Any, last: deque[str]) -> bool:
-    """Copy output to the log as it arrives; returns whether the process closed it in time."""
+    """Copy output to the log as it arrives; returns whether the process ended in time.
+
+    What it started may outlive it and hold its output open, as a compiler's workers do: that is not waited for.
+    """
     assert process.stdout is not None
     written, rest = 0, b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, until - time.monotonic())):
-                return False
-            data = os.read(process.stdout.fileno(), 1 << 16)
-            log.write(data[: max(0, LOG_BYTES - written)])
-            log.flush()
-            written += len(data)
-            *lines, rest = (rest + data).split(b"\n")
-            last.extend(text for line in lines if (text := line.decode(errors="replace").strip()))
-            if not data:
-                break
+            ended = process.poll() is not None  # asked first: all that it wrote is then there to be read
+            left = until - time.monotonic()
+            if left <= 0:
+                return ended
+            if selector.select(0.0 if ended else min(POLL_SECONDS, left)):
+                data = os.read(process.stdout.fileno(), 1 << 16)
+                log.write(data[: max(0, LOG_BYTES - written)])
+                log.flush()
+                written += len(data)
+                *lines, rest = (rest + data).split(b"\n")
+                last.extend(text for line in lines if (text := line.decode(errors="replace").strip()))
+                if not data:
+                    break
+            elif ended:
+                return True
     try:
         process.wait(max(0.1, until - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -190,7 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument(
-        "--against", type=Path, nargs="+", help="compare the ratios with those of the file from this CPU, or of the first"
+        "--against",
+        type=Path,
+        nargs="+",
+        help="compare the ratios with those of the file from this CPU, or of the first",
     )
     parser.add_argument("--times", type=int, default=200, help="calls timed at once (%(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="how often (%(default)s)")

@@ -60,6 +60,17 @@ def test_no_part_stops_another(tmp_path: Path) -> None:
     assert "fails: error: no luck" in table and "hangs: its 2 s were up" in table
 
 
+def test_a_part_ends_when_it_ends_and_no_later(tmp_path: Path) -> None:
+    """Not when a worker that it left behind does; and one that never stops talking is stopped."""
+    leaves = "import subprocess, sys; print('measured', flush=True); "
+    leaves += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'], start_new_session=True)"
+    chosen = [part("leaves a worker", leaves), part("talks on", "while True: print('on')", limit=2.0)]
+    content = run(tmp_path, chosen)
+    first, second = content["parts"]
+    assert (first["status"], first["why"]) == ("done", "measured") and first["seconds"] < 15
+    assert second["status"] == "stopped" and second["seconds"] < 15
+
+
 def test_time_is_kept_for_what_comes_later(tmp_path: Path) -> None:
     """A minute: the first may take what the second, which is kept, leaves; the third is nobody's."""
     seconds = "import sys; print(sys.argv[1])"
@@ -99,12 +110,27 @@ def test_the_table_fits_a_screen(tmp_path: Path) -> None:
     records[-1]["failed"] = "RuntimeError: long\nand longer " + 500 * "x"
     for name in ("kernels.json", "block_ops.json"):
         (tmp_path / name).write_text(json.dumps({"records": list(reversed(records))}))
+    step = {
+        "name": "ours",
+        "rollout_s": 1.0,
+        "update_s": 1.0,
+        "tflops": 1.0,
+        "mfu": None,
+        "peak_gib": 1.0,
+        "step_s": 2.0,
+    }
+    facts = {"images": 12, "micro_batch": 4, "finetune": "lora", "size": "full", "ours": step, "extras": 4 * [step]}
+    (tmp_path / "flux_step.json").write_text(json.dumps(facts | {"ladder": 8 * [step]}))
+    attention = [{"op": "attention", "name": "flash", "tflops": 1.0}] * 13
+    (tmp_path / "ceilings.json").write_text(json.dumps({"copy_bytes_per_second": 1.0, "records": attention}))
     suite = {"device": "none", "minutes": 9.0, "parts": []}
     suite["parts"] = [{"status": "failed", "seconds": 1.0, "name": "kernel tests", "why": "y" * 500}]
     lines = suite_table.table(tmp_path, suite).splitlines()
     assert len(lines) <= 60 and all(len(line) <= 150 for line in lines)
     assert "The kernel tests did not pass: no time of our kernels below may be published." in lines
-    assert sum(line.startswith("ops:") for line in lines) == 2, "both have their share of the lines"
+    first, second = (number for number, line in enumerate(lines) if line.startswith("ops:"))
+    assert second - first > 10 and len(lines) - second > 10, "both have their share of the lines"
+    assert lines[-1] == suite_table.CUT
     assert any("FAILED" in line and "guidance" in line for line in lines)
 
 
