@@ -234,16 +234,30 @@ def refused() -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def numbers(text: str) -> list[int]:
+    """What ``--parts`` says."""
+    count = len(parts(Path(), dry=True, size=""))
+    known = {str(number): number for number in range(1, count + 1)}
+    found = [one.strip() for one in text.split(",")]
+    if unknown := set(found) - set(known):
+        raise argparse.ArgumentTypeError(f"takes numbers from 1 to {count}, not {', '.join(sorted(unknown))}")
+    return [known[one] for one in found]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit status is 1 if a part failed."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_suite.sh", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, on any machine")
     parser.add_argument(
-        "--out", type=Path, default=os.environ.get("OUT"), help="folder ($OUT, or by the device's name)"
+        "--out", type=Path, default=os.environ.get("OUT") or None, help="folder ($OUT, or by the device's name)"
     )
-    parser.add_argument("--size", default="", help="of the training step: full or small (by the GPU's memory)")
-    parser.add_argument("--parts", default="", help="numbers of the parts to run, 1,2,5 for example (all)")
+    parser.add_argument(
+        "--size", choices=("full", "small"), help="of the training step (by the GPU's memory; a dry run has its own)"
+    )
+    parser.add_argument(
+        "--parts", type=numbers, default=[], help="numbers of the parts to run, 1,2,5 for example (all)"
+    )
     chosen = parser.parse_args(arguments)
     if not chosen.minutes > 0:
         parser.error("--minutes must be positive")
@@ -270,11 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"{facts['device']} -> {out}", flush=True)
     listed = parts(out, dry=chosen.dry_run, size=chosen.size or ("full" if facts["gib"] > 44 else "small"))
-    if chosen.parts:
-        numbers = [str(number) for number in range(1, len(listed) + 1)]
-        if unknown := set(chosen.parts.split(",")) - set(numbers):
-            parser.error(f"--parts takes numbers from 1 to {len(listed)}, not {', '.join(sorted(unknown))}")
-        listed = [listed[int(number) - 1] for number in chosen.parts.split(",")]
+    listed = [listed[number - 1] for number in chosen.parts] or listed
     suite = Suite(out, facts | {"dry": chosen.dry_run}, chosen.minutes, environment)
     suite.run(listed)
     print(table(out, suite.content))

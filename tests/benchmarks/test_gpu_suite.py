@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,13 +63,13 @@ def test_no_part_stops_another(tmp_path: Path) -> None:
 
 def test_a_part_ends_when_it_ends_and_no_later(tmp_path: Path) -> None:
     """Not when a worker that it left behind does; and one that never stops talking is stopped."""
-    leaves = "import subprocess, sys; print('measured', flush=True); "
-    leaves += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'], start_new_session=True)"
-    chosen = [part("leaves a worker", leaves), part("talks on", "while True: print('on')", limit=2.0)]
-    content = run(tmp_path, chosen)
-    first, second = content["parts"]
-    assert (first["status"], first["why"]) == ("done", "measured") and first["seconds"] < 15
-    assert second["status"] == "stopped" and second["seconds"] < 15
+    worker = "[sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True"
+    leaves = f"import subprocess, sys; print(subprocess.Popen({worker}).pid)"
+    first, second = run(
+        tmp_path, [part("leaves a worker", leaves), part("talks on", "while True: print('on')", limit=2.0)]
+    )["parts"]
+    os.kill(int(first["why"]), signal.SIGKILL)
+    assert (first["status"], second["status"]) == ("done", "stopped")
 
 
 def test_time_is_kept_for_what_comes_later(tmp_path: Path) -> None:
@@ -180,3 +181,23 @@ def test_refuses_a_machine_without_gpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == "error: PyTorch sees no GPU on this machine (--dry-run tries the suite without one)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "0"], "argument --parts: takes numbers from 1 to 9, not 0"),
+        (["--parts", "1,x,12"], "argument --parts: takes numbers from 1 to 9, not 12, x"),
+        (["--size", "huge"], "argument --size: invalid choice: 'huge'"),
+        (["--minutes", "0"], "--minutes must be positive"),
+    ],
+)
+def test_a_wrong_argument_costs_no_minute(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It is refused before the device is asked for, and before anything is written."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as stopped:
+        gpu_suite.main(["--dry-run", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
