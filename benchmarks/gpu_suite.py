@@ -32,6 +32,8 @@ LOG_BYTES = 1 << 20
 LAST_LINES = 40
 POLL_SECONDS = 0.5
 """How often a silent part is asked whether it has ended."""
+MOST_WORKERS = 16
+"""Processes of the kernel tests, each with a context on the GPU."""
 NO_TESTS = 5
 """pytest's exit code if every test file was skipped."""
 
@@ -64,7 +66,9 @@ class Part:
 def parts(out: Path, *, dry: bool, size: str) -> list[Part]:
     """All parts, in their order: the most valuable first."""
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    every_core = ("-n", "auto", "--dist", "worksteal", "--maxfail", "5")
+    # xdist's own "auto" counts physical cores, or those of a container's host.
+    workers = str(min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+    every_core = ("-n", workers, "--dist", "worksteal", "--maxfail", "5")
     tiny = ("--tiny", "--seconds", "0.01") if dry else ("--seconds", "0.1")
     kernels = {"PCPO_KERNELS": "triton"} if dry else {}  # on a CPU the interpreter, not the reference
 

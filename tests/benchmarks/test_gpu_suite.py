@@ -102,6 +102,15 @@ def test_nine_minutes_have_room_for_every_part_that_matters(tmp_path: Path) -> N
     assert all((ROOT / one.command[0]).exists() for one in listed if one.command[0] != "-m")
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(4, "4"), (16, "16"), (192, "16")])
+def test_kernel_tests_take_the_cores_that_this_process_may_use(
+    cores: int, workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    command = gpu_suite.parts(tmp_path, dry=False, size="full")[1].command
+    assert command[command.index("-n") + 1] == workers
+
+
 def test_the_table_fits_a_screen(tmp_path: Path) -> None:
     ours = {"op": "policy_loss", "way": "forward", "name": "ours", "milliseconds": 2.0, "graph_milliseconds": 1.0}
     records = [
