@@ -30,6 +30,10 @@ STEP_NEEDS = ("deepspeed", "diffusers", "peft", "pydantic", "transformers")
 LOG_BYTES = 1 << 20
 """Log size limit of one part, so that all parts together stay below 16 MB."""
 LAST_LINES = 40
+POLL_SECONDS = 0.5
+"""How often a silent part is asked whether it has ended."""
+MOST_WORKERS = 16
+"""Processes of the kernel tests, each with a context on the GPU."""
 NO_TESTS = 5
 """pytest's exit code if every test file was skipped."""
 
@@ -62,7 +66,9 @@ class Part:
 def parts(out: Path, *, dry: bool, size: str) -> list[Part]:
     """All parts, in their order: the most valuable first."""
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    every_core = ("-n", "auto", "--dist", "worksteal", "--maxfail", "5")
+    # xdist's own "auto" counts physical cores, or those of a container's host.
+    workers = str(min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+    every_core = ("-n", workers, "--dist", "worksteal", "--maxfail", "5")
     tiny = ("--tiny", "--seconds", "0.01") if dry else ("--seconds", "0.1")
     kernels = {"PCPO_KERNELS": "triton"} if dry else {}  # on a CPU the interpreter, not the reference
 
@@ -132,22 +138,30 @@ def run_part(part: Part, seconds: float, environment: dict[str, str], log: Any) 
 
 
 def _drain(process: subprocess.Popen[bytes], until: float, log: Any, last: deque[str]) -> bool:
-    """Copy output to the log as it arrives; returns whether the process closed it in time."""
+    """Copy output to the log as it arrives; returns whether the process ended in time.
+
+    What it started may outlive it and hold its output open, as a compiler's workers do: that is not waited for.
+    """
     assert process.stdout is not None
     written, rest = 0, b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, until - time.monotonic())):
-                return False
-            data = os.read(process.stdout.fileno(), 1 << 16)
-            log.write(data[: max(0, LOG_BYTES - written)])
-            log.flush()
-            written += len(data)
-            *lines, rest = (rest + data).split(b"\n")
-            last.extend(text for line in lines if (text := line.decode(errors="replace").strip()))
-            if not data:
-                break
+            ended = process.poll() is not None  # asked first: all that it wrote is then there to be read
+            left = until - time.monotonic()
+            if left <= 0:
+                return ended
+            if selector.select(0.0 if ended else min(POLL_SECONDS, left)):
+                data = os.read(process.stdout.fileno(), 1 << 16)
+                log.write(data[: max(0, LOG_BYTES - written)])
+                log.flush()
+                written += len(data)
+                *lines, rest = (rest + data).split(b"\n")
+                last.extend(text for line in lines if (text := line.decode(errors="replace").strip()))
+                if not data:
+                    break
+            elif ended:
+                return True
     try:
         process.wait(max(0.1, until - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -224,16 +238,30 @@ def refused() -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def numbers(text: str) -> list[int]:
+    """What ``--parts`` says."""
+    count = len(parts(Path(), dry=True, size=""))
+    known = {str(number): number for number in range(1, count + 1)}
+    found = [one.strip() for one in text.split(",")]
+    if unknown := set(found) - set(known):
+        raise argparse.ArgumentTypeError(f"takes numbers from 1 to {count}, not {', '.join(sorted(unknown))}")
+    return [known[one] for one in found]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit status is 1 if a part failed."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_suite.sh", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, on any machine")
     parser.add_argument(
-        "--out", type=Path, default=os.environ.get("OUT"), help="folder ($OUT, or by the device's name)"
+        "--out", type=Path, default=os.environ.get("OUT") or None, help="folder ($OUT, or by the device's name)"
     )
-    parser.add_argument("--size", default="", help="of the training step: full or small (by the GPU's memory)")
-    parser.add_argument("--parts", default="", help="numbers of the parts to run, 1,2,5 for example (all)")
+    parser.add_argument(
+        "--size", choices=("full", "small"), help="of the training step (by the GPU's memory; a dry run has its own)"
+    )
+    parser.add_argument(
+        "--parts", type=numbers, default=[], help="numbers of the parts to run, 1,2,5 for example (all)"
+    )
     chosen = parser.parse_args(arguments)
     if not chosen.minutes > 0:
         parser.error("--minutes must be positive")
@@ -260,11 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"{facts['device']} -> {out}", flush=True)
     listed = parts(out, dry=chosen.dry_run, size=chosen.size or ("full" if facts["gib"] > 44 else "small"))
-    if chosen.parts:
-        numbers = [str(number) for number in range(1, len(listed) + 1)]
-        if unknown := set(chosen.parts.split(",")) - set(numbers):
-            parser.error(f"--parts takes numbers from 1 to {len(listed)}, not {', '.join(sorted(unknown))}")
-        listed = [listed[int(number) - 1] for number in chosen.parts.split(",")]
+    listed = [listed[number - 1] for number in chosen.parts] or listed
     suite = Suite(out, facts | {"dry": chosen.dry_run}, chosen.minutes, environment)
     suite.run(listed)
     print(table(out, suite.content))

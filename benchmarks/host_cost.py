@@ -2,6 +2,7 @@
 
     python benchmarks/host_cost.py                       a table
     python benchmarks/host_cost.py --json FILE           the same for a script
+    python benchmarks/host_cost.py --registered          the registered ops, through PyTorch's dispatcher
     python benchmarks/host_cost.py --against FILE...     fails where a call became more than 15 % dearer than in the
                                                          file from this CPU, or in the first one
 
@@ -18,8 +19,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -38,6 +41,7 @@ from pcpo_kernels import (
     sample_step,
     swiglu,
 )
+from pcpo_kernels.operators import Operator
 from stub_driver import stubbed
 
 LIMIT = 1.15
@@ -190,18 +194,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument(
-        "--against", type=Path, nargs="+", help="compare the ratios with those of the file from this CPU, or of the first"
+        "--against",
+        type=Path,
+        nargs="+",
+        help="compare the ratios with those of the file from this CPU, or of the first",
+    )
+    parser.add_argument(
+        "--registered", action="store_true", help="call the registered ops, as eager calls would without their shortcut"
     )
     parser.add_argument("--times", type=int, default=200, help="calls timed at once (%(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="how often (%(default)s)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    # A plain function in the class, since Python looks special methods up there.
+    through = patch.object(Operator, "__call__", lambda op, *given: op._dispatch(given))
+    with through if chosen.registered else nullcontext():
+        records = measure(chosen.times, chosen.repeats)
     content = {
         "cpu": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "calls": measure(chosen.times, chosen.repeats),
+        "calls": records,
     }
     print(
         f"{content['cpu']}, torch {content['torch']}, triton {content['triton']}: CPU microseconds, forward + backward"

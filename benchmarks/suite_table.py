@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 LINES, WIDTH = 60, 150
+CUT = "... the rest is in the JSON files"
 
 
 def table(out: Path, suite: dict[str, Any]) -> str:
@@ -17,16 +18,16 @@ def table(out: Path, suite: dict[str, Any]) -> str:
         lines.append("The kernel tests did not pass: no time of our kernels below may be published.")
     for part in suite["parts"]:
         lines.append(f"{part['status']:9}{part['seconds']:6.0f} s  {part['name']}: {part['why']}")
-    groups = [ceilings(_read(out / "ceilings.json")), step(_read(out / "flux_step.json"))]
-    groups += [ops(_read(out / name)) for name in ("kernels.json", "block_ops.json")]
-    room = (LINES - 1 - len(lines)) // 2
-    for group in groups:
-        found = list(group)
-        # The first groups are short; the last two share what they leave.
-        kept = found[: max(room, 0)] if found and found[0].startswith("ops") else found
-        lines += kept
+    lines += [*ceilings(_read(out / "ceilings.json")), *step(_read(out / "flux_step.json"))]
+    # These are short; the ops share what they leave.
+    kernels, blocks = (list(ops(_read(out / name))) for name in ("kernels.json", "block_ops.json"))
+    room = max(0, LINES - 1 - len(lines))
+    of_blocks = min(len(blocks), max(room // 2, room - len(kernels)))
+    lines += [*kernels[: room - of_blocks], *blocks[:of_blocks]]
+    if len(kernels) + len(blocks) > room:
+        lines.append(CUT)
     if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], "... the rest is in the JSON files"]
+        lines = [*lines[: LINES - 1], CUT]
     return "\n".join(line[:WIDTH].rstrip() for line in lines)
 
 

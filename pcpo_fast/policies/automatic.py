@@ -95,17 +95,21 @@ def _settle(
 
 
 def _fastest(device: torch.device, head_dim: int, tokens: int, dtype: torch.dtype, masked: bool) -> tuple[str, str]:
-    """The backend that takes the least time for a forward and backward, and the times of all as text."""
-    times = {}
+    """The backend that takes the least time forward and backward; as text all times, and what is unusable and why."""
+    times, refused = {}, list[str]()
     for name in BACKENDS:
         try:
             check_backend(name, device, head_dim, needs_backward=True, dtype=dtype, masked=masked)
             times[name] = attention_seconds(name, device, head_dim, tokens, dtype, masked)
-        except (UserError, RuntimeError):  # native always works; the other is only worth having where it does
+        except (UserError, RuntimeError) as error:  # native always works; the other is only worth having where it does
             if name == "native":
                 raise
-    shown = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
-    return min(times, key=lambda name: times[name]), shown
+            if isinstance(error, UserError):
+                refused.append(str(error).removeprefix("model.attention: "))
+            else:
+                refused.append(f"{name} cannot be used here: {reason_of(error)}")
+    shown = [f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items()]
+    return min(times, key=lambda name: times[name]), ", ".join([*shown, *refused])
 
 
 @torch.inference_mode(False)

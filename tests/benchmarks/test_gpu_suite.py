@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,17 @@ def test_no_part_stops_another(tmp_path: Path) -> None:
     assert "fails: error: no luck" in table and "hangs: its 2 s were up" in table
 
 
+def test_a_part_ends_when_it_ends_and_no_later(tmp_path: Path) -> None:
+    """Not when a worker that it left behind does; and one that never stops talking is stopped."""
+    worker = "[sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True"
+    leaves = f"import subprocess, sys; print(subprocess.Popen({worker}).pid)"
+    first, second = run(
+        tmp_path, [part("leaves a worker", leaves), part("talks on", "while True: print('on')", limit=2.0)]
+    )["parts"]
+    os.kill(int(first["why"]), signal.SIGKILL)
+    assert (first["status"], second["status"]) == ("done", "stopped")
+
+
 def test_time_is_kept_for_what_comes_later(tmp_path: Path) -> None:
     """A minute: the first may take what the second, which is kept, leaves; the third is nobody's."""
     seconds = "import sys; print(sys.argv[1])"
@@ -90,6 +102,15 @@ def test_nine_minutes_have_room_for_every_part_that_matters(tmp_path: Path) -> N
     assert all((ROOT / one.command[0]).exists() for one in listed if one.command[0] != "-m")
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(4, "4"), (16, "16"), (192, "16")])
+def test_kernel_tests_take_the_cores_that_this_process_may_use(
+    cores: int, workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    command = gpu_suite.parts(tmp_path, dry=False, size="full")[1].command
+    assert command[command.index("-n") + 1] == workers
+
+
 def test_the_table_fits_a_screen(tmp_path: Path) -> None:
     ours = {"op": "policy_loss", "way": "forward", "name": "ours", "milliseconds": 2.0, "graph_milliseconds": 1.0}
     records = [
@@ -99,12 +120,27 @@ def test_the_table_fits_a_screen(tmp_path: Path) -> None:
     records[-1]["failed"] = "RuntimeError: long\nand longer " + 500 * "x"
     for name in ("kernels.json", "block_ops.json"):
         (tmp_path / name).write_text(json.dumps({"records": list(reversed(records))}))
+    step = {
+        "name": "ours",
+        "rollout_s": 1.0,
+        "update_s": 1.0,
+        "tflops": 1.0,
+        "mfu": None,
+        "peak_gib": 1.0,
+        "step_s": 2.0,
+    }
+    facts = {"images": 12, "micro_batch": 4, "finetune": "lora", "size": "full", "ours": step, "extras": 4 * [step]}
+    (tmp_path / "flux_step.json").write_text(json.dumps(facts | {"ladder": 8 * [step]}))
+    attention = [{"op": "attention", "name": "flash", "tflops": 1.0}] * 13
+    (tmp_path / "ceilings.json").write_text(json.dumps({"copy_bytes_per_second": 1.0, "records": attention}))
     suite = {"device": "none", "minutes": 9.0, "parts": []}
     suite["parts"] = [{"status": "failed", "seconds": 1.0, "name": "kernel tests", "why": "y" * 500}]
     lines = suite_table.table(tmp_path, suite).splitlines()
     assert len(lines) <= 60 and all(len(line) <= 150 for line in lines)
     assert "The kernel tests did not pass: no time of our kernels below may be published." in lines
-    assert sum(line.startswith("ops:") for line in lines) == 2, "both have their share of the lines"
+    first, second = (number for number, line in enumerate(lines) if line.startswith("ops:"))
+    assert second - first > 10 and len(lines) - second > 10, "both have their share of the lines"
+    assert lines[-1] == suite_table.CUT
     assert any("FAILED" in line and "guidance" in line for line in lines)
 
 
@@ -154,3 +190,23 @@ def test_refuses_a_machine_without_gpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == "error: PyTorch sees no GPU on this machine (--dry-run tries the suite without one)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "0"], "argument --parts: takes numbers from 1 to 9, not 0"),
+        (["--parts", "1,x,12"], "argument --parts: takes numbers from 1 to 9, not 12, x"),
+        (["--size", "huge"], "argument --size: invalid choice: 'huge'"),
+        (["--minutes", "0"], "--minutes must be positive"),
+    ],
+)
+def test_a_wrong_argument_costs_no_minute(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It is refused before the device is asked for, and before anything is written."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as stopped:
+        gpu_suite.main(["--dry-run", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -145,3 +145,14 @@ def test_the_gate(tmp_path, capsys) -> None:
     file.write_text(json.dumps({**written, "cpu": "a third", "calls": dear}))
     assert host_cost.main(against) == 1
     assert "sample_step, key: " in capsys.readouterr().err
+
+
+def test_the_registered_ops_are_measured_where_asked_for(monkeypatch) -> None:
+    from pcpo_kernels.operators import Operator
+
+    noted, original = [], Operator._dispatch
+    monkeypatch.setattr(Operator, "_dispatch", lambda op, given: noted.append(op.opaque) or original(op, given))
+    quick = ["--times", "1", "--repeats", "1"]
+    assert host_cost.main(quick) == 0 and not noted
+    assert host_cost.main([*quick, "--registered"]) == 0
+    assert {torch.ops.pcpo_kernels.policy_loss.default, torch.ops.pcpo_kernels.sample_step.default} < set(noted)

@@ -25,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def check(name: str, device: torch.device, head_dim: int, **options: Any) -> None:
         assert device == GPU and options == {"needs_backward": True, "dtype": torch.float32, "masked": False}
         if answers[name] is None:
-            raise UserError(f"{name} cannot be used here")
+            raise UserError(f"model.attention: {name} cannot be used here: it is old")
 
     def seconds(name: str, device: torch.device, *shape: Any) -> float:
         answers["asked"].append((name, *shape))
@@ -61,12 +61,26 @@ def test_a_gpu_takes_the_fastest_and_compiles(pipeline_folder: Path, gpu: dict[s
     assert settled(pipeline_folder, GPU, *BOTH)[0] == "native"
 
 
-def test_what_does_not_work_is_passed_over_and_said(pipeline_folder: Path, gpu: dict[str, Any]) -> None:
+def test_what_does_not_work_is_passed_over_and_said(
+    pipeline_folder: Path, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu |= {"_native_cudnn": None, "compile": "torch.compile does not work here: no C compiler"}
     attention, compiled, line = settled(pipeline_folder, GPU, *BOTH)
     assert (attention, compiled) == ("native", False)
     why = "torch.compile does not work here: no C compiler"
-    assert line == f"model.attention=native (native 2.00 ms), model.compile=false ({why})"
+    refused = "_native_cudnn cannot be used here: it is old"
+    assert line == f"model.attention=native (native 2.00 ms, {refused}), model.compile=false ({why})"
+
+    def fails(name: str, *_: Any) -> float:
+        if name == "_native_cudnn":
+            raise RuntimeError("no plan found")
+        return 2e-3
+
+    gpu["_native_cudnn"] = 1e-3
+    monkeypatch.setattr(automatic, "attention_seconds", fails)
+    assert (
+        "native 2.00 ms, _native_cudnn cannot be used here: no plan found)" in settled(pipeline_folder, GPU, *BOTH)[2]
+    )
     gpu["native"] = None
     with pytest.raises(UserError, match="native cannot be used here"):
         settled(pipeline_folder, GPU, *BOTH)
