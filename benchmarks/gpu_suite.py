@@ -65,7 +65,7 @@ class Part:
 
 def parts(out: Path, *, dry: bool, size: str) -> list[Part]:
     """All parts, in their order: the most valuable first."""
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.failures_at_once")
     # xdist's own "auto" counts physical cores, or those of a container's host.
     workers = str(min(MOST_WORKERS, len(os.sched_getaffinity(0))))
     every_core = ("-n", workers, "--dist", "worksteal", "--maxfail", "5")
@@ -95,7 +95,7 @@ def parts(out: Path, *, dry: bool, size: str) -> list[Part]:
     quarter = ("--public-images", "2" if dry else "3")
     return [
         Part("ceilings", script("gpu_ceilings"), 45, 15),
-        Part("kernel tests", (*pytest, *tests), 90, 30),
+        Part("kernel tests", (*pytest, *tests), 120, 30),
         Part("our step and the strong one", step("ours,strong"), 270, 120, needs=STEP_NEEDS),
         Part("the public way, a quarter", step("baseline", *quarter), 90, 40, needs=STEP_NEEDS),
         Part("kernels", script("kernel_times"), 75, 20, environment=kernels),
