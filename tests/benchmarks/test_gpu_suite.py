@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import block_ops
 import gpu_suite
 import pytest
 import suite_table
@@ -168,6 +170,16 @@ def test_dry_run_of_parts(tmp_path: Path, parts: str, names: list[str]) -> None:
         assert content["complete"] and all(record["milliseconds"] > 0 for record in content["records"])
     assert (tmp_path / "table.txt").read_text() in done.stdout
     assert "A dry run in Triton's interpreter" in done.stdout
+
+
+def test_blocks_are_compiled_after_all_else_of_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that compiles slowly then has at least our times beside the eager ones."""
+    monkeypatch.setattr(block_ops, "measure", lambda clock, kind, call, traffic, copy, **facts: facts | {"name": kind})
+    clock: Any = SimpleNamespace(device=torch.device("cpu"), gpu=False)
+    found = list(block_ops.of_shape(clock, block_ops.TINY[0], 1.0))
+    ways = [(op, way) for op in block_ops.OPS for way in ("forward", "lora", "full")]
+    first = [(op, way, name) for op, way in ways for name in ("ours", "eager")]
+    assert [(one["op"], one["way"], one["name"]) for one in found] == [*first, *((*one, "compiled") for one in ways)]
 
 
 @needs_interpreter
