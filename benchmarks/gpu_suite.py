@@ -45,7 +45,8 @@ class Part:
     Attributes:
         name: of the part.
         command: arguments of Python. ``{seconds}`` becomes the time after which it shall start nothing new.
-        limit: seconds after which it is ended, in a suite of nine minutes.
+        limit: seconds after which it is ended, in a suite of nine minutes. Where the limits of what is left to run do
+            not fill the time, each grows in proportion.
         least: seconds without which it is not worth starting; kept for it while earlier parts run, if ``kept``.
         kept: its ``least`` is taken from no earlier part's limit otherwise.
         needs: packages; without one of them it is left out.
@@ -61,6 +62,11 @@ class Part:
     needs: tuple[str, ...] = ()
     fine: tuple[int, ...] = (0,)
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that it needs and that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def parts(out: Path, *, dry: bool, size: str) -> list[Part]:
@@ -200,12 +206,14 @@ class Suite:
         self.write()
 
     def _turn(self, part: Part, following: list[Part], log: Any) -> dict[str, Any]:
-        missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
-        kept = sum(later.least for later in following if later.kept) * min(1.0, self.scale)
-        seconds = min(part.limit * self.scale, self.until - time.monotonic() - kept)
         left_out = {"name": part.name, "seconds": 0.0, "rc": None, "status": "left out"}
-        if missing:
+        if missing := part.missing:
             return left_out | {"why": f"not installed: {', '.join(missing)} (benchmarks/wheels.sh collects them)"}
+        following = [later for later in following if not later.missing]
+        left = self.until - time.monotonic()
+        kept = sum(later.least for later in following if later.kept) * min(1.0, self.scale)
+        shares = self.scale * sum(one.limit for one in (part, *following))
+        seconds = min(part.limit * self.scale * max(1.0, left / shares), left - kept)
         if seconds < part.least * min(1.0, self.scale):
             return left_out | {"why": f"{max(0.0, seconds):.0f} s were left for it"}
         return run_part(part, seconds, self.environment, log)

@@ -44,7 +44,7 @@ def test_no_part_stops_another(tmp_path: Path) -> None:
             part("hangs", endless, limit=2.0),
             part("lacks", "", needs=("no_such_package",)),
             part("talks", f"print(('x' * 79 + chr(10)) * {3 * gpu_suite.LOG_BYTES // 80}); print('through')"),
-            part("nothing collected", "raise SystemExit(5)", fine=(0, 5)),
+            part("nothing collected", "raise SystemExit(5)", fine=(0, 5), limit=900.0),
         ],
     )
     found = {record["name"]: (record["status"], record["why"]) for record in content["parts"]}
@@ -67,9 +67,9 @@ def test_a_part_ends_when_it_ends_and_no_later(tmp_path: Path) -> None:
     """Not when a worker that it left behind does; and one that never stops talking is stopped."""
     worker = "[sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True"
     leaves = f"import subprocess, sys; print(subprocess.Popen({worker}).pid)"
-    first, second = run(
-        tmp_path, [part("leaves a worker", leaves), part("talks on", "while True: print('on')", limit=2.0)]
-    )["parts"]
+    talks_on = part("talks on", "while True: print('on')", limit=2.0)
+    content = run(tmp_path, [part("leaves a worker", leaves), talks_on, part("ends", "", limit=900.0)])
+    first, second, _ = content["parts"]
     os.kill(int(first["why"]), signal.SIGKILL)
     assert (first["status"], second["status"]) == ("done", "stopped")
 
@@ -86,6 +86,20 @@ def test_time_is_kept_for_what_comes_later(tmp_path: Path) -> None:
     assert 20 < float(first["why"]) <= 0.85 * 40
     assert 0 < float(second["why"]) <= 26, "its own limit"
     assert third["status"] == "left out" and third["why"].endswith("s were left for it")
+
+
+def test_no_time_is_kept_for_what_is_not_installed(tmp_path: Path) -> None:
+    """What runs shares all of it, by the limits; what one leaves over is for the next."""
+    seconds = "import sys; print(sys.argv[1])"
+    chosen = [
+        Part("first", ("-c", seconds, "{seconds}"), limit=90.0, least=1.0),
+        Part("lacks", (), limit=900.0, least=300.0, needs=("no_such_package",)),
+        Part("second", ("-c", seconds, "{seconds}"), limit=180.0, least=1.0),
+    ]
+    first, lacks, second = run(tmp_path, chosen)["parts"]
+    assert 0.85 * 175 < float(first["why"]) <= 0.85 * 180
+    assert lacks["status"] == "left out"
+    assert 0.85 * 500 < float(second["why"]) <= 0.85 * 540
 
 
 def test_nine_minutes_have_room_for_every_part_that_matters(tmp_path: Path) -> None:
