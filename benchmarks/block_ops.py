@@ -149,7 +149,8 @@ def records(clock: Clock, shape: Shape, name: str, copy: float, kinds: tuple[str
     torch.compiler.reset()  # past a few shapes dynamo would silently stop compiling
     for way, wanted, passes in zip(("forward", "lora", "full"), ([], frozen, everything), op.passes, strict=True):
         leaves = [value.detach().requires_grad_(i in wanted) for i, value in enumerate(inputs)]
-        results = op.eager(*leaves)
+        with torch.no_grad():  # a graph kept from this stream could not be captured on another
+            results = op.eager(*leaves)
         results = results if isinstance(results, tuple) else (results,)
         incoming = [torch.randn_like(result) for result in results]
         functions = {"ours": op.ours, "eager": op.eager, "compiled": compiled}

@@ -33,6 +33,7 @@ class Clock:
         self.device, self.seconds = device, seconds
         self.warm, self.least, self.host = (1, 1, 1) if tiny else (3, 5, 20)
         self.gpu = device.type == "cuda"
+        self.not_captured = ""
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if self.gpu else 1
         self.flush = torch.empty(max(size, 1), dtype=torch.int8, device=device)
 
@@ -58,7 +59,8 @@ class Clock:
         return statistics.median(times)
 
     def graph_milliseconds(self, call: Call) -> float | None:
-        """The same for a captured CUDA graph, without host overhead. None if capturing fails."""
+        """The same for a captured CUDA graph, without host overhead. None if capturing fails, for ``not_captured``."""
+        self.not_captured = ""
         if not self.gpu:
             return None
         try:
@@ -70,8 +72,9 @@ class Clock:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 call()
-        except RuntimeError:
+        except RuntimeError as error:
             torch.cuda.synchronize()
+            self.not_captured = " ".join(str(error).split())[:300]
             return None
         return self.milliseconds(graph.replay)
 
@@ -165,6 +168,8 @@ def _measure(clock: Clock, name: str, call: Call, traffic: int | None, copy: flo
         "peak_bytes": clock.peak_bytes(call),
         "traffic_bytes": traffic,
     }
+    if clock.not_captured:
+        record["not_captured"] = clock.not_captured
     best = min(value for value in (milliseconds, record["graph_milliseconds"]) if value is not None)
     if traffic is not None:
         record["gigabytes_per_second"] = traffic / best * 1e-6

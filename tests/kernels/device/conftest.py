@@ -39,8 +39,11 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the kernels, never the reference by accident."""
-    monkeypatch.setenv("PCPO_KERNELS", "triton")
+    """Take the kernels: on a GPU for what is there, as ever; what a test makes on the CPU is the reference's."""
+    if INTERPRETED:
+        monkeypatch.setenv("PCPO_KERNELS", "triton")
+    else:
+        monkeypatch.delenv("PCPO_KERNELS", raising=False)
 
 
 @pytest.fixture(autouse=True)
