@@ -21,6 +21,7 @@ from pcpo_fast.planning.recommendation import recommend
 from pcpo_fast.planning.sizes import fitted
 from pcpo_fast.planning.states import Zero, usual_stages
 from pcpo_fast.planning.work import predictions_of_image, work_of_epoch
+from pcpo_fast.policies.attention import check_names
 from pcpo_fast.rollout.epoch_plan import pairs_per_update
 
 
@@ -50,7 +51,8 @@ def make_plan(
         disk_gb: free space where the run writes, in 1e9 bytes; None likewise.
 
     Raises:
-        UserError: a number is out of range, the model is unknown, or images and batches do not divide over the GPUs.
+        UserError: a number is out of range, the model or an attention backend is unknown, or images and batches do not
+            divide over the GPUs.
     """
     _check(gpus, memory_gb, peak_tflops, nodes, host_gb, disk_gb)
     if not 0 < mfu <= 1:
@@ -60,6 +62,7 @@ def make_plan(
     policy = costs.model.policy
     check_sampler(config.sampler, policy.schedule_kind)
     policy.check_training(config.model)
+    check_names(config, policy)
     tables = RunTables(config, policy.schedule(config.sampler.steps), torch.device("cpu"))
     trainable, predictions = tables.trained_count, predictions_of_image(config.advantage, tables.at(0))
     pairs = pairs_per_update(config, trainable, gpus)

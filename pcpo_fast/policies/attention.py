@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import attention_backend as library_bac
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import AUTO, Config
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention_needs import lacking
 from pcpo_fast.policies.quiet import quiet_libraries
@@ -83,17 +83,34 @@ def check_attention(config: Config, folder: Path, family: "type[PipelinePolicy]"
     Raises:
         UserError: as :func:`check_backend`, or the network's layers do not support the backend.
     """
+    check_names(config, family)
     head_dim = family.head_dim(read_json(folder / family.trained_part / "config.json"))
-    chosen = [("model.attention", config.model.attention, True)]
-    if config.rollout.attention is not None:
-        chosen.append(("rollout.attention", config.rollout.attention, False))
-    for key, backend, trains in chosen:
+    dtype = getattr(torch, config.model.dtype)
+    masked = family.masks_prompts
+    for key, backend, trains in _named(config):
+        check_backend(backend, device, head_dim, needs_backward=trains, dtype=dtype, key=key, masked=masked)
+
+
+def check_names(config: Config, family: "type[PipelinePolicy]") -> None:
+    """Check the names of a run's attention backends, on any machine; ``model.attention: auto`` is left to the run.
+
+    Raises:
+        UserError: diffusers has no backend of that name, or the network's layers do not support it.
+    """
+    for key, backend, trains in _named(config):
+        if trains and backend == AUTO:
+            continue
         _known(backend, key)
         if not family.dispatches_attention:
             _serves(family.network_class(), backend, key)
-        dtype = getattr(torch, config.model.dtype)
-        masked = family.masks_prompts
-        check_backend(backend, device, head_dim, needs_backward=trains, dtype=dtype, key=key, masked=masked)
+
+
+def _named(config: Config) -> list[tuple[str, str, bool]]:
+    """The settings of a run that name a backend, what they name, and whether it has to have a backward."""
+    chosen = [("model.attention", config.model.attention, True)]
+    if config.rollout.attention is not None:
+        chosen.append(("rollout.attention", config.rollout.attention, False))
+    return chosen
 
 
 def check_backend(

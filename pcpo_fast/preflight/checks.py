@@ -16,6 +16,7 @@ from pcpo_fast.planning.advice import GB
 from pcpo_fast.planning.disk import encoded_prompts
 from pcpo_fast.planning.models import weights_are_here
 from pcpo_fast.planning.states import WEIGHT_BYTES
+from pcpo_fast.policies.attention import check_names
 from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.families import find_family
 from pcpo_fast.policies.folder_checks import check_folder
@@ -87,6 +88,7 @@ def check_model(config: Config) -> tuple[Status, str]:
         _, family = find_family(config.model)
         check_folder(folder, family, config.model)
         family.check_training(config.model)
+        check_names(config, family)
         return "ok", f"{path}: a {family.pipeline_class.__name__} with all its weights"
     if weights_are_here(config.model):
         return "ok", f"{path} is in the hub's cache on this machine"

@@ -525,6 +525,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
         (("model.path=nowhere",), "model.path: nowhere is neither a folder nor a hub id"),
         (("model.path=some/where",), "model.path: the configuration files of some/where cannot be downloaded"),
         (("model.height=33",), "model.height: 33 is not a multiple of"),
+        (("model.attention=cudnn",), "model.attention: unknown backend 'cudnn'; diffusers offers "),
+        (("rollout.attention=auto",), "rollout.attention: unknown backend 'auto'; diffusers offers "),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )

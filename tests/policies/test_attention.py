@@ -19,11 +19,12 @@ from pcpo_fast.policies.attention import (
     attention_backend,
     attention_layers,
     check_backend,
+    check_names,
     choose_attention,
     set_backend,
 )
 from pcpo_fast.policies.attention_needs import NEEDS, lacking
-from pcpo_fast.policies.families import load_policy
+from pcpo_fast.policies.families import find_family, load_policy
 from pcpo_fast.policies.pipeline_policy import PipelinePolicy
 
 FAMILIES = {"flux": ("pipeline_folder", ()), "sd3": ("sd3_folder", SD3_RUN), "sd": ("sd_folder", SD_RUN)}
@@ -209,6 +210,15 @@ def test_a_run_is_refused_before_its_model_is_loaded(
     with pytest.raises(UserError) as caught:
         load_policy(tiny_config(request.getfixturevalue(folder), *run, setting), CPU)
     assert str(caught.value).startswith(said)
+
+
+def test_names_are_checked_without_the_machine(pipeline_folder: Path, sd3_folder: Path) -> None:
+    for setting in ("model.attention=auto", "model.attention=_flash_3", "rollout.attention=flash"):
+        config = tiny_config(pipeline_folder, setting)
+        check_names(config, find_family(config.model)[1])
+    config = tiny_config(sd3_folder, *SD3_RUN, "model.attention=flash")
+    with pytest.raises(UserError, match=r"model\.attention: flash does not serve a SD3Transformer2DModel; allowed are"):
+        check_names(config, find_family(config.model)[1])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -99,6 +99,12 @@ def test_a_model_without_weights_fails(own_pipeline: Path) -> None:
     assert attempt("model", lambda: checks.check_model(config)).status == "failed"
 
 
+def test_an_attention_backend_that_diffusers_does_not_know_fails(pipeline_folder: Path) -> None:
+    wrong = tiny_config(pipeline_folder, "model.attention=cudnn")
+    found = attempt("model", lambda: checks.check_model(wrong))
+    assert found.status == "failed" and found.says.startswith("model.attention: unknown backend 'cudnn'; diffusers")
+
+
 def test_a_model_that_the_hub_refuses_fails(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = config.model_copy(update={"model": config.model.model_copy(update={"path": HUB_MODEL})})
     monkeypatch.setattr("huggingface_hub.auth_check", raising(OSError("401 Client Error\nRequest ID: x")))
