@@ -31,6 +31,7 @@ from unittest.mock import patch
 import diffusers
 import torch
 from kernel_times import device_facts, write
+from revisions import now
 from step_checking import Check
 from step_measuring import Bare, Timed, launches, operations, seconds
 from step_model import SIZES, Size
@@ -192,7 +193,7 @@ class Session:
             self.left_out.append(name)
             self.late_for += [name] * (group in self.only)
             return
-        record = {"name": name, "settings": list(settings)}
+        record = {"name": name, "settings": list(settings), "measured": now(), "code": self.content["code"]}
         with self._noting_failure(key, record):
             self._measure(key, build, settings, record)
         if self.gpu:
@@ -286,11 +287,12 @@ class Session:
             self.content[key] = record
         if key == "ours":
             self._insert("ladder", record | {"name": [rung.name for rung, _ in self.rungs() if not rung.unproved][-1]})
-        ours = self.content.get("ours", {}).get("step_s")
+        ours = self.content.get("ours", {})
         for other, name in (("baseline", "ratio"), ("strong", "ratio_strong")):
-            theirs = self.content.get(other, {}).get("step_s")
-            if ours and theirs:
-                self.content[name] = theirs / ours
+            theirs = self.content.get(other, {})
+            self.content.pop(name, None)
+            if "step_s" in ours and "step_s" in theirs and ours.get("code") == theirs.get("code"):
+                self.content[name] = theirs["step_s"] / ours["step_s"]
         self.write()
 
     def _insert(self, key: str, record: dict[str, Any]) -> None:
@@ -328,6 +330,8 @@ class Session:
             "share_of_step": median(share for share, _ in shares),
             "milliseconds_per_micro_step": 1e3 * median(each for _, each in shares),
             "repeats": len(shares),
+            "measured": now(),
+            "code": self.content["code"],
         }
         self.write()
         print(

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from revisions import now
 from suite_table import table
 
 BENCHMARKS = Path(__file__).parent
@@ -193,7 +194,7 @@ class Suite:
     def __init__(self, out: Path, facts: dict[str, Any], minutes: float, environment: dict[str, str]) -> None:
         self.out, self.environment = out, environment
         self.scale, self.until = minutes / 9, time.monotonic() + 60 * minutes
-        self.content: dict[str, Any] = facts | {"minutes": minutes, "complete": False, "parts": []}
+        self.content: dict[str, Any] = facts | {"minutes": minutes, "started": now(), "complete": False, "parts": []}
 
     def run(self, chosen: list[Part]) -> None:
         """Run what there is time for."""

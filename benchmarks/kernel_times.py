@@ -22,6 +22,7 @@ import kernel_baseline as baseline
 import torch
 from kernel_cases import CLIP_RANGE, NOISE, SIZES, Case, guidance_traffic, loss_traffic, make_case, step_traffic
 from pcpo_kernels import guidance, policy_loss, sample_step
+from revisions import origin
 
 Call = Callable[[], Any]
 
@@ -263,8 +264,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Device and versions of the measurements."""
-    facts: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
+    """Device, code and versions of the measurements, and when they were begun."""
+    facts: dict[str, Any] = origin() | {"torch": torch.__version__, "device": "cpu"}
     try:
         import triton
 

@@ -77,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print(f"error: {chosen.results} has no time of {' and '.join(missing)}", file=sys.stderr)
         return 2
+    if len({rung.get("code") for _, rung in rungs_of(content)}) > 1:
+        print(f"error: {chosen.results}: its paths are of different code: measure all of them again", file=sys.stderr)
+        return 2
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     draw(content).savefig(chosen.out, dpi=130)
     print(table(content))

@@ -18,9 +18,10 @@ def table(out: Path, suite: dict[str, Any]) -> str:
         lines.append("The kernel tests did not pass: no time of our kernels below may be published.")
     for part in suite["parts"]:
         lines.append(f"{part['status']:9}{part['seconds']:6.0f} s  {part['name']}: {part['why']}")
-    lines += [*ceilings(_read(out / "ceilings.json")), *step(_read(out / "flux_step.json"))]
+    started = suite.get("started", "")
+    lines += [*ceilings(_read(out / "ceilings.json"), started), *step(_read(out / "flux_step.json"), started)]
     # These are short; the ops share what they leave.
-    kernels, blocks = (list(ops(_read(out / name))) for name in ("kernels.json", "block_ops.json"))
+    kernels, blocks = (list(ops(_read(out / name), started)) for name in ("kernels.json", "block_ops.json"))
     room = max(0, LINES - 1 - len(lines))
     of_blocks = min(len(blocks), max(room // 2, room - len(kernels)))
     lines += [*kernels[: room - of_blocks], *blocks[:of_blocks]]
@@ -40,17 +41,26 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def ceilings(content: dict[str, Any]) -> Iterator[str]:
+def _earlier(record: dict[str, Any], started: str) -> str:
+    """A mark of what an earlier run of the suite, or another script, left in the folder; empty if it is of this run."""
+    measured = record.get("measured", "")
+    if measured >= started:
+        return ""
+    return f" (EARLIER: {measured or 'date unknown'}, code {record.get('code', 'unknown')})"
+
+
+def ceilings(content: dict[str, Any], started: str) -> Iterator[str]:
     """Copy, matrix product, attention."""
     if content:
-        yield f"copy {content['copy_bytes_per_second'] / 1e9:.0f} GB/s read and written"
+        copy = content["copy_bytes_per_second"] / 1e9
+        yield f"copy {copy:.0f} GB/s read and written{_earlier(content, started)}"
     for record in content.get("records", ()):
         what = " ".join(str(record[key]) for key in ("op", "name", "size", "way") if key in record)
         what += f" x{record['rows']}" if "rows" in record else ""
         yield f"{what}: " + (f"FAILED, {record['failed']}" if "failed" in record else f"{record['tflops']:.0f} TFLOP/s")
 
 
-def step(content: dict[str, Any]) -> Iterator[str]:
+def step(content: dict[str, Any], started: str) -> Iterator[str]:
     """Seconds, rates and memory of each path."""
     if not content:
         return
@@ -60,24 +70,25 @@ def step(content: dict[str, Any]) -> Iterator[str]:
     for record in (*paths, *content["ladder"], *content["extras"]):
         if "step_s" not in record:
             why = record.get("failed", "its outputs are not those of eager PyTorch")
-            yield f"  {record['name']}: FAILED, {' '.join(why.split())}"
+            yield f"  {record['name']}{_earlier(record, started)}: FAILED, {' '.join(why.split())}"
             continue
         mfu = "-" if record["mfu"] is None else f"{record['mfu']:.1%}"
         scaled = f", scaled from {record['measured_images']} images" if "measured_images" in record else ""
         yield (
             f"  {record['rollout_s']:8.2f} {record['update_s']:8.2f} {record['tflops']:7.1f} {mfu:>6} "
-            f"{record['peak_gib']:6.1f}  {record['name']}{scaled}"
+            f"{record['peak_gib']:6.1f}  {record['name']}{scaled}{_earlier(record, started)}"
         )
-    for name, other in (("ratio", "the public way"), ("ratio_strong", "the strong path")):
+    for name, path, other in (("ratio", "baseline", "the public way"), ("ratio_strong", "strong", "the strong path")):
         if name in content:
-            yield f"  ours is {content[name]:.2f} times as fast as {other}"
+            older = min((content["ours"], content[path]), key=lambda record: record.get("measured", ""))
+            yield f"  ours is {content[name]:.2f} times as fast as {other}{_earlier(older, started)}"
 
 
-def ops(content: dict[str, Any]) -> Iterator[str]:
+def ops(content: dict[str, Any], started: str) -> Iterator[str]:
     """Our calls beside eager and compiled ones of the same op, way and size: milliseconds of a graph."""
     if not content:
         return
-    yield "ops: graph ms (ours, eager, compiled), share of the copy, launches"
+    yield f"ops: graph ms (ours, eager, compiled), share of the copy, launches{_earlier(content, started)}"
     grouped: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in content["records"]:
         key = record["op"], record["way"], record["size"], record["rows"]

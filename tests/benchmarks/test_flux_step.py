@@ -134,6 +134,10 @@ def test_the_file_and_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {record["name"] for record in content["extras"]} == {rung.name for rung in flux_step.EXTRAS if not rung.gpu}
     assert plot_step.main([str(file), "--out", str(tmp_path / "step.png")]) == 0
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    content["strong"]["code"] = "another"
+    file.write_text(json.dumps(content))
+    assert plot_step.main([str(file), "--out", str(tmp_path / "no.png")]) == 2
+    assert "its paths are of different code: measure all of them again" in capsys.readouterr().err
     content.pop("strong")
     file.write_text(json.dumps(content))
     assert plot_step.main([str(file), "--out", str(tmp_path / "no.png")]) == 2
@@ -176,10 +180,21 @@ def test_a_path_that_raises_costs_no_other_and_a_second_call_adds(
     assert flux_step.main([*common, "--only", "baseline", "--public-images", "2"]) == 0
     added = json.loads(file.read_text())
     assert added["ours"] == content["ours"] and added["ladder"] == content["ladder"]
-    assert added["baseline"]["measured_images"] == 2
+    assert added["baseline"]["measured_images"] == 2 and added["baseline"]["code"] == added["ours"]["code"]
+    assert added["baseline"]["measured"] >= added["ours"]["measured"]
     assert added["ratio"] == pytest.approx(added["baseline"]["step_s"] / added["ours"]["step_s"])
     assert flux_step.main(["--size", "dry", *common[2:], "--only", "baseline"]) == 2
     assert "size is 'cpu' there and 'dry' here" in capsys.readouterr().err
+
+
+def test_a_ratio_is_of_one_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = flux_step.Session.__new__(flux_step.Session)
+    monkeypatch.setattr(session, "write", lambda: None)
+    session.content = {"ours": {"step_s": 1.0, "code": "new"}, "ratio": 5.0}
+    session._keep("baseline", {"step_s": 3.0, "code": "old"})
+    assert "ratio" not in session.content
+    session._keep("baseline", {"step_s": 2.0, "code": "new"})
+    assert session.content["ratio"] == 2.0
 
 
 def test_a_micro_step_is_one_forward_and_backward(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:

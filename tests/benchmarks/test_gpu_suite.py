@@ -160,6 +160,30 @@ def test_the_table_fits_a_screen(tmp_path: Path) -> None:
     assert any("FAILED" in line and "guidance" in line for line in lines)
 
 
+def test_what_an_earlier_run_left_is_marked(tmp_path: Path) -> None:
+    old, new = ({"measured": f"2026-01-0{day}T00:00:00Z", "code": code} for day, code in ((1, "abc"), (3, "def")))
+    path = {"rollout_s": 1.0, "update_s": 1.0, "tflops": 1.0, "mfu": None, "peak_gib": 1.0, "step_s": 2.0}
+    step = {
+        "images": 12,
+        "micro_batch": 4,
+        "finetune": "lora",
+        "size": "full",
+        "ladder": [],
+        "extras": [],
+        "ratio": 1.5,
+    }
+    step |= {"ours": path | new | {"name": "ours"}, "baseline": path | old | {"name": "baseline"}}
+    step["strong"] = {"name": "strong", "failed": "RuntimeError: x"}
+    (tmp_path / "flux_step.json").write_text(json.dumps(step))
+    (tmp_path / "ceilings.json").write_text(json.dumps(new | {"copy_bytes_per_second": 1e9}))
+    (tmp_path / "kernels.json").write_text(json.dumps(old | {"records": []}))
+    suite = {"device": "none", "minutes": 9.0, "parts": [], "started": "2026-01-02T00:00:00Z"}
+    lines = suite_table.table(tmp_path, suite).splitlines()
+    mark = " (EARLIER: 2026-01-01T00:00:00Z, code abc)"
+    assert [line.endswith(mark) for line in lines[1:]] == [False, False, False, False, True, True, True], lines
+    assert "strong (EARLIER: date unknown, code unknown): FAILED, RuntimeError: x" in lines[4]
+
+
 def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PCPO_"))}
     environment |= {"PYTHON": sys.executable, "OUT": str(folder)}
