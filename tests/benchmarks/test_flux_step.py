@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flux_step
@@ -185,6 +186,32 @@ def test_a_path_that_raises_costs_no_other_and_a_second_call_adds(
     assert added["ratio"] == pytest.approx(added["baseline"]["step_s"] / added["ours"]["step_s"])
     assert flux_step.main(["--size", "dry", *common[2:], "--only", "baseline"]) == 2
     assert "size is 'cpu' there and 'dry' here" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("two_rungs")
+@pytest.mark.parametrize(("only", "apart"), [("", True), ("ours,unproved", True), ("unproved", False), ("ours", False)])
+def test_unproved_levers_have_their_own_process_on_a_gpu(
+    only: str, apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block kernels in compiled blocks need what is set before the first kernel is called."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str]) -> Any:
+        calls.append(command)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(flux_step.subprocess, "run", run)
+    gpu = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(flux_step.Session, "gpu", gpu, raising=False)
+    memory = SimpleNamespace(total_memory=2**40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "none")
+    file = tmp_path / "step.json"
+    arguments = ["--size", "cpu", "--json", str(file), "--only", only, "--budget-seconds", "0.001"]
+    assert flux_step.main(arguments) == int(apart)
+    assert [command[2:-1] for command in calls] == [
+        [*arguments, "--only", "unproved", "--add", "--budget-seconds"] for _ in range(apart)
+    ]
 
 
 def test_a_ratio_is_of_one_code(monkeypatch: pytest.MonkeyPatch) -> None:
