@@ -16,7 +16,7 @@ from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcpo_fast.config.loading import load_config
-from pcpo_fast.config.schema import Config, ModelConfig
+from pcpo_fast.config.schema import AUTO, Config, ModelConfig
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.planning.advice import RESERVE, choose, usable
 from pcpo_fast.planning.costs import ModelCosts
@@ -478,6 +478,14 @@ def test_every_recipe_loads(path: Path) -> None:
     config = load_config(path)
     assert config.output_dir == f"runs/{path.parent.name}"
     assert config.deepspeed is None or Path(config.deepspeed).stem in SHIPPED
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_every_recipe_compiles_where_that_works_or_says_why_not(path: Path) -> None:
+    config = load_config(path)
+    partitioned = config.deepspeed is not None and SHIPPED[Path(config.deepspeed).stem].stage == 3
+    says_why = "  # compile stays off [-]: " in path.read_text(encoding="utf-8")
+    assert (config.model.compile == AUTO) is not (partitioned or says_why)
 
 
 @pytest.mark.slow
