@@ -112,15 +112,19 @@ class RewardUnits:
         return self._combined(self._weighed(total, components, rows))
 
     def changes(self, total: Tensor, components: Tensor) -> Tensor:
-        """Differences of rewards, divided by this epoch's mean standard deviations.
+        """Differences of rewards, divided by this epoch's mean standard deviations; 0 for rewards without any spread.
 
         Args:
             total: [n], differences of weighted sums.
             components: [n, R], differences of the scores of the rewards trained on.
         """
         columns = total[:, None] if self.normalize == "sum" else components
-        factors = torch.tensor(self.weights, dtype=torch.float64) / (
-            torch.tensor(self.spreads, dtype=torch.float64) + self.epsilon
+        factors = torch.tensor(
+            [
+                weight / (spread + self.epsilon) if spread else 0.0
+                for weight, spread in zip(self.weights, self.spreads, strict=True)
+            ],
+            dtype=torch.float64,
         )
         return (columns * factors).sum(dim=1) / self.divisor
 

@@ -66,6 +66,7 @@ def branch(
     step: int,
     chosen: Sequence[int],
     seed: int,
+    batch_size: int,
 ) -> Branches:
     """Sample both branches of some of this rank's images. Collective; all ranks must pass equally many.
 
@@ -77,21 +78,27 @@ def branch(
         step: one of them, but the last.
         chosen: positions of the images in the rollout.
         seed: the run's.
+        batch_size: images sampled at once.
     """
-    rows = torch.tensor(chosen, device=rollout.seeds.device)
+    rows = torch.tensor(chosen, device=rollout.seeds.device).repeat(2)
+    signs = torch.ones(len(rows), device=rows.device)
+    signs[len(chosen) :] = -1
     numbers, epoch = rollout.plan.images.flatten()[list(chosen)].tolist(), rollout.plan.epoch
-    keys = [random_key(Purpose.AUDIT_NOISE, seed, epoch, step, number) for number in numbers]
-    latents = rollout.trajectories.latents[rows, step]
-    output = rollout.trajectories.outputs[rows, step].float()
-    tensor = torch.tensor(keys, device=latents.device)
-    noise = table.std[step] * philox_normal(tensor, torch.zeros_like(tensor), latents[0].numel()).reshape_as(latents)
-    mean = table.a[step] * latents + table.b[step] * output
-    x = torch.cat([mean + noise, mean - noise])
+    keys = torch.tensor([random_key(Purpose.AUDIT_NOISE, seed, epoch, step, number) for number in numbers] * 2)
     after = next(later for later in scored if later > step)
-    clean = x
-    given, seeds = rollout.conditioning_of(rows.repeat(2)), rollout.seeds[rows.repeat(2)]
-    for now, (output, following) in enumerate(sampler_steps(policy, given, x, seeds, table, None, step + 1), step + 1):
-        if now == after:
-            clean = clean_latents(x, output, table, now)
-        x = following
-    return Branches(step, float(table.times[after]), list(chosen), policy.decode(x), policy.decode(clean))
+    images, predictions = [], []
+    for here, sign, key in zip(*(part.split(batch_size) for part in (rows, signs, keys.to(rows.device))), strict=True):
+        latents = rollout.trajectories.latents[here, step]
+        output = rollout.trajectories.outputs[here, step].float()
+        noise = philox_normal(key, torch.zeros_like(key), latents[0].numel()).reshape_as(latents)
+        noise = noise * (table.std[step] * sign).reshape(-1, *[1] * (latents.ndim - 1))
+        x = table.a[step] * latents + table.b[step] * output + noise
+        clean = x
+        steps = sampler_steps(policy, rollout.conditioning_of(here), x, rollout.seeds[here], table, None, step + 1)
+        for now, (output, following) in enumerate(steps, step + 1):
+            if now == after:
+                clean = clean_latents(x, output, table, now)
+            x = following
+        images.append(policy.decode(x))
+        predictions.append(policy.decode(clean))
+    return Branches(step, float(table.times[after]), list(chosen), torch.cat(images), torch.cat(predictions))

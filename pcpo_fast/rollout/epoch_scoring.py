@@ -82,7 +82,8 @@ class RolloutScoring:
         self.group_prompts = [prompts[index] for index in plan.prompts.tolist()]
         self.overlap = config.scoring.overlap
         self.jobs = BatchScoring(rewards, self.overlap)
-        self.batches: list[tuple[int | None, list[int]]] = []  # of each job: which prediction, and of which images
+        # Of each job: which prediction, and of which images; None for final images, and an audit's branches.
+        self.batches: list[tuple[int | Branches | None, list[int]]] = []
         self.branches: tuple[Branches, Scores] | None = None
         self.candidates: Candidates | None = None
         self.predicted: PredictedImages | None = None
@@ -135,12 +136,11 @@ class RolloutScoring:
 
     def add_branches(self, branches: Branches) -> None:
         """Score an audit's branches; :meth:`finish` compares their rewards."""
-        with shared_errors():
-            texts, metadata = self._prompts_of(branches.rows * 2)
-            metadata += self._prompts_of(branches.rows * 2, branches.time)[1]
-            images = torch.cat([branches.images, branches.predictions])
-            scores = self.rewards.score(images, texts * 2, metadata, evaluation=False, predictions=True)
-            self.branches = branches, scores
+        texts, metadata = self._prompts_of(branches.rows * 2)
+        metadata += self._prompts_of(branches.rows * 2, branches.time)[1]
+        images = torch.cat([branches.images, branches.predictions])
+        self.batches.append((branches, branches.rows))
+        self.jobs.add(images, texts * 2, metadata, predictions=True)  # after the batches before: no reward runs twice
 
     def finish(self, images: Tensor) -> ScoredEpoch:
         """Wait for the scores of the rollout's images [n, 3, H, W]. Collective.
@@ -192,6 +192,8 @@ class RolloutScoring:
         for (position, rows), scores in zip(self.batches, done, strict=True):
             if position is None:
                 final.append(scores)
+            elif isinstance(position, Branches):
+                self.branches = position, scores
             else:
                 columns = (scores.total, *(scores.components[spec.column] for spec in specs))
                 predictions[rows, position] = torch.stack([column.double().cpu() for column in columns], dim=1)

@@ -446,7 +446,8 @@ class Trainer:
         step = audited_step(scored, tables.steps, epoch, self.config.seed)
         if step is not None:
             chosen = audited_images(rollout.plan.images.shape[1], settings.audit_images, world_size())
-            found = branch(self.policy, rollout, tables.sampler, scored, step, chosen, self.config.seed)
+            size = self.config.rollout.images_at_once
+            found = branch(self.policy, rollout, tables.sampler, scored, step, chosen, self.config.seed, size)
             scoring.add_branches(found)
 
     def _encode(self, prompts: list[int]) -> dict[str, Tensor]:

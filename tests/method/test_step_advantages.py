@@ -316,6 +316,21 @@ def test_the_spread_of_earlier_epochs_and_the_least_spread() -> None:
     )
 
 
+@pytest.mark.parametrize("normalize", ["sum", "each"])
+def test_branches_of_an_epoch_without_spread_say_nothing(normalize: str) -> None:
+    """No standard deviation to divide by: the slopes of earlier audits must not be drowned by huge numbers."""
+    same, components = torch.full((15,), 0.3).double(), rewards()[1]
+    flat = torch.full_like(components, 0.3)
+    units = RewardUnits(same, flat, SPECS, GROUPS, settings_of(), normalize, [0.5] if normalize == "sum" else [0.5, 1])
+    assert not units.changes(normal(4), normal(4, 2, seed=1)).any()
+    one = torch.stack([components[:, 0], flat[:, 1]], dim=1)
+    if normalize == "each":
+        units = RewardUnits(same, one, SPECS, GROUPS, settings_of(), normalize)
+        changes = normal(4, 2)
+        expected = changes[:, 0] * 0.7 / (units.spreads[0] + 1e-8) / units.divisor
+        torch.testing.assert_close(units.changes(normal(4), changes), expected)
+
+
 # Bias, on a chain whose gradient is known: x1 = x0 + theta + s z1, x2 = x1 + theta + s z2, reward x2²
 
 

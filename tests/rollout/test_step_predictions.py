@@ -1,5 +1,6 @@
 """What steps predict: decoded in the rollout, scored, turned into advantages of steps; and the audit by branches."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def epoch_of(policy: Policy, config: Config, epoch: int = 3) -> tuple[ScoredEpoc
         step = audited_step(scoring.predicted.steps, at.steps, epoch, config.seed)  # type: ignore[union-attr]
         assert step is not None
         scored = scoring.predicted.steps  # type: ignore[union-attr]
-        scoring.add_branches(branch(policy, rollout, at.sampler, scored, step, range(4), config.seed))
+        scoring.add_branches(branch(policy, rollout, at.sampler, scored, step, range(4), config.seed, 8))
     return scoring.finish(rollout.images), rollout, at
 
 
@@ -234,10 +235,10 @@ def test_a_branch_with_the_rollouts_own_noise_is_the_rollout(
     count = rollout.trajectories.latents[0, 0].numel()
 
     def own(keys: Tensor, offsets: Tensor, size: int) -> Tensor:
-        return philox_normal(rollout.seeds[:3], offsets + 2 * count, size)
+        return philox_normal(rollout.seeds[:3].repeat(2), offsets + 2 * count, size)
 
     monkeypatch.setattr(pcpo_fast.rollout.branches, "philox_normal", own)
-    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), 2, range(3), config.seed)
+    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), 2, range(3), config.seed, 6)
     torch.testing.assert_close(found.images[:3], rollout.images[:3], rtol=1e-4, atol=1e-4)
     x, f = rollout.trajectories.latents[:3, 3], rollout.trajectories.outputs[:3, 3]
     torch.testing.assert_close(found.predictions[:3], policy.decode(x - at.sampler.times[3] * f), rtol=1e-4, atol=1e-4)
@@ -252,11 +253,46 @@ def test_an_audit_regresses_what_the_noise_changed_on_what_it_changed_in_the_pre
     scored, rollout, at = epoch_of(policy, config)
     step = audited_step((0, 1, 2, 3), at.steps, 3, config.seed)
     assert step is not None
-    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), step, range(4), config.seed)
+    found = branch(policy, rollout, at.sampler, (0, 1, 2, 3), step, range(4), config.seed, 8)
     final, predicted = (images.mean(dim=(1, 2, 3)).double() for images in (found.images, found.predictions))
     d, e = final[:4] - final[4:], predicted[:4] - predicted[4:]
     slope = float((d * e).sum() / (e * e).sum())
     assert scored.metrics[f"stepwise/branch_slope_step_{step}"] == pytest.approx(max(slope, 0), rel=1e-4)
+
+
+def test_branches_are_sampled_in_the_rollouts_batches(
+    policy: Policy, config_of: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many at once as rollout.batch_size allows, which limits memory; the images are the same."""
+    config, sizes = config_of(), []
+    _, rollout, at = epoch_of(policy, config)
+    whole = branch(policy, rollout, at.sampler, (0, 1, 2, 3), 1, range(4), config.seed, 100)
+    predict = policy.predict
+    monkeypatch.setattr(policy, "predict", lambda x, *rest: sizes.append(len(x)) or predict(x, *rest))
+    parts = branch(policy, rollout, at.sampler, (0, 1, 2, 3), 1, range(4), config.seed, 3)
+    assert sizes == [3] * 3 + [3] * 3 + [2] * 3
+    torch.testing.assert_close(parts.images, whole.images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.predictions, whole.predictions, rtol=1e-4, atol=1e-4)
+
+
+busy: list[int] = []
+"""Calls of :func:`slow` that are running."""
+
+
+def slow(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    assert not busy, "a reward runs concurrently with itself"
+    busy.append(1)
+    time.sleep(0.01)
+    busy.pop()
+    return images.mean(dim=(1, 2, 3))
+
+
+def test_an_audit_waits_for_rewards_that_are_still_at_work(policy: Policy, config_of: Callable[..., Config]) -> None:
+    settings = "advantage.audit_every=1", "advantage.audit_images=4"
+    overlapped, _, _ = epoch_of(policy, config_of("scoring.overlap=true", *settings, reward="slow"))
+    plain, _, _ = epoch_of(policy, config_of(*settings, reward="slow"))
+    slopes = [{n: v for n, v in one.metrics.items() if "branch" in n} for one in (overlapped, plain)]
+    assert slopes[0] and slopes[0] == pytest.approx(slopes[1], rel=1e-4)
 
 
 def test_an_audit_sees_what_the_limits_of_a_reward_leave(policy: Policy, config_of: Callable[..., Config]) -> None:
