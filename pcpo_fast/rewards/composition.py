@@ -40,10 +40,18 @@ def compose_advantages(
     advantages = partial(compute_advantages, epsilon=settings.epsilon, unbiased=settings.unbiased)
     if normalize == "sum":
         return advantages(total, groups, settings.normalization, settings.clip)
+    each = torch.stack(
+        [
+            advantages(clipped(column, spec), groups, settings.normalization, None)
+            for spec, column in zip(specs, components.T, strict=True)
+        ],
+        dim=1,
+    )
     summed = torch.zeros_like(total, dtype=torch.float64)
-    for spec, scores in zip(specs, components.T, strict=True):
-        summed += spec.weight * advantages(clipped(scores, spec), groups, settings.normalization, None)
-    return advantages(summed, None, "global", settings.clip)
+    for spec, column in zip(specs, each.T, strict=True):
+        summed += spec.weight * column
+    # The batch's mean is 0 but for rounding: images that no reward tells apart stay at exactly 0.
+    return advantages(summed, None, "global", settings.clip).masked_fill((each == 0).all(dim=1), 0.0)
 
 
 class RewardUnits:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 import pcpo_fast.rollout.epoch_scoring
 from pcpo_fast.config.loading import load_config
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import AdvantageConfig, Config, RewardConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages, compute_advantages
 from pcpo_fast.method.step_advantages import StepAdvantages
 from pcpo_fast.method.step_tables import RunTables
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rewards.composition import compose_advantages
 from pcpo_fast.rollout.epoch_plan import plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring, ScoredEpoch
 
@@ -179,12 +180,20 @@ def test_each_reward_normalised_by_itself_counts_by_its_weight_alone() -> None:
     assert (advantages - of_the_sum).abs().max() > 0.3
 
 
+def test_a_group_of_equal_rewards_has_exactly_no_advantage_when_each_is_normalised() -> None:
+    """Its pairs are then not run through the network."""
+    specs = (RewardConfig(name="a", weight=0.7), RewardConfig(name="b", weight=-1.0))
+    components = torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    components[:6] = torch.tensor([0.3, 0.7])
+    groups = torch.arange(4).repeat_interleave(6)
+    found = compose_advantages(components.sum(dim=1), components, specs, groups, AdvantageConfig(), "each")
+    assert bool((found[:6] == 0).all()) and bool((found[6:] != 0).all())
+
+
 def test_rewards_whose_sum_is_equal_are_told_apart_when_each_is_normalised() -> None:
     """The case that GDPO was made for: a sum that says nothing of its parts' different spreads."""
     one = torch.tensor([0.0, 1.0, 0.0, 1.0])
     two = torch.tensor([1.0, 0.0, 2.0, 0.0])
-    from pcpo_fast.rewards.composition import compose_advantages
-
     config = config_of(rewards="[{name: a}, {name: b}]")
     parts = torch.stack([one, two], dim=1).double()
     both = [
