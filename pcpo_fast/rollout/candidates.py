@@ -18,6 +18,7 @@ from pcpo_fast.policies import Conditioning, Policy, select_rows
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet, Scores
+from pcpo_fast.rewards.composition import clipped
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.overlapping import BatchScoring
 from pcpo_fast.rollout.rollout import first_rows, initial_latents, noise_keys, sampler_steps
@@ -146,10 +147,32 @@ def sample_candidates(
     columns = [scores.total, *(scores.components[spec.column] for spec in config.rewards if spec.trained_on)]
     everyone = gather_rows(torch.stack([column.double().cpu() for column in columns], dim=1).to(device)).cpu()
     found = everyone[:total].reshape(len(prompts), settings.candidates, -1)
-    return Candidates(found, choose(found[..., 0], settings.images_per_prompt), scores.failures)
+    return Candidates(found, choose(ranked_by(found, config), settings.images_per_prompt), scores.failures)
+
+
+def ranked_by(scores: Tensor, config: Config) -> Tensor:
+    """What candidates are ranked by, [P, M]: the weighted sum that their advantages are made of.
+
+    Args:
+        scores: float64 [P, M, 1 + R], weighted sum and rewards trained on; NaN where a reward failed.
+        config: the run.
+    """
+    if config.scoring.normalize == "sum":
+        return scores[..., 0]
+    specs = [spec for spec in config.rewards if spec.trained_on]
+    per_prompt, parts = config.advantage.normalization == "group", []
+    for spec, scored in zip(specs, scores[..., 1:].unbind(dim=-1), strict=True):
+        column = clipped(scored, spec)
+        deviation = column - column.nanmean(dim=1, keepdim=True)
+        if per_prompt:
+            variance = deviation.square().nanmean(dim=1, keepdim=True)
+        else:
+            variance = (column - column.nanmean()).square().nanmean()
+        parts.append(spec.weight * deviation / (variance.sqrt() + config.advantage.epsilon))
+    return torch.stack(parts).sum(dim=0)
 
 
 def _centered_ranks(values: Tensor) -> Tensor:
-    """Ranks within each row, minus their mean."""
-    ranks = values.argsort(dim=1, stable=True).argsort(dim=1).double()
-    return ranks - ranks.mean(dim=1, keepdim=True)
+    """Ranks within each row, minus their mean; equal values share the mean of their ranks."""
+    # (number below - number above) / 2
+    return (values[:, :, None] - values[:, None, :]).sign().sum(dim=2) / 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pcpo_fast.rollout.candidates
 from pcpo_fast.config.loading import load_config
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import AdvantageConfig, Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages, compute_advantages
 from pcpo_fast.method.noise_keys import Purpose, random_key
@@ -22,7 +22,8 @@ from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.policies.families import load_policy
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet
-from pcpo_fast.rollout.candidates import Candidates, choose, sample_candidates
+from pcpo_fast.rewards.composition import compose_advantages
+from pcpo_fast.rollout.candidates import Candidates, choose, ranked_by, sample_candidates
 from pcpo_fast.rollout.epoch_plan import plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring, ScoredEpoch
 from pcpo_fast.rollout.rollout import Rollout, collect_rollout
@@ -164,6 +165,38 @@ def test_agreement_is_the_rank_correlation_within_prompts() -> None:
     expected = spearmanr(cheap[0, found.chosen[0]], again).statistic
     assert found.metrics(again)["candidates/agreement"] == pytest.approx(expected)
     assert found.metrics(torch.full((4,), torch.nan)) == {}
+
+
+@pytest.mark.parametrize("normalization", ["group", "flow_grpo", "global"])
+def test_candidates_are_ranked_by_what_advantages_are_made_of(
+    config_of: Callable[..., Config], normalization: str
+) -> None:
+    """With normalize=each a reward with large scores counts by its weight alone, in the choice as in the advantages."""
+    rewards = "rewards=[{name: a, weight: 2}, {name: b, weight: 1}]"
+    scores = torch.randn(3, 7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores[..., 1] *= 100
+    whole = torch.cat([scores @ torch.tensor([[2.0], [1.0]]).double(), scores], dim=2)
+    config = config_of(rewards, "scoring.normalize=each", f"advantage.normalization={normalization}")
+    groups = torch.arange(3).repeat_interleave(7)
+    settings = AdvantageConfig(normalization=normalization, clip=1e3)
+    flat = whole.flatten(0, 1)
+    advantages = compose_advantages(flat[:, 0], flat[:, 1:], config.rewards, groups, settings, "each").reshape(3, 7)
+    found = ranked_by(whole, config)
+    assert torch.equal(choose(found, 4), choose(advantages, 4))
+    assert not torch.equal(choose(found, 4), choose(whole[..., 0], 4))
+    whole[0, 2] = torch.nan
+    lost = ranked_by(whole, config)
+    assert bool(lost[0, 2].isnan()) and int(lost.isnan().sum()) == 1
+    assert torch.equal(ranked_by(whole, config_of(rewards))[1:], whole[1:, :, 0])
+
+
+def test_equal_rewards_share_a_rank_and_do_not_count_as_agreement() -> None:
+    cheap, again = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 0.0]]).double(), torch.tensor([0.0, 1.0, 0.0, 0.0]).double()
+    found = Candidates(cheap[..., None], choose(cheap, 4))
+    expected = spearmanr(cheap[0, found.chosen[0]], again).statistic
+    assert found.metrics(again)["candidates/agreement"] == pytest.approx(expected)
+    same = Candidates(torch.ones(2, 6, 1).double(), choose(torch.ones(2, 6).double(), 4))
+    assert "candidates/agreement" not in same.metrics(torch.ones(8).double())
 
 
 def test_a_prompt_with_a_candidate_without_a_score_is_dropped_and_said_so(
