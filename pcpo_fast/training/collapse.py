@@ -5,6 +5,7 @@ that improve while the held-out reward does not.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -94,6 +95,7 @@ class SpreadMonitor:
 class PredictionMonitor:
     """Warns if the rewards of predictions rise over three evaluations but the held-out reward does not.
 
+    Only steps whose predictions were scored at all three count: those of a window that moves on rise by that alone.
     Per-step credit may then improve early predictions without improving the final images. With
     ``advantage.gain_lambda_rise`` the discount of later gains then rises, and the next warning takes two more
     evaluations; otherwise there is one warning.
@@ -104,21 +106,26 @@ class PredictionMonitor:
 
     def __init__(self, stepwise: StepAdvantages) -> None:
         self.stepwise = stepwise
-        self._pairs: list[tuple[float, float]] = []
+        self._pairs: list[tuple[dict[str, float], float]] = []
         self._said = False
 
-    def look(self, predicted: float | None, heldout: float) -> Iterator[str]:
+    def look(self, predicted: dict[str, float], heldout: float) -> Iterator[str]:
         """Process an evaluation; yields the warning.
 
         Args:
-            predicted: mean reward of the latest epoch's predictions; None if none are scored.
+            predicted: mean rewards of the latest epoch's predictions, by step; empty if none are scored.
             heldout: mean held-out reward.
         """
-        if predicted is None or self._said:
+        if not predicted or self._said:
             return
         self._pairs = [*self._pairs[-2:], (predicted, heldout)]
-        (first, before), (second, _), (third, now) = ([(math.inf, math.inf)] * 3 + self._pairs)[-3:]
-        if first < second < third and now <= before < math.inf:
+        levels = [level for level, _ in self._pairs]
+        common = levels[0].keys() & levels[-1].keys() & levels[len(levels) // 2].keys()
+        if len(levels) < 3 or not common:
+            return
+        first, second, third = (fmean(level[step] for step in common) for level in levels)
+        before, now = self._pairs[0][1], heldout
+        if first < second < third and now <= before:
             discount, rise = self.stepwise.gain_lambda, self.stepwise.settings.gain_lambda_rise
             if discount == 1:
                 advice = "lower optimizer.lr, or stop"
@@ -140,4 +147,5 @@ class PredictionMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self._pairs, self._said = [(first, second) for first, second in state["pairs"]], state["said"]
+        pairs = [(level, heldout) for level, heldout in state["pairs"] if isinstance(level, dict)]  # once a mean
+        self._pairs, self._said = pairs, state["said"]

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -211,7 +210,7 @@ class Trainer:
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
         self.spread, self.predictions = SpreadMonitor(), PredictionMonitor(self.stepwise)
         self.utilization = utilization_of(config, self.device, self.progress.message, lambda: self.costs)
-        self.predicted_reward: float | None = None  # of the latest epoch's predictions
+        self.predicted_rewards: dict[str, float] = {}  # of the latest epoch's predictions, by step
         self.heldout_reward: float | None = None  # of the current weights
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
         # Buffers, spreads and slopes of other rewards say nothing about these.
@@ -390,8 +389,9 @@ class Trainer:
         metrics = scored.metrics
         if chosen is not None:
             metrics["time/candidates"] = candidates_done - clock[0]
-        levels = [value for name, value in metrics.items() if name.startswith("stepwise/predicted_reward")]
-        self.predicted_reward = fmean(levels) if levels else None
+        self.predicted_rewards = {
+            name: value for name, value in metrics.items() if name.startswith("stepwise/predicted_reward")
+        }
         if scored.warning:
             self.progress.message(f"warning: {scored.warning}")
         for text in self.spread.look(scored.equal):
@@ -508,7 +508,7 @@ class Trainer:
         with profiler_ranges.named("evaluation"), self.engine.averaged():
             metrics, grid = self.heldout.evaluate()
         self.heldout_reward = metrics["heldout/reward/mean"]
-        for text in self.predictions.look(self.predicted_reward, self.heldout_reward):
+        for text in self.predictions.look(self.predicted_rewards, self.heldout_reward):
             self.progress.message(f"warning: {text}")
         is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
         self.collapse.look(metrics.get("heldout/diversity"), epoch, is_first=is_first)

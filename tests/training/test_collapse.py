@@ -40,7 +40,21 @@ def test_predictions_that_improve_alone_are_announced_once(
     pairs: list[tuple[float | None, float]], said: list[int]
 ) -> None:
     monitor = PredictionMonitor(StepAdvantages(AdvantageConfig(steps="gain"), 4))
-    assert [index for index, pair in enumerate(pairs) if list(monitor.look(*pair))] == said
+    looked = [
+        list(monitor.look({} if level is None else {"step_0": level, "step_1": level}, heldout))
+        for level, heldout in pairs
+    ]
+    assert [index for index, texts in enumerate(looked) if texts] == said
+
+
+def test_predictions_of_a_window_that_moves_on_are_compared_at_the_same_steps() -> None:
+    """Later steps predict better, at any time: that is no improvement."""
+    monitor = PredictionMonitor(StepAdvantages(AdvantageConfig(steps="gain"), 8))
+    for first in range(6):
+        assert not list(monitor.look({f"step_{step}": 0.1 * step for step in range(first, first + 3)}, 0.5))
+    for rise in (0.0, 0.01):
+        assert not list(monitor.look({"step_5": 0.5 + rise, f"step_{7 - 100 * rise}": 0.7}, 0.5))
+    assert "risen from 0.5 to 0.52 over" in next(monitor.look({"step_5": 0.52}, 0.5))
 
 
 def test_the_discount_of_later_gains_rises_to_1_where_predictions_improve_alone_and_goes_on_after_a_stop() -> None:
@@ -53,7 +67,7 @@ def test_the_discount_of_later_gains_rises_to_1_where_predictions_improve_alone_
         monitor = PredictionMonitor(stepwise)
         stepwise.load_state_dict(saved[0])
         monitor.load_state_dict(saved[1])
-        said += monitor.look(0.5 + 0.01 * evaluation, 0.6)
+        said += monitor.look({"step_1": 0.5 + 0.01 * evaluation}, 0.6)
         discounts.append(stepwise.gain_lambda)
     assert discounts == [0.25] * 2 + [0.75] * 2 + [1.0] * 5
     assert [text.rpartition("; ")[2] for text in said] == [
