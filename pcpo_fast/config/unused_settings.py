@@ -138,8 +138,13 @@ RULES = (
     Rule(("advantage.gain_lambda",), "advantage.steps=gain", lambda c: c.advantage.steps == "gain"),
     Rule(
         ("advantage.gain_lambda_rise",),
-        "advantage.steps=gain, held-out prompts and evaluation.every above 0",
-        lambda c: c.advantage.steps == "gain" and c.prompts.heldout is not None and c.evaluation.every > 0,
+        "advantage.steps=gain, a gain_lambda below 1, held-out prompts and evaluation.every above 0",
+        lambda c: (
+            c.advantage.steps == "gain"
+            and c.advantage.gain_lambda < 1
+            and c.prompts.heldout is not None
+            and c.evaluation.every > 0
+        ),
         switch="advantage.steps",
     ),
     Rule(

@@ -52,7 +52,7 @@ IN_VAIN: list[tuple[str, tuple[str, ...], str]] = [
     (
         "advantage.gain_lambda_rise=0.25",
         ("advantage.steps=gain",),
-        "advantage.steps=gain, held-out prompts and evaluation.every above 0",
+        "advantage.steps=gain, a gain_lambda below 1, held-out prompts and evaluation.every above 0",
     ),
     ("train.max_log_ratio=0.1", ("train.inner_epochs=2",), "train.inner_epochs above 1"),
 ]
@@ -76,6 +76,10 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
         (
             ("advantage.steps=baseline", "advantage.gain_lambda=0.5"),
             "advantage.gain_lambda .* advantage.steps=gain",
+        ),
+        (
+            ("advantage.steps=gain", "advantage.gain_lambda=1", "advantage.gain_lambda_rise=0.5"),
+            "advantage.gain_lambda_rise .* a gain_lambda below 1",
         ),
         (
             ("advantage.steps=gain", "evaluation.every=0", "advantage.gain_lambda_rise=0.5"),

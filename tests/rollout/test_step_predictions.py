@@ -217,11 +217,16 @@ def test_a_reward_may_decline(config_of: Callable[..., Config]) -> None:
     [
         ("advantage.normalization=running", "advantage.steps: gain compares images of one epoch"),
         ("advantage.calibrated=branches", "branches needs audits"),
+        ("window.size=1", "there is nothing to audit"),
+        ("advantage.scored_steps=5", "there is nothing to audit"),
+        ("credit.steps=[1,2];advantage.scored_steps=3", "there is nothing to audit"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(config_of: Callable[..., Config], override: str, words: str) -> None:
+    audits = "audit" in words and "branches" not in words
+    overrides = (*override.split(";"), *(["advantage.audit_every=1"] if audits else []))
     with pytest.raises(UserError, match=words):
-        config_of(override)
+        config_of(*overrides)
 
 
 # Branches
