@@ -62,7 +62,7 @@ def make_plan(
     policy = costs.model.policy
     check_sampler(config.sampler, policy.schedule_kind)
     policy.check_training(config.model)
-    check_names(config, policy)
+    check_names(config, type(policy))
     tables = RunTables(config, policy.schedule(config.sampler.steps), torch.device("cpu"))
     trainable, predictions = tables.trained_count, predictions_of_image(config.advantage, tables.at(0))
     pairs = pairs_per_update(config, trainable, gpus)
