@@ -2,8 +2,8 @@
 
     python benchmarks/step_rewards.py --json FILE
 
-samples five epochs of 8 prompts x 24 images with each reward; the learning rate is so small that no weight changes. By step: the correlation of the predictions' rewards with the final ones, the slope beta,
-and the correlation of a gain with the next one (docs/stepwise.md).
+samples five epochs of 8 prompts x 24 images with each reward; the learning rate is so small that no weight changes. By
+step: the correlation of the predictions' rewards with the final ones, the slope beta, and the correlation of a gain with the next one (docs/stepwise.md).
 """
 
 import argparse
@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from revisions import environment
+from revisions import ROOT, environment
 
 from pcpo_fast.reporting.metrics_file import find_metrics, read_metrics
 from pcpo_fast.reporting.series import step_series

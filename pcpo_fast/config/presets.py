@@ -29,8 +29,8 @@ _PCPO: Preset = {
     "rollout": {"same_initial_noise": True},
 }
 
-# PCPO's loop and objective with credit for what each step changed, which is this project's, not the paper's. Rule, lambda
-# and calibration are those that did best on the search seeds (docs/stepwise.md).
+# PCPO's loop and objective with credit for what each step changed, which is this project's, not the paper's. Rule,
+# lambda and calibration are those that did best on the search seeds (docs/stepwise.md).
 _PCPO_STEPWISE = _varied(_PCPO, credit={"rule": "native"}, advantage={"steps": "gain", "calibrated": False})
 
 # Xue et al., DanceGRPO (2025, arXiv:2505.07818): PPO clip on the native log-ratio, sample standard deviation.
