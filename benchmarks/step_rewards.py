@@ -3,7 +3,8 @@
     python benchmarks/step_rewards.py --json FILE
 
 samples five epochs of 8 prompts x 24 images with each reward; the learning rate is so small that no weight changes. By
-step: the correlation of the predictions' rewards with the final ones, the slope beta, and the correlation of a gain with the next one (docs/stepwise.md).
+step: the correlation of the predictions' rewards with the final ones, the slope beta, and the correlation of a gain
+with the next one (docs/stepwise.md).
 """
 
 import argparse
