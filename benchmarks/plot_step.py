@@ -15,7 +15,8 @@ from pcpo_fast.reporting.style import GRID, INK, OTHERS, SOFT, new_figure, style
 def rungs_of(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The paths that were timed, with their names: the public way, the ladder, and the strong way."""
     rungs = [("public trainers' way", content["baseline"])]
-    rungs += [(rung["name"], rung) for rung in content["ladder"]]
+    alone = len(content["ladder"]) == 1  # where nothing else was measured, it is ours with all that is before it
+    rungs += [("ours, up to " + rung["name"] if alone else rung["name"], rung) for rung in content["ladder"]]
     rungs.append(("strong plain PyTorch", content["strong"]))
     rungs = [(name, rung) for name, rung in rungs if "step_s" in rung]
     apart = {0, 1, len(rungs) - 1}  # the others are what is before them, and one lever more
