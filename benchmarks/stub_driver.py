@@ -17,6 +17,9 @@ class _Utils:
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         return name, (name, hash(binary)), 32, 0, 1024
 
+    def unload_module(self, module: str) -> None:
+        pass
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 

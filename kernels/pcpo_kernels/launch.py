@@ -25,7 +25,8 @@ _counters: dict[int, Tensor] = {}
 _compiled: dict[Any, Any] = {}
 # How a compiled kernel is launched is known of these releases. On AMD, Triton specialises on the size of a tensor's
 # storage as well; the interpreter compiles nothing.
-_remembers = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None and not interpreting()
+_KNOWN = ("3.6.", "3.7.", "3.9.")
+_remembers = triton.__version__.startswith(_KNOWN) and torch.version.hip is None and not interpreting()
 
 
 class _Traced(threading.local):

@@ -123,12 +123,16 @@ def test_reduction_of_a_step_makes_no_variant(compilations) -> None:
 
 
 def test_no_spills(compiled) -> None:
-    """But for one with Triton 3.6.0."""
-    known = [("adaptive_norm_backward", "bf16-residual-norm-6144")] if triton.__version__ == "3.6.0" else []
+    """But for one with Triton 3.6.0 and 3.9.0."""
+    spills = triton.__version__ in ("3.6.0", "3.9.0")
+    known = [("adaptive_norm_backward", "bf16-residual-norm-6144")] if spills else []
     assert [result[:5] for result in compiled if result.spill_bytes and result[:2] not in known] == []
 
 
-MOST_ISSUED = {"policy_loss_forward": (53.0, 4), "policy_loss_backward": (50.5, 0)}
+MOST_ISSUED = {
+    "policy_loss_forward": (53.0, 5 if triton.__version__ == "3.9.0" else 4),
+    "policy_loss_backward": (50.5, 0),
+}
 """Instructions per element on sm_90 of the loss with noise from a key, and barriers; no kernel calls a subroutine."""
 
 
