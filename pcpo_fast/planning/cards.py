@@ -27,8 +27,8 @@ CARDS = {
 
 
 MFU = 0.35
-"""Share of the peak rate that a run is assumed to reach where nobody says another. One step on an H200 reached 0.53, with
-compiled blocks (docs/performance.md)."""
+"""Share of the peak rate that a run is assumed to reach where nobody says another. One step on an H200 reached 0.53,
+with compiled blocks (docs/performance.md)."""
 
 
 def find_card(name: str) -> Card:

@@ -41,6 +41,7 @@ _PHASES = tuple(
     (f"time/{phase}", phase, color) for phase, color in zip(("rollout", "reward", "update"), OTHERS, strict=False)
 )
 _ROLLOUTS, _SINGLE = OTHERS[:2]  # colours of the rollouts, and of a curve that is alone
+_MOST_LEVELS = 4
 
 
 def save_figure(figure: "Figure", path: Path | str, dpi: int = 160) -> None:
@@ -186,15 +187,49 @@ def stepwise_figure(records: Sequence[Record]) -> "Figure | None":
         ("beta", "weight", OTHERS[1]),
         ("branch_slope", "slope from branches", OTHERS[2]),
     ):
-        # Only the last quarter of the epochs, since predictions and policy change during training.
-        curves = step_series(records, f"stepwise/{name}")
-        latest = {step: curve.values[-max(1, len(curve.values) // 4) :] for step, curve in curves.items()}
+        latest = {step: _last_quarter(curve) for step, curve in step_series(records, f"stepwise/{name}").items()}
         means = [sum(values) / len(values) for values in latest.values()]
         if means:
             right.plot(list(latest), means, color=colour, marker="o", markersize=4, linewidth=1.5, label=label)
     right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))
     legend(right)
     return figure
+
+
+def predictions_figure(records: Sequence[Record]) -> "Figure | None":
+    """Rewards of some steps' predictions beside those of the images, and the size of each step's credit."""
+    from matplotlib import colormaps
+
+    levels = sorted(step_series(records, "stepwise/predicted_reward").items())
+    if not levels:
+        return None
+    figure = new_figure(3.3)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    styled(left, "Rewards of predictions", EPOCHS, "mean reward", with_legend=True)
+    most = min(_MOST_LEVELS, len(levels))
+    chosen = [levels[round(i * (len(levels) - 1) / max(1, most - 1))] for i in range(most)]
+    for place, (step, curve) in enumerate(chosen):
+        colour = colormaps["Blues"](0.4 + 0.5 * place / max(1, most - 1))
+        look: dict[str, Any] = {"color": colour, "linewidth": 1.2, "marker": marker(curve.epochs)}
+        left.plot(curve.epochs, curve.values, label=f"step {step}", **look)
+    train, heldout = series(records, "reward/mean"), series(records, "heldout/reward/mean")
+    left.plot(train.epochs, train.values, color=_ROLLOUTS, linewidth=1.6, marker=marker(train.epochs), label="images")
+    left.plot(heldout.epochs, heldout.values, color=TUNED, linewidth=2, marker="o", markersize=4, label="held-out")
+    _span(left, *(curve for _, curve in chosen), train, heldout)
+    legend(left)
+
+    styled(right, "Size of each step's credit", "step (0 = noise)", "of the final advantages' size", with_legend=True)
+    sizes = sorted(step_series(records, "stepwise/left").items())
+    means = [sum(late) / len(late) for late in (_last_quarter(curve) for _, curve in sizes)]
+    right.plot([step for step, _ in sizes], means, color=_SINGLE, marker="o", markersize=4, linewidth=1.5)
+    right.axhline(1, color=SOFT, linewidth=0.8)
+    right.set_ylim(bottom=0)
+    return figure
+
+
+def _last_quarter(curve: Series) -> Sequence[float]:
+    """The values of the last quarter of the epochs, since predictions and policy change during training."""
+    return curve.values[-max(1, len(curve.values) // 4) :]
 
 
 def gain_correlation_figure(steps: Sequence[int], correlations: Sequence[Sequence[float | None]]) -> "Figure":

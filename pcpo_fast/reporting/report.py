@@ -98,6 +98,10 @@ def _figures(run: RunFiles) -> dict[str, Markup]:
         "spread": (plots.reward_spread_figure(records), "Influence of each reward on the sum, over epochs"),
         "clip": (plots.clip_fraction_figure(records), "Clip fraction per step and epoch"),
         "stepwise": (plots.stepwise_figure(records), "Gain of each step, and quality of its prediction"),
+        "predictions": (
+            plots.predictions_figure(records),
+            "Rewards of predictions, and the size of each step's credit",
+        ),
         "diversity": (plots.diversity_figure(records), "Diversity and distance to the base model over epochs"),
         "mismatch": (plots.mismatch_figure(records, clip_range), "Mismatch between rollout and update"),
         "gradient": (plots.gradient_norm_figure(records), "Gradient norm of every update"),

@@ -109,6 +109,22 @@ def test_what_steps_decided_is_a_map_and_what_predictions_say_a_mean_of_late_epo
     assert (list(branches.get_xdata()), list(branches.get_ydata())) == ([1], [0.9])
 
 
+def test_predictions_are_drawn_beside_the_images_and_the_size_of_credit_by_step() -> None:
+    lines = [
+        {"kind": "epoch", "epoch": e, "reward/mean": 0.5 + 0.1 * e}
+        | {f"stepwise/predicted_reward_step_{step}": 0.1 * step + 0.01 * e for step in range(7)}
+        | {f"stepwise/left_step_{step}": 0.5 + 0.01 * step for step in range(6)}
+        for e in range(3)
+    ]
+    figure = plots.predictions_figure(lines)
+    assert figure is not None
+    left, right = figure.axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in left.get_lines()}  # type: ignore[arg-type]
+    assert [name for name in drawn if str(name).startswith("step")] == ["step 0", "step 2", "step 4", "step 6"]
+    assert drawn["step 6"] == pytest.approx([0.6, 0.61, 0.62]) and drawn["images"] == pytest.approx([0.5, 0.6, 0.7])
+    assert list(right.get_lines()[0].get_ydata()) == pytest.approx([0.5 + 0.01 * step for step in range(6)])
+
+
 def test_correlations_of_gains_are_a_map_with_holes() -> None:
     figure = plots.gain_correlation_figure([2, 5], [[1.0, None], [None, 1.0]])
     axes = figure.axes[0]
@@ -212,6 +228,7 @@ DRAWINGS = [
     plots.gradient_norm_figure,
     plots.time_figure,
     plots.stepwise_figure,
+    plots.predictions_figure,
 ]
 
 
@@ -234,7 +251,7 @@ def test_one_epoch_and_zeros_can_be_drawn(draw: Any, records: list[dict[str, Any
 
 
 def test_axes_are_labelled(records: list[dict[str, Any]]) -> None:
-    stepwise = {"stepwise/gain_step_0": 0.5, "stepwise/correlation_step_0": 0.1}
+    stepwise = {"stepwise/gain_step_0": 0.5, "stepwise/correlation_step_0": 0.1, "stepwise/predicted_reward_step_0": 1}
     for draw in DRAWINGS:
         figure = draw([*records, {"kind": "epoch", "epoch": 20, **stepwise}])
         for axes in figure.axes if figure is not None else []:
