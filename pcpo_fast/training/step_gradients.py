@@ -96,7 +96,7 @@ def measure_gradients(
     term. The host's memory holds three gradients per rollout.
 
     Args:
-        config: the run; ``advantage.steps`` is ignored, the rest of ``advantage`` counts.
+        config: the run; ``advantage.steps`` and ``rollout.candidates`` are ignored, the rest of ``advantage`` counts.
         weights: what a checkpoint holds of the trained weights; None: the base model.
         first_epoch: epochs that these were trained for.
         rollouts, warm_up: how many.
@@ -149,6 +149,7 @@ def _changed(config: Config) -> Config:
     values["advantage"] |= {"steps": "gain", "audit_every": 0, "control": "none"}
     if values["advantage"]["calibrated"] == "branches":
         values["advantage"]["calibrated"] = True
+    values["rollout"]["candidates"] = None  # all that the rollout has is measured
     values["credit"]["kl_coefficient"] = 0.0
     values["train"]["inner_epochs"] = 1
     try:

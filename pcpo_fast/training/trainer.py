@@ -225,6 +225,7 @@ class Trainer:
                     self.stepwise.load_state_dict(state["step_advantages"])
                 if "predictions" in state:
                     self.predictions.load_state_dict(state["predictions"])
+                self.predicted_rewards = state.get("predicted_rewards", {})
             else:
                 self.progress.message(
                     "The checkpoint was trained with other rewards: its statistics of them (running advantages, "
@@ -343,6 +344,7 @@ class Trainer:
             "running_advantages": copy.deepcopy(self.running.state_dict()),
             "step_advantages": self.stepwise.state_dict(),
             "predictions": self.predictions.state_dict(),
+            "predicted_rewards": self.predicted_rewards,
             "rewarded": self.rewarded,
             "skipped_in_a_row": self.skipped_in_a_row,
             "diversity_before": self.collapse.before,
@@ -510,6 +512,7 @@ class Trainer:
         self.heldout_reward = metrics["heldout/reward/mean"]
         for text in self.predictions.look(self.predicted_rewards, self.heldout_reward):
             self.progress.message(f"warning: {text}")
+        self.predicted_rewards = {}  # looked at: an evaluation that is made again after resuming is not another one
         is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
         self.collapse.look(metrics.get("heldout/diversity"), epoch, is_first=is_first)
         self.loop_state = self._loop_state()

@@ -162,6 +162,17 @@ def test_what_is_known_of_other_rewards_is_left_behind(full: Run, tmp_path: Path
         assert ("The checkpoint was trained with other rewards" in answer.out) == expected
 
 
+def test_a_checkpoint_keeps_what_the_next_evaluation_looks_at(full: Run, tmp_path: Path, capsys: Capture) -> None:
+    """Stopped between an epoch and its evaluation, a run still compares the epoch's predictions with that."""
+    settings = ("advantage.steps=gain", "evaluation.every=2", "checkpoint.every=1", "logging.tensorboard=false")
+    answer = call(capsys, "train", "--config", full.config, f"output_dir={tmp_path / 'run'}", *settings)
+    assert answer.code == 0, answer.err
+    states = sorted((tmp_path / "run" / "checkpoints").glob("epoch_*/state.json"))
+    waiting, looked_at = (json.loads(file.read_text())["predicted_rewards"] for file in states)
+    assert waiting and all(name.startswith("stepwise/predicted_reward_step_") for name in waiting)
+    assert looked_at == {}
+
+
 def test_a_run_without_a_checkpoint_begins_again_unless_it_is_complete(copy_of_full: Run, capsys: Capture) -> None:
     run = copy_of_full.folder
     shutil.rmtree(run / "checkpoints")

@@ -10,8 +10,9 @@ from tiny_pipeline import tiny_config
 from torch import Tensor
 
 import pcpo_fast.training.step_gradients
+from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
-from pcpo_fast.training.step_gradients import compare_gradients, measure_gradients
+from pcpo_fast.training.step_gradients import _changed, compare_gradients, measure_gradients
 
 
 def products_of(gradients: Tensor) -> Tensor:
@@ -80,3 +81,8 @@ def test_what_cannot_be_measured_is_one_sentence(pipeline_folder: Path) -> None:
     config = tiny_config(pipeline_folder, "advantage.normalization=running")
     with pytest.raises(UserError, match=r"cannot be measured here: advantage.steps: gain compares images of one epoch"):
         measure_gradients(config, None, 0, 3, 1, torch.device("cpu"))
+
+
+def test_a_rollout_is_measured_whole_even_if_the_run_chooses_among_candidates() -> None:
+    config = load_config(None, ["rollout.candidates=48", "rollout.images_per_prompt=24", "advantage.steps=gain"])
+    assert _changed(config).rollout.candidates is None
