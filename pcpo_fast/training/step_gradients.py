@@ -140,7 +140,9 @@ def measure_gradients(
             numbers = plan.images.flatten()
             gradients.append([_gradient(policy, rollout, by_kind[kind][numbers], at, config) for kind in KINDS])
     flat = torch.stack([gradient for group in gradients for gradient in group])
-    return compare_gradients((flat @ flat.T).double().reshape(rollouts, len(KINDS), rollouts, len(KINDS)))
+    # In float64, of a part of the weights at a time, which keeps that in little memory.
+    products = sum(part.double() @ part.double().T for part in flat.split(1 << 22, dim=1))
+    return compare_gradients(cast(Tensor, products).reshape(rollouts, len(KINDS), rollouts, len(KINDS)))
 
 
 def _changed(config: Config) -> Config:
