@@ -105,7 +105,8 @@ def test_the_times_are_those_of_the_run(profiled: Profiled) -> None:
     assert 0 < summary["python_ms"] < summary["micro_step_ms"]
     micro_steps = seconds["epoch/update/micro-step"] - seconds["epoch/update/micro-step/optimizer"]
     assert summary["micro_step_ms"] == pytest.approx(1e3 * micro_steps / 2, rel=1e-3)
-    assert any(entry["name"] in ("aten::addmm", "aten::mm") for entry in summary["operations"])
+    # Which take the most time depends on the CPU: of a network this small, not even its products on every one.
+    assert any(entry["name"].startswith("aten::") for entry in summary["operations"])
     assert (summary["epoch"], summary["device_busy"], summary["kernels"]) == (2, None, [])
 
 
