@@ -418,7 +418,9 @@ class AdvantageConfig(Section):
     audit_every: NotNegative = Field(
         0, description="epochs between audits by branches, which measure what a step's gain is worth; 0: none"
     )
-    audit_images: Positive = Field(8, description="images of each audit, over all ranks")
+    audit_images: Positive = Field(
+        8, description="images of each audit, over all ranks; at most those of the epoch's first update"
+    )
 
     @property
     def within_prompts(self) -> bool:
