@@ -117,8 +117,10 @@ _DANCE_GRPO_DIFFUSION: Preset = {
 # PCPO on that loop.
 _PCPO_DIFFUSION = _varied(_DANCE_GRPO_DIFFUSION, credit={"rule": "uniform", "objective": "hinge"})
 
-# The same with credit for what each step changed.
-_PCPO_STEPWISE_DIFFUSION = _varied(_PCPO_DIFFUSION, advantage={"steps": "gain"})
+# The same with credit for what each step changed, in the form that was compared (docs/stepwise.md).
+_PCPO_STEPWISE_DIFFUSION = _varied(
+    _PCPO_DIFFUSION, credit={"rule": "native"}, advantage={"steps": "gain", "scored_steps": 4}
+)
 
 PRESETS: dict[str, Preset] = {
     "pcpo": _PCPO,
