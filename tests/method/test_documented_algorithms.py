@@ -85,7 +85,8 @@ def test_a_presets_row_is_what_it_does(preset: str) -> None:
     kind, clip = objective.split(", ")
     assert (kind, float(clip)) == (config.credit.objective, config.credit.clip_range)
     assert rule == config.credit.rule
-    steps = {"final": "", "gain": ", gain of each step"}[config.advantage.steps]
+    whose = {1: "each", 4: "every fourth"}[config.advantage.scored_steps]
+    steps = {"final": "", "gain": f", gain of {whose} step"}[config.advantage.steps]
     assert advantages == ADVANTAGES[config.advantage.normalization, config.advantage.unbiased] + steps
     assert float(beta) == config.credit.kl_coefficient
 
