@@ -120,7 +120,7 @@ class PredictionMonitor:
             return
         self._pairs = [*self._pairs[-2:], (predicted, heldout)]
         levels = [level for level, _ in self._pairs]
-        common = levels[0].keys() & levels[-1].keys() & levels[len(levels) // 2].keys()
+        common = set.intersection(*map(set, levels))
         if len(levels) < 3 or not common:
             return
         first, second, third = (fmean(level[step] for step in common) for level in levels)

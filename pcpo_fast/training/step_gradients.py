@@ -140,9 +140,11 @@ def measure_gradients(
             numbers = plan.images.flatten()
             gradients.append([_gradient(policy, rollout, by_kind[kind][numbers], at, config) for kind in KINDS])
     flat = torch.stack([gradient for group in gradients for gradient in group])
-    # In float64, of a part of the weights at a time, which keeps that in little memory.
-    products = sum(part.double() @ part.double().T for part in flat.split(1 << 22, dim=1))
-    return compare_gradients(cast(Tensor, products).reshape(rollouts, len(KINDS), rollouts, len(KINDS)))
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for part in flat.split(1 << 22, dim=1):  # all of the weights in float64 would take twice the memory again
+        wide = part.double()
+        products += wide @ wide.T
+    return compare_gradients(products.reshape(rollouts, len(KINDS), rollouts, len(KINDS)))
 
 
 def _changed(config: Config) -> Config:
