@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import triton
 import triton.language as tl
+from json_files import read_json
 from pcpo_kernels import (
     Endpoints,
     NoiseKey,
@@ -224,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:28}{record['microseconds']:8.1f}   {record['ratio']:.2f} of the reference")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(content, indent=1) + "\n")
-    baselines = [json.loads(file.read_text()) for file in chosen.against or ()]
+    baselines = [read_json(file) for file in chosen.against or ()]
     baselines.sort(key=lambda baseline: baseline["cpu"] != content["cpu"])
     worse = dearer(content, baselines[0]) if baselines else []
     for line in worse:

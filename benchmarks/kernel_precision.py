@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent))
 
 import kernel_baseline as baseline
+from json_files import read_json
 from kernel_cases import CLIP_RANGE, NOISE, SIZES, Case, make_case, noise_tensor
 from pcpo_kernels import Endpoints, NoiseKey, policy_loss
 
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = chosen.out / "benchmarks" / "results" / "kernels" / "precision.json"
     figure = chosen.out / "docs" / "figures" / "kernel_precision.png"
     if chosen.redraw:
-        plot(json.loads(results.read_text()), figure)
+        plot(read_json(results), figure)
         print(figure)
         return 0
     if chosen.quick:

@@ -4,10 +4,11 @@ python benchmarks/kernel_tables.py benchmarks/results/nvidia_h200
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from json_files import read_json
 
 Record = dict[str, Any]
 KINDS = ("ours", "eager", "compiled")
@@ -112,9 +113,9 @@ def goals(content: Record, counted: list[Record]) -> str:
 
 def read(folder: Path) -> tuple[Record, Record, list[Record]]:
     """The kernels' times, the block kernels', and the instruction counts of the Triton version that was measured."""
-    kernels, blocks = (json.loads((folder / name).read_text()) for name in ("kernels.json", "block_ops.json"))
+    kernels, blocks = (read_json(folder / name) for name in ("kernels.json", "block_ops.json"))
     counts = Path(__file__).parent / "results" / "kernels" / f"triton-{kernels['triton']}.json"
-    return kernels, blocks, json.loads(counts.read_text())
+    return kernels, blocks, read_json(counts)
 
 
 def main(arguments: list[str] | None = None) -> int:

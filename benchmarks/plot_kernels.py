@@ -4,11 +4,12 @@ python benchmarks/plot_kernels.py benchmarks/results/nvidia_h200/kernels.json --
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from json_files import read_json
 
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.reporting.style import BASE, INK, NATIVE, OTHERS, PAPER, SOFT, new_figure, percent, styled
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="kernels.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for kernel_speed_<device>.png")
     chosen = parser.parse_args(arguments)
-    content = json.loads(chosen.results.read_text())
+    content = read_json(chosen.results)
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"kernel_speed_{re.sub(r'[^a-z0-9]+', '_', content['device'].lower())}.png"
     save_figure(draw(content), path, dpi=130)

@@ -4,10 +4,11 @@ python benchmarks/plot_step.py step.json --out figures/step.png
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from json_files import read_json
 
 from pcpo_fast.reporting.style import GRID, INK, OTHERS, SOFT, new_figure, styled
 
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="the JSON file")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     chosen = parser.parse_args(arguments)
-    content = json.loads(chosen.results.read_text())
+    content = read_json(chosen.results)
     missing = [name for name in ("baseline", "strong") if "step_s" not in content.get(name, {})]
     if missing:
         print(f"error: {chosen.results} has no time of {' and '.join(missing)}", file=sys.stderr)

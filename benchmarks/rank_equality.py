@@ -27,6 +27,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from json_files import read_json
 from torch import Tensor
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -378,7 +379,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the file's table in Markdown, and run nothing")
     arguments = parser.parse_args()
     if arguments.show:
-        print(render(json.loads(arguments.json.read_text())["rows"]), end="")
+        print(render(read_json(arguments.json)["rows"]), end="")
         return 0
     if arguments.worker is not None:
         work(arguments.worker, tuple(arguments.cases), arguments.pipeline)

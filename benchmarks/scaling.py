@@ -25,6 +25,8 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
+from json_files import read_json
+
 PROJECT = Path(__file__).resolve().parent.parent
 COLLECTIVES = (
     "all_reduce",
@@ -223,7 +225,7 @@ def main() -> None:
         return
     sys.path[:0] = [str(PROJECT), str(PROJECT / "kernels")]
     if arguments.redraw:
-        plot(json.loads(arguments.json.read_text()), arguments.figure)
+        plot(read_json(arguments.json), arguments.figure)
         return
     from pcpo_fast.config.loading import load_config
 

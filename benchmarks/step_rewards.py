@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
     chosen = parser.parse_args(arguments)
+    if not chosen.json.absolute().parent.is_dir():
+        parser.error(f"--json {chosen.json}: its folder does not exist")
     results = {}
     for reward in REWARDS:
         with tempfile.TemporaryDirectory() as folder:
