@@ -206,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=200, help="calls timed at once (%(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="how often (%(default)s)")
     chosen = parser.parse_args(arguments)
+    baselines = [read_json(file) for file in chosen.against or ()]
     torch.set_num_threads(1)
     # A plain function in the class, since Python looks special methods up there.
     through = patch.object(Operator, "__call__", lambda op, *given: op._dispatch(given))
@@ -225,7 +226,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:28}{record['microseconds']:8.1f}   {record['ratio']:.2f} of the reference")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(content, indent=1) + "\n")
-    baselines = [read_json(file) for file in chosen.against or ()]
     baselines.sort(key=lambda baseline: baseline["cpu"] != content["cpu"])
     worse = dearer(content, baselines[0]) if baselines else []
     for line in worse:
