@@ -194,7 +194,7 @@ def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @needs_interpreter
 @pytest.mark.parametrize(
     ("parts", "names"),
-    [("1", ["ceilings"]), pytest.param("1,2,5,6", ["ceilings", "kernels", "block_ops"], marks=pytest.mark.slow)],
+    [("1,2,5,6", ["ceilings", "kernels", "block_ops"])],
 )
 def test_dry_run_of_parts(tmp_path: Path, parts: str, names: list[str]) -> None:
     done = dry_run(tmp_path, "--parts", parts)
