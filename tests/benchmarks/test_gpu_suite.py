@@ -192,15 +192,12 @@ def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_interpreter
-@pytest.mark.parametrize(
-    ("parts", "names"),
-    [("1,2,5,6", ["ceilings", "kernels", "block_ops"])],
-)
-def test_dry_run_of_parts(tmp_path: Path, parts: str, names: list[str]) -> None:
-    done = dry_run(tmp_path, "--parts", parts)
+def test_dry_run_of_parts(tmp_path: Path) -> None:
+    done = dry_run(tmp_path, "--parts", "1,2,5,6")
     assert done.returncode == 0, done.stdout + done.stderr
     suite = json.loads((tmp_path / "suite.json").read_text())
     assert {one["status"] for one in suite["parts"]} == {"done"} and suite["complete"]
+    names = ["ceilings", "kernels", "block_ops"]
     written = {f"{name}.json" for name in names} | {"suite.json", "suite.log", "table.txt"}
     assert {path.name for path in tmp_path.iterdir()} == written
     for name in names:
