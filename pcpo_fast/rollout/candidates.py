@@ -18,7 +18,7 @@ from pcpo_fast.policies import Conditioning, Policy, select_rows
 from pcpo_fast.profiling import profiler_ranges
 from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards import RewardSet, Scores
-from pcpo_fast.rewards.composition import clipped
+from pcpo_fast.rewards.composition import compose_advantages
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.overlapping import BatchScoring
 from pcpo_fast.rollout.rollout import first_rows, initial_latents, noise_keys, sampler_steps
@@ -82,13 +82,13 @@ def choose(totals: Tensor, count: int) -> Tensor:
     """The best and the worst of each prompt's candidates, half of each; one more of the best if ``count`` is odd.
 
     Args:
-        totals: [P, M] rewards; where equal, the first ones count as lower. A missing reward counts as the mean.
+        totals: [P, M]; where equal, the first ones count as lower.
         count: at most M.
 
     Returns:
         int64 [P, count], ascending.
     """
-    order = totals.where(totals.isfinite(), totals.nanmean(dim=1, keepdim=True)).argsort(dim=1, stable=True)
+    order = totals.argsort(dim=1, stable=True)
     worst, best = count // 2, count - count // 2
     return torch.cat([order[:, :worst], order[:, order.shape[1] - best :]], dim=1).sort(dim=1).values
 
@@ -151,25 +151,24 @@ def sample_candidates(
 
 
 def ranked_by(scores: Tensor, config: Config) -> Tensor:
-    """What candidates are ranked by, [P, M]: the weighted sum that their advantages are made of.
+    """What candidates are ranked by, float64 [P, M]: advantages among all candidates, before clipping.
 
     Args:
-        scores: float64 [P, M, 1 + R], weighted sum and rewards trained on; NaN where a reward failed.
+        scores: float64 [P, M, 1 + R], weighted sum and rewards trained on; where one of a prompt failed, its candidates
+            are equal, since the epoch leaves the prompt out.
         config: the run.
     """
-    if config.scoring.normalize == "sum":
-        return scores[..., 0]
+    prompts, count, _ = scores.shape
+    known = scores.isfinite().flatten(1).all(dim=1)
+    ranks = torch.zeros(prompts, count, dtype=torch.float64)
+    if not bool(known.any()):
+        return ranks
+    rows, groups = scores[known].flatten(0, 1), torch.arange(prompts)[known].repeat_interleave(count)
     specs = [spec for spec in config.rewards if spec.trained_on]
-    per_prompt, parts = config.advantage.normalization == "group", []
-    for spec, scored in zip(specs, scores[..., 1:].unbind(dim=-1), strict=True):
-        column = clipped(scored, spec)
-        deviation = column - column.nanmean(dim=1, keepdim=True)
-        if per_prompt:
-            variance = deviation.square().nanmean(dim=1, keepdim=True)
-        else:
-            variance = (column - column.nanmean()).square().nanmean()
-        parts.append(spec.weight * deviation / (variance.sqrt() + config.advantage.epsilon))
-    return torch.stack(parts).sum(dim=0)
+    settings = config.advantage.model_copy(update={"clip": None})  # clipped ones could not be told apart
+    composed = compose_advantages(rows[:, 0], rows[:, 1:], specs, groups, settings, config.scoring.normalize)
+    ranks[known] = composed.reshape(-1, count)
+    return ranks
 
 
 def _centered_ranks(values: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def epoch_of(policy: Policy, config: Config, epoch: int = 3) -> tuple[ScoredEpoc
     ("count", "expected"), [(1, [[2], [4]]), (2, [[0, 2], [1, 4]]), (3, [[0, 2, 4], [1, 2, 4]]), (5, [[*range(5)]] * 2)]
 )
 def test_the_worst_and_the_best_are_chosen(count: int, expected: list[list[int]]) -> None:
-    totals = torch.tensor([[-1.0, 0.1, 7.0, torch.nan, 3.0], [2.0, 1.0, 5.0, 3.0, 6.0]])
+    totals = torch.tensor([[-1.0, 0.1, 7.0, 0.1, 3.0], [2.0, 1.0, 5.0, 3.0, 6.0]])
     assert choose(totals, count).tolist() == expected
 
 
@@ -184,10 +184,20 @@ def test_candidates_are_ranked_by_what_advantages_are_made_of(
     found = ranked_by(whole, config)
     assert torch.equal(choose(found, 4), choose(advantages, 4))
     assert not torch.equal(choose(found, 4), choose(whole[..., 0], 4))
-    whole[0, 2] = torch.nan
-    lost = ranked_by(whole, config)
-    assert bool(lost[0, 2].isnan()) and int(lost.isnan().sum()) == 1
-    assert torch.equal(ranked_by(whole, config_of(rewards))[1:], whole[1:, :, 0])
+    assert torch.equal(choose(ranked_by(whole, config_of(rewards)), 4), choose(whole[..., 0], 4))
+
+
+@pytest.mark.parametrize("normalize", ["sum", "each"])
+def test_a_prompt_with_a_failed_candidate_changes_no_other_choice(
+    config_of: Callable[..., Config], normalize: str
+) -> None:
+    config = config_of(f"scoring.normalize={normalize}", "advantage.normalization=global")
+    scores = torch.randn(3, 7, 1, dtype=torch.float64).expand(3, 7, 2).clone()
+    expected = ranked_by(scores[1:], config)
+    scores[0, 2] = torch.nan
+    assert torch.equal(ranked_by(scores, config)[1:], expected)
+    scores[:, 0] = torch.nan
+    assert choose(ranked_by(scores, config), 4).tolist() == [[0, 1, 5, 6]] * 3
 
 
 def test_equal_rewards_share_a_rank_and_do_not_count_as_agreement() -> None:
