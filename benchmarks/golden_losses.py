@@ -38,9 +38,14 @@ NAMES = ("reward/mean", "policy/loss", "policy/log_ratio_abs", "policy/grad_norm
 Losses = dict[str, list[dict[str, float]]]
 
 
+# An x86 CPU runs what all of them have: otherwise each maker's generation sums in an order of its own.
+PINNED = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
 def platform_name() -> str:
-    """What decides the bits: the device, its instruction set and the version of PyTorch."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    """What decides the bits: the device, its instruction set (AVX2 on x86) and the version of PyTorch."""
+    capability = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX2")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else capability
     parts = (platform.machine(), device, f"torch-{torch.__version__.partition('+')[0]}")
     return "-".join(parts).replace(" ", "_").lower()
 
@@ -54,7 +59,7 @@ def losses(root: Path) -> Losses:
             run = subprocess.run(
                 [*command, *settings, f"output_dir={folder}/run"],
                 cwd=root,
-                env=environment(root) | {"OMP_NUM_THREADS": "1"},  # another number of threads sums in another order
+                env=environment(root) | PINNED | {"OMP_NUM_THREADS": "1"},  # other threads sum in another order, too
                 capture_output=True,
                 text=True,
             )
