@@ -38,12 +38,21 @@ NAMES = ("reward/mean", "policy/loss", "policy/log_ratio_abs", "policy/grad_norm
 Losses = dict[str, list[dict[str, float]]]
 
 
-# An x86 CPU runs what all of them have: otherwise each maker's generation sums in an order of its own.
+# Without these an x86 CPU sums in the order of its own generation, and rounds square roots as its maker's MKL does.
 PINNED = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+TRAIN = """
+import numpy, torch
+from pcpo_fast.cli import main
+own = torch.sqrt
+def exact(x):
+    return own(x) if x.is_cuda or x.requires_grad else torch.as_tensor(numpy.sqrt(x.numpy()))
+torch.sqrt = torch.Tensor.sqrt = exact
+raise SystemExit(main())
+"""
 
 
 def platform_name() -> str:
-    """What decides the bits: the device, its instruction set (AVX2 on x86) and the version of PyTorch."""
+    """What decides the bits: the device, its instruction set (on x86 AVX2) and the version of PyTorch."""
     capability = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX2")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else capability
     parts = (platform.machine(), device, f"torch-{torch.__version__.partition('+')[0]}")
@@ -55,7 +64,7 @@ def losses(root: Path) -> Losses:
     found: Losses = {}
     for case, settings in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pcpo_fast", "train", "--config", "configs/tiny_flux.yaml", *SETTINGS]
+            command = [sys.executable, "-c", TRAIN, "train", "--config", "configs/tiny_flux.yaml", *SETTINGS]
             run = subprocess.run(
                 [*command, *settings, f"output_dir={folder}/run"],
                 cwd=root,
