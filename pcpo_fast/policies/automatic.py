@@ -14,6 +14,7 @@ from pcpo_fast.config.schema import AUTO, Config
 from pcpo_fast.distributed.collectives import gather_objects, rank, shared_errors
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.attention import check_backend
+from pcpo_fast.policies.compile_trial import cause_of
 from pcpo_fast.policies.weight_files import read_json
 
 if TYPE_CHECKING:
@@ -32,13 +33,17 @@ def is_automatic(config: Config) -> bool:
     return AUTO in (config.model.attention, config.model.compile)
 
 
-def as_begun(config: Config, folder: Path) -> Config:
-    """The run with its automatic values as the run in a folder was begun; unchanged where it has none."""
+def as_begun(config: Config, folder: Path, *, partitioned: bool = False) -> Config:
+    """The run with its automatic values as the run in a folder was begun; unchanged where it has none.
+
+    With partitioned weights (ZeRO-3) compilation is left to :func:`settle`, which rules it out.
+    """
+    keys = ("attention",) if partitioned else ("attention", "compile")
     try:
         earlier = load_config(folder / "config.yaml").model
     except UserError:
         return config
-    update = {key: getattr(earlier, key) for key in ("attention", "compile") if getattr(config.model, key) == AUTO}
+    update = {key: getattr(earlier, key) for key in keys if getattr(config.model, key) == AUTO}
     return config.model_copy(update={"model": config.model.model_copy(update=update)})
 
 
@@ -49,7 +54,8 @@ def settle(
 
     On a CPU attention is ``native`` and nothing is compiled. On a GPU the fastest of :data:`BACKENDS` is taken, forward
     and backward at the run's image size, for rollout and update alike, and blocks are compiled where ``torch.compile``
-    works. Values that are not ``auto`` stay, and fail later if they cannot be.
+    works; in training the blocks themselves are asked again (:mod:`pcpo_fast.policies.compile_trial`). Values that are
+    not ``auto`` stay, and fail later if they cannot be.
 
     Args:
         config: the run.
@@ -137,12 +143,12 @@ def attention_seconds(
 
 
 def compile_problem(device: torch.device) -> str | None:
-    """Why ``torch.compile`` is not worth or not able to be used on a device; None where it works."""
+    """Why ``torch.compile`` is not worth or not able to be used on a device, without a model; None where it works."""
     if device.type != "cuda":
         return "on a CPU"
     values = torch.ones(8, device=device, requires_grad=True)
     try:
         torch.compile(lambda x: (x * x + 1).sum(), fullgraph=True)(values).backward()
     except Exception as error:  # whatever the compiler, Triton or a missing C compiler says
-        return f"torch.compile does not work here: {reason_of(error)}"
+        return f"torch.compile does not work here: {reason_of(cause_of(error))}"
     return None

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pcpo_fast.config.schema import Config
+from pcpo_fast.config.schema import AUTO, Config
 from pcpo_fast.distributed.agreement import check_agreement, check_alike
 from pcpo_fast.distributed.collectives import (
     gather_objects,
@@ -40,6 +40,7 @@ from pcpo_fast.planning.sizes import fitted, is_auto, kept_sizes, with_sizes
 from pcpo_fast.planning.states import Zero
 from pcpo_fast.planning.utilization import utilization_of
 from pcpo_fast.policies.automatic import as_begun, is_automatic, settle
+from pcpo_fast.policies.compile_trial import keep_compiled
 from pcpo_fast.policies.families import check_base_model, keep_reference, load_policy
 from pcpo_fast.policies.low_precision import check_fp8
 from pcpo_fast.policies.speed import checkpoint_blocks
@@ -186,7 +187,7 @@ class Trainer:
         self.progress = TrainingProgress(config.train.epochs, start.epoch, rank() == 0, console=console)
         if config.rollout.candidates_in_fp8:
             check_fp8(device)
-        in_parts = Zero.of(config).stage == 3
+        in_parts, compiles = Zero.of(config).stage == 3, config.model.compile
         config = self.config = self._settled(config, in_parts)
         self.progress.message(f"Loading {config.model.path}")
         self.progress.message(f"Encoding {len(inputs.texts)} prompts")
@@ -198,6 +199,8 @@ class Trainer:
         if config.model.gradient_checkpointing and config.model.checkpointed_share is None:
             self._choose_recomputing()
         self.engine = Engine(self.policy.module, config, accumulation)
+        if compiles == AUTO and config.model.compile:
+            config = self.config = self._compiled(config)
         self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
         patience = timedelta(seconds=config.distributed.timeout) + MARGIN
         self.stop = StopRequest(config.checkpoint.grace, patience, self.progress.message)
@@ -247,7 +250,7 @@ class Trainer:
     def _settled(self, config: Config, in_parts: bool) -> Config:
         """The run with automatic attention and compilation settled: as it began where it is resumed."""
         if not self.start.fresh:
-            config = gather_objects(as_begun(config, self.folder))[0]
+            config = gather_objects(as_begun(config, self.folder, partitioned=in_parts))[0]
         if is_automatic(config):
             config, chosen = settle(config, *check_base_model(config), self.device, partitioned=in_parts)
             self.progress.message(f"Chosen: {chosen}")
@@ -270,6 +273,19 @@ class Trainer:
         )
         self.progress.message(f"Sizes: {sizes}")
         return config
+
+    def _compiled(self, config: Config) -> Config:
+        """The run with automatic compilation only where its first batches run compiled, on all ranks alike."""
+        epoch, settings = self.start.epoch, config.rollout
+        plan = plan_epoch(config, len(self.prompts), self.tables.at(epoch).steps, epoch, rank(), world_size())
+        given, sampled = self._encode(plan.prompts.tolist()), min(settings.images_at_once, plan.images.numel())
+        self.progress.message("Compiling the blocks")
+        with self.engine.offloaded(settings.offload_optimizer):
+            problem = keep_compiled(self.policy, settings, given, sampled, config.train.pairs_at_once)
+        if problem is None:
+            return config
+        self.progress.message(f"Chosen instead: model.compile=false ({problem})")
+        return config.model_copy(update={"model": config.model.model_copy(update={"compile": False})})
 
     def _choose_recomputing(self) -> None:
         """Recompute as few blocks as the device's memory allows."""

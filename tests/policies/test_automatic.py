@@ -106,6 +106,7 @@ def test_a_resumed_run_keeps_what_it_began_with(pipeline_folder: Path, tmp_path:
     begun = tiny_config(pipeline_folder, "model.attention=_native_math", "model.compile=true")
     (tmp_path / "config.yaml").write_text(dump_config(begun))
     assert as_begun(asked, tmp_path).model == begun.model
+    assert as_begun(asked, tmp_path, partitioned=True).model.compile == "auto"
     explicit = tiny_config(pipeline_folder, "model.attention=native", BOTH[1])
     assert as_begun(explicit, tmp_path).model.attention == "native" and as_begun(explicit, tmp_path).model.compile
 

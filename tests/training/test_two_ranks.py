@@ -54,6 +54,7 @@ def config_of(pipeline: Path, folder: Path, run: str) -> Path:
         "rollout.candidates=6",
         "rollout.candidate_weights=full",
         "train.micro_batch_size=3",
+        "model.compile=auto",
     )
     file = folder / f"{run}.yaml"
     file.write_text(dump_config(config))
@@ -111,6 +112,9 @@ def test_two_ranks_train_as_one_resume_and_fail_in_one_line(
     assert launched.returncode == 2, launched.stderr
     assert launched.stdout.count("Held-out reward:") == 1  # one rank speaks, at the end of the first part
     assert sum("Resuming after epoch 1" in line for line in launched.stdout.splitlines()) == 1
+    why = "the blocks cannot run compiled here: the second rank has no registers left"
+    assert launched.stdout.count(f"Chosen instead: model.compile=false ({why})") == 1
+    assert load_config(folder / "two" / "config.yaml").model.compile is False
     everything = (launched.stdout + launched.stderr).splitlines()
     errors = [line for line in everything if line.startswith("error: ")]
     assert len(errors) == 1 and "the second rank has lost its reward model" in errors[0]
