@@ -24,6 +24,7 @@ LONGEST = (
     "training/test_waiting.py",
     "engine/test_ds_configs.py",  # 35
     "runs/test_checkpoint.py",
+    "policies/test_compile_trial.py",
     "policies/test_four_bit.py",
     "kernels/test_host_path.py",
     "profiling/test_profiling.py",  # 24
