@@ -197,6 +197,13 @@ def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def empty_scalar(like: Tensor) -> Tensor:
+    """Unwritten memory for a float32 scalar. One allocated as such, Inductor fills, which takes a launch."""
+    if _traced.now:
+        return like.new_empty(1, dtype=torch.float32).squeeze(0)
+    return like.new_empty((), dtype=torch.float32)
+
+
 def row_strides(*tensors: Tensor | None) -> list[int]:
     """From one row of a tensor to the next; 0 where there is none."""
     return [0 if tensor is None else tensor.stride(0) for tensor in tensors]

@@ -37,7 +37,6 @@ class Operator:
         setup_context: keeps for the backward what it needs, as ``torch.library.register_autograd`` describes.
         backward: returns one gradient, or None, per parameter; without it the op has no derivative.
         takes: named tuples whose fields are the parameters that the implementation takes as ``*arguments``.
-        shown: False for a kernel that is given a float as it runs, which Inductor would pass as float64.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Operator:
         backward: Callable[..., Any] | None = None,
         *,
         takes: tuple[type, ...] = (),
-        shown: bool = True,
     ) -> None:
         qualified = f"pcpo_kernels::{name}"
         complete = _without_none(implementation)
@@ -60,7 +58,7 @@ class Operator:
         torch.library.impl(qualified, ("cuda", "cpu"), complete)
         torch.library.register_fake(qualified, _without_none(fake))
         names = [name]
-        if shown and not interpreting():
+        if not interpreting():
             torch.library.triton_op(f"{qualified}_kernels", prototype, mutates_args=())
             names.append(f"{name}_kernels")
         self.opaque, *visible = (getattr(torch.ops.pcpo_kernels, one).default for one in names)

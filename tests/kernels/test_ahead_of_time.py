@@ -182,6 +182,14 @@ def test_no_float64(compiled) -> None:
     assert [result[:3] for result in compiled if result.uses_f64] == []
 
 
+def test_clip_range_may_come_as_float64() -> None:
+    """As Inductor passes it: rounded at once, as the host does elsewhere, and used in float32."""
+    first = next(one for one in VARIANTS.values() if one.kernel == "policy_loss_forward")
+    result = compile_variant(first._replace(signature=first.signature | {"clip_range": "fp64"}), "sm_90")
+    used = [line.split()[0] for line in result.assembly.splitlines() if "f64" in line]
+    assert used == [".param", "cvt.rn.f32.f64"]
+
+
 def test_occupancy(compiled) -> None:
     """At least 16 warps fit on an NVIDIA multiprocessor (65536 registers); 12 where a thread takes 24 channels."""
     for result in compiled:

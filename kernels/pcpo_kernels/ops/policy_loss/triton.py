@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcpo_kernels.launch import FINISH, all_as_read, arrival_counters, empty_like, launch, plan_for, row_strides
+from pcpo_kernels.launch import (
+    FINISH,
+    all_as_read,
+    arrival_counters,
+    empty_like,
+    empty_scalar,
+    launch,
+    plan_for,
+    row_strides,
+)
 from pcpo_kernels.operators import Operator
 from pcpo_kernels.ops.guidance.triton import lerp
 from pcpo_kernels.ops.noise.triton import lanes_of, stream_normals
@@ -230,10 +239,11 @@ def policy_loss_forward_kernel(
         # A row without advantage takes no part, even where its ratio has overflowed (0 * inf is NaN).
         idle = row_advantage == 0.0
         gain = tl.where(idle, 0.0, row_advantage * change)
-        bound = clip_range * tl.abs(row_advantage)
+        xi = tl.cast(clip_range, tl.float32)  # which Inductor passes as float64
+        bound = xi * tl.abs(row_advantage)
         margin = bound - gain
         onwards = ((row_advantage > 0.0) & (log_ratio > 0.0)) | ((row_advantage < 0.0) & (log_ratio < 0.0))
-        clipped = tl.where(is_mask, (distance >= clip_range) & onwards, margin < 0.0)
+        clipped = tl.where(is_mask, (distance >= xi) & onwards, margin < 0.0)
         slope = tl.where(clipped | idle, 0.0, slope)
         above = tl.where(clipped, 0.0, margin)
         limit = tl.where(is_mask, row_advantage, -bound)
@@ -406,8 +416,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_fake(output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten loss, clipped flags and row statistics."""
     rows = output.shape[0]
-    loss = output.new_empty((), dtype=torch.float32)
-    return loss, output.new_empty(rows, dtype=torch.bool), output.new_empty((7, rows), dtype=torch.float32)
+    flags, statistics = output.new_empty(rows, dtype=torch.bool), output.new_empty((7, rows), dtype=torch.float32)
+    return empty_scalar(output), flags, statistics
 
 
 def _backward(grad_loss: Tensor, statistics: Tensor, *operands: Any) -> list[Tensor]:
@@ -451,7 +461,7 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Ten
 _loss_backward = Operator("policy_loss_backward", _backward, _backward_fake, takes=(Operands,))
 _loss = Operator(
     "policy_loss", _forward, _forward_fake, _setup_context, _autograd_backward,
-    takes=(Operands, Columns, LossSettings), shown=False,
+    takes=(Operands, Columns, LossSettings),
 )  # fmt: skip
 _OBJECTIVES = get_args(Objective)
 
