@@ -3,8 +3,10 @@
 ``tests/kernels/test_interpreter.py`` runs this folder in the interpreter, in a process of its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,18 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(params=["opaque"] if INTERPRETED else ["opaque", "visible"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., Any]]:
+    """torch.compile into a single graph, with opaque ops, and on a GPU with those that Inductor sees, too."""
+    if request.param == "visible":
+        from pcpo_kernels import operators
+
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+        monkeypatch.setattr(operators, "_SEEN", True)
+    torch._dynamo.reset()
+    return partial(torch.compile, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
 
 
 @pytest.fixture(autouse=True)

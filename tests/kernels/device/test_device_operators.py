@@ -5,10 +5,7 @@ import torch
 from cases import KEY_FIRST, NOISES, make_case
 from judging import gradients, require_grad, run
 from pcpo_kernels import NoiseKey, dispatch, guidance, philox_normal, policy_loss, sample_step
-from pcpo_kernels.dispatch import interpreting
 from pcpo_kernels.launch import plan_for
-
-BACKEND = "aot_eager" if interpreting() else "inductor"
 
 
 def loss_arguments(case):
@@ -51,11 +48,11 @@ def test_opcheck_the_others(device) -> None:
 
 
 @pytest.mark.parametrize("noise", KEY_FIRST)
-def test_compiles_in_one_graph(device, noise) -> None:
+def test_compiles_in_one_graph(device, compiled, noise) -> None:
     case = make_case(3, (6, 5), noise=noise, with_reference=True, with_guidance=True).cast(torch.float32).to(device)
     _, expected = run(case)
 
-    @torch.compile(fullgraph=True, backend=BACKEND)
+    @compiled
     def loss(output, unconditional):
         result = replace_run(case, output * 1.0, unconditional * 1.0)
         return result.loss * 3, result.log_ratio
@@ -71,7 +68,7 @@ def test_compiles_in_one_graph(device, noise) -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
-def test_rollout_compiles_in_one_graph(device) -> None:
+def test_rollout_compiles_in_one_graph(device, compiled) -> None:
     x, f, r = (torch.randn(3, 10, device=device) for _ in range(3))
     rows = [torch.rand(3, device=device) for _ in range(4)]
     key = torch.arange(3, device=device), torch.zeros(3, dtype=torch.int64, device=device)
@@ -81,8 +78,7 @@ def test_rollout_compiles_in_one_graph(device) -> None:
         noise = philox_normal(seed, offset, 10)
         return sample_step(x, output, *rows[:3], NoiseKey(seed, offset)).next_latents + noise
 
-    compiled = torch.compile(step, fullgraph=True, backend=BACKEND)
-    torch.testing.assert_close(compiled(x, f, r, rows, *key), step(x, f, r, rows, *key))
+    torch.testing.assert_close(compiled(step)(x, f, r, rows, *key), step(x, f, r, rows, *key))
 
 
 def test_dispatch(device, monkeypatch) -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from block_cases import LOW, check_against_plain, normal, with_gradients
 from pcpo_kernels import norm_rope
-from pcpo_kernels.dispatch import interpreting
 from pcpo_kernels.ops.rotary import triton as triton_rotary
 
 
@@ -90,11 +89,9 @@ def test_opcheck(device) -> None:
     torch.library.opcheck(torch.ops.pcpo_kernels.norm_rope.default, (x, None, None, None, None, None, 1e-6))
 
 
-def test_compiles_in_one_graph(device) -> None:
-    given = [value.to(device) for value in inputs()]
-    backend = "aot_eager" if interpreting() else "inductor"
-    compiled = torch.compile(joined(tables(5, 8)), fullgraph=True, backend=backend)
-    for one, other in zip(with_gradients(compiled, given), with_gradients(joined(tables(5, 8)), given), strict=True):
+def test_compiles_in_one_graph(device, compiled) -> None:
+    given, eager = [value.to(device) for value in inputs()], joined(tables(5, 8))
+    for one, other in zip(with_gradients(compiled(eager), given), with_gradients(eager, given), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 

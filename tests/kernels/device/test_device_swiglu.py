@@ -4,7 +4,6 @@ import pytest
 import torch
 from block_cases import LOW, check_against_plain, normal, with_gradients
 from pcpo_kernels import swiglu
-from pcpo_kernels.dispatch import interpreting
 
 
 def call(x):
@@ -45,13 +44,14 @@ def test_views(device) -> None:
 
 
 def test_opcheck(device) -> None:
+    import pcpo_kernels.ops.swiglu.triton  # noqa: F401
+
     torch.library.opcheck(torch.ops.pcpo_kernels.swiglu.default, (normal(1, 2, 8).float().to(device).requires_grad_(),))
 
 
-def test_compiles_in_one_graph(device) -> None:
+def test_compiles_in_one_graph(device, compiled) -> None:
     x = normal(2, 3, 16).float().to(device)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager" if interpreting() else "inductor")
-    for one, other in zip(with_gradients(compiled, [x]), with_gradients(call, [x]), strict=True):
+    for one, other in zip(with_gradients(compiled(call), [x]), with_gradients(call, [x]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
