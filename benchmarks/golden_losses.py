@@ -47,6 +47,9 @@ own = torch.sqrt
 def exact(x):
     return own(x) if x.is_cuda or x.requires_grad else torch.as_tensor(numpy.sqrt(x.numpy()))
 torch.sqrt = torch.Tensor.sqrt = exact
+def power(x, exponent, own=torch.Tensor.pow):
+    return exact(x) if isinstance(exponent, float) and exponent == 0.5 else own(x, exponent)
+torch.Tensor.pow = torch.Tensor.__pow__ = power
 raise SystemExit(main())
 """
 
