@@ -101,7 +101,9 @@ class RewardUnits:
             if before and settings.scale == "earlier":
                 divisor = torch.full_like(own, before)
             divisor = divisor.clamp(min=settings.min_spread * (before or self.spreads[-1]))
-            self.divisors.append(divisor + settings.epsilon)
+            # Final scores that are all equal say nothing, and nothing of what predictions would then be divided by.
+            silent = (own == 0) & (divisor == 0)
+            self.divisors.append((divisor + settings.epsilon).masked_fill(silent, torch.inf))
             self.equal &= spread(centered(values, members), members, unbiased=False) == 0
         final = self._weighed(total, components, torch.arange(len(total)))
         self.divisor = 1.0  # of the weighted sum, once more

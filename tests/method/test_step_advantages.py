@@ -331,6 +331,21 @@ def test_branches_of_an_epoch_without_spread_say_nothing(normalize: str) -> None
         torch.testing.assert_close(units.changes(normal(4), changes), expected)
 
 
+@pytest.mark.parametrize(("members", "min_spread"), [(slice(None), 0.1), (slice(0, 5), 0.0)])
+def test_predictions_of_a_reward_whose_final_scores_are_equal_count_for_nothing(
+    members: slice, min_spread: float
+) -> None:
+    """Of all images, or of one group with nothing that says how small a spread may be."""
+    total, components = rewards()
+    components[members, 1] = 1.0
+    units = RewardUnits(total, components, SPECS, GROUPS, settings_of(min_spread=min_spread), "each")
+    predicted = normal(15, 2, seed=5)
+    found = units.of(total, predicted, torch.arange(15))
+    predicted[members, 1] = 0.0
+    assert torch.equal(found, units.of(total, predicted, torch.arange(15)))
+    assert float(found.abs().max()) < 20
+
+
 # Bias, on a chain whose gradient is known: x1 = x0 + theta + s z1, x2 = x1 + theta + s z2, reward x2²
 
 
