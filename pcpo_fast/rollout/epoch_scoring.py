@@ -1,7 +1,7 @@
 """From an epoch's images to its advantages: rewards of all ranks, failures, composition, metrics."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,15 @@ class ScoredEpoch:
         metrics: the same on every rank.
         equal: trained rewards whose scores have no spread, in float32, wherever they are compared.
         warning: message about dropped groups, the same on every rank; empty if there are none.
+        leads: by step, how much higher the reward of predictions is than that of their final images: mean and its
+            standard error over prompts, where two or more prompts are scored.
     """
 
     advantages: Tensor
     metrics: dict[str, float]
     warning: str
     equal: tuple[str, ...] = ()
+    leads: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class RolloutScoring:
@@ -178,7 +181,8 @@ class RolloutScoring:
             metrics["time/reward_overlapped"] = self.jobs.seconds
         elif self.predicted is not None:
             metrics["time/predictions"] = self.prediction_seconds
-        return ScoredEpoch(advantages[self.numbers], metrics, warning, tuple(self._equal(trained, specs)))
+        equal, leads = tuple(self._equal(trained, specs)), self._leads(total, predictions)
+        return ScoredEpoch(advantages[self.numbers], metrics, warning, equal, leads)
 
     def _scores(self, images: Tensor, specs: Sequence[RewardConfig]) -> tuple[Scores, Tensor]:
         """Scores of the images, and float64 [n, S, 1 + R] total and scores of predictions, NaN where not scored."""
@@ -221,6 +225,18 @@ class RolloutScoring:
             known = predictions.isfinite().all(dim=2).reshape(-1, self.per_group, predictions.shape[1]).all(dim=1)
             kept &= (known | ~self.predicted.needed).all(dim=1)
         return kept
+
+    def _leads(self, total: Tensor, predictions: Tensor) -> dict[str, tuple[float, float]]:
+        """Of the kept images' weighted sums [B] and of their predictions' scores [B, S, 1 + R]."""
+        if self.predicted is None:
+            return {}
+        by_prompt = (predictions[..., 0] - total[:, None]).reshape(-1, self.per_group, predictions.shape[1]).mean(dim=1)
+        found = {}
+        for step, column in zip(self.predicted.steps, by_prompt.T, strict=True):
+            known = column[column.isfinite()]
+            if len(known) > 1:
+                found[f"step_{step}"] = float(known.mean()), float(known.std()) / len(known) ** 0.5
+        return found
 
     def _warning(self, scores: Scores, kept: Tensor) -> str:
         if bool(kept.all()):

@@ -93,10 +93,12 @@ class SpreadMonitor:
 
 
 class PredictionMonitor:
-    """Warns if the rewards of predictions rise over three evaluations but the held-out reward does not.
+    """Warns if predictions catch up with their final images over three evaluations, the held-out reward not rising.
 
-    Only steps whose predictions were scored at all three count: those of a window that moves on rise by that alone.
-    Per-step credit may then improve early predictions without improving the final images. With
+    Per-step credit may then improve early predictions without improving the final images. Rewards of predictions are
+    compared with those of their own final images, since every epoch has other prompts, and a rise must be twice its
+    standard error. Only steps whose predictions were scored at all three count: those of a window that moves on rise by
+    that alone. With
     ``advantage.gain_lambda_rise`` the discount of later gains then rises, and the next warning takes two more
     evaluations; otherwise there is one warning.
 
@@ -106,26 +108,27 @@ class PredictionMonitor:
 
     def __init__(self, stepwise: StepAdvantages) -> None:
         self.stepwise = stepwise
-        self._pairs: list[tuple[dict[str, float], float]] = []
+        self._seen: list[tuple[dict[str, tuple[float, float]], float]] = []
         self._said = False
 
-    def look(self, predicted: dict[str, float], heldout: float) -> Iterator[str]:
+    def look(self, leads: dict[str, tuple[float, float]], heldout: float) -> Iterator[str]:
         """Process an evaluation; yields the warning.
 
         Args:
-            predicted: mean rewards of the latest epoch's predictions, by step; empty if none are scored.
+            leads: those of the latest epoch, as of :class:`pcpo_fast.rollout.epoch_scoring.ScoredEpoch`; empty if no
+                predictions are scored.
             heldout: mean held-out reward.
         """
-        if not predicted or self._said:
+        if not leads or self._said:
             return
-        self._pairs = [*self._pairs[-2:], (predicted, heldout)]
-        levels = [level for level, _ in self._pairs]
-        common = set.intersection(*map(set, levels))
-        if len(levels) < 3 or not common:
+        self._seen = [*self._seen[-2:], (leads, heldout)]
+        common = set.intersection(*(set(step_leads) for step_leads, _ in self._seen))
+        if len(self._seen) < 3 or not common:
             return
-        first, second, third = (fmean(level[step] for step in common) for level in levels)
-        before, now = self._pairs[0][1], heldout
-        if first < second < third and now <= before:
+        first, second, third = (fmean(then[step][0] for step in common) for then, _ in self._seen)
+        errors = [fmean(then[step][1] for step in common) for then, _ in (self._seen[0], self._seen[2])]
+        before, now = self._seen[0][1], heldout
+        if first < second < third and third - first > 2 * math.hypot(*errors) and now <= before:
             discount, rise = self.stepwise.gain_lambda, self.stepwise.settings.gain_lambda_rise
             if discount == 1:
                 advice = "lower optimizer.lr, or stop"
@@ -134,18 +137,17 @@ class PredictionMonitor:
                 advice = f"gain_lambda rises from {discount:.3g} to {self.stepwise.gain_lambda:.3g}"
             else:
                 advice = "raise advantage.gain_lambda, use advantage.steps=baseline, or stop"
-            self._pairs, self._said = self._pairs[-1:], discount == 1 or not rise
+            self._seen, self._said = self._seen[-1:], discount == 1 or not rise
             yield (
-                f"the reward of the steps' predictions has risen from {first:.3g} to {third:.3g} over three "
-                f"evaluations, but the held-out reward has not ({before:.3g}, now {now:.3g}): per-step credit may be "
-                f"improving early predictions only; {advice}"
+                f"over three evaluations the reward of the steps' predictions, minus that of their final images, has "
+                f"risen from {first:.3g} to {third:.3g}, but the held-out reward has not ({before:.3g}, now "
+                f"{now:.3g}): per-step credit may be improving early predictions only; {advice}"
             )
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen so far."""
-        return {"pairs": list(self._pairs), "said": self._said}
+        return {"seen": list(self._seen), "said": self._said}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        pairs = [(level, heldout) for level, heldout in state["pairs"] if isinstance(level, dict)]  # once a mean
-        self._pairs, self._said = pairs, state["said"]
+        self._seen, self._said = [(leads, heldout) for leads, heldout in state.get("seen", ())], state["said"]

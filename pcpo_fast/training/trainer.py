@@ -213,7 +213,7 @@ class Trainer:
         self.collapse = CollapseMonitor(config.evaluation.min_diversity)
         self.spread, self.predictions = SpreadMonitor(), PredictionMonitor(self.stepwise)
         self.utilization = utilization_of(config, self.device, self.progress.message, lambda: self.costs)
-        self.predicted_rewards: dict[str, float] = {}  # of the latest epoch's predictions, by step
+        self.leads: dict[str, tuple[float, float]] = {}  # of the latest epoch's predictions, by step
         self.heldout_reward: float | None = None  # of the current weights
         self.done = self.saved = start.epoch  # epochs trained, and epochs in the newest checkpoint
         # Buffers, spreads and slopes of other rewards say nothing about these.
@@ -228,7 +228,7 @@ class Trainer:
                     self.stepwise.load_state_dict(state["step_advantages"])
                 if "predictions" in state:
                     self.predictions.load_state_dict(state["predictions"])
-                self.predicted_rewards = state.get("predicted_rewards", {})
+                self.leads = state.get("leads", {})
             else:
                 self.progress.message(
                     "The checkpoint was trained with other rewards: its statistics of them (running advantages, "
@@ -360,7 +360,7 @@ class Trainer:
             "running_advantages": copy.deepcopy(self.running.state_dict()),
             "step_advantages": self.stepwise.state_dict(),
             "predictions": self.predictions.state_dict(),
-            "predicted_rewards": self.predicted_rewards,
+            "leads": self.leads,
             "rewarded": self.rewarded,
             "skipped_in_a_row": self.skipped_in_a_row,
             "diversity_before": self.collapse.before,
@@ -407,9 +407,7 @@ class Trainer:
         metrics = scored.metrics
         if chosen is not None:
             metrics["time/candidates"] = candidates_done - clock[0]
-        self.predicted_rewards = {
-            name: value for name, value in metrics.items() if name.startswith("stepwise/predicted_reward")
-        }
+        self.leads = scored.leads
         if scored.warning:
             self.progress.message(f"warning: {scored.warning}")
         for text in self.spread.look(scored.equal):
@@ -526,9 +524,9 @@ class Trainer:
         with profiler_ranges.named("evaluation"), self.engine.averaged():
             metrics, grid = self.heldout.evaluate()
         self.heldout_reward = metrics["heldout/reward/mean"]
-        for text in self.predictions.look(self.predicted_rewards, self.heldout_reward):
+        for text in self.predictions.look(self.leads, self.heldout_reward):
             self.progress.message(f"warning: {text}")
-        self.predicted_rewards = {}  # looked at: an evaluation that is made again after resuming is not another one
+        self.leads = {}  # looked at: an evaluation that is made again after resuming is not another one
         is_first = epoch == 0 or (self.start.fresh and epoch == self.start.epoch)
         self.collapse.look(metrics.get("heldout/diversity"), epoch, is_first=is_first)
         self.loop_state = self._loop_state()

@@ -107,11 +107,14 @@ def test_a_step_is_credited_with_the_change_of_the_predicted_reward(
 ) -> None:
     scored, rollout, at = epoch_of(policy, config_of(*overrides))
     finals = rollout.images.mean(dim=(1, 2, 3))
-    times, columns = at.sampler.times, []
+    times, columns, order = at.sampler.times, [], rollout.groups.argsort(stable=True)
     for step in range(4):  # the last step is decoded without its noise
         x, f = rollout.trajectories.latents[:, step], rollout.trajectories.outputs[:, step]
-        images = policy.decode(x - times[step] * f)
-        columns.append(units(rollout, images.mean(dim=(1, 2, 3)), finals))
+        rewards = policy.decode(x - times[step] * f).mean(dim=(1, 2, 3))
+        columns.append(units(rollout, rewards, finals))
+        ahead = (rewards - finals).double()[order].reshape(2, 4).mean(dim=1)
+        expected = float(ahead.mean()), float((ahead[0] - ahead[1]).abs()) / 2
+        assert scored.leads[f"step_{step}"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     gains = torch.stack([*columns, units(rollout, finals, finals)], dim=1).diff(dim=1).clamp(-5, 5)
     assert scored.advantages.shape == (8, 5)
     torch.testing.assert_close(scored.advantages[:, :4], gains, rtol=1e-3, atol=1e-3)

@@ -34,6 +34,7 @@ def test_a_reward_without_spread_is_announced_once_after_some_epochs_in_a_row() 
         ([(0.5, 0.6), (0.4, 0.6), (0.7, 0.6)], []),  # the predictions do not rise all the time
         ([(0.5, 0.6), (0.6, 0.7), (0.7, 0.8), (0.8, 0.7), (0.9, 0.7)], [3]),  # once
         ([(None, 0.6), (None, 0.5), (None, 0.4)], []),
+        ([(0.5, 0.6), (0.51, 0.6), (0.54, 0.6)], []),  # less than two standard errors of 0.021
     ],
 )
 def test_predictions_that_improve_alone_are_announced_once(
@@ -41,7 +42,7 @@ def test_predictions_that_improve_alone_are_announced_once(
 ) -> None:
     monitor = PredictionMonitor(StepAdvantages(AdvantageConfig(steps="gain"), 4))
     looked = [
-        list(monitor.look({} if level is None else {"step_0": level, "step_1": level}, heldout))
+        list(monitor.look({} if level is None else {"step_0": (level, 0.01), "step_1": (level, 0.02)}, heldout))
         for level, heldout in pairs
     ]
     assert [index for index, texts in enumerate(looked) if texts] == said
@@ -51,10 +52,10 @@ def test_predictions_of_a_window_that_moves_on_are_compared_at_the_same_steps() 
     """Later steps predict better, at any time: that is no improvement."""
     monitor = PredictionMonitor(StepAdvantages(AdvantageConfig(steps="gain"), 8))
     for first in range(6):
-        assert not list(monitor.look({f"step_{step}": 0.1 * step for step in range(first, first + 3)}, 0.5))
+        assert not list(monitor.look({f"step_{step}": (0.1 * step, 0.0) for step in range(first, first + 3)}, 0.5))
     for rise in (0.0, 0.01):
-        assert not list(monitor.look({"step_5": 0.5 + rise, f"step_{7 - 100 * rise}": 0.7}, 0.5))
-    assert "risen from 0.5 to 0.52 over" in next(monitor.look({"step_5": 0.52}, 0.5))
+        assert not list(monitor.look({"step_5": (0.5 + rise, 0.0), f"step_{7 - 100 * rise}": (0.7, 0.0)}, 0.5))
+    assert "risen from 0.5 to 0.52, but" in next(monitor.look({"step_5": (0.52, 0.0)}, 0.5))
 
 
 def test_the_discount_of_later_gains_rises_to_1_where_predictions_improve_alone_and_goes_on_after_a_stop() -> None:
@@ -67,7 +68,7 @@ def test_the_discount_of_later_gains_rises_to_1_where_predictions_improve_alone_
         monitor = PredictionMonitor(stepwise)
         stepwise.load_state_dict(saved[0])
         monitor.load_state_dict(saved[1])
-        said += monitor.look({"step_1": 0.5 + 0.01 * evaluation}, 0.6)
+        said += monitor.look({"step_1": (0.5 + 0.01 * evaluation, 0.001)}, 0.6)
         discounts.append(stepwise.gain_lambda)
     assert discounts == [0.25] * 2 + [0.75] * 2 + [1.0] * 5
     assert [text.rpartition("; ")[2] for text in said] == [
