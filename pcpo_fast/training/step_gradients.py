@@ -69,7 +69,8 @@ def compare_gradients(products: Tensor) -> GradientComparison:
     mean = _between(products)
     own = torch.stack([products[k, :, k].diagonal() for k in range(count)]).mean(dim=0)
     towards_final = mean[:, 0] / (mean[0, 0].where(mean[0, 0] > 0, torch.nan) * own).sqrt()
-    return GradientComparison(count, cosines(every), errors, towards_final)
+    # Where leaving out one rollout leaves nothing but noise, a cosine of them all says nothing either.
+    return GradientComparison(count, cosines(every).where(errors.isfinite(), torch.nan), errors, towards_final)
 
 
 def _between(products: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ def measure_gradients(
     term. The host's memory holds three gradients per rollout.
 
     Args:
-        config: the run; ``advantage.steps`` and ``rollout.candidates`` are ignored, the rest of ``advantage`` counts.
+        config: the run; ``advantage.steps`` and ``rollout.candidates`` are ignored. The rest of ``advantage`` counts,
+            for ``final``, too: its small standard deviations are raised to ``min_spread``, as those of the others are.
         weights: what a checkpoint holds of the trained weights; None: the base model.
         first_epoch: epochs that these were trained for.
         rollouts, warm_up: how many.
@@ -104,8 +106,10 @@ def measure_gradients(
         told: gets a line after each rollout.
 
     Raises:
-        UserError: the model, prompts or rewards cannot be loaded, or a reward fails.
+        UserError: the model, prompts or rewards cannot be loaded, a reward fails, or rewards are all equal.
     """
+    if config.rollout.candidates is not None:
+        told("rollout.candidates is not used here: all images that are sampled are measured")
     config = _changed(config)
     prompts, rewards = load_prompts(config.prompts.train), RewardSet(config.rewards, config.scoring)
     rewards.check_predictions()
@@ -144,6 +148,8 @@ def measure_gradients(
     for part in flat.split(1 << 22, dim=1):  # all of the weights in float64 would take twice the memory again
         wide = part.double()
         products += wide @ wide.T
+    if not bool(products.diagonal().any()):
+        raise UserError("there is no gradient to compare: in every rollout all images of a prompt have the same reward")
     return compare_gradients(products.reshape(rollouts, len(KINDS), rollouts, len(KINDS)))
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ import pcpo_fast.training.step_gradients
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.errors import UserError
 from pcpo_fast.training.step_gradients import _changed, compare_gradients, measure_gradients
+
+
+def alike(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return torch.ones(len(images))
 
 
 def products_of(gradients: Tensor) -> Tensor:
@@ -54,6 +59,9 @@ def test_a_mean_that_drowns_in_noise_has_no_cosine() -> None:
     alternating = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()[:, None, None] * torch.ones(4, 3, 2).double()
     found = compare_gradients(products_of(alternating))
     assert found.cosines.isnan().all() and found.errors.isnan().all() and found.towards_final.isnan().all()
+    one_sided = torch.tensor([3.0, 1.0, -1.0]).double()[:, None, None] * torch.ones(3, 3, 2).double()
+    found = compare_gradients(products_of(one_sided))  # a length, but not without the first rollout
+    assert found.cosines.isnan().all() and found.errors.isnan().all()
 
 
 def test_gradients_are_of_the_whole_rollout_and_differ_by_what_steps_are_credited_with(
@@ -82,6 +90,10 @@ def test_what_cannot_be_measured_is_one_sentence(pipeline_folder: Path) -> None:
     config = tiny_config(pipeline_folder, "advantage.normalization=running")
     with pytest.raises(UserError, match=r"cannot be measured here: advantage.steps: gain compares images of one epoch"):
         measure_gradients(config, None, 0, 3, 1, torch.device("cpu"))
+    config, told = tiny_config(pipeline_folder, f"rewards=[{{name: '{__name__}:alike'}}]", "rollout.candidates=8"), []
+    with pytest.raises(UserError, match="there is no gradient to compare: in every rollout all images of a prompt"):
+        measure_gradients(config, None, 0, 3, 1, torch.device("cpu"), told.append)
+    assert told[0].startswith("rollout.candidates is not used here")
 
 
 def test_a_rollout_is_measured_whole_even_if_the_run_chooses_among_candidates() -> None:
