@@ -722,19 +722,6 @@ class Config(Section):
                 )
             if advantage.audit_every == 0:
                 yield "advantage.calibrated: branches needs audits; set advantage.audit_every above 0"
-        if stepwise and advantage.audit_every:
-            every, window, steps = advantage.scored_steps, self.window.size, self.credit.steps
-            if window:
-                audited = window > every
-            else:
-                trained = range(self.sampler.steps - 1) if steps is None else steps
-                audited = any(step % every == 0 and step + every < self.sampler.steps for step in trained)
-            if not audited:
-                yield (
-                    f"advantage.audit_every: with advantage.scored_steps={every} no prediction is scored at a trained "
-                    "step and again at a later one, so there is nothing to audit; lower scored_steps, train such a "
-                    "step (window.size, credit.steps), or set audit_every to 0"
-                )
         # Candidates are compared within an epoch, and chosen by a reward that a step's noise has decided.
         if self.rollout.candidates is not None:
             if self.rollout.candidates <= per_prompt:

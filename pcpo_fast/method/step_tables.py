@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config.schema import Config
+from pcpo_fast.errors import UserError
 from pcpo_fast.method.credit import CreditTable
 from pcpo_fast.method.samplers import build_credit, build_transitions, deterministic_transitions
 from pcpo_fast.method.schedules import Schedule
+from pcpo_fast.method.step_advantages import Segments
 from pcpo_fast.method.transitions import Transitions
 from pcpo_fast.method.windows import window_steps
 
@@ -88,7 +90,7 @@ class RunTables:
         credit: credit of every step that is ever trained. A window changes neither zeta nor the rules' means.
 
     Raises:
-        UserError: sampler, credit or window is invalid.
+        UserError: sampler, credit or window is invalid, or per-step credit has too few steps.
     """
 
     def __init__(self, config: Config, schedule: Schedule | None, device: torch.device) -> None:
@@ -97,12 +99,30 @@ class RunTables:
         self.deterministic = deterministic_transitions(config.sampler, schedule)
         self.credit = build_credit(config, self.transitions)
         self._made: dict[tuple[int, ...], EpochTables] = {}
-        self.at(0)
+        if config.advantage.steps != "final":
+            self._check_scored_steps(self.at(0))
 
     @property
     def trained_count(self) -> int:
         """Number of steps that may be trained in an epoch; the same in all epochs."""
         return self.config.window.size or len(self.credit.trained_steps)
+
+    def _check_scored_steps(self, at: EpochTables) -> None:
+        kind, every = self.config.advantage.steps, self.config.advantage.scored_steps
+        scored = Segments.of(at.sampler.noisy, every).scored
+        if len(scored) == 1 and self.config.rollout.same_initial_noise:
+            raise UserError(
+                f"advantage.steps: {kind} would be final: with advantage.scored_steps={every} the only prediction that "
+                f"is scored, that of step {scored[0]}, is the same for all images of a prompt; allowed here: a "
+                f"scored_steps below the number of steps with noise ({sum(at.sampler.noisy)}; sampler.steps, "
+                "window.size), or rollout.same_initial_noise=false"
+            )
+        if self.config.advantage.audit_every and not set(scored[:-1]) & set(at.steps):
+            raise UserError(
+                f"advantage.audit_every: with advantage.scored_steps={every} no prediction is scored at a trained step "
+                "and again at a later one, so there is nothing to audit; lower scored_steps, train such a step "
+                "(window.size, credit.steps), or set audit_every to 0"
+            )
 
     def at(self, epoch: int) -> EpochTables:
         """The tables of an epoch."""

@@ -220,16 +220,31 @@ def test_a_reward_may_decline(config_of: Callable[..., Config]) -> None:
     [
         ("advantage.normalization=running", "advantage.steps: gain compares images of one epoch"),
         ("advantage.calibrated=branches", "branches needs audits"),
-        ("window.size=1", "there is nothing to audit"),
-        ("advantage.scored_steps=5", "there is nothing to audit"),
-        ("credit.steps=[1,2];advantage.scored_steps=3", "there is nothing to audit"),
+        ("window.size=1", "steps: gain would be final: .* that of step 0, is the same for all images of a prompt"),
+        ("advantage.scored_steps=4", r"allowed here: a scored_steps below the number of steps with noise \(4;"),
+        ("sampler.steps=2", r"with advantage.scored_steps=1 the only prediction .* \(1; sampler.steps"),
+        (
+            "advantage.audit_every=1;advantage.scored_steps=4;rollout.same_initial_noise=false",
+            "there is nothing to audit",
+        ),
+        ("advantage.audit_every=1;credit.steps=[1,2];advantage.scored_steps=3", "there is nothing to audit"),
     ],
 )
-def test_what_cannot_be_had_is_one_sentence(config_of: Callable[..., Config], override: str, words: str) -> None:
-    audits = "audit" in words and "branches" not in words
-    overrides = (*override.split(";"), *(["advantage.audit_every=1"] if audits else []))
+def test_what_cannot_be_had_is_one_sentence(
+    policy: Policy, config_of: Callable[..., Config], override: str, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
-        config_of(*overrides)
+        config = config_of(*override.split(";"))
+        RunTables(config, policy.schedule(config.sampler.steps), CPU)
+
+
+def test_a_single_prediction_tells_images_of_different_initial_noise_apart(
+    policy: Policy, config_of: Callable[..., Config]
+) -> None:
+    config = config_of("advantage.scored_steps=4", "rollout.same_initial_noise=false")
+    scored, rollout, _ = epoch_of(policy, config)
+    finals = rollout.images.mean(dim=(1, 2, 3))
+    assert float((scored.advantages[:, 0] - units(rollout, finals, finals)).abs().max()) > 0.01
 
 
 # Branches
