@@ -99,8 +99,9 @@ class RunTables:
         self.deterministic = deterministic_transitions(config.sampler, schedule)
         self.credit = build_credit(config, self.transitions)
         self._made: dict[tuple[int, ...], EpochTables] = {}
+        first = self.at(0)
         if config.advantage.steps != "final":
-            self._check_scored_steps(self.at(0))
+            self._check_scored_steps(first)
 
     @property
     def trained_count(self) -> int:
