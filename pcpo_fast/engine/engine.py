@@ -30,6 +30,7 @@ from pcpo_fast.engine.eight_bit_adamw import EightBitAdamW
 from pcpo_fast.engine.ema import Ema
 from pcpo_fast.engine.offload import Offload
 from pcpo_fast.engine.optimizers import GuardedAdamW, StochasticAdamW
+from pcpo_fast.engine.whole_weights import needs_whole_weights
 from pcpo_fast.errors import UserError
 from pcpo_fast.profiling import profiler_ranges
 
@@ -357,25 +358,8 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage", 1)
     if zero["stage"] == 3:
-        # Full weights exist only during their layer's call, which does not work with compiled blocks or merging.
-        for key, asked in (("model.compile", config.model.compile), ("rollout.merge_lora", config.rollout.merge_lora)):
-            if asked is True:
-                raise UserError(f"{key}: needs the full weights on every GPU, but {config.deepspeed} has ZeRO stage 3")
-        if config.model.gradient_checkpointing == "selective":  # its operations must be the same when they are repeated
-            raise UserError(
-                "model.gradient_checkpointing: selective needs the full weights on every GPU, but "
-                f"{config.deepspeed} has ZeRO stage 3; use stage 1 or 2, or model.gradient_checkpointing=true"
-            )
-        if config.rollout.candidates_in_fp8:
-            raise UserError(
-                "rollout.candidate_weights: fp8 needs the full weights on every GPU, but "
-                f"{config.deepspeed} has ZeRO stage 3; use stage 1 or 2, or rollout.candidate_weights=full"
-            )
-        if config.model.base_weights == "nf4":
-            raise UserError(
-                f"model.base_weights: nf4 cannot be partitioned, but {config.deepspeed} has ZeRO stage 3; use stage 1 "
-                "or 2, or model.base_weights=full"
-            )
+        for need, instead in needs_whole_weights(config):
+            raise UserError(f"{need}, but {config.deepspeed} has ZeRO stage 3; use stage 1 or 2, or {instead}")
     offload = zero.get("offload_optimizer")
     if config.train.ema_decay is not None and isinstance(offload, dict) and offload.get("device") == "nvme":
         raise UserError(

@@ -116,9 +116,15 @@ def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Itera
     """
     own = config.train.pairs_at_once
     sizes = [size for size in sorted({1, 2, 3, 4, 6, 8, own}, reverse=True) if pairs % size == 0]
-    for zero, again, size in sorted(product(usual_stages(config).values(), _KINDS, sizes), key=_preference):
-        if again == "selective" and zero.stage == 3:
-            continue  # the engine refuses it
+    model = config.model
+    stages = [
+        (zero, again)
+        for again in _KINDS
+        for zero in usual_stages(
+            config.model_copy(update={"model": model.model_copy(update={"gradient_checkpointing": again})})
+        ).values()
+    ]
+    for (zero, again), size in sorted(product(stages, sizes), key=_preference):
         if config.optimizer.weights == "stochastic_rounding" and zero.stage == 1:
             continue  # the engine replaces stage 1 with stage 2
         own_batch = config.rollout.images_at_once
@@ -138,8 +144,8 @@ def _choices(config: Config, costs: ModelCosts, ranks: int, pairs: int) -> Itera
                 break  # a smaller rollout batch would not help
 
 
-def _preference(choice: tuple[Zero, Checkpointing, int]) -> tuple[float, ...]:
-    zero, kind, size = choice
+def _preference(choice: tuple[tuple[Zero, Checkpointing], int]) -> tuple[float, ...]:
+    (zero, kind), size = choice
     again = _KINDS.index(kind)
     batches_first = (-size, again) if zero.offload_parameters else (again, zero.stage, -size)
     return (zero.offload_optimizer, zero.stage == 3, *batches_first)

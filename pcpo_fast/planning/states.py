@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.engine.engine import deepspeed_config
+from pcpo_fast.engine.whole_weights import needs_whole_weights
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 CHUNK_BYTES = (1 << 24) * 24
@@ -124,13 +125,13 @@ SHIPPED = {
 def usual_stages(config: Config) -> dict[str, Zero]:
     """Those of :data:`SHIPPED` that a run may have.
 
-    Weights in four bits cannot be partitioned, and DeepSpeed does not offload bf16 weights without a master copy.
+    The engine refuses to partition some weights, and DeepSpeed does not offload bf16 weights without a master copy.
     """
-    stochastic = config.optimizer.weights == "stochastic_rounding"
+    stochastic, whole = config.optimizer.weights == "stochastic_rounding", any(needs_whole_weights(config))
     return {
         name: zero
         for name, zero in SHIPPED.items()
-        if (config.model.base_weights == "full" or zero.stage < 3) and not (stochastic and zero.offload_optimizer)
+        if not (whole and zero.stage == 3) and not (stochastic and zero.offload_optimizer)
     }
 
 

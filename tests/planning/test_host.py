@@ -1,5 +1,6 @@
 """Host memory and disk space of a plan, as sums by hand; tests/engine/test_host_memory.py has DeepSpeed's part."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from cli_runs import call
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
+from pcpo_fast.engine.engine import deepspeed_config
+from pcpo_fast.errors import UserError
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.disk import checkpoint_count, encoded_prompts, plan_disk, prompt_bytes
 from pcpo_fast.planning.host import PROCESS, SUB_GROUP, optimizer_on_host, pinned, plan_host
@@ -142,6 +145,34 @@ def test_bf16_weights_without_a_master_copy_are_not_offloaded() -> None:
     """DeepSpeed refuses (tests/engine/test_ds_configs.py)."""
     config = tiny("model.dtype=bfloat16", "optimizer.weights=stochastic_rounding")
     assert not any(zero.offload_optimizer for zero in usual_stages(config).values())
+
+
+LORA = ("model.finetune=lora",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ((), False),
+        (("model.compile=auto",), False),
+        (("model.gradient_checkpointing=true",), False),
+        (("rollout.candidates=32", "rollout.candidate_weights=full"), False),
+        (("model.compile=true",), True),
+        (("model.gradient_checkpointing=selective",), True),
+        (("rollout.candidates=32",), True),
+        ((*LORA, "rollout.merge_lora=true"), True),
+        ((*LORA, "model.base_weights=nf4"), True),
+    ],
+)
+def test_no_stage_is_planned_that_the_engine_refuses(settings: tuple[str, ...], whole: bool) -> None:
+    config = tiny(*settings)
+    accepted = set()
+    for name in SHIPPED:
+        with contextlib.suppress(UserError):
+            deepspeed_config(config.model_copy(update={"deepspeed": f"ds_configs/{name}.json"}), 1)
+            accepted.add(name)
+    assert usual_stages(config).keys() == accepted
+    assert ("zero3" in accepted) is not whole
 
 
 SPACE = r"the run writes 0\.136 GB to disk, but 0\.001 are free"
