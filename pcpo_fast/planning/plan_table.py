@@ -139,13 +139,17 @@ def _gb(value: float) -> str:
 def _number(value: float) -> str:
     if value == 0:
         return "-"
+    if value < 0.001:
+        return "<0.001"
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _seconds(value: float) -> str:
-    for limit, unit, name in ((1e-3, 1e-6, "µs"), (1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min")):
+    if value < 1e-3:
+        return "<1 ms" if value else "-"
+    for limit, unit, name in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min")):
         if value < limit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value / 3600:.3g} h"
+            return f"{_number(value / unit)} {name}"
+    return f"{_number(value / 3600)} h"

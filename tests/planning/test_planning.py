@@ -416,6 +416,17 @@ def test_a_plan_is_whole_in_80_columns(tiny_plan: dict[str, Any], value: float, 
 
 
 @pytest.mark.parametrize(
+    ("hours", "shown"),
+    [(1087.4, "1,087 h"), (12.34, "12.3 h"), (1 / 60, "60.0 s"), (1e-6, "3.6 ms"), (1e-8, "<1 ms")],
+)
+def test_times_are_written_as_people_do(tiny_plan: dict[str, Any], hours: float, shown: str) -> None:
+    console = Console(width=80, file=io.StringIO())
+    show_plan(tiny_plan | {"run": tiny_plan["run"] | {"hours": hours, "tflops": 1e-5}}, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f": <0.001 TFLOP, {shown} at an assumed" in text and "µs" not in text and "e-0" not in text
+
+
+@pytest.mark.parametrize(
     ("arguments", "memory", "rate", "code"),
     [
         (("--gpu", "4090"), 24, 165, 0),
