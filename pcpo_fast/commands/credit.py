@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any, get_args
 
+from pcpo_fast.config.credit_rules import CREDIT_RULES
 from pcpo_fast.config.sampler_registry import SAMPLERS, Kind, Variance, listed, samplers_of, samplers_taking
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--eta", type=float, help=f"noise level of {_usual_noise('diffusion')}")
     parser.add_argument("--variance", choices=get_args(Variance), help=f"{varied}'s variance (default native)")
     parser.add_argument("--weight", type=float, help="credit that a reshaped or exact variance gives every step")
-    parser.add_argument("--rule", default="proportionate", help="credit rule to show as well, for example grpo_guard")
+    parser.add_argument(
+        "--rule",
+        choices=tuple(CREDIT_RULES),
+        default="proportionate",
+        help="credit rule to show as well, for example grpo_guard",
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the table")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -63,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         from pcpo_fast.reporting.plots import credit_figure, save_figure
 
         title = f"{arguments.sampler}, {arguments.steps} steps"
-        figure = credit_figure(record["times"], record["native"], record["proportionate"], record["zeta"], title)
+        columns = (record["times"], record["native"], record["proportionate"], record["zeta"], title)
+        figure = credit_figure(*columns, used=record["used"], used_label=record["rule"])
         try:
             save_figure(figure, Path(arguments.plot))
         except (OSError, ValueError) as error:
@@ -81,8 +88,8 @@ def _transitions(arguments: argparse.Namespace) -> "Transitions":
     from pcpo_fast.errors import UserError
     from pcpo_fast.method.transitions import ddim_timesteps, shifted_times, stable_diffusion_alphas
 
-    if arguments.steps > 1000:
-        raise UserError(f"--steps: must be at most 1000, got {arguments.steps}")
+    if not 2 <= arguments.steps <= 1000:
+        raise UserError(f"--steps: must be from 2 to 1000, got {arguments.steps}")
     sampler = SAMPLERS[arguments.sampler]
     flow = sampler.kind == "flow"
     level = "noise" if flow else "eta"
@@ -99,15 +106,21 @@ def _transitions(arguments: argparse.Namespace) -> "Transitions":
 
 
 def _print_table(record: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     columns = ["native", "proportionate"]
     if record["rule"] not in columns:
         columns.append("used")
-    table = Table(title=f"{record['sampler']}: credit per step, zeta = {record['zeta']:.6g}")
-    for name in ("step", "from t", "to t", *columns, "native / proportionate"):
-        table.add_column(record["rule"] if name == "used" else name, justify="right")
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        title=f"{record['sampler']}: credit per step, zeta = {record['zeta']:.6g}",
+    )
+    for name in ("step", "from t", "to t", *columns, "native /\nproportionate"):
+        table.add_column(record["rule"] if name == "used" else name, justify="right", no_wrap=True)
     times = record["times"]
     for step, (native, target) in enumerate(zip(record["native"], record["proportionate"], strict=True)):
         credits = [f"{record[name][step]:.4f}" for name in columns]

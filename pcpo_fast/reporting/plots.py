@@ -299,12 +299,13 @@ def credit_figure(
     *,
     trained_steps: Sequence[int] | None = None,
     used: Sequence[float] | None = None,
+    used_label: str = "used in this run",
 ) -> "Figure":
     """Native and proportionate credit of every step, side by side, and below per unit of time.
 
     `times` [N+1] run from 1 (noise) to 0 (image); `native` and `proportionate` are [N]; the proportionate credit of a
     step is `zeta` times its length in time. Steps not in `trained_steps` are pale. `used` [N], the run's own credit, is
-    drawn if it is neither of the two. Raises ValueError if the lengths do not match.
+    drawn as `used_label` if it is neither of the two. Raises ValueError if the lengths do not match.
     """
     count = len(native)
     from matplotlib.patches import Patch
@@ -322,7 +323,7 @@ def credit_figure(
         (proportionate, f"proportionate: ζ Δt, ζ = {zeta:.5g}", PROPORTIONATE),
     ]
     if used is not None and not _same(used, native, trained) and not _same(used, proportionate, trained):
-        columns.append((used, "used in this run", STEPWISE))
+        columns.append((used, used_label, STEPWISE))
     width = 0.8 / len(columns)
     for place, (values, label, colour) in enumerate(columns):
         offset = (place - (len(columns) - 1) / 2) * width

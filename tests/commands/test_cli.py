@@ -28,6 +28,7 @@ from pcpo_fast.cli import COMMANDS, build_parser, parse, program
 from pcpo_fast.commands import report
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.prompts import epoch_prompts
+from pcpo_fast.reporting import plots
 from pcpo_fast.training.run_inputs import RunInputs
 
 Capture = pytest.CaptureFixture[str]
@@ -242,12 +243,24 @@ def test_credit_of_every_sampler(arguments: str, check: Any, capsys: Capture) ->
 
 
 def test_credit_table_and_plot(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    """In 80 columns every heading is whole; the rule is in the picture, too."""
+    monkeypatch.setenv("COLUMNS", "80")
+    drawn: list[list[str]] = []
+    save = plots.save_figure
+
+    def saved(figure: Any, path: Path) -> None:
+        drawn.append([text.get_text() for text in figure.axes[0].get_legend().get_texts()])
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "save_figure", saved)
+    wide = call(capsys, "credit", "--rule", "cps_published").out
+    assert "…" not in wide and all(name in wide for name in ("native", " proportionate ", "cps_published"))
     plot = tmp_path / "new" / "credit.png"
-    answer = call(capsys, "credit", "--sampler", "cps", "--steps", "5", "--rule", "tempflow", "--plot", plot)
+    answer = call(capsys, "credit", "--sampler", "cps", "--steps", "5", "--rule", "grpo_guard", "--plot", plot)
     assert answer.code == 0
-    assert "zeta" in answer.out and "no noise" in answer.out and "tempflow" in answer.out
+    assert "zeta" in answer.out and "no noise" in answer.out and "grpo_guard" in answer.out
     assert f"Plot: {plot}" in answer.out
+    assert [name.partition(":")[0] for name in drawn[0]] == ["native", "proportionate", "grpo_guard"]
     with Image.open(plot) as image:
         assert image.format == "PNG"
         assert min(image.size) > 100
@@ -261,11 +274,12 @@ def test_credit_table_and_plot(tmp_path: Path, capsys: Capture, monkeypatch: pyt
         ("--sampler cps --weight 1", "--weight does not apply to cps"),
         ("--sampler ddim --noise 0.3", "--noise does not apply to ddim, which accepts --eta, --variance, --weight"),
         ("--sampler ddim --shift 3", "--shift does not apply to ddim"),
-        ("--steps 1", "steps"),
+        ("--steps 1", "--steps: must be from 2 to 1000, got 1"),
         ("--noise 0", "noise"),
         ("--noise -1", "noise"),
         ("--shift 0", "shift"),
-        ("--rule best", "rule must be one of native"),
+        ("--rule best", "argument --rule: invalid choice: 'best'"),
+        ("--rule fair_clipp", "did you mean fair_clip?"),
         ("--sampler ddim --steps 25 --variance reshaped --weight 4.5", "credit: "),
         ("--sampler ddim --steps 50 --variance exact --weight 0.1", "credit: "),
         ("--plot file/credit.png", "--plot file/credit.png: cannot be written"),
