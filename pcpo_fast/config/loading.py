@@ -13,7 +13,7 @@ from pcpo_fast.config.presets import PRESETS
 from pcpo_fast.config.roles import sections_in
 from pcpo_fast.config.sampler_registry import listed
 from pcpo_fast.config.schema import Config
-from pcpo_fast.config.shipped import find_configuration
+from pcpo_fast.config.shipped import configurations, find_configuration
 from pcpo_fast.config.unused_settings import unused
 from pcpo_fast.config.yaml_text import TextPath, dump_yaml, parse_value, read_yaml
 from pcpo_fast.errors import UserError
@@ -64,12 +64,12 @@ def load_config(
             f"{place_of(('algorithm',), places, fallback)}: algorithm: must be one of {', '.join(PRESETS)}, "
             f"got {algorithm!r}{did_you_mean(str(algorithm), PRESETS)}"
         )
+    commanded = {name: None for key, value in commands for name, _ in flattened(value, key, lists=True)}
     try:
         config = Config.model_validate(merged(PRESETS[algorithm], values))
     except ValidationError as error:
-        raise UserError(explain(error, places, fallback)) from None
-    commanded = {name for key, value in commands for name, _ in flattened(value, key, lists=True)}
-    given |= commanded
+        raise UserError(explain(error, places, fallback, commanded)) from None
+    given |= commanded.keys()
     _refuse_unused(config, given, commanded, places, fallback)
     # What only the model can say of its settings (policies/) concerns those alone that the user has set.
     of_user = {key.split(".")[1] for key in given if key.startswith("model.")}
@@ -118,7 +118,9 @@ def _refuse_unused(
 def _parse_override(text: str, where: str) -> tuple[TextPath, Any]:
     key, separator, value = text.partition("=")
     if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise UserError(f"{where} ({text}): an override must have the form key.subkey=value")
+        file = not separator and (Path(text).suffix in (".yaml", ".yml") or text in configurations())
+        hint = f"; a configuration is given as --config {text}" if file and where == "command line" else ""
+        raise UserError(f"{where} ({text}): an override must have the form key.subkey=value{hint}")
     try:
         return tuple(key.split(".")), parse_value(value)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -35,13 +35,19 @@ _ALLOWED = {
 }
 
 
-def explain(error: ValidationError, places: Mapping[TextPath, str], fallback: str) -> str:
+def explain(
+    error: ValidationError, places: Mapping[TextPath, str], fallback: str, commanded: Collection[str] = ()
+) -> str:
     """The first problem as "PLACE: KEY: what is allowed, got what".
+
+    The place of a conflict is that of the first setting in its message that the command line gives, or else of the
+    first.
 
     Args:
         error: of :class:`pcpo_fast.config.schema.Config`.
         places: where each value was set.
         fallback: the place of everything else.
+        commanded: dotted keys that the command line gives.
     """
     problems = _joined(error.errors())
     first = problems[0]
@@ -54,7 +60,9 @@ def explain(error: ValidationError, places: Mapping[TextPath, str], fallback: st
     key = tuple(str(part) for part in first["loc"])
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        key = tuple(message.partition(":")[0].split("."))
+        first_key, *others = re.findall(r"^\w+(?:\.\w+)*|\b[a-z]\w*(?:\.\w+)+", message)
+        given = (one for key in (first_key, *others) for one in commanded if one == key or one.startswith(f"{key}."))
+        key = tuple(next(given, first_key).split("."))
     else:
         message = _message(first, ".".join(key))
     return f"{place_of(key, places, fallback)}: {message}{more}"

@@ -380,7 +380,8 @@ class AdvantageConfig(Section):
         0.0,
         ge=0,
         le=1,
-        description="gain: discount at which a step is also credited with the gains of later steps, per step",
+        description="gain: discount at which a step is also credited with the gains of later ones, per segment "
+        "of scored_steps",
     )
     gain_lambda_rise: float = Field(
         0.0,
@@ -717,8 +718,8 @@ class Config(Section):
                 )
             if advantage.steps == "baseline" or advantage.gain_lambda == 1:
                 yield (
-                    "advantage.calibrated: branches only weights gains, and steps=baseline or gain_lambda=1 uses "
-                    "none; allowed: true, false"
+                    "advantage.calibrated: branches only weights gains, and advantage.steps=baseline or "
+                    "advantage.gain_lambda=1 uses none; allowed: true, false"
                 )
             if advantage.audit_every == 0:
                 yield "advantage.calibrated: branches needs audits; set advantage.audit_every above 0"
@@ -737,8 +738,8 @@ class Config(Section):
             if stepwise and (advantage.steps == "baseline" or advantage.gain_lambda == 1 or advantage.gain_lambda_rise):
                 yield (
                     "rollout.candidates are chosen by their final reward, so a baseline (advantage.steps=baseline, "
-                    "gain_lambda=1 or gain_lambda_rise) is not unbiased with them; allowed with them: advantage.steps "
-                    "final, or gain with a gain_lambda below 1"
+                    "advantage.gain_lambda=1 or advantage.gain_lambda_rise) is not unbiased with them; allowed with "
+                    "them: advantage.steps final, or gain with a gain_lambda below 1"
                 )
             if self.model.base_weights == "nf4" and self.rollout.candidates_in_fp8:
                 yield (

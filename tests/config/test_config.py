@@ -341,6 +341,8 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("epochs", "command line (epochs): an override must have the form key.subkey=value"),
+        ("mine.yaml", "key.subkey=value; a configuration is given as --config mine.yaml"),
+        ("flux_dev_pcpo", "key.subkey=value; a configuration is given as --config flux_dev_pcpo"),
         ("=3", "command line (=3): an override must have the form key.subkey=value"),
         ("train..epochs=3", "an override must have the form key.subkey=value"),
         ("--epochs=3", "an override must have the form key.subkey=value"),
@@ -361,6 +363,34 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 )
 def test_a_wrong_override_is_quoted(override: str, expected: str, tmp_path: Path) -> None:
     assert expected in complaint(tmp_path, "model: {path: a}\nrewards:\n- name: a\n  weight: 1\n", override)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "place"),
+    [
+        (
+            "rollout:\n  prompts_per_epoch: 4\n",
+            ("rollout.candidates=48", "advantage.steps=gain", "advantage.gain_lambda_rise=0.5"),
+            "command line (rollout.candidates=48): rollout.candidates are chosen by",
+        ),
+        (
+            "rollout:\n  candidates: 48\nadvantage:\n  steps: gain\n",
+            ("advantage.gain_lambda_rise=0.5",),
+            "command line (advantage.gain_lambda_rise=0.5): rollout.candidates are chosen by",
+        ),
+        ("rollout:\n  seed: 1\n", (), "run.yaml line 2: unknown key rollout.seed"),
+        ("rollout:\n  candidates: 8\n", (), "run.yaml line 2: rollout.candidates: 8 leave nothing to choose"),
+        (
+            "rewards:\n- name: a\n",
+            ("rewards.0.weight=0",),
+            "command line (rewards.0.weight=0): rewards: at least one must have a weight",
+        ),
+    ],
+)
+def test_a_conflict_is_where_the_command_line_made_it(
+    text: str, overrides: tuple[str, ...], place: str, tmp_path: Path
+) -> None:
+    assert place in complaint(tmp_path, text, *overrides)
 
 
 # What is shipped
