@@ -21,7 +21,8 @@ from pcpo_fast.policies.embedding_cache import EmbeddingCache
 from pcpo_fast.policies.families import find_family
 from pcpo_fast.policies.folder_checks import check_folder
 from pcpo_fast.preflight.available import available_memory
-from pcpo_fast.training.run_inputs import RunInputs
+from pcpo_fast.runs.run_directory import claim
+from pcpo_fast.training.run_inputs import RunInputs, overlap_of
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors")
@@ -107,7 +108,15 @@ def check_model(config: Config) -> tuple[Status, str]:
 def check_inputs(config: Config) -> tuple[Status, str]:
     """Load prompts, rewards, loggers and the DeepSpeed file as the run would."""
     inputs = RunInputs.load(config)
+    if overlap := overlap_of(inputs.prompts, inputs.heldout):
+        return "warning", overlap
     return "ok", f"{len(inputs.prompts)} prompts to train on, {len(inputs.heldout)} held out; rewards load"
+
+
+def check_output(config: Config) -> tuple[Status, str]:
+    """Check that the run may have its directory, as the run itself does."""
+    start = claim(config, "auto")
+    return "ok", f"{config.output_dir}: " + (f"continues after epoch {start.epoch}" if start.epoch else "a new run")
 
 
 def check_disk(config: Config, plan: dict[str, Any]) -> tuple[Status, str]:

@@ -3,16 +3,19 @@
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pcpo_fast.config.loading import dump_config, load_config
+from pcpo_fast.config.loading import dump_config, merged
 from pcpo_fast.config.schema import AUTO, Config
 from pcpo_fast.planning.advice import GB
 from pcpo_fast.planning.run_plan import make_plan
 from pcpo_fast.planning.sizes import gpu_memory, is_auto, with_sizes
 from pcpo_fast.preflight.checks import Status
+from pcpo_fast.runs.run_directory import claim
+from pcpo_fast.training.run_inputs import checked_prompts, overlap_of
 
 OUTCOME_LINES = 3
 
@@ -22,28 +25,24 @@ def shrunk(config: Config, folder: Path, ranks: int) -> Config:
 
     Model, sampler, rewards, batch sizes and ZeRO stage are unchanged, since they are what the dry run tests.
     """
-    size = config.train.micro_batch_size
-    images = 2 * ranks * (2 if size == AUTO else max(size, 2))  # a group needs two images, some three
-    changes = [
-        f"output_dir={folder / 'run'}",
-        "train.epochs=1",
-        "train.updates_per_epoch=2",
-        "train.inner_epochs=1",
-        "rollout.prompts_per_epoch=1",
-        f"rollout.images_per_prompt={images}",
-        "checkpoint.every=0",
-        "checkpoint.keep_best=0",
-        "logging.tensorboard=false",
-        "logging.wandb=null",
-        "logging.trackio=null",
-    ]
-    if config.prompts.heldout is not None:
-        changes += ["evaluation.prompts=1", "evaluation.images_per_prompt=1"]
-    if config.model.embedding_cache is None:
-        changes.append(f"model.embedding_cache={Path(config.output_dir).parent / 'embeddings'}")
-    full = folder / "full.yaml"
-    full.write_text(dump_config(config), encoding="utf-8")
-    return load_config(full, changes)
+    size, rollout, evaluation = config.train.micro_batch_size, config.rollout, config.evaluation
+    own = config.images_per_epoch // config.train.updates_per_epoch // ranks
+    images = 2 * ranks * (2 if size == AUTO else max(min(size, own), 2))  # a group needs two images, some three
+    changes = {
+        "output_dir": str(folder / "run"),
+        "train": {"epochs": 1, "updates_per_epoch": 2, "inner_epochs": 1, "max_rollout_age": 2},
+        "rollout": {
+            "prompts_per_epoch": 1,
+            "images_per_prompt": images,
+            "candidates": None if rollout.candidates is None else images + 1,
+        },
+        # Diversity is that of two images.
+        "evaluation": {"prompts": 1, "images_per_prompt": min(evaluation.images_per_prompt, 2)},
+        "checkpoint": {"every": 0, "keep_best": 0},
+        "logging": {"tensorboard": False, "wandb": None, "trackio": None},
+        "model": {"embedding_cache": str(config.embedding_folder)},
+    }
+    return Config.model_validate(merged(config.model_dump(mode="json"), changes))
 
 
 def with_planned_sizes(config: Config, plan: Mapping[str, Any]) -> Config:
@@ -53,7 +52,14 @@ def with_planned_sizes(config: Config, plan: Mapping[str, Any]) -> Config:
 
 
 def dry_run_here(config: Config, timeout: float = 1800) -> tuple[Status, str]:
-    """:func:`dry_run` in one process, on this machine's GPU if it has one."""
+    """:func:`dry_run` in one process, on this machine's GPU if it has one, after the checks that a run begins with.
+
+    Raises:
+        UserError: one of these finds a problem.
+    """
+    claim(config, "auto")
+    if overlap := overlap_of(*checked_prompts(config)):
+        warnings.warn(overlap, stacklevel=2)
     memory = gpu_memory()
     if is_auto(config) and memory is not None:
         config = with_planned_sizes(config, make_plan(config, 1, memory / GB))
@@ -83,5 +89,6 @@ def dry_run(config: Config, gpus: int, timeout: float) -> tuple[Status, str]:
         if done.returncode:
             lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
             reason = next((line for line in reversed(lines) if line.startswith("error:")), None)
-            return "failed", reason or " / ".join(lines[-OUTCOME_LINES:]) or f"exit code {done.returncode}"
+            reason = reason or " / ".join(lines[-OUTCOME_LINES:]) or f"exit code {done.returncode}"
+            return "failed", reason.replace(name, tempfile.gettempdir())  # the folder is gone
     return "ok", "two optimizer steps, an evaluation, a checkpoint and an export"

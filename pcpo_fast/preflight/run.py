@@ -21,6 +21,7 @@ from pcpo_fast.preflight.checks import (
     check_inputs,
     check_memory,
     check_model,
+    check_output,
     check_versions,
 )
 from pcpo_fast.preflight.dry_run import dry_run, with_planned_sizes
@@ -49,6 +50,7 @@ def run_checks(
     for name, check in (
         ("versions", check_versions),
         ("GPUs", lambda: check_gpus(ranks_here)),
+        ("output_dir", lambda: check_output(config)),
         ("prompts and rewards", lambda: check_inputs(config)),
         ("model", lambda: check_model(config)),
         ("memory plan", lambda: check_memory(planned())),

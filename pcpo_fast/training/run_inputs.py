@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,21 +51,13 @@ class RunInputs:
         """
         if torch.cuda.is_available():
             torch.cuda.set_device(own_gpu())  # so that rewards load their models onto this rank's GPU
-        prompts = load_prompts(config.prompts.train, config.prompts.column)
-        path = config.prompts.heldout
-        heldout = [] if path is None else load_prompts(path, config.prompts.column)[: config.evaluation.prompts]
-        deepspeed_config(config, accumulation=1)
-        if config.optimizer.moments == "8bit":
-            check_eight_bit()
-        check_base_weights(config.model)
-        _check_logging(config.logging)
-        check_sizes(config, launcher_world_size())
+        prompts, heldout = checked_prompts(config)
         trained = trained_prompts(len(prompts), config.rollout.prompts_per_epoch, config.train.epochs, config.seed)
         rewards = RewardSet(config.rewards, config.scoring)
         if config.advantage.steps != "final":
             rewards.check_predictions()
         rewards.check_prompts(prompts, f"prompts.train={config.prompts.train}", evaluation=False)
-        rewards.check_prompts(heldout, f"prompts.heldout={path}")
+        rewards.check_prompts(heldout, f"prompts.heldout={config.prompts.heldout}")
         return cls(prompts, heldout, rewards, trained)
 
     @property
@@ -72,6 +65,36 @@ class RunInputs:
         """All distinct prompts that the run encodes; a long prompt list may not be used completely."""
         trained = (self.prompts[index].text for index in self.trained)
         return list(dict.fromkeys([*trained, *(prompt.text for prompt in self.heldout)]))
+
+
+def checked_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts, once everything is checked that needs neither the model nor the rewards.
+
+    Raises:
+        UserError: as :meth:`RunInputs.load`.
+    """
+    prompts = load_prompts(config.prompts.train, config.prompts.column)
+    path = config.prompts.heldout
+    heldout = [] if path is None else load_prompts(path, config.prompts.column)[: config.evaluation.prompts]
+    deepspeed_config(config, accumulation=1)
+    if config.optimizer.moments == "8bit":
+        check_eight_bit()
+    check_base_weights(config.model)
+    _check_logging(config.logging)
+    check_sizes(config, launcher_world_size())
+    return prompts, heldout
+
+
+def overlap_of(prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> str | None:
+    """A sentence if held-out prompts are trained on, too, whatever their metadata; None if none is."""
+    texts = {prompt.text for prompt in prompts}
+    shared = sum(prompt.text in texts for prompt in heldout)
+    if not shared:
+        return None
+    return (
+        f"prompts.heldout: {shared} of the {len(heldout)} held-out prompts are also in prompts.train, so the held-out "
+        "reward includes prompts that are trained on"
+    )
 
 
 def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> dict[str, Input]:

@@ -1,8 +1,10 @@
 """Each check before a run finds the fault that is put in its way."""
 
 import json
+import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from cli_runs import call, write_config
+from pydantic import ValidationError
 from tiny_pipeline import tiny_config
 
 from pcpo_fast.cli import parse
-from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.loading import load_config, merged
 from pcpo_fast.config.schema import Config
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.disk import encoded_prompts
@@ -26,13 +29,16 @@ from pcpo_fast.preflight.available import available_memory
 from pcpo_fast.preflight.checks import Check, attempt
 from pcpo_fast.preflight.dry_run import dry_run, shrunk
 from pcpo_fast.preflight.run import run_checks
+from pcpo_fast.rollout.epoch_plan import check_sizes
 
 HUB_MODEL = "somebody/some-model"
 
 
 @pytest.fixture
 def config(pipeline_folder: Path, tmp_path: Path) -> Config:
-    return load_config(write_config(tmp_path, pipeline_folder, output_dir=str(tmp_path / "run")))
+    file = write_config(tmp_path, pipeline_folder, output_dir=str(tmp_path / "run"))
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red square"}\n')  # which is not trained on
+    return load_config(file)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,21 @@ def test_prompts_and_rewards_are_read(config: Config) -> None:
     assert result.status == "failed" and "nowhere.txt" in result.says
 
 
+def test_a_directory_that_the_run_cannot_have_fails(config: Config, tmp_path: Path) -> None:
+    assert checks.check_output(config) == ("ok", f"{tmp_path / 'run'}: a new run")
+    (tmp_path / "run").touch()
+    found = {check.name: check for check in run_checks(config, 1, 1, 80)}
+    assert found["output_dir"][1:] == ("failed", f"output_dir: {tmp_path / 'run'} is a file, not a folder")
+
+
+def test_held_out_prompts_that_are_trained_on_are_a_warning(config: Config, tmp_path: Path) -> None:
+    """Whatever their metadata, which only rewards read."""
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red circle", "n": 1}\n{"prompt": "a red square"}\n')
+    status, says = checks.check_inputs(config)
+    assert status == "warning"
+    assert says.startswith("prompts.heldout: 1 of the 2 held-out prompts are also in prompts.train, so ")
+
+
 def test_a_full_disk_fails(config: Config, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.check_disk(config, plan)[0] == "ok"
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -203,12 +224,70 @@ def test_too_little_memory_fails_with_what_to_set(config: Config, plan: dict[str
 
 
 def test_the_dry_run_keeps_what_can_fail(config: Config, tmp_path: Path) -> None:
-    small = shrunk(config, tmp_path, 2)
-    assert small.images_per_epoch == 2 * 2 * config.train.micro_batch_size
+    small, large = shrunk(config, tmp_path, 2), config.rollout.model_copy(update={"prompts_per_epoch": 100})
+    # As many images as micro-batches have pairs, but on no rank more than the run has there.
+    assert config.images_per_epoch == 8 and small.images_per_epoch == 8
+    assert shrunk(config.model_copy(update={"rollout": large}), tmp_path, 2).images_per_epoch == 2 * 2 * 6
     assert small.train.updates_per_epoch == 2 and small.train.epochs == 1
     assert Path(small.output_dir).parent == tmp_path
     assert small.sampler == config.sampler and small.rewards == config.rewards and small.optimizer == config.optimizer
     assert small.model.model_dump(exclude={"embedding_cache"}) == config.model.model_dump(exclude={"embedding_cache"})
+
+
+DRAWN: dict[str, tuple[Any, ...]] = {
+    "rollout.prompts_per_epoch": (1, 2, 3, 8),
+    "rollout.images_per_prompt": (1, 2, 3, 4, 24),
+    "rollout.candidates": (None, 3, 8, 48),
+    "train.updates_per_epoch": (1, 2, 3),
+    "train.inner_epochs": (1, 2),
+    "train.max_rollout_age": (1, 2, 32),
+    "train.max_log_ratio": (None, 0.1),
+    "train.micro_batch_size": ("auto", 1, 2, 3, 24, 45),
+    "prompts.heldout": (None, "heldout.txt"),
+    "evaluation.images_per_prompt": (1, 4),
+    "evaluation.min_diversity": (None, 0.5),
+    "evaluation.every": (0, 10),
+    "checkpoint.every": (0, 10),
+    "checkpoint.keep_best": (0, 2),
+    "advantage.normalization": ("group", "flow_grpo", "global", "running"),
+    "advantage.scale": ("own", "others", "earlier"),
+    "advantage.steps": ("final", "baseline", "gain"),
+    "advantage.calibrated": (True, False, "branches"),
+    "advantage.gain_lambda": (0.0, 0.9, 1.0),
+    "advantage.gain_lambda_rise": (0.0, 0.5),
+    "advantage.audit_every": (0, 3),
+    "advantage.scored_steps": (1, 4),
+    "credit.fraction": (1.0, 0.6),
+    "window.size": (0, 2, 5),
+    "model.embedding_cache": (None, "cache"),
+}
+
+
+def test_whatever_can_be_trained_can_be_tried(tmp_path: Path) -> None:
+    """Every valid run stays one when it is made small, and its micro-batches still divide."""
+    draw, tried, sized = random.Random(0), 0, 0
+    defaults = Config().model_dump(mode="json")
+    while tried < 300:
+        changes: dict[str, Any] = {}
+        for key, values in DRAWN.items():
+            section, name = key.split(".")
+            if draw.random() < 0.3:
+                changes.setdefault(section, {})[name] = draw.choice(values)
+        try:
+            config = Config.model_validate(merged(defaults, changes))
+        except ValidationError:
+            continue
+        ranks = draw.choice((1, 2, 4))
+        small = shrunk(config, tmp_path, ranks)
+        assert (small.rollout.candidates is None) == (config.rollout.candidates is None)
+        tried += 1
+        try:
+            check_sizes(config, ranks)
+        except UserError:
+            continue
+        check_sizes(small, ranks)
+        sized += 1
+    assert sized > 50
 
 
 @pytest.mark.parametrize(
@@ -225,6 +304,14 @@ def test_a_dry_run_that_fails_says_why(
     done = SimpleNamespace(returncode=code, stderr=error, stdout="")
     monkeypatch.setattr(dry_runs.subprocess, "run", lambda *command, **options: done)
     assert dry_run(config, 1, 60) == ("failed", says)
+
+
+def test_a_dry_run_names_no_folder_that_is_gone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **options: Any) -> Any:
+        return SimpleNamespace(returncode=2, stderr=f"error: {command[-1]}: No space left on device", stdout="")
+
+    monkeypatch.setattr(dry_runs.subprocess, "run", run)
+    assert dry_run(config, 1, 60) == ("failed", f"error: {tempfile.gettempdir()}/dry_run.yaml: No space left on device")
 
 
 def test_a_dry_run_that_hangs_is_given_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +347,8 @@ def test_train_tries_itself(config: Config, tmp_path: Path, capsys: Any, monkeyp
     assert seen[0].train.epochs == 1 and seen[0].train.micro_batch_size == "auto" and seen[0].images_per_epoch == 4
     answer = call(capsys, *arguments)
     assert (answer.code, answer.out, answer.err) == (2, "", "error: rewards: nothing fits\n")
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red circle"}\n')
+    assert call(capsys, *arguments).err.startswith("warning: prompts.heldout: 1 of the 1 held-out prompts are also in ")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     parsed = parse([str(argument) for argument in arguments])
@@ -267,6 +356,24 @@ def test_train_tries_itself(config: Config, tmp_path: Path, capsys: Any, monkeyp
         UserError, match=r"^--dry-run: runs in a single process; pcpo-fast preflight --gpus N tries several"
     ):
         parsed.run(parsed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("train.micro_batch_size=7",), "train.micro_batch_size: 7 does not divide the "),
+        (("prompts.train=nowhere.txt",), "prompt file nowhere.txt does not exist"),
+        (("output_dir=file",), "output_dir: file is a file, not a folder"),
+    ],
+)
+def test_train_tries_nothing_that_it_would_refuse(
+    settings: tuple[str, ...], says: str, config: Config, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(dry_runs.subprocess, "run", raising(AssertionError("trained")))
+    answer = call(capsys, "train", "--config", "run.yaml", *settings, "--dry-run")
+    assert (answer.code, answer.out) == (2, "") and answer.err.startswith("error: ") and says in answer.err
 
 
 def test_nothing_is_trained_after_a_failure(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
