@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
+from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
+from pcpo_fast.engine.whole_weights import needs_whole_weights
 from pcpo_fast.planning.advice import GB, Choice, Machines, choose, least_host_memory, least_memory, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.memory import MemoryPlan
@@ -44,6 +46,13 @@ def recommend(
         ways = [f"without host memory: model.base_weights=nf4 fits with {held}"] if held else []
         return {"fits": True, **_record(choice), "reason": reason} | ({"ways_out": ways} if ways else {})
     ways = []
+    # Recomputation is the plan's to choose.
+    given_up = [text for _, text in needs_whole_weights(config) if not text.startswith("model.gradient_checkpointing")]
+    if given_up:
+        run = load_config(config, given_up)
+        parted = choose(run, ModelCosts(costs.architecture, run.model), gpus, memory_gb * GB, pairs, machines)
+        if parted is not None:
+            ways.append(f"partition the weights: {' '.join(given_up)} fits with {' '.join(parted.settings())}")
     if config.model.finetune == "full":
         small = changed(finetune="lora")
         ways += [f"train LoRA adapters: model.finetune=lora fits with {small}"] if small else []

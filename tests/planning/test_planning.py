@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import AUTO, Config, ModelConfig
+from pcpo_fast.engine.whole_weights import needs_whole_weights
 from pcpo_fast.method.step_tables import RunTables
-from pcpo_fast.planning.advice import RESERVE, choose, usable
+from pcpo_fast.planning import recommendation
+from pcpo_fast.planning.advice import RESERVE, Choice, choose, usable
 from pcpo_fast.planning.costs import ModelCosts
 from pcpo_fast.planning.disk import evaluation_count
 from pcpo_fast.planning.memory import plan_memory, rollout_buffers
@@ -478,6 +480,20 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     advice = plan["recommendation"]
     assert not advice["fits"] and "no settings fit 1 x 1.51 GB" in advice["reason"]
     assert any(way.startswith("use GPUs with ") for way in advice["ways_out"])
+
+
+def test_a_plan_says_what_keeps_the_weights_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only partitioned weights would fit, and a setting forbids them."""
+
+    def partitioned(config: Config, *others: Any) -> Choice | None:
+        return None if any(needs_whole_weights(config)) else choose(config, *others)
+
+    monkeypatch.setattr(recommendation, "choose", partitioned)
+    settings = ("rollout.candidates=32", "model.compile=true", f"model.path={ROOT / 'assets' / 'tiny-flux'}")
+    advice = make_plan(shipped("configs/tiny_flux.yaml", *settings), 1, 8)["recommendation"]
+    assert not advice["fits"]
+    said = "partition the weights: model.compile=false rollout.candidate_weights=full fits with deepspeed=ds_configs/"
+    assert advice["ways_out"][0].startswith(said)
 
 
 RECIPES = sorted((ROOT / "examples").glob("*/config.yaml"))
