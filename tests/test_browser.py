@@ -1,5 +1,6 @@
 """Every kind of page in a real browser: no errors, no requests, the keyboard, phone and desktop, light and dark."""
 
+import io
 import json
 import re
 import shutil
@@ -127,6 +128,26 @@ def test_a_page_fits_and_shows_its_charts_in_the_reader_s_colours(opened: Any, k
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
     assert not any(page.eval_on_selector_all(".table", "all => all.map(one => one.scrollWidth > one.clientWidth)"))
     assert (page.locator(".chart").count() == 0) == (kind == "preference")
+
+
+def test_a_table_that_goes_on_beyond_the_edge_of_a_phone_shows_it(opened: Any) -> None:
+    """A shadow at the right edge, which is gone at the table's end, and the tools of charts fit."""
+    page = opened("comparison", 390)
+    table = page.locator(".table").first
+    assert table.evaluate("box => box.scrollWidth > box.clientWidth")
+
+    def corner(side: str) -> int:
+        """The lightness near an edge, above the words of the header."""
+        with Image.open(io.BytesIO(table.screenshot())) as picture:
+            grey = picture.convert("L")
+            return int(grey.getpixel((2 if side == "left" else grey.width - 3, 14)))  # type: ignore[arg-type]
+
+    assert (corner("left"), corner("right") < 240) == (255, True)
+    table.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+    assert (corner("left") < 240, corner("right")) == (True, 255)
+    for chart in page.locator(".chart").all():
+        outer, tools = chart.bounding_box(), chart.locator(".bk-Toolbar").bounding_box()
+        assert outer["x"] <= tools["x"] and tools["x"] + tools["width"] <= outer["x"] + outer["width"]
 
 
 def test_a_chart_changes_with_the_reader_s_setting_and_says_its_values(opened: Any) -> None:
