@@ -84,7 +84,7 @@ class ComparisonProgress:
     ) -> None:
         self.total, self.done, self.failed = total, 0, 0
         self._console, self._clock, self._interval = console, clock, plain_interval
-        self._left = epochs_left
+        self._left = epochs_left  # of the runs that have not begun
         self._start = self._last_line = clock()
         self._ended_epochs = 0  # of this call
         self._first: dict[Path, int] = {}
@@ -113,16 +113,16 @@ class ComparisonProgress:
         """A run has been started."""
         job.progress.update()
         self._first[job.run.folder] = job.progress.epochs
+        self._left -= _epochs_left(job)
         self.message(f"{job.run.name}: training (log: {job.run.log})")
 
     def ended(self, job: Running, problem: str | None = None) -> None:
         """A run has ended; `problem` says what went wrong."""
         job.progress.update()
         self._running = [other for other in self._running if other is not job]
-        self._ended_epochs += job.progress.epochs - self._first[job.run.folder]
+        self._ended_epochs += max(0, job.progress.epochs - self._first[job.run.folder])
         if problem is not None:
             self.failed += 1
-            self._left -= job.run.config.train.epochs - job.progress.epochs
             self.message(f"{job.run.name}: failed: {problem} (log: {job.run.log})")
             return
         self.done += 1
@@ -133,6 +133,8 @@ class ComparisonProgress:
         """Poll the runs in progress and show them."""
         for job in running:
             job.progress.update()
+            # The trainer takes back the epochs after the last checkpoint.
+            self._first[job.run.folder] = min(self._first[job.run.folder], job.progress.epochs)
         self._running = running
         if self._live is not None:
             self._live.refresh()
@@ -147,14 +149,15 @@ class ComparisonProgress:
         epochs = self._ended_epochs + at_work
         if epochs <= 0:
             return None
-        return max(0, self._left - epochs) * (self._clock() - self._start) / epochs
+        left = max(0, self._left) + sum(map(_epochs_left, self._running))
+        return left * (self._clock() - self._start) / epochs
 
     def _counts(self) -> str:
         text = f"{self.done} of {self.total} runs done"
         if self.failed:
             text += f", {self.failed} failed"
         left = self.seconds_left()
-        if left is not None and self.done + self.failed < self.total:
+        if left is not None and left >= 1 and self.done + self.failed < self.total:
             text += f", about {duration(left)} left"
         return text
 
@@ -174,3 +177,7 @@ class ComparisonProgress:
                 Text(f"epoch {job.progress.epochs}/{epochs}{reward}"),
             )
         return table
+
+
+def _epochs_left(job: Running) -> int:
+    return max(0, job.run.config.train.epochs - job.progress.epochs)

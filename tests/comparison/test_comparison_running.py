@@ -491,6 +491,25 @@ def test_plain_lines_and_the_time_left(tmp_path: Path) -> None:
     assert lines[4].startswith("pcpo, seed 0: failed: the disk is full (log: ") and len(lines) == 5
 
 
+def test_no_time_left_is_said_while_a_run_is_evaluated_and_epochs_taken_back_count_again(tmp_path: Path) -> None:
+    runs = planned_runs(plan(tmp_path, settings=("train.epochs=10",)))
+    now, console = [0.0], shown()
+    first, second = Job(runs[0]), Job(runs[1])
+    second.write(8)  # of an earlier call, whose last checkpoint was after 2
+    with ComparisonProgress(console, 2, 12, clock=lambda: now[0]) as progress:
+        for job in (first, second):
+            progress.began(job)
+        first.write(10)
+        second.write(2)
+        now[0] = 20.0
+        progress.tick([first, second])
+        assert progress.seconds_left() == pytest.approx((10 - 2) * 20 / 10)
+        second.write(10)
+        progress.tick([first, second])
+        progress.ended(first)
+    assert "finished, reward 0.900 (1 of 2 runs done)" in text_of(console)
+
+
 def test_the_live_display_shows_all_runs_at_work(tmp_path: Path) -> None:
     runs = planned_runs(plan(tmp_path, settings=("train.epochs=10",)))
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
