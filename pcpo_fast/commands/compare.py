@@ -146,13 +146,14 @@ def _groups(texts: Sequence[str]) -> dict[str, list[str]]:
 def _say(compared: "Compared", console: "Console", *, as_json: bool) -> None:
     import json
 
-    from pcpo_fast.comparison.comparison_tables import decision_table, main_table, missing_lines
+    from pcpo_fast.comparison.analysis import missing_lines
+    from pcpo_fast.comparison.comparison_tables import decision_table, main_table
     from pcpo_fast.comparison.record import comparison_record, notes
 
     result = compared.result
     if as_json:
         print(json.dumps(comparison_record(result), indent=1, allow_nan=False))
-    lines = [f"not included: {line}" for line in missing_lines(result)]
+    lines = [f"not included: {line}" for line in missing_lines(result.missing)]
     if result.settings.target is None and result.reading.target is not None:
         lines.append(f"target: {result.target_source}")
     lines += notes(result)

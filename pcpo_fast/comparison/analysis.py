@@ -77,11 +77,24 @@ class Missing:
     reason: str
 
 
+def missing_lines(missing: Sequence[Missing]) -> list[str]:
+    """One line for each variant and reason, with all of its seeds."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for run in missing:
+        seeds.setdefault((run.variant, run.reason), []).extend([] if run.seed is None else [str(run.seed)])
+    lines = []
+    for (variant, reason), own in seeds.items():
+        which = f", seed{'s' * (len(own) > 1)} {', '.join(own)}" if own else ""
+        lines.append(f"{variant}{which}: {reason}")
+    return lines
+
+
 @dataclass(frozen=True)
 class Against:
     """One measure of a variant against the baseline.
 
     Attributes:
+        means: of the variant and of the baseline, over the runs that the difference is of.
         difference: mean of the variant minus mean of the baseline.
         paired: whether runs were paired by seed.
         higher, lower, ties: number of seeds by the sign of their difference; all 0 if runs are not paired.
@@ -89,6 +102,7 @@ class Against:
             four seeds; "no clear difference"; or "too few seeds".
     """
 
+    means: tuple[float, float]
     difference: Estimate
     paired: bool
     higher: int
@@ -160,7 +174,7 @@ class Comparison:
 def compare(
     runs: Mapping[str, Sequence[RunCurves]], settings: ComparisonSettings, missing: Sequence[Missing] = ()
 ) -> Comparison:
-    """Compare variants, each of one or several runs.
+    """Compare variants, each of one or several runs, on the seeds that all of them have.
 
     Args:
         runs: run directories as read, by the name of their variant.
@@ -181,10 +195,13 @@ def compare(
         else:
             planned = "" if run.config is None else f" of {run.config.train.epochs}"
             absent.append(Missing(name, run.seed, f"{run.folder} is not finished ({run.epochs}{planned} epochs)"))
-    everything = [run for group in chosen.values() for run in group]
-    if not everything:
-        reasons = "; ".join(f"{run.variant}: {run.reason}" for run in absent[:3])
+    if not any(chosen.values()):
+        lines = missing_lines(absent)
+        reasons = "; ".join([*lines[:3], *([f"and {len(lines) - 3} more"] if len(lines) > 3 else [])])
         raise UserError(f"there is no finished run to compare ({reasons or 'none was given'})")
+    chosen, left_out = _on_common_seeds(chosen)
+    absent += left_out
+    everything = [run for group in chosen.values() for run in group]
     reading = reading_of(everything, settings)
     target, source = _target(chosen, baseline, reading, settings)
     reading = replace(reading, target=target)
@@ -203,6 +220,24 @@ def compare(
     }
     decisions = decide({name: both for name, both in sides.items() if all(both[0])})
     return Comparison(settings, reading, source, baseline, results, tuple(absent), measures, decisions)
+
+
+def _on_common_seeds(chosen: Mapping[str, list[RunCurves]]) -> tuple[dict[str, list[RunCurves]], list[Missing]]:
+    """The runs whose seed every variant with runs has, and the others.
+
+    All runs count where seeds do not make pairs: without common seeds, or with one that only a few of many runs share.
+    """
+    groups = {name: [run.seed for run in group] for name, group in chosen.items() if group}
+    common = set.intersection(*map(set, groups.values())) - {None}
+    distinct = all(None not in seeds and len(set(seeds)) == len(seeds) for seeds in groups.values())
+    if not distinct or not common or (len(common) == 1 and min(map(len, groups.values())) > 1):
+        return dict(chosen), []
+    left_out = []
+    for name, run in ((name, run) for name, group in chosen.items() for run in group if run.seed not in common):
+        lacking = [other for other, seeds in groups.items() if run.seed not in seeds]
+        have = "has" if len(lacking) == 1 else "have"
+        left_out.append(Missing(name, run.seed, f"left out, because {' and '.join(lacking)} {have} no run to match"))
+    return {name: [run for run in group if run.seed in common] for name, group in chosen.items()}, left_out
 
 
 def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> str:
@@ -288,7 +323,8 @@ def _result(
         difference = mean_difference(own, other, paired=paired)
         signs = [_sign(x, y) for x, y in zip(own, other, strict=True)] if paired else []
         counts = (signs.count(1), signs.count(-1), signs.count(0))
-        against[measure.key] = Against(difference, paired, *counts, verdict(difference, measure.better))
+        means = (statistics.fmean(own), statistics.fmean(other))
+        against[measure.key] = Against(means, difference, paired, *counts, verdict(difference, measure.better))
         if measure == EPOCHS_TO_TARGET:
             speed_up = ratio_of_means(other, own, paired=paired)
     bounds: dict[tuple[bool, bool], Bound] = {
@@ -315,15 +351,16 @@ def _sides(
     baseline_runs: Sequence[RunCurves],
     baseline_values: Sequence[float | None],
 ) -> tuple[tuple[list[float], list[float]], bool]:
-    """The values of both sides, paired by seed if possible, and whether they are paired."""
+    """The values of both sides, paired if both have runs of the same seeds, and whether they are paired."""
     own, other = (
         [(run.seed, value) for run, value in zip(group, column, strict=True) if value is not None]
         for group, column in ((runs, values), (baseline_runs, baseline_values))
     )
+    seeds, others = ([run.seed for run in group] for group in (runs, baseline_runs))
+    alike = None not in seeds and len(set(seeds)) == len(seeds) == len(others) and set(seeds) == set(others)
     by_seed = [{seed: value for seed, value in side if seed is not None} for side in (own, other)]
-    distinct = all(len(found) == len(side) for found, side in zip(by_seed, (own, other), strict=True))
-    common = sorted(by_seed[0].keys() & by_seed[1].keys())
-    if distinct and common and (len(common) > 1 or min(len(own), len(other)) == 1):
+    common = sorted(by_seed[0].keys() & by_seed[1].keys()) if alike else []
+    if len(common) > 1 or (common and min(len(own), len(other)) == 1):
         return ([by_seed[0][seed] for seed in common], [by_seed[1][seed] for seed in common]), True
     return ([value for _, value in own], [value for _, value in other]), False
 

@@ -5,14 +5,13 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pcpo_fast.comparison.analysis import Comparison
+from pcpo_fast.comparison.analysis import Comparison, missing_lines
 from pcpo_fast.comparison.comparison_tables import (
     ABOUT_DECISIONS,
     decision_table,
     difference_table,
     explanations,
     main_table,
-    missing_lines,
     seed_table,
     setting_table,
 )
@@ -58,7 +57,7 @@ def comparison_page(result: Comparison, folder: Path, figures: "Mapping[str, Fig
             *(difference_table(variant, result) for variant in result.variants if variant.against),
             seed_table(result),
         ],
-        missing=missing_lines(result),
+        missing=missing_lines(result.missing),
         explanations=[line.replace("*", "") for line in explanations(result)],
         meanings=[f"{measure.label}: {measure.meaning}." for measure in result.measures],
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pcpo_fast.comparison.analysis import Against, Comparison, VariantResult
+from pcpo_fast.comparison.analysis import Against, Comparison, VariantResult, missing_lines
 from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, Measure, timed
 from pcpo_fast.comparison.record import notes, variant_differences
 from pcpo_fast.reporting.statistics import RESAMPLES, Estimate
@@ -43,27 +43,25 @@ def main_table(result: Comparison) -> Grid:
 
 def difference_table(variant: VariantResult, result: Comparison) -> Grid:
     """One row per measure: both means, the difference with its interval, the signs by seed, and the verdict."""
-    baseline = result.variant(result.baseline)
     header = ("measure", result.baseline, variant.name, "difference [95 % interval]", "seeds", "verdict")
     rows = []
     for measure in result.measures:
         against = variant.against.get(measure.key)
         if against is None:
             continue
-        means = (_mean(side, measure) for side in (baseline, variant))
-        row = (measure.label, *means, _estimate(against.difference, measure, signed=True))
+        row = (measure.label, *_means(variant, measure, result), _estimate(against.difference, measure, signed=True))
         rows.append((*row, _signs(against, measure), against.verdict))
     return Grid(f"{variant.name} minus {result.baseline}", header, tuple(rows))
 
 
 def decision_table(result: Comparison) -> Grid:
     """The primary measure, with one row per variant other than the baseline."""
-    measure, baseline = result.settings.primary_measure, result.variant(result.baseline)
+    measure = result.settings.primary_measure
     names = (f"{result.baseline}", "variant mean", "difference [95 % t-interval]", "seeds", "p", "p after Holm")
     rows = []
     for name, decision in result.decisions.items():
         numbers = ("–" if p is None else f"{p:.2g}" for p in (decision.p, decision.adjusted))
-        means = (_mean(side, measure) for side in (baseline, result.variant(name)))
+        means = _means(result.variant(name), measure, result)
         difference = _estimate(decision.difference, measure, signed=True)
         rows.append((name, *means, difference, str(decision.difference.n), *numbers, decision.verdict))
     return Grid(f"Verdict: {measure.label}", ("variant", *names, "verdict"), tuple(rows))
@@ -96,11 +94,6 @@ def setting_table(result: Comparison) -> Grid | None:
     return Grid("What differs", ("setting", *next(iter(differing.values()))), rows)
 
 
-def missing_lines(result: Comparison) -> list[str]:
-    """One line for each run that does not count."""
-    return [f"{run.variant}{'' if run.seed is None else f', seed {run.seed}'}: {run.reason}" for run in result.missing]
-
-
 def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
     """comparison.md.
 
@@ -108,7 +101,7 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
         result: the comparison.
         figures: paths of the figures, relative to the file.
     """
-    main, missing = main_table(result), missing_lines(result)
+    main, missing = main_table(result), missing_lines(result.missing)
     parts = ["# Comparison", f"{main.title}.", main.markdown()]
     if missing:
         parts += ["**Not in these numbers:**", bullets(missing)]
@@ -193,6 +186,13 @@ def _mean(variant: VariantResult, measure: Measure) -> str:
     estimate = variant.means.get(measure.key)
     mark = _bound(variant) if measure == EPOCHS_TO_TARGET else ""
     return _NONE if estimate is None else mark + measure.text(estimate.value)
+
+
+def _means(variant: VariantResult, measure: Measure, result: Comparison) -> list[str]:
+    """The baseline's mean and the variant's, over the runs that their difference is of."""
+    own, other = variant.against[measure.key].means
+    sides = ((result.variant(result.baseline), other), (variant, own))
+    return [(_bound(side) if measure == EPOCHS_TO_TARGET else "") + measure.text(mean) for side, mean in sides]
 
 
 def _estimate(estimate: Estimate | None, measure: Measure, *, signed: bool = False) -> str:

@@ -105,7 +105,10 @@ def _about_intervals(result: Comparison) -> list[str]:
     compared = [variant for variant in result.variants if variant.runs]
     found = []
     if any(not against.paired for variant in compared for against in variant.against.values()):
-        found.append("Some runs are not paired by seed: their differences have wider intervals.")
+        found.append(
+            "Some runs are not paired by seed: their means may be of different seeds, and their differences have "
+            "wider intervals."
+        )
     count = min(len(variant.runs) for variant in compared)
     if count == 1:
         found.append("A variant with one seed has no interval: how much seeds differ is unknown.")

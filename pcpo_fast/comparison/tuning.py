@@ -152,8 +152,8 @@ def tuning_notes(plan: ComparisonPlan, search: Search) -> tuple[str, ...]:
     seeds = ", ".join(map(str, plan.tuning.seeds))
     count = len(next(iter(search.trials.values())))
     first = (
-        f"What each variant is compared with was chosen from {count} trials of each on seeds of their own ({seeds}): "
-        f"{MARKDOWN_FILE} has all of them."
+        f"The settings of each variant were chosen from {count} trials, with seeds that the comparison does not use "
+        f"({seeds})."
     )
     edges = (
         f"The best learning rate of {name} lies at the end of its list: a better one may lie beyond "

@@ -194,7 +194,7 @@ def _run_and_report(
     if plan.tuning is not None:
         search = _search(plan, reported, how, console)
         planned = planned_runs(tuned(plan, search), twins=True)
-        reported = replace(reported, notes=tuning_notes(plan, search))
+        reported = replace(reported, notes=(*tuning_notes(plan, search), "All trials are in tuning.md."))
     else:
         planned = planned_runs(plan)
     failures: list[Failure] = []

@@ -218,7 +218,7 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
         ((), "there is nothing to compare: give variants with --variant 'NAME: key=value' or a --file; {} has "
         "no comparison to continue"),
         (("--variant", "a:", "--report-only", "--seeds", "1"),
-         "there is no finished run to compare (a: has not been trained)"),
+         "there is no finished run to compare (a, seed 0: has not been trained)"),
         (("--runs", "a=nowhere"), "nowhere is not a run directory"),
         (("--runs", "a=no*where"), "--runs 'a=no*where': no run directory matches no*where"),
         (("--runs", "a"), "--runs 'a': must have the form NAME=RUN,RUN, for example native=runs/n0,runs/n1"),
@@ -250,10 +250,11 @@ def test_runs_made_elsewhere_and_a_report_alone(tmp_path: Path, capsys: pytest.C
     runs = ("--runs", f"native={tmp_path}/native*", "--runs", f"pcpo={tmp_path}/pcpo0,{tmp_path}/pcpo1")
     answer = call(capsys, "compare", *runs, "--output", tmp_path / "out", "--target", "0.7", "--at-epoch", "10")
     assert (answer.code, answer.err) == (0, "")
-    assert "│ pcpo    │     2 │" in answer.out and "reward, epoch 10" in answer.out
+    assert "│ native  │     2 │" in answer.out and "reward, epoch 10" in answer.out
+    assert "not included: native, seed 2: left out, because pcpo has no run to match" in answer.out
     assert "target 0.7 (training reward)" in answer.out
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert [run["seed"] for run in record["variants"]["native"]["runs"]] == [0, 1, 2]
+    assert [run["seed"] for run in record["variants"]["native"]["runs"]] == [0, 1]
     assert record["settings"]["target"] == 0.7 and record["settings"]["target_source"] == "as given"
     assert not (tmp_path / "out" / "comparison.yaml").exists()
 
@@ -289,9 +290,8 @@ def test_settings_of_a_file_may_list_several_rewards(
         "{name: jpeg_compressibility, weight: 0.5}]\nvariants: {a: {optimizer.lr: 1e-4}, b: {rewards.1.weight: 2}}\n"
     )
     answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--report-only")
-    assert (
-        answer.err == "error: there is no finished run to compare (a: has not been trained; b: has not been trained)\n"
-    )
+    missing = "a, seed 0: has not been trained; b, seed 0: has not been trained"
+    assert answer.err == f"error: there is no finished run to compare ({missing})\n"
 
 
 TUNED = """output: {output}
@@ -338,7 +338,7 @@ def test_a_tuned_comparison_goes_on_in_portions_and_decides_on_its_own_seeds(
     assert calls == 7 and len(set(made)) == len(made)
     assert made[-6:] == [f"{name}, seed {seed}" for seed in (0, 1, 2) for name in ("native", "pcpo")]
     record = json.loads((output / "comparison.json").read_text())
-    assert record["notes"][0].startswith("What each variant is compared with was chosen from 6 trials of each on seeds")
+    assert record["notes"][0].startswith("The settings of each variant were chosen from 6 trials, with seeds that")
     assert record["decisions"]["pcpo"]["verdict"] == "better" and record["decisions"]["pcpo"]["difference"]["n"] == 3
     assert record["settings"]["primary"] == "heldout_area"
     chosen = json.loads((output / "tuning.json").read_text())["variants"]["pcpo"]["chosen"]
@@ -369,6 +369,7 @@ def test_a_comparison_continues_elsewhere_from_its_small_records(
     )
     answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--records", tmp_path / "kept")
     assert answer.code == 0 and f"records: 3 finished runs added to {tmp_path}/kept" in answer.out
+    assert "not included: native, seed 1: left out, because pcpo has no run to match" in answer.out
     shutil.copytree(tmp_path / "kept", tmp_path / "elsewhere")
     assert not list((tmp_path / "elsewhere").rglob("checkpoints"))
     reports = [

@@ -13,8 +13,9 @@ from comparison_runs import noisy_rise, write_run
 from PIL import Image
 
 from pcpo_fast.comparison import Comparison, ComparisonSettings, compare_runs, write_comparison
+from pcpo_fast.comparison.analysis import Missing, compare, missing_lines
 from pcpo_fast.comparison.comparison_figures import comparison_figures
-from pcpo_fast.comparison.comparison_tables import difference_table, main_table, seed_table
+from pcpo_fast.comparison.comparison_tables import decision_table, difference_table, main_table, seed_table
 from pcpo_fast.comparison.measures import Costs
 from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.record import comparison_record, notes
@@ -264,6 +265,47 @@ def test_common_seeds_make_pairs_where_runs_are_missing(tmp_path: Path) -> None:
     assert against.paired and against.difference.n == 2 and against.verdict == "too few seeds"
 
 
+def test_everything_is_of_the_seeds_that_all_variants_have(tmp_path: Path) -> None:
+    """Of two seeds, gain has only run the one in which it is better, though below the mean of native's two."""
+    native = [write_run(tmp_path / f"n{s}", line(0.001, 0.5 + 0.1 * s), seed=s, epochs=9) for s in (0, 1)]
+    gain = [write_run(tmp_path / "g0", line(0.002, 0.51), seed=0, epochs=9)]
+    never = [Missing("never", s, "has not been trained") for s in (0, 1)]
+    read = {name: [read_run(run) for run in own] for name, own in (("native", native), ("gain", gain), ("never", []))}
+    result = compare(read, ComparisonSettings(primary="reward_final"), never)
+    assert [[run.seed for run in variant.runs] for variant in result.variants] == [[0], [0], []]
+    assert missing_lines(result.missing) == [
+        "never, seeds 0, 1: has not been trained",
+        "native, seed 1: left out, because gain has no run to match",
+    ]
+    for table in (difference_table(result.variant("gain"), result), decision_table(result)):
+        row = next(row for row in table.rows if row[0] in ("gain", "training reward at the end"))
+        assert float(row[3]) == pytest.approx(float(row[2]) - float(row[1]), abs=1e-4) and float(row[3]) > 0
+    drawn = [mark for mark in comparison_figures(result)["reward"].axes[0].lines if mark.get_label() != "target"]
+    assert [len(mark.get_xdata()) for mark in drawn] == [9, 9]
+    # Without common seeds all runs count, as groups, and this is said; nor are some of them paired.
+    shifted = [write_run(tmp_path / f"s{s}", line(0.002, 0.5), seed=s, epochs=9) for s in (1, 2)]
+    other = [write_run(tmp_path / f"o{s}", line(0.002, 0.5), seed=s, epochs=9) for s in (7, 8, 9)]
+    apart = compare_runs({"native": native, "shifted": shifted, "other": other})
+    assert [len(variant.runs) for variant in apart.variants] == [2, 2, 3] and not apart.missing
+    assert not any(variant.against["reward_final"].paired for variant in apart.variants[1:])
+    assert any("their means may be of different seeds" in note for note in notes(apart))
+
+
+def test_a_measure_that_some_runs_lack_is_compared_on_the_others(tmp_path: Path) -> None:
+    runs = {
+        name: [write_run(tmp_path / f"{name}{s}", line(slope, 0.1 * s), seed=s, epochs=9) for s in range(3)]
+        for name, slope in (("native", 0.001), ("pcpo", 0.002))
+    }
+    metrics = runs["pcpo"][2] / "metrics.jsonl"
+    metrics.write_text("".join(text for text in metrics.open() if "evaluation" not in text))
+    result = compare_runs(runs)
+    against = result.variant("pcpo").against["heldout_final"]
+    assert against.paired and against.difference.n == 2
+    assert against.difference.value == pytest.approx(against.means[0] - against.means[1]) == pytest.approx(0.009)
+    row = next(row for row in difference_table(result.variant("pcpo"), result).rows if row[0].startswith("held-out"))
+    assert float(row[2]) > float(row[1])
+
+
 def test_clipping_and_gradient_numbers(tmp_path: Path) -> None:
     # 100 updates; the first ten are left out. Of the others 9 are ten times the median.
     def norms(update: int) -> float:
@@ -285,8 +327,8 @@ def test_unfinished_runs_are_named_and_left_out_or_cut_to_the_shortest(tmp_path:
     runs = groups(tmp_path, native=0.05, pcpo=0.09)
     runs["pcpo"][4] = write_run(tmp_path / "stopped", noisy_rise(0.09, 4), seed=4, epochs=12, planned=40)
     result = compare_runs(runs)
-    assert [len(variant.runs) for variant in result.variants] == [5, 4] and result.reading.horizon == 40
-    assert [(run.variant, run.seed) for run in result.missing] == [("pcpo", 4)]
+    assert [len(variant.runs) for variant in result.variants] == [4, 4] and result.reading.horizon == 40
+    assert [(run.variant, run.seed) for run in result.missing] == [("pcpo", 4), ("native", 4)]
     assert "not finished (12 of 40 epochs)" in result.missing[0].reason
     assert result.variant("pcpo").against["reward_final"].difference.n == 4
     assert result.variant("pcpo").against["epochs_to_target"].verdict == "probably better"
@@ -314,7 +356,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: Comparis
 
 def test_nothing_finished_is_said(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", line(0.01), epochs=3, planned=9)
-    with pytest.raises(UserError, match=r"there is no finished run to compare \(a: .*3 of 9 epochs\)\)"):
+    with pytest.raises(UserError, match=r"there is no finished run to compare \(a, seed 0: .*3 of 9 epochs\)\)"):
         compare_runs({"a": [folder]})
 
 

@@ -76,13 +76,14 @@ def test_a_search_ends_at_its_trials_and_says_that_the_best_is_at_the_end(tmp_pa
     assert rates(search, "pcpo") == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
     assert len(search.trials["native"]) == 4 and search.at_edge == ("pcpo",)
     notes = tuning_notes(whole, search)
-    assert notes[0].startswith("What each variant is compared with was chosen from 4 trials of each on seeds of their")
+    assert notes[0].startswith("The settings of each variant were chosen from 4 trials, with seeds that")
     assert notes[1].startswith("The best learning rate of pcpo lies at the end of its list")
     write_search(whole, SETTINGS, search)
     record = json.loads((tmp_path / "tuning.json").read_text())
     assert record["variants"]["pcpo"]["chosen"] == ["optimizer.lr=0.01"] and record["variants"]["pcpo"]["at_edge"]
     assert record["waiting_runs"] == 0 and record["seeds"] == [100, 101]
     assert "| pcpo (chosen) | optimizer.lr=0.01 |" in (tmp_path / "tuning.md").read_text()
+    assert "tuning.md" not in (tmp_path / "tuning.md").read_text()
 
 
 def test_other_settings_are_searched_with_every_rate_and_the_rest_get_as_many_trials(tmp_path: Path) -> None:
