@@ -54,7 +54,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--runs", action="append", default=[], metavar="NAME=RUN,RUN", help="compare existing run directories"
     )
     running = parser.add_argument_group("how it is run")
-    running.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
+    running.add_argument("--jobs", type=int, metavar="N", help="runs at the same time (default 1)")
     running.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of each run (default: all cores, divided among the jobs)"
     )
@@ -147,13 +147,14 @@ def _say(compared: "Compared", console: "Console", *, as_json: bool) -> None:
     import json
 
     from pcpo_fast.comparison.analysis import missing_lines
-    from pcpo_fast.comparison.comparison_tables import decision_table, main_table
+    from pcpo_fast.comparison.comparison_tables import about_decisions, decision_table, main_table
     from pcpo_fast.comparison.record import comparison_record, notes
 
     result = compared.result
     if as_json:
         print(json.dumps(comparison_record(result), indent=1, allow_nan=False))
     lines = [f"not included: {line}" for line in missing_lines(result.missing)]
+    lines += [about_decisions(result)] if result.decisions else []
     if result.settings.target is None and result.reading.target is not None:
         lines.append(f"target: {result.target_source}")
     lines += notes(result)

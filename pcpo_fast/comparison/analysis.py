@@ -47,7 +47,8 @@ class ComparisonSettings:
         at_epoch: also compare the rewards after this many epochs.
         smoothing: epochs of the trailing mean.
         include_unfinished: also use unfinished runs, and only as many epochs of every run as the shortest has.
-        primary: the measure that decides, chosen before any run; None: there is none.
+        primary: the measure that decides; None: there is none.
+        primary_before: the primary measure that was recorded before there were any runs; None: none was.
         costs: compute costs of decodes and reward calls.
         notes: further caveats for the reader.
     """
@@ -59,6 +60,7 @@ class ComparisonSettings:
     smoothing: int = 5
     include_unfinished: bool = False
     primary: Primary | None = None
+    primary_before: Primary | None = None
     costs: Costs = field(default_factory=Costs)
     notes: tuple[str, ...] = ()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pcpo_fast.comparison.analysis import Comparison, missing_lines
 from pcpo_fast.comparison.comparison_tables import (
-    ABOUT_DECISIONS,
+    about_decisions,
     decision_table,
     difference_table,
     explanations,
@@ -50,7 +50,7 @@ def comparison_page(result: Comparison, folder: Path, figures: "Mapping[str, Fig
         footer="Made from the runs' metrics.jsonl by pcpo-fast compare.",
         main=main_table(result),
         decided=decision_table(result) if result.decisions else None,
-        about_decisions=ABOUT_DECISIONS,
+        about_decisions=about_decisions(result) if result.decisions else None,
         figures={_FIGURES[name]: charts(figure, _FIGURES[name]) for name, figure in figures.items()},
         details=[
             *([table] if (table := setting_table(result)) is not None else []),

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pcpo_fast.comparison.analysis import Against, Comparison, VariantResult, missing_lines
-from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, Measure, timed
+from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, MEASURES, Measure, timed
 from pcpo_fast.comparison.record import notes, variant_differences
 from pcpo_fast.reporting.statistics import RESAMPLES, Estimate
 from pcpo_fast.reporting.tables import Grid, bullets, estimate_text
 
-ABOUT_DECISIONS = "The primary measure was named beforehand; only its p-values are corrected for several variants."
 _NONE = "–"
 _MAIN = {
     "reward_final": "reward, end",
@@ -67,6 +66,16 @@ def decision_table(result: Comparison) -> Grid:
     return Grid(f"Verdict: {measure.label}", ("variant", *names, "verdict"), tuple(rows))
 
 
+def about_decisions(result: Comparison) -> str:
+    """When the primary measure was named, and what is special about its p-values."""
+    primary, before = result.settings.primary, result.settings.primary_before
+    when = "beforehand"
+    if primary != before:
+        other = "" if before is None else f" (before, it was {MEASURES[before].label})"
+        when = f"when there already were runs{other}, perhaps because of what they show"
+    return f"The primary measure was named {when}; only its p-values are corrected for several variants."
+
+
 def seed_table(result: Comparison) -> Grid:
     """One row per run."""
     header = ("run", "seed", "epochs", *(measure.label for measure in result.measures))
@@ -107,7 +116,7 @@ def comparison_markdown(result: Comparison, figures: Sequence[str] = ()) -> str:
         parts += ["**Not in these numbers:**", bullets(missing)]
     if result.decisions:
         decided = decision_table(result)
-        parts += [f"## {decided.title}", ABOUT_DECISIONS, decided.markdown()]
+        parts += [f"## {decided.title}", about_decisions(result), decided.markdown()]
     differing = setting_table(result)
     if differing is not None:
         rows = tuple(tuple(cell if cell == "not set" else f"`{cell}`" for cell in row) for row in differing.rows)

@@ -32,6 +32,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
             "at_epoch": reading.at_epoch,
             "smoothing_epochs": reading.smoothing,
             "primary": result.settings.primary,
+            "primary_before": result.settings.primary_before,
             "costs": reading.costs.model_dump(),
             "compute": reading.compute,
             "include_unfinished": result.settings.include_unfinished,

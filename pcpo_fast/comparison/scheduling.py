@@ -13,7 +13,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from pcpo_fast.comparison.lock import note_processes, only_one
+from pcpo_fast.comparison.lock import note_processes
 from pcpo_fast.comparison.processes import RunningRun, end_runs, last_words, start_run
 from pcpo_fast.comparison.run_progress import ComparisonProgress, RunProgress
 from pcpo_fast.comparison.variants import PlannedRun
@@ -91,24 +91,31 @@ def check_folders(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def run_all(
-    runs: Sequence[PlannedRun], done: int, folder: Path, how: HowToRun, console: Console, poll: float = POLL
+    runs: Sequence[PlannedRun],
+    done: int,
+    folder: Path,
+    how: HowToRun,
+    console: Console,
+    lock: int | None = None,
+    poll: float = POLL,
 ) -> list[Failure]:
     """Run the remaining runs of a comparison and return those that failed.
 
     Args:
         runs: the remaining runs, in the order in which they start.
         done: number of runs that have already finished.
-        folder: the comparison's folder, which stays locked until this returns.
+        folder: the comparison's folder.
         how: number of runs at a time, and how they are started.
         console: where progress is shown.
+        lock: descriptor of the folder's lock, which the runs inherit; None: there is none.
         poll: seconds between checks of the processes.
 
     Raises:
-        UserError: another comparison is using the folder, or the launcher cannot be started.
+        UserError: the launcher cannot be started.
         Interrupted: on Ctrl-C or SIGTERM, after all child processes have ended.
     """
     queue, running, failures = list(runs), list[RunningRun](), list[Failure]()
-    with only_one(folder) as lock, _ending_is_an_interrupt():
+    with _ending_is_an_interrupt():
         progress = ComparisonProgress(console, done + len(runs), sum(map(_epochs_left, runs)))
         progress.done = done
         try:

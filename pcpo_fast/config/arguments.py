@@ -1,6 +1,6 @@
 """Checks of arguments, which error messages call by their option on the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pcpo_fast.config.messages import did_you_mean
 from pcpo_fast.errors import UserError
@@ -27,6 +27,18 @@ def check_choice(allowed: Sequence[str], **words: str | None) -> None:
         if word is not None and word not in allowed:
             hint = did_you_mean(word, allowed)
             raise UserError(f"--{name}: must be one of {', '.join(allowed)}, got {word!r}{hint}")
+
+
+def check_idle(reason: str, idle: Mapping[str, object]) -> None:
+    """Check that no argument is given that would have no effect; empty values are not given.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, value in idle.items():
+        if value:
+            option = name if "=" in name else f"--{name}"
+            raise UserError(f"{reason}, so it cannot be combined with {option}")
 
 
 def check_seed(seed: int) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,14 +24,23 @@ from pcpo_fast.comparison.comparison_file import (
     variants_of,
     write_plan_file,
 )
+from pcpo_fast.comparison.lock import only_one
 from pcpo_fast.comparison.measures import Metric, Primary
 from pcpo_fast.comparison.reading import read_run
 from pcpo_fast.comparison.run_sizes import check_run_sizes, with_common_sizes
 from pcpo_fast.comparison.scheduling import Failure, HowToRun, check_folders
 from pcpo_fast.comparison.small_records import write_small_records
 from pcpo_fast.comparison.tuning import Search, look, tuned, tuning_notes, write_search
-from pcpo_fast.comparison.variants import ComparisonPlan, PlannedRun, Variant, check_name, planned_runs, settings_from
-from pcpo_fast.config.arguments import check_choice, check_least
+from pcpo_fast.comparison.variants import (
+    TUNING,
+    ComparisonPlan,
+    PlannedRun,
+    Variant,
+    check_name,
+    planned_runs,
+    settings_from,
+)
+from pcpo_fast.config.arguments import check_choice, check_idle, check_least
 from pcpo_fast.config.presets import DEFAULT_CONFIG
 from pcpo_fast.errors import EXIT_USER_ERROR, UserError
 from pcpo_fast.interface.configuration import File, Settings, settings_texts
@@ -96,7 +106,7 @@ def compare(
     output: File | None = None,
     file: File | None = None,
     runs: Mapping[str, File | Iterable[File]] | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     threads: int | None = None,
     launcher: str | None = None,
     minutes: float | None = None,
@@ -122,7 +132,7 @@ def compare(
         output: folder of the comparison.
         file: YAML file with all of this; arguments take precedence.
         runs: instead of running anything: run directories (or patterns such as ``runs/n*``) by name of the variant.
-        jobs: number of runs at the same time.
+        jobs: number of runs at the same time; None: 1.
         threads: CPU threads per run; None: all, divided among the runs.
         launcher: command that starts a run on several GPUs.
         minutes: start no run after this many minutes; call again to continue.
@@ -131,7 +141,7 @@ def compare(
         baseline: the variant that the others are compared with; None: the first.
         target: reward to reach; the time to it is measured; None: see docs/comparing.md.
         metric: the reward that ``target`` refers to, "training" (the default) or "heldout".
-        primary: the measure that decides (docs/comparing.md).
+        primary: the measure that decides (docs/comparing.md); once there are runs, only a report can have another one.
         at_epoch: also compare the rewards after this many epochs.
         smoothing: epochs of the trailing mean; None: 5.
         include_unfinished: also use unfinished runs, as far as they have got.
@@ -148,8 +158,18 @@ def compare(
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     check_choice(get_args(Metric), metric=metric)
     check_choice(get_args(Primary), primary=primary)
+    running = {"jobs": jobs, "threads": threads, "launcher": launcher, "minutes": minutes}
+    texts = settings_texts(settings)
+    if runs is not None:
+        check_idle(
+            "--runs compares existing runs",
+            {"config": config, "variant": variants, "seeds": seeds, "file": file, **running}
+            | {"records": records, "report-only": report_only, "key=value": texts},
+        )
+    elif report_only:
+        check_idle("--report-only trains nothing", running)
 
-    texts, found = settings_texts(settings), ComparisonFile()
+    found = ComparisonFile()
     if runs is None and file is not None:
         found = read_plan_file(Path(file))
     elif runs is None and output is not None and not variants and (Path(output) / FILE).is_file():
@@ -161,11 +181,6 @@ def compare(
         chosen["primary"] = "heldout_area"
     reported = ComparisonSettings(**chosen, include_unfinished=include_unfinished, costs=found.costs)
     if runs is not None:
-        unused = {"config": config, "variant": variants, "seeds": seeds, "file": file, "launcher": launcher}
-        unused["records"] = records
-        stray = [f"--{name}" for name, value in unused.items() if value] + ["key=value"] * bool(texts)
-        if stray:
-            raise UserError(f"--runs compares existing runs, so it cannot be combined with {stray[0]}")
         if output is None:
             raise UserError(
                 "--output: missing; give the folder of the comparison, for example --output runs/comparison"
@@ -177,33 +192,67 @@ def compare(
     if reported.baseline is not None and reported.baseline not in names:
         raise UserError(f"--baseline: must be one of {', '.join(names)}, got {reported.baseline}")
     console = Console() if console is None else console
-    how = None if report_only else HowToRun(jobs, threads, launcher, until)
-    try:
-        return _run_and_report(plan, reported, how, console)
-    finally:
-        if records is not None:
-            new = write_small_records(plan.output, Path(records))
-            say(console, f"records: {len(new)} finished runs added to {os.fspath(records)}")
+    how = None if report_only else HowToRun(jobs or 1, threads, launcher, until)
+    reported = replace(reported, primary_before=_primary_before(plan.output, reported, how))
+    search = None if plan.tuning is None else look(plan, reported)
+    planned = _next_runs(plan, search)
+    if how is not None:
+        check_folders(planned)
+        _check(planned, reported)
+    with nullcontext() if how is None else only_one(plan.output) as lock:  # nothing is written before
+        if how is not None:
+            write_plan_file(plan, reported)
+        try:
+            return _run_and_report(plan, reported, search, how, lock, console)
+        finally:
+            if records is not None:
+                new = write_small_records(plan.output, Path(records))
+                say(console, f"records: {len(new)} finished runs added to {os.fspath(records)}")
+
+
+def _primary_before(folder: Path, reported: ComparisonSettings, how: HowToRun | None) -> Primary | None:
+    """The primary measure that was named before there were runs.
+
+    Raises:
+        UserError: it is to be another one for further runs, after which nothing would record it.
+    """
+    if not any(any(folder.glob(f"{above}/seed_*/metrics.jsonl*")) for above in ("*", f"{TUNING}/*/*")):
+        return reported.primary
+    before = read_plan_file(folder / FILE).primary if (folder / FILE).is_file() else None
+    if how is not None and reported.primary != before:
+        raise UserError(
+            f"--primary: must stay {before or 'unset'}, as it was before there were runs in {folder}, got "
+            f"{reported.primary or 'none'}; a report may use another one (--report-only), and says so"
+        )
+    return before
+
+
+def _next_runs(plan: ComparisonPlan, search: Search | None) -> list[PlannedRun]:
+    """The runs that the search waits for, or else those of the comparison itself."""
+    if search is None:
+        return planned_runs(plan)
+    return list(search.waiting) or planned_runs(tuned(plan, search), twins=True)
 
 
 def _run_and_report(
-    plan: ComparisonPlan, reported: ComparisonSettings, how: HowToRun | None, console: Console
+    plan: ComparisonPlan,
+    reported: ComparisonSettings,
+    search: Search | None,
+    how: HowToRun | None,
+    lock: int | None,
+    console: Console,
 ) -> Compared:
     """Run what is left, unless `how` is None, and report; raises as :func:`compare`."""
     names = [variant.name for variant in plan.variants]
-    if plan.tuning is not None:
-        search = _search(plan, reported, how, console)
-        planned = planned_runs(tuned(plan, search), twins=True)
+    if search is not None:
+        search = _searched(plan, reported, search, how, lock, console)
         reported = replace(reported, notes=(*tuning_notes(plan, search), "All trials are in tuning.md."))
-    else:
-        planned = planned_runs(plan)
-    failures: list[Failure] = []
+    planned, failures = _next_runs(plan, search), list[Failure]()
     if how is not None:
         left = check_folders(planned)
         _check(planned, reported)
-        write_plan_file(plan, reported)
-        left = _sized(left, how)
-        failures = scheduling.run_all(left, len(planned) - len(left), plan.output, how, console)
+        done = len(planned) - len(left)
+        failures = scheduling.run_all(_sized(left, how), done, plan.output, how, console, lock)
     try:
         trained = [run for run in planned if find_metrics(run.folder)]
         missing = [Missing(run.variant, run.seed, "has not been trained") for run in planned if run not in trained]
@@ -240,6 +289,8 @@ def _plan(
             f"there is nothing to compare: give variants with --variant 'NAME: key=value' or a --file; {folder} "
             "has no comparison to continue"
         )
+    if config is not None and all(variant.config is not None for variant in named):
+        raise UserError("--config: has no effect, because every variant has its own file: remove it")
     if seeds is not None:
         file = file.model_copy(update={"seeds": seeds if isinstance(seeds, int) else list(seeds)})
     path = os.fspath(config) if config is not None else file.config
@@ -274,23 +325,26 @@ def _folders_of(runs: Mapping[str, File | Iterable[File]]) -> dict[str, list[Pat
     return groups
 
 
-def _search(plan: ComparisonPlan, settings: ComparisonSettings, how: HowToRun | None, console: Console) -> Search:
+def _searched(
+    plan: ComparisonPlan,
+    settings: ComparisonSettings,
+    search: Search,
+    how: HowToRun | None,
+    lock: int | None,
+    console: Console,
+) -> Search:
     """Tune the variants as far as the time allows, and write the results; with ``how`` None nothing is trained.
 
     Raises:
         RunsFailed: runs failed before the tuning was finished.
         NotFinished: the tuning is not finished.
     """
-    search = look(plan, settings)
     failures: list[Failure] = []
     count = 0
-    _check(search.waiting, settings)
-    if how is not None:
-        write_plan_file(plan, settings)
     while search.waiting and not failures and how is not None and time.monotonic() < how.until:
         count = len(search.waiting)
         say(console, f"tuning: {count} runs until the next choice")
-        failures = scheduling.run_all(_sized(search.waiting, how), 0, plan.output, how, console)
+        failures = scheduling.run_all(_sized(search.waiting, how), 0, plan.output, how, console, lock)
         search = look(plan, settings)
     paths = write_search(plan, settings, search)
     state = f"not finished, {len(search.waiting)} runs left until the next choice" if search.waiting else "finished"

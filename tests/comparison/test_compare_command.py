@@ -14,10 +14,10 @@ from typing import NamedTuple
 import pytest
 from cli_runs import wait_for
 from comparison_runs import noisy_rise, write_planned, write_run
-from rich.console import Console
 
 from pcpo_fast.cli import main
 from pcpo_fast.comparison import scheduling
+from pcpo_fast.comparison.lock import only_one
 from pcpo_fast.comparison.scheduling import Failure, HowToRun
 from pcpo_fast.comparison.variants import PlannedRun
 from pcpo_fast.files.locks import lock_folder
@@ -226,6 +226,14 @@ def test_a_variant_that_fails_is_named_and_the_rest_reported(
          "'.', '_' and '-', and must not be embeddings, tuning or figures"),
         (("--runs", "a=b", "--seeds", "3"), "--runs compares existing runs, so it cannot be combined with --seeds"),
         (("--runs", "a=b", "x.y=1"), "--runs compares existing runs, so it cannot be combined with key=value"),
+        (("--runs", "a=b", "--minutes", "3"), "--runs compares existing runs, so it cannot be combined with --minutes"),
+        (("--runs", "a=b", "--jobs", "1"), "--runs compares existing runs, so it cannot be combined with --jobs"),
+        (("--runs", "a=b", "--report-only"),
+         "--runs compares existing runs, so it cannot be combined with --report-only"),
+        (("--variant", "a:", "--report-only", "--threads", "1"),
+         "--report-only trains nothing, so it cannot be combined with --threads"),
+        (("--variant", "a: demo", "--config", "demo"),
+         "--config: has no effect, because every variant has its own file: remove it"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence_before_anything_runs(
@@ -281,6 +289,70 @@ def test_a_file_and_the_command_line_over_it(
     assert [run["variant"] for run in record["missing"]] == ["native", "pcpo"]
 
 
+PLANNED = """output: {output}
+seeds: 2
+settings: {{train.epochs: 20}}
+primary: heldout_final
+variants: {{native: {{credit.rule: native}}, pcpo: }}
+"""
+
+
+def files_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("tuning", ["", "tuning: {lr: [1e-5, 1e-4], seeds: [100]}\n"])
+def test_a_call_that_is_refused_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tuning: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "out"
+    (tmp_path / "c.yaml").write_text(PLANNED.format(output=output) + tuning)
+    with only_one(output):
+        (output / "comparison.yaml").write_text("seeds: 3\n")
+        before = files_in(tmp_path)
+        answer = call(capsys, "compare", "--file", tmp_path / "c.yaml", "--records", tmp_path / "kept")
+        assert (answer.code, answer.out) == (2, "")
+        assert "another comparison, or runs that it left behind, are still running here (process" in answer.err
+        assert files_in(tmp_path) == before
+
+
+def test_a_primary_measure_that_is_named_late_is_reported_as_such_and_not_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def train(runs: list[PlannedRun], *_: object) -> list[Failure]:
+        for run in runs:
+            write_planned(run, lambda epoch: 0.6 if epoch else 0.5)
+        return []
+
+    monkeypatch.setattr(scheduling, "run_all", train)
+    output = tmp_path / "out"
+    (tmp_path / "c.yaml").write_text(PLANNED.format(output=output))
+    report = ("compare", "--output", output, "--report-only")
+    beforehand = "The primary measure was named beforehand; only its p-values"
+    assert beforehand in call(capsys, "compare", "--file", tmp_path / "c.yaml").out
+    assert beforehand in call(capsys, *report).out and beforehand in (output / "comparison.html").read_text()
+    recorded = (output / "comparison.yaml").read_bytes()
+
+    late = "The primary measure was named when there already were runs"
+    answer = call(capsys, *report, "--primary", "reward_final")
+    assert f"{late} (before, it was held-out reward at the end)" in answer.out
+    for name in ("comparison.html", "comparison.md"):
+        assert late in (output / name).read_text() and beforehand not in (output / name).read_text()
+    answer = call(capsys, "compare", "--output", output, "--seeds", "3", "--primary", "reward_final")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == (
+        f"error: --primary: must stay heldout_final, as it was before there were runs in {output}, got reward_final; "
+        "a report may use another one (--report-only), and says so\n"
+    )
+    assert (output / "comparison.yaml").read_bytes() == recorded
+    runs = [f"--runs={name}={output}/{name}/*" for name in ("native", "pcpo")]
+    answer = call(capsys, "compare", *runs, "--primary", "heldout_final", "--output", tmp_path / "report")
+    assert f"{late}, perhaps" in answer.out
+
+
 def test_settings_of_a_file_may_list_several_rewards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +385,7 @@ def test_a_tuned_comparison_goes_on_in_portions_and_decides_on_its_own_seeds(
     monkeypatch.chdir(ROOT)
     made: list[str] = []
 
-    def train_five(runs: list[PlannedRun], done: int, folder: Path, how: HowToRun, console: Console) -> list[Failure]:
+    def train_five(runs: list[PlannedRun], done: int, folder: Path, how: HowToRun, *_: object) -> list[Failure]:
         for run in runs[:5]:
             made.append(run.name)
             level = 0.8 - 0.1 * abs(math.log10(run.config.optimizer.lr / 1e-4)) + 0.01 * math.sin(len(made))
@@ -356,7 +428,7 @@ def test_a_comparison_continues_elsewhere_from_its_small_records(
     monkeypatch.chdir(ROOT)
     made: list[Path] = []
 
-    def train_three(runs: list[PlannedRun], done: int, folder: Path, how: HowToRun, console: Console) -> list[Failure]:
+    def train_three(runs: list[PlannedRun], *_: object) -> list[Failure]:
         for run in runs[:3]:
             made.append(run.folder.relative_to(tmp_path))
             write_planned(run, lambda epoch, end=0.6 + run.seed / 10: end if epoch else 0.5)  # type: ignore[misc]

@@ -387,18 +387,6 @@ def test_an_interrupt_ends_all_children_and_raises(
     assert "KeyboardInterrupt" in runs[0].log.read_text()
 
 
-def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path, launcher: str) -> None:
-    runs = planned_runs(plan(tmp_path, NATIVE))
-    with only_one(tmp_path / "out") as lock:
-        assert lock is not None
-        with pytest.raises(
-            UserError,
-            match=rf"another comparison, .* still running here.*\(process {os.getpid()}\)",
-        ):
-            run_all(runs, 0, tmp_path / "out", HowToRun(1, 1, launcher), shown())
-    assert run_all(runs, 0, tmp_path / "out", HowToRun(1, 1, launcher), shown(), poll=0.01) == []
-
-
 def test_a_child_that_is_left_behind_keeps_the_lock(tmp_path: Path, launcher: str) -> None:
     run = planned_runs(plan(tmp_path, NATIVE, seeds=(8,)))[0]
     with only_one(tmp_path / "out") as lock:
