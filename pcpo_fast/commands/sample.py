@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from pcpo_fast.interface.sampling import sample
+    from pcpo_fast.reporting.tables import fixed_text
 
     values = values_of(arguments)
     texts, file = values.pop("prompt"), values.pop("prompts")
@@ -92,11 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     for column in result.get("sweep", ()):
-        scores = ", ".join(f"{name} mean {score['mean']:.4f}" for name, score in column["rewards"].items())
+        scores = ", ".join(f"{name} mean {fixed_text(score['mean'], 4)}" for name, score in column["rewards"].items())
         if scores:
             print(f"scale {column['guidance_scale_reward']:g}: {scores}")
     for name, score in result.get("rewards", {}).items():
-        print(f"{name}: mean {score['mean']:.4f}")
+        print(f"{name}: mean {fixed_text(score['mean'], 4)}")
     print(f"Images: {result['output']}")
     if result.get("plot") is not None:
         print(f"Rewards: {result['plot']}")

@@ -136,13 +136,16 @@ def _how_to_continue(stopped: str, folder: Path) -> str:
 
 
 def _closing_words(summary: dict[str, Any], folder: Path) -> str:
+    from pcpo_fast.reporting.tables import fixed_text
+
     lines = []
     for kind, before, after in (
         ("Held-out reward", summary.get("heldout_reward_before"), summary.get("heldout_reward_after")),
         ("Training reward", summary.get("reward_before"), summary.get("reward_after")),
     ):
         if isinstance(before, float) and isinstance(after, float):
-            lines.append(f"{kind}:  {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+            change = fixed_text(after - before, signed=True)
+            lines.append(f"{kind}:  {fixed_text(before)} before, {fixed_text(after)} after ({change})")
             break
     for what, name in (
         ("Before and after:", "images/before_after.png"),

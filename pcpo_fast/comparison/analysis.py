@@ -26,6 +26,7 @@ from pcpo_fast.comparison.reading import RunCurves
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference, ratio_of_means
+from pcpo_fast.reporting.tables import fixed_text
 
 WAY_TO_THE_END = 0.9
 """Default target: this fraction of the baseline's increase from the starting to the final reward."""
@@ -301,7 +302,8 @@ def _target(
     share = f"{WAY_TO_THE_END:.0%}".replace("%", " %")
     return (
         start + WAY_TO_THE_END * (end - start),
-        f"{share} of the way from the mean start of all runs ({start:.4f}) to the mean end of {baseline} ({end:.4f})",
+        f"{share} of the way from the mean start of all runs ({fixed_text(start, 4)}) to the mean end of {baseline} "
+        f"({fixed_text(end, 4)})",
     )
 
 

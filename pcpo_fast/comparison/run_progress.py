@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from pcpo_fast.reporting.progress import bar_table, duration, say
+from pcpo_fast.reporting.tables import fixed_text
 
 if TYPE_CHECKING:
     from pcpo_fast.comparison.variants import PlannedRun
@@ -126,7 +127,7 @@ class ComparisonProgress:
             self.message(f"{job.run.name}: failed: {problem} (log: {job.run.log})")
             return
         self.done += 1
-        reward = "" if job.progress.reward is None else f", reward {job.progress.reward:.3f}"
+        reward = "" if job.progress.reward is None else f", reward {fixed_text(job.progress.reward)}"
         self.message(f"{job.run.name}: finished{reward} ({self._counts()})")
 
     def tick(self, running: Sequence[Running]) -> None:
@@ -170,7 +171,7 @@ class ComparisonProgress:
         )
         for job in self._running:
             epochs = job.run.config.train.epochs
-            reward = "" if job.progress.reward is None else f"  reward {job.progress.reward:.3f}"
+            reward = "" if job.progress.reward is None else f"  reward {fixed_text(job.progress.reward)}"
             table.add_row(
                 Text(job.run.name),
                 ProgressBar(total=max(1, epochs), completed=job.progress.epochs, complete_style="green"),

@@ -20,6 +20,7 @@ from pcpo_fast.policies.families import load_policy
 from pcpo_fast.policies.fine_tunes import FineTune
 from pcpo_fast.reporting.grids import image_grid, to_image
 from pcpo_fast.reporting.progress import StepProgress
+from pcpo_fast.reporting.tables import fixed_text
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.generation import ImageRequest, generate
 
@@ -81,7 +82,10 @@ class Samples:
         labels = captions
         if column.scores:
             name, scores = next(iter(column.scores.items()))
-            labels = [f"{caption} ({name} {score:.2f})" for caption, score in zip(labels, scores.tolist(), strict=True)]
+            labels = [
+                f"{caption} ({name} {fixed_text(score, 2)})"
+                for caption, score in zip(labels, scores.tolist(), strict=True)
+            ]
         return image_grid(column.images, columns=min(count if count > 1 else 8, len(captions)), captions=labels)
 
 

@@ -31,6 +31,7 @@ from pcpo_fast.reporting.style import (
     point_label,
     styled,
 )
+from pcpo_fast.reporting.tables import fixed_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def mean_reward_figure(records: Sequence[Record]) -> "Figure | None":
                 "fontweight": "bold",
             }
             above = 7 if epoch > heldout.epochs[0] or not rises else -14
-            point_label(axes, f"{value:.3f}", (epoch, value), (0, above), **look)
+            point_label(axes, fixed_text(value), (epoch, value), (0, above), **look)
         if heldout.epochs[0] == 0:
             axes.axhline(
                 heldout.values[0], color=BASE, linewidth=1.2, linestyle="--", label="held-out, before training"

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pcpo_fast.distributed.watchdog import note
+from pcpo_fast.reporting.tables import fixed_text
 
 _RECENT = 10  # epochs from which the time left is estimated
 _HISTORY = 40  # epochs in the sparkline
@@ -21,10 +22,10 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 # name in the metrics, short label, format
 _SHOWN = (
-    ("reward/mean", "reward", "{:.3f}"),
-    ("heldout/reward/mean", "held-out", "{:.3f}"),
-    ("policy/clip_fraction", "clipped", "{:.1%}"),
-    ("throughput/images_per_second", "images/s", "{:.3g}"),
+    ("reward/mean", "reward", fixed_text),
+    ("heldout/reward/mean", "held-out", fixed_text),
+    ("policy/clip_fraction", "clipped", "{:.1%}".format),
+    ("throughput/images_per_second", "images/s", "{:.3g}".format),
 )
 
 
@@ -126,7 +127,7 @@ class TrainingProgress:
 
     def _plain_line(self) -> str:
         parts = [f"epoch {self.done}/{self.epochs}"]
-        parts += [f"{label} {form.format(self._latest[name])}" for name, label, form in _SHOWN if name in self._latest]
+        parts += [f"{label} {form(self._latest[name])}" for name, label, form in _SHOWN if name in self._latest]
         left = self.seconds_left()
         if left is not None and self.done < self.epochs:
             parts.append(f"{duration(left)} left")
@@ -149,11 +150,11 @@ class TrainingProgress:
             if name not in self._latest:
                 continue
             text.append(f"{label} ", style="dim")
-            text.append(form.format(self._latest[name]), style="bold")
+            text.append(form(self._latest[name]), style="bold")
             if name.endswith("reward/mean"):
                 change = self._latest[name] - self._first[name]
                 if abs(change) >= 0.0005:
-                    text.append(f" {change:+.3f}", style="green" if change > 0 else "yellow")
+                    text.append(f" {fixed_text(change, signed=True)}", style="green" if change > 0 else "yellow")
             text.append("   ")
         return text
 

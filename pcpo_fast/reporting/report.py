@@ -15,6 +15,7 @@ from pcpo_fast.reporting.progress import duration
 from pcpo_fast.reporting.run_files import RunFiles, embedded_sheet, is_number, number_at, read_run_files
 from pcpo_fast.reporting.series import series
 from pcpo_fast.reporting.summary import summarize_run
+from pcpo_fast.reporting.tables import fixed_text
 from pcpo_fast.runs.provenance import read_provenance
 
 _MOST_GRIDS = 24
@@ -82,7 +83,7 @@ def _samples(run: RunFiles) -> list[dict[str, Any]]:
         sheet = embedded_sheet(run, path)
         if sheet is not None:
             label = f"after {epoch} epoch{'' if epoch == 1 else 's'}" if epoch else "before training"
-            caption = label + (f", held-out reward {rewards[epoch]:.3f}" if epoch in rewards else "")
+            caption = label + (f", held-out reward {fixed_text(rewards[epoch])}" if epoch in rewards else "")
             samples.append({"label": label, "caption": caption, "sheet": sheet})
     return samples
 

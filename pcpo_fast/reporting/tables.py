@@ -59,6 +59,11 @@ def number_text(value: float, *, signed: bool = False) -> str:
     return f"{value:{sign}.2e}"
 
 
+def fixed_text(value: float, digits: int = 3, *, signed: bool = False) -> str:
+    """Format with a fixed number of decimals; with an exponent from 1e6."""
+    return f"{value:{'+' if signed else ''}{f'.{digits}f' if abs(value) < 1e6 else '.2e'}}"
+
+
 def estimate_text(estimate: Estimate, text: Callable[[float], str] = number_text) -> str:
     """A value and its interval, each formatted by `text`."""
     if estimate.low is None or estimate.high is None:

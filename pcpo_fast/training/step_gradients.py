@@ -19,6 +19,7 @@ from pcpo_fast.planning.sizes import fitted, gpu_memory
 from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.policies.families import load_policy, load_trained_weights
 from pcpo_fast.prompts import epoch_prompts, load_prompts
+from pcpo_fast.reporting.tables import fixed_text
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import pairs_per_update, plan_epoch
 from pcpo_fast.rollout.epoch_scoring import RolloutScoring
@@ -138,7 +139,7 @@ def measure_gradients(
         scored = scoring.finish(rollout.images)
         if scored.warning:
             raise UserError(f"gradients are compared on whole rollouts, but {scored.warning}")
-        told(f"rollout {number + 1} of {len(epochs)}: mean reward {scored.metrics['reward/mean']:.4f}")
+        told(f"rollout {number + 1} of {len(epochs)}: mean reward {fixed_text(scored.metrics['reward/mean'], 4)}")
         if number >= warm_up:
             by_kind = stepwise.advantages(learnt)
             numbers = plan.images.flatten()

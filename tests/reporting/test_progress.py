@@ -120,7 +120,9 @@ def test_missing_and_broken_numbers_do_no_harm() -> None:
             progress.epoch({})
             progress.epoch({"reward/mean": float("nan")})
             progress.epoch({"reward/mean": float("inf")})
+            progress.epoch({"reward/mean": 1e38})
         assert "nan" in stream.getvalue() or terminal
+        assert "1.00e+38" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
