@@ -6,6 +6,7 @@ from dataclasses import replace
 from pcpo_fast.comparison.analysis import Against, Comparison, VariantResult, missing_lines
 from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, MEASURES, Measure, timed
 from pcpo_fast.comparison.record import notes, variant_differences
+from pcpo_fast.config.yaml_text import value_text
 from pcpo_fast.reporting.statistics import RESAMPLES, Estimate
 from pcpo_fast.reporting.tables import Grid, bullets, estimate_text
 
@@ -98,7 +99,8 @@ def setting_table(result: Comparison) -> Grid | None:
     if not differing:
         return None
     rows = tuple(
-        (key, *("not set" if v is None else str(v) for v in values.values())) for key, values in differing.items()
+        (key, *("not set" if v is None else value_text(v) for v in values.values()))
+        for key, values in differing.items()
     )
     return Grid("What differs", ("setting", *next(iter(differing.values()))), rows)
 

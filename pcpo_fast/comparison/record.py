@@ -9,6 +9,7 @@ import pcpo_fast
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.differences import consequences, differences
 from pcpo_fast.comparison.measures import timed
+from pcpo_fast.config.yaml_text import value_text
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import LEVEL, RESAMPLES, attainable
 from pcpo_fast.runs.input_record import read_differently
@@ -84,7 +85,7 @@ def notes(result: Comparison) -> list[str]:
     for variant in result.variants:
         configs = {str(index): run.config for index, run in enumerate(variant.runs) if run.config is not None}
         varying = [
-            f"{key} ({', '.join(dict.fromkeys(map(str, values.values())))})"
+            f"{key} ({', '.join(dict.fromkeys(map(value_text, values.values())))})"
             for key, values in differences(configs).items()
         ]
         if varying:

@@ -19,7 +19,7 @@ from pcpo_fast.config.roles import Role, roles, sections_in
 from pcpo_fast.config.sampler_registry import SAMPLERS
 from pcpo_fast.config.schema import LARGEST, Config, NameIn
 from pcpo_fast.config.unused_settings import REWARD_RULES, RULES
-from pcpo_fast.config.yaml_text import dump_yaml
+from pcpo_fast.config.yaml_text import dump_yaml, value_text
 
 COMMAND = "python -m pcpo_fast.config.docs"
 DOCUMENT = Path("docs/configuration.md")
@@ -188,7 +188,7 @@ def _default(field: FieldInfo) -> str:
         if any(isinstance(item, BaseModel) for item in value):
             return ", ".join(f"`{{name: {item.name}}}`" for item in value)
         return ", ".join(f"`{item}`" for item in value)
-    return "`" + dump_yaml(value).strip().removesuffix("...").strip() + "`"
+    return f"`{value_text(value)}`"
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """YAML parsing in which ``1e-4`` is a number, duplicate keys are errors, and every value has a line number."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,14 @@ class _FastLoader(getattr(yaml, "CSafeLoader", _Loader)):  # type: ignore[misc] 
 def dump_yaml(value: Any) -> str:
     """Block YAML in the order of the keys; reading it again gives the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def value_text(value: Any) -> str:
+    """A value on one line, as it may be given on the command line."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True
+    )
+    return str(text).strip().removesuffix("...").strip()
 
 
 def parse_value(text: str) -> Any:

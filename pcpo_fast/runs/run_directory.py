@@ -10,6 +10,7 @@ from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.loading import dump_config, load_config
 from pcpo_fast.config.roles import role_of
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.yaml_text import value_text
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.runs.checkpoint import checkpoints, read_state, set_aside, visible_damage
@@ -210,7 +211,11 @@ def _check_same_run(folder: Path, config: Config) -> None:
     free = ("free", "by_content") if (folder / INPUTS_FILE).is_file() else ("free",)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and role_of(Config, key).on_resume not in free:
+            given = (dict(flattened(each.model_dump(mode="json", exclude_defaults=True))) for each in (earlier, config))
+            old, new = (
+                value_text(short.get(key, whole.get(key))) for short, whole in zip(given, (before, now), strict=True)
+            )
             raise UserError(
-                f"{key}: the run in {folder} has {before.get(key)!r}, this configuration {now.get(key)!r}; "
+                f"{key}: the run in {folder} has {old}, this configuration {new}; "
                 "choose another output_dir, or restore the value to resume"
             )

@@ -420,7 +420,7 @@ def test_folders_are_finished_to_be_done_or_refused(tmp_path: Path) -> None:
     assert check_folders(runs) == runs[1:]
     other = planned_runs(plan(tmp_path, seeds=(0,), settings=("optimizer.lr=0.5",)))
     with pytest.raises(
-        UserError, match=r"native, seed 0: optimizer.lr: the run in .* has 1e-05, this configuration 0.5"
+        UserError, match=r"native, seed 0: optimizer.lr: the run in .* has 1.0e-05, this configuration 0.5"
     ):
         check_folders(other)
 

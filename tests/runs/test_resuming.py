@@ -51,7 +51,11 @@ def test_a_complete_run_says_so(full: Run, capsys: Capture) -> None:
     [
         (("--resume", "never"), "already holds a run; choose another output_dir, remove it, or resume it"),
         (("seed=1",), "seed: the run in {run} has 0, this configuration 1; choose another output_dir"),
-        (("rewards.0.weight=2",), "rewards: the run in {run} has"),
+        (
+            ("rewards.0.weight=2",),
+            "{{name: jpeg_incompressibility, evaluation_only: true}}], this configuration "
+            "[{{name: 'tiny_pipeline:redness', weight: 2.0}}, {{name: jpeg_",
+        ),
         (("evaluation.seed=3",), "evaluation.seed: the run in {run} has 1000003"),
         (("--resume", "{run}", "seed=1"), "seed: the run in {run} has 0"),
         (("--resume", "{run}/checkpoints/epoch_000001"), "holds a later checkpoint than --resume"),
@@ -314,7 +318,7 @@ def test_a_revision_may_be_pinned_where_the_models_content_is_compared(tmp_path:
     config = load_config(None, ["model.path=someone/model", f"output_dir={tmp_path}"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     pinned = load_config(None, ["model.path=someone/model", f"output_dir={tmp_path}", "model.revision=abc"])
-    with pytest.raises(UserError, match=r"^model\.revision: the run in .* has None, this configuration 'abc'"):
+    with pytest.raises(UserError, match=r"^model\.revision: the run in .* has null, this configuration abc;"):
         _check_same_run(tmp_path, pinned)
     (tmp_path / "inputs.json").write_text("{}")
     _check_same_run(tmp_path, pinned)
