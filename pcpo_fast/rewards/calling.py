@@ -1,6 +1,9 @@
 """Calling a reward and checking its result; errors name the reward and the prompt."""
 
+import inspect
 import time
+from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,9 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.registry import Reward
 from pcpo_fast.rewards.time_limit import TimeLimit, TookTooLong
-from pcpo_fast.rewards.user import first_line
+from pcpo_fast.rewards.user import USERS_ERRORS, first_line
 
 _SEARCH_SECONDS = 10.0  # time limit of the search for the image that makes a reward fail
-_NO_LIMIT = TimeLimit(None)
 
 
 def call_reward(
@@ -24,29 +26,49 @@ def call_reward(
     prompts: list[str],
     metadata: list[dict[str, Any]],
     *,
-    limit: TimeLimit = _NO_LIMIT,
+    limit: TimeLimit | None = None,
     search: bool = True,
 ) -> Tensor:
     """Scores of B images, B at least 1.
+
+    The reward gets copies of everything, and its result is copied: what it changes, or keeps for its next call, changes
+    nothing here, whether it writes through PyTorch, NumPy or anything else.
 
     Args:
         name: name of the reward in error messages.
         reward: the callable.
         images: float32 [B, 3, H, W] in 0..1.
         prompts, metadata: B each.
-        limit: time limit of the call.
-        search: if the reward raises, find the image that causes it by scoring images one by one.
+        limit: time limit of the call; None: no limit.
+        search: if the reward raises, find the image that causes it by scoring images one by one, for at most ten
+            seconds and within the limit of one call.
 
     Returns:
         float32 [B], finite, on the images' device.
 
     Raises:
         RewardFailure: the reward raises, takes too long, or returns anything but B finite numbers.
-        UserError: the reward modifies the images.
     """
-    version = images._version
+    limit = TimeLimit(None) if limit is None else limit
+
+    def score(rows: slice) -> object:
+        return reward(images[rows].detach().clone(), prompts[rows], [deepcopy(row) for row in metadata[rows]])
+
+    def first_failing(message: str) -> int | None:
+        """The first image that fails alone and in the same way as the batch; None if there is none."""
+        end = time.monotonic() + _SEARCH_SECONDS  # a thread that is given up ends, too
+        for row in range(len(prompts)):
+            if time.monotonic() > end:
+                break
+            try:
+                score(slice(row, row + 1))
+            except USERS_ERRORS as error:
+                if first_line(error) == message:
+                    return row
+        return None
+
     try:
-        result = limit.call(lambda: reward(images, list(prompts), metadata))
+        result = limit.call(lambda: score(slice(None)))
     except RewardFailure:
         raise
     except UserError as error:
@@ -55,27 +77,34 @@ def call_reward(
         raise RewardFailure(
             f"reward {name} took longer than {limit.seconds:g} s (scoring.timeout) for {_rows(prompts)}", retry=False
         ) from None
-    except Exception as error:
-        failing = _first_failing(reward, images, prompts, metadata) if search else None
+    except USERS_ERRORS as error:
+        message, failing = first_line(error), None
+        if search:
+            with suppress(TookTooLong):
+                failing = limit.call(lambda: first_failing(message), at_most=_SEARCH_SECONDS)
         place = _rows(prompts) if failing is None else _row(failing, prompts)
-        raise RewardFailure(f"reward {name} failed on {place}: {first_line(error)}") from error
-    if images._version != version:
-        raise UserError(f"reward {name} modifies the images in place, which would affect later rewards and the logs")
+        raise RewardFailure(f"reward {name} failed on {place}: {message}") from error
     scores = _as_tensor(name, result, prompts).to(images.device)
-    finite = scores.isfinite()
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
+    usable = scores.isfinite()
+    if not usable.all():
+        row = int((~usable).nonzero()[0])
         cause = "" if images[row].isfinite().all() else "; the image itself has pixels that are not finite"
         raise RewardFailure(
             f"reward {name} returned {scores[row].item()} for {_row(row, prompts)}{cause}",
-            torch.where(finite, scores, torch.nan),
+            torch.where(usable, scores, torch.nan),
         )
     return scores
 
 
 def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
-    """The result as float32 [B]; RewardFailure if it is anything else."""
-    expected = f"expected {len(prompts)} numbers, one for each image, the first for {_row(0, prompts)}"
+    """The result as a new float32 [B]; RewardFailure if it is anything else."""
+    count, first = len(prompts), _row(0, prompts)
+    expected = f"expected {count} numbers, one for each image, the first for {first}"
+    if count == 1:
+        expected = f"expected 1 number, for {first}"
+    if inspect.iscoroutine(result):
+        result.close()  # otherwise Python warns that it was never awaited
+        raise RewardFailure(f"reward {name} is an async function, but must return its numbers itself; {expected}")
     try:
         if result is None:  # NumPy would convert it to NaN
             raise TypeError
@@ -88,22 +117,9 @@ def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
         ) from None
     if values.is_complex():
         raise RewardFailure(f"reward {name} returned complex numbers; {expected}")
-    if values.shape != (len(prompts),):
+    if values.shape != (count,):
         raise RewardFailure(f"reward {name} returned the shape {tuple(values.shape)}; {expected}")
-    return values.detach().to(torch.float32)
-
-
-def _first_failing(reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> int | None:
-    """The first image that fails when scored alone; None if none does or the search takes too long."""
-    end = time.monotonic() + _SEARCH_SECONDS
-    for row in range(len(prompts)):
-        try:
-            reward(images[row : row + 1], prompts[row : row + 1], metadata[row : row + 1])
-        except Exception:
-            return row
-        if time.monotonic() > end:
-            break
-    return None
+    return values.detach().to(torch.float32, copy=True)
 
 
 def _row(row: int, prompts: list[str]) -> str:

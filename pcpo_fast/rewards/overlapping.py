@@ -89,7 +89,7 @@ class BatchScoring:
             self._scores.append(scores)
         except BaseException as error:
             if self._thread is None and not isinstance(error, Exception):
-                raise  # KeyboardInterrupt or SystemExit
+                raise  # KeyboardInterrupt
             self._error = error
         self.seconds += time.perf_counter() - begin
 

@@ -13,7 +13,7 @@ from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.learned import LearnedReward
 from pcpo_fast.rewards.option_secrets import resolved, shown
 from pcpo_fast.rewards.sources import note_options
-from pcpo_fast.rewards.user import first_line, import_target
+from pcpo_fast.rewards.user import USERS_ERRORS, first_line, import_target
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor | np.ndarray | Sequence[float]]
 
@@ -123,7 +123,7 @@ def _make(name: str, target: type, options: Mapping[str, Any]) -> Reward:
         made = target(**values)
     except UserError:
         raise
-    except Exception as error:
+    except USERS_ERRORS as error:
         raise UserError(f"reward {name} cannot be created: {first_line(error)}") from error
     if not callable(made):
         raise UserError(f"reward {name} is a class whose instances are not callable; it needs a __call__ method")

@@ -133,7 +133,6 @@ class RewardSet:
         Raises:
             RewardFailure: a reward raises, takes too long, or returns anything but B finite numbers; with
                 ``on_failure: drop_group`` the scores of the affected images are NaN instead.
-            UserError: a reward modifies the images.
             ValueError: the shapes of images, prompts and metadata do not match.
         """
         count = len(images)
@@ -151,7 +150,7 @@ class RewardSet:
             scores = total.new_zeros(0)
             if count:
                 self.calls += count
-                scores, failed = self._call(index, images.detach(), list(prompts), [dict(row) for row in rows])
+                scores, failed = self._call(index, images, list(prompts), list(rows))
                 scores = scores.to(images.device)
                 failures += failed
             components[spec.column] = scores
@@ -169,7 +168,7 @@ class RewardSet:
         def call(rows: list[int]) -> Tensor:
             whole = len(rows) == len(prompts)
             batch = images if whole else images[rows]
-            texts, data = [prompts[row] for row in rows], [dict(metadata[row]) for row in rows]
+            texts, data = [prompts[row] for row in rows], [metadata[row] for row in rows]
             return call_reward(name, reward, batch, texts, data, limit=limit, search=False)
 
         return scores_of_what_works(call, prompts)

@@ -1,5 +1,6 @@
 """Users' own rewards, given as ``module:attribute``."""
 
+import asyncio
 import difflib
 import importlib
 import inspect
@@ -13,6 +14,10 @@ from typing import Any
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.sources import note_source, note_text
 
+USERS_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
+"""What users' code raises when it fails. The last two would otherwise end the run without a word; an interrupt is none
+of them."""
+
 
 def import_target(target: str) -> Callable[..., Any]:
     """Import ``module:attribute``, for example ``my_rewards:redness`` or ``package.module:Class``.
@@ -25,7 +30,9 @@ def import_target(target: str) -> Callable[..., Any]:
     """
     module_name, _, path = target.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
-        raise UserError(f"reward {target!r} is not of the form module:function, for example my_rewards:redness")
+        raise UserError(
+            f"reward {target!r} is not of the form module:function, for example my_rewards:redness{_of_file(target)}"
+        )
     found: Any = _import(module_name, target)
     file, module = getattr(found, "__file__", None), found
     if file is not None and not module_name.startswith("pcpo_fast."):
@@ -77,6 +84,14 @@ def _code_of(target: Any) -> str:
         return ""
 
 
+def _of_file(target: str) -> str:
+    """A suggestion for a reward that is given as a file (``folder/my_rewards.py:redness``); empty for others."""
+    file, _, path = target.partition(":")
+    parts = file.removesuffix(".py").removeprefix("./").split("/")
+    good = file.endswith(".py") and all(part.isidentifier() for part in (*parts, *path.split(".")))
+    return f", did you mean {'.'.join(parts)}:{path}?" if good else ""
+
+
 def _import(module_name: str, target: str) -> Any:
     folder = os.getcwd()
     if folder not in sys.path and "" not in sys.path:
@@ -90,10 +105,11 @@ def _import(module_name: str, target: str) -> Any:
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise UserError(
                 f"reward {target}: there is no module {missing} in {folder} or among the installed packages"
+                f"{_of_file(target)}"
             ) from None
         reason = f"needs {missing}, which is not installed" if missing else f"cannot be imported: {first_line(error)}"
         raise UserError(f"reward {target}: module {module_name} {reason}") from error
     except UserError:
         raise
-    except Exception as error:
+    except USERS_ERRORS as error:
         raise UserError(f"reward {target}: module {module_name} cannot be imported: {first_line(error)}") from error

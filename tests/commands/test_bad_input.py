@@ -302,9 +302,7 @@ def nan(images, prompts, metadata): return [float("nan") if "square" in prompt e
 def raises(images, prompts, metadata):
     if any("square" in prompt for prompt in prompts): raise RuntimeError("no squares\\nplease")
     return [0.0] * len(images)
-def changes(images, prompts, metadata):
-    images.zero_()
-    return [0.0] * len(images)
+def leaves(images, prompts, metadata): raise SystemExit(3)
 def arguments(images): return [0.0]
 class Broken:
     def __init__(self): raise OSError("no weights here")
@@ -328,7 +326,7 @@ class Late:
             "raises",
             f"reward bad_rewards:raises failed on the prompt '{PROMPTS[3]}' (image 2 of 2): RuntimeError: no squares",
         ),
-        ("changes", "reward bad_rewards:changes modifies the images in place"),
+        ("leaves", "reward bad_rewards:leaves failed on the prompt"),
         ("arguments", "cannot be called with (images, prompts, metadata)"),
         ("Broken", "reward bad_rewards:Broken cannot be created: OSError: no weights here"),
         ("Late", "reward bad_rewards:Late returned inf for the prompt"),

@@ -288,7 +288,8 @@ def test_a_reward_that_exits_is_answered_and_the_server_lives() -> None:
         return first_pixel(images, prompts, metadata)
 
     with reward_server(leaves) as (url, _):
-        assert post(url, body_of(1, prompts=["leave"]), "gone").status_code == 500
+        answer = post(url, body_of(1, prompts=["leave"]), "gone")
+        assert answer.status_code == 422 and answer.json()["error"].endswith("(image 1 of 1): SystemExit: 3")
         assert post(url, body_of(1), "alive").json()["scores"] == [0.0]
 
 

@@ -1,9 +1,12 @@
 """Rewards by name, a user's own rewards, JPEG sizes, and what happens when a reward misbehaves."""
 
+import asyncio
 import io
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pcpo_fast.config.schema import RewardConfig
+from pcpo_fast.config.schema import RewardConfig, ScoringConfig
 from pcpo_fast.errors import UserError
-from pcpo_fast.rewards import RewardSet, Scores, available_rewards, load_reward
+from pcpo_fast.rewards import RewardSet, Scores, available_rewards, calling, load_reward
 from pcpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from pcpo_fast.rewards.registry import learned_rewards, remote_rewards
 
@@ -190,7 +193,14 @@ GOOD = "def fine(images, prompts, metadata):\n    return [0.0] * len(prompts)\n"
         (GOOD, "{}:", "is not of the form module:function"),
         (GOOD, ":fine", "is not of the form module:function"),
         (GOOD, "{}:fine()", "is not of the form module:function"),
-        (GOOD, "rewards/{}.py:fine", "is not of the form module:function"),
+        (GOOD, "rewards/{}.py:fine", r"is not of the form module:function.*, did you mean rewards\.{}:fine\?$"),
+        (GOOD, "{}.py:fine", r"there is no module {}\.py in .*, did you mean {}:fine\?$"),
+        ("raise SystemExit('no licence')\n", "{}:fine", "module {} cannot be imported: SystemExit: no licence"),
+        (
+            "class Fine:\n    def __init__(self):\n        raise SystemExit(3)\n",
+            "{}:Fine",
+            "cannot be created: SystemExit: 3",
+        ),
         (
             "def fine(images):\n    return 0\n",
             "{}:fine",
@@ -353,26 +363,97 @@ def test_a_rewards_own_user_error_passes() -> None:
         RewardSet([RewardConfig(name="caption_match")]).score(images(1, 32), ["a dog"])
 
 
-def test_changing_the_images_is_refused() -> None:
-    def vandal(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        return images.mul_(2).mean((1, 2, 3))
-
-    with pytest.raises(UserError, match="modifies the images in place"):
-        score_with(vandal)
-
-
-def test_changing_prompts_and_metadata_does_no_harm(module: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_what_a_reward_changes_is_its_own(module: Callable[[str], str], timeout: float | None) -> None:
+    """On a CPU, NumPy and ``.data`` write into a tensor's memory and PyTorch does not notice."""
     name = module(
-        "def vandal(images, prompts, metadata):\n"
+        "def vandal(images, prompts, metadata, *, way):\n"
         "    count = len(prompts)\n"
+        "    target = {'torch': images, 'data': images.data, 'numpy': images.numpy()}[way]\n"
+        "    target *= 255\n"
         "    prompts.clear()\n"
-        "    metadata[0]['x'] = 1\n"
+        "    metadata[0]['list'].append(1)\n"
+        "    metadata.clear()\n"
         "    return [0.0] * count\n"
+        "def witness(images, prompts, metadata):\n"
+        "    assert (prompts, metadata) == (['a'] * 3, [{'list': []}] * 3)\n"
+        "    return images.mean((1, 2, 3))\n"
     )
-    prompts, metadata = list(PROMPTS), [{}, {}, {}]
-    RewardSet([RewardConfig(name=f"{name}:vandal")]).score(images(), prompts, metadata)
-    assert prompts == PROMPTS
-    assert metadata == [{}, {}, {}]
+    specs = [RewardConfig(name=f"{name}:vandal", label=way, options={"way": way}) for way in ("torch", "data", "numpy")]
+    settings = ScoringConfig(timeout=timeout)  # type: ignore[call-arg]
+    batch, prompts, metadata = images(), ["a"] * 3, [{"list": []}] * 3
+    scores = RewardSet([*specs, RewardConfig(name=f"{name}:witness")], settings).score(batch, prompts, metadata)
+    assert torch.equal(scores.total, images().mean((1, 2, 3)))
+    assert torch.equal(batch, images()) and prompts == ["a"] * 3 and metadata == [{"list": []}] * 3
+
+
+@pytest.mark.parametrize("kept", [torch.zeros(3, dtype=torch.float64), np.zeros(3), torch.zeros(3)])
+def test_a_result_that_a_reward_overwrites_in_its_next_call_stays(kept: Any) -> None:
+    def counting(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        kept[:] += 1
+        return kept
+
+    first, second = (score_with(counting).components[f"{__name__}:current_reward"] for _ in range(2))
+    assert (first.tolist(), second.tolist()) == ([1.0] * 3, [2.0] * 3)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError()])
+def test_a_reward_that_leaves_has_failed(error: BaseException) -> None:
+    def leaves(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
+        raise error
+
+    with pytest.raises(UserError, match=rf"current_reward failed on the prompt .*: {type(error).__name__}"):
+        score_with(leaves)
+
+
+def test_an_interrupt_in_a_reward_interrupts() -> None:
+    def interrupted(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_with(interrupted)
+
+
+def test_another_failure_in_the_search_blames_no_prompt() -> None:
+    calls: list[int] = []
+
+    def stateful(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
+        calls.append(1)
+        raise RuntimeError(f"boom in call {len(calls)}")
+
+    with pytest.raises(UserError, match=r"failed on 3 images, first .*: RuntimeError: boom in call 1$"):
+        score_with(stateful)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(("timeout", "search"), [(0.2, 60.0), (None, 0.2)])
+def test_the_search_for_the_failing_image_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, timeout: float | None, search: float
+) -> None:
+    release = threading.Event()
+
+    def hangs(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
+        if len(prompts) == 1:
+            release.wait(60)
+        raise RuntimeError("batch too large")
+
+    monkeypatch.setattr(calling, "_SEARCH_SECONDS", search)
+    stand_in.append(hangs)
+    settings = ScoringConfig(timeout=timeout)  # type: ignore[call-arg]
+    rewards, begin = RewardSet([RewardConfig(name=f"{__name__}:current_reward")], settings), time.monotonic()
+    with pytest.raises(UserError, match=r"failed on 3 images, first .*: RuntimeError: batch too large$"):
+        rewards.score(images(), PROMPTS)
+    assert time.monotonic() - begin < 30
+    release.set()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_reward_is_one_sentence() -> None:
+    async def later(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        return [0.0]
+
+    with pytest.raises(UserError, match=r"current_reward is an async function.*; expected 1 number, for the prompt 'a"):
+        score_with(later, images(1))
 
 
 def test_broken_image_is_named_as_the_cause() -> None:

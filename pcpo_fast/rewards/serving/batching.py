@@ -13,6 +13,7 @@ from pcpo_fast.rewards.calling import call_reward
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.registry import Reward
 from pcpo_fast.rewards.serving.wire import Batch
+from pcpo_fast.rewards.time_limit import TimeLimit
 
 
 @dataclass
@@ -42,6 +43,7 @@ class BatchQueue:
         self.images_scored = self.calls = 0
         self._name, self._reward, self._device = name, reward, device
         self._most, self._linger = most_images, linger
+        self._limit = TimeLimit(None)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._kept: _Job | None = None  # the request that did not fit into the latest batch
         self._thread = threading.Thread(target=self._run, daemon=True, name="reward")
@@ -65,7 +67,7 @@ class BatchQueue:
             except RewardFailure as failure:
                 # A request must not fail because of another one's images.
                 results = [failure] if len(jobs) == 1 else [self._alone(job) for job in jobs]
-            except BaseException as error:  # even SystemExit of a reward: the thread must survive
+            except BaseException as error:  # the thread must survive
                 results = [error] * len(jobs)
             for job, result in zip(jobs, results, strict=True):
                 if isinstance(result, BaseException):
@@ -98,11 +100,13 @@ class BatchQueue:
     def _score(self, jobs: list[_Job]) -> list[list[float]]:
         images = torch.cat([job.batch.images for job in jobs]).to(self._device)
         prompts = [prompt for job in jobs for prompt in job.batch.prompts]
-        metadata = [dict(row) for job in jobs for row in job.batch.metadata]
+        metadata = [row for job in jobs for row in job.batch.metadata]
         self.calls += 1
         with torch.no_grad():
             # The requests of a combined batch are scored one by one after a failure; search for the image only then.
-            scores = call_reward(self._name, self._reward, images, prompts, metadata, search=len(jobs) == 1)
+            scores = call_reward(
+                self._name, self._reward, images, prompts, metadata, limit=self._limit, search=len(jobs) == 1
+            )
         return [part.tolist() for part in scores.cpu().split([len(job.batch.prompts) for job in jobs])]
 
     def _alone(self, job: _Job) -> list[float] | BaseException:
