@@ -24,6 +24,7 @@ from torch import Tensor
 Normalization = Literal["group", "flow_grpo", "global"]
 
 LARGEST_REWARD = 1e100  # squares of rewards must stay finite
+_ROUNDING = 1e-14  # rewards of a group that differ by a smaller share of their size are equal
 
 
 def compute_advantages(
@@ -150,12 +151,13 @@ class RunningAdvantages:
 
 
 def centered(values: Tensor, members: Tensor) -> Tensor:
-    """``values`` [B] minus their group's mean; exactly 0 in a group of equal values."""
+    """``values`` [B] minus their group's mean; exactly 0 in a group of values that are equal but for rounding."""
     count = torch.bincount(members)
     mean = (torch.bincount(members, weights=values) / count)[members]
     highest = torch.full_like(count, -math.inf, dtype=torch.float64).scatter_reduce(0, members, values, "amax")
     lowest = torch.full_like(count, math.inf, dtype=torch.float64).scatter_reduce(0, members, values, "amin")
-    return torch.where((highest == lowest)[members], 0.0, values - mean)
+    equal = highest - lowest <= _ROUNDING * torch.maximum(highest.abs(), lowest.abs())
+    return torch.where(equal[members], 0.0, values - mean)
 
 
 def spread(deviation: Tensor, members: Tensor, unbiased: bool) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.errors import UserError
+from pcpo_fast.method.advantages import LARGEST_REWARD
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.registry import Reward
 from pcpo_fast.rewards.time_limit import TimeLimit, TookTooLong
@@ -44,10 +45,10 @@ def call_reward(
             seconds and within the limit of one call.
 
     Returns:
-        float32 [B], finite, on the images' device.
+        float64 [B], finite and within plus or minus :data:`LARGEST_REWARD`, on the images' device.
 
     Raises:
-        RewardFailure: the reward raises, takes too long, or returns anything but B finite numbers.
+        RewardFailure: the reward raises, takes too long, or returns anything but B such numbers.
     """
     limit = TimeLimit(None) if limit is None else limit
 
@@ -85,10 +86,12 @@ def call_reward(
         place = _rows(prompts) if failing is None else _row(failing, prompts)
         raise RewardFailure(f"reward {name} failed on {place}: {message}") from error
     scores = _as_tensor(name, result, prompts).to(images.device)
-    usable = scores.isfinite()
+    usable = scores.abs() <= LARGEST_REWARD
     if not usable.all():
         row = int((~usable).nonzero()[0])
         cause = "" if images[row].isfinite().all() else "; the image itself has pixels that are not finite"
+        if scores[row].isfinite():
+            cause = f"; allowed: plus or minus {LARGEST_REWARD:g}"
         raise RewardFailure(
             f"reward {name} returned {scores[row].item()} for {_row(row, prompts)}{cause}",
             torch.where(usable, scores, torch.nan),
@@ -97,7 +100,7 @@ def call_reward(
 
 
 def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
-    """The result as a new float32 [B]; RewardFailure if it is anything else."""
+    """The result as a new float64 [B]; RewardFailure if it is anything else."""
     count, first = len(prompts), _row(0, prompts)
     expected = f"expected {count} numbers, one for each image, the first for {first}"
     if count == 1:
@@ -119,7 +122,7 @@ def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
         raise RewardFailure(f"reward {name} returned complex numbers; {expected}")
     if values.shape != (count,):
         raise RewardFailure(f"reward {name} returned the shape {tuple(values.shape)}; {expected}")
-    return values.detach().to(torch.float32, copy=True)
+    return values.detach().to(torch.float64, copy=True)
 
 
 def _row(row: int, prompts: list[str]) -> str:

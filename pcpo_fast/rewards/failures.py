@@ -13,7 +13,7 @@ class RewardFailure(UserError):
 
     Args:
         message: one sentence.
-        scores: float32 [B], the scores of all images of the call, NaN where there is none; None: no scores at all.
+        scores: float64 [B], the scores of all images of the call, NaN where there is none; None: no scores at all.
         retry: whether calling again with some of the images may help; False for example if a server is unreachable.
     """
 
@@ -33,7 +33,7 @@ def scores_of_what_works(
         prompts: prompts of the B images; images with equal prompts form a group.
 
     Returns:
-        Scores float32 [B], NaN where there is none, and the failures.
+        Scores float64 [B], NaN where there is none, and the failures.
     """
     everything = list(range(len(prompts)))
     try:
@@ -42,7 +42,7 @@ def scores_of_what_works(
         whole = failure
     if whole.scores is not None:
         return whole.scores, (whole,)
-    scores = torch.full((len(prompts),), torch.nan)
+    scores = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
     groups = [[row for row in everything if prompts[row] == prompt] for prompt in dict.fromkeys(prompts)]
     if len(groups) == 1 or not whole.retry:
         return scores, (whole,)

@@ -61,13 +61,14 @@ class Remote:
         self.most_bytes = int(information["most_bytes"])
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Scores float32 [B] of images [B, 3, H, W]."""
+        """Scores float64 [B] of images [B, 3, H, W]."""
         rows = [list(range(len(prompts)))[at : at + self.batch_size] for at in range(0, len(prompts), self.batch_size)]
 
         def score(part: list[int]) -> list[float]:
             return self._score(images[part], [prompts[row] for row in part], [metadata[row] for row in part])
 
-        return torch.tensor([score for part in in_parallel(score, rows, self.parallel) for score in part])
+        scores = [score for part in in_parallel(score, rows, self.parallel) for score in part]
+        return torch.tensor(scores, dtype=torch.float64)
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         body = pack(as_bytes(images) if self.pixels == "uint8" else images, prompts, metadata)

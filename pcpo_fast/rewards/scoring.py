@@ -23,7 +23,7 @@ PREDICTED_AT = "predicted_at"
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of B images. All tensors are float32 [B] on the images' device.
+    """Scores of B images. All tensors are float64 [B] on the images' device.
 
     Attributes:
         total: the weighted sum of the rewards trained on, each clipped to its limits.
@@ -141,7 +141,7 @@ class RewardSet:
             raise ValueError(f"images must be float32 [B, 3, H, W], got {images.dtype} {tuple(images.shape)}")
         if not count == len(prompts) == len(rows):
             raise ValueError(f"{count} images need as many prompts and metadata, got {len(prompts)} and {len(rows)}")
-        total = torch.zeros(count, device=images.device)
+        total = torch.zeros(count, dtype=torch.float64, device=images.device)
         components: dict[str, Tensor] = {}
         failures: list[RewardFailure] = []
         for index, spec in enumerate(self._specs):
@@ -151,7 +151,7 @@ class RewardSet:
             if count:
                 self.calls += count
                 scores, failed = self._call(index, images, list(prompts), list(rows))
-                scores = scores.to(images.device)
+                scores = scores.to(total)
                 failures += failed
             components[spec.column] = scores
             if spec.trained_on:

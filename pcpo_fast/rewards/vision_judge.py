@@ -87,11 +87,12 @@ class VisionJudge:
         self._client = RetryingClient("vision_judge", url, key_variable=key_env, timeout=timeout, retries=retries)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Scores float32 [B] of images [B, 3, H, W]."""
+        """Scores float64 [B] of images [B, 3, H, W]."""
         texts = [_filled(self._prompt, *pair) for pair in zip(prompts, metadata, strict=True)]
         rows = range(len(texts))
         outcomes = in_parallel(lambda row: self._judge(images[row], texts[row]), rows, self._parallel)
-        scores = torch.tensor([outcome if isinstance(outcome, float) else math.nan for outcome in outcomes])
+        numbers = [outcome if isinstance(outcome, float) else math.nan for outcome in outcomes]
+        scores = torch.tensor(numbers, dtype=torch.float64)
         problems = [(row, outcome) for row, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if problems:
             row, problem = problems[0]

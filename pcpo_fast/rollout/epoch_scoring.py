@@ -10,7 +10,7 @@ from torch import Tensor
 from pcpo_fast.config.schema import Config, RewardConfig
 from pcpo_fast.distributed.collectives import gather_objects, gather_rows, shared_errors
 from pcpo_fast.errors import UserError
-from pcpo_fast.method.advantages import RunningAdvantages
+from pcpo_fast.method.advantages import RunningAdvantages, centered
 from pcpo_fast.method.noise_keys import Purpose, random_key
 from pcpo_fast.method.step_advantages import Segments, StepAdvantages
 from pcpo_fast.method.step_tables import EpochTables
@@ -37,7 +37,7 @@ class ScoredEpoch:
         advantages: float64 [n], of this rank's images in the order of the rollout, or [n, N] of their steps; 0 in
             groups that were dropped.
         metrics: the same on every rank.
-        equal: trained rewards whose scores have no spread, in float32, wherever they are compared.
+        equal: trained rewards whose scores have no spread, but for rounding, wherever they are compared.
         warning: message about dropped groups, the same on every rank; empty if there are none.
         leads: by step, how much higher the reward of predictions is than that of their final images: mean and its
             standard error over prompts, where two or more prompts are scored.
@@ -313,8 +313,7 @@ class RolloutScoring:
         """Columns of rewards without spread, within groups if advantages compare within groups, else in the epoch."""
         for spec, scores in zip(specs, trained.T, strict=True):
             per_group = self.per_group if self.config.advantage.within_prompts else len(scores)
-            compared = clipped(scores, spec).float().reshape(-1, per_group)
-            if bool((compared == compared[:, :1]).all()):
+            if not bool(centered(clipped(scores, spec), torch.arange(len(scores)) // per_group).any()):
                 yield spec.column
 
     def _metrics(self, total: Tensor, components: dict[str, Tensor]) -> dict[str, float]:

@@ -168,6 +168,8 @@ def test_scores_are_those_of_the_reward_in_process() -> None:
         for pixels in ("float32", "uint8"):  # a JPEG is made of rounded pixels
             remote = Remote(url, batch_size=3, pixels=pixels)
             assert torch.equal(remote(images, prompts, metadata), expected)
+    with reward_server(lambda images, *_: [1e8 + row / 8 for row in range(len(images))]) as (url, _):
+        assert Remote(url)(images, prompts, metadata).tolist() == [1e8 + row / 8 for row in range(7)]
     with reward_server(first_pixel) as (url, server):
         scores = RewardSet([RewardConfig(name="remote", options={"url": url})]).score(images, prompts, metadata)
         assert torch.equal(scores.total, first_pixel(images, prompts, metadata))

@@ -71,7 +71,7 @@ def test_every_built_in_reward_scores_images(name: str) -> None:
     captions = ["a red circle on a blue background", "a green square on a yellow background"]
     scores = RewardSet([RewardConfig(name=name)]).score(images(2, 32), captions)
     assert scores.total.shape == (2,)
-    assert scores.total.dtype == torch.float32
+    assert scores.total.dtype == torch.float64
 
 
 def test_a_reward_is_imported_only_when_asked_for() -> None:
@@ -130,7 +130,7 @@ def test_function_from_a_file_in_the_working_directory(module: Callable[[str], s
     name = module("def redness(images, prompts, metadata):\n    return images[:, 0].mean((1, 2)).tolist()\n")
     batch = images()
     scores = RewardSet([RewardConfig(name=f"{name}:redness")]).score(batch, PROMPTS)
-    torch.testing.assert_close(scores.components[f"{name}:redness"], batch[:, 0].mean((1, 2)))
+    torch.testing.assert_close(scores.components[f"{name}:redness"], batch[:, 0].mean((1, 2)).double())
 
 
 def test_function_with_options(module: Callable[[str], str]) -> None:
@@ -293,7 +293,7 @@ def test_weights_and_evaluation_only(module: Callable[[str], str]) -> None:
 )
 def test_numbers_in_any_container(result: object) -> None:
     total = score_with(lambda images, prompts, metadata: result).total
-    assert total.dtype == torch.float32
+    assert total.dtype == torch.float64
     assert not total.requires_grad
     assert total.tolist() == [1.0, 2.0, 3.0]
 
@@ -305,6 +305,10 @@ def test_no_images_no_call() -> None:
     scores = score_with(never, images(0))
     assert scores.total.shape == (0,)
     assert all(values.shape == (0,) for values in scores.components.values())
+
+
+def test_scores_are_not_rounded_to_float32() -> None:
+    assert score_with(lambda *_: [1e8 + 0.25, 1e8 + 0.5, -5e60]).total.tolist() == [1e8 + 0.25, 1e8 + 0.5, -5e60]
 
 
 # A reward that misbehaves.
@@ -325,6 +329,7 @@ def test_no_images_no_call() -> None:
         (torch.zeros(3, dtype=torch.complex64), "returned complex numbers"),
         ([0.0, float("nan"), float("nan")], r"returned nan for the prompt 'a blue square' \(image 2 of 3\)$"),
         ([0.0, 1.0, float("-inf")], r"returned -inf for the prompt 'a green star' \(image 3 of 3\)$"),
+        ([0.0, 1e200, 0.0], r"returned 1e\+200 for .* \(image 2 of 3\); allowed: plus or minus 1e\+100$"),
         ([None, 1.0, 2.0], r"returned nan for the prompt 'a red circle' \(image 1 of 3\)$"),
     ],
 )
@@ -383,7 +388,7 @@ def test_what_a_reward_changes_is_its_own(module: Callable[[str], str], timeout:
     settings = ScoringConfig(timeout=timeout)  # type: ignore[call-arg]
     batch, prompts, metadata = images(), ["a"] * 3, [{"list": []}] * 3
     scores = RewardSet([*specs, RewardConfig(name=f"{name}:witness")], settings).score(batch, prompts, metadata)
-    assert torch.equal(scores.total, images().mean((1, 2, 3)))
+    assert torch.equal(scores.total, images().mean((1, 2, 3)).double())
     assert torch.equal(batch, images()) and prompts == ["a"] * 3 and metadata == [{"list": []}] * 3
 
 

@@ -128,8 +128,8 @@ def test_a_sum_is_weighted_and_each_score_kept_within_its_limits() -> None:
 
 
 def nearly(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    """Scores that differ by less than float32 can say."""
-    return 5 + 1e-9 * images[:, 0, 0, 0].double()
+    """Scores that differ by rounding alone."""
+    return 5 + 1e-15 * images[:, 0, 0, 0].double()
 
 
 def of_the_prompt(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -145,6 +145,18 @@ def test_a_reward_that_tells_no_images_apart_is_found() -> None:
     assert scored_epoch(config)[0].equal == (f"{HERE}:nearly",)
 
 
+def finely(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [1e8 + value for value in images[:, 0, 0, 0].tolist()]
+
+
+def test_differences_that_float32_does_not_hold_count() -> None:
+    expected = compute_advantages(images_of(config_of())[:, 0, 0, 0].double(), GROUPS)
+    for setting in ("scoring.overlap=false", "scoring.overlap=true"):
+        epoch, advantages = scored_epoch(config_of(setting, rewards=f"[{{name: '{HERE}:finely'}}]"))
+        torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-5)
+        assert epoch.equal == ()
+
+
 @pytest.mark.parametrize("normalization", ["group", "flow_grpo", "global", "running"])
 def test_default_settings_are_the_plain_computation_bit_for_bit(normalization: str) -> None:
     """A run that was begun before there was a choice goes on with the same numbers."""
@@ -152,7 +164,7 @@ def test_default_settings_are_the_plain_computation_bit_for_bit(normalization: s
     config = config_of(f"advantage.normalization={normalization}", rewards=rewards)
     epoch, advantages = scored_epoch(config)
     images = images_of(config)
-    total = (torch.zeros(12) + 0.3 * images[:, 0, 0, 0] - 0.7 * (100 * images[:, 1, 0, 0])).double()
+    total = 0.3 * images[:, 0, 0, 0].double() - 0.7 * (100 * images[:, 1, 0, 0]).double()
     if normalization == "running":
         texts = [group_of(config, group) for group in GROUPS.tolist()]
         expected = RunningAdvantages(16, 2).compute(total, texts, 5.0)
@@ -444,7 +456,7 @@ def test_a_call_within_its_time_is_an_ordinary_call() -> None:
     images = torch.rand(2, 3, 4, 4, requires_grad=True)
     scores = rewards.score(images, ["a", "b"])
     assert not scores.total.requires_grad
-    torch.testing.assert_close(scores.total, images.detach().mean((1, 2, 3)))
+    torch.testing.assert_close(scores.total, images.detach().mean((1, 2, 3)).double())
     failing = rewards_with_timeout(lambda images, *_: 1 / 0, "stop", 30)
     with pytest.raises(UserError, match="ZeroDivisionError"):
         failing.score(images.detach(), ["a", "b"])
