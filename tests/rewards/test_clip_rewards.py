@@ -305,7 +305,7 @@ def test_scored_as_a_run_scores(folder: Path) -> None:
     assert {"config.json", "model.safetensors"} <= rewards.sources["pickscore"]["model"].keys()
     scores = rewards.score(batch, PROMPTS)
     expected = load_reward("pickscore", options)(batch, PROMPTS, [{}] * 4)
-    torch.testing.assert_close(scores.components["pickscore"], torch.as_tensor(expected))
+    torch.testing.assert_close(scores.components["pickscore"], torch.as_tensor(expected).double())
 
 
 OPTIONS = [

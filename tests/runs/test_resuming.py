@@ -172,8 +172,8 @@ def test_a_checkpoint_keeps_what_the_next_evaluation_looks_at(full: Run, tmp_pat
     answer = call(capsys, "train", "--config", full.config, f"output_dir={tmp_path / 'run'}", *settings)
     assert answer.code == 0, answer.err
     states = sorted((tmp_path / "run" / "checkpoints").glob("epoch_*/state.json"))
-    waiting, looked_at = (json.loads(file.read_text())["predicted_rewards"] for file in states)
-    assert waiting and all(name.startswith("stepwise/predicted_reward_step_") for name in waiting)
+    waiting, looked_at = (json.loads(file.read_text())["leads"] for file in states)
+    assert waiting and all(name.startswith("step_") for name in waiting)
     assert looked_at == {}
 
 
@@ -221,12 +221,14 @@ def test_what_a_run_says_in_a_pipe(tmp_path: Path, pipeline_folder: Path, capsys
     assert (answer.code, answer.err) == (0, "")
     run = tmp_path / "run"
     lines = answer.out.splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
         f"pcpo on {pipeline_folder}, run directory {run}",
+        "warning: prompts.heldout: 1 of the 2 held-out prompts are also in prompts.train, so the held-out reward "
+        "includes prompts that are trained on",
         f"Loading {pipeline_folder}",
         "Encoding 4 prompts",
     ]
-    assert lines[3].startswith("epoch 1/2  reward ")
+    assert lines[4].startswith("epoch 1/2  reward ")
     assert lines[-5].startswith("epoch 2/2  reward ")
     assert lines[-4].startswith("Held-out reward:  ")
     assert lines[-3:] == [
@@ -310,7 +312,7 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     )
     (run / "inputs.json").unlink()  # a run from before there was a record
     answer = call(capsys, *arguments, "train.epochs=3")
-    assert answer.code == 0 and "warning" not in answer.out, answer.err
+    assert answer.code == 0 and "warning: continuing" not in answer.out, answer.err
 
 
 def test_a_revision_may_be_pinned_where_the_models_content_is_compared(tmp_path: Path) -> None:
