@@ -90,10 +90,10 @@ def compute_figure(result: Comparison) -> "Figure | None":
         if not spent or not held:
             return Series([], [])
         values = np.interp(grid, [spent[epoch] for epoch in held.epochs], held.values)
-        return Series(grid.tolist(), values.tolist())
+        return Series((grid / 1000).tolist(), values.tolist())
 
     title = "Held-out reward over compute"
-    figure = _curves_figure(result, {title: curve}, "forward passes of an image", "mean reward", 3.3)
+    figure = _curves_figure(result, {title: curve}, "thousand forward passes of an image", "mean reward", 3.3)
     if figure is not None:
         _legend(figure)
     return figure
