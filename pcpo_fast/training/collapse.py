@@ -98,9 +98,8 @@ class PredictionMonitor:
     Per-step credit may then improve early predictions without improving the final images. Rewards of predictions are
     compared with those of their own final images, since every epoch has other prompts, and a rise must be twice its
     standard error. Only steps whose predictions were scored at all three count: those of a window that moves on rise by
-    that alone. With
-    ``advantage.gain_lambda_rise`` the discount of later gains then rises, and the next warning takes two more
-    evaluations; otherwise there is one warning.
+    that alone. With ``advantage.gain_lambda_rise`` the discount of later gains then rises, and the next warning takes
+    two more evaluations; otherwise there is one warning.
 
     Args:
         stepwise: holds the discount.
