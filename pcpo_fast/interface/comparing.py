@@ -220,9 +220,12 @@ def _primary_before(folder: Path, reported: ComparisonSettings, how: HowToRun | 
         return reported.primary
     before = read_plan_file(folder / FILE).primary if (folder / FILE).is_file() else None
     if how is not None and reported.primary != before:
+        known = f"as it was before there were runs in {folder}"
+        if not (folder / FILE).is_file():
+            known = f"since {folder} has runs but no {FILE}, which says what was named before them (copy it too)"
         raise UserError(
-            f"--primary: must stay {before or 'unset'}, as it was before there were runs in {folder}, got "
-            f"{reported.primary or 'none'}; a report may use another one (--report-only), and says so"
+            f"--primary: must stay {before or 'unset'}, {known}, got {reported.primary or 'none'}; "
+            "a report may use another one (--report-only), and says so"
         )
     return before
 

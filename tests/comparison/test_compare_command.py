@@ -348,6 +348,13 @@ def test_a_primary_measure_that_is_named_late_is_reported_as_such_and_not_record
         "a report may use another one (--report-only), and says so\n"
     )
     assert (output / "comparison.yaml").read_bytes() == recorded
+    (output / "comparison.yaml").unlink()  # as where only the runs were copied
+    answer = call(capsys, "compare", "--file", tmp_path / "c.yaml")
+    assert answer.err == (
+        f"error: --primary: must stay unset, since {output} has runs but no comparison.yaml, which says what was named "
+        "before them (copy it too), got heldout_final; a report may use another one (--report-only), and says so\n"
+    )
+    (output / "comparison.yaml").write_bytes(recorded)
     runs = [f"--runs={name}={output}/{name}/*" for name in ("native", "pcpo")]
     answer = call(capsys, "compare", *runs, "--primary", "heldout_final", "--output", tmp_path / "report")
     assert f"{late}, perhaps" in answer.out
