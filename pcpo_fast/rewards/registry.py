@@ -111,6 +111,11 @@ def prompt_check(name: str) -> Callable[[str, dict[str, Any]], object] | None:
     return import_target(_PROMPT_CHECKS[name]) if name in _PROMPT_CHECKS else None
 
 
+def scores_predictions(reward: Reward) -> bool:
+    """Whether a reward accepts the blurred images that steps predict: unless its attribute of this name is false."""
+    return bool(getattr(getattr(reward, "func", reward), "scores_predictions", True))
+
+
 def _make(name: str, target: type, options: Mapping[str, Any]) -> Reward:
     signature = _signature(target)
     if signature is not None:

@@ -59,6 +59,7 @@ class Remote:
             raise UserError(f"reward remote: {self.client.url} is not a reward server of this version; check url")
         self.batch_size = min(batch_size, int(information["most_images"]))
         self.most_bytes = int(information["most_bytes"])
+        self.scores_predictions = bool(information.get("scores_predictions", True))  # servers of before do not say
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Scores float64 [B] of images [B, 3, H, W]."""

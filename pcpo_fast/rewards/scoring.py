@@ -13,7 +13,7 @@ from pcpo_fast.prompts import Prompt
 from pcpo_fast.rewards.calling import call_reward
 from pcpo_fast.rewards.composition import clipped
 from pcpo_fast.rewards.failures import RewardFailure, scores_of_what_works
-from pcpo_fast.rewards.registry import Reward, load_reward, prompt_check
+from pcpo_fast.rewards.registry import Reward, load_reward, prompt_check, scores_predictions
 from pcpo_fast.rewards.sources import Sources, noted_sources
 from pcpo_fast.rewards.time_limit import TimeLimit
 
@@ -104,7 +104,7 @@ class RewardSet:
             UserError: one does not.
         """
         for spec, reward in zip(self._specs, self._rewards, strict=True):
-            if spec.trained_on and not getattr(getattr(reward, "func", reward), "scores_predictions", True):
+            if spec.trained_on and not scores_predictions(reward):
                 raise UserError(
                     f"advantage.steps: reward {spec.column} does not score the blurred images that steps predict "
                     "(scores_predictions is false); allowed with it: final"

@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,17 @@ def test_scores_are_those_of_the_reward_in_process() -> None:
         scores = RewardSet([RewardConfig(name="remote", options={"url": url})]).score(images, prompts, metadata)
         assert torch.equal(scores.total, first_pixel(images, prompts, metadata))
         assert server.work.images_scored == 7
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_a_served_reward_may_decline_predictions(accepts: bool) -> None:
+    def judge(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return images[:, 0, 0, 0]
+
+    judge.scores_predictions = accepts  # type: ignore[attr-defined]
+    declined = pytest.raises(UserError, match="reward remote does not score the blurred images that steps predict")
+    with reward_server(judge) as (url, _), nullcontext() if accepts else declined:
+        RewardSet([RewardConfig(name="remote", options={"url": url})]).check_predictions()
 
 
 def test_requests_under_load_are_joined_and_each_gets_its_own_scores() -> None:

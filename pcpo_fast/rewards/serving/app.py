@@ -70,6 +70,7 @@ class RewardServer:
             {
                 "protocol": PROTOCOL,
                 "reward": self.name,
+                "scores_predictions": self.work.scores_predictions,
                 "most_images": self.limits.most_images,
                 "most_bytes": self.limits.most_bytes,
                 "images_scored": self.work.images_scored,

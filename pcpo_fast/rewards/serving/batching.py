@@ -11,7 +11,7 @@ import torch
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.calling import call_reward
 from pcpo_fast.rewards.failures import RewardFailure
-from pcpo_fast.rewards.registry import Reward
+from pcpo_fast.rewards.registry import Reward, scores_predictions
 from pcpo_fast.rewards.serving.wire import Batch
 from pcpo_fast.rewards.time_limit import TimeLimit
 
@@ -35,12 +35,14 @@ class BatchQueue:
     Attributes:
         images_scored: number of images scored, each request counted once.
         calls: number of calls of the reward.
+        scores_predictions: whether the reward accepts the blurred images that steps predict.
     """
 
     def __init__(
         self, name: str, reward: Reward, *, device: torch.device, most_images: int, linger: float = 0.005
     ) -> None:
         self.images_scored = self.calls = 0
+        self.scores_predictions = scores_predictions(reward)
         self._name, self._reward, self._device = name, reward, device
         self._most, self._linger = most_images, linger
         self._limit = TimeLimit(None)
