@@ -192,14 +192,13 @@ class StepAdvantages:
         """
         settings, scored = self.settings, list(segments.scored)
         known = settings.calibrated is False or self.seen.issuperset(_steps_in(predicted, scored))
-        weights = torch.ones(len(scored), dtype=torch.float64)
+        slopes = self.predictions.slopes[scored]
+        weights = slopes if settings.calibrated is True else torch.ones_like(slopes)
         multipliers = None
         if settings.calibrated == "branches":
             audited = self.branches.squares[scored] > SETTLED
             multipliers = torch.where(audited, self.branches.slopes[scored], 1.0)
             multipliers[-1] = 1.0  # the next reward is the final one, even if another window's audit has a slope here
-        elif settings.calibrated:
-            weights = self.predictions.slopes[scored]
         if known:
             seen = predicted if order is None else predicted[order]
             credit = segment_credit(final, seen, weights, self.gain_lambda, multipliers)
@@ -208,7 +207,7 @@ class StepAdvantages:
         credit = credit.masked_fill(equal[:, None], 0.0)
         if settings.control == "rescaled":
             credit = _in_size_of(final.masked_fill(equal, 0.0), credit)
-        metrics = self._metrics(final, predicted, credit, scored, weights, multipliers, equal)
+        metrics = self._metrics(final, predicted, credit, scored, slopes, equal)
         pairs = predicted.masked_fill(equal[:, None], torch.nan)
         self.predictions.add(scored, final[:, None].expand_as(pairs), pairs)
         self.seen |= _steps_in(pairs, scored)
@@ -243,8 +242,7 @@ class StepAdvantages:
         predicted: Tensor,
         credit: Tensor,
         scored: list[int],
-        weights: Tensor,
-        multipliers: Tensor | None,
+        slopes: Tensor,
         equal: Tensor,
     ) -> dict[str, float]:
         """Metrics per scored step, over groups whose rewards differ; absent for steps without data."""
@@ -257,7 +255,7 @@ class StepAdvantages:
                 "correlation": _correlation(final, predicted[:, position]),
                 "gain": _root_mean_square(gains[:, position]),
                 "left": _root_mean_square(credit[:, position]) / (_root_mean_square(final) or math.nan),
-                "beta": float(weights[position] if multipliers is None else multipliers[position]),
+                "beta": float(slopes[position]),
             }
             if position + 1 < len(scored):
                 values["gain_correlation"] = _correlation(gains[:, position], gains[:, position + 1])

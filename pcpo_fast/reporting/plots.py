@@ -185,7 +185,7 @@ def stepwise_figure(records: Sequence[Record]) -> "Figure | None":
     styled(right, "Quality of its prediction", "step (0 = noise)", "", with_legend=True)
     for name, label, colour in (
         ("correlation", "correlation", OTHERS[0]),
-        ("beta", "weight", OTHERS[1]),
+        ("beta", "slope", OTHERS[1]),
         ("branch_slope", "slope from branches", OTHERS[2]),
     ):
         latest = {step: _last_quarter(curve) for step, curve in step_series(records, f"stepwise/{name}").items()}

@@ -127,6 +127,17 @@ def test_a_first_epoch_has_the_final_advantages_and_the_next_one_its_regression(
     assert metrics["stepwise/beta_step_3"] == pytest.approx(float(beta[1]))
 
 
+@pytest.mark.parametrize("calibrated", [True, False, "branches"])
+def test_the_slope_of_predictions_is_measured_whatever_the_credit_is_weighted_by(calibrated: object) -> None:
+    stepwise, segments = StepAdvantages(settings_of(calibrated=calibrated), 3), Segments.of((True,) * 3, 1)
+    final, predicted = normal(12), normal(12, 3, seed=1) + normal(12)[:, None]
+    unequal = torch.zeros(12, dtype=torch.bool)
+    stepwise.compute(final, predicted, segments, unequal)
+    _, metrics = stepwise.compute(final, predicted, segments, unequal)
+    beta = (final[:, None] * predicted).sum(0) / (predicted**2).sum(0)
+    assert [metrics[f"stepwise/beta_step_{step}"] for step in range(3)] == pytest.approx(beta.tolist())
+
+
 def test_the_rescaled_control_is_the_final_advantage_in_the_size_of_the_gain() -> None:
     segments = Segments.of((True,) * 4, 1)
     final, predicted, equal = normal(12), normal(12, 4, seed=1), torch.arange(12) < 3
