@@ -723,6 +723,11 @@ class Config(Section):
                 )
             if advantage.audit_every == 0:
                 yield "advantage.calibrated: branches needs audits; set advantage.audit_every above 0"
+        if stepwise and advantage.control == "permuted" and per_prompt < 2:
+            yield (
+                "advantage.control: permuted permutes predictions among the images of a prompt, so "
+                f"rollout.images_per_prompt must be at least 2, got {per_prompt}"
+            )
         # Candidates are compared within an epoch, and chosen by a reward that a step's noise has decided.
         if self.rollout.candidates is not None:
             if self.rollout.candidates <= per_prompt:

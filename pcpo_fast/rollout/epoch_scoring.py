@@ -98,6 +98,8 @@ class RolloutScoring:
             self.trained = torch.zeros(len(everyone), tables.sampler.steps, dtype=torch.bool).scatter(1, steps, True)
             self.segments = Segments.of(tables.sampler.noisy, config.advantage.scored_steps)
             by_group = self.trained.reshape(-1, self.per_group, self.trained.shape[1]).any(dim=1)
+            if not config.advantage.within_prompts:  # an image is compared with those of all prompts
+                by_group = by_group.any(dim=0).expand_as(by_group)
             needed = self.segments.needed(by_group, stepwise.gain_lambda)
             self.times = [float(tables.sampler.times[step]) for step in self.segments.scored]
             self.predicted = PredictedImages(self.segments.scored, needed, self._add_predictions)

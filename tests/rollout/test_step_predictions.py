@@ -148,6 +148,25 @@ def test_only_needed_predictions_are_scored(policy: Policy, config_of: Callable[
     assert bool((scored.advantages[:, 0] == 0).all()) and bool((scored.advantages[:, 2] != 0).all())
 
 
+def test_images_of_all_prompts_are_scored_at_a_step_if_they_are_compared(
+    policy: Policy, config_of: Callable[..., Config]
+) -> None:
+    """A mean over those prompts alone of which an image trains the step would be another one at the next step."""
+    settings = "rollout.images_per_prompt=1", "rollout.prompts_per_epoch=8", "credit.fraction=0.25"
+    scored, rollout, at = epoch_of(
+        policy, config_of("advantage.normalization=global", "rollout.same_initial_noise=false", *settings)
+    )
+    finals, columns = rollout.images.mean(dim=(1, 2, 3)), []
+    for step in range(4):
+        x, f = rollout.trajectories.latents[:, step], rollout.trajectories.outputs[:, step]
+        columns.append(policy.decode(x - at.sampler.times[step] * f).mean(dim=(1, 2, 3)).double())
+    rewards = torch.stack([*columns, finals.double()], dim=1)
+    gains = ((rewards - rewards.mean(dim=0)) / finals.double().std(correction=0)).diff(dim=1).clamp(-5, 5)
+    trained = rollout.plan.steps.flatten(0, 1)
+    assert trained.shape == (8, 1) and len(trained.unique()) > 1
+    torch.testing.assert_close(scored.advantages.gather(1, trained), gains.gather(1, trained), rtol=1e-3, atol=1e-3)
+
+
 def test_windows_and_segments(policy: Policy, config_of: Callable[..., Config]) -> None:
     """Only the window's steps have noise: after the last of them the image is decided."""
     scored, rollout, at = epoch_of(policy, config_of("window.size=2", "window.start=1", "window.schedule=fixed"))
@@ -220,6 +239,10 @@ def test_a_reward_may_decline(config_of: Callable[..., Config]) -> None:
     [
         ("advantage.normalization=running", "advantage.steps: gain compares images of one epoch"),
         ("advantage.calibrated=branches", "branches needs audits"),
+        (
+            "advantage.control=permuted;advantage.normalization=global;rollout.images_per_prompt=1",
+            "permuted permutes predictions among the images of a prompt, so rollout.images_per_prompt must be at least",
+        ),
         ("window.size=1", "steps: gain would be final: .* that of step 0, is the same for all images of a prompt"),
         ("advantage.scored_steps=4", r"allowed here: a scored_steps below the number of steps with noise \(4;"),
         ("sampler.steps=2", r"with advantage.scored_steps=1 the only prediction .* \(1; sampler.steps"),
