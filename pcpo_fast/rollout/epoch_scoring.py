@@ -306,10 +306,13 @@ class RolloutScoring:
         self.stepwise.branches.add([branches.step], changes[:, :1], changes[:, 1:])
         effect = changes[:, 0][changes[:, 0].isfinite()].square().mean().sqrt()
         slope = self.stepwise.branches.slopes[branches.step]
-        return {
+        metrics = {
             f"stepwise/branch_effect_step_{branches.step}": float(effect),
             f"stepwise/branch_slope_step_{branches.step}": float(slope),
         }
+        if self.config.scoring.on_failure == "drop_group":
+            metrics["scoring/failed_audits"] = float((~changes.isfinite()).any(dim=1).sum())
+        return metrics
 
     def _equal(self, trained: Tensor, specs: Sequence[RewardConfig]) -> Iterator[str]:
         """Columns of rewards without spread, within groups if advantages compare within groups, else in the epoch."""

@@ -1,5 +1,6 @@
 """What steps predict: decoded in the rollout, scored, turned into advantages of steps; and the audit by branches."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,13 @@ def blind_late(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
     rows = zip(prompts, metadata, strict=True)
     lost = [prompt == prompts[0] and 0.5 < data.get("predicted_at", 0) < 1 for prompt, data in rows]
     return torch.where(torch.tensor(lost), torch.nan, scores)
+
+
+def blind_once_in_audits(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """No score of the first image of a batch that has both images and predictions."""
+    scores = images.mean(dim=(1, 2, 3))
+    scores[0] = scores[0] if len({"predicted_at" in data for data in metadata}) == 1 else torch.nan
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +354,15 @@ def test_an_audit_sees_what_the_limits_of_a_reward_leave(policy: Policy, config_
     config = config_of(rewards, "scoring.normalize=each", "advantage.audit_every=1", "advantage.audit_images=4")
     effects = [value for name, value in epoch_of(policy, config)[0].metrics.items() if "branch_effect" in name]
     assert effects == [0.0]
+
+
+def test_an_audit_leaves_out_and_counts_images_whose_branches_cannot_be_scored(
+    policy: Policy, config_of: Callable[..., Config]
+) -> None:
+    settings = "scoring.on_failure=drop_group", "advantage.audit_every=1", "advantage.audit_images=4"
+    metrics = epoch_of(policy, config_of(*settings, reward="blind_once_in_audits"))[0].metrics
+    assert (metrics["scoring/failed_audits"], metrics["scoring/failed_images"]) == (1, 0)
+    assert all(math.isfinite(value) for name, value in metrics.items() if "branch" in name)
 
 
 @pytest.mark.parametrize(("images", "wanted"), [(48, 8), (24, 24), (12, 4)])

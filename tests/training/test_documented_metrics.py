@@ -43,6 +43,7 @@ def test_every_metric_of_a_run_is_documented(run: str, request: pytest.FixtureRe
 @pytest.mark.parametrize(
     "name",
     ["heldout/diversity", "sampler/window_start", "policy/stale_updates", "policy/inner_epoch", "memory/peak_gib"]
+    + ["scoring/failed_audits"]
     + [f"stepwise/{name}_step_3" for name in ("correlation", "beta", "predicted_reward", "gain", "gain_correlation")]
     + [f"stepwise/{name}_step_3" for name in ("left", "branch_effect", "branch_slope")]
     + [f"policy/{name}_inner_1" for name in ("clip_fraction", "log_ratio_abs", "log_ratio_std", "taylor_error")],
