@@ -105,6 +105,7 @@ def test_two_ranks_in_zero_3_are_one_rank_in_zero_1(
     assert len(together["rewards"]) == 8 and len(together["log_ratios"]) == 16 and together["log_ratios"].any()
 
 
+@pytest.mark.usefixtures("process_group")  # before RANK is set here for a while: starting it adds LOCAL_RANK
 def test_two_ranks_train_as_one_resume_and_fail_in_one_line(
     launched: "subprocess.CompletedProcess[str]", folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
