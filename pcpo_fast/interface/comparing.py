@@ -195,15 +195,12 @@ def compare(
     how = None if report_only else HowToRun(jobs or 1, threads, launcher, until)
     reported = replace(reported, primary_before=_primary_before(plan.output, reported, how))
     search = None if plan.tuning is None else look(plan, reported)
-    planned = _next_runs(plan, search)
-    if how is not None:
-        check_folders(planned)
-        _check(planned, reported)
+    following = _following(plan, reported, search, how)
     with nullcontext() if how is None else only_one(plan.output) as lock:  # nothing is written before
         if how is not None:
             write_plan_file(plan, reported)
         try:
-            return _run_and_report(plan, reported, search, how, lock, console)
+            return _run_and_report(plan, reported, search, following, how, lock, console)
         finally:
             if records is not None:
                 new = write_small_records(plan.output, Path(records))
@@ -230,17 +227,42 @@ def _primary_before(folder: Path, reported: ComparisonSettings, how: HowToRun | 
     return before
 
 
-def _next_runs(plan: ComparisonPlan, search: Search | None) -> list[PlannedRun]:
-    """The runs that the search waits for, or else those of the comparison itself."""
-    if search is None:
-        return planned_runs(plan)
-    return list(search.waiting) or planned_runs(tuned(plan, search), twins=True)
+@dataclass(frozen=True)
+class _Following:
+    """The runs that come next.
+
+    Attributes:
+        planned: those that the search waits for, or else those of the comparison itself.
+        left: those among them that have not finished; empty if nothing is trained.
+    """
+
+    planned: Sequence[PlannedRun]
+    left: Sequence[PlannedRun]
+
+
+def _following(
+    plan: ComparisonPlan, reported: ComparisonSettings, search: Search | None, how: HowToRun | None
+) -> _Following:
+    """The runs that come next, checked once if they are to be trained.
+
+    Raises:
+        UserError: one of them cannot be trained.
+    """
+    if search is not None and search.waiting:
+        found = _Following(search.waiting, search.waiting)  # whose folders the search has checked
+    else:
+        planned = planned_runs(plan) if search is None else planned_runs(tuned(plan, search), twins=True)
+        found = _Following(planned, [] if how is None else check_folders(planned))
+    if how is not None:
+        _check(found.planned, reported)
+    return found
 
 
 def _run_and_report(
     plan: ComparisonPlan,
     reported: ComparisonSettings,
     search: Search | None,
+    following: _Following,
     how: HowToRun | None,
     lock: int | None,
     console: Console,
@@ -248,14 +270,13 @@ def _run_and_report(
     """Run what is left, unless `how` is None, and report; raises as :func:`compare`."""
     names = [variant.name for variant in plan.variants]
     if search is not None:
-        search = _searched(plan, reported, search, how, lock, console)
+        waited, search = bool(search.waiting), _searched(plan, reported, search, how, lock, console)
+        following = _following(plan, reported, search, how) if waited else following
         reported = replace(reported, notes=(*tuning_notes(plan, search), "All trials are in tuning.md."))
-    planned, failures = _next_runs(plan, search), list[Failure]()
+    planned, failures = following.planned, list[Failure]()
     if how is not None:
-        left = check_folders(planned)
-        _check(planned, reported)
-        done = len(planned) - len(left)
-        failures = scheduling.run_all(_sized(left, how), done, plan.output, how, console, lock)
+        done = len(planned) - len(following.left)
+        failures = scheduling.run_all(_sized(following.left, how), done, plan.output, how, console, lock)
     try:
         trained = [run for run in planned if find_metrics(run.folder)]
         missing = [Missing(run.variant, run.seed, "has not been trained") for run in planned if run not in trained]

@@ -20,7 +20,9 @@ from pcpo_fast.comparison import scheduling
 from pcpo_fast.comparison.lock import only_one
 from pcpo_fast.comparison.scheduling import Failure, HowToRun
 from pcpo_fast.comparison.variants import PlannedRun
+from pcpo_fast.config.schema import Config
 from pcpo_fast.files.locks import lock_folder
+from pcpo_fast.runs import run_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest_plugins = ["cli_fixtures"]
@@ -94,6 +96,19 @@ def start() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+def folders_checked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A list that gets the folder of every run that is checked from now on."""
+    folders: list[Path] = []
+    check = run_directory.claim
+
+    def noted(config: Config, resume: str) -> run_directory.RunStart:
+        folders.append(Path(config.output_dir))
+        return check(config, resume)
+
+    monkeypatch.setattr(run_directory, "claim", noted)
+    return folders
 
 
 def alive(process: int) -> bool:
@@ -424,6 +439,9 @@ def test_a_tuned_comparison_goes_on_in_portions_and_decides_on_its_own_seeds(
     assert chosen == ["credit.clip_range=0.001", "optimizer.lr=0.0001"]
     assert "Verdict: held-out reward over compute" in answer.out
     assert "## Verdict: held-out reward over compute" in (output / "comparison.md").read_text()
+    checked = folders_checked(monkeypatch)
+    assert call(capsys, "compare", "--output", output).code == 0
+    assert len(checked) == len(set(checked)) == len(made)  # with everything done, each run once
     assert call(capsys, "compare", "--file", tmp_path / "c.yaml", "--minutes", "0").err.startswith(
         "error: --minutes: must be above 0, got 0"
     )
@@ -456,7 +474,11 @@ def test_a_comparison_continues_elsewhere_from_its_small_records(
         for name in ("out", "elsewhere")
     ]
     assert reports[0] == reports[1]
+    checked = folders_checked(monkeypatch)
     answer = call(capsys, "compare", "--output", tmp_path / "elsewhere", "--json", "--records", tmp_path / "kept")
+    assert sorted(checked) == [
+        tmp_path / "elsewhere" / name for name in ("native/seed_0", "native/seed_1", "pcpo/seed_0")
+    ]
     assert [len(variant["runs"]) for variant in json.loads(answer.out)["variants"].values()] == [2, 2]
     assert made[3:] == [Path("elsewhere/pcpo/seed_1")]
     assert (tmp_path / "kept" / "pcpo" / "seed_1" / "summary.json").is_file()
