@@ -437,7 +437,7 @@ class RewardConfig(Section):
     label: str | None = Field(
         None, min_length=1, description="name in metrics, required if a reward is listed twice; null: `name`"
     )
-    weight: float = Field(1.0, allow_inf_nan=False, description="factor in the sum")
+    weight: float = Field(1.0, ge=-1e50, le=1e50, allow_inf_nan=False, description="factor in the sum")
     clip: tuple[Finite, Finite] | None = Field(
         None, strict=False, description="lowest and highest score that counts in the sum; null: no limits"
     )

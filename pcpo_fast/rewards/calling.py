@@ -83,7 +83,7 @@ def call_reward(
         if search:
             with suppress(TookTooLong):
                 failing = limit.call(lambda: first_failing(message), at_most=_SEARCH_SECONDS)
-        place = _rows(prompts) if failing is None else _row(failing, prompts)
+        place = _rows(prompts) if failing is None else row_text(failing, prompts)
         raise RewardFailure(f"reward {name} failed on {place}: {message}") from error
     scores = _as_tensor(name, result, prompts).to(images.device)
     usable = scores.abs() <= LARGEST_REWARD
@@ -93,7 +93,7 @@ def call_reward(
         if scores[row].isfinite():
             cause = f"; allowed: plus or minus {LARGEST_REWARD:g}"
         raise RewardFailure(
-            f"reward {name} returned {scores[row].item()} for {_row(row, prompts)}{cause}",
+            f"reward {name} returned {scores[row].item()} for {row_text(row, prompts)}{cause}",
             torch.where(usable, scores, torch.nan),
         )
     return scores
@@ -101,7 +101,7 @@ def call_reward(
 
 def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
     """The result as a new float64 [B]; RewardFailure if it is anything else."""
-    count, first = len(prompts), _row(0, prompts)
+    count, first = len(prompts), row_text(0, prompts)
     expected = f"expected {count} numbers, one for each image, the first for {first}"
     if count == 1:
         expected = f"expected 1 number, for {first}"
@@ -125,11 +125,12 @@ def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
     return values.detach().to(torch.float64, copy=True)
 
 
-def _row(row: int, prompts: list[str]) -> str:
+def row_text(row: int, prompts: list[str]) -> str:
+    """Which image of a call, for messages."""
     text = prompts[row] if len(prompts[row]) <= 100 else prompts[row][:97] + "..."
     return f"the prompt {text!r} (image {row + 1} of {len(prompts)})"
 
 
 def _rows(prompts: list[str]) -> str:
-    first = _row(0, prompts)
+    first = row_text(0, prompts)
     return first if len(prompts) == 1 else f"{len(prompts)} images, first {first}"

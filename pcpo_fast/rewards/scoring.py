@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pcpo_fast.config.schema import RewardConfig, ScoringConfig
 from pcpo_fast.errors import UserError
+from pcpo_fast.method.advantages import LARGEST_REWARD
 from pcpo_fast.prompts import Prompt
-from pcpo_fast.rewards.calling import call_reward
+from pcpo_fast.rewards.calling import call_reward, row_text
 from pcpo_fast.rewards.composition import clipped
 from pcpo_fast.rewards.failures import RewardFailure, scores_of_what_works
 from pcpo_fast.rewards.registry import Reward, load_reward, prompt_check, scores_predictions
@@ -156,7 +157,35 @@ class RewardSet:
             components[spec.column] = scores
             if spec.trained_on:
                 total += spec.weight * clipped(scores, spec)
+        failures += self._without_too_large(total, components, list(prompts))
         return Scores(total, components, tuple(failures))
+
+    def _without_too_large(
+        self, total: Tensor, components: dict[str, Tensor], prompts: list[str]
+    ) -> tuple[RewardFailure, ...]:
+        """Take out weighted sums that are too large to compute with, and the scores of the rewards that make them so.
+
+        Raises:
+            RewardFailure: there is one, and a failure stops the run.
+        """
+        specs = [spec for spec in self._specs if spec.trained_on and spec.column in components]
+        parts = torch.stack([spec.weight * clipped(components[spec.column], spec) for spec in specs])
+        known = torch.stack([components[spec.column].isfinite() for spec in specs]).all(dim=0)
+        rows = (known & ~(total.abs() <= LARGEST_REWARD)).nonzero().flatten().tolist()
+        if not rows:
+            return ()
+        worst = [specs[index] for index in parts[:, rows].abs().argmax(dim=0).tolist()]
+        name, weight = worst[0].column, worst[0].weight
+        failure = RewardFailure(
+            f"reward {name} returned {float(components[name][rows[0]]):g} for {row_text(rows[0], prompts)}, with which "
+            f"its weight of {weight:g} makes a weighted sum of {float(total[rows[0]]):g}; allowed: plus or minus "
+            f"{LARGEST_REWARD:g}"
+        )
+        if self._stop:
+            raise failure
+        for row, spec in zip(rows, worst, strict=True):
+            total[row] = components[spec.column][row] = torch.nan
+        return (failure,)
 
     def _call(
         self, index: int, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]

@@ -339,6 +339,23 @@ def test_wrong_answer_names_reward_and_prompt(result: object, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_weighted_sum_that_is_too_large_names_reward_and_weight() -> None:
+    specs = [RewardConfig(name=f"{__name__}:current_reward", label=label, weight=weight)
+             for label, weight in (("first", 2.0), ("second", -1e50), ("third", 1e50))]  # fmt: skip
+    stand_in.append(lambda images, prompts, _: [3e60 if prompt == PROMPTS[1] else 0.0 for prompt in prompts])
+    with pytest.raises(UserError) as caught:
+        RewardSet(specs[:2]).score(images(), PROMPTS)
+    assert str(caught.value) == (
+        "reward second returned 3e+60 for the prompt 'a blue square' (image 2 of 3), with which its weight of -1e+50 "
+        "makes a weighted sum of -3e+110; allowed: plus or minus 1e+100"
+    )
+    dropping = ScoringConfig(on_failure="drop_group")  # type: ignore[call-arg]
+    scores = RewardSet(specs[:2], dropping).score(images(), PROMPTS)
+    assert scores.total.isnan().tolist() == scores.components["second"].isnan().tolist() == [False, True, False]
+    assert scores.components["first"].isfinite().all() and len(scores.failures) == 1
+    assert RewardSet(specs[1:]).score(images(), PROMPTS).total.tolist() == [0.0, 0.0, 0.0]  # only the sum counts
+
+
 def test_exception_names_the_prompt_that_causes_it() -> None:
     def picky(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         if any("square" in prompt for prompt in prompts):
