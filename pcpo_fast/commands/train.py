@@ -1,6 +1,8 @@
 """``pcpo-fast train``: the training run."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +70,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON at the end")
     add_settings(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, default_of=parser.get_default))
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, default_of: Callable[[str], object]) -> int:
     """Train, and print the results."""
     import json
     import signal
@@ -79,18 +81,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from pcpo_fast.config.arguments import check_idle
     from pcpo_fast.distributed.launching import launcher_rank
     from pcpo_fast.distributed.preemption import Stopped
-    from pcpo_fast.errors import UserError
     from pcpo_fast.interface.configuration import load_config
     from pcpo_fast.interface.training import train
 
     config = load_config(arguments.config, arguments.settings)
     if arguments.dry_run:
-        idle = {"resume": "auto", "verify": False, "profile": False, "profile_epoch": None, "profile_updates": None}
-        given = [f"--{name.replace('_', '-')}" for name, usual in idle.items() if getattr(arguments, name) != usual]
-        if given:
-            raise UserError(f"{given[0]}: has no effect with --dry-run, which trains in a temporary folder: remove it")
+        values = {name: value for name, value in values_of(arguments).items() if value != default_of(name)}
+        idle = {name.replace("_", "-"): True for name in values.keys() - {"config", "settings", "dry_run"}}
+        check_idle("--dry-run trains in a temporary folder", idle)
         return _dry_run(config, as_json=arguments.json)
     del arguments.dry_run  # the rest is what train takes
     try:

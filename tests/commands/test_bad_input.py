@@ -132,8 +132,8 @@ def test_config_file_with_line(config: Path, no_model: None, capsys: Capture) ->
 
 
 def test_a_dry_run_refuses_what_it_would_not_do(config: Path, capsys: Capture) -> None:
-    for option in (["--resume", "never"], ["--profile"], ["--profile-epoch", "0"]):
-        words = f"{option[0]}: has no effect with --dry-run"
+    for option in (["--resume", "never"], ["--verify"], ["--profile"], ["--profile-epoch", "0"]):
+        words = f"--dry-run trains in a temporary folder, so it cannot be combined with {option[0]}"
         assert words in refused(capsys, "train", "--config", config, "--dry-run", *option)
 
 
