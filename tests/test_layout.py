@@ -4,6 +4,7 @@ docs/architecture.md says why; the list below is what holds.
 """
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pcpo_fast.config.wording import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,6 +186,31 @@ def test_light_commands_do_not_load_the_heavy_libraries(tmp_path: Path) -> None:
         [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert json.loads(answer.stdout) == {" ".join(command): [] for command in commands}, answer.stderr
+
+
+# What must not stand in a message.
+
+COUNTED = (
+    "attempt|byte|call|cell|checkpoint|column|difference|dimension|epoch|error|evaluation|event|failure|figure|file|"
+    "frame|GPU|group|image|integer|layer|machine|node|number|operation|pair|process|prompt|rank|reward|rollout|row|"
+    "run|sample|scale|score|seed|setting|step|task|thread|tie|token|trial|update|value|vote|warning"
+)
+# A verb may stand between a name and a plural: {folder} holds images.
+PLURAL = re.compile(rf" (?:(?!compares|holds|needs|has|for|ends|produces|with|or)[a-z-]+ )?(?:{COUNTED})(?:s|es)\b")
+
+
+def test_a_number_before_a_word_is_written_by_the_function_that_knows_one_run_from_two_runs() -> None:
+    found = []
+    for module, path in MODULES.items():
+        nodes = [] if room(module) == "pcpo_kernels" else list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        for text in (node for node in nodes if isinstance(node, ast.JoinedStr)):
+            for value, after in itertools.pairwise(text.values):
+                plain = isinstance(value, ast.FormattedValue) and value.conversion == -1 and value.format_spec is None
+                if plain and isinstance(after, ast.Constant) and PLURAL.match(str(after.value)):
+                    found.append(f"{module} line {text.lineno}: {ast.unparse(text)}")
+    assert found == [], "write {counted(count, 'run')} (pcpo_fast.config.wording)"
+    assert [counted(count, "more pass") for count in (0, 1, 2)] == ["0 more passes", "1 more pass", "2 more passes"]
+    assert [counted(2, what) for what in ("epoch", "batch", "box")] == ["2 epochs", "2 batches", "2 boxes"]
 
 
 # What must not stand in any tracked file.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pcpo_fast.commands import add_settings, show_results, values_of
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _say(compared: "Compared", console: "Console", *, as_json: bool) -> None:
     if result.settings.target is None and result.reading.target is not None:
         lines.append(f"target: {result.target_source}")
     lines += notes(result)
-    figures = f"{len(compared.figures)} figures in {compared.report.parent / 'figures'}"
+    figures = f"{counted(len(compared.figures), 'figure')} in {compared.report.parent / 'figures'}"
     lines.append(f"Page: {compared.page}")
     lines.append(f"Report: {compared.report}, {compared.record.name} and {figures}")
     tables = [main_table(result), *([decision_table(result)] if result.decisions else [])]

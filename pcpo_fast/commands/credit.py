@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pcpo_fast.config.credit_rules import CREDIT_RULES
 from pcpo_fast.config.sampler_registry import SAMPLERS, Kind, Variance, listed, samplers_of, samplers_taking
+from pcpo_fast.config.wording import counted
 
 if TYPE_CHECKING:
     from pcpo_fast.method.transitions import Transitions
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         from pcpo_fast.reporting.plots import credit_figure, save_figure
 
-        title = f"{arguments.sampler}, {arguments.steps} steps"
+        title = f"{arguments.sampler}, {counted(arguments.steps, 'step')}"
         columns = (record["times"], record["native"], record["proportionate"], record["zeta"], title)
         figure = credit_figure(*columns, used=record["used"], used_label=record["rule"])
         try:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.commands import add_run_or_config, run_or_config, show_results
+from pcpo_fast.config.wording import counted
 
 if TYPE_CHECKING:
     from pcpo_fast.profiling.operations import ForwardComparison
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, weights, epoch = run_or_config("first-difference", arguments)
     if arguments.save:
         count = save_forward(config, weights, arguments.step, lone_device(), arguments.save)
-        print(f"wrote {arguments.save}: {count} operations")
+        print(f"wrote {arguments.save}: {counted(count, 'operation')}")
         return 0
     if arguments.against:
         found = compare_with_saved(config, weights, arguments.against, lone_device())
@@ -99,7 +100,9 @@ def _print(found: "ForwardComparison") -> None:
 
     lines, tables = [], []
     if found.first is None:
-        lines.append(f"no difference: all {found.compared} operations common to both forwards gave identical bits")
+        lines.append(
+            f"no difference: identical bits in {counted(found.compared, 'operation')}, all that both forwards have"
+        )
     else:
         one, other = found.first
         size = one.distance(other)
@@ -112,9 +115,9 @@ def _print(found: "ForwardComparison") -> None:
         blocks = [(name, value) for name, value in found.distances.items() if name.count(".") <= 1]
         rows = tuple((name or "output", f"{value:.1e}" if value else "0") for name, value in blocks)
         tables.append(Grid("Relative difference of the output of each block", ("block", "difference"), rows))
-        lines.append(f"{found.compared} operations compared")
+        lines.append(f"{counted(found.compared, 'operation')} compared")
     if found.unmatched:
         lines.append(
-            f"{found.unmatched} operations are in only one of the forwards, or differ in size, and were left out"
+            f"left out {counted(found.unmatched, 'operation')}, in only one of the forwards or of different sizes"
         )
     show_results(Console(), tables, lines)

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.commands import add_run_or_config, run_or_config, show_results
+from pcpo_fast.config.wording import counted
 
 if TYPE_CHECKING:
     from pcpo_fast.training.step_gradients import GradientComparison
@@ -103,5 +104,5 @@ def _print(found: "GradientComparison") -> None:
     )
     header = ("cosine of mean gradients", *KINDS, "one rollout with final's mean")
     lines = ["± standard error over rollouts (jackknife); noise: too few rollouts to tell the gradient from its noise"]
-    title = f"Gradients of per-step credit, {found.rollouts} rollouts"
+    title = f"Gradients of per-step credit, {counted(found.rollouts, 'rollout')}"
     show_results(Console(), [Grid(title, header, rows)], lines)

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from pcpo_fast.config.wording import counted
+
 if TYPE_CHECKING:
     from pcpo_fast.evaluation.votes import WinRate
 
@@ -48,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(found: "WinRate") -> None:
     total = found.wins + found.losses + found.ties
     low, high = found.wilson_interval
-    print(f"{found.first} against {found.second}: {found.wins} won, {found.losses} lost, {found.ties} ties")
-    print(f"Win rate of {found.first}, ties counted as half: {found.win_rate:.1%} of {total} votes")
+    print(f"{found.first} against {found.second}: {found.wins} won, {found.losses} lost, {counted(found.ties, 'tie')}")
+    print(f"Win rate of {found.first}, ties counted as half: {found.win_rate:.1%} of {counted(total, 'vote')}")
     print(f"  95 % interval, votes independent (Wilson):    {low:.1%} to {high:.1%}")
     if found.prompt_interval is not None:
         low, high = found.prompt_interval

@@ -23,6 +23,7 @@ from pcpo_fast.comparison.measures import (
     timed,
 )
 from pcpo_fast.comparison.reading import RunCurves
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import Estimate, mean, mean_difference, ratio_of_means
@@ -196,8 +197,9 @@ def compare(
         if run.epochs > 0 and (run.finished or settings.include_unfinished):
             chosen[name].append(run)
         else:
-            planned = "" if run.config is None else f" of {run.config.train.epochs}"
-            absent.append(Missing(name, run.seed, f"{run.folder} is not finished ({run.epochs}{planned} epochs)"))
+            planned = run.epochs if run.config is None else run.config.train.epochs
+            trained = ("" if run.config is None else f"{run.epochs} of ") + counted(planned, "epoch")
+            absent.append(Missing(name, run.seed, f"{run.folder} is not finished ({trained})"))
     if not any(chosen.values()):
         lines = missing_lines(absent)
         reasons = "; ".join([*lines[:3], *([f"and {len(lines) - 3} more"] if len(lines) > 3 else [])])

@@ -19,6 +19,7 @@ from pcpo_fast.comparison.measures import (
     timed,
 )
 from pcpo_fast.comparison.reading import RunCurves
+from pcpo_fast.config.wording import counted
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import mean_curve
 from pcpo_fast.reporting.style import (
@@ -61,7 +62,7 @@ def comparison_figures(result: Comparison) -> dict[str, "Figure"]:
 def reward_figure(result: Comparison) -> "Figure | None":
     """Reward over epochs: every seed thin, the mean thick, its interval as a band; training, and held-out if any."""
     reading = result.reading
-    training, heldout = f"Training reward, mean over {reading.smoothing} epochs", "Held-out reward"
+    training, heldout = f"Training reward, mean over {counted(reading.smoothing, 'epoch')}", "Held-out reward"
     curves: dict[str, Curve] = {
         training: lambda run: smoothed_reward(run, reading),
         heldout: lambda run: until(run.heldout, reading.horizon),

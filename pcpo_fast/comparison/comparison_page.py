@@ -15,6 +15,7 @@ from pcpo_fast.comparison.comparison_tables import (
     seed_table,
     setting_table,
 )
+from pcpo_fast.config.wording import counted
 from pcpo_fast.reporting.charts import charts
 from pcpo_fast.reporting.pages import render_page
 
@@ -46,7 +47,7 @@ def comparison_page(result: Comparison, folder: Path, figures: "Mapping[str, Fig
     return render_page(
         _TEMPLATE,
         title=f"Comparison of {', '.join(variant.name for variant in result.variants)}",
-        subtitle=", ".join([*said, folder.resolve().name, f"{runs} runs", f"{date.today():%-d %B %Y}"]),
+        subtitle=", ".join([*said, folder.resolve().name, counted(runs, "run"), f"{date.today():%-d %B %Y}"]),
         footer="Made from the runs' metrics.jsonl by pcpo-fast compare.",
         main=main_table(result),
         decided=decision_table(result) if result.decisions else None,

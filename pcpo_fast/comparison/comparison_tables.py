@@ -6,6 +6,7 @@ from dataclasses import replace
 from pcpo_fast.comparison.analysis import Against, Comparison, VariantResult, missing_lines
 from pcpo_fast.comparison.measures import EPOCHS_TO_TARGET, MEASURES, Measure, timed
 from pcpo_fast.comparison.record import notes, variant_differences
+from pcpo_fast.config.wording import counted
 from pcpo_fast.config.yaml_text import value_text
 from pcpo_fast.reporting.statistics import RESAMPLES, Estimate
 from pcpo_fast.reporting.tables import Grid, bullets, estimate_text
@@ -139,12 +140,12 @@ def explanations(result: Comparison) -> list[str]:
     lines = list(notes(result))
     if reading.target is not None and any(v.reached is not None and v.reached < len(v.runs) for v in result.variants):
         lines.append(
-            f"≥: not every run reached the target. Those that did not count as {reading.horizon} epochs, so the mean "
-            "and its interval are lower bounds."
+            f"≥: not every run reached the target. Those that did not count as {counted(reading.horizon, 'epoch')}, "
+            "so the mean and its interval are lower bounds."
         )
     lines.append(
-        f"Training rewards are trailing means over {reading.smoothing} epochs. Epochs count training: the reward at "
-        "epoch e is that of weights trained for e epochs."
+        f"Training rewards are trailing means over {counted(reading.smoothing, 'epoch')}. Epochs count training: the "
+        "reward at epoch e is that of weights trained for e epochs."
     )
     lines.append(
         f"Intervals: bootstrap over seeds ({RESAMPLES} resamples, percentiles widened for few seeds). They show how "

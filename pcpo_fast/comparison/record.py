@@ -9,6 +9,7 @@ import pcpo_fast
 from pcpo_fast.comparison.analysis import Comparison, VariantResult
 from pcpo_fast.comparison.differences import consequences, differences
 from pcpo_fast.comparison.measures import timed
+from pcpo_fast.config.wording import counted
 from pcpo_fast.config.yaml_text import value_text
 from pcpo_fast.reporting.series import Series
 from pcpo_fast.reporting.statistics import LEVEL, RESAMPLES, attainable
@@ -73,8 +74,8 @@ def notes(result: Comparison) -> list[str]:
     if len({run.epochs for run in runs}) > 1:
         longest = max(run.epochs for run in runs)
         found.append(
-            f"The runs differ in length: only the first {result.reading.horizon} epochs of each count "
-            f"(the longest has {longest})."
+            f"The runs differ in length, and are compared over {counted(result.reading.horizon, 'epoch')} from the "
+            f"start (the longest has {longest})."
         )
     if (primary := result.settings.primary) is not None:
         undecided = [v.name for v in result.variants if v.name not in (result.baseline, *result.decisions)]
@@ -96,7 +97,7 @@ def notes(result: Comparison) -> list[str]:
     for variant in result.variants:
         skipped = sum(sum(run.skipped.values()) for run in variant.runs)
         if skipped:
-            found.append(f"{variant.name}: {skipped} updates were skipped because a gradient was not finite.")
+            found.append(f"{variant.name}: skipped {counted(skipped, 'update')} because a gradient was not finite.")
         if variant.runs and len({run.seed for run in variant.runs}) < len(variant.runs) and variant.runs[0].config:
             found.append(f"{variant.name}: several runs have the same seed, so they are not independent.")
     found += [f"{run.problem}; its seed and settings are unknown." for run in runs if run.problem]
@@ -116,8 +117,8 @@ def _about_intervals(result: Comparison) -> list[str]:
         found.append("A variant with one seed has no interval: how much seeds differ is unknown.")
     elif count < 5:
         found.append(
-            f"With {count} seeds an interval covers the true mean at most {attainable(count):.0%} of the time, "
-            "whatever its nominal level: do not rely on it.".replace("%", " %")
+            f"With {counted(count, 'seed')} an interval covers the true mean at most {attainable(count):.0%} of the "
+            "time, whatever its nominal level: do not rely on it.".replace("%", " %")
         )
     return found
 

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.reporting.progress import bar_table, duration, say
 from pcpo_fast.reporting.tables import fixed_text
 
@@ -154,7 +155,7 @@ class ComparisonProgress:
         return left * (self._clock() - self._start) / epochs
 
     def _counts(self) -> str:
-        text = f"{self.done} of {self.total} runs done"
+        text = f"{self.done} of {counted(self.total, 'run')} done"
         if self.failed:
             text += f", {self.failed} failed"
         left = self.seconds_left()

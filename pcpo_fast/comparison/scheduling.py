@@ -17,6 +17,7 @@ from pcpo_fast.comparison.lock import note_processes
 from pcpo_fast.comparison.processes import RunningRun, end_runs, last_words, start_run
 from pcpo_fast.comparison.run_progress import ComparisonProgress, RunProgress
 from pcpo_fast.comparison.variants import PlannedRun
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 
 POLL = 0.2
@@ -122,7 +123,7 @@ def run_all(
             with progress:
                 while queue or running:
                     if queue and time.monotonic() >= how.until:
-                        progress.message(f"time is up: {len(queue)} runs are left for the next call")
+                        progress.message(f"time is up: {counted(len(queue), 'run')} left for the next call")
                         queue.clear()
                     while queue and len(running) < how.jobs:
                         slot = min(set(range(how.jobs)) - {job.slot for job in running})
@@ -145,7 +146,7 @@ def run_all(
                         time.sleep(poll)
         except KeyboardInterrupt:
             finished = progress.done
-            raise Interrupted(f"interrupted with {finished} of {progress.total} runs done", folder) from None
+            raise Interrupted(f"interrupted with {finished} of {counted(progress.total, 'run')} done", folder) from None
         finally:
             end_runs(running)
     return failures

@@ -29,6 +29,7 @@ from pcpo_fast.comparison.variants import (
     settings_from,
     settings_mapping,
 )
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.tables import Grid
@@ -152,12 +153,12 @@ def tuning_notes(plan: ComparisonPlan, search: Search) -> tuple[str, ...]:
     seeds = ", ".join(map(str, plan.tuning.seeds))
     count = len(next(iter(search.trials.values())))
     first = (
-        f"The settings of each variant were chosen from {count} trials, with seeds that the comparison does not use "
-        f"({seeds})."
+        f"The settings of each variant were chosen from {counted(count, 'trial')}, with seeds that the comparison "
+        f"does not use ({seeds})."
     )
     edges = (
         f"The best learning rate of {name} lies at the end of its list: a better one may lie beyond "
-        f"(tuning.max_trials allows {count} trials)."
+        f"(tuning.max_trials allows {counted(count, 'trial')})."
         for name in search.at_edge
     )
     return (first, *edges)
@@ -193,7 +194,7 @@ def write_search(plan: ComparisonPlan, settings: ComparisonSettings, search: Sea
             rows.append((name + mark, " ".join(trial.settings), *cells))
     parts = ["# Tuning", f"Chosen by: {measure.label} ({measure.meaning})."]
     if search.waiting:
-        parts.append(f"The search is not over: {len(search.waiting)} runs must finish before it continues.")
+        parts.append(f"The search is not over: {counted(len(search.waiting), 'run')} must finish before it continues.")
     parts += [Grid("", header, tuple(rows)).markdown()]
     parts += [f"- {note}" for note in tuning_notes(plan, search) if search.chosen]
     paths = [plan.output / JSON_FILE, plan.output / MARKDOWN_FILE]

@@ -19,6 +19,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 from pcpo_fast.config.credit_rules import CREDIT_RULES, rules_taking
 from pcpo_fast.config.roles import BASE_FILES, BASE_MODEL, CHANGEABLE, EXECUTION, RESULT, Role
 from pcpo_fast.config.sampler_registry import SAMPLERS, Variance, listed, samplers_of, samplers_taking
+from pcpo_fast.config.wording import counted
 
 LARGEST = 2**31 - 1
 """Beyond any count that means something, and small enough that no product of two overflows 64 bits."""
@@ -784,14 +785,15 @@ class Config(Section):
         age, limit = self.train.inner_epochs * self.train.updates_per_epoch, self.train.max_rollout_age
         if age > limit:
             yield (
-                f"train.inner_epochs: {self.train.inner_epochs} passes of {self.train.updates_per_epoch} updates make "
-                f"{age} optimizer steps on one rollout, more than train.max_rollout_age allows ({limit})"
+                f"train.inner_epochs: {counted(self.train.inner_epochs, 'pass')} of "
+                f"{counted(self.train.updates_per_epoch, 'update')} on one rollout exceed train.max_rollout_age, which "
+                f"allows {counted(limit, 'optimizer step')}"
             )
         # A buffer must be able to hold as many rewards as are asked of it.
         if self.advantage.min_count > self.advantage.buffer_size:
             yield (
-                f"advantage.min_count: {self.advantage.min_count} rewards do not fit into buffers of "
-                f"advantage.buffer_size={self.advantage.buffer_size}"
+                f"advantage.min_count: needs {counted(self.advantage.min_count, 'reward')}, more than the buffers hold "
+                f"(advantage.buffer_size={self.advantage.buffer_size})"
             )
         # The best checkpoints are found by a reward that is measured.
         if self.checkpoint.keep_best and self.prompts.heldout is None:
@@ -803,8 +805,8 @@ class Config(Section):
         images = self.rollout.prompts_per_epoch * self.rollout.images_per_prompt
         if images % self.train.updates_per_epoch:
             yield (
-                f"train.updates_per_epoch: {images} images per epoch (rollout.prompts_per_epoch x images_per_prompt) "
-                f"cannot be divided into {self.train.updates_per_epoch} equal updates"
+                f"train.updates_per_epoch: {counted(images, 'image')} per epoch (rollout.prompts_per_epoch x "
+                f"images_per_prompt) cannot be divided into {counted(self.train.updates_per_epoch, 'equal update')}"
             )
 
     @property

@@ -14,6 +14,7 @@ import pcpo_fast
 from pcpo_fast.config.dotted_keys import flattened
 from pcpo_fast.config.roles import role_of
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import gather_objects, is_distributed
 from pcpo_fast.distributed.rendezvous import by_host
 from pcpo_fast.errors import shared
@@ -80,7 +81,7 @@ def disagreement(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str | Non
         f"{by_host(ranks)}: {name} {mine}, not {theirs}"
         for (name, mine, theirs), ranks in sorted(different.items(), key=lambda item: order.get(item[0][0], len(order)))
     ]
-    more = f"; and {len(lines) - SHOWN} more differences" if len(lines) > SHOWN else ""
+    more = f"; and {counted(len(lines) - SHOWN, 'more difference')}" if len(lines) > SHOWN else ""
     return f"ranks differ from rank 0 on {first_host}: {'; '.join(lines[:SHOWN])}{more}"
 
 

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping, MutableMapping
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
@@ -107,15 +108,16 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
                 f"only one task; {HOW}"
             )
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    _check_number("SLURM_STEP_NUM_TASKS", size)
     missing = [name for name in SLURM_NAMES if not environment.get(name, "").strip()]
     if missing:
         raise UserError(
-            f"the Slurm job has {size} tasks, but it is unknown which of them this process is ({', '.join(missing)} "
-            f"not set; srun sets them): {HOW}; for a single process use --ntasks=1, with --cpus-per-task for its cores"
+            f"the Slurm job has {counted(int(size), 'task')}, but it is unknown which of them this process is "
+            f"({', '.join(missing)} not set; srun sets them): {HOW}; for a single process use --ntasks=1, with "
+            "--cpus-per-task for its cores"
         )
     for name in ("SLURM_PROCID", "SLURM_LOCALID"):
         _check_number(name, environment[name])
-    _check_number("SLURM_STEP_NUM_TASKS", size)
     job, step = (int("0" + re.sub("[^0-9]", "", environment[name])) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     first = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])[0]
     return {
@@ -139,7 +141,7 @@ def _tasks_of_node(environment: Mapping[str, str]) -> int:
     if not number.isdecimal() or int(number) >= len(counts):
         raise UserError(
             f"Slurm's variables contradict each other: SLURM_NODEID is {number}, but SLURM_STEP_TASKS_PER_NODE="
-            f"{environment['SLURM_STEP_TASKS_PER_NODE']} lists {len(counts)} nodes; {HOW}"
+            f"{environment['SLURM_STEP_TASKS_PER_NODE']} lists {counted(len(counts), 'node')}; {HOW}"
         )
     return counts[int(number)]
 
@@ -155,14 +157,15 @@ def _of_open_mpi(environment: Mapping[str, str]) -> dict[str, str]:
     for name, value in found.items():
         if not value.isdecimal():
             raise UserError(
-                f"mpirun started {size} processes, but OMPI_COMM_WORLD_{parts[name]} is not set to an integer: {HOW}"
+                f"mpirun started {counted(int(size), 'process')}, but OMPI_COMM_WORLD_{parts[name]} is not set to an "
+                f"integer: {HOW}"
             )
     if size == found["LOCAL_WORLD_SIZE"]:
         found["MASTER_ADDR"] = "127.0.0.1"
     elif "MASTER_ADDR" not in environment:
         raise UserError(
-            f"mpirun started {size} processes on several machines, but the host of rank 0 is unknown: set it with "
-            "mpirun -x MASTER_ADDR=HOST"
+            f"mpirun started {counted(int(size), 'process')} on several machines, but the host of rank 0 is unknown: "
+            "set it with mpirun -x MASTER_ADDR=HOST"
         )
     return found | {"WORLD_SIZE": size}
 
@@ -172,6 +175,6 @@ def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
         size = environment.get(name, "1")
         if size.isdecimal() and int(size) > 1:
             raise UserError(
-                f"{size} processes were started ({name}), but RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR are not "
-                f"set: {HOW}"
+                f"{counted(int(size), 'process')} were started ({name}), but RANK, WORLD_SIZE, LOCAL_RANK and "
+                f"MASTER_ADDR are not set: {HOW}"
             )

@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import ranks_per_machine
 from pcpo_fast.distributed.watchdog import GAVE_UP
 from pcpo_fast.errors import UserError, reason_of, shared
@@ -188,7 +189,7 @@ def home_of(missing: Iterable[int], environment: Mapping[str, str]) -> str:
     hosts = expand_hosts(environment.get("SLURM_JOB_NODELIST", ""))
     machines = sorted({rank // per_machine for rank in missing})
     names = [f"machine {number}" + (f" ({hosts[number]})" if number < len(hosts) else "") for number in machines]
-    return f"they belong to {', '.join(names)}, counted from 0 with {per_machine} ranks each; "
+    return f"they belong to {', '.join(names)}, counted from 0 with {counted(per_machine, 'rank')} each; "
 
 
 def expand_hosts(text: str) -> list[str]:

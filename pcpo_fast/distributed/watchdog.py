@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from pcpo_fast.config.wording import counted
+
 if TYPE_CHECKING:  # the progress display imports this module, and should not load torch for it
     import torch.distributed as dist
 
@@ -65,7 +67,9 @@ def explain(beats: Sequence[Beat], missing: Sequence[int], now: float, silent_af
     least = min(beat.count for beat in beats)
     behind = [beat for beat in beats if beat.count == least]
     if len(behind) == len(beats):
-        return f"all {len(beats)} ranks are alive and at the same point ({behind[0].what}), so none is behind"
+        return (
+            f"all {counted(len(beats), 'rank')} are alive and at the same point ({behind[0].what}), so none is behind"
+        )
     late = [f"rank {b.rank} on {b.host} ({b.what}, for {b.standing:.0f} s)" for b in behind]
     furthest = max(beats, key=lambda beat: beat.count)
     return f"the others wait for {', '.join(late)}; the furthest is rank {furthest.rank} ({furthest.what})"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pcpo_fast.config.schema import AUTO, Config, DistributedConfig
 from pcpo_fast.config.shipped import find
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import own_gpu, rank, world_size
 from pcpo_fast.distributed.launching import adopt_launch, launcher_rank
 from pcpo_fast.distributed.rendezvous import connect, meet
@@ -427,7 +428,8 @@ def _check_secondary_partition(settings: dict[str, Any], file: str | None) -> No
     if isinstance(size, int) and size > 1 and (size >= ranks or ranks % size):
         raise UserError(
             f"{file}: zero_optimization.zero_hpz_partition_size is {size}, but must be the number of ranks per machine "
-            f"of several machines, and the run has {ranks} ranks in all; use ds_configs/zero3.json on one machine"
+            f"of several machines, and the run has {counted(ranks, 'rank')} in all; use ds_configs/zero3.json on one "
+            "machine"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pcpo_fast.config.schema import ScoringConfig
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import barrier, naming_lost_ranks, rank, shared_errors, world_size
 from pcpo_fast.engine.engine import stop_distributed
 from pcpo_fast.errors import UserError, reason_of
@@ -168,5 +169,5 @@ def _notes(
             "a smaller distance does not mean better images than the base model's."
         )
     if len(request.prompts) < 5:
-        notes.append(f"{len(request.prompts)} prompts: with so few, the 95 % intervals are too narrow.")
+        notes.append(f"{counted(len(request.prompts), 'prompt')}: with so few, the 95 % intervals are too narrow.")
     return notes

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
+
 PUBLISHED_SAMPLES = 10_000
 """Number of images below which the authors of FID call it biased (Heusel et al., arXiv 1706.08500, public code)."""
 
@@ -114,12 +116,13 @@ def sample_notes(samples: int, dimensions: int) -> list[str]:
     notes = []
     if samples <= dimensions:
         notes.append(
-            f"{samples} images for {dimensions} dimensions: the covariance is singular, so the distance covers only "
-            "part of the space; compare it only between equal numbers of images, and not with published values"
+            f"{counted(samples, 'image')} for {counted(dimensions, 'dimension')}: the covariance is singular, so the "
+            "distance covers only part of the space; compare it only between equal numbers of images, and not with "
+            "published values"
         )
     elif samples < PUBLISHED_SAMPLES:
         notes.append(
-            f"{samples} images: a Fréchet distance grows as the number of images shrinks (published values use 10,000 "
-            "to 50,000); compare it only between equal numbers of images"
+            f"{counted(samples, 'image')}: a Fréchet distance grows as the number of images shrinks (published "
+            "values use 10,000 to 50,000); compare it only between equal numbers of images"
         )
     return notes

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import rank
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.content import files_digest
@@ -74,16 +75,16 @@ def folder_of_images(
         without = f" (besides {unread} that are not read: {', '.join(UNREAD_SUFFIXES)})" if unread else ""
         if expected is not None and len(files) != expected:
             raise UserError(
-                f"{option}: {folder} holds {len(files)} images{without}, but the prompts require {expected}: sorted "
-                "by name, all images of the first prompt, then those of the second, and so on"
+                f"{option}: {folder} holds {counted(len(files), 'image')}{without}, but the prompts require "
+                f"{expected}: sorted by name, all images of the first prompt, then those of the second, and so on"
             )
         if len(files) < 2:
             raise UserError(
-                f"{option}: {folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}){without}; at least 2 "
-                "are needed"
+                f"{option}: {folder} holds {counted(len(files), 'image')} ({', '.join(IMAGE_SUFFIXES)}){without}; at "
+                "least 2 are needed"
             )
         if rank() == 0 and unread:
-            warnings.warn(f"{folder} holds {len(files)} images{without}", stacklevel=2)
+            warnings.warn(f"{folder} holds {counted(len(files), 'image')}{without}", stacklevel=2)
         odd = next((pair for pair in pairwise(files) if pair[0] > pair[1]), None)
         if rank() == 0 and expected is not None and listed is None and odd is not None:
             warnings.warn(
@@ -127,8 +128,8 @@ def _of_prompts(listed: Sequence[tuple[Path, str]], texts: Sequence[str], where:
     for text in texts:
         if not waiting.get(text):
             raise UserError(
-                f"{where} has {sum(text == other for _, other in listed)} images of the prompt {text!r}, but the "
-                f"evaluation asks for {sum(text == other for other in texts)}"
+                f"{where} has {counted(sum(text == other for _, other in listed), 'image')} of the prompt {text!r}, "
+                f"but the evaluation asks for {sum(text == other for other in texts)}"
             )
         files.append(waiting[text].pop(0))
     left = next((found for found in waiting.items() if found[1]), None)

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.evaluation.evaluation_page import TEMPLATES, embedded_image
 from pcpo_fast.evaluation.result import Evaluation
@@ -54,7 +55,7 @@ def write_preference(result: Evaluation, pair: tuple[str, str], folder: Path) ->
         TEMPLATES / "preference.html",
         title="Which image is better?",
         subtitle="Two questions on each pair. Click an image, or use the arrow keys.",
-        footer=f"{len(rows)} pairs",
+        footer=counted(len(rows), "pair"),
         identity=identity,
         pairs=pairs,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.evaluation.metrics import MetricColumn
 from pcpo_fast.evaluation.result import Evaluation, RewardColumn
 from pcpo_fast.reporting.tables import Grid, bullets, estimate_text, number_text
@@ -55,7 +56,7 @@ def evaluation_tables(result: Evaluation) -> list[Grid]:
 
 def images_text(result: Evaluation) -> str:
     """Number of images, as text."""
-    return f"{len(result.prompts)} prompts x {result.count} images, seed {result.seed}"
+    return f"{counted(len(result.prompts), 'prompt')} x {counted(result.count, 'image')}, seed {result.seed}"
 
 
 def evaluation_markdown(result: Evaluation, figures: Sequence[str]) -> str:

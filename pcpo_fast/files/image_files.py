@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
@@ -75,7 +76,7 @@ def read_image(file: Path) -> Tensor:
             with Image.open(file, formats=_FORMATS) as opened:
                 frames = getattr(opened, "n_frames", 1)
                 if opened.format in _ANIMATED and frames > 1:
-                    raise ValueError(f"it is an animation of {frames} frames")
+                    raise ValueError(f"it is an animation of {counted(frames, 'frame')}")
                 pixels = _pixels(opened)
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

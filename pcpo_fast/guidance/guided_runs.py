@@ -10,6 +10,7 @@ from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.roles import roles
 from pcpo_fast.config.schema import Config, ModelConfig
 from pcpo_fast.config.shipped import find
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.guidance.reward_guidance import RewardGuided
 from pcpo_fast.policies.fine_tunes import FineTune, load_fine_tunes
@@ -83,7 +84,7 @@ def guided_policies(
     """
     for scales in settings:
         if len(scales) != len(runs) or not all(map(math.isfinite, scales)):
-            raise ValueError(f"expected {len(runs)} finite scales, one per run, got {list(scales)}")
+            raise ValueError(f"expected {counted(len(runs), 'finite scale')}, one per run, got {list(scales)}")
     wanted = [any(column) for column in zip(*settings, strict=True)]
     keep_base = any(math.fsum(scales) != 1 for scales in settings)
     policy, predictions = load_fine_tunes(runs, wanted, device, prompts, keep_base=keep_base)

@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pcpo_fast.config.schema import Config, RewardConfig
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import lone_device
 from pcpo_fast.errors import UserError
 from pcpo_fast.guidance.guided_runs import guided_policies
@@ -111,10 +112,12 @@ def scale_settings(runs: int, scales: Sequence[float], sweep: str | None) -> lis
     if wrong is not None:
         raise UserError(f"--guidance-scale-reward: must be a finite number, got {wrong}")
     if not scales and runs > 1:
-        raise UserError(f"--guidance-scale-reward: {runs} runs need one scale each, or one for all (or --sweep)")
+        raise UserError(
+            f"--guidance-scale-reward: {counted(runs, 'run')} need one scale each, or one for all (or --sweep)"
+        )
     if len(scales) not in (0, 1, runs):
         raise UserError(
-            f"--guidance-scale-reward: {len(scales)} scales for {runs} {'run' if runs == 1 else 'runs'}; give one per "
+            f"--guidance-scale-reward: {counted(len(scales), 'scale')} for {counted(runs, 'run')}; give one per "
             "--run, in the same order, or one for all"
         )
     return [tuple(scales) if len(scales) == runs else tuple(scales or [1.0]) * runs]

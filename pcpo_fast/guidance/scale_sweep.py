@@ -10,6 +10,7 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.diversity import mean_pixel_diversity
 from pcpo_fast.reporting.grids import image_table
@@ -55,13 +56,13 @@ def sweep_scales(text: str) -> list[float]:
         if step == 0 or rest % step or rest / step < 1:
             raise UserError(f"--sweep: in {text!r} steps of {step} do not lead from {found[-1]} to {words[-1]}")
         if rest / step > MOST_SCALES:
-            raise UserError(f"--sweep: {text!r} has more than {MOST_SCALES} scales")
+            raise UserError(f"--sweep: {text!r} has more than {counted(MOST_SCALES, 'scale')}")
         found += [found[-1] + step * number for number in range(1, int(rest / step))]
     scales = [float(number) for number in found]
     if len(set(scales)) < len(scales):
         raise UserError(f"--sweep: {text!r} repeats a scale")
     if len(scales) > MOST_SCALES:
-        raise UserError(f"--sweep: {text!r} has more than {MOST_SCALES} scales")
+        raise UserError(f"--sweep: {text!r} has more than {counted(MOST_SCALES, 'scale')}")
     return scales
 
 
@@ -127,7 +128,7 @@ def sweep_picture(columns: Sequence[ScaleResult], captions: Sequence[str], count
         columns=[f"\u03bb = {column.scale:g}{meanings.get(column.scale, '')}" for column in columns],
         rows=[captions[row] for row in rows],
         scores=None if reward is None else [column.scores[reward][rows].tolist() for column in columns],
-        title=None if len(rows) == len(captions) else f"{len(rows)} of {len(captions)} images",
+        title=None if len(rows) == len(captions) else f"{len(rows)} of {counted(len(captions), 'image')}",
     )
 
 

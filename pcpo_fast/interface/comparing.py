@@ -42,6 +42,7 @@ from pcpo_fast.comparison.variants import (
 )
 from pcpo_fast.config.arguments import check_choice, check_idle, check_least
 from pcpo_fast.config.presets import DEFAULT_CONFIG
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import EXIT_USER_ERROR, UserError
 from pcpo_fast.interface.configuration import File, Settings, settings_texts
 from pcpo_fast.reporting.metrics_file import find_metrics
@@ -78,7 +79,7 @@ class RunsFailed(UserError):
 
     def __init__(self, failures: Sequence[Failure], runs: int, compared: Compared | None, reason: str = "") -> None:
         named = ", ".join(f"{failure.run.name} (log: {failure.run.log})" for failure in failures)
-        super().__init__(f"{len(failures)} of {runs} runs failed: {named}")
+        super().__init__(f"{len(failures)} of {counted(runs, 'run')} failed: {named}")
         self.exit_code = EXIT_USER_ERROR if all(failure.code == EXIT_USER_ERROR for failure in failures) else 1
         self.compared, self.reason = compared, reason
 
@@ -204,7 +205,7 @@ def compare(
         finally:
             if records is not None:
                 new = write_small_records(plan.output, Path(records))
-                say(console, f"records: {len(new)} finished runs added to {os.fspath(records)}")
+                say(console, f"records: {counted(len(new), 'finished run')} added to {os.fspath(records)}")
 
 
 def _primary_before(folder: Path, reported: ComparisonSettings, how: HowToRun | None) -> Primary | None:
@@ -367,11 +368,12 @@ def _searched(
     count = 0
     while search.waiting and not failures and how is not None and time.monotonic() < how.until:
         count = len(search.waiting)
-        say(console, f"tuning: {count} runs until the next choice")
+        say(console, f"tuning: {counted(count, 'run')} until the next choice")
         failures = scheduling.run_all(_sized(search.waiting, how), 0, plan.output, how, console, lock)
         search = look(plan, settings)
     paths = write_search(plan, settings, search)
-    state = f"not finished, {len(search.waiting)} runs left until the next choice" if search.waiting else "finished"
+    left = counted(len(search.waiting), "run")
+    state = f"not finished, {left} left until the next choice" if search.waiting else "finished"
     say(console, f"tuning: {state} ({paths[1]}, {paths[0].name})")
     if search.waiting:
         raise RunsFailed(failures, count, None) if failures else NotFinished()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pcpo_fast.config.arguments import check_choice
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 
 
@@ -81,5 +82,5 @@ def export(
     write_model_card(folder, read_run_files(written["run"]), config, trained, kind, push_to_hub, call, readers)
     address = None
     if push_to_hub is not None:
-        address = upload(folder, push_to_hub, f"{kind} after {trained} epochs", private=private)
+        address = upload(folder, push_to_hub, f"{kind} after {counted(trained, 'epoch')}", private=private)
     return Exported(folder, kind, trained, address)

@@ -21,6 +21,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
+
 Normalization = Literal["group", "flow_grpo", "global"]
 
 LARGEST_REWARD = 1e100  # squares of rewards must stay finite
@@ -95,7 +97,7 @@ class RunningAdvantages:
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a positive integer, got {count!r}")
         if min_count > buffer_size:
-            raise ValueError(f"min_count {min_count} is never reached by buffers of {buffer_size} rewards")
+            raise ValueError(f"min_count {min_count} is never reached by buffers of {counted(buffer_size, 'reward')}")
         _check_options(None, epsilon)
         self.buffer_size = buffer_size
         self.min_count = min_count
@@ -119,7 +121,7 @@ class RunningAdvantages:
         values = _check_rewards(rewards)
         _check_options(clip, self.epsilon)
         if len(prompts) != len(values):
-            raise ValueError(f"got {len(values)} rewards for {len(prompts)} prompts")
+            raise ValueError(f"got {counted(len(values), 'reward')} for {counted(len(prompts), 'prompt')}")
         for prompt, value in zip(prompts, values.tolist(), strict=True):
             self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(value)
         own: dict[str, tuple[float, float]] = {}
@@ -205,7 +207,9 @@ def _check_groups(groups: Tensor | None, count: int, normalization: str) -> Tens
         raise ValueError(f"{normalization} advantages need the group of every image")
     groups = torch.as_tensor(groups)
     if groups.is_floating_point() or groups.is_complex() or list(groups.shape) != [count]:
-        raise ValueError(f"groups must be {count} integers, got {groups.dtype} with the shape {list(groups.shape)}")
+        raise ValueError(
+            f"groups must be {counted(count, 'integer')}, got {groups.dtype} with the shape {list(groups.shape)}"
+        )
     names, members, sizes = groups.detach().cpu().unique(return_inverse=True, return_counts=True)
     alone = (sizes == 1).nonzero()
     if len(alone):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config.sampler_registry import Variance
+from pcpo_fast.config.wording import counted
 
 FinalStep = Literal["clean", "noisy"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -59,7 +60,8 @@ class Transitions:
             column = _vector(name, getattr(self, name))
             if len(column) != self.steps:
                 raise ValueError(
-                    f"{name} has {len(column)} rows, but {len(self.times)} times define {self.steps} steps"
+                    f"{name} has {counted(len(column), 'row')}, but {len(self.times)} times define "
+                    f"{counted(self.steps, 'step')}"
                 )
             object.__setattr__(self, name, column)
         if self.clean_predictions is None:
@@ -300,7 +302,9 @@ def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> Tens
     _check_steps(steps)
     timesteps = torch.arange(steps - 1, -1, -1) * (train_steps // steps) + offset
     if steps > train_steps or int(timesteps[0]) >= train_steps:
-        raise ValueError(f"{steps} steps do not fit a training schedule of {train_steps} steps")
+        raise ValueError(
+            f"{counted(steps, 'step')} cannot be taken from a training schedule of {counted(train_steps, 'step')}"
+        )
     return timesteps
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 
 from pcpo_fast.config.schema import WindowConfig
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.noise_keys import Purpose, random_key
 
@@ -33,13 +34,13 @@ def window_steps(settings: WindowConfig, trainable: list[int], epoch: int, seed:
     last = len(trainable) - settings.size
     if last < 0:
         raise UserError(
-            f"window.size: {settings.size} steps exceed the {len(trainable)} that can be trained "
+            f"window.size: {counted(settings.size, 'step')} exceed the {len(trainable)} that can be trained "
             f"({', '.join(map(str, trainable))})"
         )
     if settings.start > last:
         raise UserError(
-            f"window.start: {settings.start} leaves no room for a window of {settings.size} among the {len(trainable)} "
-            f"steps that can be trained; allowed: 0 to {last}"
+            f"window.start: {settings.start} leaves no room for a window of {settings.size} among "
+            f"{counted(len(trainable), 'step')} that can be trained; allowed: 0 to {last}"
         )
     first = _first(settings, last, epoch, seed)
     return trainable[first : first + settings.size]

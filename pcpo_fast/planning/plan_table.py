@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.reporting.progress import say
 
 
@@ -24,9 +25,10 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
         each = _number(1e3 * plan["disk_gb"]["each_prompt"])
         say(console, f"Encoded prompts come on top, {each} MB each: prompts.train or prompts.heldout is not here")
     run = plan["run"]
+    epochs, evaluations = counted(run["epochs"], "epoch"), counted(run["evaluations"], "evaluation")
     say(
         console,
-        f"The whole run, {run['epochs']} epochs and {run['evaluations']} evaluations: {_number(run['tflops'])} TFLOP, "
+        f"The whole run, {epochs} and {evaluations}: {_number(run['tflops'])} TFLOP, "
         f"{_seconds(3600 * run['hours'])} at an assumed MFU of {run['mfu']:g} (--mfu), without rewards and loading",
     )
     own, gpus = plan["configured"], f"{plan['gpus']} x {plan['gpu_memory_gb']:g} GB"

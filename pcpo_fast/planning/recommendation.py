@@ -5,6 +5,7 @@ from typing import Any
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.engine.whole_weights import needs_whole_weights
 from pcpo_fast.planning.advice import GB, Choice, Machines, choose, least_host_memory, least_memory, usable
 from pcpo_fast.planning.costs import ModelCosts
@@ -78,7 +79,7 @@ def recommend(
     least = least_memory(config, costs, gpus, pairs)
     for more in (2, 4, 8, 16, 32, 64):  # whether the images divide evenly over them is not checked
         if more > gpus and choose(config, costs, more, memory_gb * GB, 1) is not None:
-            ways.append(f"use {more} such GPUs")
+            ways.append(f"use {counted(more, 'such GPU')}")
             break
     needed = least.memory.peak / GB
     usual = (16.0, 24.0, 32.0, 40.0, 48.0, 80.0, 96.0, 141.0, 180.0, 192.0, 288.0)

@@ -7,6 +7,7 @@ import torch
 
 from pcpo_fast.config.arguments import check_least
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.samplers import check_sampler
 from pcpo_fast.method.step_tables import RunTables
@@ -173,7 +174,9 @@ def _check(
 ) -> None:
     check_least(1, gpus=gpus, nodes=nodes)
     if gpus % nodes:
-        raise UserError(f"--gpus: {gpus} GPUs do not divide evenly over {nodes} machines (--nodes)")
+        raise UserError(
+            f"--gpus: {counted(gpus, 'GPU')} cannot be divided evenly over {counted(nodes, 'machine')} (--nodes)"
+        )
     amounts = {"--gpu-memory": memory_gb, "--peak-tflops": peak_tflops, "--host-memory": host_gb, "--disk": disk_gb}
     for option, value in amounts.items():
         if value is not None and not (math.isfinite(value) and value > 0):

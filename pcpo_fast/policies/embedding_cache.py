@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import barrier, local_rank, local_world_size, shared_errors
 from pcpo_fast.errors import UserError
 
@@ -104,7 +105,7 @@ class EmbeddingCache:
         free = shutil.disk_usage(place).free
         if left * each > free:
             raise UserError(
-                f"model.embedding_cache: {missing} prompts take {missing * each / 1e9:.3g} GB "
+                f"model.embedding_cache: {counted(missing, 'prompt')} would take {missing * each / 1e9:.3g} GB "
                 f"({each / 1e6:.3g} MB each) in {self.folder.parent}, where {free / 1e9:.3g} GB are free: choose "
                 "another folder, fewer prompts, or a smaller model.max_sequence_length"
             )

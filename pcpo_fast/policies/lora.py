@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pcpo_fast.config.schema import LoraConfig
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies.lora_files import LowRank
 
@@ -110,10 +111,10 @@ def differing_from(
     notes = [
         f"rank {some(lower)} is padded to model.lora.rank={settings.rank}" if lower else "",
         f"layers of rank {some(higher)} keep it instead of model.lora.rank={settings.rank}" if higher else "",
-        f"{len(extra)} layers that model.lora.targets does not name get adapters as well ({extra[0]}, ...)"
+        f"adapters also for {counted(len(extra), 'layer')} that model.lora.targets does not name ({extra[0]}, ...)"
         if extra
         else "",
-        f"{len(missing)} layers that are not in it begin without effect ({missing[0]}, ...)" if missing else "",
+        f"no effect at first in {counted(len(missing), 'layer')} that it lacks ({missing[0]}, ...)" if missing else "",
     ]
     return "; ".join(filter(None, notes))
 

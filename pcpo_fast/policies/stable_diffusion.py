@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.schedules import DiffusionSchedule, Schedule
 from pcpo_fast.method.transitions import PredictionType
@@ -106,7 +107,9 @@ class StableDiffusionPolicy(PipelinePolicy):
             )
         count = scheduler.config["num_train_timesteps"]
         if steps >= count:
-            raise UserError(f"sampler.steps: {steps} steps do not fit the {count} that the model was trained on")
+            raise UserError(
+                f"sampler.steps: {counted(steps, 'step')} do not fit the {count} that the model was trained on"
+            )
         with about("scheduler/scheduler_config.json"):
             scheduler.set_timesteps(steps)
         alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.long().cpu()

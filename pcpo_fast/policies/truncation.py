@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 
 EMPTY = ({"role": "user", "content": ""},)
@@ -61,7 +62,8 @@ def warn_of_long_prompts(prompts: Sequence[str], tokenizer: Any, limit: int, rea
         prompt, ids = long[0]
         lost = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
         warnings.warn(
-            f"{len(long)} of {len(distinct)} prompts are longer than the {limit} tokens that {reader}; "
+            f"longer than the {counted(limit, 'token')} that {reader}: {counted(len(long), 'prompt')} of "
+            f"{len(distinct)}; "
             f'of "{prompt[:60]}..." this is cut: "{lost[:120]}"',
             stacklevel=2,
         )

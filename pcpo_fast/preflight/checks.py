@@ -11,6 +11,7 @@ import torch
 
 from pcpo_fast.config.schema import Config
 from pcpo_fast.config.shipped import find
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.planning.advice import GB
 from pcpo_fast.planning.disk import encoded_prompts
@@ -77,7 +78,7 @@ def check_gpus(wanted: int) -> tuple[Status, str]:
         return "warning", "PyTorch sees no GPU: the run would train on the CPU, which is only practical for tiny models"
     name = torch.cuda.get_device_name(0)
     if count < wanted:
-        return "failed", f"{wanted} GPUs are requested, but PyTorch sees {count} ({name})"
+        return "failed", f"the run is for {counted(wanted, 'GPU')}, but PyTorch sees {count} ({name})"
     return "ok", f"{count} x {name}"
 
 
@@ -110,7 +111,7 @@ def check_inputs(config: Config) -> tuple[Status, str]:
     inputs = RunInputs.load(config)
     if overlap := overlap_of(inputs.prompts, inputs.heldout):
         return "warning", overlap
-    return "ok", f"{len(inputs.prompts)} prompts to train on, {len(inputs.heldout)} held out; rewards load"
+    return "ok", f"{counted(len(inputs.prompts), 'prompt')} to train on, {len(inputs.heldout)} held out; rewards load"
 
 
 def check_output(config: Config) -> tuple[Status, str]:
@@ -175,7 +176,7 @@ def check_host(plan: dict[str, Any]) -> tuple[Status, str]:
             f"{plan['model']['dtype']} ({mapped['peak']:.1f} GB, {mapped['worst_phase']}), else {needed:.1f} are needed"
         )
     return "failed", (
-        f"{'one rank needs' if here == 1 else f'{here} ranks need'} {needed:.1f} GB ({phase}, {own['zero']}), but "
+        f"{needed:.1f} GB are needed for {counted(here, 'rank')} ({phase}, {own['zero']}), but "
         f"{free:.1f} GB are available: `pcpo-fast plan --host-memory {free:.0f}` shows what would fit"
     )
 

@@ -8,6 +8,7 @@ import torch
 
 from pcpo_fast.config.arguments import check_least
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.planning.advice import GB
 from pcpo_fast.planning.recomputing import device_memory
@@ -77,7 +78,9 @@ def check_arguments(gpus: int, nodes: int, timeout: float) -> int:
     """
     check_least(1, gpus=gpus, nodes=nodes)
     if gpus % nodes:
-        raise UserError(f"--gpus: {gpus} GPUs do not divide evenly over {nodes} machines (--nodes)")
+        raise UserError(
+            f"--gpus: {counted(gpus, 'GPU')} cannot be divided evenly over {counted(nodes, 'machine')} (--nodes)"
+        )
     if not timeout > 0:
         raise UserError(f"--timeout: must be above 0 seconds, got {timeout:g}")
     return gpus // nodes

@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 from typing import Literal
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.prompts.entries import Prompt, column_of, prompt_of, wanted_columns
 
@@ -39,7 +40,7 @@ def parse_table(text: str, separator: str, path: Path, column: str | None = None
     prompts = []
     for where, row in rows:
         if len(row) > len(header):
-            raise UserError(f"{where}: {len(row)} cells, but the header has {len(header)}")
+            raise UserError(f"{where}: {counted(len(row), 'cell')}, but the header has {len(header)}")
         cells = dict(zip(header, row, strict=False))
         metadata = {name: cell for name, cell in cells.items() if name != found and cell.strip()}
         prompts.append(prompt_of({found: cells.get(found), "metadata": metadata}, where, column))

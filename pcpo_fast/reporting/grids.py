@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from pcpo_fast.config.wording import counted
+
 ImageLike = Any
 """A PIL image, or a tensor or array [3, H, W] (or [1, H, W]) with values in 0..1."""
 
@@ -108,12 +110,12 @@ def before_after(
     """
     first, second = _images(before), _images(after)
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} images before, but {len(second)} after")
+        raise ValueError(f"{counted(len(first), 'image')} before, but {len(second)} after")
     if columns is None:
         columns = max(1, min(3, math.ceil(math.sqrt(len(first)))))
     _check(len(first), columns, captions)
     if scores is not None and not len(scores[0]) == len(scores[1]) == len(first):
-        raise ValueError(f"{len(scores[0])} and {len(scores[1])} scores for {len(first)} pairs")
+        raise ValueError(f"{len(scores[0])} and {counted(len(scores[1]), 'score')} for {counted(len(first), 'pair')}")
     pairs = []
     for left, right in zip(first, second, strict=True):
         left, right = resized(left, 2 * columns, scale), resized(right, 2 * columns, scale)
@@ -172,7 +174,10 @@ def image_table(
     lengths = {len(rows), *map(len, cells), *(map(len, scores) if scores is not None else ())}
     if len(lengths) != 1 or 0 in lengths or not cells or len(columns) != len(cells):
         counts = [len(column) for column in cells]
-        raise ValueError(f"columns of {counts} images do not match {len(columns)} headings, {len(rows)} rows or scores")
+        raise ValueError(
+            f"columns of images ({counts}) do not match the {counted(len(columns), 'heading')}, "
+            f"{counted(len(rows), 'row')} or scores"
+        )
     pictures = [[resized(to_image(image), len(cells) + 1, None) for image in column] for column in cells]
     width = max(picture.width for column in pictures for picture in column)
     height = max(picture.height for column in pictures for picture in column)
@@ -320,7 +325,7 @@ def _check(count: int, columns: int, captions: Sequence[str] | None) -> None:
     if columns < 1:
         raise ValueError(f"columns is {columns} (must be at least 1)")
     if captions is not None and len(captions) != count:
-        raise ValueError(f"{len(captions)} captions for {count} images")
+        raise ValueError(f"{len(captions)} captions for {counted(count, 'image')}")
 
 
 def _font_size(width: int) -> int:

@@ -12,6 +12,7 @@ import yaml
 import pcpo_fast
 from pcpo_fast.config.schema import Config
 from pcpo_fast.config.shipped import find
+from pcpo_fast.config.wording import counted
 from pcpo_fast.reporting.run_files import RunFiles
 from pcpo_fast.runs.provenance import read_provenance
 
@@ -172,7 +173,8 @@ def _usage(
     if call == {}:
         text = (
             f"{base} is a modular pipeline of diffusers (`ModularPipeline`). Size, guidance and steps of the training: "
-            f"height {model.height}, width {model.width}, scale {model.cfg_scale:g}, {config.sampler.steps} steps."
+            f"height {model.height}, width {model.width}, scale {model.cfg_scale:g}, "
+            f"{counted(config.sampler.steps, 'step')}."
         )
     if "diffusers" not in readers:
         text = (

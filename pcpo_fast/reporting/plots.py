@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.metrics_file import Record
 from pcpo_fast.reporting.series import Series, reward_names, series, skipped_updates, step_series, update_values
@@ -312,7 +313,9 @@ def credit_figure(
     from matplotlib.patches import Patch
 
     if len(times) != count + 1 or len(proportionate) != count or (used is not None and len(used) != count):
-        raise ValueError(f"credit of {count} steps needs {count + 1} times and {count} values in every column")
+        raise ValueError(
+            f"credit of {counted(count, 'step')} needs {count + 1} times and {counted(count, 'value')} in every column"
+        )
     figure = new_figure(6.2, max(WIDTH, min(16.0, 0.3 * count)))
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     steps = list(range(count))

@@ -13,6 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.watchdog import note
 from pcpo_fast.reporting.tables import fixed_text
 
@@ -228,7 +229,7 @@ class StepProgress:
         if now - self._last >= self._interval and self.done < self.total:
             self._last = now
             left = (now - self._begin) / self.done * (self.total - self.done)
-            say(self._console, f"{self.what}: {self.done} of {self.total} steps, {duration(left)} left")
+            say(self._console, f"{self.what}: {self.done} of {counted(self.total, 'step')}, {duration(left)} left")
 
 
 def say(console: Console, text: str) -> None:

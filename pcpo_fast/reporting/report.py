@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting import plots
 from pcpo_fast.reporting.charts import charts
@@ -66,10 +67,11 @@ def write_report(run_dir: Path | str, *, warnings: Sequence[str] = (), running: 
 
 def _subtitle(run: RunFiles, done: int) -> str:
     planned = number_at(run.config, "train", "epochs")
-    of = f" of {planned:.0f}" if planned is not None and planned != done else ""
+    whole = done if planned is None else round(planned)
+    epochs = f"{done} of {counted(whole, 'epoch')}" if whole != done else counted(done, "epoch")
     state = "finished" if run.finished else "not finished"
     credit = f", {run.credit.rule} credit on the {run.credit.sampler} sampler" if run.credit else ""
-    return f"Training run, {state}: {done}{of} epochs{credit}"
+    return f"Training run, {state}: {epochs}{credit}"
 
 
 def _samples(run: RunFiles) -> list[dict[str, Any]]:
@@ -117,7 +119,7 @@ def _figures(run: RunFiles) -> dict[str, Markup]:
             credit.native,
             credit.proportionate,
             credit.zeta,
-            f"{credit.sampler} sampler, {len(credit.native)} steps",
+            f"{credit.sampler} sampler, {counted(len(credit.native), 'step')}",
             trained_steps=credit.trained_steps,
             used=credit.used and [abs(value) for value in credit.used],
         )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.reporting.style import BASE, TUNED, legend, new_figure, point_label, styled
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def scale_figure(rewards: Mapping[str, Sequence[ScalePoint]], images: int) -> "F
                 linewidth=0,
                 label="± 1 std over images",
             )
-        axes.plot(scales, means, color=TUNED, linewidth=1.6, marker="o", markersize=4, label=f"mean of {images} images")
+        label = f"mean of {counted(images, 'image')}"
+        axes.plot(scales, means, color=TUNED, linewidth=1.6, marker="o", markersize=4, label=label)
         bars = [(p.scale, p.low, p.high) for p in points if p.low is not None and p.high is not None]
         if bars:
             axes.vlines(*zip(*bars, strict=True), color=TUNED, linewidth=1.6, label="95 % interval of the mean")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pcpo_fast.config.shipped import find, root
+from pcpo_fast.config.wording import counted
 from pcpo_fast.config.yaml_text import read_yaml
 from pcpo_fast.errors import UserError
 from pcpo_fast.reporting.metrics_file import Record, read_metrics
@@ -71,10 +72,10 @@ def check_point(point: Within | Reaches, records: list[Record]) -> PointResult:
 
 def _within(point: Within, curve: Series, trained: int) -> PointResult:
     found = curve.by_epoch().get(point.epochs)
-    wanted = f"{point.metric} after {point.epochs} epochs: {point.low:.4g} to {point.high:.4g}"
+    wanted = f"{point.metric} after {counted(point.epochs, 'epoch')}: {point.low:.4g} to {point.high:.4g}"
     if found is None:
         if trained < point.epochs:
-            return PointResult("undecided", f"{wanted}; the run has trained {trained} epochs")
+            return PointResult("undecided", f"{wanted}; the run has trained {counted(trained, 'epoch')}")
         return PointResult("undecided", f"{wanted}; the run did not measure it then")
     inside = point.low <= found <= point.high
     return PointResult("inside" if inside else "outside", f"{wanted}; the run has {found:.4g}")
@@ -83,7 +84,7 @@ def _within(point: Within, curve: Series, trained: int) -> PointResult:
 def _reaches(point: Reaches, curve: Series, trained: int) -> PointResult:
     wanted = f"{point.metric} reaches {point.value:.4g} by epoch {point.by_epochs}"
     if point.average > 1:
-        wanted += f" (mean of {point.average} epochs)"
+        wanted += f" (mean of {counted(point.average, 'epoch')})"
     best = None
     for end in range(point.average, len(curve.values) + 1):
         mean = sum(curve.values[end - point.average : end]) / point.average
@@ -93,7 +94,7 @@ def _reaches(point: Reaches, curve: Series, trained: int) -> PointResult:
             if mean >= point.value:
                 return PointResult("inside", f"{wanted}; the run reached it at epoch {epoch:g}")
     if trained <= point.by_epochs:
-        return PointResult("undecided", f"{wanted}; the run has trained {trained} epochs")
+        return PointResult("undecided", f"{wanted}; the run has trained {counted(trained, 'epoch')}")
     reached = "the run has no values by then" if best is None else f"the run's best is {best:.4g}"
     return PointResult("outside", f"{wanted}; {reached}")
 

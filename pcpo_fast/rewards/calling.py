@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import LARGEST_REWARD
 from pcpo_fast.rewards.failures import RewardFailure
@@ -102,7 +103,7 @@ def call_reward(
 def _as_tensor(name: str, result: object, prompts: list[str]) -> Tensor:
     """The result as a new float64 [B]; RewardFailure if it is anything else."""
     count, first = len(prompts), row_text(0, prompts)
-    expected = f"expected {count} numbers, one for each image, the first for {first}"
+    expected = f"expected {counted(count, 'number')}, one for each image, the first for {first}"
     if count == 1:
         expected = f"expected 1 number, for {first}"
     if inspect.iscoroutine(result):
@@ -133,4 +134,4 @@ def row_text(row: int, prompts: list[str]) -> str:
 
 def _rows(prompts: list[str]) -> str:
     first = row_text(0, prompts)
-    return first if len(prompts) == 1 else f"{len(prompts)} images, first {first}"
+    return first if len(prompts) == 1 else f"{counted(len(prompts), 'image')}, first {first}"

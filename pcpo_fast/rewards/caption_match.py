@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, parse_caption, shape_coverage, unit_areas
 
@@ -77,7 +78,8 @@ def _resize(images: Tensor) -> Tensor:
 def _read(images: Tensor, prompts: Sequence[str]) -> _Reading:
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
         raise ValueError(
-            f"images must be [B, 3, H, W] with one prompt each, got {tuple(images.shape)}, {len(prompts)} prompts"
+            f"images must be [B, 3, H, W] with one prompt each, got {tuple(images.shape)}, "
+            f"{counted(len(prompts), 'prompt')}"
         )
     colors = list(COLORS)
     scenes = [_scene(prompt) for prompt in prompts]

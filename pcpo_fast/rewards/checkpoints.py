@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.weight_files import and_more
 
@@ -106,7 +107,7 @@ def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int, what: st
         raise UserError(f"{what}: it lacks {name}")
     found = list(weights[name].shape)
     if len(found) != dimensions:
-        raise UserError(f"{what}: {name} has the shape {found}, not {dimensions} dimensions")
+        raise UserError(f"{what}: {name} has the shape {found}, not {counted(dimensions, 'dimension')}")
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.policies.weight_files import and_more
 from pcpo_fast.rewards.model_files import has_tokenizer, model_folder
@@ -119,8 +120,8 @@ class ClipFeatures:
         known = model.config.text_config.vocab_size
         if len(tokenizer) > known:
             raise UserError(
-                f"reward {reward}: the tokenizer has {len(tokenizer)} tokens, but the model {known}; give the "
-                "model's own tokenizer with the option tokenizer"
+                f"reward {reward}: the tokenizer has {counted(len(tokenizer), 'token')}, but the model {known}; give "
+                "the model's own tokenizer with the option tokenizer"
             )
 
     def images(self, images: Tensor) -> Tensor:

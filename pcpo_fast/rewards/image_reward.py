@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.aesthetic import linear_layers
 from pcpo_fast.rewards.checkpoints import depth_of, module_of, read_checkpoint, shape_of
@@ -73,8 +74,8 @@ class ImageReward(LearnedReward):
         known = text.config.vocab_size
         if len(self._tokenizer) > known:
             raise UserError(
-                f"reward {self.name}: the tokenizer {tokenizer} has {len(self._tokenizer)} tokens, but the checkpoint "
-                f"has {known}; use that of bert-base-uncased"
+                f"reward {self.name}: the tokenizer {tokenizer} has {counted(len(self._tokenizer), 'token')}, but "
+                f"the checkpoint has {known}; use that of bert-base-uncased"
             )
         size = vision.config.image_size
         self._prepare = Preprocessing(size, (size, size), half_pixel=round)

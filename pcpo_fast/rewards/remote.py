@@ -8,6 +8,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.in_parallel import in_parallel
@@ -79,15 +80,18 @@ class Remote:
                 parts = [slice(None, half), slice(half, None)]
                 return [score for at in parts for score in self._score(images[at], prompts[at], metadata[at])]
             raise UserError(
-                f"reward remote: an image is {len(body)} bytes, but {self.client.url} takes {self.most_bytes} in a "
-                "request; set the reward's option pixels to uint8, or raise --most-mib of the server"
+                f"reward remote: an image is {counted(len(body), 'byte')}, but {self.client.url} takes "
+                f"{self.most_bytes} in a request; set the reward's option pixels to uint8, or raise --most-mib of the "
+                "server"
             )
         name = uuid.uuid4().hex
         headers = {"Content-Type": CONTENT_TYPE, "X-Request-Id": name}
         answer = self.client.request("POST", "/v1/score", content=body, headers=headers)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(prompts) or answer.get("request") != name:
-            raise RewardFailure(f"reward remote: {self.client.url} does not answer with {len(prompts)} scores")
+            raise RewardFailure(
+                f"reward remote: {self.client.url} does not answer with {counted(len(prompts), 'score')}"
+            )
         if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
             raise RewardFailure(f"reward remote: {self.client.url} answers with scores that are not finite numbers")
         return [float(score) for score in scores]

@@ -15,6 +15,7 @@ from urllib.parse import urljoin, urlsplit
 from pydantic import NonNegativeInt, PositiveFloat
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError, reason_of
 from pcpo_fast.rewards.failures import RewardFailure
 from pcpo_fast.rewards.options import checked_option
@@ -104,8 +105,8 @@ class RetryingClient:
         except _UnavailableError as problem:
             seconds = time.monotonic() - begin
             raise RewardFailure(
-                f"reward {self.name}: {self.url} {problem}, in {self.retries + 1} attempts over {seconds:.0f} s; start "
-                "the server again and resume the run, or raise the reward's option retries",
+                f"reward {self.name}: {self.url} {problem}, in {counted(self.retries + 1, 'attempt')} over "
+                f"{seconds:.0f} s; start the server again and resume the run, or raise the reward's option retries",
                 retry=False,
             ) from None
 

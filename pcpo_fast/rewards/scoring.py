@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config.schema import RewardConfig, ScoringConfig
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import LARGEST_REWARD
 from pcpo_fast.prompts import Prompt
@@ -141,7 +142,9 @@ class RewardSet:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
             raise ValueError(f"images must be float32 [B, 3, H, W], got {images.dtype} {tuple(images.shape)}")
         if not count == len(prompts) == len(rows):
-            raise ValueError(f"{count} images need as many prompts and metadata, got {len(prompts)} and {len(rows)}")
+            raise ValueError(
+                f"{counted(count, 'image')} need as many prompts and metadata, got {len(prompts)} and {len(rows)}"
+            )
         total = torch.zeros(count, dtype=torch.float64, device=images.device)
         components: dict[str, Tensor] = {}
         failures: list[RewardFailure] = []

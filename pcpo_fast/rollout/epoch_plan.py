@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcpo_fast.config.sampler_registry import SAMPLERS
 from pcpo_fast.config.schema import AUTO, Config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.noise_keys import Purpose, random_key
 from pcpo_fast.method.step_tables import RunTables
@@ -92,9 +93,11 @@ def pairs_per_update(config: Config, trainable: int, world_size: int) -> int:
     per_update = config.images_per_epoch // config.train.updates_per_epoch
     if per_update % world_size:
         raise UserError(
-            f"train.updates_per_epoch: an update has {per_update} images ({config.rollout.prompts_per_epoch} prompts x "
-            f"{config.rollout.images_per_prompt} images / {config.train.updates_per_epoch} updates), which cannot be "
-            f"divided equally over {world_size} ranks"
+            f"train.updates_per_epoch: an update has {counted(per_update, 'image')} "
+            f"({counted(config.rollout.prompts_per_epoch, 'prompt')} x "
+            f"{counted(config.rollout.images_per_prompt, 'image')} / "
+            f"{counted(config.train.updates_per_epoch, 'update')}), which cannot be divided equally over "
+            f"{counted(world_size, 'rank')}"
         )
     pairs = per_update // world_size * steps_per_image(config, trainable)
     size = config.train.micro_batch_size

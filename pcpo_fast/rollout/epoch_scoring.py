@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config.schema import Config, RewardConfig
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import gather_objects, gather_rows, shared_errors
 from pcpo_fast.errors import UserError
 from pcpo_fast.method.advantages import RunningAdvantages, centered
@@ -245,10 +246,10 @@ class RolloutScoring:
             return ""
         messages = [text for texts in gather_objects([str(f) for f in scores.failures]) for text in texts]
         dropped, cause = int((~kept).sum()), messages[0]
-        more = f" ({len(messages) - 1} more failures)" if len(messages) > 1 else ""
+        more = f" ({counted(len(messages) - 1, 'more failure')})" if len(messages) > 1 else ""
         if not bool(kept.any()):
             raise UserError(f"no image in epoch {self.plan.epoch} has a reward: {cause}{more}")
-        return f"epoch {self.plan.epoch}: {dropped} of {len(kept)} groups dropped: {cause}{more}"
+        return f"epoch {self.plan.epoch}: {dropped} of {counted(len(kept), 'group')} dropped: {cause}{more}"
 
     def _advantages(
         self, total: Tensor, trained: Tensor, predictions: Tensor, specs: Sequence[RewardConfig], rows: Tensor

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import rank, shared_errors, world_size
 from pcpo_fast.engine.engine import Engine
 from pcpo_fast.engine.optimizer_state import load_resharded
@@ -152,8 +153,8 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     except UnknownLayoutError as error:
         ranks, stage = written["world_size"], written["zero_stage"]
         raise UserError(
-            f"checkpoint {path} can only be resumed on {ranks} ranks with ZeRO stage {stage}, as when it was written: "
-            f"{error}"
+            f"checkpoint {path} can only be resumed on {counted(ranks, 'rank')} with ZeRO stage {stage}, as when it "
+            f"was written: {error}"
         ) from None
     except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError, UnpicklingError) as error:
         reason = reason_of(error)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.config.loading import load_config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.runs.checkpoint import STATE_FILE, WEIGHTS, checkpoints, read_state
 from pcpo_fast.runs.manifest import changed_file
@@ -110,6 +111,6 @@ def find_checkpoint(path: Path, epoch: int | None) -> Path:
     by_epoch = {int(read_state(checkpoint)["epoch"]): checkpoint for checkpoint in found}
     if epoch not in by_epoch:
         raise UserError(
-            f"--epoch: {path} has no checkpoint after {epoch} epochs; it has {', '.join(map(str, by_epoch))}"
+            f"--epoch: {path} has no checkpoint after {counted(epoch, 'epoch')}; it has {', '.join(map(str, by_epoch))}"
         )
     return by_epoch[epoch]

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.files.content import different, digest
@@ -33,7 +34,8 @@ def changes(before: Mapping[str, Input], now: Mapping[str, Input]) -> list[str]:
     for name in now.keys() & before.keys():
         old, new = before[name], now[name]
         if "hash" in new and old["hash"] != new["hash"]:
-            found.append(f"{name} ({new['path']}: {old['count']} prompts before, {new['count']} different ones now)")
+            counts = f"{counted(old['count'], 'prompt')} before, {counted(new['count'], 'different prompt')} now"
+            found.append(f"{name} ({new['path']}: {counts})")
         elif "files" in new and (names := different(old["files"], new["files"])):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(f"{name} ({names[0]}{more} in {new['path']})")

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import gather_objects, rank, world_size
 from pcpo_fast.files.atomic import sync, sync_folder, write_atomically
 
@@ -67,7 +68,7 @@ def missing_or_resized(folder: Path) -> str | None:
             return f"{name} is missing"
         size = path.stat().st_size
         if size != record["bytes"]:
-            return f"{name} has {size} bytes, not {record['bytes']}"
+            return f"{name} has {counted(size, 'byte')}, not {record['bytes']}"
     extra = sorted(there - listed.keys())
     return f"{extra[0]} is not in its {MANIFEST_FILE}" if extra else None
 

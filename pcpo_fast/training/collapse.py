@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.method.step_advantages import StepAdvantages
 
 
@@ -54,8 +55,8 @@ class CollapseMonitor:
         self.reason = None
         if self.share is not None and self.before is not None and diversity < self.share * self.before:
             self.reason = (
-                f"stopped after {epoch} epochs because the images of a prompt have become alike: held-out diversity "
-                f"{diversity:.3f} is below {self.share:g} times the {self.before:.3f} before training "
+                f"stopped after {counted(epoch, 'epoch')} because the images of a prompt have become alike: held-out "
+                f"diversity {diversity:.3f} is below {self.share:g} times the {self.before:.3f} before training "
                 "(evaluation.min_diversity); an earlier checkpoint is more diverse, and a lower optimizer.lr or a "
                 "credit.kl_coefficient preserves diversity"
             )
@@ -86,9 +87,9 @@ class SpreadMonitor:
             if count >= self.epochs and name not in self._said:
                 self._said.add(name)
                 yield (
-                    f"the reward {name} has given all images of a prompt the same score for {count} epochs, so nothing "
-                    "can be learned from it; check its scores and the images (its clip setting, or prompts or image "
-                    "sizes that it does not support)"
+                    f"the reward {name} has given all images of a prompt the same score for "
+                    f"{counted(count, 'epoch')}, so nothing can be learned from it; check its scores and the images "
+                    "(its clip setting, or prompts or image sizes that it does not support)"
                 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pcpo_fast.config.schema import Config, LoggingConfig
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.collectives import once_per_machine, own_gpu
 from pcpo_fast.distributed.launching import launcher_world_size
 from pcpo_fast.engine.eight_bit_adamw import check_eight_bit
@@ -92,7 +93,7 @@ def overlap_of(prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> str | No
     if not shared:
         return None
     return (
-        f"prompts.heldout: {shared} of the {len(heldout)} held-out prompts are also in prompts.train, so the held-out "
+        f"prompts.heldout: shares {counted(shared, 'prompt')} of {len(heldout)} with prompts.train, so the held-out "
         "reward includes prompts that are trained on"
     )
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pcpo_fast.config.schema import AUTO, Config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.distributed.agreement import check_agreement, check_alike
 from pcpo_fast.distributed.collectives import (
     gather_objects,
@@ -157,7 +158,7 @@ def _announce(start: RunStart, config: Config, console: Console, accepted: Seque
         say(console, text)
     if start.finished:
         text = (
-            f"The run in {folder} is finished ({start.epoch} epochs): there is nothing left to train. "
+            f"The run in {folder} is finished ({counted(start.epoch, 'epoch')}): there is nothing left to train. "
             "Raise train.epochs to continue it, or choose another output_dir for a new run."
         )
     elif start.checkpoint is not None:
@@ -192,7 +193,7 @@ class Trainer:
         if overlap := overlap_of(inputs.prompts, inputs.heldout):
             self.progress.message(f"warning: {overlap}")
         self.progress.message(f"Loading {config.model.path}")
-        self.progress.message(f"Encoding {len(inputs.texts)} prompts")
+        self.progress.message(f"Encoding {counted(len(inputs.texts), 'prompt')}")
         self.policy = load_policy(config, device, inputs.texts, torch.device("cpu") if in_parts else None)
         self.tables = RunTables(config, self.policy.schedule(config.sampler.steps), device)
         config = self.config = self._sized(config)
@@ -497,7 +498,7 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.train.max_skipped_updates:
             where = "gradient" if torch.isfinite(torch.tensor(loss)) else "loss"
             raise UserError(
-                f"training stopped: the {where} was not finite in {self.skipped_in_a_row} updates in a row "
+                f"training stopped: the {where} was not finite in {counted(self.skipped_in_a_row, 'update')} in a row "
                 "(train.max_skipped_updates); the weights are those from before the first of them. Check the rewards, "
                 "lower optimizer.lr, or resume from an earlier checkpoint in another output_dir (--resume CHECKPOINT)"
             )

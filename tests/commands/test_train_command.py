@@ -188,7 +188,7 @@ def test_a_user_reward_gets_the_prompts_and_their_metadata(
     config = write_config(tmp_path, pipeline_folder, rewards=rewards, train__epochs=1)
     answer = call(capsys, "train", "--config", config)
     assert answer.code == 0, answer.err
-    assert answer.out.count("warning: prompts.heldout: 1 of the 2 held-out prompts are also in prompts.train, so") == 1
+    assert answer.out.count("warning: prompts.heldout: shares 1 prompt of 2 with prompts.train, so") == 1
     assert [entry[0] for entry in seen] == [2, 8, 2]
     assert seen[0][1:] == (list(PROMPTS[2:]), [{"n": 0}, {"n": 1}], 3)
     assert len(set(seen[1][1])) == 2 and set(seen[1][1]) <= set(PROMPTS[:3])

@@ -334,7 +334,7 @@ def test_unfinished_runs_are_named_and_left_out_or_cut_to_the_shortest(tmp_path:
     assert result.variant("pcpo").against["epochs_to_target"].verdict == "probably better"
     cut = compare_runs(runs, ComparisonSettings(include_unfinished=True))
     assert cut.reading.horizon == 12 and cut.missing == ()
-    assert any("only the first 12 epochs of each count (the longest has 40)" in note for note in notes(cut))
+    assert any("compared over 12 epochs from the start (the longest has 40)" in note for note in notes(cut))
     with pytest.raises(UserError, match="--at-epoch: must be at most 12, the epochs of the shortest run, got 20"):
         compare_runs(runs, ComparisonSettings(include_unfinished=True, at_epoch=20))
 

@@ -347,7 +347,7 @@ def test_no_run_begins_after_its_time_and_those_at_work_end(tmp_path: Path, laun
         patch.setattr(ComparisonProgress, "tick", first_only)
         assert run_all(runs, 0, tmp_path / "out", begun, console, poll=0.01) == []
     assert [(run.folder / "summary.json").is_file() for run in runs] == [True, False]
-    assert "time is up: 1 runs are left for the next call" in text_of(console)
+    assert "time is up: 1 run left for the next call" in text_of(console)
 
 
 def test_a_launcher_that_is_not_there_is_a_users_mistake(tmp_path: Path) -> None:

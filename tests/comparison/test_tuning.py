@@ -117,7 +117,7 @@ def test_the_first_trials_go_seed_by_seed_and_are_scored_together(tmp_path: Path
         write_planned(run, lambda epoch: 0.5)
     assert [run.name for run in look(whole, SETTINGS).waiting] == ["pcpo with optimizer.lr=0.0001, seed 101"]
     write_search(whole, SETTINGS, look(whole, SETTINGS))
-    assert "1 runs must finish" in (tmp_path / "tuning.md").read_text()
+    assert "1 run must finish" in (tmp_path / "tuning.md").read_text()
     # A run that was made with other settings is refused rather than taken.
     with pytest.raises(UserError, match=r"the run in .* has"):
         look(replace(whole, settings=("train.epochs=20", "credit.clip_range=0.5")), SETTINGS)

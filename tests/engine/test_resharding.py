@@ -244,6 +244,6 @@ def test_a_state_of_another_kind_names_what_wrote_it(
 
     monkeypatch.setattr("pcpo_fast.engine.optimizer_state.SavedState", refuse)
     with pytest.raises(
-        UserError, match=r"only be resumed on 1 ranks with ZeRO stage 1, as when it was written: its optimizer"
+        UserError, match=r"only be resumed on 1 rank with ZeRO stage 1, as when it was written: its optimizer"
     ):
         load_checkpoint(path, other.engine)

@@ -277,7 +277,7 @@ def test_a_manifest_says_which_image_is_whose(tmp_path: Path) -> None:
     assert places(tmp_path, names) == [0, 1, 2]
     assert places(tmp_path, names, texts=["one", "two", "two"]) == [1, 0, 2]
     with pytest.raises(
-        UserError, match=r"prompts\.jsonl has 1 images of the prompt 'one', but the evaluation asks for 2"
+        UserError, match=r"prompts\.jsonl has 1 image of the prompt 'one', but the evaluation asks for 2"
     ):
         places(tmp_path, names, texts=["one", "one", "two"])
     with pytest.raises(

@@ -268,7 +268,7 @@ def test_bad_buffers_are_refused(size, least, message):
 
 def test_running_refuses_other_lengths_and_foreign_states():
     running = RunningAdvantages()
-    with pytest.raises(ValueError, match="got 2 rewards for 1 prompts"):
+    with pytest.raises(ValueError, match="got 2 rewards for 1 prompt"):
         running.compute(torch.tensor([1.0, 2.0]), ["a"])
     for state in ({}, {"rewards": [1.0]}, {"rewards": {"a": [math.nan]}}, {"rewards": {"a": ["1"]}}):
         with pytest.raises(ValueError):

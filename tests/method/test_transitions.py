@@ -601,12 +601,12 @@ def test_alphas_that_cannot_be_a_schedule_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"a": [1.0]}, "a has 1 rows, but 3 times define 2 steps"),
+        ({"a": [1.0]}, "a has 1 row, but 3 times define 2 steps"),
         ({"b": [1.0, NAN]}, "b must be finite, got nan at position 1"),
         ({"std": [0.1, -0.1]}, r"std must not be negative, got -0\.1 at step 1"),
         ({"std": [[0.1, 0.1]]}, "std must be a vector"),
         ({"final_step": "last"}, "final_step must be one of clean, noisy, got 'last'"),
-        ({"reference_credit": [1.0]}, "reference_credit has 1 rows"),
+        ({"reference_credit": [1.0]}, "reference_credit has 1 row"),
     ],
 )
 def test_bad_tables_are_refused(changes, message):

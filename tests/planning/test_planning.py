@@ -542,7 +542,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_plan: dict[str, An
         (("--gpus", "0"), "--gpus: must be at least 1, got 0"),
         (("--gpu-memory", "-1"), "--gpu-memory: must be a number above 0, got -1"),
         (("--host-memory", "0"), "--host-memory: must be a number above 0, got 0"),
-        (("--gpus", "2", "--nodes", "3"), "--gpus: 2 GPUs do not divide evenly over 3 machines (--nodes)"),
+        (("--gpus", "2", "--nodes", "3"), "--gpus: 2 GPUs cannot be divided evenly over 3 machines (--nodes)"),
         (("--peak-tflops", "nan"), "--peak-tflops: must be a number above 0, got nan"),
         (("--mfu", "1.5"), "--mfu: must be above 0 and at most 1, got 1.5"),
         (

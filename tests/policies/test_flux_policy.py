@@ -156,7 +156,7 @@ def test_a_cache_that_does_not_fit_the_disk_is_said_before_prompts_are_encoded(
     policy.warned_of_long_prompts = True  # which loads tokenizers
     monkeypatch.setattr(type(policy), "load_pipeline", lambda *_: pytest.fail("the encoders were loaded"))
     with pytest.raises(
-        UserError, match=r"^model\.embedding_cache: 20 prompts take .* GB \(0\.00166 MB each\) in .* free:"
+        UserError, match=r"^model\.embedding_cache: 20 prompts would take .* GB \(0\.00166 MB each\) in .* free:"
     ):
         policy.prepare_prompts(prompts)
     assert list(tmp_path.rglob("*.safetensors")) == []
@@ -170,12 +170,12 @@ def test_what_a_prompt_takes_is_known_after_the_first_ones(tmp_path: Path, monke
         cache.fill(prompts, lambda chunk: {"states": torch.zeros(len(chunk), 10)}, lambda missing: 39.0 * len(missing))
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=779))
-    with pytest.raises(UserError, match=r"20 prompts take 7\.8e-07 GB"):
+    with pytest.raises(UserError, match=r"20 prompts would take 7\.8e-07 GB"):
         fill()
     assert list(tmp_path.rglob("*.safetensors")) == []
     frees = [780, 4 * 40 - 1]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=frees.pop(0)))
-    with pytest.raises(UserError, match="20 prompts take 8e-07 GB"):
+    with pytest.raises(UserError, match="20 prompts would take 8e-07 GB"):
         fill()
     assert len(list(tmp_path.rglob("*.safetensors"))) == 16
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=780))

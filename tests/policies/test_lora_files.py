@@ -458,8 +458,8 @@ def test_adapters_take_up_what_does_not_fit_them(network: Any, tmp_path: Path) -
     told = differing_from(settings, targets, model, start)
     extra, missing = sum(name.endswith("to_v") for name in names), len(keys)
     assert "rank 2 is padded to model.lora.rank=4; layers of rank 6 keep it instead of model.lora.rank=4" in told
-    assert f"{extra} layers that model.lora.targets does not name get adapters as well" in told
-    assert f"{missing} layers that are not in it begin without effect" in told
+    assert f"adapters also for {extra} layers that model.lora.targets does not name" in told
+    assert f"no effect at first in {missing} layers that it lacks" in told
     # And out again: everything is in the file.
     write_lora(tmp_path / "y.safetensors", made, family_of_network(kind), "diffusers")
     again = {name: update for name, update in loaded(model, tmp_path / "y.safetensors").items() if name in updates}

@@ -91,7 +91,7 @@ def test_gpus_are_counted(there: int, status: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     found, says = checks.check_gpus(8)
     assert found == status
-    assert status != "failed" or says == "8 GPUs are requested, but PyTorch sees 4 (H100)"
+    assert status != "failed" or says == "the run is for 8 GPUs, but PyTorch sees 4 (H100)"
 
 
 def test_a_model_without_weights_fails(own_pipeline: Path) -> None:
@@ -153,7 +153,7 @@ def test_held_out_prompts_that_are_trained_on_are_a_warning(config: Config, tmp_
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red circle", "n": 1}\n{"prompt": "a red square"}\n')
     status, says = checks.check_inputs(config)
     assert status == "warning"
-    assert says.startswith("prompts.heldout: 1 of the 2 held-out prompts are also in prompts.train, so ")
+    assert says.startswith("prompts.heldout: shares 1 prompt of 2 with prompts.train, so ")
 
 
 def test_a_full_disk_fails(config: Config, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_too_little_host_memory_fails(on_gpu: bool, plan: dict[str, Any], monkey
         monkeypatch.setattr(checks, "available_memory", lambda free=free: free * 1e9)
         status, says = checks.check_host(plan)
         assert status == expected and "\n" not in says
-    assert says.startswith(f"one rank needs {needed:.1f} GB (") and "--host-memory" in says
+    assert says.startswith(f"{needed:.1f} GB are needed for 1 rank (") and "--host-memory" in says
     unknown = {"peak": 0.9 * needed, "worst_phase": "load"}  # of a model that is not here, if its files can be mapped
     status, says = checks.check_host(plan | {"configured": own | {"host_if_mapped": unknown}})
     assert status == ("warning" if on_gpu else "failed")
@@ -348,7 +348,7 @@ def test_train_tries_itself(config: Config, tmp_path: Path, capsys: Any, monkeyp
     answer = call(capsys, *arguments)
     assert (answer.code, answer.out, answer.err) == (2, "", "error: rewards: nothing fits\n")
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red circle"}\n')
-    assert call(capsys, *arguments).err.startswith("warning: prompts.heldout: 1 of the 1 held-out prompts are also in ")
+    assert call(capsys, *arguments).err.startswith("warning: prompts.heldout: shares 1 prompt of 1 with ")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     parsed = parse([str(argument) for argument in arguments])
@@ -405,7 +405,7 @@ def test_the_command(config: Config, tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "says"),
     [
         (("--gpus", "0"), "--gpus: must be at least 1, got 0"),
-        (("--gpus", "9", "--nodes", "2"), "--gpus: 9 GPUs do not divide evenly over 2 machines"),
+        (("--gpus", "9", "--nodes", "2"), "--gpus: 9 GPUs cannot be divided evenly over 2 machines"),
         (("--timeout", "0"), "--timeout: must be above 0 seconds"),
     ],
 )

@@ -229,7 +229,7 @@ def test_a_missing_piece_is_no_obstacle(small: Path, piece: str) -> None:
     if piece == "images":
         assert page.all("img") == []
     if piece == "summary.json":
-        assert "not finished: 0 of 1 epochs" in page.text
+        assert "not finished: 0 of 1 epoch" in page.text
 
 
 def test_a_run_that_has_just_started(run: Path) -> None:

@@ -223,7 +223,7 @@ def test_what_a_run_says_in_a_pipe(tmp_path: Path, pipeline_folder: Path, capsys
     lines = answer.out.splitlines()
     assert lines[:4] == [
         f"pcpo on {pipeline_folder}, run directory {run}",
-        "warning: prompts.heldout: 1 of the 2 held-out prompts are also in prompts.train, so the held-out reward "
+        "warning: prompts.heldout: shares 1 prompt of 2 with prompts.train, so the held-out reward "
         "includes prompts that are trained on",
         f"Loading {pipeline_folder}",
         "Encoding 4 prompts",
@@ -292,8 +292,8 @@ def test_a_run_whose_inputs_changed_does_not_go_on_in_silence(
     assert answer.err == (
         f"error: the run in {run} cannot be resumed because its inputs have changed: "
         f"model.path (text_encoder/model.safetensors and 1 more in {own_pipeline}); "
-        f"prompts.heldout ({heldout}: 2 prompts before, 2 different ones now); "
-        f"prompts.train ({prompts}: 3 prompts before, 4 different ones now); "
+        f"prompts.heldout ({heldout}: 2 prompts before, 2 different prompts now); "
+        f"prompts.train ({prompts}: 3 prompts before, 4 different prompts now); "
         f"reward rewards_of_this_test:redness, module rewards_of_this_test (rewards_of_this_test.py in {tmp_path}); "
         "restore them, choose another output_dir, or accept the changes with --resume accept-changes\n"
     )

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.rewards.serving.answers import Answers, IdentifierReused
 from pcpo_fast.rewards.serving.batching import BatchQueue
@@ -115,7 +116,9 @@ class RewardServer:
         if not text.isdecimal():
             raise HTTPException(411, "the request must have a Content-Length")
         if int(text) > self.limits.most_bytes:
-            raise HTTPException(413, f"the body has {text} bytes, but at most {self.limits.most_bytes} are allowed")
+            raise HTTPException(
+                413, f"a body of {counted(int(text), 'byte')}, but {self.limits.most_bytes} are allowed"
+            )
         if self.waiting_bytes + int(text) > self.limits.most_waiting_bytes and self.waiting_bytes:
             raise HTTPException(503, "too many requests are waiting", {"Retry-After": "1"})
         return int(text)

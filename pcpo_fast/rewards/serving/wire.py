@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import reason_of
 
 CONTENT_TYPE = "application/octet-stream"
@@ -59,7 +60,7 @@ def unpack(body: bytes, most_images: int) -> Batch:
         raise ValueError(f"images must be float32 or uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
     count, _, height, width = images.shape
     if not 1 <= count <= most_images:
-        raise ValueError(f"{count} images in a request, but 1 to {most_images} are allowed")
+        raise ValueError(f"{counted(count, 'image')} in a request, but 1 to {most_images} are allowed")
     if not (1 <= height <= _LARGEST_SIDE and 1 <= width <= _LARGEST_SIDE):
         raise ValueError(f"images of {height} x {width} pixels, but sides of 1 to {_LARGEST_SIDE} are allowed")
     prompts, metadata = (_list(texts, name, kind, count) for name, kind in (("prompts", str), ("metadata", dict)))
