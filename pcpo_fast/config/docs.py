@@ -48,8 +48,10 @@ _RULES_HEAD = """
 ## Settings that need others
 
 A setting that the file or the command line changes from its default, and that would have no effect, is refused, so
-that nobody waits for something that was never switched on. A run's own `config.yaml` always loads. Turning a feature
-off on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coefficient=0`,
+that nobody waits for something that was never switched on. One that does nothing only because the run is too short or
+too small for it (`scoring.overlap` with one batch, or `checkpoint.keep_best` with evaluations that never meet a
+checkpoint) is named at the start of the run instead, and by `pcpo-fast preflight`. A run's own `config.yaml` always
+loads. Turning a feature off on the command line (`prompts.heldout=null`, `window.size=0`, `credit.kl_coefficient=0`,
 `model.gradient_checkpointing=false`) also turns off the file's other settings for it.
 
 | setting | only takes effect with |

@@ -72,6 +72,11 @@ RULES = (
     ),
     Rule(("window.decay_after",), "window.decay above 0", lambda c: c.window.decay > 0, switch="window.decay"),
     Rule(
+        ("rollout.share_first_steps",),
+        "rollout.images_per_prompt above 1",
+        lambda c: max(c.rollout.images_per_prompt, c.rollout.candidates or 0) > 1,
+    ),
+    Rule(
         ("rollout.candidate_weights",),
         "rollout.candidates",
         lambda c: c.rollout.candidates is not None,

@@ -53,7 +53,7 @@ def _first(settings: WindowConfig, last: int, epoch: int, seed: int) -> int:
         generator = torch.Generator().manual_seed(random_key(Purpose.WINDOW, seed, epoch // settings.interval))
         return settings.start + int(torch.randint(last - settings.start + 1, (), generator=generator))
     places = range(settings.start, last + 1, settings.stride)
-    lengths = [_interval(settings, place) for place in places]
+    lengths = [interval_at(settings, place) for place in places]
     if settings.wrap:
         epoch %= sum(lengths)
     for place, length in zip(places, lengths, strict=True):
@@ -63,7 +63,7 @@ def _first(settings: WindowConfig, last: int, epoch: int, seed: int) -> int:
     return places[-1]
 
 
-def _interval(settings: WindowConfig, place: int) -> int:
+def interval_at(settings: WindowConfig, place: int) -> int:
     """Number of epochs that a progressive window stays at a position: at least 1, rounded up as in MixGRPO's code."""
     shorter = math.exp(-settings.decay * max(place - settings.decay_after, 0))
     return max(1, math.ceil(settings.interval * shorter))

@@ -23,7 +23,7 @@ from pcpo_fast.policies.families import find_family
 from pcpo_fast.policies.folder_checks import check_folder
 from pcpo_fast.preflight.available import available_memory
 from pcpo_fast.runs.run_directory import claim
-from pcpo_fast.training.run_inputs import RunInputs, overlap_of
+from pcpo_fast.training.run_inputs import RunInputs, doubts
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors")
@@ -106,11 +106,11 @@ def check_model(config: Config) -> tuple[Status, str]:
     return "ok", f"{path} can be downloaded"
 
 
-def check_inputs(config: Config) -> tuple[Status, str]:
+def check_inputs(config: Config, gpus: int) -> tuple[Status, str]:
     """Load prompts, rewards, loggers and the DeepSpeed file as the run would."""
     inputs = RunInputs.load(config)
-    if overlap := overlap_of(inputs.prompts, inputs.heldout):
-        return "warning", overlap
+    if found := doubts(config, inputs.prompts, inputs.heldout, gpus):
+        return "warning", "; ".join(found)
     return "ok", f"{counted(len(inputs.prompts), 'prompt')} to train on, {len(inputs.heldout)} held out; rewards load"
 
 

@@ -15,7 +15,7 @@ from pcpo_fast.planning.run_plan import make_plan
 from pcpo_fast.planning.sizes import gpu_memory, is_auto, with_sizes
 from pcpo_fast.preflight.checks import Status
 from pcpo_fast.runs.run_directory import claim
-from pcpo_fast.training.run_inputs import checked_prompts, overlap_of
+from pcpo_fast.training.run_inputs import checked_prompts, doubts
 
 OUTCOME_LINES = 3
 
@@ -58,8 +58,8 @@ def dry_run_here(config: Config, timeout: float = 1800) -> tuple[Status, str]:
         UserError: one of these finds a problem.
     """
     claim(config, "auto")
-    if overlap := overlap_of(*checked_prompts(config)):
-        warnings.warn(overlap, stacklevel=2)
+    for doubt in doubts(config, *checked_prompts(config), ranks=1):
+        warnings.warn(doubt, stacklevel=2)
     memory = gpu_memory()
     if is_auto(config) and memory is not None:
         config = with_planned_sizes(config, make_plan(config, 1, memory / GB))

@@ -52,7 +52,7 @@ def run_checks(
         ("versions", check_versions),
         ("GPUs", lambda: check_gpus(ranks_here)),
         ("output_dir", lambda: check_output(config)),
-        ("prompts and rewards", lambda: check_inputs(config)),
+        ("prompts and rewards", lambda: check_inputs(config, gpus)),
         ("model", lambda: check_model(config)),
         ("memory plan", lambda: check_memory(planned())),
         ("host memory", lambda: check_host(planned())),

@@ -24,6 +24,7 @@ from pcpo_fast.reporting.loggers import check_trackio_options, check_wandb_optio
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rollout.epoch_plan import check_sizes
 from pcpo_fast.runs.input_record import Input
+from pcpo_fast.training.idle_settings import idle_settings
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,18 @@ def checked_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     return prompts, heldout
 
 
-def overlap_of(prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> str | None:
-    """A sentence if held-out prompts are trained on, too, whatever their metadata; None if none is."""
+def doubts(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt], ranks: int) -> list[str]:
+    """One sentence for each thing that a run can be begun with, but that is probably not meant.
+
+    These are held-out prompts that are trained on, too, whatever their metadata, and :func:`idle_settings`.
+    """
     texts = {prompt.text for prompt in prompts}
     shared = sum(prompt.text in texts for prompt in heldout)
-    if not shared:
-        return None
-    return (
+    overlap = (
         f"prompts.heldout: shares {counted(shared, 'prompt')} of {len(heldout)} with prompts.train, so the held-out "
         "reward includes prompts that are trained on"
     )
+    return [overlap] * bool(shared) + idle_settings(config, len(prompts), len(heldout), ranks)
 
 
 def read_contents(config: Config, inputs: RunInputs, *, anew: bool = False) -> dict[str, Input]:

@@ -63,7 +63,7 @@ from pcpo_fast.runs.run_directory import RunStart, claim, open_run, read_summary
 from pcpo_fast.runs.run_lock import only_run
 from pcpo_fast.training.collapse import CollapseMonitor, PredictionMonitor, SpreadMonitor
 from pcpo_fast.training.heldout import HeldOut
-from pcpo_fast.training.run_inputs import RunInputs, overlap_of, read_contents
+from pcpo_fast.training.run_inputs import RunInputs, doubts, read_contents
 from pcpo_fast.training.run_results import finish_run, write_captions, write_credit, write_gains
 from pcpo_fast.training.update import Update
 
@@ -190,8 +190,8 @@ class Trainer:
             check_fp8(device)
         in_parts, compiles = Zero.of(config).stage == 3, config.model.compile
         config = self.config = self._settled(config, in_parts)
-        if overlap := overlap_of(inputs.prompts, inputs.heldout):
-            self.progress.message(f"warning: {overlap}")
+        for doubt in doubts(config, inputs.prompts, inputs.heldout, world_size()):
+            self.progress.message(f"warning: {doubt}")
         self.progress.message(f"Loading {config.model.path}")
         self.progress.message(f"Encoding {counted(len(inputs.texts), 'prompt')}")
         self.policy = load_policy(config, device, inputs.texts, torch.device("cpu") if in_parts else None)

@@ -185,9 +185,10 @@ def test_a_user_reward_gets_the_prompts_and_their_metadata(
     module.reward = reward  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "noted_rewards", module)
     rewards = [{"name": "noted_rewards:reward", "options": {"level": 3}}]
-    config = write_config(tmp_path, pipeline_folder, rewards=rewards, train__epochs=1)
-    answer = call(capsys, "train", "--config", config)
+    config = write_config(tmp_path, pipeline_folder, rewards=rewards, train__epochs=1, scoring__overlap=True)
+    answer = call(capsys, "train", "--config", config, "rollout.batch_size=8")
     assert answer.code == 0, answer.err
+    assert answer.out.count("warning: scoring.overlap has no effect: a rank samples its 8 images in one batch") == 1
     assert answer.out.count("warning: prompts.heldout: shares 1 prompt of 2 with prompts.train, so") == 1
     assert [entry[0] for entry in seen] == [2, 8, 2]
     assert seen[0][1:] == (list(PROMPTS[2:]), [{"n": 0}, {"n": 1}], 3)

@@ -99,6 +99,10 @@ def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(
             r"credit\.kl_reference .* with model\.lora\.init:",
         ),
         (("rollout.candidate_weights=full",), "candidate_weights .* rollout.candidates"),
+        (
+            ("advantage.normalization=global", "rollout.images_per_prompt=1", "rollout.share_first_steps=true"),
+            "rollout.share_first_steps .* rollout.images_per_prompt above 1",
+        ),
         (("window.size=2", "window.decay_after=3"), "window.decay_after .* window.decay above 0"),
         (("credit.steps=[0, 1]", "credit.train_last_step=true"), "train_last_step .* credit.steps=null"),
         (("credit.rule=native", "credit.normalize_over=trained"), "credit.normalize_over .* pcpo_ratio"),
@@ -137,6 +141,7 @@ def test_every_rule_has_a_test() -> None:
         "model.revision",
         "prompts.column",
         "rollout.candidate_weights",
+        "rollout.share_first_steps",
     ]
     assert [rule for rule in RULES if not any(rule.concerns(key) for key in tried)] == []
     known = dict(flattened(Config().model_dump(mode="json")))

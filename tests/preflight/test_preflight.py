@@ -37,7 +37,8 @@ HUB_MODEL = "somebody/some-model"
 @pytest.fixture
 def config(pipeline_folder: Path, tmp_path: Path) -> Config:
     file = write_config(tmp_path, pipeline_folder, output_dir=str(tmp_path / "run"))
-    (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red square"}\n')  # which is not trained on
+    untrained = '{"prompt": "a red square"}\n{"prompt": "a blue square"}\n'
+    (tmp_path / "heldout.jsonl").write_text(untrained)
     return load_config(file)
 
 
@@ -135,9 +136,9 @@ def test_a_model_in_the_cache_needs_the_weights_of_its_network(
 
 
 def test_prompts_and_rewards_are_read(config: Config) -> None:
-    assert checks.check_inputs(config)[0] == "ok"
+    assert checks.check_inputs(config, 1)[0] == "ok"
     prompts = config.prompts.model_copy(update={"train": "nowhere.txt"})
-    result = attempt("inputs", lambda: checks.check_inputs(config.model_copy(update={"prompts": prompts})))
+    result = attempt("inputs", lambda: checks.check_inputs(config.model_copy(update={"prompts": prompts}), 1))
     assert result.status == "failed" and "nowhere.txt" in result.says
 
 
@@ -151,7 +152,7 @@ def test_a_directory_that_the_run_cannot_have_fails(config: Config, tmp_path: Pa
 def test_held_out_prompts_that_are_trained_on_are_a_warning(config: Config, tmp_path: Path) -> None:
     """Whatever their metadata, which only rewards read."""
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red circle", "n": 1}\n{"prompt": "a red square"}\n')
-    status, says = checks.check_inputs(config)
+    status, says = checks.check_inputs(config, 1)
     assert status == "warning"
     assert says.startswith("prompts.heldout: shares 1 prompt of 2 with prompts.train, so ")
 
