@@ -231,18 +231,22 @@ def _on_common_seeds(chosen: Mapping[str, list[RunCurves]]) -> tuple[dict[str, l
     """The runs whose seed every variant with runs has, and the others.
 
     All runs count where seeds do not make pairs: without common seeds, or with one that only a few of many runs share.
+    A variant with a single run allows no verdict, and takes none from two others with more: it leaves them their seeds.
     """
     groups = {name: [run.seed for run in group] for name, group in chosen.items() if group}
-    common = set.intersection(*map(set, groups.values())) - {None}
     distinct = all(None not in seeds and len(set(seeds)) == len(seeds) for seeds in groups.values())
+    several = {name: seeds for name, seeds in groups.items() if len(seeds) > 1}
+    groups = several if len(several) > 1 else groups
+    common = set.intersection(*map(set, groups.values())) - {None}
     if not distinct or not common or (len(common) == 1 and min(map(len, groups.values())) > 1):
         return dict(chosen), []
     left_out = []
-    for name, run in ((name, run) for name, group in chosen.items() for run in group if run.seed not in common):
+    for name, run in ((own, run) for own in groups for run in chosen[own] if run.seed not in common):
         lacking = [other for other, seeds in groups.items() if run.seed not in seeds]
         have = "has" if len(lacking) == 1 else "have"
         left_out.append(Missing(name, run.seed, f"left out, because {' and '.join(lacking)} {have} no run to match"))
-    return {name: [run for run in group if run.seed in common] for name, group in chosen.items()}, left_out
+    kept = {name: [run for run in chosen[name] if run.seed in common] for name in groups}
+    return {name: kept.get(name, group) for name, group in chosen.items()}, left_out
 
 
 def verdict(difference: Estimate, better: Literal["higher", "lower"] | None) -> str:
@@ -357,15 +361,15 @@ def _sides(
     baseline_runs: Sequence[RunCurves],
     baseline_values: Sequence[float | None],
 ) -> tuple[tuple[list[float], list[float]], bool]:
-    """The values of both sides, paired if both have runs of the same seeds, and whether they are paired."""
+    """The values of both sides, paired on the seeds that both have, and whether they are paired."""
     own, other = (
         [(run.seed, value) for run, value in zip(group, column, strict=True) if value is not None]
         for group, column in ((runs, values), (baseline_runs, baseline_values))
     )
     seeds, others = ([run.seed for run in group] for group in (runs, baseline_runs))
-    alike = None not in seeds and len(set(seeds)) == len(seeds) == len(others) and set(seeds) == set(others)
+    distinct = None not in (*seeds, *others) and len(set(seeds)) == len(seeds) and len(set(others)) == len(others)
     by_seed = [{seed: value for seed, value in side if seed is not None} for side in (own, other)]
-    common = sorted(by_seed[0].keys() & by_seed[1].keys()) if alike else []
+    common = sorted(by_seed[0].keys() & by_seed[1].keys()) if distinct else []
     if len(common) > 1 or (common and min(len(own), len(other)) == 1):
         return ([by_seed[0][seed] for seed in common], [by_seed[1][seed] for seed in common]), True
     return ([value for _, value in own], [value for _, value in other]), False

@@ -112,10 +112,16 @@ def _about_intervals(result: Comparison) -> list[str]:
             "Some runs are not paired by seed: their means may be of different seeds, and their differences have "
             "wider intervals."
         )
-    count = min(len(variant.runs) for variant in compared)
-    if count == 1:
+    alone = [variant.name for variant in compared if len(variant.runs) == 1]
+    count = min((len(variant.runs) for variant in compared if len(variant.runs) > 1), default=0)
+    if alone:
         found.append("A variant with one seed has no interval: how much seeds differ is unknown.")
-    elif count < 5:
+    if alone and count:
+        found.append(
+            f"Only one seed has been run of {' and '.join(alone)}, and the other means are of more: look at the "
+            "differences, which are of the seeds that both sides have."
+        )
+    if 0 < count < 5:
         found.append(
             f"With {counted(count, 'seed')} an interval covers the true mean at most {attainable(count):.0%} of the "
             "time, whatever its nominal level: do not rely on it.".replace("%", " %")

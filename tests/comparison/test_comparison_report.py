@@ -291,6 +291,28 @@ def test_everything_is_of_the_seeds_that_all_variants_have(tmp_path: Path) -> No
     assert any("their means may be of different seeds" in note for note in notes(apart))
 
 
+def test_a_variant_with_a_single_run_does_not_take_the_seeds_of_the_others(tmp_path: Path) -> None:
+    starts = {"native": (0, 1, 2, 3), "pcpo": (1, 2, 3), "gain": (2,)}
+    folders = {
+        name: [
+            write_run(tmp_path / f"{name}{s}", line(0.001 * place * (1 + s), 0.1 * s), seed=s, epochs=9) for s in seeds
+        ]
+        for place, (name, seeds) in enumerate(starts.items())
+    }
+    result = compare_runs(folders, ComparisonSettings(primary="reward_final"))
+    assert [[run.seed for run in variant.runs] for variant in result.variants] == [[1, 2, 3], [1, 2, 3], [2]]
+    assert missing_lines(result.missing) == ["native, seed 0: left out, because pcpo has no run to match"]
+    against = {name: result.variant(name).against["reward_final"] for name in ("pcpo", "gain")}
+    assert [(one.paired, one.difference.n) for one in against.values()] == [(True, 3), (True, 1)]
+    assert against["gain"].difference.value == pytest.approx(0.006 * 6)  # in its seed, not from the mean of three
+    assert [result.decisions[name].verdict for name in ("pcpo", "gain")] == ["better", "too few seeds"]
+    assert any(note.startswith("Only one seed has been run of gain, and the other means") for note in notes(result))
+    assert any("With 3 seeds an interval" in note for note in notes(result))
+    # With two variants there is nothing to compare but that seed.
+    both = compare_runs({name: folders[name] for name in ("native", "gain")})
+    assert [[run.seed for run in variant.runs] for variant in both.variants] == [[2], [2]]
+
+
 def test_a_measure_that_some_runs_lack_is_compared_on_the_others(tmp_path: Path) -> None:
     runs = {
         name: [write_run(tmp_path / f"{name}{s}", line(slope, 0.1 * s), seed=s, epochs=9) for s in range(3)]
