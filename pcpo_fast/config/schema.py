@@ -165,7 +165,7 @@ class ModelConfig(Section):
     compile: Annotated[bool | Literal["auto"], EXECUTION] = Field(
         False,
         description="compile the repeated blocks (torch.compile), once for each batch size; not with ZeRO-3. auto: on "
-        "a GPU, if a first batch of the run shows that its blocks run compiled",
+        "a GPU, if a trial in the sizes of its batches shows that its blocks run compiled",
     )
     block_kernels: Annotated[bool, EXECUTION] = Field(
         False,

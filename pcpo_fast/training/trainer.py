@@ -41,7 +41,7 @@ from pcpo_fast.planning.sizes import fitted, is_auto, kept_sizes, with_sizes
 from pcpo_fast.planning.states import Zero
 from pcpo_fast.planning.utilization import utilization_of
 from pcpo_fast.policies.automatic import as_begun, is_automatic, settle
-from pcpo_fast.policies.compile_trial import keep_compiled
+from pcpo_fast.policies.compile_trial import Forwards, batch_sizes, keep_compiled
 from pcpo_fast.policies.families import check_base_model, keep_reference, load_policy
 from pcpo_fast.policies.low_precision import check_fp8
 from pcpo_fast.policies.speed import checkpoint_blocks
@@ -203,7 +203,7 @@ class Trainer:
             self._choose_recomputing()
         self.engine = Engine(self.policy.module, config, accumulation)
         if compiles == AUTO and config.model.compile:
-            config = self.config = self._compiled(config)
+            config = self.config = self._compiled(config, [prompt.text for prompt in inputs.heldout])
         self.heldout = HeldOut.of(config, self.policy, self.tables, inputs)
         patience = timedelta(seconds=config.distributed.timeout) + MARGIN
         self.stop = StopRequest(config.checkpoint.grace, patience, self.progress.message)
@@ -277,14 +277,23 @@ class Trainer:
         self.progress.message(f"Sizes: {sizes}")
         return config
 
-    def _compiled(self, config: Config) -> Config:
-        """The run with automatic compilation only where its first batches run compiled, on all ranks alike."""
-        epoch, settings = self.start.epoch, config.rollout
+    def _compiled(self, config: Config, heldout: Sequence[str]) -> Config:
+        """The run with automatic compilation only where its batches run compiled, on all ranks alike."""
+        epoch, settings, size = self.start.epoch, config.rollout, config.rollout.images_at_once
         plan = plan_epoch(config, len(self.prompts), self.tables.at(epoch).steps, epoch, rank(), world_size())
-        given, sampled = self._encode(plan.prompts.tolist()), min(settings.images_at_once, plan.images.numel())
+        candidates = -(-len(plan.prompts) * (settings.candidates or 0) // world_size())
+        evaluated = -(-len(heldout) * config.evaluation.images_per_prompt // world_size())
+        forwards = Forwards(
+            sampled=batch_sizes(plan.images.numel(), size),
+            candidates=batch_sizes(candidates, size),
+            evaluated=batch_sizes(evaluated, config.evaluation.batch_size),
+            compared={config.train.pairs_at_once} if config.train.old_output == "recompute" else (),
+            trained=config.train.pairs_at_once,
+        )
         self.progress.message("Compiling the blocks")
+        given, seen = self._encode(plan.prompts.tolist()), self.policy.encode(heldout) if heldout else {}
         with self.engine.offloaded(settings.offload_optimizer):
-            problem = keep_compiled(self.policy, settings, given, sampled, config.train.pairs_at_once)
+            problem = keep_compiled(self.policy, settings, given, seen, forwards)
         if problem is None:
             return config
         self.progress.message(f"Chosen instead: model.compile=false ({problem})")

@@ -18,7 +18,7 @@ from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import RolloutConfig
 from pcpo_fast.errors import UserError
 from pcpo_fast.policies import Policy, automatic
-from pcpo_fast.policies.compile_trial import keep_compiled
+from pcpo_fast.policies.compile_trial import Forwards, batch_sizes, keep_compiled
 from pcpo_fast.policies.families import keep_reference, load_policy
 from pcpo_fast.policies.speed import COMPILE_OPTIONS
 from pcpo_fast.training import trainer
@@ -74,7 +74,8 @@ def test_a_trial_leaves_nothing_behind(pipeline_folder: Path, use: Any, backend:
     policy.module.register_forward_pre_hook(lambda *_: torch.manual_seed(1) and None)  # as dropout moves the state
     settings = RolloutConfig(merge_lora=finetune == "lora")
     before, random = {name: p.clone() for name, p in policy.module.state_dict().items()}, torch.get_rng_state()
-    reason = keep_compiled(policy, settings, policy.encode(PROMPTS[:2]), 4, 3)
+    forwards = Forwards(sampled={4}, candidates=(), evaluated={2}, compared={3}, trained=3)
+    reason = keep_compiled(policy, settings, policy.encode(PROMPTS[:2]), policy.encode(PROMPTS[2:3]), forwards)
     assert reason == (None if backend is works else REASON)
     assert compiled(policy) == {backend is works}
     assert torch.get_rng_state().equal(random) and policy.module.training and policy.forward_module is policy.module
@@ -83,10 +84,13 @@ def test_a_trial_leaves_nothing_behind(pipeline_folder: Path, use: Any, backend:
     assert all(value.equal(before[name]) for name, value in policy.module.state_dict().items())
 
     known = len(graphs)
-    assert known == (4 if backend is works else 0), "two kinds of blocks, with and without gradients"
+    assert known == (8 if backend is works else 0), "two kinds of blocks, in three sizes and with gradients"
     latents, times = torch.randn(4, *policy.latent_shape), torch.rand(4)
     with torch.no_grad(), policy.sampling(settings):
         policy.predict(latents, times, policy.encode(PROMPTS))
+    with torch.no_grad():
+        policy.predict(latents[:2], times[:2], policy.encode(PROMPTS[:2]))
+        policy.predict(latents[:3], times[:3], policy.encode(PROMPTS[:3]))
     policy.predict(latents[:3], times[:3], policy.encode(PROMPTS[:3])).sum().backward()
     assert len(graphs) == known, "the trial has compiled what a run needs"
 
@@ -95,7 +99,7 @@ def test_a_lack_of_memory_is_told_as_one(pipeline_folder: Path, use: Any) -> Non
     use(lacks_memory)
     policy = load_policy(tiny_config(pipeline_folder, "model.compile=true"), CPU, PROMPTS)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        keep_compiled(policy, RolloutConfig(), policy.encode(PROMPTS[:2]), 4, 3)
+        keep_compiled(policy, RolloutConfig(), policy.encode(PROMPTS[:2]), {}, Forwards({4}, (), (), (), 3))
 
 
 def losses(run: Path) -> list[Any]:
@@ -124,17 +128,27 @@ def test_a_run_goes_on_as_without_compilation_and_a_resumed_one_too(
 
 
 @pytest.mark.usefixtures("process_group")
-def test_blocks_that_run_stay_compiled_and_nothing_is_compiled_twice(
-    pipeline_folder: Path, tmp_path: Path, use: Any
+def test_blocks_that_run_stay_compiled_and_nothing_is_compiled_after_the_trial(
+    pipeline_folder: Path, tmp_path: Path, use: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = []
+    """The last batch of a rollout is smaller, and so are those of an evaluation, which has fewer rows than either."""
+    counts, tried = [], []
+
+    def noted(*arguments: Any) -> str | None:
+        reason = keep_compiled(*arguments)
+        tried.append(len(graphs))
+        return reason
+
+    monkeypatch.setattr(trainer, "keep_compiled", noted)
+    batches = ("rollout.batch_size=5", "evaluation.images_per_prompt=2", "evaluation.batch_size=2")
     for setting in ("auto", "true"):
         use(works)
-        config = tiny_config(pipeline_folder, *SMALL, f"model.compile={setting}", f"output_dir={tmp_path / setting}")
-        train(config, console=Console(quiet=True))
+        given = (*SMALL[:2], *batches, f"model.compile={setting}", f"output_dir={tmp_path / setting}")
+        train(tiny_config(pipeline_folder, *given), console=Console(quiet=True))
         counts.append(len(graphs))
         assert load_config(tmp_path / setting / "config.yaml").model.compile is True
-    assert counts[0] == counts[1] == 4
+    assert tried == counts[:1] and counts[0] == counts[1]
+    assert [batch_sizes(rows, 4) for rows in (8, 9, 3, 0)] == [{4}, {4, 1}, {3}, set()]
     assert losses(tmp_path / "auto") == losses(tmp_path / "true")
 
 
