@@ -3,8 +3,8 @@
     python benchmarks/stepwise_audit.py runs/audit_0 runs/audit_1 --json audit.json --plot audit.png
 
 reads runs with `advantage.audit_every`. A run's slope at a step is the last one that it recorded, which is a regression
-over all its audits of the step (docs/stepwise.md); the correlation of the step's predictions with the final reward is
-the mean over its epochs.
+over all its audits of the step (docs/stepwise.md). Beta, the slope of the final rewards on those of the step's
+predictions, is its last one, too, which is over recent epochs; their correlation is the mean over its epochs.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from pcpo_fast.files.atomic import write_atomically
 from pcpo_fast.reporting.metrics_file import find_metrics, read_metrics
 from pcpo_fast.reporting.plots import save_figure
 from pcpo_fast.reporting.series import step_series
-from pcpo_fast.reporting.style import OTHERS, legend, new_figure, styled
+from pcpo_fast.reporting.style import BASE, OTHERS, legend, new_figure, styled
 
 
 def steps_of(folders: list[Path]) -> dict[int, dict[str, Any]]:
-    """By step: ``slopes``, and how many ``audits`` there were, of each run that audited it; its ``correlations``."""
+    """By step: ``slopes``, and how many ``audits`` there were, of each run that audited it; its ``betas`` and
+    ``correlations``."""
     steps: dict[int, dict[str, Any]] = {}
     for folder in folders:
         path = find_metrics(folder)
@@ -34,26 +35,30 @@ def steps_of(folders: list[Path]) -> dict[int, dict[str, Any]]:
         if not slopes:
             raise UserError(f"{folder} has no audits: it must be a run with advantage.audit_every above 0")
         for step, curve in slopes.items():
-            found = steps.setdefault(step, {"slopes": [], "audits": [], "correlations": []})
+            found = steps.setdefault(step, {"slopes": [], "audits": [], "betas": [], "correlations": []})
             found["slopes"].append(curve.values[-1])
             found["audits"].append(len(curve.values))
-        for step, curve in step_series(records, "stepwise/correlation").items():
-            if step in steps:
-                steps[step]["correlations"].append(fmean(curve.values))
+        betas, correlations = (step_series(records, f"stepwise/{name}") for name in ("beta", "correlation"))
+        for step in steps:
+            if step in betas:
+                steps[step]["betas"].append(betas[step].values[-1])
+            if step in correlations:
+                steps[step]["correlations"].append(fmean(correlations[step].values))
     return dict(sorted(steps.items()))
 
 
 def figure_of(steps: dict[int, dict[str, Any]]) -> Any:
-    """Each run's slope as a point, their means as a line, and the correlation."""
+    """Each run's slope as a point, their means as a line; beta and the correlation."""
     figure = new_figure(3.4)
     axes = styled(figure.subplots(), "What a gain is worth", "step (0 = noise)", "", with_legend=True)
     for step, found in steps.items():
         axes.plot([step] * len(found["slopes"]), found["slopes"], ".", color=OTHERS[2], markersize=5, alpha=0.6)
     means = {step: fmean(found["slopes"]) for step, found in steps.items()}
     axes.plot(list(means), list(means.values()), color=OTHERS[2], linewidth=1.8, label="slope from branches")
-    foreseen = {step: fmean(found["correlations"]) for step, found in steps.items() if found["correlations"]}
-    axes.plot(list(foreseen), list(foreseen.values()), color=OTHERS[0], linewidth=1.8, label="correlation")
-    axes.axhline(1.0, color=OTHERS[1], linewidth=1.0, linestyle="--", label="weight of the uncalibrated gain")
+    for name, label, colour in (("betas", "beta", OTHERS[1]), ("correlations", "correlation", OTHERS[0])):
+        line = {step: fmean(found[name]) for step, found in steps.items() if found[name]}
+        axes.plot(list(line), list(line.values()), color=colour, linewidth=1.8, label=label)
+    axes.axhline(1.0, color=BASE, linewidth=1.0, linestyle="--", label="weight of the uncalibrated gain")
     legend(axes)
     return figure
 

@@ -14,18 +14,21 @@ def run_of(folder: Path, *epochs: dict[str, float]) -> Path:
     return folder
 
 
-def test_the_last_slope_of_each_run_and_the_mean_correlation(tmp_path: Path) -> None:
-    slope, correlation = "stepwise/branch_slope_step_", "stepwise/correlation_step_"
+def test_the_last_slopes_of_each_run_and_the_mean_correlation(tmp_path: Path) -> None:
+    slope, beta, correlation = (f"stepwise/{name}_step_" for name in ("branch_slope", "beta", "correlation"))
     one = run_of(
-        tmp_path / "one", {slope + "3": 0.5, correlation + "3": 0.2}, {slope + "3": 0.75, correlation + "3": 0.4}
+        tmp_path / "one",
+        {slope + "3": 0.5, correlation + "3": 0.2, beta + "3": 0.0},
+        {slope + "3": 0.75, correlation + "3": 0.4, beta + "3": 0.6},
     )
     two = run_of(tmp_path / "two", {slope + "3": 1.25, correlation + "3": 0.9}, {slope + "1": 0.1})
     output, picture = tmp_path / "audit.json", tmp_path / "audit.png"
     assert stepwise_audit.main([str(one), str(two), "--json", str(output), "--plot", str(picture)]) == 0
     written = json.loads(output.read_text())
     assert list(written) == ["1", "3"]
-    assert written["3"] == {"slopes": [0.75, 1.25], "audits": [2, 1], "correlations": pytest.approx([0.3, 0.9])}
-    assert written["1"] == {"slopes": [0.1], "audits": [1], "correlations": []}
+    measured = {"slopes": [0.75, 1.25], "audits": [2, 1], "betas": [0.6]}
+    assert written["3"] == measured | {"correlations": pytest.approx([0.3, 0.9])}
+    assert written["1"] == {"slopes": [0.1], "audits": [1], "betas": [], "correlations": []}
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
