@@ -361,7 +361,7 @@ def _sides(
     baseline_runs: Sequence[RunCurves],
     baseline_values: Sequence[float | None],
 ) -> tuple[tuple[list[float], list[float]], bool]:
-    """The values of both sides, paired on the seeds that both have, and whether they are paired."""
+    """The values of both sides, and whether they are pairs: of the same seeds, or of the one that a side has."""
     own, other = (
         [(run.seed, value) for run, value in zip(group, column, strict=True) if value is not None]
         for group, column in ((runs, values), (baseline_runs, baseline_values))
@@ -369,7 +369,8 @@ def _sides(
     seeds, others = ([run.seed for run in group] for group in (runs, baseline_runs))
     distinct = None not in (*seeds, *others) and len(set(seeds)) == len(seeds) and len(set(others)) == len(others)
     by_seed = [{seed: value for seed, value in side if seed is not None} for side in (own, other)]
-    common = sorted(by_seed[0].keys() & by_seed[1].keys()) if distinct else []
+    alike = distinct and (set(seeds) == set(others) or min(len(seeds), len(others)) == 1)
+    common = sorted(by_seed[0].keys() & by_seed[1].keys()) if alike else []
     if len(common) > 1 or (common and min(len(own), len(other)) == 1):
         return ([by_seed[0][seed] for seed in common], [by_seed[1][seed] for seed in common]), True
     return ([value for _, value in own], [value for _, value in other]), False

@@ -283,11 +283,13 @@ def test_everything_is_of_the_seeds_that_all_variants_have(tmp_path: Path) -> No
     drawn = [mark for mark in comparison_figures(result)["reward"].axes[0].lines if mark.get_label() != "target"]
     assert [len(mark.get_xdata()) for mark in drawn] == [9, 9]
     # Without common seeds all runs count, as groups, and this is said; nor are some of them paired.
-    shifted = [write_run(tmp_path / f"s{s}", line(0.002, 0.5), seed=s, epochs=9) for s in (1, 2)]
+    native = [*native, write_run(tmp_path / "n2", line(0.001, 0.7), seed=2, epochs=9)]
+    shifted = [write_run(tmp_path / f"s{s}", line(0.002, 0.5), seed=s, epochs=9) for s in (1, 2, 3)]
     other = [write_run(tmp_path / f"o{s}", line(0.002, 0.5), seed=s, epochs=9) for s in (7, 8, 9)]
     apart = compare_runs({"native": native, "shifted": shifted, "other": other})
-    assert [len(variant.runs) for variant in apart.variants] == [2, 2, 3] and not apart.missing
-    assert not any(variant.against["reward_final"].paired for variant in apart.variants[1:])
+    assert [len(variant.runs) for variant in apart.variants] == [3, 3, 3] and not apart.missing
+    against = [variant.against["reward_final"] for variant in apart.variants[1:]]
+    assert [(one.paired, one.difference.n) for one in against] == [(False, 3), (False, 3)]
     assert any("their means may be of different seeds" in note for note in notes(apart))
 
 
