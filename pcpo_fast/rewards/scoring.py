@@ -142,9 +142,8 @@ class RewardSet:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
             raise ValueError(f"images must be float32 [B, 3, H, W], got {images.dtype} {tuple(images.shape)}")
         if not count == len(prompts) == len(rows):
-            raise ValueError(
-                f"{counted(count, 'image')} need as many prompts and metadata, got {len(prompts)} and {len(rows)}"
-            )
+            got = f"got {len(prompts)} and {len(rows)}"
+            raise ValueError(f"expected a prompt and metadata for each of {counted(count, 'image')}, {got}")
         total = torch.zeros(count, dtype=torch.float64, device=images.device)
         components: dict[str, Tensor] = {}
         failures: list[RewardFailure] = []
@@ -171,12 +170,11 @@ class RewardSet:
         Raises:
             RewardFailure: there is one, and a failure stops the run.
         """
-        specs = [spec for spec in self._specs if spec.trained_on and spec.column in components]
-        parts = torch.stack([spec.weight * clipped(components[spec.column], spec) for spec in specs])
-        known = torch.stack([components[spec.column].isfinite() for spec in specs]).all(dim=0)
-        rows = (known & ~(total.abs() <= LARGEST_REWARD)).nonzero().flatten().tolist()
+        rows = (total.abs() > LARGEST_REWARD).nonzero().flatten().tolist()  # NaN, where a reward failed, is not
         if not rows:
             return ()
+        specs = [spec for spec in self._specs if spec.trained_on]
+        parts = torch.stack([spec.weight * clipped(components[spec.column], spec) for spec in specs])
         worst = [specs[index] for index in parts[:, rows].abs().argmax(dim=0).tolist()]
         name, weight = worst[0].column, worst[0].weight
         failure = RewardFailure(

@@ -354,6 +354,8 @@ def test_a_weighted_sum_that_is_too_large_names_reward_and_weight() -> None:
     assert scores.total.isnan().tolist() == scores.components["second"].isnan().tolist() == [False, True, False]
     assert scores.components["first"].isfinite().all() and len(scores.failures) == 1
     assert RewardSet(specs[1:]).score(images(), PROMPTS).total.tolist() == [0.0, 0.0, 0.0]  # only the sum counts
+    aside = RewardConfig(name=specs[0].name, evaluation_only=True)
+    assert RewardSet([aside]).score(images(), PROMPTS).total.tolist() == [0.0, 0.0, 0.0]  # the sum of none
 
 
 def test_exception_names_the_prompt_that_causes_it() -> None:
