@@ -26,10 +26,11 @@ def idle_settings(config: Config, prompts: int, heldout: int, ranks: int) -> lis
     usual = dict(flattened(Config.model_validate(PRESETS[config.algorithm]).model_dump(mode="json")))
     own = dict(flattened(config.model_dump(mode="json")))
     found = _found(config, prompts, heldout, ranks)
-    return [f"{key} has no effect: {why}" for key, why in found if own[key] != usual[key]]
+    return [said for keys, said in found if any(own[key] != usual[key] for key in keys)]
 
 
-def _found(config: Config, prompts: int, heldout: int, ranks: int) -> Iterator[tuple[str, str]]:
+def _found(config: Config, prompts: int, heldout: int, ranks: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What will do nothing, with the settings of which one must have been changed: otherwise nobody asked for it."""
     epochs, advantage, rollout, window = config.train.epochs, config.advantage, config.rollout, config.window
     if epochs == 0:
         return
@@ -37,27 +38,44 @@ def _found(config: Config, prompts: int, heldout: int, ranks: int) -> Iterator[t
     sampled = -(-max(rollout.images_per_prompt, rollout.candidates or 0) * rollout.prompts_per_epoch // ranks)
     alone = rollout.batch_size != AUTO and rollout.batch_size >= sampled
     if config.scoring.overlap and alone and advantage.steps == "final":
-        images, size = counted(sampled, "image"), rollout.batch_size
-        why = f"a rank samples its {images} in one batch (rollout.batch_size={size}), none of them during the scoring"
-        yield "scoring.overlap", why
-    if advantage.gain_lambda_rise and heldout and 3 * every >= epochs:
-        why = (
-            f"it takes three evaluations (evaluation.every={every}) before the last epoch, more than there are {within}"
+        yield (
+            ("scoring.overlap",),
+            f"scoring.overlap has no effect: a rank samples its {counted(sampled, 'image')} in one batch "
+            f"(rollout.batch_size={rollout.batch_size}), none of them during the scoring",
         )
-        yield "advantage.gain_lambda_rise", why
+    if advantage.gain_lambda_rise and heldout and 3 * every >= epochs:
+        yield (
+            ("advantage.gain_lambda_rise",),
+            "advantage.gain_lambda_rise has no effect: it takes three evaluations before the end, more than "
+            f"evaluation.every={every} gives {within}",
+        )
     if window.size and window.schedule != "fixed" and interval_at(window, window.start) >= epochs:
-        yield "window.interval", f"the window does not move {within}"
+        yield (
+            ("window.schedule", "window.interval"),
+            f"window.schedule={window.schedule} does not move the window {within}: window.interval={window.interval}",
+        )
     drawn = math.ceil(epochs * rollout.prompts_per_epoch / prompts) * rollout.images_per_prompt
     if advantage.normalization == "running" and drawn < advantage.min_count:
-        why = f"advantage.min_count={advantage.min_count} is more rewards than any prompt gets {within}, {drawn}"
-        yield "advantage.normalization", why
-    if config.evaluation.min_diversity is not None and every >= epochs:
-        why = f"evaluation.every={every} puts no evaluation before the last epoch {within}"
-        yield "evaluation.min_diversity", why
-    if config.checkpoint.keep_best and math.lcm(every, config.checkpoint.every) >= epochs:
-        why = (
-            f"evaluation.every={every} and checkpoint.every={config.checkpoint.every} coincide only at the end {within}"
+        yield (
+            ("advantage.normalization", "advantage.min_count"),
+            "advantage.normalization=running compares every image with all of its epoch, as global does: no prompt "
+            f"gets advantage.min_count={advantage.min_count} rewards {within}, only {drawn}",
         )
-        yield "checkpoint.keep_best", why
+    if config.evaluation.min_diversity is not None and every >= epochs:
+        yield (
+            ("evaluation.min_diversity",),
+            "evaluation.min_diversity has no effect: there is no evaluation before the end "
+            f"(evaluation.every={every}, train.epochs={epochs})",
+        )
+    if config.checkpoint.keep_best and math.lcm(every, config.checkpoint.every) >= epochs:
+        yield (
+            ("checkpoint.keep_best",),
+            "checkpoint.keep_best has no effect: no evaluation meets a checkpoint before the end "
+            f"(evaluation.every={every}, checkpoint.every={config.checkpoint.every}, train.epochs={epochs})",
+        )
     if 0 < heldout < config.evaluation.prompts:
-        yield "evaluation.prompts", f"prompts.heldout has only {counted(heldout, 'prompt')}, all of which are used"
+        yield (
+            ("evaluation.prompts",),
+            f"evaluation.prompts has no effect: prompts.heldout has only {counted(heldout, 'prompt')}, all of which "
+            "are used",
+        )

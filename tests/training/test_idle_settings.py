@@ -1,10 +1,13 @@
 """Settings that do nothing in a run as short, or as small, as this one are named; those that nobody chose are not."""
 
+from pathlib import Path
+
 import pytest
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.training.idle_settings import idle_settings
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, HELDOUT = 100, 8
 RUNNING = ("advantage.normalization=running", "rollout.images_per_prompt=4", "train.epochs=80")
 
@@ -19,31 +22,42 @@ IDLE = [
     (
         ("advantage.steps=gain", "advantage.gain_lambda_rise=0.25", "evaluation.every=5", "train.epochs=15"),
         "train.epochs=16",
-        "advantage.gain_lambda_rise has no effect: it takes three evaluations (evaluation.every=5) before the last "
-        "epoch, more than there are in 15 epochs (train.epochs)",
+        "advantage.gain_lambda_rise has no effect: it takes three evaluations before the end, more than "
+        "evaluation.every=5 gives in 15 epochs (train.epochs)",
     ),
     (
         ("window.size=2", "window.interval=3", "train.epochs=3"),
         "train.epochs=4",
-        "window.interval has no effect: the window does not move in 3 epochs (train.epochs)",
+        "window.schedule=progressive does not move the window in 3 epochs (train.epochs): window.interval=3",
+    ),
+    (
+        ("window.size=2", "window.schedule=random", "train.epochs=25"),
+        "train.epochs=26",
+        "window.schedule=random does not move the window in 25 epochs (train.epochs): window.interval=25",
     ),
     (
         (*RUNNING, "advantage.min_count=17", "advantage.buffer_size=17"),  # 320 draws of 100 prompts
         "advantage.min_count=8",
-        "advantage.normalization has no effect: advantage.min_count=17 is more rewards than any prompt gets in 80 "
-        "epochs (train.epochs), 16",
+        "advantage.normalization=running compares every image with all of its epoch, as global does: no prompt gets "
+        "advantage.min_count=17 rewards in 80 epochs (train.epochs), only 16",
+    ),
+    (
+        ("algorithm=pcpo_ddpo", "advantage.min_count=5", "train.epochs=1"),  # 256 draws of 100 prompts
+        "advantage.min_count=3",
+        "advantage.normalization=running compares every image with all of its epoch, as global does: no prompt gets "
+        "advantage.min_count=5 rewards in 1 epoch (train.epochs), only 3",
     ),
     (
         ("evaluation.min_diversity=0.5", "evaluation.images_per_prompt=2", "train.epochs=1", "evaluation.every=1"),
         "train.epochs=2",
-        "evaluation.min_diversity has no effect: evaluation.every=1 puts no evaluation before the last epoch in 1 "
-        "epoch (train.epochs)",
+        "evaluation.min_diversity has no effect: there is no evaluation before the end (evaluation.every=1, "
+        "train.epochs=1)",
     ),
     (
         ("checkpoint.keep_best=2", "evaluation.every=4", "checkpoint.every=6", "train.epochs=12"),
         "train.epochs=13",
-        "checkpoint.keep_best has no effect: evaluation.every=4 and checkpoint.every=6 coincide only at the end "
-        "in 12 epochs (train.epochs)",
+        "checkpoint.keep_best has no effect: no evaluation meets a checkpoint before the end (evaluation.every=4, "
+        "checkpoint.every=6, train.epochs=12)",
     ),
     (
         ("evaluation.prompts=9",),
@@ -71,3 +85,11 @@ def test_what_nobody_chose_is_not_said() -> None:
     for epochs in (0, 1):
         for asked in (("algorithm=mixgrpo",), ("algorithm=ddpo",), ("evaluation.every=1", "checkpoint.every=0")):
             assert idle_settings(load_config(None, (*asked, f"train.epochs={epochs}")), PROMPTS, 5, 1) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_nothing_is_idle_in_what_is_shipped(ranks: int) -> None:
+    files = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*/config.yaml")]
+    configs = {file: load_config(file) for file in files}
+    said = {file: idle_settings(config, 1000, config.evaluation.prompts, ranks) for file, config in configs.items()}
+    assert len(said) > 20 and {file: lines for file, lines in said.items() if lines} == {}
