@@ -100,9 +100,7 @@ def _print(found: "ForwardComparison") -> None:
 
     lines, tables = [], []
     if found.first is None:
-        lines.append(
-            f"no difference: identical bits in {counted(found.compared, 'operation')}, all that both forwards have"
-        )
+        lines.append(f"no difference: {counted(found.compared, 'operation')} in both forwards, all with identical bits")
     else:
         one, other = found.first
         size = one.distance(other)
@@ -118,6 +116,6 @@ def _print(found: "ForwardComparison") -> None:
         lines.append(f"{counted(found.compared, 'operation')} compared")
     if found.unmatched:
         lines.append(
-            f"left out {counted(found.unmatched, 'operation')}, in only one of the forwards or of different sizes"
+            f"left out: {counted(found.unmatched, 'operation')}, in only one of the forwards or of different sizes"
         )
     show_results(Console(), tables, lines)

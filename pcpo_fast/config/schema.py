@@ -786,8 +786,8 @@ class Config(Section):
         if age > limit:
             yield (
                 f"train.inner_epochs: {counted(self.train.inner_epochs, 'pass')} of "
-                f"{counted(self.train.updates_per_epoch, 'update')} on one rollout exceed train.max_rollout_age, which "
-                f"allows {counted(limit, 'optimizer step')}"
+                f"{counted(self.train.updates_per_epoch, 'update')} would make {counted(age, 'optimizer step')} on one "
+                f"rollout, more than train.max_rollout_age allows ({limit})"
             )
         # A buffer must be able to hold as many rewards as are asked of it.
         if self.advantage.min_count > self.advantage.buffer_size:

@@ -62,8 +62,7 @@ def warn_of_long_prompts(prompts: Sequence[str], tokenizer: Any, limit: int, rea
         prompt, ids = long[0]
         lost = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
         warnings.warn(
-            f"longer than the {counted(limit, 'token')} that {reader}: {counted(len(long), 'prompt')} of "
-            f"{len(distinct)}; "
+            f"prompts longer than the {counted(limit, 'token')} that {reader}: {len(long)} of {len(distinct)}; "
             f'of "{prompt[:60]}..." this is cut: "{lost[:120]}"',
             stacklevel=2,
         )

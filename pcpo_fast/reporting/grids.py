@@ -325,7 +325,7 @@ def _check(count: int, columns: int, captions: Sequence[str] | None) -> None:
     if columns < 1:
         raise ValueError(f"columns is {columns} (must be at least 1)")
     if captions is not None and len(captions) != count:
-        raise ValueError(f"{len(captions)} captions for {counted(count, 'image')}")
+        raise ValueError(f"{counted(len(captions), 'caption')} for {counted(count, 'image')}")
 
 
 def _font_size(width: int) -> int:

@@ -95,8 +95,8 @@ def doubts(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt],
     texts = {prompt.text for prompt in prompts}
     shared = sum(prompt.text in texts for prompt in heldout)
     overlap = (
-        f"prompts.heldout: shares {counted(shared, 'prompt')} of {len(heldout)} with prompts.train, so the held-out "
-        "reward includes prompts that are trained on"
+        f"prompts.heldout: shares {shared} of its {counted(len(heldout), 'prompt')} with prompts.train, so the "
+        "held-out reward includes prompts that are trained on"
     )
     return [overlap] * bool(shared) + idle_settings(config, len(prompts), len(heldout), ranks)
 

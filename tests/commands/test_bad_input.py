@@ -171,7 +171,7 @@ def test_a_long_prompt_is_cut_with_one_warning(tmp_path: Path, pipeline_folder: 
     assert answer.code == 0, answer.err
     lines = answer.err.splitlines()
     assert [line.split(" tokens that ")[1].split()[0] for line in lines] == ["T5", "CLIP"]
-    assert lines[0].startswith("warning: longer than the 12 tokens that T5")
+    assert lines[0].startswith("warning: prompts longer than the 12 tokens that T5")
     assert "model.max_sequence_length" in lines[0]
     assert lines[0].count("circle") == 1  # what is cut is said, of the first prompt only
     again = call(capsys, "train", "--config", config, "--resume", "auto", f"output_dir={tmp_path / 'again'}")

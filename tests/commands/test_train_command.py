@@ -109,12 +109,14 @@ def test_where_two_forwards_part_is_found_on_the_weights_of_a_run(full: Run, tmp
     record = json.loads(answer.out)
     assert record["compared"] > 100 and record["first"]["distance"] > 1e-4 and record["distances"][""] > 1e-4
     answer = call(capsys, "first-difference", full.folder)
-    assert answer.code == 0 and re.search(r"no difference: all \d+ operations|first difference: \S+ in \S+", answer.out)
+    assert answer.code == 0 and re.search(
+        r"no difference: \d+ operations in both forwards|first difference: \S+ in \S+", answer.out
+    )
     file = tmp_path / "forward.safetensors"
     answer = call(capsys, "first-difference", full.folder, "--save", file)
     assert answer.code == 0 and re.fullmatch(rf"wrote {file}: \d+ operations\n", answer.out)
     answer = call(capsys, "first-difference", full.folder, "--against", file)
-    assert answer.code == 0 and re.search(r"no difference: all \d+ operations", answer.out)
+    assert answer.code == 0 and re.search(r"no difference: \d+ operations in both forwards", answer.out)
     answer = call(capsys, "first-difference", full.folder, "model.guidance=5", "--against", file, "--json")
     distances = json.loads(answer.out)["distances"]
     assert distances["x_embedder"] == 0 < distances["time_text_embed"]
@@ -189,7 +191,7 @@ def test_a_user_reward_gets_the_prompts_and_their_metadata(
     answer = call(capsys, "train", "--config", config, "rollout.batch_size=8")
     assert answer.code == 0, answer.err
     assert answer.out.count("warning: scoring.overlap has no effect: a rank samples its 8 images in one batch") == 1
-    assert answer.out.count("warning: prompts.heldout: shares 1 prompt of 2 with prompts.train, so") == 1
+    assert answer.out.count("warning: prompts.heldout: shares 1 of its 2 prompts with prompts.train, so") == 1
     assert [entry[0] for entry in seen] == [2, 8, 2]
     assert seen[0][1:] == (list(PROMPTS[2:]), [{"n": 0}, {"n": 1}], 3)
     assert len(set(seen[1][1])) == 2 and set(seen[1][1]) <= set(PROMPTS[:3])

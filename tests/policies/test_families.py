@@ -446,7 +446,7 @@ def test_a_prompt_that_is_too_long_warns_once_and_says_what_is_cut(
     limits = [known[reader.partition(" ")[0]] for reader in family.kind.readers]
     prompts = 2 + family.kind.guided  # the third is the negative prompt
     assert [message.partition(";")[0] for message in said] == [
-        f"longer than the {limit} tokens that {reader}: 1 prompt of {prompts}"
+        f"prompts longer than the {limit} tokens that {reader}: 1 of {prompts}"
         for limit, reader in zip(limits, family.kind.readers, strict=True)
     ]
     assert all('this is cut: "' in message and "background" in message for message in said)
@@ -462,7 +462,7 @@ def test_a_negative_prompt_that_is_too_long_warns_too(family: Family, tmp_path: 
     negative = "red background on background green background"
     settings = (f"model.embedding_cache={tmp_path}", f"model.negative_prompt={negative}")
     settings += ("model.max_sequence_length=6",) if family.kind.cuts else ()
-    with pytest.warns(UserWarning, match=r"longer than the \d+ tokens that .*: 1 prompt of 2"):
+    with pytest.warns(UserWarning, match=r"longer than the \d+ tokens that .*: 1 of 2;"):
         load_policy(family.config(*settings), CPU, ["a red circle"])
 
 

@@ -154,7 +154,7 @@ def test_held_out_prompts_that_are_trained_on_are_a_warning(config: Config, tmp_
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red circle", "n": 1}\n{"prompt": "a red square"}\n')
     status, says = checks.check_inputs(config, 1)
     assert status == "warning"
-    assert says.startswith("prompts.heldout: shares 1 prompt of 2 with prompts.train, so ")
+    assert says.startswith("prompts.heldout: shares 1 of its 2 prompts with prompts.train, so ")
 
 
 def test_a_full_disk_fails(config: Config, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_train_tries_itself(config: Config, tmp_path: Path, capsys: Any, monkeyp
     answer = call(capsys, *arguments)
     assert (answer.code, answer.out, answer.err) == (2, "", "error: rewards: nothing fits\n")
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red circle"}\n')
-    assert call(capsys, *arguments).err.startswith("warning: prompts.heldout: shares 1 prompt of 1 with ")
+    assert call(capsys, *arguments).err.startswith("warning: prompts.heldout: shares 1 of its 1 prompt with ")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     parsed = parse([str(argument) for argument in arguments])

@@ -262,7 +262,7 @@ def test_the_time_limit_is_that_of_the_whole_answer(head: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=drip, daemon=True).start()
         judge = VisionJudge(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", timeout=0.3, retries=0)
-        with pytest.raises(RewardFailure, match=r"does not answer within 0\.3 s, in 1 attempts"):
+        with pytest.raises(RewardFailure, match=r"does not answer within 0\.3 s, in 1 attempt"):
             judge(IMAGES[:1], ["a"], [{}])
         assert left.wait(60)  # the connection is given up, too
 
@@ -276,7 +276,7 @@ def test_a_refused_key_and_an_endpoint_that_stays_away(monkeypatch: pytest.Monke
             VisionJudge(url, "m", key_env="MY_KEY", parallel=1)(IMAGES, PROMPTS, METADATA)
         assert made.keys[-1] == "Bearer wrong"
     gone = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(RewardFailure, match=r"cannot be reached .* in 1 attempts over") as caught:
+    with pytest.raises(RewardFailure, match=r"cannot be reached .* in 1 attempt over") as caught:
         VisionJudge(gone, "m", retries=0)(IMAGES, PROMPTS, METADATA)
     assert not caught.value.retry
 

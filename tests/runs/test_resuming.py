@@ -223,7 +223,7 @@ def test_what_a_run_says_in_a_pipe(tmp_path: Path, pipeline_folder: Path, capsys
     lines = answer.out.splitlines()
     assert lines[:4] == [
         f"pcpo on {pipeline_folder}, run directory {run}",
-        "warning: prompts.heldout: shares 1 prompt of 2 with prompts.train, so the held-out reward "
+        "warning: prompts.heldout: shares 1 of its 2 prompts with prompts.train, so the held-out reward "
         "includes prompts that are trained on",
         f"Loading {pipeline_folder}",
         "Encoding 4 prompts",

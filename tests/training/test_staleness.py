@@ -10,6 +10,7 @@ from tiny_runs import Bench
 
 from pcpo_fast.config.loading import load_config
 from pcpo_fast.config.schema import Config
+from pcpo_fast.config.wording import counted
 from pcpo_fast.errors import UserError
 from pcpo_fast.training.trainer import _by_inner_epoch
 
@@ -25,11 +26,11 @@ def ages(inner: int, updates: int, limit: int) -> Config:
     return load_config(None, settings)
 
 
-@pytest.mark.parametrize(("inner", "updates", "limit"), [(3, 4, 11), (33, 1, 32), (2, 2, 3)])
+@pytest.mark.parametrize(("inner", "updates", "limit"), [(3, 4, 11), (33, 1, 32), (1, 4, 3)])
 def test_a_rollout_that_would_grow_too_old_is_refused(inner: int, updates: int, limit: int) -> None:
     reason = (
-        rf"train\.inner_epochs: {inner} passes of {updates} updates make {inner * updates} optimizer steps on one "
-        rf"rollout, "
+        rf"train\.inner_epochs: {counted(inner, 'pass')} of {counted(updates, 'update')} would make {inner * updates} "
+        r"optimizer steps on one rollout, "
         rf"more than train\.max_rollout_age allows \({limit}\)$"
     )
     with pytest.raises(UserError, match=reason):

@@ -117,7 +117,7 @@ class RewardServer:
             raise HTTPException(411, "the request must have a Content-Length")
         if int(text) > self.limits.most_bytes:
             raise HTTPException(
-                413, f"a body of {counted(int(text), 'byte')}, but {self.limits.most_bytes} are allowed"
+                413, f"a body of {counted(int(text), 'byte')}, but at most {self.limits.most_bytes} are allowed"
             )
         if self.waiting_bytes + int(text) > self.limits.most_waiting_bytes and self.waiting_bytes:
             raise HTTPException(503, "too many requests are waiting", {"Retry-After": "1"})
