@@ -59,7 +59,7 @@ def _found(config: Config, prompts: int, heldout: int, ranks: int) -> Iterator[t
         yield (
             ("advantage.normalization", "advantage.min_count"),
             "advantage.normalization=running compares every image with all of its epoch, as global does: no prompt "
-            f"gets advantage.min_count={advantage.min_count} rewards {within}, only {drawn}",
+            f"gets {counted(advantage.min_count, 'reward')} (advantage.min_count) {within}, only {drawn}",
         )
     if config.evaluation.min_diversity is not None and every >= epochs:
         yield (

@@ -39,13 +39,13 @@ IDLE = [
         (*RUNNING, "advantage.min_count=17", "advantage.buffer_size=17"),  # 320 draws of 100 prompts
         "advantage.min_count=8",
         "advantage.normalization=running compares every image with all of its epoch, as global does: no prompt gets "
-        "advantage.min_count=17 rewards in 80 epochs (train.epochs), only 16",
+        "17 rewards (advantage.min_count) in 80 epochs (train.epochs), only 16",
     ),
     (
         ("algorithm=pcpo_ddpo", "advantage.min_count=5", "train.epochs=1"),  # 256 draws of 100 prompts
         "advantage.min_count=3",
         "advantage.normalization=running compares every image with all of its epoch, as global does: no prompt gets "
-        "advantage.min_count=5 rewards in 1 epoch (train.epochs), only 3",
+        "5 rewards (advantage.min_count) in 1 epoch (train.epochs), only 3",
     ),
     (
         ("evaluation.min_diversity=0.5", "evaluation.images_per_prompt=2", "train.epochs=1", "evaluation.every=1"),
