@@ -107,7 +107,8 @@ def notes(result: Comparison) -> list[str]:
 def _about_intervals(result: Comparison) -> list[str]:
     compared = [variant for variant in result.variants if variant.runs]
     found = []
-    if any(not against.paired for variant in compared for against in variant.against.values()):
+    apart = any(not against.paired for variant in compared for against in variant.against.values())
+    if apart:
         found.append(
             "Some runs are not paired by seed: their means may be of different seeds, and their differences have "
             "wider intervals."
@@ -116,7 +117,7 @@ def _about_intervals(result: Comparison) -> list[str]:
     count = min((len(variant.runs) for variant in compared if len(variant.runs) > 1), default=0)
     if alone:
         found.append("A variant with one seed has no interval: how much seeds differ is unknown.")
-    if alone and count:
+    if alone and count and not apart:
         found.append(
             f"Only one seed has been run of {' and '.join(alone)}, and the other means are of more: look at the "
             "differences, which are of the seeds that both sides have."

@@ -310,6 +310,10 @@ def test_a_variant_with_a_single_run_does_not_take_the_seeds_of_the_others(tmp_p
     assert [result.decisions[name].verdict for name in ("pcpo", "gain")] == ["better", "too few seeds"]
     assert any(note.startswith("Only one seed has been run of gain, and the other means") for note in notes(result))
     assert any("With 3 seeds an interval" in note for note in notes(result))
+    # A seed that was left to the others makes no pair.
+    elsewhere = compare_runs({**folders, "gain": [write_run(tmp_path / "gain0", line(0.002, 0.1), seed=0, epochs=9)]})
+    assert not elsewhere.variant("gain").against["reward_final"].paired
+    assert not any("Only one seed has been run" in note for note in notes(elsewhere))
     # With two variants there is nothing to compare but that seed.
     both = compare_runs({name: folders[name] for name in ("native", "gain")})
     assert [[run.seed for run in variant.runs] for variant in both.variants] == [[2], [2]]
