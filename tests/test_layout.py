@@ -191,9 +191,9 @@ def test_light_commands_do_not_load_the_heavy_libraries(tmp_path: Path) -> None:
 # What must not stand in a message.
 
 COUNTED = (
-    "attempt|byte|call|cell|checkpoint|column|difference|dimension|epoch|error|evaluation|event|failure|figure|file|"
-    "frame|GPU|group|image|integer|layer|machine|node|number|operation|pair|process|prompt|rank|reward|rollout|row|"
-    "run|sample|scale|score|seed|setting|step|task|thread|tie|token|trial|update|value|vote|warning"
+    "attempt|byte|call|caption|cell|checkpoint|column|difference|dimension|epoch|error|evaluation|event|failure|figure|"
+    "file|frame|GPU|group|image|integer|layer|machine|node|number|operation|pair|process|prompt|rank|reward|rollout|"
+    "row|run|sample|scale|score|seed|setting|step|task|thread|tie|token|trial|update|value|vote|warning"
 )
 # A verb may stand between a name and a plural: {folder} holds images.
 PLURAL = re.compile(rf" (?:(?!compares|holds|needs|has|for|ends|produces|with|or)[a-z-]+ )?(?:{COUNTED})(?:s|es)\b")
