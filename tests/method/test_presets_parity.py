@@ -32,7 +32,7 @@ IMAGES, GROUP = 12, 4
 EPS32 = torch.finfo(torch.float32).eps
 OURS = {
     "pcpo_stepwise": ("pcpo", {"credit.rule": "native", "advantage.calibrated": False}),
-    "pcpo_stepwise_diffusion": ("pcpo_diffusion", {"credit.rule": "native", "advantage.scored_steps": 4}),
+    "pcpo_stepwise_diffusion": ("pcpo_diffusion", {"advantage.scored_steps": 4}),
 }
 """Presets with advantages of our own, the published ones that they are otherwise, and what else is not as there."""
 PUBLISHED = [preset for preset in PRESETS if preset not in OURS]
