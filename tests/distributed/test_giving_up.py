@@ -34,7 +34,7 @@ def work(does, answer, environment):
     rendezvous.EXIT_SECONDS = 0.3 if when == "alone_after" else 100
     if when == "alone":
         rendezvous.REPORT_TIMEOUT = timedelta(seconds=0.3)
-    def run(arguments):
+    def run(arguments, default_of):
         if when not in ("before", "alone"):
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group("gloo", store=rendezvous.meet(SOON), rank=rank, world_size=size)

@@ -363,7 +363,7 @@ def test_nothing_is_loaded_that_no_scale_needs(
 def test_settings_need_a_scale_for_each_run(pipeline_folder: Path, tmp_path: Path) -> None:
     runs = read_runs([make_run(tmp_path / "run", pipeline_folder)])
     for scales in ([1.0, 0.5], [float("nan")]):
-        with pytest.raises(ValueError, match="expected 1 finite scales"):
+        with pytest.raises(ValueError, match="expected 1 finite scale,"):
             guided_policies(runs, [scales], CPU)
 
 
